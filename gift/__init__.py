@@ -1,0 +1,18 @@
+"""gift fine-tunes any ``torch.nn.Module`` by training a small delta beside its frozen weights."""
+
+from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
+from gift.iterator import ModuleIterator
+from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FineTuningStrategy",
+    "GiftWarning",
+    "ModuleIterator",
+    "disable_fine_tuning",
+    "enable_fine_tuning",
+    "load_strategy_from_config",
+    "merge_strategies",
+    "plan_fine_tuning",
+]

@@ -1,0 +1,238 @@
+"""The three calls: enable, disable, plan."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from gift.adapted import AdaptationError
+from gift.generated import Spec, spec_of
+from gift.network import NetworkRecord, install_record, remove_record
+from gift.report import Report
+from gift.strategies.base import FineTuningStrategy
+from gift.transaction import Snapshot
+from gift.walk import Walk, closest_names, size_of
+
+
+class GiftWarning(UserWarning):
+    """Something that was asked for had no effect, or an effect that surprises."""
+
+
+def enable_fine_tuning(
+    module: nn.Module,
+    strategy: FineTuningStrategy,
+    replace_parameter_function: bool = True,
+    trainable_state_dict: bool = True,
+    keep_base: bool = True,
+) -> Report:
+    """Fine-tune `module` by a strategy: its caps decide what is trained, all else is frozen.
+
+    The network is changed in place and stays the object that it was, with every base name
+    unchanged. From then on ``module.parameters()`` gives the trained parameters only, and
+    ``module.state_dict()`` these and the persistent buffers. Whatever goes wrong, the network is
+    left as it was.
+
+    Args:
+        module: the network.
+        strategy: what is done to it.
+        replace_parameter_function: let ``parameters()`` give the trained parameters only;
+            `gift.utils.network_tool.trainable_parameters` gives them in any case.
+        trainable_state_dict: let ``state_dict()`` give trained parameters and buffers only.
+        keep_base: keep a copy of what training changes in place (parameters that are trained
+            themselves, and buffers), so that `disable_fine_tuning` can give the base back.
+
+    Returns:
+        What the strategy did; it prints as a table.
+
+    Raises:
+        TypeError: if `module` is no module, `strategy` no strategy, or does not fit its type.
+        ValueError: if no cap matches anything, or weights cannot be adapted as asked; all of
+            them are named.
+        RuntimeError: if the network is being fine-tuned already.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies.lora import LoRAAllFineTuningStrategy
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> report = enable_fine_tuning(net, LoRAAllFineTuningStrategy())
+        >>> optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        >>> list(net.state_dict())
+        ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
+    """
+    _refuse(module, strategy)
+    snapshot = Snapshot(module)
+    try:
+        report = _apply(module, strategy, snapshot)
+        if strategy.dry_run:
+            snapshot.rollback()
+            return report
+        undo = snapshot.commit(keep_base)
+        record = NetworkRecord(
+            chosen={
+                n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
+            },
+            report=report,
+            undo=undo,
+            keeps_base=keep_base,
+            only_trainable_parameters=replace_parameter_function,
+            only_trainable_state=trainable_state_dict,
+        )
+        install_record(module, record)
+    except BaseException:
+        snapshot.rollback()
+        raise
+    for parameter in nn.Module.parameters(module):
+        parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
+    _warn(report, strategy, module)
+    return report
+
+
+def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
+    """The report that `enable_fine_tuning` would give; the network is not touched.
+
+    Args:
+        module: the network.
+        strategy: what would be done to it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `enable_fine_tuning`.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import plan_fine_tuning
+        >>> from gift.strategies.lora import LoRAAllFineTuningStrategy
+        >>> net = nn.Linear(64, 10)
+        >>> plan_fine_tuning(net, LoRAAllFineTuningStrategy()).trainable_after
+        222
+    """
+    _refuse(module, strategy)
+    snapshot = Snapshot(module)
+    devices = {p.device.index for p in nn.Module.parameters(module) if p.is_cuda}
+    with torch.random.fork_rng(sorted(d for d in devices if d is not None)):
+        try:
+            return _apply(module, strategy, snapshot)
+        finally:
+            snapshot.rollback()
+
+
+def disable_fine_tuning(module: nn.Module) -> nn.Module:
+    """Give back the base network bit for bit: classes, names, values, ``requires_grad``, modes.
+
+    The deltas are gone then, and so are the values of what was trained in place.
+
+    Args:
+        module: a network that `enable_fine_tuning` was called with, or a copy of one.
+
+    Returns:
+        `module`, for convenience.
+
+    Raises:
+        RuntimeError: if it is not being fine-tuned, or the values of the base were not kept.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    if not spec_of(module).network:
+        inside = [name for name, part in module.named_modules() if spec_of(part).network]
+        hint = f"; inside it, {inside} are" if inside else ""
+        raise RuntimeError(f"this {type(module).__name__} is not being fine-tuned{hint}")
+    if "_gift_spec" not in vars(type(module)):
+        raise RuntimeError(
+            f"this {type(module).__name__} was given another class since (by fully_shard?): "
+            "fine-tuning cannot be disabled any more; load its state into a fresh network"
+        )
+    if not module._gift_network.keeps_base:  # type: ignore[union-attr]
+        raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
+    remove_record(module).undo.apply(module)
+    return module
+
+
+def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module to fine-tune, got {type(module).__name__}")
+    if not isinstance(strategy, FineTuningStrategy):
+        hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
+        raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
+    for path, part in module.named_modules():
+        if spec_of(part) != Spec():
+            raise RuntimeError(
+                f"{path or 'the network'} is being fine-tuned already: call disable_fine_tuning "
+                "first, or merge the strategies and enable once"
+            )
+        if type(part).__name__ in _WRAPPERS or isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{path or 'the network'} is a {type(part).__name__}: enable fine-tuning on the "
+                "network inside first, then wrap, compile or script it"
+            )
+
+
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+)
+
+
+def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) -> Report:
+    parameters = list(nn.Module.parameters(module))
+    report = Report(
+        network=type(module).__name__,
+        strategy=repr(strategy),
+        caps=[f"module cap {i}: {cap}" for i, cap in enumerate(strategy.module_caps)]
+        + [f"parameter cap {i}: {cap}" for i, cap in enumerate(strategy.para_caps)],
+        total_before=size_of(parameters),
+        trainable_before=size_of(p for p in parameters if p.requires_grad),
+    )
+    walk = Walk(module, strategy)
+    if walk.problems:
+        raise AdaptationError(
+            f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "
+            + "\n  ".join(walk.problems)
+        )
+    report.claims = walk.claims
+    if not walk.claims:
+        raise ValueError(_nothing_matched(module, strategy, report))
+    names = {id(p): name for name, p in module.named_parameters()}
+    for _, _, parameter, *_ in snapshot.parameters:
+        if id(parameter) not in walk.kept:
+            parameter.requires_grad = False
+            report.frozen.append(names.pop(id(parameter), ""))
+    report.frozen = [name for name in report.frozen if name]
+    parameters = list(nn.Module.parameters(module))
+    report.total_after = size_of(parameters)
+    report.trainable_after = size_of(p for p in parameters if p.requires_grad)
+    return report
+
+
+def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Report) -> str:
+    if not report.caps:
+        return (
+            f"{type(strategy).__name__} has no caps: nothing would be trained "
+            "(FreezeStrategy() says so on purpose)"
+        )
+    lines = [f"no cap of {type(strategy).__name__} matched anything in {type(module).__name__}:"]
+    for text, cap in zip(report.caps, [*strategy.module_caps, *strategy.para_caps], strict=True):
+        close = closest_names(cap.check, module)
+        lines.append(text + (f"; closest names: {close}" if close else ""))
+    classes = sorted({type(part).__name__ for part in module.modules()})
+    lines.append(f"the network has modules of these classes: {classes}")
+    return "\n  ".join(lines)
+
+
+def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> None:
+    caps = dict(zip(report.caps, [*strategy.module_caps, *strategy.para_caps], strict=True))
+    for text in report.unmatched:
+        close = closest_names(caps[text].check, module)
+        hint = f"; closest names: {close}" if close else ""
+        warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
+    if report.larger_than_weight:
+        names = report.larger_than_weight
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(
+            f"the delta has more parameters than the weight that it changes in: {shown} "
+            "(train such layers whole, or give them a smaller rank)",
+            GiftWarning,
+            stacklevel=3,
+        )

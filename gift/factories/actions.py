@@ -1,0 +1,199 @@
+"""Actions: what a cap does. ``ma_...`` act on a module, ``pa_...`` on a parameter."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import nn
+
+from gift.adapted import adapt_module, adapt_tensor
+from gift.factories.recorded import Recorded, recorded
+from gift.generated import plain_class
+from gift.layers import LayoutOptions
+from gift.methods import Method, method_of
+from gift.statistics import freeze_statistics
+
+
+class Action(Recorded):
+    """What is done at the place of a module or parameter.
+
+    Args:
+        act: takes what the cap's action takes.
+        prepare: where an action must know the whole network, gives the action for it.
+    """
+
+    def __init__(
+        self,
+        act: Callable[..., None] | None = None,
+        prepare: Callable[[nn.Module], Callable[..., None]] | None = None,
+    ) -> None:
+        self.act = act
+        self.prepare = prepare
+
+    def __call__(self, *place: Any, **params: Any) -> None:
+        if self.act is None:
+            raise RuntimeError(f"{self!r} needs the whole network: use it as the action of a cap")
+        self.act(*place, **params)
+
+    def bind(self, network: nn.Module) -> Self:
+        """The action for that network."""
+        return self if self.prepare is None else self.like(type(self)(self.prepare(network)))
+
+
+def _split(settings: dict[str, Any]) -> tuple[dict[str, Any], LayoutOptions, bool]:
+    """Settings of the method, of the layout, and whether biases are trained."""
+    rest = dict(settings)
+    train_bias = rest.pop("train_bias", False)
+    options = {k: rest.pop(k) for k in LayoutOptions.__dataclass_fields__ if k in rest}
+    return rest, LayoutOptions(**options), train_bias
+
+
+@recorded
+def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
+    """Adapt every weight of the module and below it that gift knows; freeze all else there.
+
+    Args:
+        method: name of a method, or a method with its settings.
+        settings: the method's settings, and ``train_bias``, ``conv_layout``, ``split_qkv``.
+
+    Raises:
+        ValueError: for an unknown method or setting, or a value out of range.
+    """
+    own, _, _ = _split(settings)
+    method_of(method, own)
+
+    def act(*place: Any, **params: Any) -> None:
+        own, options, train_bias = _split(settings | params)
+        adapt_module(place[4], method_of(method, own), options, train_bias)
+
+    return Action(act)
+
+
+@recorded
+def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
+    """Adapt one parameter of any module, whatever the module is; see `ma_adapt`."""
+    own, _, _ = _split(settings)
+    method_of(method, own)
+
+    def act(*place: Any, **params: Any) -> None:
+        own, options, _ = _split(settings | params)
+        adapt_tensor(place[4], place[5], method_of(method, own), options)
+
+    return Action(act)
+
+
+@recorded
+def ma_train() -> Action:
+    """Train all parameters of the module and below it, as they are."""
+    return Action(lambda *place: _set_trainable(place[4], True))
+
+
+@recorded
+def ma_freeze(statistics: bool = False) -> Action:
+    """Freeze all parameters of the module and below it.
+
+    Args:
+        statistics: also keep the norm layers in it in evaluation mode, whatever ``train()`` says,
+            so that their running statistics stand still.
+    """
+
+    def act(*place: Any) -> None:
+        _set_trainable(place[4], False)
+        if statistics:
+            freeze_statistics(place[4])
+
+    return Action(act)
+
+
+def _set_trainable(module: nn.Module, flag: bool) -> None:
+    for parameter in nn.Module.parameters(module):
+        parameter.requires_grad = flag
+
+
+@recorded
+def pa_train() -> Action:
+    """Train the parameter as it is."""
+    return Action(lambda *place: setattr(place[6], "requires_grad", True))
+
+
+@recorded
+def pa_freeze() -> Action:
+    """Freeze the parameter."""
+    return Action(lambda *place: setattr(place[6], "requires_grad", False))
+
+
+@recorded
+def ma_replace(replacement: nn.Module | Callable[[nn.Module], nn.Module]) -> Action:
+    """Put another module in the module's place; it is trained as its flags say.
+
+    Args:
+        replacement: the new module, copied for each place, or a function that makes it from the
+            old one.
+    """
+
+    def act(*place: Any) -> None:
+        old = place[4]
+        if isinstance(replacement, nn.Module):
+            new = copy.deepcopy(replacement)
+        else:
+            new = replacement(old)
+        _replace(place, new)
+
+    return Action(act)
+
+
+@recorded
+def ma_replace_head(num_classes: int) -> Action:
+    """Put a new layer with that many outputs in the place of a linear layer or 1x1 convolution.
+
+    The network's ``num_classes`` or ``num_labels`` follow, where it has them (timm, transformers).
+
+    Raises:
+        ValueError: if the module is no such layer, or `num_classes` is below 1.
+    """
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes!r}, expected an integer of at least 1")
+
+    def prepare(network: nn.Module) -> Callable[..., None]:
+        def act(*place: Any) -> None:
+            _replace(place, _new_head(place[4], num_classes))
+            _tell_number_of_classes(network, num_classes)
+
+        return act
+
+    return Action(prepare=prepare)
+
+
+def _replace(place: tuple[Any, ...], new: nn.Module) -> None:
+    parent, name, _, class_name, old = place
+    if parent is None:
+        raise ValueError(f"the network itself ({class_name}) cannot be replaced: it has no parent")
+    if not isinstance(new, nn.Module):
+        raise TypeError(f"the replacement of {class_name} is {new!r}, expected a torch.nn.Module")
+    new.train(old.training)
+    parent._modules[name] = new
+
+
+def _new_head(old: nn.Module, num_classes: int) -> nn.Module:
+    weight = next(nn.Module.parameters(old), None)
+    like = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+    bias = getattr(old, "bias", None) is not None
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, num_classes, bias, **like)  # type: ignore[arg-type]
+    if isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1) and old.groups == 1:
+        return nn.Conv2d(old.in_channels, num_classes, 1, bias=bias, **like)  # type: ignore[arg-type]
+    raise ValueError(
+        f"{plain_class(type(old)).__name__} is no head that gift can replace: expected nn.Linear "
+        "or a 1x1 nn.Conv2d; name the right layer, or use ma_replace"
+    )
+
+
+def _tell_number_of_classes(network: nn.Module, num_classes: int) -> None:
+    for name in ("num_classes", "num_labels"):
+        if isinstance(vars(network).get(name), int):
+            setattr(network, name, num_classes)
+    config = vars(network).get("config")
+    if hasattr(config, "num_labels"):
+        # A copy, so that the network gets its own configuration back when it is restored.
+        network.config = copy.deepcopy(config)
+        network.config.num_labels = num_classes  # type: ignore[union-attr]

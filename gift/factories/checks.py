@@ -1,0 +1,281 @@
+"""Checks: what a cap looks at. Each is usable where a lambda is, and with ``&``, ``|``, ``~``.
+
+``mc_...`` look at a module, ``pc_...`` at a parameter. In a parameter cap, a module check looks at
+the module that holds the parameter, so ``mc_type(nn.Conv2d) & pc_name("bias")`` is what it says.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from gift.factories.recorded import Recorded, recorded
+from gift.generated import plain_class
+from gift.iterator import ModuleIterator
+from gift.layers import FAMILIES, row_of
+
+Names = str | Iterable[str] | None
+Test = Callable[..., bool]
+
+
+class Check(Recorded):
+    """A predicate over the place of a module or parameter.
+
+    Args:
+        test: takes what the cap's check takes, gives whether it matches.
+        prepare: where a check must know the whole network, gives the test for it.
+    """
+
+    def __init__(
+        self, test: Test | None = None, prepare: Callable[[nn.Module], Test] | None = None
+    ) -> None:
+        self.test = test
+        self.prepare = prepare
+
+    def __call__(self, *place: Any) -> bool:
+        if self.test is None:
+            raise RuntimeError(f"{self!r} needs the whole network: use it as the check of a cap")
+        return bool(self.test(*place))
+
+    def bind(self, network: nn.Module) -> "Check":
+        """The check for that network."""
+        if self.prepare is None:
+            return self
+        return self.like(Check(self.prepare(network)))
+
+    def __and__(self, other: Test) -> "Check":
+        return all_of(self, other)
+
+    def __rand__(self, other: Test) -> "Check":
+        return all_of(other, self)
+
+    def __or__(self, other: Test) -> "Check":
+        return any_of(self, other)
+
+    def __ror__(self, other: Test) -> "Check":
+        return any_of(other, self)
+
+    def __invert__(self) -> "Check":
+        return none_of(self)
+
+
+def _combined(fold: Callable[[Iterable[bool]], bool], checks: tuple[Test, ...]) -> Check:
+    def test(*place: Any) -> bool:
+        return fold(check(*place) for check in checks)
+
+    def prepare(network: nn.Module) -> Test:
+        bound = tuple(c.bind(network) if isinstance(c, Check) else c for c in checks)
+        return lambda *place: fold(check(*place) for check in bound)
+
+    return Check(test, prepare)
+
+
+@recorded
+def all_of(*checks: Test) -> Check:
+    """True where all of the checks are: ``check & check``."""
+    return _combined(all, checks)
+
+
+@recorded
+def any_of(*checks: Test) -> Check:
+    """True where at least one of the checks is: ``check | check``."""
+    return _combined(any, checks)
+
+
+@recorded
+def none_of(*checks: Test) -> Check:
+    """True where none of the checks is: ``~check``."""
+    return _combined(lambda results: not any(results), checks)
+
+
+def _name_test(equal: Names, contains: Names, glob: Names, regex: Names) -> Callable[[str], bool]:
+    tests: list[Callable[[str], bool]] = []
+    for text in _listed(equal):
+        tests.append(text.__eq__)
+    for text in _listed(contains):
+        tests.append(lambda name, text=text: text in name)  # type: ignore[misc]
+    for text in _listed(glob):
+        tests.append(lambda name, text=text: fnmatchcase(name, text))  # type: ignore[misc]
+    for text in _listed(regex):
+        tests.append(re.compile(text).fullmatch)  # type: ignore[arg-type]
+    if not tests:
+        raise ValueError("no name given: pass names, or contains=, glob= or regex=")
+    return lambda name: any(test(name) for test in tests)
+
+
+def _listed(names: Names) -> list[str]:
+    if names is None:
+        return []
+    names = [names] if isinstance(names, str) else list(names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"expected names, got {wrong}")
+    return names
+
+
+@recorded
+def mc_any() -> Check:
+    """Every module; as the first that is visited is the network, that is the whole network."""
+    return Check(lambda *place: True)
+
+
+@recorded
+def mc_name(
+    *names: str, contains: Names = None, glob: Names = None, regex: Names = None
+) -> Check:  # fmt: skip
+    """Modules by the own name that their parent has for them: ``fc`` of ``head.fc``.
+
+    Args:
+        names: equal to one of these.
+        contains: or containing one of these.
+        glob: or matching one of these shell patterns.
+        regex: or matching one of these regular expressions, as a whole.
+    """
+    test = _name_test(names, contains, glob, regex)
+    return Check(lambda *place: test(place[1]))
+
+
+@recorded
+def mc_path(
+    *names: str, contains: Names = None, glob: Names = None, regex: Names = None
+) -> Check:  # fmt: skip
+    """Modules by their dotted path from the network, ``layer4.0.conv1``; see `mc_name`."""
+    test = _name_test(names, contains, glob, regex)
+    return Check(lambda *place: test(place[2]))
+
+
+@recorded
+def mc_class_name(*names: str) -> Check:
+    """Modules by the exact name of their class before any adaptation, subclasses not included."""
+    test = _name_test(names, None, None, None)
+    return Check(lambda *place: test(place[3]))
+
+
+@recorded
+def mc_type(*types: type) -> Check:
+    """Modules that are instances of one of the types, subclasses included."""
+    wrong = [t for t in types if not isinstance(t, type)]
+    if wrong or not types:
+        raise TypeError(f"mc_type expects classes, got {wrong or 'none'}")
+    return Check(lambda *place: isinstance(place[4], types))
+
+
+@recorded
+def mc_layer(*families: str) -> Check:
+    """Layers whose weights gift knows; of these families, or of any.
+
+    Args:
+        families: among ``linear``, ``conv``, ``embedding``, ``bilinear``, ``recurrent``,
+            ``attention``. A subclass belongs to the family of its base.
+    """
+    unknown = sorted(set(families) - set(FAMILIES))
+    if unknown:
+        raise ValueError(f"unknown families {unknown}, expected some of {list(FAMILIES)}")
+
+    def test(*place: Any) -> bool:
+        row = row_of(plain_class(type(place[4])))
+        return row is not None and (not families or row.family in families)
+
+    return Check(test)
+
+
+@recorded
+def mc_depth(at_least: int = 0, at_most: int | None = None) -> Check:
+    """Modules by depth: the network has depth 0, its submodules 1, and so on."""
+
+    def test(*place: Any) -> bool:
+        depth = len(place[2].split(".")) if place[2] else 0
+        return depth >= at_least and (at_most is None or depth <= at_most)
+
+    return Check(test)
+
+
+@recorded
+def mc_last(number: int, within: str = "") -> Check:
+    """The last blocks of a network: direct submodules, with parameters, of one container.
+
+    Args:
+        number: how many blocks, from the end.
+        within: dotted path of the container, such as ``encoder.layer``; "" is the network.
+    """
+    if number < 1:
+        raise ValueError(f"number of blocks is {number}, expected at least 1")
+
+    def prepare(network: nn.Module) -> Test:
+        try:
+            container = network.get_submodule(within)
+        except AttributeError as error:
+            raise ValueError(f"there is no module {within!r} to take blocks from") from error
+        blocks = [entry[3] for entry in ModuleIterator(container, within)]
+        blocks = [block for block in blocks if next(nn.Module.parameters(block), None) is not None]
+        if number > len(blocks):
+            raise ValueError(
+                f"{within or 'the network'} has {len(blocks)} blocks with parameters, "
+                f"the last {number} were asked for"
+            )
+        last = {id(block) for block in blocks[-number:]}
+        return lambda *place: id(place[4]) in last
+
+    return Check(prepare=prepare)
+
+
+@recorded
+def mc_last_linear() -> Check:
+    """The last linear layer of the network in registration order: its head, as a rule."""
+
+    def prepare(network: nn.Module) -> Test:
+        packed = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
+        layers = [m for m in network.modules() if _is_linear(m) and id(m) not in packed]
+        return lambda *place: bool(layers) and place[4] is layers[-1]
+
+    return Check(prepare=prepare)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    row = row_of(type(module))
+    return row is not None and row.family == "linear"
+
+
+def _parameter_test(test: Callable[[Any], bool]) -> Check:
+    def check(*place: Any) -> bool:
+        if len(place) != 7:
+            raise TypeError(
+                "a parameter check (pc_...) stands in a module cap; use it in para_caps"
+            )
+        return test(place)
+
+    return Check(check)
+
+
+@recorded
+def pc_any() -> Check:
+    """Every parameter."""
+    return _parameter_test(lambda place: True)
+
+
+@recorded
+def pc_name(
+    *names: str, contains: Names = None, glob: Names = None, regex: Names = None
+) -> Check:  # fmt: skip
+    """Parameters by their own name, ``bias``; see `mc_name`."""
+    test = _name_test(names, contains, glob, regex)
+    return _parameter_test(lambda place: test(place[5]))
+
+
+@recorded
+def pc_path(
+    *names: str, contains: Names = None, glob: Names = None, regex: Names = None
+) -> Check:  # fmt: skip
+    """Parameters by their dotted path from the network, ``layer4.0.bn1.bias``; see `mc_name`."""
+    test = _name_test(names, contains, glob, regex)
+    return _parameter_test(lambda place: test(f"{place[2]}.{place[5]}".lstrip(".")))
+
+
+@recorded
+def pc_ndim(at_least: int = 0, at_most: int | None = None) -> Check:
+    """Parameters by their number of axes: 2 for a matrix, 1 for a bias."""
+    return _parameter_test(
+        lambda place: place[6].ndim >= at_least and (at_most is None or place[6].ndim <= at_most)
+    )

@@ -1,0 +1,56 @@
+"""What checks and actions have in common: they remember how they were made."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, Self, TypeVar
+
+from gift.registry import bound_arguments, register
+
+P = ParamSpec("P")
+R = TypeVar("R", bound="Recorded")
+
+
+class Recorded:
+    """An object with a recipe: the registered function that made it, and its arguments."""
+
+    recipe: tuple[str, dict[str, Any]] = ("", {})
+
+    def like(self, other: R) -> R:
+        """`other`, with this object's recipe."""
+        other.recipe = self.recipe
+        return other
+
+    def bind(self, network: Any) -> Self:
+        """The object for that network; most need not know it."""
+        return self
+
+    def __repr__(self) -> str:
+        name, arguments = self.recipe
+        shown = [describe(item) for item in arguments.get("*", [])]
+        # What is None, False or zero is an option that nobody took.
+        shown += [f"{k}={describe(v)}" for k, v in arguments.items() if k != "*" and v]
+        return f"{name}({', '.join(shown)})"
+
+
+def recorded(factory: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: what the factory makes remembers its recipe, and files can name the factory."""
+
+    @functools.wraps(factory)
+    def make(*args: P.args, **kwargs: P.kwargs) -> R:
+        made = factory(*args, **kwargs)
+        made.recipe = (factory.__name__, bound_arguments(factory, *args, **kwargs))
+        return made
+
+    register(make)
+    return make
+
+
+def describe(value: Any) -> str:
+    """A short text for a check, an action or an argument of theirs."""
+    if isinstance(value, type):
+        return value.__name__
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        file = code.co_filename.replace("\\", "/").rsplit("/", 1)[-1]
+        return f"{value.__name__} ({file}:{code.co_firstlineno})"
+    return repr(value)

@@ -1,0 +1,105 @@
+"""Generated classes: how a module changes its behaviour without ceasing to be what it was.
+
+A generated class is a subclass of a module's own ("plain") class, with the same name and with
+mixins in front. Its `Spec` says which, so that a copy or a pickle can generate it again. Each
+feature contributes its mixins here and knows nothing of the others.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+
+class Spec(NamedTuple):
+    """What distinguishes a generated class from the plain one.
+
+    Args:
+        tensors: the adapted tensors, each with the name of its method.
+        network: whether the module is a whole network that is being fine-tuned.
+        statistics: whether the running statistics of a norm layer are frozen.
+    """
+
+    tensors: tuple[tuple[str, str], ...] = ()
+    network: bool = False
+    statistics: bool = False
+
+
+Contribution = Callable[[type, Spec], tuple[list[type], dict[str, Any]]]
+_contributions: list[Contribution] = []
+_classes: WeakValueDictionary[tuple[type, Spec], type] = WeakValueDictionary()
+
+
+def contributes(contribution: Contribution) -> Contribution:
+    """Decorator: from a plain class and a spec, the mixins and attributes of a feature."""
+    _contributions.append(contribution)
+    return contribution
+
+
+class Generated:
+    """Base of all mixins."""
+
+    _gift_plain: type[nn.Module]
+    _gift_spec: Spec
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds a class by its name, and the generated one has the plain one's name: pickle
+        # the plain class, and generate the other again.
+        rebuild, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        plain = plain_class(type(self))
+        args = tuple(plain if arg is type(self) else arg for arg in args)
+        rebuild = plain if rebuild is type(self) else rebuild
+        return (_rebuild, (self._gift_spec, rebuild, args), *rest)
+
+
+def _rebuild(spec: Spec, rebuild: Any, args: tuple[Any, ...]) -> nn.Module:
+    module = rebuild(*args)
+    module.__class__ = generated_class(type(module), spec)
+    return module
+
+
+def generated_class(plain: type, spec: Spec) -> type:
+    """The subclass of `plain` for that spec, the same one each time; `plain` itself for none."""
+    if spec == Spec():
+        return plain
+    key = (plain, spec)
+    found = _classes.get(key)
+    if found is None:
+        found = _classes[key] = _generate(plain, spec)
+    return found
+
+
+def _generate(plain: type, spec: Spec) -> type:
+    namespace: dict[str, Any] = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "_gift_plain": plain,
+        "_gift_spec": spec,
+    }
+    mixins: list[type] = []
+    for contribution in _contributions:
+        more_mixins, attributes = contribution(plain, spec)
+        mixins += more_mixins
+        namespace |= attributes
+    return type(plain)(plain.__name__, (*mixins, plain), namespace)
+
+
+def plain_class(cls: type) -> type:
+    """The class before any fine-tuning."""
+    for base in cls.__mro__:
+        if "_gift_plain" in vars(base):
+            return vars(base)["_gift_plain"]
+    return cls
+
+
+def spec_of(module: nn.Module) -> Spec:
+    """What fine-tuning made of the module's class; an empty spec for a plain one."""
+    return getattr(type(module), "_gift_spec", Spec())
+
+
+def change_class(module: nn.Module, **changes: Any) -> None:
+    """Give `module` the generated class in which its spec has these values."""
+    spec = spec_of(module)._replace(**changes)
+    module.__class__ = generated_class(plain_class(type(module)), spec)

@@ -1,0 +1,256 @@
+"""How each layer type holds its weights: the only file that knows layers.
+
+A *row* says which tensors of a layer are weights, which are biases, and how a weight is read
+as a matrix. Everything else (methods, adapting, saving) is written for matrices. A layer type
+that has no row is reached by a parameter cap, with the layout of a raw parameter.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+ConvLayout = Literal["balanced", "out_as_h"]
+
+
+@dataclass(frozen=True)
+class LayoutOptions:
+    """What a user may choose about layouts.
+
+    Args:
+        conv_layout: ``"balanced"`` sees a convolution's weight ``(o, i, kh, kw)`` as the matrix
+            ``(o*kh, i*kw)``, ``"out_as_h"`` as ``(o, i*kh*kw)``; with `n` kernel axes, ``balanced``
+            gives the first ``n // 2`` of them to the rows.
+        split_qkv: see the packed ``in_proj_weight`` of ``nn.MultiheadAttention`` as three
+            matrices (query, key, value), each with factors of its own, instead of one.
+    """
+
+    conv_layout: ConvLayout = "balanced"
+    split_qkv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.conv_layout not in ("balanced", "out_as_h"):
+            raise ValueError(
+                f"conv_layout is {self.conv_layout!r}, expected 'balanced' or 'out_as_h'"
+            )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one weight is read as a matrix, or as one matrix for each of its groups.
+
+    ``weight.reshape(view).permute(order).reshape(matrix)`` is the matrix; `matrix` is
+    ``(rows, columns)`` or ``(groups, rows, columns)``.
+
+    Args:
+        shape: the weight's own shape.
+        view: the shape in which its axes come apart.
+        order: the permutation that brings row axes before column axes.
+        matrix: the shape as matrix or matrices.
+        input_axis: the matrix axis along which the layer's input features lie: -1, or -2 for
+            embeddings, whose rows are looked up.
+    """
+
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    order: tuple[int, ...]
+    matrix: tuple[int, ...]
+    input_axis: int = -1
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as matrix or matrices."""
+        if self.shape == self.matrix:
+            return weight
+        return weight.reshape(self.view).permute(self.order).reshape(self.matrix)
+
+    def to_weight(self, matrix: Tensor) -> Tensor:
+        """The matrix or matrices as a weight."""
+        if self.shape == self.matrix:
+            return matrix
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        permuted = [self.view[axis] for axis in self.order]
+        return matrix.reshape(permuted).permute(inverse).reshape(self.shape)
+
+
+def _plain(shape: tuple[int, ...], matrix: tuple[int, ...], input_axis: int = -1) -> Layout:
+    return Layout(shape, shape, tuple(range(len(shape))), matrix, input_axis)
+
+
+def raw_layout(shape: tuple[int, ...]) -> Layout:
+    """The layout of a parameter of unknown meaning.
+
+    Leading axes of length one are dropped. Then a vector or scalar is a column, a matrix is
+    itself, three axes are a batch of matrices (experts), and more are ``(first, all others)``.
+    """
+    axes = shape
+    while len(axes) > 2 and axes[0] == 1:
+        axes = axes[1:]
+    if len(axes) < 2:
+        return _plain(shape, (math.prod(axes), 1))
+    if len(axes) <= 3:
+        return _plain(shape, axes)
+    return _plain(shape, (axes[0], math.prod(axes[1:])))
+
+
+def _matrix(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+    """Rows are the first axis: Linear, Bilinear, recurrent layers."""
+    return _plain(shape, (shape[0], math.prod(shape[1:])))
+
+
+def _lookup(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+    """Rows are entries that are looked up. A factor per row that starts at zero then leaves the
+    padding row exactly as it is, and a tied output layer sees the same matrix.
+    """
+    return _plain(shape, shape, input_axis=-2)
+
+
+def _transposed(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+    """``(in, out)``, as in the ``Conv1D`` of transformers."""
+    return Layout(shape, shape, (1, 0), (shape[1], shape[0]))
+
+
+def _attention(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+    packed = shape[0] == 3 * module.embed_dim
+    if options.split_qkv and packed:
+        return _plain(shape, (3, shape[0] // 3, shape[1]))
+    return _plain(shape, shape)
+
+
+def _conv(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+    """``(out, in / groups, *kernel)``; transposed ``(in, out / groups, *kernel)``."""
+    first, second, *kernel = shape
+    groups: int = module.groups  # type: ignore[assignment]
+    n_rows = len(kernel) // 2 if options.conv_layout == "balanced" else 0
+    into_rows, into_columns = math.prod(kernel[:n_rows]), math.prod(kernel[n_rows:])
+    rows, columns = first // groups, second
+    order = list(range(3 + len(kernel)))
+    if isinstance(module, _ConvTransposeNd):
+        rows, columns = columns, rows
+        order[1], order[2] = 2, 1
+    matrix = (rows * into_rows, columns * into_columns)
+    if groups > 1:
+        matrix = (groups, *matrix)
+    return Layout(shape, (groups, first // groups, second, *kernel), tuple(order), matrix)
+
+
+class FlatWeights:
+    """Recurrent layers hand a list of their weights to one kernel: here it is made when asked
+    for, so that it holds the effective weights, and never stored.
+    """
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[attr-defined]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: the effective weights are new tensors each time."""
+
+    @staticmethod
+    def restored(module: nn.RNNBase) -> None:
+        """Called once the layer is its plain self again: point the list at its weights."""
+        module._init_flat_weights()
+
+
+class DenseGradient:
+    """``sparse=True`` asks for sparse gradients of the looked-up table. The table is frozen and
+    its delta is small, and most optimizers refuse sparse gradients: the delta's are dense.
+    """
+
+    @property
+    def sparse(self) -> bool:
+        return False
+
+    @sparse.setter
+    def sparse(self, value: bool) -> None:
+        self.__dict__["sparse"] = value
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer type.
+
+    Args:
+        kind: the type, or its dotted path where the package may be absent.
+        weights: glob patterns of the names of its weights.
+        layout: reads a weight's shape as a matrix.
+        biases: glob patterns of the names of its biases, for ``train_bias``.
+        family: what users call it: see `mc_layer`.
+        mixin: a class put in front of the adapted layer's own.
+    """
+
+    kind: type[nn.Module] | str
+    weights: tuple[str, ...]
+    layout: Callable[[nn.Module, tuple[int, ...], LayoutOptions], Layout]
+    family: str
+    biases: tuple[str, ...] = ("bias",)
+    mixin: type | None = None
+
+    def matches(self, cls: type) -> bool:
+        """Whether `cls` is this type of layer or a subclass of it."""
+        kind = self.kind
+        if isinstance(kind, str):
+            package, _, name = kind.rpartition(".")
+            kind = getattr(sys.modules.get(package), name, type(None))
+        return issubclass(cls, kind)
+
+    def names(self, module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+        """The tensors of `module` that any of the patterns names.
+
+        A tensor that is computed before it is used (by a parametrization, weight norm, pruning)
+        is no parameter, but is read under its own name; what it is computed from is left alone.
+        """
+        computed = [*getattr(module, "parametrizations", ())]
+        computed += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+        found = [name for name, p in module._parameters.items() if p is not None]
+        found = [name for name in found if not any(name.startswith(f"{c}_") for c in computed)]
+        return [name for name in computed + found if any(fnmatchcase(name, p) for p in patterns)]
+
+
+LAYERS: tuple[LayerRow, ...] = (
+    LayerRow(nn.Linear, ("weight",), _matrix, "linear"),
+    LayerRow("transformers.pytorch_utils.Conv1D", ("weight",), _transposed, "linear"),
+    LayerRow(_ConvNd, ("weight",), _conv, "conv"),
+    LayerRow(nn.Embedding, ("weight",), _lookup, "embedding", biases=(), mixin=DenseGradient),
+    LayerRow(nn.EmbeddingBag, ("weight",), _lookup, "embedding", biases=(), mixin=DenseGradient),
+    LayerRow(nn.Bilinear, ("weight",), _matrix, "bilinear"),
+    LayerRow(nn.RNNBase, ("weight_*",), _matrix, "recurrent", ("bias_*",), mixin=FlatWeights),
+    LayerRow(nn.RNNCellBase, ("weight_*",), _matrix, "recurrent", ("bias_*",)),
+    LayerRow(
+        nn.MultiheadAttention,
+        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+        _attention,
+        "attention",
+        biases=("in_proj_bias",),
+    ),
+)
+
+FAMILIES = tuple(dict.fromkeys(row.family for row in LAYERS))
+
+
+def row_of(cls: type) -> LayerRow | None:
+    """The row of a layer class, or None where its weights are not known."""
+    return next((row for row in LAYERS if row.matches(cls)), None)
+
+
+def layout_of(module: nn.Module, tensor: str, shape: torch.Size, options: LayoutOptions) -> Layout:
+    """How the tensor of that name in `module` is read as a matrix."""
+    row = row_of(type(module))
+    if row is not None and any(fnmatchcase(tensor, pattern) for pattern in row.weights):
+        return row.layout(module, tuple(shape), options)
+    return raw_layout(tuple(shape))

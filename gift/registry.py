@@ -1,0 +1,103 @@
+"""Recipes: how strategies, checks and actions remember their construction, and files name them.
+
+A recipe is the name of a registered class or function and the arguments it was called with. A file
+can name what is registered here and nothing else, with plain values, so loading one runs no
+foreign code.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import torch
+
+REGISTRY: dict[str, Callable[..., Any]] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def register(maker: F) -> F:
+    """Decorator: lets files name this strategy, check or action by its ``__name__``.
+
+    Raises:
+        ValueError: if another one has the name.
+    """
+    known = REGISTRY.get(maker.__name__)
+    if known is not None and (known.__module__, known.__qualname__) != (
+        maker.__module__,
+        maker.__qualname__,
+    ):
+        raise ValueError(f"the name {maker.__name__!r} is taken by {known.__module__}")
+    REGISTRY[maker.__name__] = maker
+    return maker
+
+
+def bound_arguments(maker: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included; containers are copied."""
+    signature = inspect.signature(maker)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            flat |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            flat["*"] = list(value)
+        else:
+            flat[name] = list(value) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def encode(value: Any, where: str = "") -> Any:
+    """A value as plain data; `where` says in errors where it stands.
+
+    Raises:
+        ValueError: for what no file can hold, such as a lambda.
+    """
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    name, init_paras = getattr(value, "recipe", (None, None))
+    if name is None or name not in REGISTRY:
+        raise ValueError(
+            f"{where or 'the strategy'} is {value!r}, which a file cannot name: use plain values, "
+            "the checks and actions of gift.factories, and strategies decorated with "
+            "gift.strategies.register_strategy"
+        )
+    return {"name": name, "init_paras": encode(init_paras, f"{where}{name}")}
+
+
+def decode(data: Any) -> Any:
+    """The value that `encode` made plain.
+
+    Raises:
+        ValueError: for names that are not registered, or arguments that do not fit.
+    """
+    if isinstance(data, list):
+        return [decode(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if set(data) != {"name", "init_paras"}:
+        return {key: decode(item) for key, item in data.items()}
+    name, init_paras = data["name"], data["init_paras"]
+    if not isinstance(name, str) or name not in REGISTRY:
+        close = get_close_matches(str(name), REGISTRY, n=3)
+        raise ValueError(
+            f"{name!r} is not registered, closest: {close}; a file can name these: "
+            f"{sorted(REGISTRY)}"
+        )
+    if not isinstance(init_paras, dict):
+        raise ValueError(f"init_paras of {name} is {init_paras!r}, expected a mapping")
+    keywords = {str(key): decode(item) for key, item in init_paras.items()}
+    positional = keywords.pop("*", [])
+    try:
+        inspect.signature(REGISTRY[name]).bind(*positional, **keywords)
+    except TypeError as error:
+        raise ValueError(f"init_paras of {name} do not fit: {error}") from error
+    return REGISTRY[name](*positional, **keywords)

@@ -1,0 +1,97 @@
+"""What a strategy did to a network, as plain data that prints as tables."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One module or parameter that one cap took.
+
+    Args:
+        cap: number of the cap, as in `Report.caps`.
+        name: dotted path of the module or parameter; empty for the network itself.
+        class_name: class of the module, before any adaptation.
+        what: what became of it.
+        trainable: trainable elements in it afterwards.
+        weight: elements of the tensors that were adapted.
+        delta: elements of the parameters that a method added for them.
+    """
+
+    cap: int
+    name: str
+    class_name: str
+    what: str
+    trainable: int
+    weight: int = 0
+    delta: int = 0
+
+
+@dataclass
+class Report:
+    """What a strategy did, or would do, to a network.
+
+    Args:
+        network: class of the network.
+        strategy: class of the strategy.
+        caps: what each cap is: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``.
+        claims: what the caps took, in the order in which they took it.
+        frozen: names of the parameters that were frozen because nothing matched them.
+        total_before, trainable_before, total_after, trainable_after: elements of all parameters.
+    """
+
+    network: str
+    strategy: str
+    caps: list[str] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    total_before: int = 0
+    trainable_before: int = 0
+    total_after: int = 0
+    trainable_after: int = 0
+
+    @property
+    def unmatched(self) -> list[str]:
+        """The caps that took nothing."""
+        taken = {claim.cap for claim in self.claims}
+        return [text for number, text in enumerate(self.caps) if number not in taken]
+
+    @property
+    def larger_than_weight(self) -> list[str]:
+        """Names of the layers whose delta has more parameters than the weight that it changes."""
+        return [claim.name for claim in self.claims if claim.delta > claim.weight]
+
+    def summary(self) -> str:
+        """Totals, and what each cap took."""
+        share = self.trainable_after / self.total_after if self.total_after else 0
+        taken = Counter(claim.cap for claim in self.claims)
+        trainable: Counter[int] = Counter()
+        for claim in self.claims:
+            trainable[claim.cap] += claim.trainable
+        rows = [[text, taken[n], f"{trainable[n]:,}"] for n, text in enumerate(self.caps)]
+        return (
+            f"{self.network}: {self.trainable_after:,} of {self.total_after:,} parameters are "
+            f"trainable ({share:.3%}); before, {self.trainable_before:,} of {self.total_before:,}\n"
+            + tabulate(rows, headers=["cap", "taken", "trainable"], disable_numparse=True)
+        )
+
+    def details(self, limit: int | None = None) -> str:
+        """Every claim, or the first `limit` of them."""
+        rows = [[c.cap, c.name, c.class_name, c.what, f"{c.trainable:,}"] for c in self.claims]
+        table = tabulate(
+            rows[:limit],
+            headers=["cap", "name", "class", "what", "trainable"],
+            disable_numparse=True,
+        )
+        more = len(rows) - len(rows[:limit])
+        return table + (f"\n... and {more} more (report.details() lists all)" if more else "")
+
+    def __str__(self) -> str:
+        parts = [self.summary(), self.details(limit=50)]
+        if self.frozen:
+            shown = ", ".join(self.frozen[:6]) + (", ..." if len(self.frozen) > 6 else "")
+            parts.append(f"frozen, as no cap took them: {len(self.frozen)} parameters ({shown})")
+        parts += [f"took nothing: {text}" for text in self.unmatched]
+        return "\n\n".join(parts)

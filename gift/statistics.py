@@ -1,0 +1,39 @@
+"""Norm layers whose running statistics stand still, whatever ``train()`` says."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gift.generated import Generated, Spec, change_class, contributes
+
+
+class FrozenStatistics(Generated):
+    """A norm layer that stays in evaluation mode, so that its running statistics do not move."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Remember the mode that was asked for: releasing the layer gives it back."""
+        self.__dict__["_gift_mode"] = mode
+        return super().train(False)  # type: ignore[misc]
+
+
+@contributes
+def _statistics_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    return ([FrozenStatistics] if spec.statistics else []), {}
+
+
+def freeze_statistics(module: nn.Module) -> int:
+    """Freeze the running statistics of all norm layers in `module`; gives their number."""
+    layers = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    for layer in layers:
+        mode = layer.training
+        change_class(layer, statistics=True)
+        layer.train(mode)
+    return len(layers)
+
+
+def release_statistics(module: nn.Module) -> None:
+    """Undo `freeze_statistics` for one layer: its mode is the last that was asked for."""
+    if "_gift_mode" in module.__dict__:
+        module.training = module.__dict__.pop("_gift_mode")
+        change_class(module, statistics=False)

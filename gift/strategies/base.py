@@ -1,0 +1,222 @@
+"""Caps, and the strategy that holds them."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from gift.factories.recorded import describe
+from gift.registry import bound_arguments, decode, encode, register
+
+
+class Cap(NamedTuple):
+    """Check, action, parameters.
+
+    Args:
+        check: called with ``(parent_module, current_name, global_name, class_name,
+            current_module)``, in a parameter cap also ``parameter_name, parameter``; tells whether
+            the action applies.
+        action: called with the same and ``**params``; or a strategy, which is then applied to what
+            the check matched.
+        params: keywords for the action.
+    """
+
+    check: Callable[..., bool]
+    action: "Callable[..., Any] | FineTuningStrategy"
+    params: dict[str, Any]
+
+    def __repr__(self) -> str:
+        params = f" with {self.params}" if self.params else ""
+        return f"{describe(self.check)} -> {describe(self.action)}{params}"
+
+
+CapLike = Cap | tuple[Callable[..., bool], Any] | tuple[Callable[..., bool], Any, Mapping[str, Any]]
+Types = type | Iterable[type]
+
+
+class FineTuningStrategy:
+    """A list of caps: which modules and parameters are changed, and how; all else is frozen.
+
+    For each module, from the network down, the first module cap that checks true claims it with all
+    below it. In a module that none claims, the first parameter cap that checks true takes each
+    parameter. What is claimed is left as the action leaves it; an action that does nothing keeps it
+    trainable. See `enable_fine_tuning`.
+
+    Args:
+        module_caps: for modules, ``(check, action)`` or ``(check, action, params)``.
+        para_caps: the same for parameters.
+        constraint_type: type or types; the network must be an instance of one of them.
+
+    Raises:
+        TypeError: if something is no cap or no type; all of them are named.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import FineTuningStrategy, enable_fine_tuning
+        >>> from gift.factories import ma_adapt, pa_train
+        >>> strategy = FineTuningStrategy(
+        ...     module_caps=[(lambda parent, name, path, cls, module: cls == "Linear",
+        ...                   ma_adapt("lora"), {"rank": 2})],
+        ...     para_caps=[(lambda *place: place[5] == "bias", pa_train())],
+        ... )
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        >>> report = enable_fine_tuning(net, strategy)
+        >>> [name for name, p in net.named_parameters() if p.requires_grad]
+        ['0.lora_B', '0.lora_A', '1.bias']
+    """
+
+    dry_run = False
+    """A strategy that only looks: the network is put back as it was."""
+
+    init_paras: dict[str, Any]
+    """The arguments that the strategy was constructed with."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        strategy = super().__new__(cls)
+        # A copy or a pickle calls this without arguments and brings `init_paras` along.
+        if args or kwargs or not _required(cls):
+            try:
+                strategy.init_paras = bound_arguments(cls, *args, **kwargs)
+            except TypeError:
+                strategy.init_paras = {}  # __init__ is about to say the same, and better
+        return strategy
+
+    def __init__(
+        self,
+        module_caps: Iterable[CapLike] = (),
+        para_caps: Iterable[CapLike] = (),
+        constraint_type: Types = (),
+    ) -> None:
+        problems: list[str] = []
+        self.module_caps = _caps("module_caps", module_caps, problems)
+        self.para_caps = _caps("para_caps", para_caps, problems)
+        types = (constraint_type,) if isinstance(constraint_type, type) else tuple(constraint_type)
+        problems += [f"constraint_type has {t!r}, no type" for t in types if type(t) is not type]
+        self.constraint_type: tuple[type, ...] = types
+        if problems:
+            raise TypeError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def register_module_cap(
+        self, check: Callable[..., bool], action: Any, params: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add a module cap after the present ones, to this strategy alone."""
+        self._register("module_caps", (check, action, params or {}))
+
+    def register_para_cap(
+        self, check: Callable[..., bool], action: Any, params: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add a parameter cap after the present ones, to this strategy alone."""
+        self._register("para_caps", (check, action, params or {}))
+
+    def _register(self, kind: str, cap: CapLike) -> None:
+        problems: list[str] = []
+        caps = _caps(kind, [cap], problems)
+        if problems:
+            raise TypeError(f"{type(self).__name__}: " + "; ".join(problems))
+        getattr(self, kind).extend(caps)
+        extra = self.init_paras.setdefault("registered", {"module_caps": [], "para_caps": []})
+        extra[kind].extend(caps)
+
+    @property
+    def recipe(self) -> tuple[str, dict[str, Any]]:
+        """The name and arguments under which a file can name the strategy."""
+        if "registered" in self.init_paras:
+            raise ValueError(
+                f"{type(self).__name__} has caps that were registered later; give all caps to the "
+                "constructor, or merge strategies, to save them"
+            )
+        return type(self).__name__, self.init_paras
+
+    def to_config(self) -> dict[str, Any]:
+        """The strategy as plain data, for `load_strategy_from_config`.
+
+        Raises:
+            ValueError: naming what no file can hold, such as a lambda.
+        """
+        return encode(self)
+
+    def save_init_paras(self, path: str | Path) -> None:
+        """Write the construction of the strategy as YAML.
+
+        Raises:
+            ValueError: naming what no file can hold, such as a lambda; nothing is written then.
+            ImportError: without PyYAML.
+        """
+        text = _yaml().safe_dump(self.to_config(), sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={describe(v)}" for k, v in self.init_paras.items())
+        return f"{type(self).__name__}({shown})"
+
+
+def _required(cls: type) -> bool:
+    parameters = inspect.signature(cls).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in kinds for p in parameters)
+
+
+def _caps(kind: str, caps: Iterable[CapLike], problems: list[str]) -> list[Cap]:
+    made = []
+    for index, cap in enumerate(caps):
+        parts = tuple(cap) if isinstance(cap, tuple | list) else ()
+        params = parts[2] if len(parts) == 3 else {}
+        if len(parts) not in (2, 3):
+            problems.append(f"{kind}[{index}] is {cap!r}, expected (check, action[, params])")
+        elif not callable(parts[0]):
+            problems.append(f"{kind}[{index}]: the check is {parts[0]!r}, expected a callable")
+        elif not (callable(parts[1]) or isinstance(parts[1], FineTuningStrategy)):
+            problems.append(
+                f"{kind}[{index}]: the action is {parts[1]!r}, expected a callable or a strategy"
+            )
+        elif not isinstance(params, Mapping):
+            problems.append(f"{kind}[{index}]: params is {params!r}, expected a dict")
+        else:
+            made.append(Cap(parts[0], parts[1], dict(params)))
+    return made
+
+
+def register_strategy(cls: type[FineTuningStrategy]) -> type[FineTuningStrategy]:
+    """Class decorator: lets files name this strategy."""
+    return register(cls)
+
+
+register_strategy(FineTuningStrategy)
+
+
+def load_strategy_from_config(config: str | Path | Mapping[str, Any]) -> FineTuningStrategy:
+    """The strategy that a file or mapping describes.
+
+    Only registered strategies, checks and actions can be named, with plain values: loading runs no
+    code of the file's.
+
+    Args:
+        config: a YAML file written by `FineTuningStrategy.save_init_paras`, or its content.
+
+    Raises:
+        ValueError: if it is no such description, or names what is not registered.
+        FileNotFoundError: if there is no such file.
+    """
+    if isinstance(config, Mapping):
+        data: Any = dict(config)
+    else:
+        yaml = _yaml()
+        try:
+            data = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{config} is not plain YAML: {error}") from error
+    if not isinstance(data, dict) or set(data) != {"name", "init_paras"}:
+        keys = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"expected a mapping with 'name' and 'init_paras', found {keys}")
+    strategy = decode(data)
+    if not isinstance(strategy, FineTuningStrategy):
+        raise ValueError(f"{data['name']!r} is a {type(strategy).__name__}, expected a strategy")
+    return strategy
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError('strategies as files need PyYAML: pip install "gift[yaml]"') from error
+    return yaml

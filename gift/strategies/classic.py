@@ -1,0 +1,58 @@
+"""The classic recipes: everything, nothing, or a new head."""
+
+from gift.factories import (
+    ma_freeze,
+    ma_replace_head,
+    ma_train,
+    mc_any,
+    mc_last_linear,
+    mc_path,
+)
+from gift.strategies.base import FineTuningStrategy, register_strategy
+
+
+@register_strategy
+class FullFineTuningStrategy(FineTuningStrategy):
+    """Train every parameter of the network as it is."""
+
+    def __init__(self) -> None:
+        super().__init__([(mc_any(), ma_train())])
+
+
+@register_strategy
+class FreezeStrategy(FineTuningStrategy):
+    """Freeze every parameter of the network.
+
+    Args:
+        statistics: also keep norm layers in evaluation mode, so that their running statistics
+            stand still.
+    """
+
+    def __init__(self, statistics: bool = False) -> None:
+        super().__init__([(mc_any(), ma_freeze(statistics=statistics))])
+
+
+@register_strategy
+class HeadReplacementStrategy(FineTuningStrategy):
+    """Give the network a new head for another number of classes, train that, freeze the rest.
+
+    Args:
+        num_classes: outputs of the new head.
+        head_name: dotted path of the layer to replace, ``fc``; None finds the last linear layer.
+
+    Raises:
+        ValueError: if `num_classes` is below 1.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import HeadReplacementStrategy
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))
+        >>> report = enable_fine_tuning(net, HeadReplacementStrategy(num_classes=4))
+        >>> [tuple(p.shape) for p in net.parameters()]
+        [(4, 16), (4,)]
+    """
+
+    def __init__(self, num_classes: int, head_name: str | None = None) -> None:
+        head = mc_last_linear() if head_name is None else mc_path(head_name)
+        super().__init__([(head, ma_replace_head(num_classes))])

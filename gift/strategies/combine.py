@@ -1,0 +1,131 @@
+"""Strategies made of strategies."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gift.strategies.base import Cap, CapLike, FineTuningStrategy, register_strategy
+
+
+@register_strategy
+class MergedStrategy(FineTuningStrategy):
+    """The caps of several strategies in their order, then more; see `merge_strategies`."""
+
+    def __init__(
+        self,
+        strategies: Iterable[FineTuningStrategy],
+        module_caps: Iterable[CapLike] = (),
+        para_caps: Iterable[CapLike] = (),
+    ) -> None:
+        parts = list(strategies)
+        wrong = [part for part in parts if not isinstance(part, FineTuningStrategy)]
+        if wrong or not parts:
+            raise TypeError(f"expected strategies to merge, got {wrong or 'none'}")
+        super().__init__(
+            [cap for part in parts for cap in part.module_caps] + list(module_caps),
+            [cap for part in parts for cap in part.para_caps] + list(para_caps),
+            _common_types(parts),
+        )
+
+
+def merge_strategies(
+    strategies: Iterable[FineTuningStrategy],
+    module_caps: Iterable[CapLike] = (),
+    para_caps: Iterable[CapLike] = (),
+) -> MergedStrategy:
+    """One strategy with the caps of several, in their order, and additional ones after them.
+
+    Args:
+        strategies: at least one.
+        module_caps: additional caps for modules.
+        para_caps: additional caps for parameters.
+
+    Raises:
+        ValueError: if no network could be an instance of a type that each strategy accepts.
+    """
+    return MergedStrategy(list(strategies), list(module_caps), list(para_caps))
+
+
+def _common_types(strategies: list[FineTuningStrategy]) -> tuple[type, ...]:
+    common: tuple[type, ...] = ()
+    for strategy in strategies:
+        mine = strategy.constraint_type
+        if not common or not mine:
+            common = common or mine
+            continue
+        narrower = [a if issubclass(a, b) else b for a in common for b in mine
+                    if issubclass(a, b) or issubclass(b, a)]  # fmt: skip
+        if not narrower:
+            names = [[t.__name__ for t in types] for types in (common, mine)]
+            raise ValueError(
+                f"the strategies accept no common network: some want {names[0]}, "
+                f"{type(strategy).__name__} wants {names[1]}"
+            )
+        common = tuple(dict.fromkeys(narrower))
+    return common
+
+
+@register_strategy
+class DebugStrategy(FineTuningStrategy):
+    """Prints what each check of a strategy matches, and which cap would claim it; changes nothing.
+
+    Args:
+        strategy: the strategy to look at.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import DebugStrategy, LoRAAllFineTuningStrategy
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        >>> report = enable_fine_tuning(net, DebugStrategy(LoRAAllFineTuningStrategy()))
+        module cap 0 claims 0 (Linear): mc_layer() -> ma_adapt(method='lora')
+        >>> type(net[0]) is nn.Linear
+        True
+    """
+
+    dry_run = True
+
+    def __init__(self, strategy: FineTuningStrategy) -> None:
+        if not isinstance(strategy, FineTuningStrategy):
+            raise TypeError(f"expected a strategy, got {strategy!r}")
+        super().__init__(
+            _printing("module", strategy.module_caps),
+            _printing("parameter", strategy.para_caps),
+            strategy.constraint_type,
+        )
+
+
+def _printing(kind: str, caps: list[Cap]) -> list[CapLike]:
+    # One cap stands for all of the strategy's, so that the checks after the first match run too.
+    return [(_PrintingCheck(kind, caps), _nothing)] if caps else []
+
+
+def _nothing(*place: Any) -> None:
+    pass
+
+
+class _PrintingCheck:
+    def __init__(self, kind: str, caps: list[Cap]) -> None:
+        self.kind = kind
+        self.caps = caps
+
+    def bind(self, network: Any) -> "_PrintingCheck":
+        bound = [cap._replace(check=bind(cap.check, network)) for cap in self.caps]
+        return _PrintingCheck(self.kind, bound)
+
+    def __call__(self, *place: Any) -> bool:
+        claimed = False
+        for number, cap in enumerate(self.caps):
+            if cap.check(*place):
+                verb = "would also match" if claimed else "claims"
+                path = ".".join(part for part in (place[2], *place[5:6]) if part)
+                print(
+                    f"{self.kind} cap {number} {verb} {path or 'the network'} ({place[3]}): {cap}"
+                )
+                claimed = True
+        return claimed
+
+
+def bind(part: Callable[..., Any], network: Any) -> Callable[..., Any]:
+    """The check or action for that network, if it must know it."""
+    bound = getattr(part, "bind", None)
+    return part if bound is None else bound(network)

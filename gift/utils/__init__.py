@@ -1,0 +1,1 @@
+"""Helpers around networks: what is trainable, and how it prints."""

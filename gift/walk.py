@@ -1,0 +1,229 @@
+"""Applying the caps of a strategy to a network, from the network down."""
+
+import re
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from gift.adapted import Adapter, adapters_of, install
+from gift.factories.recorded import Recorded
+from gift.generated import plain_class
+from gift.iterator import ModuleIterator
+from gift.methods import AdaptationError
+from gift.report import Claim
+from gift.strategies.base import Cap, FineTuningStrategy
+from gift.strategies.combine import bind
+
+Place = tuple[nn.Module | None, str, str, str, nn.Module]
+Caps = tuple[list[Cap], list[Cap]]
+
+
+class Walk:
+    """One pass over a network.
+
+    Args:
+        network: the network.
+        strategy: whose caps are applied.
+    """
+
+    def __init__(self, network: nn.Module, strategy: FineTuningStrategy) -> None:
+        self.network = network
+        self.claims: list[Claim] = []
+        self.problems: list[str] = []
+        self.kept: set[int] = set()  # parameters that caps took, by identity
+        self.done: dict[int, nn.Module | None] = {}  # claimed modules, and what stands there now
+        caps = self._caps_for(strategy, network)
+        self._visit(caps, (None, "", "", _class_name(network), network), None)
+        self._tie()
+
+    def _caps_for(self, strategy: FineTuningStrategy, module: nn.Module) -> Caps:
+        types = strategy.constraint_type
+        if types and not isinstance(module, types):
+            raise TypeError(
+                f"{type(strategy).__name__} is for {' or '.join(t.__name__ for t in types)}, "
+                f"the network is {_class_name(module)}"
+            )
+
+        def bound(caps: Iterable[Cap]) -> list[Cap]:
+            return [
+                Cap(bind(c.check, self.network), bind(c.action, self.network), c.params)  # type: ignore[arg-type]
+                for c in caps
+            ]
+
+        return bound(strategy.module_caps), bound(strategy.para_caps)
+
+    def _visit(self, caps: Caps, place: Place, top: int | None) -> None:
+        """One module and all below it; `top` is the cap to which nested claims are credited."""
+        parent, name, _, _, module = place
+        if id(module) in self.done:
+            self._put_replacement(parent, name, module)
+            return
+        module_caps, para_caps = caps
+        for number, cap in enumerate(module_caps):
+            if cap.check(*place):
+                self._claim(cap, place, number if top is None else top)
+                return
+        for parameter_name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) not in self.kept:
+                self._offer(para_caps, len(module_caps), (*place, parameter_name, parameter), top)
+        for child_name, path, class_name, child, _ in list(ModuleIterator(module, place[2])):
+            self._visit(caps, (module, child_name, path, class_name, child), top)
+
+    def _put_replacement(self, parent: nn.Module | None, name: str, module: nn.Module) -> None:
+        replacement = self.done[id(module)]
+        if parent is not None and replacement is not None and replacement is not module:
+            parent._modules[name] = replacement
+
+    def _claim(self, cap: Cap, place: Place, number: int) -> None:
+        parent, name, path, class_name, module = place
+        if isinstance(cap.action, FineTuningStrategy):
+            self._visit(self._caps_for(cap.action, module), place, number)
+            return
+        self._run(cap, place, path)
+        now = module if parent is None else parent._modules.get(name)
+        self.done[id(module)] = now
+        if now is not None:
+            self.done |= {id(part): part for part in now.modules()}
+            self.kept |= {id(parameter) for parameter in nn.Module.parameters(now)}
+            self.claims.append(_claim_of(number, path, class_name, now, module))
+
+    def _offer(
+        self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None
+    ) -> None:  # fmt: skip
+        *_, module, name, parameter = place
+        for number, cap in enumerate(caps):
+            if not cap.check(*place):
+                continue
+            number = offset + number if top is None else top
+            path = f"{place[2]}.{name}".lstrip(".")
+            self.kept.add(id(parameter))
+            if isinstance(cap.action, FineTuningStrategy):
+                self._offer(self._caps_for(cap.action, module)[1], 0, place, number)
+                return
+            self._run(cap, place, path)
+            self.claims.append(_parameter_claim(number, path, place[3], module, name))
+            return
+
+    def _run(self, cap: Cap, place: tuple[Any, ...], path: str) -> None:
+        try:
+            cap.action(*place, **cap.params)  # type: ignore[operator]
+        except AdaptationError as error:  # all of these are collected
+            self.problems.append(f"{path or 'the network'} ({place[3]}): {error}")
+        except Exception as error:
+            error.add_note(f"raised by the action of {cap!r} on {path or 'the network'}")
+            raise
+
+    def _tie(self) -> None:
+        """One delta for each tensor: whoever else holds an adapted tensor reads the same delta."""
+        owners: dict[int, tuple[nn.Module, str]] = {}
+        for path, module in self.network.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and name in adapters_of(module):
+                    owners.setdefault(id(parameter), (module, name))
+        if not owners:
+            return
+        for path, module in self.network.named_modules():
+            for name, parameter in list(module._parameters.items()):
+                owner, tensor = owners.get(id(parameter), (module, name))
+                if (owner, tensor) != (module, name):
+                    self._share(owner, tensor, module, name, f"{path}.{name}".lstrip("."))
+
+    def _share(
+        self, owner: nn.Module, tensor: str, module: nn.Module, name: str, path: str
+    ) -> None:  # fmt: skip
+        adapter, second = adapters_of(owner)[tensor], adapters_of(module).get(name)
+        if second is not None:
+            if second.method != adapter.method:
+                self.problems.append(
+                    f"{path} is tied to a tensor that is adapted by {adapter.method}, and was to "
+                    f"be adapted by {second.method}; one tensor takes one"
+                )
+                return
+            for added in second.names.values():
+                del module._parameters[added]
+        shared = Adapter(adapter.method, adapter.options, adapter.names, adapter.layout, owner)
+        install(module, name, shared)
+
+
+def _class_name(module: nn.Module) -> str:
+    return plain_class(type(module)).__name__
+
+
+def size_of(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of elements, tied ones once; a lazy parameter has none yet."""
+    unique = {id(p): p for p in parameters}
+    return sum(0 if is_lazy(p) else p.numel() for p in unique.values())
+
+
+def _claim_of(number: int, path: str, class_name: str, now: nn.Module, old: nn.Module) -> Claim:
+    parameters = list(nn.Module.parameters(now))
+    trainable = size_of(p for p in parameters if p.requires_grad)
+    adapted: dict[str, list[str]] = {}
+    weight = delta = 0
+    for part_path, part in now.named_modules():
+        for tensor, adapter in adapters_of(part).items():
+            adapted.setdefault(str(adapter.method), []).append(f"{part_path}.{tensor}".lstrip("."))
+            weight += _elements(adapter)
+            delta += size_of(part._parameters[n] for n in adapter.names.values())  # type: ignore[misc]
+    if now is not old:
+        what = f"replaced by {_class_name(now)}"
+    elif adapted:
+        what = "; ".join(f"{method} on {_some(tensors)}" for method, tensors in adapted.items())
+    else:
+        what = "trained" if trainable else "frozen"
+    return Claim(number, path, class_name, what, trainable, weight, delta)
+
+
+def _parameter_claim(
+    number: int, path: str, class_name: str, module: nn.Module, name: str
+) -> Claim:  # fmt: skip
+    adapter = adapters_of(module).get(name)
+    if adapter is None:
+        parameter = module._parameters.get(name)
+        trained = parameter is not None and parameter.requires_grad
+        trainable = size_of([parameter]) if trained else 0  # type: ignore[list-item]
+        return Claim(number, path, class_name, "trained" if trained else "frozen", trainable)
+    delta = size_of(module._parameters[n] for n in adapter.names.values())  # type: ignore[misc]
+    return Claim(number, path, class_name, str(adapter.method), delta, _elements(adapter), delta)
+
+
+def _elements(adapter: Adapter) -> int:
+    size = 1
+    for length in adapter.layout.shape if adapter.layout is not None else (2**62,):
+        size *= length
+    return size
+
+
+def _some(tensors: list[str]) -> str:
+    return ", ".join(tensors[:4]) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
+
+
+def closest_names(check: Callable[..., Any], network: nn.Module) -> list[str]:
+    """Names in the network that are close to those that a check looks for."""
+    wanted = set(_strings(check))
+    known: set[str] = set()
+    for path, module in network.named_modules():
+        known |= {path, path.rpartition(".")[2], _class_name(module)}
+        known |= {name for name in module._parameters}
+    close = {
+        match for text in wanted for match in get_close_matches(text, known - {""}, n=3, cutoff=0.5)
+    }
+    return sorted(close)[:6]
+
+
+def _strings(check: Any) -> Iterable[str]:
+    """The strings in a check's recipe, or in the code of a function."""
+    if isinstance(check, str):
+        yield from filter(None, re.split(r"[*?\\|()]", check))
+    elif isinstance(check, Recorded):
+        yield from _strings(check.recipe[1])
+    elif isinstance(check, dict):
+        yield from _strings(list(check.values()))
+    elif isinstance(check, list | tuple | set | frozenset):
+        for item in check:
+            yield from _strings(item)
+    elif hasattr(check, "__code__"):
+        yield from _strings(list(check.__code__.co_consts))
