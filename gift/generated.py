@@ -46,7 +46,8 @@ class Generated:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds a class by its name, and the generated one has the plain one's name: pickle
         # the plain class, and generate the other again.
-        rebuild, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        rebuild, args, *rest = reduced
         plain = plain_class(type(self))
         args = tuple(plain if arg is type(self) else arg for arg in args)
         rebuild = plain if rebuild is type(self) else rebuild

@@ -98,34 +98,34 @@ def raw_layout(shape: tuple[int, ...]) -> Layout:
     return _plain(shape, (axes[0], math.prod(axes[1:])))
 
 
-def _matrix(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+def _matrix(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
     """Rows are the first axis: Linear, Bilinear, recurrent layers."""
     return _plain(shape, (shape[0], math.prod(shape[1:])))
 
 
-def _lookup(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+def _lookup(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
     """Rows are entries that are looked up. A factor per row that starts at zero then leaves the
     padding row exactly as it is, and a tied output layer sees the same matrix.
     """
     return _plain(shape, shape, input_axis=-2)
 
 
-def _transposed(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+def _transposed(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
     """``(in, out)``, as in the ``Conv1D`` of transformers."""
     return Layout(shape, shape, (1, 0), (shape[1], shape[0]))
 
 
-def _attention(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+def _attention(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
     packed = shape[0] == 3 * module.embed_dim
     if options.split_qkv and packed:
         return _plain(shape, (3, shape[0] // 3, shape[1]))
     return _plain(shape, shape)
 
 
-def _conv(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+def _conv(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
     """``(out, in / groups, *kernel)``; transposed ``(in, out / groups, *kernel)``."""
     first, second, *kernel = shape
-    groups: int = module.groups  # type: ignore[assignment]
+    groups = module.groups
     n_rows = len(kernel) // 2 if options.conv_layout == "balanced" else 0
     into_rows, into_columns = math.prod(kernel[:n_rows]), math.prod(kernel[n_rows:])
     rows, columns = first // groups, second
@@ -133,7 +133,7 @@ def _conv(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> 
     if isinstance(module, _ConvTransposeNd):
         rows, columns = columns, rows
         order[1], order[2] = 2, 1
-    matrix = (rows * into_rows, columns * into_columns)
+    matrix: tuple[int, ...] = (rows * into_rows, columns * into_columns)
     if groups > 1:
         matrix = (groups, *matrix)
     return Layout(shape, (groups, first // groups, second, *kernel), tuple(order), matrix)
@@ -174,6 +174,7 @@ class DenseGradient:
 
     @property
     def sparse(self) -> bool:
+        """Never, while the table is adapted."""
         return False
 
     @sparse.setter
@@ -196,18 +197,17 @@ class LayerRow:
 
     kind: type[nn.Module] | str
     weights: tuple[str, ...]
-    layout: Callable[[nn.Module, tuple[int, ...], LayoutOptions], Layout]
+    layout: Callable[[Any, tuple[int, ...], LayoutOptions], Layout]
     family: str
     biases: tuple[str, ...] = ("bias",)
     mixin: type | None = None
 
     def matches(self, cls: type) -> bool:
         """Whether `cls` is this type of layer or a subclass of it."""
-        kind = self.kind
-        if isinstance(kind, str):
-            package, _, name = kind.rpartition(".")
-            kind = getattr(sys.modules.get(package), name, type(None))
-        return issubclass(cls, kind)
+        if isinstance(self.kind, type):
+            return issubclass(cls, self.kind)
+        package, _, name = self.kind.rpartition(".")
+        return issubclass(cls, getattr(sys.modules.get(package), name, ()))
 
     def names(self, module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         """The tensors of `module` that any of the patterns names.

@@ -1,14 +1,15 @@
 """What a network gains while it is being fine-tuned: it shows its trained parameters only."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapted import adapters_of, settings_misfits, settings_of
+from gift.adapter import adapters_of, settings_of
 from gift.generated import Generated, Spec, change_class, contributes
 from gift.report import Report
 from gift.transaction import Undo
@@ -26,7 +27,8 @@ class NetworkRecord:
         keeps_base: whether the way back has the values of what is trained in place.
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
         only_trainable_state: whether ``state_dict()`` gives these and buffers only.
-        loading: while a state is being loaded, its prefix and keys.
+        loading: of the state that is being loaded, the prefix and the keys.
+        rehearsing: whether that is only tried.
     """
 
     chosen: set[str]
@@ -35,7 +37,8 @@ class NetworkRecord:
     keeps_base: bool = True
     only_trainable_parameters: bool = True
     only_trainable_state: bool = True
-    loading: list[str] = field(default_factory=list)
+    loading: tuple[str, Set[str]] = ("", frozenset())
+    rehearsing: bool = False
 
 
 class FineTunedNetwork(Generated):
@@ -63,9 +66,9 @@ class FineTunedNetwork(Generated):
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
         if self._gift_network.only_trainable_state:
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            for name in frozen_names(self):  # type: ignore[arg-type]
+            for name in frozen_names(self):
                 state.pop(prefix + name, None)
-            _describe_deltas(self, state, prefix)  # type: ignore[arg-type]
+            _describe_deltas(self, state, prefix)
         return state
 
     def load_state_dict(
@@ -74,42 +77,68 @@ class FineTunedNetwork(Generated):
         """Load trained parameters and buffers, or a whole checkpoint of the base.
 
         Raises:
-            RuntimeError: naming every key that is missing, unknown or of another shape or method;
-                nothing is loaded then.
+            RuntimeError: naming every key that is missing, unknown, of another shape, or trained
+                with other settings; nothing is loaded then.
         """
-        problems = _problems(self, state_dict, strict)  # type: ignore[arg-type]
-        if problems:
-            raise RuntimeError(
-                f"the state does not fit this fine-tuned {type(self).__name__}, "
-                "nothing was loaded:\n  " + "\n  ".join(problems)
-            )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)  # type: ignore[misc]
+        record = self._gift_network
+        record.rehearsing = True
+        try:
+            super().load_state_dict(_rehearsal(self, state_dict), strict)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise RuntimeError(f"nothing was loaded. {error}") from None
+        finally:
+            record.rehearsing = False
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool,
-        missing: list[str], unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        # Here and in the hook below when a bigger module loads its state: the network's own
-        # `load_state_dict` is not called then.
-        inner = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        problems = _misfits(self, inner)  # type: ignore[arg-type]
-        if problems:
-            errors += problems
-            for key in [k for k in state_dict if k.startswith(prefix)]:
-                del state_dict[key]
-        self._gift_network.loading = [prefix, *inner]
-        super()._load_from_state_dict(  # type: ignore[misc]
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # Also called when a bigger module loads its state, which passes `load_state_dict` by.
+        keys: Set[str] = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        self._gift_network.loading = (prefix, keys)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 
-def loaded(network: nn.Module, incompatible: Any) -> None:
-    """Hook after loading: nobody misses the frozen tensors that a saved delta does not have."""
-    record: NetworkRecord = network._gift_network  # type: ignore[assignment]
-    if record.loading:
-        prefix, *keys = record.loading
-        record.loading = []
-        _settle(incompatible.missing_keys, network, prefix, dict.fromkeys(keys))
+def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state with the network's own values: loading it tells all that is wrong with the keys and
+    shapes, in torch's own way with its hooks and old versions, and changes nothing.
+    """
+    if not isinstance(state_dict, Mapping):
+        return state_dict  # torch says what it expected
+    record: NetworkRecord = network._gift_network
+    only, record.only_trainable_state = record.only_trainable_state, False
+    own = network.state_dict()
+    record.only_trainable_state = only
+    rehearsal = OrderedDict(state_dict)
+    for key, value in rehearsal.items():
+        if _shape(value) is not None and _shape(value) == _shape(own.get(key)):
+            rehearsal[key] = own[key]
+    if hasattr(state_dict, "_metadata"):
+        rehearsal._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return rehearsal
+
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) and not is_lazy(value) else None
+
+
+def _loaded(network: Any, incompatible: Any) -> None:
+    """Hook after loading: what a saved delta rightly lacks is not missing, and a new base is the
+    base from then on.
+    """
+    record: NetworkRecord = network._gift_network
+    prefix, keys = record.loading
+    absent = set(frozen_names(network))
+    deltas = delta_names(network)
+    whole_base = bool(absent) and absent <= keys and not deltas & keys
+    if whole_base:
+        absent = deltas
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if key.removeprefix(prefix) not in absent]
+    if whole_base and not record.rehearsing:
+        record.undo.refresh_values()
+        for module in network.modules():
+            for tensor, adapter in adapters_of(module).items():
+                if adapter.is_on_meta(module):
+                    adapter.reset(module, tensor)
 
 
 @contributes
@@ -155,17 +184,17 @@ def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[
             yield name, parameter
 
 
-def frozen_names(network: nn.Module) -> list[str]:
+def frozen_names(network: Any) -> list[str]:
     """Names of the parameters that are not trained, including the second names of tied ones."""
-    chosen = network._gift_network.chosen  # type: ignore[union-attr,operator]
+    chosen = network._gift_network.chosen
     return [
         name
         for name, p in network.named_parameters(remove_duplicate=False)
-        if not p.requires_grad and name not in chosen  # type: ignore[operator]
+        if not p.requires_grad and name not in chosen
     ]
 
 
-def delta_names(network: nn.Module) -> set[str]:
+def delta_names(network: Any) -> set[str]:
     """Names of the parameters that methods added."""
     return {
         f"{path}.{name}".lstrip(".")
@@ -176,71 +205,7 @@ def delta_names(network: nn.Module) -> set[str]:
     }
 
 
-def _all_tensors(network: nn.Module) -> dict[str, Any]:
-    """All that a state of the network can hold: parameters, persistent buffers, extra states."""
-    record: NetworkRecord = network._gift_network  # type: ignore[assignment]
-    only, record.only_trainable_state = record.only_trainable_state, False
-    try:
-        return OrderedDict(network.state_dict(keep_vars=True))
-    finally:
-        record.only_trainable_state = only
-
-
-def _misfits(network: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """Shapes, and methods where the state tells them, that are not the network's."""
-    have = _all_tensors(network)
-    problems = []
-    for key, value in state.items():
-        expected, found = _shape(have.get(key)), _shape(value)
-        if expected is not None and found is not None and expected != found:
-            problems.append(f"{key} has shape {found}, expected {expected}")
-    return problems
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) and not is_lazy(value) else None
-
-
-def _problems(network: nn.Module, state: Mapping[str, Any], strict: bool) -> list[str]:
-    if not isinstance(state, Mapping):
-        raise TypeError(f"expected a state dict, got {type(state).__name__}")
-    problems = _misfits(network, state)
-    told = getattr(state, "_metadata", None) or {}
-    for path, module in network.named_modules():
-        problems += settings_misfits(module, path, told.get(path, {}))
-    if not strict:
-        return problems
-    have = _all_tensors(network)
-    frozen = set(frozen_names(network))
-    expected = [key for key in have if key not in frozen]
-    if _is_whole_base(network, state):
-        expected = [key for key in have if key not in delta_names(network)]
-    problems += [f"{key} is missing" for key in expected if key not in state]
-    problems += [f"{key} is unknown" for key in state if key not in have]
-    return problems
-
-
-def _is_whole_base(network: nn.Module, keys: Mapping[str, Any]) -> bool:
-    """Whether these are keys of the network as it was before, without any delta."""
-    frozen = frozen_names(network)
-    deltas = delta_names(network)
-    return bool(frozen) and all(n in keys for n in frozen) and not any(n in keys for n in deltas)
-
-
-def _settle(missing: list[str], network: nn.Module, prefix: str, keys: Mapping[str, Any]) -> None:
-    """After loading: what was rightly absent is not missing, and a new base is the base."""
-    allowed = set(frozen_names(network))
-    if _is_whole_base(network, keys):
-        allowed = delta_names(network)
-        network._gift_network.undo.refresh_values()  # type: ignore[union-attr]
-        for module in network.modules():
-            for tensor, adapter in adapters_of(module).items():
-                if adapter.is_on_meta(module):
-                    adapter.reset(module, tensor)
-    missing[:] = [key for key in missing if key.removeprefix(prefix) not in allowed]
-
-
-def _describe_deltas(network: nn.Module, state: Any, prefix: str) -> None:
+def _describe_deltas(network: Any, state: Any, prefix: str) -> None:
     """Say in the state's metadata with which settings each delta was trained."""
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
@@ -253,7 +218,7 @@ def install_record(network: nn.Module, record: NetworkRecord) -> None:
     """Make `network` show its trained parameters only."""
     network.__dict__["_gift_network"] = record
     change_class(network, network=True)
-    network.register_load_state_dict_post_hook(loaded)
+    network.register_load_state_dict_post_hook(_loaded)
 
 
 def remove_record(network: nn.Module) -> NetworkRecord:
@@ -261,6 +226,6 @@ def remove_record(network: nn.Module) -> NetworkRecord:
     record: NetworkRecord = network.__dict__.pop("_gift_network")
     change_class(network, network=False)
     for key, hook in list(network._load_state_dict_post_hooks.items()):
-        if hook is loaded:
+        if hook is _loaded:
             del network._load_state_dict_post_hooks[key]
     return record

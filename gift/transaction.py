@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapted import release_tensors
+from gift.adapt import release_tensors
 from gift.generated import plain_class
 from gift.statistics import release_statistics
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapted import Adapter, adapters_of, install
+from gift.adapt import install
+from gift.adapter import Adapter, adapters_of
 from gift.factories.recorded import Recorded
 from gift.generated import plain_class
 from gift.iterator import ModuleIterator

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from gift.adapted import adapt_module, adapt_tensor
+from gift.adapt import adapt_module, adapt_tensor
 from gift.factories.recorded import Recorded, recorded
 from gift.generated import plain_class
 from gift.layers import LayoutOptions
@@ -31,6 +31,7 @@ class Action(Recorded):
         self.prepare = prepare
 
     def __call__(self, *place: Any, **params: Any) -> None:
+        """Act on what stands at `place`."""
         if self.act is None:
             raise RuntimeError(f"{self!r} needs the whole network: use it as the action of a cap")
         self.act(*place, **params)
@@ -131,13 +132,13 @@ def ma_replace(replacement: nn.Module | Callable[[nn.Module], nn.Module]) -> Act
             old one.
     """
 
-    def act(*place: Any) -> None:
-        old = place[4]
+    def make(old: nn.Module) -> nn.Module:
         if isinstance(replacement, nn.Module):
-            new = copy.deepcopy(replacement)
-        else:
-            new = replacement(old)
-        _replace(place, new)
+            return copy.deepcopy(replacement)
+        return replacement(old)
+
+    def act(*place: Any) -> None:
+        _replace(place, make(place[4]))
 
     return Action(act)
 
@@ -176,12 +177,14 @@ def _replace(place: tuple[Any, ...], new: nn.Module) -> None:
 
 def _new_head(old: nn.Module, num_classes: int) -> nn.Module:
     weight = next(nn.Module.parameters(old), None)
-    like = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+    like: dict[str, Any] = (
+        {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+    )
     bias = getattr(old, "bias", None) is not None
     if isinstance(old, nn.Linear):
-        return nn.Linear(old.in_features, num_classes, bias, **like)  # type: ignore[arg-type]
+        return nn.Linear(old.in_features, num_classes, bias, **like)
     if isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1) and old.groups == 1:
-        return nn.Conv2d(old.in_channels, num_classes, 1, bias=bias, **like)  # type: ignore[arg-type]
+        return nn.Conv2d(old.in_channels, num_classes, 1, bias=bias, **like)
     raise ValueError(
         f"{plain_class(type(old)).__name__} is no head that gift can replace: expected nn.Linear "
         "or a 1x1 nn.Conv2d; name the right layer, or use ma_replace"
@@ -195,5 +198,6 @@ def _tell_number_of_classes(network: nn.Module, num_classes: int) -> None:
     config = vars(network).get("config")
     if hasattr(config, "num_labels"):
         # A copy, so that the network gets its own configuration back when it is restored.
-        network.config = copy.deepcopy(config)
-        network.config.num_labels = num_classes  # type: ignore[union-attr]
+        config = copy.deepcopy(config)
+        config.num_labels = num_classes  # type: ignore[union-attr]
+        vars(network)["config"] = config

@@ -35,6 +35,7 @@ class Check(Recorded):
         self.prepare = prepare
 
     def __call__(self, *place: Any) -> bool:
+        """Whether what stands at `place` matches."""
         if self.test is None:
             raise RuntimeError(f"{self!r} needs the whole network: use it as the check of a cap")
         return bool(self.test(*place))

@@ -146,8 +146,8 @@ def _side_path(input: Tensor, output: Tensor, module: Any) -> Tensor:
     """The output plus ``s B A dropout(input)``, in the delta's dtype, rounded once."""
     method, parameters = module._gift_adapters["weight"].delta_of(module)
     a, b = parameters["lora_A"], parameters["lora_B"]
-    if method.lora_dropout:
-        input = F.dropout(input, method.lora_dropout, module.training)
+    if module.training and method.lora_dropout:
+        input = F.dropout(input, method.lora_dropout)
     hidden = F.linear(input.to(a.dtype), a)
     return (output + F.linear(hidden, method.scaled(b))).to(output.dtype)
 

@@ -72,6 +72,7 @@ class FineTuningStrategy:
     """The arguments that the strategy was constructed with."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments of the construction."""
         strategy = super().__new__(cls)
         # A copy or a pickle calls this without arguments and brings `init_paras` along.
         if args or kwargs or not _required(cls):

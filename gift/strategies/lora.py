@@ -43,7 +43,10 @@ class _LoRAStrategy(FineTuningStrategy):
         super().__init__(caps)
 
 
-_ARGS = """
+@register_strategy
+class LoRAAllFineTuningStrategy(_LoRAStrategy):
+    """LoRA on every layer whose weights gift knows; see `gift.methods.LoRA`.
+
     The network's output stays bit for bit what it was until the first training step. All other
     parameters are frozen.
 
@@ -53,8 +56,8 @@ _ARGS = """
         lora_alpha: the update is scaled by ``lora_alpha / rank``; None means `rank`, no scaling.
         lora_dropout: probability with which inputs of the update are dropped while training.
         train_bias: also train the biases of the adapted layers.
-        conv_layout: a convolution's weight ``(o, i, kh, kw)`` is seen as the matrix ``(o*kh, i*kw)``
-            (``"balanced"``) or ``(o, i*kh*kw)`` (``"out_as_h"``).
+        conv_layout: a convolution's weight ``(o, i, kh, kw)`` is seen as the matrix
+            ``(o*kh, i*kw)`` (``"balanced"``) or ``(o, i*kh*kw)`` (``"out_as_h"``).
         use_rslora: scale by ``lora_alpha / sqrt(rank)`` instead.
         clip_rank: give weights that cannot have the rank their largest one.
         split_qkv: separate updates for query, key and value of ``nn.MultiheadAttention``.
@@ -64,13 +67,7 @@ _ARGS = """
 
     Raises:
         ValueError: for settings out of range.
-    """
 
-
-@register_strategy
-class LoRAAllFineTuningStrategy(_LoRAStrategy):
-    __doc__ = f"""LoRA on every layer whose weights gift knows; see `gift.methods.LoRA`.
-    {_ARGS}
     Example:
         >>> from torch import nn
         >>> from gift import enable_fine_tuning
@@ -80,18 +77,25 @@ class LoRAAllFineTuningStrategy(_LoRAStrategy):
         >>> [name for name, p in net.named_parameters() if p.requires_grad]
         ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
     """
+
     layers = mc_layer()
 
 
 @register_strategy
 class LoRALinearFineTuningStrategy(_LoRAStrategy):
-    __doc__ = f"""LoRA on linear layers, their subclasses, and the ``Conv1D`` of transformers.
-    {_ARGS}"""
+    """LoRA on linear layers, their subclasses, and the ``Conv1D`` of transformers.
+
+    Arguments and errors are those of `LoRAAllFineTuningStrategy`.
+    """
+
     layers = mc_layer("linear")
 
 
 @register_strategy
 class LoRAConvFineTuningStrategy(_LoRAStrategy):
-    __doc__ = f"""LoRA on convolutions, transposed ones included.
-    {_ARGS}"""
+    """LoRA on convolutions, transposed ones included.
+
+    Arguments and errors are those of `LoRAAllFineTuningStrategy`.
+    """
+
     layers = mc_layer("conv")

@@ -1,0 +1,163 @@
+"""Adapting the tensors of a module in place, and the way back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+import gift.adapted  # noqa: F401 - contributes what adapted modules gain
+from gift.adapter import Adapter, adapters_of, is_sharded, plain_tensor
+from gift.generated import change_class, plain_class
+from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
+from gift.methods import AdaptationError, Method
+
+
+def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: LayoutOptions) -> None:
+    """Adapt one tensor of `module`; the tensor is frozen, its new parameters are trainable.
+
+    Args:
+        module: the module that holds it.
+        tensor: its name, as in ``module.weight``.
+        method: what becomes of it.
+        options: the choice of layouts.
+
+    Raises:
+        AdaptationError: if it cannot be adapted; nothing is changed then.
+    """
+    frozen = plain_tensor(module, tensor)
+    _check(module, tensor, frozen)
+    adapter = Adapter(method, options)
+    if is_lazy(frozen):
+        probe = torch.empty(_LAZY_PROBE, device="meta")  # for the names of the parameters alone
+        names = method.fit(_LAZY_PROBE).init(probe)
+        values: dict[str, Tensor | None] = dict.fromkeys(names)
+    else:
+        adapter.layout = layout_of(module, tensor, frozen.shape, options)
+        adapter.method = method.fit(adapter.layout.matrix)
+        with torch.no_grad():
+            values = dict(adapter.method.init(adapter.layout.to_matrix(frozen.detach())))
+        _check_shape(adapter, frozen, values)
+    prefix = "" if tensor == "weight" else f"{tensor}_"
+    adapter.names = {key: prefix + key for key in values}
+    taken = [name for name in adapter.names.values() if hasattr(module, name)]
+    if taken:
+        raise AdaptationError(f"it has attributes {taken} already, which the delta would hide")
+    install(module, tensor, adapter)
+    for key, value in values.items():
+        parameter: nn.Parameter = (
+            UninitializedParameter() if value is None else nn.Parameter(value)  # type: ignore[assignment]
+        )
+        module.register_parameter(adapter.names[key], parameter)
+    if isinstance(frozen, nn.Parameter):
+        frozen.requires_grad = False
+
+
+def install(module: nn.Module, tensor: str, adapter: Adapter) -> None:
+    """Let `module` read its tensor through `adapter`."""
+    module.__dict__.setdefault("_gift_adapters", {})[tensor] = adapter
+    tensors = tuple(sorted((t, a.method.name) for t, a in adapters_of(module).items()))
+    change_class(module, tensors=tensors)
+
+
+def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
+    if tensor in adapters_of(module):
+        method = adapters_of(module)[tensor].method
+        raise AdaptationError(f"{tensor!r} is adapted already, by {method}; one tensor takes one")
+    if not isinstance(frozen, Tensor):
+        have = [name for name, p in module._parameters.items() if p is not None]
+        raise AdaptationError(f"it has no tensor {tensor!r}; it has {have}")
+    if not (frozen.is_floating_point() or frozen.is_complex()):
+        raise AdaptationError(
+            f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor "
+            "(a quantised weight cannot be read as a matrix: adapt before quantising)"
+        )
+    if is_sharded(frozen):
+        raise AdaptationError(f"{tensor!r} is sharded already: enable fine-tuning before sharding")
+    if not is_lazy(frozen) and frozen.numel() == 0:
+        raise AdaptationError(f"{tensor!r} has no elements, its shape is {tuple(frozen.shape)}")
+
+
+_LAZY_PROBE = (2**16, 2**16)
+_checked: set[tuple[type[Method], int, torch.dtype]] = set()
+
+
+def _check_shape(adapter: Adapter, frozen: Tensor, values: Mapping[str, Any]) -> None:
+    """That a method keeps shape and dtype: on the first matrix of each kind that it meets."""
+    assert adapter.layout is not None
+    key = (type(adapter.method), len(adapter.layout.matrix), frozen.dtype)
+    if key in _checked:
+        return
+    matrix = adapter.layout.to_matrix(frozen).to(adapter.method.delta_dtype(frozen))
+    with torch.no_grad():
+        result = adapter.method.weight(matrix, values)
+    if result.shape != matrix.shape or result.dtype != matrix.dtype:
+        raise AdaptationError(
+            f"{adapter.method} makes {tuple(result.shape)} {result.dtype} of a matrix "
+            f"{tuple(matrix.shape)} {matrix.dtype}; a method must keep both"
+        )
+    _checked.add(key)
+
+
+def adapt_module(
+    module: nn.Module, method: Method, options: LayoutOptions, train_bias: bool = False
+) -> None:
+    """Adapt every weight in `module` and below it that `gift.layers` knows; freeze all else there.
+
+    Args:
+        module: a layer, or any module with layers inside.
+        method: what becomes of each weight.
+        options: the choice of layouts.
+        train_bias: also train the biases of the layers that are adapted.
+
+    Raises:
+        AdaptationError: naming each weight that cannot be adapted, or if there is none at all.
+    """
+    for parameter in module.parameters():
+        parameter.requires_grad = False
+    layers = [
+        (path, part, row_of(plain_class(type(part)))) for path, part in module.named_modules()
+    ]
+    weights = [
+        (path, part, tensor)
+        for path, part, row in layers
+        if row is not None
+        for tensor in row.names(part, row.weights)
+    ]
+    if not weights:
+        raise AdaptationError(
+            f"{type(module).__name__} has no weight of a known layer type; a raw parameter is "
+            "adapted by a parameter cap with pa_adapt"
+        )
+    problems = []
+    for path, part, tensor in weights:
+        try:
+            adapt_tensor(part, tensor, method, options)
+        except AdaptationError as error:
+            problems.append(f"{path}.{tensor}: {error}".lstrip("."))
+    if problems:
+        raise AdaptationError("; ".join(problems))
+    if train_bias:
+        for _, part, row in layers:
+            _train_biases(part, row)
+
+
+def _train_biases(module: nn.Module, row: LayerRow | None) -> None:
+    for name in row.names(module, row.biases) if row is not None else ():
+        if (bias := module._parameters.get(name)) is not None:
+            bias.requires_grad = True
+
+
+def release_tensors(module: nn.Module) -> None:
+    """Undo `adapt_tensor` for all tensors of `module`."""
+    for adapter in adapters_of(module).values():
+        if adapter.owner is None:
+            for name in adapter.names.values():
+                del module._parameters[name]
+    if module.__dict__.pop("_gift_adapters", None) is None:
+        return
+    adapted = type(module)
+    change_class(module, tensors=())
+    if hasattr(adapted, "restored"):
+        adapted.restored(module)

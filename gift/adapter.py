@@ -1,0 +1,117 @@
+"""What a module knows of a tensor that was adapted, and how the two make the effective weight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from gift.generated import plain_class
+from gift.layers import Layout, LayoutOptions, layout_of
+from gift.methods import Method
+
+
+@dataclass
+class Adapter:
+    """What a module knows of one adapted tensor of its own.
+
+    Args:
+        method: the method, fitted to the tensor's shape once that is known.
+        options: the choice of layouts.
+        names: from the method's parameter names to those on the module.
+        layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
+        owner: the module that holds the delta where the tensor is tied, None for itself.
+    """
+
+    method: Method
+    options: LayoutOptions
+    names: dict[str, str] = field(default_factory=dict)
+    layout: Layout | None = None
+    owner: nn.Module | None = None
+
+    def delta_of(self, module: nn.Module) -> tuple[Method, dict[str, Tensor]]:
+        """The method and its parameters for the adapted tensor of `module`."""
+        holder = module if self.owner is None else self.owner
+        return self.method, {key: getattr(holder, name) for key, name in self.names.items()}
+
+    def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
+        """The effective weight, in the frozen one's dtype, rounded once."""
+        if self.layout is None or is_sharded(frozen):
+            return frozen
+        method, parameters = self.delta_of(module)
+        if module.training:
+            parameters = method.drop(parameters, self.layout.input_axis)
+        matrix = self.layout.to_matrix(frozen).to(method.delta_dtype(frozen))
+        return self.layout.to_weight(method.weight(matrix, parameters)).to(frozen.dtype)
+
+    def delta_weight(self, module: nn.Module) -> Tensor:
+        """What an additive method adds to the weight, in the weight's shape."""
+        method, parameters = self.delta_of(module)
+        assert self.layout is not None
+        return self.layout.to_weight(method.delta(parameters))  # type: ignore[attr-defined]
+
+    def is_on_meta(self, module: Any) -> bool:
+        """Whether the delta is held by `module` and has no values yet."""
+        names = self.names.values() if self.owner is None else ()
+        return any(module._parameters[name].is_meta for name in names)
+
+    def reset(self, module: Any, tensor: str) -> None:
+        """Give the delta its initial values, and a shape where it had none yet."""
+        if self.owner is not None:
+            self.layout = adapters_of(self.owner)[tensor].layout
+            return
+        frozen = module._gift_frozen(tensor)
+        if is_lazy(frozen):
+            return
+        if self.layout is None:
+            self.layout = layout_of(module, tensor, frozen.shape, self.options)
+            self.method = self.method.fit(self.layout.matrix)
+        with torch.no_grad():
+            for key, value in self.method.init(self.layout.to_matrix(frozen.detach())).items():
+                parameter = module._parameters[self.names[key]]
+                if isinstance(parameter, UninitializedParameter):
+                    parameter.materialize(value.shape, value.device, value.dtype)
+                elif parameter.device != value.device:
+                    parameter = nn.Parameter(torch.empty_like(value), parameter.requires_grad)
+                    module._parameters[self.names[key]] = parameter
+                parameter.copy_(value)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a part of one that is spread over processes."""
+    # FSDP2 asks a module for its leaf while the parameters are sharded; the effective weight exists
+    # only between unshard and reshard, when the parameters are plain tensors.
+    return hasattr(tensor, "device_mesh")
+
+
+def adapters_of(module: nn.Module) -> Mapping[str, Adapter]:
+    """The adapted tensors of `module` itself, by name."""
+    return module.__dict__.get("_gift_adapters", {})
+
+
+def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Method and settings of each adapted tensor of `module`, as plain values."""
+    return {
+        t: {"method": a.method.name} | a.method.settings for t, a in adapters_of(module).items()
+    }
+
+
+def settings_misfits(module: nn.Module, path: str, metadata: Mapping[str, Any]) -> list[str]:
+    """What a state's metadata says of a delta, where it is not what `module` has."""
+    here, there = settings_of(module), metadata.get("gift")
+    if there is None or not here or here == there:
+        return []
+    return [f"{path or 'the network'} was trained with {there}, here it has {here}"]
+
+
+def plain_tensor(module: nn.Module, tensor: str) -> Any:
+    """The tensor of `module` itself, whatever was adapted: parameter, or computed; or None."""
+    value = module._parameters.get(tensor)
+    if value is None:
+        value = module.__dict__.get(tensor)
+    if value is None:
+        computed = getattr(plain_class(type(module)), tensor, None)
+        value = computed.fget(module) if isinstance(computed, property) else None  # type: ignore[misc]
+    return value

@@ -1,0 +1,335 @@
+"""Methods x layers x properties: the centre of the proofs (tables in `tests/cases`)."""
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from gift import FineTuningStrategy, GiftWarning, disable_fine_tuning, enable_fine_tuning
+from gift.adapter import adapters_of
+from gift.factories import ma_adapt
+from tests.cases.layers import ANY_LAYER, LAYERS, LayerCase
+from tests.cases.methods import METHODS, MethodCase
+
+CELLS = [
+    pytest.param(method, layer, id=f"{method_name}-{layer_name}")
+    for method_name, method in METHODS.items()
+    for layer_name, layer in LAYERS.items()
+]
+everywhere = pytest.mark.parametrize(("method", "layer"), CELLS)
+
+
+def enabled(method: MethodCase, layer: LayerCase, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The layer, adapted by the method; tiny layers have deltas larger than their weight."""
+    net = layer.make().to(dtype)
+    adapt(net, method, layer)
+    return net
+
+
+def adapt(net: nn.Module, method: MethodCase, layer: LayerCase) -> None:
+    caps: dict[str, Any] = {"module_caps": [(ANY_LAYER, ma_adapt)]}
+    caps = {
+        kind: [(check, action(method.method, **method.settings)) for check, action in pairs]
+        for kind, pairs in (layer.caps or caps).items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GiftWarning)
+        enable_fine_tuning(net, FineTuningStrategy(**caps))
+
+
+def twin(net: nn.Module, layer: LayerCase) -> nn.Module:
+    """A plain layer of the same dtype, mode and values."""
+    other = layer.make().to(next(net.parameters()).dtype)
+    other.load_state_dict(net.state_dict())
+    return other.train(net.training)
+
+
+def randomise(net: nn.Module) -> None:
+    """As after training: no parameter of the delta is zero."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.3)
+
+
+def owner_of(net: nn.Module, weight: str) -> tuple[nn.Module, str]:
+    path, _, tensor = weight.rpartition(".")
+    return net.get_submodule(path), tensor
+
+
+def frozen_weights(net: nn.Module, layer: LayerCase) -> dict[str, Tensor]:
+    """The weights as a plain network reads them."""
+    return {name: getattr(*owner_of(net, name)).detach().clone() for name in layer.weights}
+
+
+def expected_weights(
+    net: nn.Module, method: MethodCase, layer: LayerCase, frozen: dict[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """The effective weights by the paper's formula and the layout's definition, in float64."""
+    expected = {}
+    for name in layer.weights:
+        module, tensor = owner_of(net, name)
+        weight = frozen[name].double().numpy()
+        prefix = "" if tensor == "weight" else f"{tensor}_"
+        adapter = adapters_of(module)[tensor]
+        parameters = {
+            key: module._parameters[prefix + key].detach().double().numpy() for key in adapter.names
+        }
+        result = weight.copy()
+        groups = layer.matrices(weight, module)
+        # Matrices of `result` are views of it or not, so positions are followed instead.
+        places = layer.matrices(np.arange(weight.size).reshape(weight.shape), module)
+        for group, (matrix, place) in enumerate(zip(groups, places, strict=True)):
+            mine = {
+                key: value[group] if value.ndim == 3 else value for key, value in parameters.items()
+            }
+            result.flat[place.ravel()] = method.reference(matrix, mine).ravel()
+        expected[name] = result
+    return expected
+
+
+def plain_with(layer: LayerCase, state: dict[str, Tensor], weights: dict[str, Any]) -> nn.Module:
+    """A plain double-precision layer whose forward reads the given weights."""
+    plain = layer.make().double()
+    plain.load_state_dict(state)
+    for name, value in weights.items():
+        module, tensor = owner_of(plain, name)
+        if nn.utils.parametrize.is_parametrized(module, tensor):
+            nn.utils.parametrize.remove_parametrizations(module, tensor)
+        elif f"{tensor}_g" in module._parameters:
+            nn.utils.remove_weight_norm(module)
+        del module._parameters[tensor]
+        setattr(module, tensor, value)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+    return plain
+
+
+def run(net: nn.Module, layer: LayerCase, inputs: tuple[Any, ...]) -> Tensor:
+    return layer.output(net(*inputs))
+
+
+def as_dtype(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, PackedSequence):
+            return value._replace(data=value.data.to(dtype))
+        return tuple(cast(item) for item in value)
+
+    return cast(tuple(inputs))
+
+
+@everywhere
+def test_output_is_bit_identical_right_after_enabling(
+    method: MethodCase, layer: LayerCase
+) -> None:  # fmt: skip
+    net, inputs = layer.make().eval(), layer.inputs()
+    before = run(net, layer, inputs).detach().clone()
+    adapt(net, method, layer)
+    assert torch.equal(run(net, layer, inputs), before)
+    assert sorted(name for name, _ in adapted_tensors(net)) == sorted(layer.weights)
+
+
+def adapted_tensors(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{path}.{tensor}".lstrip("."), module)
+        for path, module in net.named_modules()
+        for tensor in adapters_of(module)
+    ]
+
+
+@everywhere
+def test_value_and_gradient_are_those_of_the_formula(method: MethodCase, layer: LayerCase) -> None:
+    """Train, eval and a plain layer with the formula's weights agree; so do the gradients."""
+    net = layer.make().double().eval()
+    state = copy.deepcopy(net.state_dict())
+    inputs = as_dtype(layer.inputs(), torch.float64)
+    run(net, layer, inputs)  # a weight that is computed by a hook is there from now on
+    frozen = frozen_weights(net, layer)
+    adapt(net, method, layer)
+    randomise(net)
+    expected = expected_weights(net, method, layer, frozen)
+    for name, value in expected.items():
+        got = getattr(*owner_of(net, name)).detach().numpy()
+        np.testing.assert_allclose(got, value, rtol=0, atol=1e-12)
+
+    leaves = {n: torch.tensor(v, requires_grad=True) for n, v in expected.items()}
+    plain = plain_with(layer, state, leaves).eval()
+    reference = run(plain, layer, inputs)
+    reference.square().sum().backward()
+    for mode in (False, True):
+        if mode and "train" in layer.differs:
+            continue
+        net.train(mode)
+        net.zero_grad()
+        output = run(net, layer, inputs)
+        torch.testing.assert_close(output, reference, rtol=0, atol=1e-10)
+        output.square().sum().backward()
+        check_gradients(net, layer, leaves)
+
+
+def check_gradients(net: nn.Module, layer: LayerCase, leaves: dict[str, Tensor]) -> None:
+    """Chain rule by hand: finite differences of the effective weight along each delta parameter."""
+    for name in layer.weights:
+        module, tensor = owner_of(net, name)
+        grad = leaves[name].grad
+        assert grad is not None
+        grad = grad.to_dense() if grad.is_sparse else grad
+        for attribute in adapters_of(module)[tensor].names.values():
+            parameter = module._parameters[attribute]
+            direction = torch.randn_like(parameter)
+            step = 1e-6
+            with torch.no_grad():
+                parameter += step * direction
+                ahead = getattr(module, tensor).clone()
+                parameter -= 2 * step * direction
+                behind = getattr(module, tensor).clone()
+                parameter += step * direction
+            slope = ((ahead - behind) / (2 * step) * grad).sum()
+            torch.testing.assert_close(
+                (parameter.grad * direction).sum(), slope, rtol=1e-5, atol=1e-6
+            )
+
+
+@everywhere
+def test_gradients_reach_every_delta_and_nothing_frozen(
+    method: MethodCase, layer: LayerCase
+) -> None:  # fmt: skip
+    net = enabled(method, layer)
+    randomise(net)
+    frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    run(net, layer, layer.inputs()).square().sum().backward()
+    added = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    assert added
+    for name, parameter in added.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(p.grad is None for n, p in net.named_parameters() if n in frozen)
+    optimizer.step()
+    assert all(torch.equal(p, frozen[n]) for n, p in net.named_parameters() if n in frozen)
+
+
+@everywhere
+def test_parameter_count_is_that_of_the_paper(method: MethodCase, layer: LayerCase) -> None:
+    net = layer.make()
+    run(net, layer, layer.inputs())
+    weights = {n: w.numpy() for n, w in frozen_weights(net, layer).items()}
+    expected = sum(
+        method.count(*matrix.shape)
+        for name, weight in weights.items()
+        for matrix in layer.matrices(weight, owner_of(net, name)[0])
+    )
+    adapt(net, method, layer)
+    assert sum(p.numel() for p in net.parameters()) == expected
+
+
+@everywhere
+def test_a_saved_delta_gives_a_fresh_network_the_same_output(
+    method: MethodCase, layer: LayerCase
+) -> None:
+    fresh = layer.make()
+    net = twin(fresh, layer)
+    adapt(net, method, layer)
+    randomise(net)
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert set(state) == trained | {n for n, _ in net.named_buffers()}
+    adapt(fresh, method, layer)
+    fresh.load_state_dict(state)
+    inputs = layer.inputs()
+    assert torch.equal(run(fresh.eval(), layer, inputs), run(net.eval(), layer, inputs))
+
+
+@everywhere
+def test_copies_are_independent(method: MethodCase, layer: LayerCase) -> None:
+    net = enabled(method, layer).eval()
+    randomise(net)
+    inputs = layer.inputs()
+    before = run(net, layer, inputs).detach().clone()
+    copies = [copy.deepcopy(net)]
+    if "pickle" not in layer.differs:
+        copies.append(pickle.loads(pickle.dumps(net)))
+    for other in copies:
+        assert torch.equal(run(other, layer, inputs), before)
+        randomise(other)
+        assert not torch.allclose(run(other, layer, inputs), before)
+        assert {id(p) for p in other.parameters()}.isdisjoint(id(p) for p in net.parameters())
+    assert torch.equal(run(net, layer, inputs), before)
+
+
+@everywhere
+def test_disabling_gives_the_base_back_bit_for_bit(method: MethodCase, layer: LayerCase) -> None:
+    net, inputs = layer.make().eval(), layer.inputs()
+    output = run(net, layer, inputs).detach().clone()
+    flags = {n: p.requires_grad for n, p in net.named_parameters()}
+    state = copy.deepcopy(net.state_dict())
+    classes = [type(module) for module in net.modules()]
+    attributes = [set(vars(module)) for module in net.modules()]
+    adapt(net, method, layer)
+    randomise(net)
+    run(net.train("disable" not in layer.differs), layer, inputs).sum().backward()
+    for other in (copy.deepcopy(net), net):
+        disable_fine_tuning(other)
+        assert [type(module) for module in other.modules()] == classes
+        assert [set(vars(module)) for module in other.modules()] == attributes
+        assert {n: p.requires_grad for n, p in other.named_parameters()} == flags
+        assert list(other.state_dict()) == list(state)
+        assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+        assert torch.equal(run(other.eval(), layer, inputs), output)
+
+
+@everywhere
+def test_bfloat16_base_with_float32_deltas(method: MethodCase, layer: LayerCase) -> None:
+    """The base keeps its dtype, the delta is float32, and the output is the formula's, rounded."""
+    net = layer.make().to(torch.bfloat16).eval()
+    inputs = as_dtype(layer.inputs(), torch.bfloat16)
+    if "bfloat16" in layer.differs:
+        with pytest.raises(NotImplementedError):
+            run(net, layer, inputs)
+        return
+    run(net, layer, inputs)  # a weight that is computed by a hook has its dtype from now on
+    plain = run(twin(net, layer), layer, inputs).detach()
+    frozen = frozen_weights(net, layer)
+    adapt(net, method, layer)
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+    assert torch.equal(run(net, layer, inputs), plain)
+    randomise(net)
+    output = run(net, layer, inputs)
+    assert output.dtype == plain.dtype
+    for name, value in expected_weights(net, method, layer, frozen).items():
+        got = getattr(*owner_of(net, name))
+        assert got.dtype == frozen[name].dtype
+        nearest = torch.tensor(value).to(got.dtype)
+        torch.testing.assert_close(got.detach(), nearest, rtol=2**-7, atol=1e-6)
+    output.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in net.parameters())
+
+
+@everywhere
+def test_autocast_gives_the_dtype_of_the_plain_layer(method: MethodCase, layer: LayerCase) -> None:
+    net, inputs = layer.make().eval(), layer.inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run(net, layer, inputs).detach()
+    adapt(net, method, layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(net, layer, inputs)
+    assert output.dtype == plain.dtype
+    randomise(net)
+    exact = run(net, layer, inputs).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(net, layer, inputs)
+    scale = exact.abs().max().item() + 1
+    torch.testing.assert_close(output.float(), exact.float(), rtol=0, atol=0.05 * scale)
+    output.float().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
