@@ -32,7 +32,8 @@ class AdaptedModule(Generated):
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze or train the deltas; the frozen tensors stay frozen."""
-        frozen = {id(self._parameters.get(name)) for name in self._gift_adapters}  # type: ignore[attr-defined]
+        modules = list(self.modules())  # type: ignore[attr-defined]
+        frozen = {id(m._parameters.get(name)) for m in modules for name in adapters_of(m)}
         for parameter in nn.Module.parameters(self):  # type: ignore[arg-type]
             if id(parameter) not in frozen:
                 parameter.requires_grad = requires_grad

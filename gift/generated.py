@@ -53,6 +53,15 @@ class Generated:
         rebuild = plain if rebuild is type(self) else rebuild
         return (_rebuild, (self._gift_spec, rebuild, args), *rest)
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter itself: of an adapted weight, the frozen one."""
+        path, _, name = target.rpartition(".")
+        module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            return super().get_parameter(target)  # type: ignore[misc]
+        return parameter
+
 
 def _rebuild(spec: Spec, rebuild: Any, args: tuple[Any, ...]) -> nn.Module:
     module = rebuild(*args)

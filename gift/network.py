@@ -146,11 +146,14 @@ def _network_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
     if not spec.network:
         return [], {}
     readers = {name: getattr(plain, name, None) for name in ("dtype", "device")}
-    return [FineTunedNetwork], {
+    namespace: dict[str, Any] = {
         name: _of_the_base(reader)
         for name, reader in readers.items()
         if isinstance(reader, property)
     }
+    if hasattr(plain, "resize_token_embeddings"):
+        namespace["resize_token_embeddings"] = _refuse_to_resize
+    return [FineTunedNetwork], namespace
 
 
 class _Whole:
@@ -173,6 +176,11 @@ def _of_the_base(reader: property) -> property:
     assert reader.fget is not None
     read = reader.fget
     return property(lambda self: read(_Whole(self)), reader.fset, reader.fdel, reader.__doc__)
+
+
+def _refuse_to_resize(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    # transformers would write the new rows into the effective weight, which is made anew each time.
+    raise RuntimeError("resize the token embeddings before enable_fine_tuning, not after")
 
 
 def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
