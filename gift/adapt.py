@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 import gift.adapted  # noqa: F401 - contributes what adapted modules gain
-from gift.adapter import Adapter, adapters_of, is_sharded, plain_tensor
+from gift.adapter import Adapter, adapters_of, is_sharded, looking, plain_tensor
 from gift.generated import change_class, plain_class
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import AdaptationError, Method
@@ -26,7 +26,8 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     Raises:
         AdaptationError: if it cannot be adapted; nothing is changed then.
     """
-    frozen = plain_tensor(module, tensor)
+    with looking(module):
+        frozen = plain_tensor(module, tensor)
     _check(module, tensor, frozen)
     adapter = Adapter(method, options)
     if is_lazy(frozen):

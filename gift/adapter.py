@@ -1,6 +1,7 @@
 """What a module knows of a tensor that was adapted, and how the two make the effective weight."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,8 @@ class Adapter:
         if self.owner is not None:
             self.layout = adapters_of(self.owner)[tensor].layout
             return
-        frozen = module._gift_frozen(tensor)
+        with looking(module):
+            frozen = module._gift_frozen(tensor)
         if is_lazy(frozen):
             return
         if self.layout is None:
@@ -115,3 +117,21 @@ def plain_tensor(module: nn.Module, tensor: str) -> Any:
         computed = getattr(plain_class(type(module)), tensor, None)
         value = computed.fget(module) if isinstance(computed, property) else None  # type: ignore[misc]
     return value
+
+
+@contextmanager
+def looking(module: nn.Module) -> Iterator[None]:
+    """Within it, reading a computed tensor changes nothing.
+
+    A spectral norm moves its estimate at each reading in training mode.
+    """
+    computing = module._modules.get("parametrizations")
+    parts = list(computing.modules()) if computing is not None else []
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode

@@ -5,13 +5,14 @@ import warnings
 import torch
 from torch import nn
 
+from gift.claims import size_of
 from gift.generated import Spec, spec_of
 from gift.methods import AdaptationError
 from gift.network import NetworkRecord, install_record, remove_record
 from gift.report import Report
 from gift.strategies.base import FineTuningStrategy
 from gift.transaction import Snapshot
-from gift.walk import Walk, closest_names, size_of
+from gift.walk import Walk, closest_names
 
 
 class GiftWarning(UserWarning):
@@ -228,7 +229,7 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
         hint = f"; closest names: {close}" if close else ""
         warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
     if report.larger_than_weight:
-        names = [name or "the network itself" for name in report.larger_than_weight]
+        names = report.larger_than_weight
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(
             f"the delta has more parameters than the weight that it changes in: {shown} "

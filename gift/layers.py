@@ -217,8 +217,8 @@ class LayerRow:
         """
         computed = [*getattr(module, "parametrizations", ())]
         computed += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-        found = [name for name, p in module._parameters.items() if p is not None]
-        found = [name for name in found if not any(name.startswith(f"{c}_") for c in computed)]
+        sources = {name + suffix for name in computed for suffix in ("_g", "_v", "_orig")}
+        found = [n for n, p in module._parameters.items() if p is not None and n not in sources]
         return [name for name in computed + found if any(fnmatchcase(name, p) for p in patterns)]
 
 

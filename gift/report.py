@@ -16,8 +16,7 @@ class Claim:
         class_name: class of the module, before any adaptation.
         what: what became of it.
         trainable: trainable elements in it afterwards.
-        weight: elements of the tensors that were adapted.
-        delta: elements of the parameters that a method added for them.
+        larger: paths of the tensors in it whose delta has more parameters than they have.
     """
 
     cap: int
@@ -25,8 +24,7 @@ class Claim:
     class_name: str
     what: str
     trainable: int
-    weight: int = 0
-    delta: int = 0
+    larger: tuple[str, ...] = ()
 
 
 @dataclass
@@ -60,8 +58,8 @@ class Report:
 
     @property
     def larger_than_weight(self) -> list[str]:
-        """Names of the layers whose delta has more parameters than the weight that it changes."""
-        return [claim.name for claim in self.claims if claim.delta > claim.weight]
+        """Paths of the weights whose delta has more parameters than they have."""
+        return [path for claim in self.claims for path in claim.larger]
 
     def summary(self) -> str:
         """Totals, and what each cap took."""

@@ -6,15 +6,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from gift.adapt import install
 from gift.adapter import Adapter, adapters_of
+from gift.claims import Taken, claims_of
 from gift.factories.recorded import Recorded
 from gift.generated import plain_class
 from gift.iterator import ModuleIterator
 from gift.methods import AdaptationError
-from gift.report import Claim
 from gift.strategies.base import Cap, FineTuningStrategy
 from gift.strategies.combine import bind
 
@@ -32,13 +31,14 @@ class Walk:
 
     def __init__(self, network: nn.Module, strategy: FineTuningStrategy) -> None:
         self.network = network
-        self.claims: list[Claim] = []
+        self.taken: list[Taken] = []
         self.problems: list[str] = []
         self.kept: set[int] = set()  # parameters that caps took, by identity
         self.done: dict[int, nn.Module | None] = {}  # claimed modules, and what stands there now
         caps = self._caps_for(strategy, network)
         self._visit(caps, (None, "", "", _class_name(network), network), None)
         self._tie()
+        self.claims = claims_of(self.taken)
 
     def _caps_for(self, strategy: FineTuningStrategy, module: nn.Module) -> Caps:
         types = strategy.constraint_type
@@ -89,7 +89,7 @@ class Walk:
         if now is not None:
             self.done |= {id(part): part for part in now.modules()}
             self.kept |= {id(parameter) for parameter in nn.Module.parameters(now)}
-            self.claims.append(_claim_of(number, path, class_name, now, module))
+            self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
 
     def _offer(
         self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None
@@ -105,7 +105,7 @@ class Walk:
                 self._offer(self._caps_for(cap.action, module)[1], 0, place, number)
                 return
             self._run(cap, place, path)
-            self.claims.append(_parameter_claim(number, path, place[3], module, name))
+            self.taken.append(Taken(number, path, place[3], module, parameter=name))
             return
 
     def _run(self, cap: Cap, place: tuple[Any, ...], path: str) -> None:
@@ -151,55 +151,6 @@ class Walk:
 
 def _class_name(module: nn.Module) -> str:
     return plain_class(type(module)).__name__
-
-
-def size_of(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of elements, tied ones once; a lazy parameter has none yet."""
-    unique = {id(p): p for p in parameters}
-    return sum(0 if is_lazy(p) else p.numel() for p in unique.values())
-
-
-def _claim_of(number: int, path: str, class_name: str, now: nn.Module, old: nn.Module) -> Claim:
-    parameters = list(nn.Module.parameters(now))
-    trainable = size_of(p for p in parameters if p.requires_grad)
-    adapted: dict[str, list[str]] = {}
-    weight = delta = 0
-    for part_path, part in now.named_modules():
-        for tensor, adapter in adapters_of(part).items():
-            adapted.setdefault(str(adapter.method), []).append(f"{part_path}.{tensor}".lstrip("."))
-            weight += _elements(adapter)
-            delta += size_of(part._parameters[n] for n in adapter.names.values())  # type: ignore[misc]
-    if now is not old:
-        what = f"replaced by {_class_name(now)}"
-    elif adapted:
-        what = "; ".join(f"{method} on {_some(tensors)}" for method, tensors in adapted.items())
-    else:
-        what = "trained" if trainable else "frozen"
-    return Claim(number, path, class_name, what, trainable, weight, delta)
-
-
-def _parameter_claim(
-    number: int, path: str, class_name: str, module: nn.Module, name: str
-) -> Claim:  # fmt: skip
-    adapter = adapters_of(module).get(name)
-    if adapter is None:
-        parameter = module._parameters.get(name)
-        trained = parameter is not None and parameter.requires_grad
-        trainable = size_of([parameter]) if trained else 0  # type: ignore[list-item]
-        return Claim(number, path, class_name, "trained" if trained else "frozen", trainable)
-    delta = size_of(module._parameters[n] for n in adapter.names.values())  # type: ignore[misc]
-    return Claim(number, path, class_name, str(adapter.method), delta, _elements(adapter), delta)
-
-
-def _elements(adapter: Adapter) -> int:
-    size = 1
-    for length in adapter.layout.shape if adapter.layout is not None else (2**62,):
-        size *= length
-    return size
-
-
-def _some(tensors: list[str]) -> str:
-    return ", ".join(tensors[:4]) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
 
 
 def closest_names(check: Callable[..., Any], network: nn.Module) -> list[str]:

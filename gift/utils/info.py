@@ -7,9 +7,9 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from gift.claims import size_of
 from gift.generated import spec_of
 from gift.network import named_trainable
-from gift.walk import size_of
 
 ROW_HEADER = ("index", "name", "shape", "count")
 

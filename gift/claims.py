@@ -1,0 +1,95 @@
+"""What became of the modules and parameters that caps took, told as `Claim`s."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from gift.adapter import Adapter, adapters_of
+from gift.generated import plain_class
+from gift.report import Claim
+
+
+class Taken(NamedTuple):
+    """A module, or one parameter of it, that a cap took.
+
+    Args:
+        cap: number of the cap.
+        path: dotted path of the module or parameter.
+        class_name: class of the module that the cap saw.
+        module: the module that stands there now.
+        replaced: whether that is another one than before.
+        parameter: name of the parameter, or None for the whole module.
+    """
+
+    cap: int
+    path: str
+    class_name: str
+    module: nn.Module
+    replaced: bool = False
+    parameter: str | None = None
+
+    def adapters(self) -> Iterator[tuple[str, nn.Module, Adapter]]:
+        """The adapted tensors in what was taken: path, module that holds it, adapter."""
+        if self.parameter is not None:
+            if adapter := adapters_of(self.module).get(self.parameter):
+                yield self.path, self.module, adapter
+            return
+        for path, part in self.module.named_modules(prefix=self.path):
+            for tensor, adapter in adapters_of(part).items():
+                yield f"{path}.{tensor}".lstrip("."), part, adapter
+
+    def parameters(self) -> Iterator[nn.Parameter | None]:
+        """The parameters in what was taken, those that a method added included."""
+        if self.parameter is None:
+            yield from nn.Module.parameters(self.module)
+            return
+        yield self.module._parameters.get(self.parameter)
+        for _, module, adapter in self.adapters():
+            yield from (module._parameters.get(name) for name in adapter.names.values())
+
+
+def claims_of(all_taken: Iterable[Taken]) -> list[Claim]:
+    """The claims, once ties are settled: what is tied counts where it was taken first."""
+    claims, counted = [], set[int]()
+    for taken in all_taken:
+        trained = {id(p): p for p in taken.parameters() if p is not None and p.requires_grad}
+        trainable = size_of(p for key, p in trained.items() if key not in counted)
+        counted |= trained.keys()
+        larger = tuple(path for path, module, a in taken.adapters() if _is_larger(module, a))
+        what = _what(taken, bool(trained))
+        claims.append(Claim(taken.cap, taken.path, taken.class_name, what, trainable, larger))
+    return claims
+
+
+def size_of(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of elements, tied ones once; a lazy parameter has none yet."""
+    unique = {id(p): p for p in parameters}
+    return sum(0 if is_lazy(p) else p.numel() for p in unique.values())
+
+
+def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
+    if adapter.owner is not None or adapter.layout is None:
+        return False
+    delta = (module._parameters[name] for name in adapter.names.values())
+    return size_of(p for p in delta if p is not None) > math.prod(adapter.layout.shape)
+
+
+def _what(taken: Taken, trained: bool) -> str:
+    if taken.replaced:
+        return f"replaced by {plain_class(type(taken.module)).__name__}"
+    adapted: dict[str, list[str]] = {}
+    for path, _, adapter in taken.adapters():
+        text = str(adapter.method) if adapter.owner is None else "the delta of a tied tensor"
+        adapted.setdefault(text, []).append(path.removeprefix(f"{taken.path}."))
+    if not adapted:
+        return "trained" if trained else "frozen"
+    if taken.parameter is not None:
+        return "; ".join(adapted)
+    return "; ".join(f"{text} on {_some(tensors)}" for text, tensors in adapted.items())
+
+
+def _some(tensors: list[str]) -> str:
+    return ", ".join(tensors[:4]) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")

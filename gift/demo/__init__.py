@@ -1,0 +1,1 @@
+"""A demonstration on real pictures: ``python -m gift.demo``."""

@@ -1,0 +1,125 @@
+"""Fine-tune a small network to real pictures, and see what gift does.
+
+Without options: a base that knows the handwritten digits 0 to 4 learns 5 to 9.
+"""
+
+import argparse
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+
+from gift.demo.data import BadFolderError, digits, needed, read_folder
+from gift.demo.network import SmallResNet
+from gift.demo.pictures import draw_predictions
+from gift.demo.story import Base, Result, fine_tune, heading, say, train_base
+
+PICTURE_SIZE = 64
+PRETRAINED_SIZE = 96
+
+
+def main(arguments: Sequence[str] | None = None) -> Result:
+    """Run the demo, and give its facts.
+
+    Args:
+        arguments: of the command line; None means those of the process.
+
+    Raises:
+        SystemExit: for wrong arguments, or a folder that the demo cannot learn from.
+    """
+    parser = argparse.ArgumentParser("python -m gift.demo", description=__doc__)
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR",
+        help="learn from the pictures in DIR/CLASS/, or DIR/train/CLASS/ and DIR/val/CLASS/",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for files and pictures")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each network")
+    parser.add_argument(
+        "--scratch", action="store_true", help="with --images: no weights from torchvision"
+    )
+    options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < 2:
+        parser.error(f"--steps is {options.steps}, expected at least 2")
+    try:
+        if options.images is None:
+            return demo_of_digits(options.steps or 200, options.out)
+        out = options.out or Path("gift_demo")
+        return demo_of_images(options.images, options.steps or 200, out, options.scratch)
+    except (BadFolderError, ImportError) as error:
+        parser.error(str(error))
+
+
+def demo_of_digits(steps: int, out: Path | None = None) -> Result:
+    """A base that knows the digits 0 to 4 learns 5 to 9; files stay only in a given folder."""
+    task = digits()
+    heading("A base learns the handwritten digits 0, 1, 2, 3, 4 (8 x 8 pixels)")
+    base = train_base(partial(SmallResNet, 1, 5), task.only(range(5)), steps, lr=0.01)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _made(out or Path(temporary))
+        return fine_tune(base, task.only(range(5, 10)), steps, 0.01, rank=2, out=folder)
+
+
+def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -> Result:
+    """A base learns the other half of the classes of a folder; pictures go to `out`."""
+    task = read_folder(folder, PICTURE_SIZE)
+    base = None if scratch else _pretrained()
+    if base is not None:
+        task = read_folder(folder, PRETRAINED_SIZE)
+        say("The base is torchvision's resnet18 with ImageNet weights.")
+        steps, lr = max(2, steps // 4), 0.001  # it is fifty times as much work as the small one
+    else:
+        lr = 0.005
+        number, half = len(task.names), len(task.names) // 2
+        if half > 1:
+            first, task = task.only(range(half)), task.only(range(half, number))
+            heading(f"A base learns {', '.join(first.names)}")
+        else:
+            first = task.rotated()
+            heading(f"With {number} classes only, the base learns how far a picture was turned")
+        make = partial(SmallResNet, 3, len(first.names), stride=2)
+        base = train_base(make, first, steps, lr)
+    result = fine_tune(base, task, steps, lr, rank=4, out=_made(out))
+    assert result.outputs is not None
+    result.pictures = draw_predictions(task, result.outputs, out)
+    heading("Pictures")
+    say("\n".join(str(file.resolve()) for file in result.pictures))
+    return result
+
+
+def _pretrained() -> Base | None:
+    """ResNet18 with ImageNet weights, if these are on this machine or can be fetched."""
+    models = needed("torchvision.models")
+    try:
+        with _impatient():
+            return Base(models.resnet18(weights="DEFAULT"), models.resnet18)
+    except (URLError, OSError, RuntimeError) as error:
+        say(f"Without torchvision's pretrained weights ({error}): a small base is trained here.")
+        return None
+
+
+@contextmanager
+def _impatient(seconds: float = 10) -> Iterator[None]:
+    """Within it, a network that does not answer is given up soon."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the layers are so small that more would wait for each other
+    facts = main()
+    sys.exit(0 if facts.same_output and facts.same_base else 1)

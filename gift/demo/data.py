@@ -1,0 +1,157 @@
+"""Pictures to learn from: scikit-learn's handwritten digits, or a folder of class folders."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gift.demo.network import Data
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+HELD_OUT = ("val", "valid", "validation", "test")
+LIMITS = {"train": 2000, "test": 500}  # pictures that are read, so that the demo stays short
+
+
+class BadFolderError(ValueError):
+    """A folder does not hold what the demo can learn from."""
+
+
+@dataclass
+class Task:
+    """Classes to tell apart.
+
+    Args:
+        names: of the classes.
+        train: to learn from.
+        test: held out.
+    """
+
+    names: list[str]
+    train: Data
+    test: Data
+
+    def only(self, classes: Sequence[int]) -> "Task":
+        """The task with some of the classes."""
+        parts = []
+        for data in (self.train, self.test):
+            kept = torch.isin(data.labels, torch.tensor(classes))
+            labels = torch.tensor([classes.index(label) for label in data.labels[kept].tolist()])
+            parts.append(Data(data.images[kept], labels))
+        return Task([self.names[c] for c in classes], *parts)
+
+    def rotated(self) -> "Task":
+        """To tell by how much each picture was turned: that needs no classes."""
+        parts = []
+        for data in (self.train, self.test):
+            turned = [data.images.rot90(turns, (2, 3)) for turns in range(4)]
+            parts.append(Data(torch.cat(turned), torch.arange(4).repeat_interleave(len(data))))
+        return Task([f"{90 * turns} degrees" for turns in range(4)], *parts)
+
+
+def needed(module: str) -> Any:
+    """A module that comes with ``gift[demo]``.
+
+    Raises:
+        ImportError: saying how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'the demo needs {module}: pip install "gift[demo]"') from error
+
+
+def digits() -> Task:
+    """1,797 scans of handwritten digits, 8 x 8 pixels; a third of them is held out."""
+    scans = needed("sklearn.datasets").load_digits()
+    images = torch.from_numpy(scans.images).float().unsqueeze(1) / 16
+    labels = torch.from_numpy(scans.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order.tensor_split([len(order) // 3])
+    parts = [Data(images[part], labels[part]) for part in (train, test)]
+    return Task([str(digit) for digit in range(10)], *parts)
+
+
+def read_folder(folder: Path, size: int) -> Task:
+    """The pictures in ``folder/CLASS/`` or in ``folder/train/CLASS/`` and ``folder/val/CLASS/``.
+
+    Args:
+        folder: the folder; without ``train`` and ``val``, every fourth picture is held out.
+        size: pictures are cropped to squares and scaled to that many pixels.
+
+    Raises:
+        BadFolderError: if it does not hold at least two classes of pictures.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise BadFolderError(f"{folder} {what}")
+    held_out = [folder / name for name in HELD_OUT if (folder / name).is_dir()]
+    if (folder / "train").is_dir() and held_out:
+        train, test = _classes(folder / "train"), _classes(held_out[0])
+        if train.keys() != test.keys():
+            different = sorted(train.keys() ^ test.keys())
+            raise BadFolderError(
+                f"{folder}: the classes {different} are in only one of train and {held_out[0].name}"
+            )
+    else:
+        both = _classes(folder / "train" if (folder / "train").is_dir() else folder)
+        alone = [name for name, files in both.items() if len(files) < 2]
+        if alone:
+            raise BadFolderError(f"{folder}: the classes {alone} have fewer than two pictures")
+        test = {name: files[::4] for name, files in both.items()}
+        train = {name: sorted({*files} - {*files[::4]}) for name, files in both.items()}
+    names = list(train)
+    return Task(
+        names,
+        _read(list(train.values()), size, LIMITS["train"]),
+        _read(list(test.values()), size, LIMITS["test"]),
+    )
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """The pictures of each class folder that has any."""
+    found = {
+        place.name: sorted(f for f in place.iterdir() if f.suffix.lower() in SUFFIXES)
+        for place in sorted(folder.iterdir())
+        if place.is_dir()
+    }
+    found = {name: files for name, files in found.items() if files}
+    if len(found) < 2:
+        raise BadFolderError(
+            f"{folder} has {len(found)} folders with pictures {list(found)}, expected at least "
+            "two classes such as cats/1.jpg and dogs/1.jpg, or train and val with these"
+        )
+    return found
+
+
+def _read(classes: list[list[Path]], size: int, limit: int) -> Data:
+    """At most `limit` pictures, the same number from each class."""
+    share = max(1, limit // len(classes))
+    images, labels = [], []
+    for label, files in enumerate(classes):
+        for file in files[:: -(-len(files) // share)]:
+            images.append(_picture(file, size))
+            labels.append(label)
+    return Data(torch.stack(images), torch.tensor(labels))
+
+
+MEAN = torch.tensor((0.485, 0.456, 0.406)).reshape(3, 1, 1)  # what pretrained weights expect
+STD = torch.tensor((0.229, 0.224, 0.225)).reshape(3, 1, 1)
+
+
+def _picture(file: Path, size: int) -> Tensor:
+    images, numpy = needed("PIL.Image"), needed("numpy")
+    try:
+        with images.open(file) as image:
+            square = needed("PIL.ImageOps").fit(image.convert("RGB"), (size, size))
+    except OSError as error:
+        raise BadFolderError(f"{file} cannot be read as a picture: {error}") from error
+    return (torch.from_numpy(numpy.array(square)).permute(2, 0, 1) / 255 - MEAN) / STD
+
+
+def visible(image: Tensor) -> Tensor:
+    """A picture of `read_folder` as (height, width, 3) in [0, 1]."""
+    return (image * STD + MEAN).clamp(0, 1).permute(1, 2, 0)
