@@ -186,7 +186,7 @@ def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) 
         total_before=size_of(parameters),
         trainable_before=size_of(p for p in parameters if p.requires_grad),
     )
-    walk = Walk(module, strategy)
+    walk = Walk(module, strategy, guard=lambda: snapshot.values)
     if walk.problems:
         raise AdaptationError(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "

@@ -43,6 +43,10 @@ class Generated:
     _gift_plain: type[nn.Module]
     _gift_spec: Spec
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Ends here: a hook of the plain class would see a subclass that nobody wrote.
+        pass
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds a class by its name, and the generated one has the plain one's name: pickle
         # the plain class, and generate the other again.

@@ -6,8 +6,9 @@ differs, as an `Undo`, which `disable_fine_tuning` applies. An `Undo` refers to 
 by object, so copies and pickles of the network carry a working one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.adapt import release_tensors
 from gift.generated import plain_class
+from gift.guard import KeptValues
 from gift.statistics import release_statistics
 
 _OWN = ("_gift_adapters", "_gift_network", "_gift_mode")
@@ -50,8 +52,17 @@ class ModuleUndo:
         state = self.module.__dict__
         _put_back(state, self.attributes)
         for key, entries in self.entries.items():
+            if key == "_modules":
+                self._follow_modes(entries)
             _put_back(state[key], entries)
             _reorder(state[key], self.order[key])
+
+    def _follow_modes(self, originals: dict[Any, Any]) -> None:
+        """Modules that come back take the mode of what stood in their place."""
+        for name, original in originals.items():
+            if isinstance(original, nn.Module):
+                instead = self.module._modules.get(name)
+                original.train((self.module if instead is None else instead).training)
 
 
 @dataclass
@@ -77,13 +88,11 @@ class Undo:
         for module in network.modules():
             release_tensors(module)
             release_statistics(module)
-        with torch.no_grad():
-            for module, name, value in self.values:
-                tensor = tensor_of(module, name)
-                if not value.is_meta:  # a value from the meta device was never there
-                    tensor.copy_(value)
         for undo in self.modules:
             undo.apply()
+        with torch.no_grad():
+            for module, name, value in self.values:
+                _set_value(tensor_of(module, name), value)
         for module, name, flag in self.requires_grad:
             if (parameter := module._parameters.get(name)) is not None:
                 parameter.requires_grad = flag
@@ -91,10 +100,19 @@ class Undo:
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
     """The parameter or buffer of that name, itself rather than the effective weight."""
-    tensor = module._parameters.get(name)
-    tensor = module._buffers.get(name) if tensor is None else tensor
+    parameter = module._parameters.get(name)
+    tensor = module._buffers[name] if parameter is None else parameter
     assert tensor is not None
     return tensor
+
+
+def _set_value(tensor: Tensor, value: Tensor) -> None:
+    if value.is_meta:
+        return  # there was no value when it was kept
+    if tensor.shape == value.shape and tensor.dtype == value.dtype:
+        tensor.copy_(value)
+    else:
+        tensor.data = value.clone()
 
 
 class Snapshot:
@@ -102,28 +120,48 @@ class Snapshot:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.modules = [(m, type(m), dict(m.__dict__), _containers(m)) for m in network.modules()]
-        named = [(m, name, p) for m, _, _, parts in self.modules
-                 for name, p in parts["_parameters"].items() if p is not None]  # fmt: skip
+        self.modules = [(m, type(m), dict(m.__dict__), _contents(m)) for m in network.modules()]
+        named = [
+            (m, name, p)
+            for m, _, _, contents in self.modules
+            for name, p in contents.get("_parameters", {}).items()
+            if p is not None
+        ]
         self.parameters = [
             (m, name, p, p.requires_grad, p.grad, None if is_lazy(p) else p.data)
             for m, name, p in named
         ]
 
+    @cached_property
+    def values(self) -> KeptValues:
+        """Within it, an action may write into the tensors of the network."""
+        return KeptValues(tensor for _, _, tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Parameters and buffers as they were found; tied ones once for each name."""
+        for module, name, parameter, *_ in self.parameters:
+            yield module, name, parameter
+        for module, _, _, contents in self.modules:
+            for name, buffer in contents.get("_buffers", {}).items():
+                if buffer is not None:
+                    yield module, name, buffer
+
     def rollback(self) -> None:
         """Restore everything, exactly."""
-        for module, cls, state, containers in self.modules:
+        for module, cls, state, contents in self.modules:
             if type(module) is not cls:
                 module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(state)
-            for key, content in containers.items():
-                _refill(state[key], content)
+            for key, value in state.items():
+                if isinstance(value, _CONTAINERS) and (value or key in contents):
+                    _refill(value, contents.get(key, ()))
         for _, _, parameter, requires_grad, grad, data in self.parameters:
             if data is not None and _moved(parameter, data):
                 parameter.data = data
             parameter.requires_grad = requires_grad
             parameter.grad = grad
+        self.values.restore()
 
     def commit(self, keep_values: bool) -> Undo:
         """What the actions changed, to be undone later.
@@ -136,42 +174,54 @@ class Snapshot:
             (m, name, flag) for m, name, p, flag, _, _ in self.parameters if p.requires_grad != flag
         ]
         if keep_values:
-            trained = {id(p): (m, name, p) for m, name, p, *_ in self.parameters if p.requires_grad}
-            buffers = [
-                (m, name, buffer)
-                for m, _, _, parts in self.modules
-                for name, buffer in parts["_buffers"].items()
-                if buffer is not None and name not in m._non_persistent_buffers_set
-            ]
-            undo.values = [
-                (m, name, tensor.detach().clone())
-                for m, name, tensor in [*trained.values(), *buffers]
-                if not is_lazy(tensor)
-            ]
+            undo.values = list(self._values())
         return undo
 
+    def _values(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Copies of what the actions changed or training will change."""
+        data = {id(p): old for _, _, p, _, _, old in self.parameters}
+        seen: set[int] = set()
+        for module, name, tensor in self._tensors():
+            if id(tensor) in seen or is_lazy(tensor):
+                continue
+            seen.add(id(tensor))
+            before = data.get(id(tensor), tensor)
+            assert before is not None
+            moved = before is not tensor and _moved(tensor, before)
+            changed = self.values.original(before)
+            if changed is not None:
+                yield module, name, changed
+            elif tensor.requires_grad or moved or _is_persistent_buffer(module, name):
+                yield module, name, before.detach().clone()
+
     def _changes(self) -> Iterator[ModuleUndo]:
-        for module, cls, state, containers in self.modules:
+        for module, cls, state, contents in self.modules:
             undo = ModuleUndo(module)
             if plain_class(type(module)) is not cls:
                 undo.plain = cls
-            now = {k: v for k, v in module.__dict__.items() if k not in _OWN}
-            undo.attributes = _difference(state, now)
+            undo.attributes = _difference(state, module.__dict__, _OWN)
             own = _delta_names(module)
-            for key, before in containers.items():
-                after = module.__dict__.get(key)
-                if key in undo.attributes or not isinstance(before, dict):
+            for key, value in state.items():
+                if not isinstance(value, dict) or key in undo.attributes:
                     continue
-                after = {k: v for k, v in after.items() if k not in own}  # type: ignore[union-attr]
-                if entries := _difference(before, after):
+                before = contents.get(key, {})
+                if (before or value) and (entries := _difference(before, value, own)):
                     undo.entries[key], undo.order[key] = entries, list(before)
             if undo.plain is not None or undo.attributes or undo.entries:
                 yield undo
 
 
-def _containers(module: nn.Module) -> dict[str, Any]:
-    kinds = (dict, list, set)
-    return {k: v.copy() for k, v in module.__dict__.items() if isinstance(v, kinds)}
+def _is_persistent_buffer(module: nn.Module, name: str) -> bool:
+    return name in module._buffers and name not in module._non_persistent_buffers_set
+
+
+_CONTAINERS = (dict, list, set)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """Copies of the containers in a module; most are empty, and those are left out."""
+    items = module.__dict__.items()
+    return {key: value.copy() for key, value in items if isinstance(value, _CONTAINERS) and value}
 
 
 def _delta_names(module: nn.Module) -> set[str]:
@@ -179,9 +229,12 @@ def _delta_names(module: nn.Module) -> set[str]:
     return {name for adapter in adapters.values() for name in adapter.names.values()}
 
 
-def _difference(before: dict[Any, Any], after: dict[Any, Any]) -> dict[Any, Any]:
+def _difference(
+    before: dict[Any, Any], after: dict[Any, Any], own: Container[str]
+) -> dict[Any, Any]:  # fmt: skip
+    """What `before` had otherwise than `after`, where `own` keys are not counted as new."""
     changed = {k: v for k, v in before.items() if k not in after or after[k] is not v}
-    return changed | {k: _Missing for k in after if k not in before}
+    return changed | {k: _Missing for k in after if k not in before and k not in own}
 
 
 def _put_back(target: dict[Any, Any], entries: dict[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from gift.adapt import install
 from gift.adapter import Adapter, adapters_of
 from gift.claims import Taken, claims_of
+from gift.factories import Action
 from gift.factories.recorded import Recorded
 from gift.generated import plain_class
 from gift.iterator import ModuleIterator
@@ -19,6 +21,7 @@ from gift.strategies.combine import bind
 
 Place = tuple[nn.Module | None, str, str, str, nn.Module]
 Caps = tuple[list[Cap], list[Cap]]
+Guard = Callable[[], AbstractContextManager[Any]]
 
 
 class Walk:
@@ -27,10 +30,12 @@ class Walk:
     Args:
         network: the network.
         strategy: whose caps are applied.
+        guard: gives the context in which foreign actions run.
     """
 
-    def __init__(self, network: nn.Module, strategy: FineTuningStrategy) -> None:
+    def __init__(self, network: nn.Module, strategy: FineTuningStrategy, guard: Guard) -> None:
         self.network = network
+        self.guard = guard
         self.taken: list[Taken] = []
         self.problems: list[str] = []
         self.kept: set[int] = set()  # parameters that caps took, by identity
@@ -64,7 +69,7 @@ class Walk:
             return
         module_caps, para_caps = caps
         for number, cap in enumerate(module_caps):
-            if cap.check(*place):
+            if self._matches(cap, place):
                 self._claim(cap, place, number if top is None else top)
                 return
         for parameter_name, parameter in list(module._parameters.items()):
@@ -96,7 +101,7 @@ class Walk:
     ) -> None:  # fmt: skip
         *_, module, name, parameter = place
         for number, cap in enumerate(caps):
-            if not cap.check(*place):
+            if not self._matches(cap, place):
                 continue
             number = offset + number if top is None else top
             path = f"{place[2]}.{name}".lstrip(".")
@@ -108,9 +113,17 @@ class Walk:
             self.taken.append(Taken(number, path, place[3], module, parameter=name))
             return
 
+    def _matches(self, cap: Cap, place: tuple[Any, ...]) -> bool:
+        try:
+            return bool(cap.check(*place))
+        except Exception as error:
+            error.add_note(f"raised by the check of {cap!r} on {place[2] or 'the network'}")
+            raise
+
     def _run(self, cap: Cap, place: tuple[Any, ...], path: str) -> None:
         try:
-            cap.action(*place, **cap.params)  # type: ignore[operator]
+            with nullcontext() if isinstance(cap.action, Action) else self.guard():
+                cap.action(*place, **cap.params)  # type: ignore[operator]
         except AdaptationError as error:  # all of these are collected
             self.problems.append(f"{path or 'the network'} ({place[3]}): {error}")
         except Exception as error:
@@ -120,7 +133,7 @@ class Walk:
     def _tie(self) -> None:
         """One delta for each tensor: whoever else holds an adapted tensor reads the same delta."""
         owners: dict[int, tuple[nn.Module, str]] = {}
-        for path, module in self.network.named_modules():
+        for module in self.network.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and name in adapters_of(module):
                     owners.setdefault(id(parameter), (module, name))

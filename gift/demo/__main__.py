@@ -4,6 +4,7 @@ Without options: a base that knows the handwritten digits 0 to 4 learns 5 to 9.
 """
 
 import argparse
+import os
 import socket
 import sys
 import tempfile
@@ -72,7 +73,8 @@ def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -
     if base is not None:
         task = read_folder(folder, PRETRAINED_SIZE)
         say("The base is torchvision's resnet18 with ImageNet weights.")
-        steps, lr = max(2, steps // 4), 0.001  # it is fifty times as much work as the small one
+        torch.set_num_threads(min(4, os.cpu_count() or 1))
+        steps, lr = max(2, steps // 6), 0.001  # a step is fifty times the work of a small base's
     else:
         lr = 0.005
         number, half = len(task.names), len(task.names) // 2
@@ -81,7 +83,8 @@ def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -
             heading(f"A base learns {', '.join(first.names)}")
         else:
             first = task.rotated()
-            heading(f"With {number} classes only, the base learns how far a picture was turned")
+            heading("A base learns how far a picture was turned")
+            say(f"{number} classes are too few to keep half for it, so do not expect much of it.")
         make = partial(SmallResNet, 3, len(first.names), stride=2)
         base = train_base(make, first, steps, lr)
     result = fine_tune(base, task, steps, lr, rank=4, out=_made(out))

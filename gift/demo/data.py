@@ -13,7 +13,7 @@ from gift.demo.network import Data
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 HELD_OUT = ("val", "valid", "validation", "test")
-LIMITS = {"train": 2000, "test": 500}  # pictures that are read, so that the demo stays short
+LIMITS = {"train": 2000, "test": 300}  # pictures that are read, so that the demo stays short
 
 
 class BadFolderError(ValueError):

@@ -56,7 +56,7 @@ class Result:
     """The facts that the demo prints.
 
     Args:
-        base_accuracy: of the base on its own task; None where it is known from elsewhere.
+        base_accuracy: of the disabled network on the base's own task, where there is one here.
         ways: LoRA with a new head, everything, and the head alone.
         rows: the table of trainable parameters, for LoRA with a new head.
         base_bytes: size of the file with the whole base.
@@ -128,8 +128,6 @@ def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Pat
         out: folder for the saved states.
     """
     result = Result()
-    if base.task is not None:
-        result.base_accuracy = accuracy(base.network, base.task.test)
     classes = len(task.names)
     ways = {
         "LoRA + new head": lora_and_head(classes, rank),
@@ -160,7 +158,9 @@ def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Pat
     result.same_output = torch.equal(predict(fresh, task.test.images), result.outputs)
     disable_fine_tuning(net)
     result.same_base = same(net, base.network)
-    _show_kept(result, base)
+    if base.task is not None:
+        result.base_accuracy = accuracy(net, base.task.test)
+    _show_kept(result)
     return result
 
 
@@ -221,7 +221,7 @@ def _show_ways(ways: list[Way]) -> None:
     say(tabulate(rows, headers=header, colalign=right, disable_numparse=True))
 
 
-def _show_kept(result: Result, base: Base) -> None:
+def _show_kept(result: Result) -> None:
     delta = result.ways[0].file_bytes
     rows = [
         ["file of the delta (its BatchNorm statistics included)", _kilobytes(delta)],
@@ -231,7 +231,7 @@ def _show_kept(result: Result, base: Base) -> None:
         ["fine-tuning disabled: base as it was, bit for bit", _yes(result.same_base)],
     ]
     if result.base_accuracy is not None:
-        rows.append(["so it still tells its own classes right in", f"{result.base_accuracy:.1%}"])
+        rows.append(["so it still does its own task, right in", f"{result.base_accuracy:.1%}"])
     say(tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True))
 
 

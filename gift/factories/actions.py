@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from gift.adapt import adapt_module, adapt_tensor
 from gift.factories.recorded import Recorded, recorded
@@ -131,6 +132,8 @@ def ma_replace(replacement: nn.Module | Callable[[nn.Module], nn.Module]) -> Act
         replacement: the new module, copied for each place, or a function that makes it from the
             old one.
     """
+    if not callable(replacement):  # a module is callable
+        raise TypeError(f"the replacement is {replacement!r}, expected a module or a function")
 
     def make(old: nn.Module) -> nn.Module:
         if isinstance(replacement, nn.Module):
@@ -152,7 +155,7 @@ def ma_replace_head(num_classes: int) -> Action:
     Raises:
         ValueError: if the module is no such layer, or `num_classes` is below 1.
     """
-    if not isinstance(num_classes, int) or num_classes < 1:
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(f"num_classes is {num_classes!r}, expected an integer of at least 1")
 
     def prepare(network: nn.Module) -> Callable[..., None]:
@@ -176,6 +179,8 @@ def _replace(place: tuple[Any, ...], new: nn.Module) -> None:
 
 
 def _new_head(old: nn.Module, num_classes: int) -> nn.Module:
+    if isinstance(old, LazyModuleMixin):
+        raise ValueError("a lazy layer does not know its inputs yet: run a batch through it first")
     weight = next(nn.Module.parameters(old), None)
     like: dict[str, Any] = (
         {} if weight is None else {"device": weight.device, "dtype": weight.dtype}

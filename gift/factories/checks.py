@@ -46,6 +46,9 @@ class Check(Recorded):
             return self
         return self.like(Check(self.prepare(network)))
 
+    def __bool__(self) -> bool:
+        raise TypeError(f"combine checks with &, | and ~, not with `and`, `or`, `not`: {self!r}")
+
     def __and__(self, other: Test) -> "Check":
         return all_of(self, other)
 
@@ -63,6 +66,10 @@ class Check(Recorded):
 
 
 def _combined(fold: Callable[[Iterable[bool]], bool], checks: tuple[Test, ...]) -> Check:
+    wrong = [check for check in checks if not callable(check)]
+    if wrong:
+        raise TypeError(f"to combine as checks: {wrong}, expected callables")
+
     def test(*place: Any) -> bool:
         return fold(check(*place) for check in checks)
 

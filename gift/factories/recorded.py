@@ -28,8 +28,13 @@ class Recorded:
         name, arguments = self.recipe
         shown = [describe(item) for item in arguments.get("*", [])]
         # What is None, False or zero is an option that nobody took.
-        shown += [f"{k}={describe(v)}" for k, v in arguments.items() if k != "*" and v]
+        taken = {k: v for k, v in arguments.items() if k != "*" and not _is_off(v)}
+        shown += [f"{k}={describe(v)}" for k, v in taken.items()]
         return f"{name}({', '.join(shown)})"
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or (isinstance(value, bool | int | float) and not value)
 
 
 def recorded(factory: Callable[P, R]) -> Callable[P, R]:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from torch import nn
+
 from gift.factories.recorded import describe
 from gift.registry import bound_arguments, decode, encode, register
 
@@ -91,9 +93,7 @@ class FineTuningStrategy:
         problems: list[str] = []
         self.module_caps = _caps("module_caps", module_caps, problems)
         self.para_caps = _caps("para_caps", para_caps, problems)
-        types = (constraint_type,) if isinstance(constraint_type, type) else tuple(constraint_type)
-        problems += [f"constraint_type has {t!r}, no type" for t in types if type(t) is not type]
-        self.constraint_type: tuple[type, ...] = types
+        self.constraint_type = _types(constraint_type, problems)
         if problems:
             raise TypeError(f"{type(self).__name__}: " + "; ".join(problems))
 
@@ -157,8 +157,17 @@ def _required(cls: type) -> bool:
     return any(p.default is p.empty and p.kind not in kinds for p in parameters)
 
 
-def _caps(kind: str, caps: Iterable[CapLike], problems: list[str]) -> list[Cap]:
-    made = []
+def _types(given: Any, problems: list[str]) -> tuple[type, ...]:
+    types = tuple(given) if isinstance(given, list | tuple | set) else (given,)
+    problems += [f"constraint_type has {t!r}, no type" for t in types if not isinstance(t, type)]
+    return types
+
+
+def _caps(kind: str, caps: Any, problems: list[str]) -> list[Cap]:
+    made: list[Cap] = []
+    if isinstance(caps, str | Mapping) or not isinstance(caps, Iterable):
+        problems.append(f"{kind} is {caps!r}, expected a list of (check, action[, params])")
+        return made
     for index, cap in enumerate(caps):
         parts = tuple(cap) if isinstance(cap, tuple | list) else ()
         params = parts[2] if len(parts) == 3 else {}
@@ -166,15 +175,23 @@ def _caps(kind: str, caps: Iterable[CapLike], problems: list[str]) -> list[Cap]:
             problems.append(f"{kind}[{index}] is {cap!r}, expected (check, action[, params])")
         elif not callable(parts[0]):
             problems.append(f"{kind}[{index}]: the check is {parts[0]!r}, expected a callable")
-        elif not (callable(parts[1]) or isinstance(parts[1], FineTuningStrategy)):
-            problems.append(
-                f"{kind}[{index}]: the action is {parts[1]!r}, expected a callable or a strategy"
-            )
+        elif wrong := _wrong_action(parts[1]):
+            problems.append(f"{kind}[{index}]: the action is {wrong}")
         elif not isinstance(params, Mapping):
             problems.append(f"{kind}[{index}]: params is {params!r}, expected a dict")
         else:
             made.append(Cap(parts[0], parts[1], dict(params)))
     return made
+
+
+def _wrong_action(action: Any) -> str:
+    if isinstance(action, FineTuningStrategy):
+        return ""
+    if isinstance(action, type) and issubclass(action, FineTuningStrategy):
+        return f"the class {action.__name__}, expected an instance of it, with parentheses"
+    if isinstance(action, nn.Module):
+        return f"a module, {type(action).__name__}; ma_replace puts one in the place of another"
+    return "" if callable(action) else f"{action!r}, expected a callable or a strategy"
 
 
 def register_strategy(cls: type[FineTuningStrategy]) -> type[FineTuningStrategy]:

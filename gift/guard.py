@@ -1,0 +1,64 @@
+"""Values that a foreign action writes into are kept, so that they can be put back."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class KeptValues(TorchDispatchMode):
+    """While it is active, copies the memory of a tensor before an operation writes into it.
+
+    Only the tensors that it was made for are looked after; nothing is copied until it must be.
+
+    Args:
+        tensors: parameters and buffers.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.storages = {_key(t): t.untyped_storage() for t in tensors if _has_memory(t)}
+        self.kept: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep what `func` is about to write into, then run it."""
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(value):
+                    self._keep(tensor)
+        return func(*args, **kwargs)
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor) and _has_memory(tensor):
+            key = _key(tensor)
+            if key in self.storages and key not in self.kept:
+                self.kept[key] = self.storages[key].clone()
+
+    def restore(self) -> None:
+        """Put back all that was written into."""
+        for key, value in self.kept.items():
+            self.storages[key].copy_(value)
+
+    def original(self, tensor: Tensor) -> Tensor | None:
+        """What `tensor` was, if it was written into."""
+        storage = self.kept.get(_key(tensor)) if _has_memory(tensor) else None
+        if storage is None:
+            return None
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        return (
+            torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, *place).clone()
+        )
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not is_lazy(tensor)
