@@ -94,10 +94,8 @@ def adapters_of(module: nn.Module) -> Mapping[str, Adapter]:
 
 
 def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Method and settings of each adapted tensor of `module`, as plain values."""
-    return {
-        t: {"method": a.method.name} | a.method.settings for t, a in adapters_of(module).items()
-    }
+    """For each adapted tensor of `module`, its method and what that means for the weight."""
+    return {t: {"method": a.method.name} | a.method.meaning for t, a in adapters_of(module).items()}
 
 
 def settings_misfits(module: nn.Module, path: str, metadata: Mapping[str, Any]) -> list[str]:

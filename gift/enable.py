@@ -8,7 +8,7 @@ from torch import nn
 from gift.claims import size_of
 from gift.generated import Spec, spec_of
 from gift.methods import AdaptationError
-from gift.network import NetworkRecord, install_record, remove_record
+from gift.network import NetworkRecord, install_record, named_trainable, remove_record
 from gift.report import Report
 from gift.strategies.base import FineTuningStrategy
 from gift.transaction import Snapshot
@@ -81,12 +81,12 @@ def enable_fine_tuning(
             only_trainable_state=trainable_state_dict,
         )
         install_record(module, record)
+        _warn(report, strategy, module)  # which raises, where warnings are errors
     except BaseException:
         snapshot.rollback()
         raise
     for parameter in nn.Module.parameters(module):
         parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
-    _warn(report, strategy, module)
     return report
 
 
@@ -143,8 +143,15 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
             f"this {type(module).__name__} was given another class since (by fully_shard?): "
             "fine-tuning cannot be disabled any more; load its state into a fresh network"
         )
-    if not module._gift_network.keeps_base:  # type: ignore[union-attr]
+    record = module._gift_network
+    if not record.keeps_base:  # type: ignore[union-attr]
         raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
+    late = [n for n, _ in named_trainable(module) if n not in record.chosen]  # type: ignore[union-attr,operator]
+    if late:
+        raise RuntimeError(
+            f"{late} were unfrozen after enable_fine_tuning, which kept no copy of them: load the "
+            "base again"
+        )
     remove_record(module).undo.apply(module)
     return module
 

@@ -43,10 +43,19 @@ def bound_arguments(maker: Callable[..., Any], *args: Any, **kwargs: Any) -> dic
         if kind is inspect.Parameter.VAR_KEYWORD:
             flat |= value
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            flat["*"] = list(value)
+            flat["*"] = own_copy(list(value))
         else:
-            flat[name] = list(value) if isinstance(value, list | tuple) else value
+            flat[name] = own_copy(value)
     return flat
+
+
+def own_copy(value: Any) -> Any:
+    """`value` with copies of the lists, tuples and dictionaries in it."""
+    if type(value) in (list, tuple):
+        return [own_copy(item) for item in value]
+    if type(value) is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    return value
 
 
 def encode(value: Any, where: str = "") -> Any:

@@ -55,7 +55,7 @@ class Walk:
 
         def bound(caps: Iterable[Cap]) -> list[Cap]:
             return [
-                Cap(bind(c.check, self.network), bind(c.action, self.network), c.params)  # type: ignore[arg-type]
+                Cap(bind(c.check, module), bind(c.action, module), c.params)  # type: ignore[arg-type]
                 for c in caps
             ]
 
@@ -69,7 +69,7 @@ class Walk:
             return
         module_caps, para_caps = caps
         for number, cap in enumerate(module_caps):
-            if self._matches(cap, place):
+            if self._matches(cap, f"module cap {number}", place):
                 self._claim(cap, place, number if top is None else top)
                 return
         for parameter_name, parameter in list(module._parameters.items()):
@@ -101,23 +101,24 @@ class Walk:
     ) -> None:  # fmt: skip
         *_, module, name, parameter = place
         for number, cap in enumerate(caps):
-            if not self._matches(cap, place):
+            if not self._matches(cap, f"parameter cap {number}", place):
                 continue
             number = offset + number if top is None else top
             path = f"{place[2]}.{name}".lstrip(".")
-            self.kept.add(id(parameter))
             if isinstance(cap.action, FineTuningStrategy):
                 self._offer(self._caps_for(cap.action, module)[1], 0, place, number)
                 return
+            self.kept.add(id(parameter))
             self._run(cap, place, path)
             self.taken.append(Taken(number, path, place[3], module, parameter=name))
             return
 
-    def _matches(self, cap: Cap, place: tuple[Any, ...]) -> bool:
+    def _matches(self, cap: Cap, label: str, place: tuple[Any, ...]) -> bool:
         try:
             return bool(cap.check(*place))
         except Exception as error:
-            error.add_note(f"raised by the check of {cap!r} on {place[2] or 'the network'}")
+            where = ".".join(part for part in (place[2], *place[5:6]) if part) or "the network"
+            error.add_note(f"raised by the check of {cap!r} ({label}) on {where}")
             raise
 
     def _run(self, cap: Cap, place: tuple[Any, ...], path: str) -> None:

@@ -37,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser("python -m gift.demo", description=__doc__)
     parser.add_argument(
         "--images", type=Path, metavar="DIR",
-        help="learn from the pictures in DIR/CLASS/, or DIR/train/CLASS/ and DIR/val/CLASS/",
+        help="learn from pictures (2,000 at most) in DIR/CLASS/, or in DIR/train/CLASS/ and "
+        "DIR/val/CLASS/; pictures of predictions are written",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for files and pictures")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder for saved states and pictures (with --images, gift_demo if not given)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each network")
     parser.add_argument(
         "--scratch", action="store_true", help="with --images: no weights from torchvision"
@@ -63,12 +67,13 @@ def demo_of_digits(steps: int, out: Path | None = None) -> Result:
     base = train_base(partial(SmallResNet, 1, 5), task.only(range(5)), steps, lr=0.01)
     with tempfile.TemporaryDirectory() as temporary:
         folder = _made(out or Path(temporary))
-        return fine_tune(base, task.only(range(5, 10)), steps, 0.01, rank=2, out=folder)
+        return fine_tune(base, task.only(range(5, 10)), steps, lr=0.01, rank=2, out=folder)
 
 
 def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -> Result:
     """A base learns the other half of the classes of a folder; pictures go to `out`."""
     task = read_folder(folder, PICTURE_SIZE)
+    _made(out)
     base = None if scratch else _pretrained()
     if base is not None:
         task = read_folder(folder, PRETRAINED_SIZE)
@@ -87,7 +92,7 @@ def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -
             say(f"{number} classes are too few to keep half for it, so do not expect much of it.")
         make = partial(SmallResNet, 3, len(first.names), stride=2)
         base = train_base(make, first, steps, lr)
-    result = fine_tune(base, task, steps, lr, rank=4, out=_made(out))
+    result = fine_tune(base, task, steps, lr=lr, rank=4, out=out)
     assert result.outputs is not None
     result.pictures = draw_predictions(task, result.outputs, out)
     heading("Pictures")
@@ -118,7 +123,10 @@ def _impatient(seconds: float = 10) -> Iterator[None]:
 
 
 def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFolderError(f"{folder} cannot be made a folder: {error.strerror}") from error
     return folder
 
 

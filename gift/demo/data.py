@@ -121,8 +121,8 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     found = {name: files for name, files in found.items() if files}
     if len(found) < 2:
         raise BadFolderError(
-            f"{folder} has {len(found)} folders with pictures {list(found)}, expected at least "
-            "two classes such as cats/1.jpg and dogs/1.jpg, or train and val with these"
+            f"{folder} has pictures of these classes: {list(found)}, expected at least two, such "
+            "as cats/1.jpg and dogs/1.jpg, or train and val with these"
         )
     return found
 
@@ -132,9 +132,10 @@ def _read(classes: list[list[Path]], size: int, limit: int) -> Data:
     share = max(1, limit // len(classes))
     images, labels = [], []
     for label, files in enumerate(classes):
-        for file in files[:: -(-len(files) // share)]:
-            images.append(_picture(file, size))
-            labels.append(label)
+        number = min(share, len(files))
+        chosen = [files[i * len(files) // number] for i in range(number)]
+        images += [_picture(file, size) for file in chosen]
+        labels += [label] * number
     return Data(torch.stack(images), torch.tensor(labels))
 
 

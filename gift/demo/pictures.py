@@ -39,7 +39,7 @@ def _draw(task: Task, said: Tensor, sureness: Tensor, places: list[int], file: P
     figure = needed("matplotlib.figure").Figure((2.2 * columns, 2.6 * rows), layout="constrained")
     for number, place in enumerate(places):
         axes = figure.add_subplot(rows, columns, number + 1)
-        axes.imshow(visible(task.test.images[place]), interpolation="nearest")
+        axes.imshow(visible(task.test.images[place]).numpy(), interpolation="nearest")
         axes.set_axis_off()
         label, guess = int(task.test.labels[place]), int(said[place])
         title = f"{task.names[guess]} {sureness[place]:.0%}"

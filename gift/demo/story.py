@@ -142,7 +142,8 @@ def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Pat
         enable_fine_tuning(net, strategy)
         if not result.rows:
             result.rows = _show_trainable(net)
-            heading(f"Learning {', '.join(task.names)}: the same data, steps and loop for each way")
+            heading(f"Learning {', '.join(task.names)}: the same loop, data and steps for each way")
+            say(f"{len(task.train):,} pictures to learn from, {len(task.test):,} held out.\n")
         result.ways.append(_train(name, net, task, steps, lr, out))
     _show_ways(result.ways)
     heading("What is kept")

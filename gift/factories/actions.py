@@ -160,8 +160,11 @@ def ma_replace_head(num_classes: int) -> Action:
 
     def prepare(network: nn.Module) -> Callable[..., None]:
         def act(*place: Any) -> None:
-            _replace(place, _new_head(place[4], num_classes))
-            _tell_number_of_classes(network, num_classes)
+            head = _new_head(place[4], num_classes)
+            _replace(place, head)
+            for module in network.modules():
+                if head in module.modules():
+                    _tell_number_of_classes(module, num_classes)
 
         return act
 
@@ -196,13 +199,14 @@ def _new_head(old: nn.Module, num_classes: int) -> nn.Module:
     )
 
 
-def _tell_number_of_classes(network: nn.Module, num_classes: int) -> None:
+def _tell_number_of_classes(module: nn.Module, num_classes: int) -> None:
     for name in ("num_classes", "num_labels"):
-        if isinstance(vars(network).get(name), int):
-            setattr(network, name, num_classes)
-    config = vars(network).get("config")
+        if isinstance(vars(module).get(name), int):
+            setattr(module, name, num_classes)
+    config: Any = vars(module).get("config")
     if hasattr(config, "num_labels"):
-        # A copy, so that the network gets its own configuration back when it is restored.
-        config = copy.deepcopy(config)
-        config.num_labels = num_classes  # type: ignore[union-attr]
-        vars(network)["config"] = config
+        # A copy, so that the module gets its own configuration back when it is restored.
+        config = vars(module)["config"] = copy.deepcopy(config)
+        config.num_labels = num_classes
+        if getattr(config, "problem_type", None) != "multi_label_classification":
+            config.problem_type = None  # transformers chooses it anew from the number of labels

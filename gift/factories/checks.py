@@ -68,7 +68,7 @@ class Check(Recorded):
 def _combined(fold: Callable[[Iterable[bool]], bool], checks: tuple[Test, ...]) -> Check:
     wrong = [check for check in checks if not callable(check)]
     if wrong:
-        raise TypeError(f"to combine as checks: {wrong}, expected callables")
+        raise TypeError(f"to combine as a check: {wrong[0]!r}, expected a callable")
 
     def test(*place: Any) -> bool:
         return fold(check(*place) for check in checks)

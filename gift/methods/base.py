@@ -58,6 +58,11 @@ class Method:
         plain = (bool, int, float, str, type(None))
         return {k: v if isinstance(v, plain) else str(v) for k, v in asdict(self).items()}
 
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What a saved delta and a network must agree on: the settings that enter the weight."""
+        return self.settings
+
     def __str__(self) -> str:
         values = asdict(self)
         shown = [

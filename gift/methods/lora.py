@@ -84,9 +84,14 @@ class LoRA(Method):
     @property
     def scaling(self) -> float:
         """The factor before ``B A``."""
-        assert self.rank is not None
-        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
-        return alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        rank = self.rank or self.default_rank
+        alpha = rank if self.lora_alpha is None else self.lora_alpha
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Rank and scaling."""
+        return {"rank": self.rank, "scaling": self.scaling}
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype asked for, else the weight's, but at least 32 bits."""

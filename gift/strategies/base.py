@@ -73,6 +73,10 @@ class FineTuningStrategy:
     init_paras: dict[str, Any]
     """The arguments that the strategy was constructed with."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _show_signature(cls)
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember the arguments of the construction."""
         strategy = super().__new__(cls)
@@ -96,6 +100,9 @@ class FineTuningStrategy:
         self.constraint_type = _types(constraint_type, problems)
         if problems:
             raise TypeError(f"{type(self).__name__}: " + "; ".join(problems))
+        if type(self) is FineTuningStrategy:  # caps from a generator are spent by now
+            own = {"module_caps": list(self.module_caps), "para_caps": list(self.para_caps)}
+            self.init_paras |= own
 
     def register_module_cap(
         self, check: Callable[..., bool], action: Any, params: Mapping[str, Any] | None = None
@@ -151,6 +158,15 @@ class FineTuningStrategy:
         return f"{type(self).__name__}({shown})"
 
 
+def _show_signature(cls: type) -> None:
+    """Let `inspect` see the arguments of ``__init__`` rather than those of ``__new__``."""
+    own = inspect.signature(cls.__init__)  # type: ignore[misc]
+    cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
+
+
+_show_signature(FineTuningStrategy)
+
+
 def _required(cls: type) -> bool:
     parameters = inspect.signature(cls).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -186,7 +202,8 @@ def _caps(kind: str, caps: Any, problems: list[str]) -> list[Cap]:
 
 def _wrong_action(action: Any) -> str:
     if isinstance(action, FineTuningStrategy):
-        return ""
+        looks = f"{action!r}, which only looks: put it around the whole strategy"
+        return looks if action.dry_run else ""
     if isinstance(action, type) and issubclass(action, FineTuningStrategy):
         return f"the class {action.__name__}, expected an instance of it, with parentheses"
     if isinstance(action, nn.Module):

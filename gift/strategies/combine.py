@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from gift.factories.recorded import describe
 from gift.strategies.base import Cap, CapLike, FineTuningStrategy, register_strategy
 
 
@@ -20,6 +21,8 @@ class MergedStrategy(FineTuningStrategy):
         wrong = [part for part in parts if not isinstance(part, FineTuningStrategy)]
         if wrong or not parts:
             raise TypeError(f"expected strategies to merge, got {wrong or 'none'}")
+        if any(part.dry_run for part in parts):
+            raise TypeError("a DebugStrategy only looks: put it around the merged strategy")
         super().__init__(
             [cap for part in parts for cap in part.module_caps] + list(module_caps),
             [cap for part in parts for cap in part.para_caps] + list(para_caps),
@@ -95,34 +98,47 @@ class DebugStrategy(FineTuningStrategy):
 
 
 def _printing(kind: str, caps: list[Cap]) -> list[CapLike]:
-    # One cap stands for all of the strategy's, so that the checks after the first match run too.
-    return [(_PrintingCheck(kind, caps), _nothing)] if caps else []
+    return [(_PrintingCheck(kind, caps, n), _Nothing(cap)) for n, cap in enumerate(caps)]
 
 
-def _nothing(*place: Any) -> None:
-    pass
+class _Nothing:
+    """An action that does nothing, under the name of the one that it stands for."""
+
+    def __init__(self, cap: Cap) -> None:
+        self.cap = cap
+
+    def __call__(self, *place: Any) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return repr(self.cap).partition(" -> ")[2]
 
 
 class _PrintingCheck:
-    def __init__(self, kind: str, caps: list[Cap]) -> None:
+    """The check of one cap; when it matches, it says so, and which later ones would match too."""
+
+    def __init__(self, kind: str, caps: list[Cap], number: int) -> None:
         self.kind = kind
         self.caps = caps
+        self.number = number
 
     def bind(self, network: Any) -> "_PrintingCheck":
         bound = [cap._replace(check=bind(cap.check, network)) for cap in self.caps]
-        return _PrintingCheck(self.kind, bound)
+        return _PrintingCheck(self.kind, bound, self.number)
 
     def __call__(self, *place: Any) -> bool:
-        claimed = False
-        for number, cap in enumerate(self.caps):
-            if cap.check(*place):
-                verb = "would also match" if claimed else "claims"
-                path = ".".join(part for part in (place[2], *place[5:6]) if part)
-                print(
-                    f"{self.kind} cap {number} {verb} {path or 'the network'} ({place[3]}): {cap}"
-                )
-                claimed = True
-        return claimed
+        if not self.caps[self.number].check(*place):
+            return False
+        where = ".".join(part for part in (place[2], *place[5:6]) if part) or "the network"
+        verb = "claims"
+        for number, cap in list(enumerate(self.caps))[self.number :]:
+            if number == self.number or cap.check(*place):
+                print(f"{self.kind} cap {number} {verb} {where} ({place[3]}): {cap}")
+                verb = "would also match"
+        return True
+
+    def __repr__(self) -> str:
+        return describe(self.caps[self.number].check)
 
 
 def bind(part: Callable[..., Any], network: Any) -> Callable[..., Any]:
