@@ -37,7 +37,7 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     else:
         adapter.layout = layout_of(module, tensor, frozen.shape, options)
         adapter.method = method.fit(adapter.layout.matrix)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             values = dict(adapter.method.init(adapter.layout.to_matrix(frozen.detach())))
         _check_shape(adapter, frozen, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"

@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import nn
 
+from gift.adapter import is_sharded
 from gift.claims import size_of
 from gift.generated import Spec, spec_of
 from gift.methods import AdaptationError
@@ -162,6 +163,12 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
     if not isinstance(strategy, FineTuningStrategy):
         hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
+    sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
+            "enable fine-tuning before sharding"
+        )
     for path, part in module.named_modules():
         if spec_of(part) != Spec():
             raise RuntimeError(

@@ -24,9 +24,11 @@ class LayoutOptions:
     """What a user may choose about layouts.
 
     Args:
-        conv_layout: ``"balanced"`` sees a convolution's weight ``(o, i, kh, kw)`` as the matrix
-            ``(o*kh, i*kw)``, ``"out_as_h"`` as ``(o, i*kh*kw)``; with `n` kernel axes, ``balanced``
-            gives the first ``n // 2`` of them to the rows.
+        conv_layout: ``"balanced"`` sees a convolution's weight ``(o, i, kh, kw)`` as a matrix of
+            ``o*kh`` rows and ``i*kw`` columns, ``"out_as_h"`` as ``(o, i*kh*kw)``. Elements keep
+            their order in memory: in the balanced layout each output has `kh` rows, which cut its
+            flattened ``(i, kh, kw)`` into equal chunks. With `n` kernel axes, the first ``n // 2``
+            of them count for the rows.
         split_qkv: see the packed ``in_proj_weight`` of ``nn.MultiheadAttention`` as three
             matrices (query, key, value), each with factors of its own, instead of one.
     """
@@ -51,7 +53,7 @@ class Layout:
     Args:
         shape: the weight's own shape.
         view: the shape in which its axes come apart.
-        order: the permutation that brings row axes before column axes.
+        order: the permutation that brings the axis of outputs before that of inputs.
         matrix: the shape as matrix or matrices.
         input_axis: the matrix axis along which the layer's input features lie: -1, or -2 for
             embeddings, whose rows are looked up.
@@ -63,15 +65,19 @@ class Layout:
     matrix: tuple[int, ...]
     input_axis: int = -1
 
+    @property
+    def _is_trivial(self) -> bool:
+        return self.shape == self.matrix and list(self.order) == sorted(self.order)
+
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as matrix or matrices."""
-        if self.shape == self.matrix:
+        if self._is_trivial:
             return weight
         return weight.reshape(self.view).permute(self.order).reshape(self.matrix)
 
     def to_weight(self, matrix: Tensor) -> Tensor:
         """The matrix or matrices as a weight."""
-        if self.shape == self.matrix:
+        if self._is_trivial:
             return matrix
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         permuted = [self.view[axis] for axis in self.order]
@@ -143,6 +149,9 @@ class FlatWeights:
     """Recurrent layers hand a list of their weights to one kernel: here it is made when asked
     for, so that it holds the effective weights, and never stored.
     """
+
+    # Their own one would also store what it sets in the list.
+    __setattr__ = nn.Module.__setattr__
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:

@@ -1,5 +1,6 @@
 """What a network gains while it is being fine-tuned: it shows its trained parameters only."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from gift.adapter import adapters_of, settings_of
 from gift.generated import Generated, Spec, change_class, contributes
@@ -48,10 +50,9 @@ class FineTunedNetwork(Generated):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The trained parameters; ``named_parameters()`` gives all."""
-        if not self._gift_network.only_trainable_parameters:
-            yield from super().parameters(recurse)  # type: ignore[misc]
-        else:
-            yield from (p for _, p in named_trainable(self, recurse))  # type: ignore[arg-type]
+        if self._gift_network.only_trainable_parameters and not _is_averaging():
+            return (p for _, p in named_trainable(self, recurse))  # type: ignore[arg-type]
+        return super().parameters(recurse)  # type: ignore[misc]
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze the trained parameters, or train them again; no frozen one comes to life."""
@@ -88,7 +89,8 @@ class FineTunedNetwork(Generated):
             raise RuntimeError(f"nothing was loaded. {error}") from None
         finally:
             record.rehearsing = False
-        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
+        options = {"assign": True} if assign else {}  # which an own override may not know
+        return super().load_state_dict(state_dict, strict, **options)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Also called when a bigger module loads its state, which passes `load_state_dict` by.
@@ -97,16 +99,21 @@ class FineTunedNetwork(Generated):
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 
+def _is_averaging() -> bool:
+    """Whether `AveragedModel` asks, which pairs what it gets with all parameters of its copy.
+
+    It goes by their order alone, so the trained ones would be averaged into others.
+    """
+    return sys._getframe(2).f_code is AveragedModel.update_parameters.__code__
+
+
 def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state with the network's own values: loading it tells all that is wrong with the keys and
     shapes, in torch's own way with its hooks and old versions, and changes nothing.
     """
     if not isinstance(state_dict, Mapping):
         return state_dict  # torch says what it expected
-    record: NetworkRecord = network._gift_network
-    only, record.only_trainable_state = record.only_trainable_state, False
-    own = network.state_dict()
-    record.only_trainable_state = only
+    own = nn.Module.state_dict(network)
     rehearsal = OrderedDict(state_dict)
     for key, value in rehearsal.items():
         if _shape(value) is not None and _shape(value) == _shape(own.get(key)):

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, Self, TypeVar
 
-from gift.registry import bound_arguments, register
+from gift.registry import REGISTRY, bound_arguments, register
 
 P = ParamSpec("P")
 R = TypeVar("R", bound="Recorded")
@@ -24,6 +24,10 @@ class Recorded:
         """The object for that network; most need not know it."""
         return self
 
+    def __reduce__(self) -> Any:
+        # By recipe: the functions inside are local ones, which pickle cannot name.
+        return _made_again, self.recipe
+
     def __repr__(self) -> str:
         name, arguments = self.recipe
         shown = [describe(item) for item in arguments.get("*", [])]
@@ -31,6 +35,11 @@ class Recorded:
         taken = {k: v for k, v in arguments.items() if k != "*" and not _is_off(v)}
         shown += [f"{k}={describe(v)}" for k, v in taken.items()]
         return f"{name}({', '.join(shown)})"
+
+
+def _made_again(name: str, arguments: dict[str, Any]) -> Any:
+    keywords = dict(arguments)
+    return REGISTRY[name](*keywords.pop("*", []), **keywords)
 
 
 def _is_off(value: Any) -> bool:

@@ -74,6 +74,8 @@ class Method:
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype of new parameters beside `weight`: its own, but at least 32 bits."""
+        if weight.dtype.itemsize == 1:  # float8 takes no part in promotion
+            return torch.float32
         return torch.promote_types(weight.dtype, torch.float32)
 
 

@@ -72,7 +72,7 @@ class LoRAAllFineTuningStrategy(_LoRAStrategy):
         >>> from torch import nn
         >>> from gift import enable_fine_tuning
         >>> from gift.strategies import LoRAAllFineTuningStrategy
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 10))
         >>> report = enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=2))
         >>> [name for name, p in net.named_parameters() if p.requires_grad]
         ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']

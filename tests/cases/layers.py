@@ -151,10 +151,10 @@ def standardised_conv() -> nn.Module:
     return ScaledStdConv2d(4, 6, 3, stride=2)
 
 
-def conv1d_of_transformers() -> nn.Module:
+def conv1d_of_transformers(outputs: int = 5) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    return Conv1D(5, 6)
+    return Conv1D(outputs, 6)
 
 
 RAW = {"para_caps": [(pc_ndim(at_least=1), pa_adapt)]}
@@ -175,6 +175,9 @@ LAYERS: dict[str, LayerCase] = {
     "linear_3d_input": LayerCase(lambda: nn.Linear(6, 5, bias=False), randn(2, 3, 6)),
     "linear_subclass": LayerCase(lambda: Scaled(6, 5), randn(3, 6)),
     "transformers_conv1d": LayerCase(conv1d_of_transformers, randn(2, 3, 6), transposed),
+    "transformers_conv1d_square": LayerCase(
+        lambda: conv1d_of_transformers(6), randn(2, 3, 6), transposed
+    ),
     "conv1d": LayerCase(lambda: nn.Conv1d(4, 6, 3, padding=1), randn(2, 4, 9), balanced_conv),
     "conv1d_grouped_dilated_same": LayerCase(
         lambda: nn.Conv1d(4, 6, 3, groups=2, dilation=2, padding="same"),

@@ -1,0 +1,127 @@
+"""What several test files compare a fine-tuned network with: bits, and the formula of LoRA."""
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
+from gift.strategies import LoRAAllFineTuningStrategy
+
+
+def enabled(net: nn.Module, strategy: FineTuningStrategy | None = None, std: float = 0.1) -> Any:
+    """`net`, fine-tuned, its delta as after some training: nothing in it is zero any more.
+
+    Layers of tests are so small that a delta is often larger than they are.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GiftWarning)
+        enable_fine_tuning(net, strategy or LoRAAllFineTuningStrategy())
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=std)
+    return net
+
+
+def trainable(net: nn.Module) -> list[str]:
+    return [name for name, p in net.named_parameters() if p.requires_grad]
+
+
+def bits(tensor: Tensor) -> str:
+    """A digest of dtype, shape and every bit."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha1(data).hexdigest()}"
+
+
+def all_bits(net: nn.Module) -> dict[str, str]:
+    """Every parameter and buffer of `net` under its name."""
+    named = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
+    return {name: bits(tensor) for name, tensor in named}
+
+
+def picture(net: nn.Module) -> dict[str, Any]:
+    """All that a network is: classes, objects, attributes, hooks, values, flags and gradients."""
+    return {
+        path: (type(module), {name: _look(value) for name, value in vars(module).items()})
+        for path, module in net.named_modules(remove_duplicate=False)
+    }
+
+
+def _look(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        known = "" if value.is_meta or isinstance(value, nn.UninitializedParameter) else bits(value)
+        return id(value), value.requires_grad, id(value.grad), known
+    if isinstance(value, dict):
+        return [(str(key), _look(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_look(item) for item in value]
+    if isinstance(value, bool | int | float | str | set | None):
+        return copy.copy(value)
+    return id(value)
+
+
+def delta(module: nn.Module, weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """``B A``, for each group, in the shape of the weight."""
+    product = torch.einsum("...or,...ri->...oi", b, a)
+    if isinstance(module, _ConvTransposeNd):  # (in, out / groups, *kernel)
+        _, outputs, *kernel = weight.shape
+        product = product.reshape(module.groups, outputs, -1, *kernel).transpose(1, 2)
+    if type(module).__name__ == "Conv1D":  # of transformers: (in, out)
+        product = product.T
+    return product.reshape(weight.shape)
+
+
+def merged(net: nn.Module, base: nn.Module) -> nn.Module:
+    """A copy of the plain `base` that holds the effective weights of `net`, by the formula."""
+    plain = copy.deepcopy(base)
+    with torch.no_grad():
+        for _, module, weight, factors in _adapted(net, plain):
+            weight += delta(module, weight, *factors)
+    return plain
+
+
+def _adapted(net: nn.Module, plain: nn.Module) -> list[tuple[str, nn.Module, Tensor, Any]]:
+    """Names, modules and weights of `plain`, and the factors that `net` has for them."""
+    factors, found = dict(net.named_parameters()), []
+    for path, module in plain.named_modules():
+        for name, weight in module._parameters.items():
+            prefix = f"{path}.".lstrip(".") + ("" if name == "weight" else f"{name}_")
+            if weight is not None and f"{prefix}lora_B" in factors:
+                pair = factors[f"{prefix}lora_B"], factors[f"{prefix}lora_A"]
+                found.append((prefix, module, weight, pair))
+    return found
+
+
+def assert_same_training(
+    net: nn.Module,
+    base: nn.Module,
+    call: Callable[[nn.Module], Tensor],
+) -> None:
+    """`net` gives the output of the merged base, and its delta the gradients of the chain rule.
+
+    Args:
+        net: fine-tuned, in float64.
+        base: what it was before.
+        call: from a network, a differentiable output.
+    """
+    plain = merged(net, base).requires_grad_(True)
+    output, expected = call(net), call(plain)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(expected, call(base)), "the delta of the test has no effect"
+    net.zero_grad()
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    adapted = _adapted(net, plain)
+    for prefix, module, weight, pair in adapted:
+        wanted = torch.autograd.grad(delta(module, weight, *pair), pair, weight.grad)
+        for name, parameter, gradient in zip(("B", "A"), pair, wanted, strict=True):
+            difference = (parameter.grad - gradient).abs().max()
+            assert difference <= 1e-8 * (1 + gradient.abs().max()), f"{prefix}lora_{name}"
+    assert adapted
+    assert all(p.grad is None for p in nn.Module.parameters(net) if not p.requires_grad)
