@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from gift.adapter import Adapter, adapters_of, plain_tensor, settings_misfits
 from gift.generated import Generated, Spec, contributes, generated_class, plain_class
@@ -47,6 +46,11 @@ class AdaptedModule(Generated):
             self._gift_adapters[tensor].reset(self, tensor)
         return self
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._gift_adapters:  # what reparametrises a weight begins like this
+            raise _reparametrised(name)
+        super().__delattr__(name)
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, *rest: Any
     ) -> None:
@@ -55,6 +59,13 @@ class AdaptedModule(Generated):
         errors += problems
         if not problems:
             super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[misc]
+
+
+def _reparametrised(tensor: str) -> RuntimeError:
+    return RuntimeError(
+        f"{tensor!r} is adapted and cannot be parametrised or replaced now: do that before "
+        "enable_fine_tuning, or after disable_fine_tuning"
+    )
 
 
 def _reset_parameters(self: Any) -> None:
@@ -77,7 +88,7 @@ def _initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
 def _effective(tensor: str) -> property:
     def read(self: Any) -> Any:
         frozen = self._gift_frozen(tensor)
-        if frozen is None or is_lazy(frozen):
+        if frozen is None:
             return frozen
         try:
             return self._gift_adapters[tensor].weight(self, frozen)
@@ -87,6 +98,8 @@ def _effective(tensor: str) -> property:
 
     def write(self: Any, value: Any) -> None:
         # Only values that are no parameters come here: a hook that recomputes the tensor.
+        if tensor not in self.__dict__:
+            raise _reparametrised(tensor)
         self.__dict__[tensor] = value
 
     return property(read, write, doc=f"The effective `{tensor}`: frozen tensor and delta.")

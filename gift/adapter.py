@@ -42,7 +42,7 @@ class Adapter:
         if self.layout is None or is_sharded(frozen):
             return frozen
         method, parameters = self.delta_of(module)
-        if module.training:
+        if method.dropout and module.training:
             parameters = method.drop(parameters, self.layout.input_axis)
         matrix = self.layout.to_matrix(frozen).to(method.delta_dtype(frozen))
         return self.layout.to_weight(method.weight(matrix, parameters)).to(frozen.dtype)
@@ -67,14 +67,17 @@ class Adapter:
             frozen = module._gift_frozen(tensor)
         if is_lazy(frozen):
             return
+        unknown = self.layout is None
         if self.layout is None:
-            self.layout = layout_of(module, tensor, frozen.shape, self.options)
-            self.method = self.method.fit(self.layout.matrix)
+            layout = layout_of(module, tensor, frozen.shape, self.options)
+            self.method, self.layout = self.method.fit(layout.matrix), layout
         with torch.no_grad():
             for key, value in self.method.init(self.layout.to_matrix(frozen.detach())).items():
                 parameter = module._parameters[self.names[key]]
                 if isinstance(parameter, UninitializedParameter):
                     parameter.materialize(value.shape, value.device, value.dtype)
+                elif unknown:
+                    continue  # a state was loaded before the first forward: it has its values
                 elif parameter.device != value.device:
                     parameter = nn.Parameter(torch.empty_like(value), parameter.requires_grad)
                     module._parameters[self.names[key]] = parameter
@@ -101,7 +104,8 @@ def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
 def settings_misfits(module: nn.Module, path: str, metadata: Mapping[str, Any]) -> list[str]:
     """What a state's metadata says of a delta, where it is not what `module` has."""
     here, there = settings_of(module), metadata.get("gift")
-    if there is None or not here or here == there:
+    unknown = any(a.layout is None for a in adapters_of(module).values())  # lazy, yet to be fitted
+    if there is None or unknown or not here or here == there:
         return []
     return [f"{path or 'the network'} was trained with {there}, here it has {here}"]
 

@@ -19,7 +19,7 @@ class Taken(NamedTuple):
         cap: number of the cap.
         path: dotted path of the module or parameter.
         class_name: class of the module that the cap saw.
-        module: the module that stands there now.
+        module: the module that stands there now, if any.
         replaced: whether that is another one than before.
         parameter: name of the parameter, or None for the whole module.
     """
@@ -27,12 +27,14 @@ class Taken(NamedTuple):
     cap: int
     path: str
     class_name: str
-    module: nn.Module
+    module: nn.Module | None
     replaced: bool = False
     parameter: str | None = None
 
     def adapters(self) -> Iterator[tuple[str, nn.Module, Adapter]]:
         """The adapted tensors in what was taken: path, module that holds it, adapter."""
+        if self.module is None:
+            return
         if self.parameter is not None:
             if adapter := adapters_of(self.module).get(self.parameter):
                 yield self.path, self.module, adapter
@@ -43,6 +45,8 @@ class Taken(NamedTuple):
 
     def parameters(self) -> Iterator[nn.Parameter | None]:
         """The parameters in what was taken, those that a method added included."""
+        if self.module is None:
+            return
         if self.parameter is None:
             yield from nn.Module.parameters(self.module)
             return
@@ -78,6 +82,8 @@ def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
 
 
 def _what(taken: Taken, trained: bool) -> str:
+    if taken.module is None:
+        return "removed"
     if taken.replaced:
         return f"replaced by {plain_class(type(taken.module)).__name__}"
     adapted: dict[str, list[str]] = {}

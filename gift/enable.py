@@ -9,7 +9,7 @@ from gift.adapter import is_sharded
 from gift.claims import size_of
 from gift.generated import Spec, spec_of
 from gift.methods import AdaptationError
-from gift.network import NetworkRecord, install_record, named_trainable, remove_record
+from gift.network import NetworkRecord, delta_names, install_record, named_trainable, remove_record
 from gift.report import Report
 from gift.strategies.base import FineTuningStrategy
 from gift.transaction import Snapshot
@@ -147,6 +147,12 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
     record = module._gift_network
     if not record.keeps_base:  # type: ignore[union-attr]
         raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
+    gone = sorted(delta_names(module) - {name for name, _ in module.named_parameters()})
+    if gone:
+        raise RuntimeError(
+            f"{gone} were pruned or parametrised since: undo that first (prune.remove, "
+            "remove_parametrizations)"
+        )
     late = [n for n, _ in named_trainable(module) if n not in record.chosen]  # type: ignore[union-attr,operator]
     if late:
         raise RuntimeError(

@@ -5,6 +5,7 @@ mixins in front. Its `Spec` says which, so that a copy or a pickle can generate 
 feature contributes its mixins here and knows nothing of the others.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -47,6 +48,12 @@ class Generated:
         # Ends here: a hook of the plain class would see a subclass that nobody wrote.
         pass
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Somebody calls the class of a module to make another one, as a slice of `nn.Sequential`
+        # does: that is a plain one.
+        self.__class__ = plain_class(type(self))
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds a class by its name, and the generated one has the plain one's name: pickle
         # the plain class, and generate the other again.
@@ -65,6 +72,31 @@ class Generated:
         if parameter is None:
             return super().get_parameter(target)  # type: ignore[misc]
         return parameter
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """Of classes with a way of their own to be copied: as a plain module, then as this one."""
+    generated = type(self)
+    self.__class__ = generated._gift_plain
+    try:
+        twin = copy.deepcopy(self, memo)
+    finally:
+        self.__class__ = generated
+    for key, value in vars(self).items():
+        if key.startswith("_gift_") and key not in vars(twin):
+            vars(twin)[key] = copy.deepcopy(value, memo)
+    twin.__class__ = generated_class(type(twin), self._gift_spec)
+    return twin
+
+
+def _recompile(self: Any) -> Any:
+    """A graph module writes code into its class: into its own, not into the generated one."""
+    generated = type(self)
+    self.__class__ = generated._gift_plain
+    try:
+        return self.recompile()
+    finally:
+        self.__class__ = generated
 
 
 def _rebuild(spec: Spec, rebuild: Any, args: tuple[Any, ...]) -> nn.Module:
@@ -92,6 +124,10 @@ def _generate(plain: type, spec: Spec) -> type:
         "_gift_plain": plain,
         "_gift_spec": spec,
     }
+    if hasattr(plain, "__deepcopy__"):
+        namespace["__deepcopy__"] = _deepcopy
+    if hasattr(plain, "recompile"):
+        namespace["recompile"] = _recompile
     mixins: list[type] = []
     for contribution in _contributions:
         more_mixins, attributes = contribution(plain, spec)

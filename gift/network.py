@@ -104,6 +104,8 @@ def _is_averaging() -> bool:
 
     It goes by their order alone, so the trained ones would be averaged into others.
     """
+    if torch.compiler.is_compiling():
+        return False
     return sys._getframe(2).f_code is AveragedModel.update_parameters.__code__
 
 
@@ -116,8 +118,9 @@ def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
     own = nn.Module.state_dict(network)
     rehearsal = OrderedDict(state_dict)
     for key, value in rehearsal.items():
-        if _shape(value) is not None and _shape(value) == _shape(own.get(key)):
-            rehearsal[key] = own[key]
+        mine = own.get(key)
+        if is_lazy(mine) or (_shape(value) is not None and _shape(value) == _shape(mine)):
+            rehearsal[key] = mine
     if hasattr(state_dict, "_metadata"):
         rehearsal._metadata = state_dict._metadata  # type: ignore[attr-defined]
     return rehearsal
@@ -133,14 +136,12 @@ def _loaded(network: Any, incompatible: Any) -> None:
     """
     record: NetworkRecord = network._gift_network
     prefix, keys = record.loading
-    absent = set(frozen_names(network))
-    deltas = delta_names(network)
-    whole_base = bool(absent) and absent <= keys and not deltas & keys
-    if whole_base:
-        absent = deltas
+    frozen, deltas = set(frozen_names(network)), delta_names(network)
+    is_base = bool(frozen & keys) and not deltas & keys
+    absent = deltas if is_base else frozen
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if key.removeprefix(prefix) not in absent]
-    if whole_base and not record.rehearsing:
+    if is_base and frozen <= keys and not record.rehearsing:
         record.undo.refresh_values()
         for module in network.modules():
             for tensor, adapter in adapters_of(module).items():

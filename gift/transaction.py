@@ -37,6 +37,7 @@ class ModuleUndo:
         attributes: entries of ``module.__dict__``.
         entries: for each dictionary in it (parameters, submodules, hooks ...) entries of that.
         order: for each of those, the order of its keys.
+        contents: of lists and sets in it, all that they held.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class ModuleUndo:
     attributes: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, dict[Any, Any]] = field(default_factory=dict)
     order: dict[str, list[Any]] = field(default_factory=dict)
+    contents: dict[str, list[Any] | set[Any]] = field(default_factory=dict)
 
     def apply(self) -> None:
         """Put back what stood there before."""
@@ -56,13 +58,15 @@ class ModuleUndo:
                 self._follow_modes(entries)
             _put_back(state[key], entries)
             _reorder(state[key], self.order[key])
+        for key, content in self.contents.items():
+            _refill(state[key], content)
 
     def _follow_modes(self, originals: dict[Any, Any]) -> None:
         """Modules that come back take the mode of what stood in their place."""
         for name, original in originals.items():
-            if isinstance(original, nn.Module):
-                instead = self.module._modules.get(name)
-                original.train((self.module if instead is None else instead).training)
+            instead = self.module._modules.get(name)
+            if isinstance(original, nn.Module) and instead is not None:
+                original.train(instead.training)
 
 
 @dataclass
@@ -96,6 +100,8 @@ class Undo:
         for module, name, flag in self.requires_grad:
             if (parameter := module._parameters.get(name)) is not None:
                 parameter.requires_grad = flag
+        for left in nn.Module.parameters(network):
+            left.grad = None
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
@@ -128,7 +134,7 @@ class Snapshot:
             if p is not None
         ]
         self.parameters = [
-            (m, name, p, p.requires_grad, p.grad, None if is_lazy(p) else p.data)
+            (m, name, p, p.requires_grad, _kept_grad(p), None if is_lazy(p) else p.data)
             for m, name, p in named
         ]
 
@@ -157,10 +163,13 @@ class Snapshot:
                 if isinstance(value, _CONTAINERS) and (value or key in contents):
                     _refill(value, contents.get(key, ()))
         for _, _, parameter, requires_grad, grad, data in self.parameters:
+            parameter.grad = None  # which must have the dtype that the parameter has
             if data is not None and _moved(parameter, data):
                 parameter.data = data
             parameter.requires_grad = requires_grad
-            parameter.grad = grad
+            if grad is not None:
+                grad[0].data = grad[1]
+                parameter.grad = grad[0]
         self.values.restore()
 
     def commit(self, keep_values: bool) -> Undo:
@@ -191,7 +200,7 @@ class Snapshot:
             changed = self.values.original(before)
             if changed is not None:
                 yield module, name, changed
-            elif tensor.requires_grad or moved or _is_persistent_buffer(module, name):
+            elif tensor.requires_grad or moved or name in module._buffers:
                 yield module, name, before.detach().clone()
 
     def _changes(self) -> Iterator[ModuleUndo]:
@@ -202,17 +211,22 @@ class Snapshot:
             undo.attributes = _difference(state, module.__dict__, _OWN)
             own = _delta_names(module)
             for key, value in state.items():
-                if not isinstance(value, dict) or key in undo.attributes:
+                if not isinstance(value, _CONTAINERS) or key in undo.attributes:
                     continue
-                before = contents.get(key, {})
-                if (before or value) and (entries := _difference(before, value, own)):
+                before = contents.get(key, type(value)())
+                if not isinstance(value, dict):
+                    if _differ(before, value):
+                        undo.contents[key] = before
+                elif (before or value) and (entries := _difference(before, value, own)):
                     undo.entries[key], undo.order[key] = entries, list(before)
-            if undo.plain is not None or undo.attributes or undo.entries:
+            if undo.plain is not None or undo.attributes or undo.entries or undo.contents:
                 yield undo
 
 
-def _is_persistent_buffer(module: nn.Module, name: str) -> bool:
-    return name in module._buffers and name not in module._non_persistent_buffers_set
+def _kept_grad(parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+    """The gradient, and its memory: a module that changes dtype or device changes it in place."""
+    grad = parameter.grad
+    return None if grad is None else (grad, grad.data)
 
 
 _CONTAINERS = (dict, list, set)
@@ -235,6 +249,13 @@ def _difference(
     """What `before` had otherwise than `after`, where `own` keys are not counted as new."""
     changed = {k: v for k, v in before.items() if k not in after or after[k] is not v}
     return changed | {k: _Missing for k in after if k not in before and k not in own}
+
+
+def _differ(before: Any, after: Any) -> bool:
+    """Whether two lists or sets hold other objects; what they hold may not compare (tensors)."""
+    if isinstance(before, set):
+        return before != after
+    return len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True))
 
 
 def _put_back(target: dict[Any, Any], entries: dict[Any, Any]) -> None:

@@ -94,7 +94,7 @@ class Walk:
         if now is not None:
             self.done |= {id(part): part for part in now.modules()}
             self.kept |= {id(parameter) for parameter in nn.Module.parameters(now)}
-            self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
+        self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
 
     def _offer(
         self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None

@@ -30,6 +30,9 @@ class Method:
     """Fast paths, from the dotted name of a stock layer's ``forward`` to one of the same signature.
     Each must agree with the materialised weight in value and gradient."""
 
+    dropout: ClassVar[float] = 0.0
+    """Probability for `drop`; a method with such a setting has a property of this name."""
+
     def fit(self, shape: tuple[int, ...]) -> Self:
         """The method with settings for a matrix of that shape.
 

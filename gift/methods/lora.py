@@ -82,6 +82,11 @@ class LoRA(Method):
         return replace(self, rank=rank)
 
     @property
+    def dropout(self) -> float:  # type: ignore[override]
+        """The probability for `drop`."""
+        return self.lora_dropout
+
+    @property
     def scaling(self) -> float:
         """The factor before ``B A``."""
         rank = self.rank or self.default_rank
@@ -126,8 +131,6 @@ class LoRA(Method):
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
         """Drop input features: columns of ``A``, or rows of ``B`` for looked-up rows."""
-        if not self.lora_dropout:
-            return parameters
         key = "lora_A" if input_axis == -1 else "lora_B"
         factor = parameters[key]
         features = factor.shape[input_axis]
@@ -151,7 +154,7 @@ def _side_path(input: Tensor, output: Tensor, module: Any) -> Tensor:
     """The output plus ``s B A dropout(input)``, in the delta's dtype, rounded once."""
     method, parameters = module._gift_adapters["weight"].delta_of(module)
     a, b = parameters["lora_A"], parameters["lora_B"]
-    if module.training and method.lora_dropout:
+    if method.lora_dropout and module.training:
         input = F.dropout(input, method.lora_dropout)
     hidden = F.linear(input.to(a.dtype), a)
     return (output + F.linear(hidden, method.scaled(b))).to(output.dtype)
@@ -171,7 +174,7 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     method = self._gift_adapters["weight"].method
-    if not (self.training and method.lora_dropout):
+    if not (method.lora_dropout and self.training):
         return self._conv_forward(input, self.weight, self.bias)
     frozen = self._gift_frozen("weight")
     delta = self._gift_adapters["weight"].delta_weight(self)

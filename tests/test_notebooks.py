@@ -1,0 +1,111 @@
+"""Notebooks are executed, and print what is stored in them; so is the code of CONTRIBUTING.
+
+``python -m tests.test_notebooks`` executes them and stores the outputs.
+"""
+
+import copy
+import re
+import textwrap
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from torch import nn
+
+from gift import FineTuningStrategy, enable_fine_tuning
+from gift.factories import ma_adapt, mc_layer
+from gift.methods import METHODS
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def executed(notebook: NotebookNode) -> NotebookNode:
+    """A copy that a fresh kernel has filled with outputs, with nothing of this machine in it."""
+    fresh = copy.deepcopy(notebook)
+    resources = {"metadata": {"path": str(FOLDER)}}
+    client = NotebookClient(
+        fresh, timeout=300, kernel_name="python3", record_timing=False, resources=resources
+    )
+    client.execute()
+    fresh.metadata = nbformat.from_dict(METADATA)
+    return fresh
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(cell: NotebookNode) -> str:
+    """What the cell prints, and the value of its last line."""
+    shown = [output.get("text") or output["data"]["text/plain"] for output in cell.outputs]
+    return "".join(shown)
+
+
+@each
+def test_a_notebook_prints_what_is_stored_in_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells that are tagged "varies" print accuracies, which differ between machines."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    stored = nbformat.read(file, as_version=4)
+    for old, new in zip(code_cells(stored), code_cells(executed(stored)), strict=True):
+        if "varies" not in old.metadata.get("tags", []):
+            assert text_of(new) == text_of(old), old.source
+
+
+@each
+def test_a_stored_notebook_is_from_one_clean_run(file: Path) -> None:
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata == METADATA
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(set(cell.metadata) <= {"tags"} for cell in cells)
+    assert str(Path.home()) not in file.read_text(encoding="utf-8")
+    assert all(output.get("name") != "stderr" for cell in cells for output in cell.outputs)
+
+
+def test_the_quick_start_shows_the_figures_that_users_compare_with() -> None:
+    """11,689,512 trainable parameters before, 75,063 after, in 42 rows."""
+    notebook = nbformat.read(FOLDER / "quick_start.ipynb", as_version=4)
+    [table] = [text_of(cell) for cell in code_cells(notebook) if cell.id == "table"]
+    assert "11689512" in table
+    assert "75063" in table
+    rows = [line.split() for line in table.splitlines() if ".lora_" in line]
+    assert [int(row[0]) for row in rows] == list(range(42))
+    assert sum(int(row[-1]) for row in rows) == 75063
+    assert rows[0][1:4] == ["conv1.lora_B", "[448,", "3]"]
+    assert rows[-1][1:4] == ["fc.lora_A", "[3,", "512]"]
+
+
+def test_the_method_in_the_contributing_guide_is_a_whole_one() -> None:
+    """As printed there, it starts as the base and then scales each row of a weight."""
+    guide = (FOLDER.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    layer, inputs = nn.Linear(6, 5), torch.randn(3, 6)
+    before, weight = layer(inputs), layer.weight.detach().clone()
+    try:
+        exec(textwrap.dedent(source), {"__name__": __name__})
+        enable_fine_tuning(layer, FineTuningStrategy([(mc_layer(), ma_adapt("row_scale"))]))
+    finally:
+        METHODS.pop("row_scale", None)
+    assert torch.equal(layer(inputs), before)
+    [factors] = layer.parameters()
+    with torch.no_grad():
+        factors.copy_(torch.tensor([[1.0], [2], [3], [4], [5]]))
+    expected = torch.stack([weight[row] * (row + 1) for row in range(5)])
+    torch.testing.assert_close(layer.weight, expected)
+
+
+if __name__ == "__main__":
+    for path in NOTEBOOKS:
+        nbformat.write(executed(nbformat.read(path, as_version=4)), path)
