@@ -119,7 +119,9 @@ def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
     rehearsal = OrderedDict(state_dict)
     for key, value in rehearsal.items():
         mine = own.get(key)
-        if is_lazy(mine) or (_shape(value) is not None and _shape(value) == _shape(mine)):
+        if (mine is not None and is_lazy(mine)) or (
+            _shape(value) is not None and _shape(value) == _shape(mine)
+        ):
             rehearsal[key] = mine
     if hasattr(state_dict, "_metadata"):
         rehearsal._metadata = state_dict._metadata  # type: ignore[attr-defined]
