@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -254,6 +255,12 @@ FAMILIES = tuple(dict.fromkeys(row.family for row in LAYERS))
 
 def row_of(cls: type) -> LayerRow | None:
     """The row of a layer class, or None where its weights are not known."""
+    return _row_of(cls, "transformers.pytorch_utils" in sys.modules)
+
+
+@lru_cache(maxsize=512)
+def _row_of(cls: type, with_transformers: bool) -> LayerRow | None:
+    # That package may be imported after a first look, hence the second argument.
     return next((row for row in LAYERS if row.matches(cls)), None)
 
 

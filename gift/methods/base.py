@@ -1,7 +1,7 @@
 """What a method is: a function of a frozen matrix and of a few trained parameters."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
@@ -59,7 +59,8 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """The settings as plain values: what a file says of a delta."""
         plain = (bool, int, float, str, type(None))
-        return {k: v if isinstance(v, plain) else str(v) for k, v in asdict(self).items()}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v if isinstance(v, plain) else str(v) for k, v in values.items()}
 
     @property
     def meaning(self) -> dict[str, Any]:
@@ -67,12 +68,8 @@ class Method:
         return self.settings
 
     def __str__(self) -> str:
-        values = asdict(self)
-        shown = [
-            f"{field.name}={values[field.name]}"
-            for field in fields(self)
-            if values[field.name] != field.default
-        ]
+        values = [(field, getattr(self, field.name)) for field in fields(self)]
+        shown = [f"{field.name}={value}" for field, value in values if value != field.default]
         return f"{self.name}({', '.join(shown)})"
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
