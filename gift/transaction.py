@@ -143,6 +143,11 @@ class Snapshot:
         """Within it, an action may write into the tensors of the network."""
         return KeptValues(tensor for _, _, tensor in self._tensors())
 
+    @property
+    def _foreign(self) -> bool:
+        """Whether a foreign action ran, which may have changed values."""
+        return "values" in vars(self)
+
     def _tensors(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Parameters and buffers as they were found; tied ones once for each name."""
         for module, name, parameter, *_ in self.parameters:
@@ -170,7 +175,8 @@ class Snapshot:
             if grad is not None:
                 grad[0].data = grad[1]
                 parameter.grad = grad[0]
-        self.values.restore()
+        if self._foreign:
+            self.values.restore()
 
     def commit(self, keep_values: bool) -> Undo:
         """What the actions changed, to be undone later.
@@ -187,20 +193,19 @@ class Snapshot:
         return undo
 
     def _values(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """Copies of what the actions changed or training will change."""
-        data = {id(p): old for _, _, p, _, _, old in self.parameters}
+        """Copies of what training will change, or foreign actions have changed."""
+        known = self.parameters if self._foreign else []
+        data = {id(p): old for _, _, p, _, _, old in known if old is not None}
         seen: set[int] = set()
         for module, name, tensor in self._tensors():
             if id(tensor) in seen or is_lazy(tensor):
                 continue
             seen.add(id(tensor))
             before = data.get(id(tensor), tensor)
-            assert before is not None
-            moved = before is not tensor and _moved(tensor, before)
-            changed = self.values.original(before)
+            changed = self.values.original(before) if self._foreign else None
             if changed is not None:
                 yield module, name, changed
-            elif tensor.requires_grad or moved or name in module._buffers:
+            elif tensor.requires_grad or name in module._buffers or _moved(tensor, before):
                 yield module, name, before.detach().clone()
 
     def _changes(self) -> Iterator[ModuleUndo]:
@@ -279,6 +284,8 @@ def _refill(container: Any, content: Any) -> None:
 
 
 def _moved(parameter: Tensor, data: Tensor) -> bool:
+    if parameter is data:
+        return False
     if parameter.shape != data.shape or parameter.dtype != data.dtype:
         return True
     return parameter.device != data.device or parameter.data_ptr() != data.data_ptr()
