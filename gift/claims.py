@@ -11,6 +11,8 @@ from gift.adapter import Adapter, adapters_of
 from gift.generated import plain_class
 from gift.report import Claim
 
+Adapted = tuple[str, nn.Module, Adapter]
+
 
 class Taken(NamedTuple):
     """A module, or one parameter of it, that a cap took.
@@ -31,7 +33,7 @@ class Taken(NamedTuple):
     replaced: bool = False
     parameter: str | None = None
 
-    def adapters(self) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    def adapters(self) -> Iterator[Adapted]:
         """The adapted tensors in what was taken: path, module that holds it, adapter."""
         if self.module is None:
             return
@@ -48,7 +50,8 @@ class Taken(NamedTuple):
         if self.module is None:
             return
         if self.parameter is None:
-            yield from nn.Module.parameters(self.module)
+            for part in self.module.modules():
+                yield from part._parameters.values()
             return
         yield self.module._parameters.get(self.parameter)
         for _, module, adapter in self.adapters():
@@ -61,9 +64,10 @@ def claims_of(all_taken: Iterable[Taken]) -> list[Claim]:
     for taken in all_taken:
         trained = {id(p): p for p in taken.parameters() if p is not None and p.requires_grad}
         trainable = size_of(p for key, p in trained.items() if key not in counted)
-        counted |= trained.keys()
-        larger = tuple(path for path, module, a in taken.adapters() if _is_larger(module, a))
-        what = _what(taken, bool(trained))
+        counted.update(trained)
+        adapters = list(taken.adapters())
+        larger = tuple(path for path, module, a in adapters if _is_larger(module, a))
+        what = _what(taken, adapters, bool(trained))
         claims.append(Claim(taken.cap, taken.path, taken.class_name, what, trainable, larger))
     return claims
 
@@ -81,13 +85,13 @@ def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
     return size_of(p for p in delta if p is not None) > math.prod(adapter.layout.shape)
 
 
-def _what(taken: Taken, trained: bool) -> str:
+def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
     if taken.module is None:
         return "removed"
     if taken.replaced:
         return f"replaced by {plain_class(type(taken.module)).__name__}"
     adapted: dict[str, list[str]] = {}
-    for path, _, adapter in taken.adapters():
+    for path, _, adapter in adapters:
         text = str(adapter.method) if adapter.owner is None else "the delta of a tied tensor"
         adapted.setdefault(text, []).append(path.removeprefix(f"{taken.path}."))
     if not adapted:

@@ -71,10 +71,9 @@ def enable_fine_tuning(
             snapshot.rollback()
             return report
         undo = snapshot.commit(keep_base)
+        named = dict(module.named_parameters(remove_duplicate=False))
         record = NetworkRecord(
-            chosen={
-                n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
-            },
+            chosen={name for name, p in named.items() if p.requires_grad},
             report=report,
             undo=undo,
             keeps_base=keep_base,
@@ -86,7 +85,7 @@ def enable_fine_tuning(
     except BaseException:
         snapshot.rollback()
         raise
-    for parameter in nn.Module.parameters(module):
+    for parameter in named.values():
         parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
     return report
 
@@ -197,7 +196,7 @@ _WRAPPERS = (
 
 
 def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) -> Report:
-    parameters = list(nn.Module.parameters(module))
+    parameters = [p for _, _, p, *_ in snapshot.parameters]
     report = Report(
         network=type(module).__name__,
         strategy=repr(strategy),
@@ -215,15 +214,15 @@ def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) 
     report.claims = walk.claims
     if not walk.claims:
         raise ValueError(_nothing_matched(module, strategy, report))
-    names = {id(p): name for name, p in module.named_parameters()}
+    named = dict(module.named_parameters())
+    names = {id(p): name for name, p in named.items()}
     for _, _, parameter, *_ in snapshot.parameters:
         if id(parameter) not in walk.kept:
             parameter.requires_grad = False
             report.frozen.append(names.pop(id(parameter), ""))
     report.frozen = [name for name in report.frozen if name]
-    parameters = list(nn.Module.parameters(module))
-    report.total_after = size_of(parameters)
-    report.trainable_after = size_of(p for p in parameters if p.requires_grad)
+    report.total_after = size_of(named.values())
+    report.trainable_after = size_of(p for p in named.values() if p.requires_grad)
     return report
 
 

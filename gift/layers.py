@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -66,7 +66,7 @@ class Layout:
     matrix: tuple[int, ...]
     input_axis: int = -1
 
-    @property
+    @cached_property
     def _is_trivial(self) -> bool:
         return self.shape == self.matrix and list(self.order) == sorted(self.order)
 
@@ -85,6 +85,7 @@ class Layout:
         return matrix.reshape(permuted).permute(inverse).reshape(self.shape)
 
 
+@cache
 def _plain(shape: tuple[int, ...], matrix: tuple[int, ...], input_axis: int = -1) -> Layout:
     return Layout(shape, shape, tuple(range(len(shape))), matrix, input_axis)
 

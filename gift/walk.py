@@ -93,7 +93,7 @@ class Walk:
         self.done[id(module)] = now
         if now is not None:
             self.done |= {id(part): part for part in now.modules()}
-            self.kept |= {id(parameter) for parameter in nn.Module.parameters(now)}
+            self.kept |= {id(p) for part in now.modules() for p in part._parameters.values()}
         self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
 
     def _offer(
@@ -135,8 +135,8 @@ class Walk:
         """One delta for each tensor: whoever else holds an adapted tensor reads the same delta."""
         owners: dict[int, tuple[nn.Module, str]] = {}
         for module in self.network.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and name in adapters_of(module):
+            for name in adapters_of(module):
+                if (parameter := module._parameters.get(name)) is not None:
                     owners.setdefault(id(parameter), (module, name))
         if not owners:
             return

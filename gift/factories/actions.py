@@ -42,12 +42,12 @@ class Action(Recorded):
         return self if self.prepare is None else self.like(type(self)(self.prepare(network)))
 
 
-def _split(settings: dict[str, Any]) -> tuple[dict[str, Any], LayoutOptions, bool]:
-    """Settings of the method, of the layout, and whether biases are trained."""
+def _made(method: str | Method, settings: dict[str, Any]) -> tuple[Method, LayoutOptions, bool]:
+    """The method, the layouts, and whether biases are trained."""
     rest = dict(settings)
     train_bias = rest.pop("train_bias", False)
     options = {k: rest.pop(k) for k in LayoutOptions.__dataclass_fields__ if k in rest}
-    return rest, LayoutOptions(**options), train_bias
+    return method_of(method, rest), LayoutOptions(**options), train_bias
 
 
 @recorded
@@ -61,12 +61,10 @@ def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
     Raises:
         ValueError: for an unknown method or setting, or a value out of range.
     """
-    own, _, _ = _split(settings)
-    method_of(method, own)
+    made = _made(method, settings)
 
     def act(*place: Any, **params: Any) -> None:
-        own, options, train_bias = _split(settings | params)
-        adapt_module(place[4], method_of(method, own), options, train_bias)
+        adapt_module(place[4], *(_made(method, settings | params) if params else made))
 
     return Action(act)
 
@@ -74,12 +72,11 @@ def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
 @recorded
 def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
     """Adapt one parameter of any module, whatever the module is; see `ma_adapt`."""
-    own, _, _ = _split(settings)
-    method_of(method, own)
+    made = _made(method, settings)
 
     def act(*place: Any, **params: Any) -> None:
-        own, options, _ = _split(settings | params)
-        adapt_tensor(place[4], place[5], method_of(method, own), options)
+        own, options, _ = _made(method, settings | params) if params else made
+        adapt_tensor(place[4], place[5], own, options)
 
     return Action(act)
 

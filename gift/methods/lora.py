@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -79,7 +80,7 @@ class LoRA(Method):
                     f"{rows} x {columns} can have (a smaller rank, or clip_rank=True, would work)"
                 )
             rank = largest
-        return replace(self, rank=rank)
+        return _of_rank(self, rank)
 
     @property
     def dropout(self) -> float:  # type: ignore[override]
@@ -136,6 +137,12 @@ class LoRA(Method):
         features = factor.shape[input_axis]
         mask = F.dropout(factor.new_ones(features), self.lora_dropout)
         return parameters | {key: factor * (mask if input_axis == -1 else mask[:, None])}
+
+
+@cache
+def _of_rank(method: Any, rank: int) -> Any:
+    """One object for all weights that have the rank."""
+    return replace(method, rank=rank)
 
 
 def _is_number(value: object) -> bool:
