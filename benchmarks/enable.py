@@ -1,7 +1,7 @@
 """What enabling costs, gift beside PEFT: time for many layers and for a large shape, and memory.
 
-Contenders take turns within one run, each on a fresh network; medians are printed and written to
-``results/enable.json``.
+Contenders take turns within one run, each on a fresh network. Medians are printed; everything is
+written to ``results/enable.json``.
 
     python benchmarks/enable.py [--rounds 5] [--layers 4000] [--out FILE]
 """
@@ -22,38 +22,43 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import peft
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tabulate import tabulate
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gift
+from gift import enable_fine_tuning
+from gift.strategies.lora import LoRALinearFineTuningStrategy
 
 RANK = 3
-CPU_SHAPE = (24, 2048)  # layers and width of the network whose memory is measured
-CONTENDERS = ("gift", "peft")
-Adapt = Callable[[nn.Module], list[nn.Parameter]]
+# Layers, width and rank where memory is measured: its deltas stand out from single pages.
+MEMORY_LAYERS, MEMORY_WIDTH, MEMORY_RANK = 24, 2048, 64
 
 
-def adapter(contender: str) -> Adapt:
-    """A function that adapts every linear layer of a network and gives the deltas."""
-    if contender == "gift":
-        from gift import enable_fine_tuning
-        from gift.strategies.lora import LoRALinearFineTuningStrategy
+def adapt_with_gift(network: nn.Module, rank: int, _pattern: str) -> list[nn.Parameter]:
+    enable_fine_tuning(network, LoRALinearFineTuningStrategy(rank=rank))
+    return list(network.parameters())
 
-        def adapt(network: nn.Module) -> list[nn.Parameter]:
-            enable_fine_tuning(network, LoRALinearFineTuningStrategy(rank=RANK))
-            return list(network.parameters())
-    else:
-        from peft import LoraConfig, get_peft_model
 
-        def adapt(network: nn.Module) -> list[nn.Parameter]:
-            linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
-            # Names rather than "all-linear", which passes the output layer of a transformer by.
-            targets = sorted({name.rpartition(".")[2] for name in linear})
-            if "0" in targets:  # a sequence: PEFT takes numbers for names as a pattern
-                targets = r"\d+"
-            config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
-            model = get_peft_model(network, config)
-            return [p for p in model.parameters() if p.requires_grad]
+def adapt_with_peft(network: nn.Module, rank: int, pattern: str) -> list[nn.Parameter]:
+    model = get_peft_model(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
+    return [p for p in model.parameters() if p.requires_grad]
 
-    return adapt
+
+CONTENDERS = {"gift": adapt_with_gift, "peft": adapt_with_peft}
+
+
+def linear_pattern(network: nn.Module) -> str:
+    """A short regular expression for the names of all linear layers.
+
+    PEFT is fastest with one, and its "all-linear" passes the output layer of a transformer by.
+    """
+    names = {n.rpartition(".")[2] for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    return r"(.*\.)?(" + "|".join(sorted({r"\d+" if n.isdigit() else n for n in names})) + ")"
 
 
 def linear_layers(number: int, width: int = 64) -> nn.Module:
@@ -61,23 +66,21 @@ def linear_layers(number: int, width: int = 64) -> nn.Module:
 
 
 def llama_7b() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig())
 
 
 def compare(make: Callable[[], nn.Module], rounds: int) -> dict[str, Any]:
-    """Seconds to adapt a fresh network, contenders taking turns after one round unmeasured."""
-    adapts = {name: adapter(name) for name in CONTENDERS}
+    """Seconds to adapt a fresh network, after a first round that does not count."""
+    pattern = linear_pattern(make())
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     trained: dict[str, int] = {}
     for number in range(rounds + 1):
-        for name, adapt in adapts.items():
+        for name, adapt in CONTENDERS.items():
             network = make()
             gc.collect()
             start = time.perf_counter()
-            deltas = adapt(network)
+            deltas = adapt(network, RANK, pattern)
             elapsed = time.perf_counter() - start
             if number:
                 seconds[name].append(elapsed)
@@ -89,94 +92,76 @@ def compare(make: Callable[[], nn.Module], rounds: int) -> dict[str, Any]:
     return {
         "trained_parameters": trained["gift"],
         "median_s": medians,
-        "min_s": {name: min(values) for name, values in seconds.items()},
-        "rounds_s": seconds,
         "peft_over_gift": medians["peft"] / medians["gift"],
+        "rounds_s": seconds,
     }
 
 
 def peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """The largest resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory(contender: str) -> dict[str, int]:
-    """Growth of this process's peak memory while it adapts a network, and the deltas' bytes."""
-    adapt = adapter(contender)
-    adapt(linear_layers(2))  # what is loaded on first use is no part of the growth
-    layers, width = CPU_SHAPE
-    network = linear_layers(layers, width)
-    base = sum(p.numel() * p.element_size() for p in network.parameters())
+    """By how much the peak memory of this process grows while it adapts a network."""
+    adapt = CONTENDERS[contender]
+    small, network = linear_layers(2), linear_layers(MEMORY_LAYERS, MEMORY_WIDTH)
+    pattern = linear_pattern(network)
+    adapt(small, RANK, pattern)  # what is loaded on first use is no part of the growth
+    base = sum(p.nbytes for p in network.parameters())
     gc.collect()
-    before = peak()
-    deltas = adapt(network)
-    growth = peak() - before
+    before = peak()  # now, as building the network only ever grew it
+    deltas = adapt(network, MEMORY_RANK, pattern)
     return {
         "base_bytes": base,
-        "delta_bytes": sum(p.numel() * p.element_size() for p in deltas),
-        "peak_growth_bytes": growth,
+        "delta_bytes": sum(p.nbytes for p in deltas),
+        "peak_growth_bytes": peak() - before,
     }
 
 
 def compare_memory(rounds: int) -> dict[str, Any]:
-    """`memory` in a fresh process for each contender and round."""
-    results: dict[str, list[dict[str, int]]] = {name: [] for name in CONTENDERS}
+    """`memory`, in a fresh process for each contender and round."""
+    runs: dict[str, list[dict[str, int]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name in CONTENDERS:
             command = [sys.executable, __file__, "--memory-of", name]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[name].append(json.loads(out.splitlines()[-1]))
-    first = results["gift"][0]
-    growth = {n: median(r["peak_growth_bytes"] for r in runs) for n, runs in results.items()}
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs[name].append(json.loads(out.splitlines()[-1]))
+    growth = {name: [run["peak_growth_bytes"] for run in runs[name]] for name in CONTENDERS}
     return {
-        "base_bytes": first["base_bytes"],
-        "delta_bytes": {name: runs[0]["delta_bytes"] for name, runs in results.items()},
-        "median_peak_growth_bytes": growth,
-        "rounds_peak_growth_bytes": {
-            name: [r["peak_growth_bytes"] for r in runs] for name, runs in results.items()
-        },
+        "network": f"{MEMORY_LAYERS} x Linear({MEMORY_WIDTH}, {MEMORY_WIDTH}), rank {MEMORY_RANK}",
+        "base_bytes": runs["gift"][0]["base_bytes"],
+        "delta_bytes": {name: runs[name][0]["delta_bytes"] for name in CONTENDERS},
+        "median_growth_bytes": {name: median(values) for name, values in growth.items()},
+        "rounds_growth_bytes": growth,
     }
 
 
 def machine() -> dict[str, Any]:
-    import peft
-    import transformers
-
-    import gift
-
+    modules = {"torch": torch, "gift": gift, "peft": peft, "transformers": transformers}
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gift": gift.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-    }
+    } | {name: str(module.__version__) for name, module in modules.items()}
 
 
-def table(results: dict[str, Any], layers: int) -> str:
-    rows = [f"{'seconds, median':42} {'gift':>9} {'peft':>9} {'peft/gift':>9}"]
-    named = {
-        f"adapting {layers:,} Linear(64, 64)": results["many_layers"],
-        "adapting Llama 7B on the meta device": results["llama_7b_meta"],
+def table(results: dict[str, Any]) -> str:
+    kept = results["memory"]
+    cases = {
+        f"adapting {results['layers']:,} Linear(64, 64), s": results["many_layers"]["median_s"],
+        "adapting Llama 7B on the meta device, s": results["llama_7b_meta"]["median_s"],
+        "bytes of the deltas, MB": {k: v / 1e6 for k, v in kept["delta_bytes"].items()},
+        "growth of the peak memory, MB": {
+            k: v / 1e6 for k, v in kept["median_growth_bytes"].items()
+        },
     }
-    for title, result in named.items():
-        ours, theirs = (result["median_s"][name] for name in CONTENDERS)
-        rows.append(f"{title:42} {ours:9.3f} {theirs:9.3f} {theirs / ours:9.1f}")
-    result = results["memory"]
-    rows.append(f"\n{'MB, ' + '{} x Linear({w}, {w})'.format(CPU_SHAPE[0], w=CPU_SHAPE[1]):42}")
-    for title, key in (
-        ("deltas", "delta_bytes"),
-        ("growth of peak memory while enabling", "median_peak_growth_bytes"),
-    ):
-        ours, theirs = (result[key][name] / 1e6 for name in CONTENDERS)
-        rows.append(f"{title:42} {ours:9.2f} {theirs:9.2f}")
-    rows.append(f"{'base network':42} {result['base_bytes'] / 1e6:9.2f}")
-    return "\n".join(rows)
+    rows = [[title, v["gift"], v["peft"], v["peft"] / v["gift"]] for title, v in cases.items()]
+    header = ["median", "gift", "peft", "peft / gift"]
+    return tabulate(rows, headers=header, floatfmt=("", ".3f", ".3f", ".2f"))
 
 
 def main() -> None:
@@ -184,7 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=4000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/enable.json")
-    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.memory_of:
@@ -193,11 +178,12 @@ def main() -> None:
     results = {
         "machine": machine(),
         "rank": RANK,
+        "layers": args.layers,
         "many_layers": compare(lambda: linear_layers(args.layers), args.rounds),
         "llama_7b_meta": compare(llama_7b, args.rounds),
         "memory": compare_memory(args.rounds),
     }
-    print(table(results, args.layers))
+    print(table(results))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
