@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -85,7 +85,7 @@ class Layout:
         return matrix.reshape(permuted).permute(inverse).reshape(self.shape)
 
 
-@cache
+@lru_cache(maxsize=512)
 def _plain(shape: tuple[int, ...], matrix: tuple[int, ...], input_axis: int = -1) -> Layout:
     return Layout(shape, shape, tuple(range(len(shape))), matrix, input_axis)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -139,7 +139,7 @@ class LoRA(Method):
         return parameters | {key: factor * (mask if input_axis == -1 else mask[:, None])}
 
 
-@cache
+@lru_cache(maxsize=512)
 def _of_rank(method: Any, rank: int) -> Any:
     """One object for all weights that have the rank."""
     return replace(method, rank=rank)
