@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 import gift.adapted  # noqa: F401 - contributes what adapted modules gain
-from gift.adapter import Adapter, adapters_of, is_sharded, looking, plain_tensor
-from gift.generated import change_class, plain_class
+from gift.adapter import Adapter, adapters_of, added_names, looking, plain_tensor
+from gift.generated import change_class, joined, plain_class
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import AdaptationError, Method
 
@@ -74,8 +74,6 @@ def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
             f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor "
             "(a quantised weight cannot be read as a matrix: adapt before quantising)"
         )
-    if is_sharded(frozen):
-        raise AdaptationError(f"{tensor!r} is sharded already: enable fine-tuning before sharding")
     if not is_lazy(frozen) and frozen.numel() == 0:
         raise AdaptationError(f"{tensor!r} has no elements, its shape is {tuple(frozen.shape)}")
 
@@ -136,7 +134,7 @@ def adapt_module(
         try:
             adapt_tensor(part, tensor, method, options)
         except AdaptationError as error:
-            problems.append(f"{path}.{tensor}: {error}".lstrip("."))
+            problems.append(f"{joined(path, tensor)}: {error}")
     if problems:
         raise AdaptationError("; ".join(problems))
     if train_bias:
@@ -152,10 +150,8 @@ def _train_biases(module: nn.Module, row: LayerRow | None) -> None:
 
 def release_tensors(module: nn.Module) -> None:
     """Undo `adapt_tensor` for all tensors of `module`."""
-    for adapter in adapters_of(module).values():
-        if adapter.owner is None:
-            for name in adapter.names.values():
-                del module._parameters[name]
+    for name in added_names(module):
+        del module._parameters[name]
     if module.__dict__.pop("_gift_adapters", None) is None:
         return
     adapted = type(module)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gift.adapter import Adapter, adapters_of, plain_tensor, settings_misfits
+from gift.adapter import Adapter, adapters_of, added_names, plain_tensor, settings_misfits
 from gift.generated import Generated, Spec, contributes, generated_class, plain_class
 from gift.layers import row_of
 from gift.methods import METHODS
@@ -138,8 +138,7 @@ def _fast_forward(plain: type, spec: Spec) -> dict[str, Any]:
 def as_plain(module: nn.Module) -> Iterator[None]:
     """Within it, `module` is as if it had never been adapted: plain class, no deltas."""
     adapted = type(module)
-    names = [n for a in adapters_of(module).values() if a.owner is None for n in a.names.values()]
-    deltas = {name: module._parameters.pop(name) for name in names}
+    deltas = {name: module._parameters.pop(name) for name in added_names(module)}
     if "_gift_plain" in vars(adapted):
         module.__class__ = plain_class(adapted)
     try:

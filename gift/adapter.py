@@ -47,12 +47,6 @@ class Adapter:
         matrix = self.layout.to_matrix(frozen).to(method.delta_dtype(frozen))
         return self.layout.to_weight(method.weight(matrix, parameters)).to(frozen.dtype)
 
-    def delta_weight(self, module: nn.Module) -> Tensor:
-        """What an additive method adds to the weight, in the weight's shape."""
-        method, parameters = self.delta_of(module)
-        assert self.layout is not None
-        return self.layout.to_weight(method.delta(parameters))  # type: ignore[attr-defined]
-
     def is_on_meta(self, module: Any) -> bool:
         """Whether the delta is held by `module` and has no values yet."""
         names = self.names.values() if self.owner is None else ()
@@ -94,6 +88,12 @@ def is_sharded(tensor: Tensor) -> bool:
 def adapters_of(module: nn.Module) -> Mapping[str, Adapter]:
     """The adapted tensors of `module` itself, by name."""
     return module.__dict__.get("_gift_adapters", {})
+
+
+def added_names(module: nn.Module) -> list[str]:
+    """Names of the parameters that methods added to `module` itself."""
+    own = [adapter for adapter in adapters_of(module).values() if adapter.owner is None]
+    return [name for adapter in own for name in adapter.names.values()]
 
 
 def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:

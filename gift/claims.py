@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapter import Adapter, adapters_of
-from gift.generated import plain_class
+from gift.generated import joined, plain_class
 from gift.report import Claim
 
 Adapted = tuple[str, nn.Module, Adapter]
@@ -43,7 +43,7 @@ class Taken(NamedTuple):
             return
         for path, part in self.module.named_modules(prefix=self.path):
             for tensor, adapter in adapters_of(part).items():
-                yield f"{path}.{tensor}".lstrip("."), part, adapter
+                yield joined(path, tensor), part, adapter
 
     def parameters(self) -> Iterator[nn.Parameter | None]:
         """The parameters in what was taken, those that a method added included."""

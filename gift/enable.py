@@ -143,8 +143,8 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
             f"this {type(module).__name__} was given another class since (by fully_shard?): "
             "fine-tuning cannot be disabled any more; load its state into a fresh network"
         )
-    record = module._gift_network
-    if not record.keeps_base:  # type: ignore[union-attr]
+    record: NetworkRecord = module._gift_network  # type: ignore[assignment]
+    if not record.keeps_base:
         raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
     gone = sorted(delta_names(module) - {name for name, _ in module.named_parameters()})
     if gone:
@@ -152,7 +152,7 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
             f"{gone} were pruned or parametrised since: undo that first (prune.remove, "
             "remove_parametrizations)"
         )
-    late = [n for n, _ in named_trainable(module) if n not in record.chosen]  # type: ignore[union-attr,operator]
+    late = [n for n, _ in named_trainable(module) if n not in record.chosen]
     if late:
         raise RuntimeError(
             f"{late} were unfrozen after enable_fine_tuning, which kept no copy of them: load the "
@@ -215,12 +215,10 @@ def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) 
     if not walk.claims:
         raise ValueError(_nothing_matched(module, strategy, report))
     named = dict(module.named_parameters())
-    names = {id(p): name for name, p in named.items()}
-    for _, _, parameter, *_ in snapshot.parameters:
-        if id(parameter) not in walk.kept:
-            parameter.requires_grad = False
-            report.frozen.append(names.pop(id(parameter), ""))
-    report.frozen = [name for name in report.frozen if name]
+    frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
+    for parameter in frozen.values():
+        parameter.requires_grad = False
+    report.frozen = [name for name, p in named.items() if id(p) in frozen]
     report.total_after = size_of(named.values())
     report.trainable_after = size_of(p for p in named.values() if p.requires_grad)
     return report
@@ -233,20 +231,24 @@ def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Re
             "(FreezeStrategy() says so on purpose)"
         )
     lines = [f"no cap of {type(strategy).__name__} matched anything in {type(module).__name__}:"]
-    for text, cap in zip(report.caps, [*strategy.module_caps, *strategy.para_caps], strict=True):
-        close = closest_names(cap.check, module)
-        lines.append(text + (f"; closest names: {close}" if close else ""))
+    hints = _hints(strategy, module)
+    lines += [text + hint for text, hint in zip(report.caps, hints, strict=True)]
     classes = sorted({type(part).__name__ for part in module.modules()})
     lines.append(f"the network has modules of these classes: {classes}")
     return "\n  ".join(lines)
 
 
+def _hints(strategy: FineTuningStrategy, module: nn.Module) -> list[str]:
+    """For each cap, the names in the network that are close to those that it looks for."""
+    close = [closest_names(c.check, module) for c in (*strategy.module_caps, *strategy.para_caps)]
+    return [f"; closest names: {names}" if names else "" for names in close]
+
+
 def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> None:
-    caps = dict(zip(report.caps, [*strategy.module_caps, *strategy.para_caps], strict=True))
-    for text in report.unmatched:
-        close = closest_names(caps[text].check, module)
-        hint = f"; closest names: {close}" if close else ""
-        warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
+    if report.unmatched:
+        hints = dict(zip(report.caps, _hints(strategy, module), strict=True))
+        for text in report.unmatched:
+            warnings.warn(f"{text} took nothing{hints[text]}", GiftWarning, stacklevel=3)
     if report.larger_than_weight:
         names = report.larger_than_weight
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

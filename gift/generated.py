@@ -136,6 +136,11 @@ def _generate(plain: type, spec: Spec) -> type:
     return type(plain)(plain.__name__, (*mixins, plain), namespace)
 
 
+def joined(*names: str) -> str:
+    """Names joined to a dotted path; the network's own name is empty."""
+    return ".".join(name for name in names if name)
+
+
 def plain_class(cls: type) -> type:
     """The class before any fine-tuning."""
     for base in cls.__mro__:

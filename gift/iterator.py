@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from gift.generated import plain_class
+from gift.generated import joined, plain_class
 
 ModuleEntry = tuple[str, str, str, nn.Module, bool]
 
@@ -42,6 +42,6 @@ class ModuleIterator:
     def __iter__(self) -> Iterator[ModuleEntry]:
         for name, child in self.module._modules.items():
             if child is not None:
-                path = f"{self.parent_name}.{name}" if self.parent_name else name
+                path = joined(self.parent_name, name)
                 has_children = any(c is not None for c in child._modules.values())
                 yield name, path, plain_class(type(child)).__name__, child, has_children

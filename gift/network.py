@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from gift.adapter import adapters_of, settings_of
-from gift.generated import Generated, Spec, change_class, contributes
+from gift.adapter import adapters_of, added_names, settings_of
+from gift.generated import Generated, Spec, change_class, contributes, joined
 from gift.report import Report
 from gift.transaction import Undo
 
@@ -215,11 +215,9 @@ def frozen_names(network: Any) -> list[str]:
 def delta_names(network: Any) -> set[str]:
     """Names of the parameters that methods added."""
     return {
-        f"{path}.{name}".lstrip(".")
+        joined(path, name)
         for path, module in network.named_modules()
-        for adapter in adapters_of(module).values()
-        if adapter.owner is None
-        for name in adapter.names.values()
+        for name in added_names(module)
     }
 
 

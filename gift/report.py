@@ -33,7 +33,7 @@ class Report:
 
     Args:
         network: class of the network.
-        strategy: class of the strategy.
+        strategy: the strategy, with its arguments.
         caps: what each cap is: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``.
         claims: what the caps took, in the order in which they took it.
         frozen: names of the parameters that were frozen because nothing matched them.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapt import release_tensors
+from gift.adapter import added_names
 from gift.generated import plain_class
 from gift.guard import KeptValues
 from gift.statistics import release_statistics
@@ -125,7 +126,6 @@ class Snapshot:
     """The structure of a network, and the state of its parameters, before anything changes."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network
         self.modules = [(m, type(m), dict(m.__dict__), _contents(m)) for m in network.modules()]
         named = [
             (m, name, p)
@@ -214,7 +214,7 @@ class Snapshot:
             if plain_class(type(module)) is not cls:
                 undo.plain = cls
             undo.attributes = _difference(state, module.__dict__, _OWN)
-            own = _delta_names(module)
+            own = added_names(module)
             for key, value in state.items():
                 if not isinstance(value, _CONTAINERS) or key in undo.attributes:
                     continue
@@ -241,11 +241,6 @@ def _contents(module: nn.Module) -> dict[str, Any]:
     """Copies of the containers in a module; most are empty, and those are left out."""
     items = module.__dict__.items()
     return {key: value.copy() for key, value in items if isinstance(value, _CONTAINERS) and value}
-
-
-def _delta_names(module: nn.Module) -> set[str]:
-    adapters = module.__dict__.get("_gift_adapters", {})
-    return {name for adapter in adapters.values() for name in adapter.names.values()}
 
 
 def _difference(

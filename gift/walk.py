@@ -12,12 +12,11 @@ from gift.adapt import install
 from gift.adapter import Adapter, adapters_of
 from gift.claims import Taken, claims_of
 from gift.factories import Action
-from gift.factories.recorded import Recorded
-from gift.generated import plain_class
+from gift.factories.recorded import Recorded, bind
+from gift.generated import joined, plain_class
 from gift.iterator import ModuleIterator
 from gift.methods import AdaptationError
 from gift.strategies.base import Cap, FineTuningStrategy
-from gift.strategies.combine import bind
 
 Place = tuple[nn.Module | None, str, str, str, nn.Module]
 Caps = tuple[list[Cap], list[Cap]]
@@ -104,7 +103,7 @@ class Walk:
             if not self._matches(cap, f"parameter cap {number}", place):
                 continue
             number = offset + number if top is None else top
-            path = f"{place[2]}.{name}".lstrip(".")
+            path = joined(place[2], name)
             if isinstance(cap.action, FineTuningStrategy):
                 self._offer(self._caps_for(cap.action, module)[1], 0, place, number)
                 return
@@ -117,7 +116,7 @@ class Walk:
         try:
             return bool(cap.check(*place))
         except Exception as error:
-            where = ".".join(part for part in (place[2], *place[5:6]) if part) or "the network"
+            where = joined(place[2], *place[5:6]) or "the network"
             error.add_note(f"raised by the check of {cap!r} ({label}) on {where}")
             raise
 
@@ -144,7 +143,7 @@ class Walk:
             for name, parameter in list(module._parameters.items()):
                 owner, tensor = owners.get(id(parameter), (module, name))
                 if (owner, tensor) != (module, name):
-                    self._share(owner, tensor, module, name, f"{path}.{name}".lstrip("."))
+                    self._share(owner, tensor, module, name, joined(path, name))
 
     def _share(
         self, owner: nn.Module, tensor: str, module: nn.Module, name: str, path: str

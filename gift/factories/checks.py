@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from gift.factories.recorded import Recorded, recorded
-from gift.generated import plain_class
+from gift.factories.recorded import Recorded, bind, recorded
+from gift.generated import joined, plain_class
 from gift.iterator import ModuleIterator
 from gift.layers import FAMILIES, row_of
 
@@ -74,7 +74,7 @@ def _combined(fold: Callable[[Iterable[bool]], bool], checks: tuple[Test, ...]) 
         return fold(check(*place) for check in checks)
 
     def prepare(network: nn.Module) -> Test:
-        bound = tuple(c.bind(network) if isinstance(c, Check) else c for c in checks)
+        bound = tuple(bind(check, network) for check in checks)
         return lambda *place: fold(check(*place) for check in bound)
 
     return Check(test, prepare)
@@ -278,7 +278,7 @@ def pc_path(
 ) -> Check:  # fmt: skip
     """Parameters by their dotted path from the network, ``layer4.0.bn1.bias``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
-    return _parameter_test(lambda place: test(f"{place[2]}.{place[5]}".lstrip(".")))
+    return _parameter_test(lambda place: test(joined(place[2], place[5])))
 
 
 @recorded

@@ -59,6 +59,12 @@ def recorded(factory: Callable[P, R]) -> Callable[P, R]:
     return make
 
 
+def bind(part: Callable[..., Any], network: Any) -> Callable[..., Any]:
+    """The check or action for that network, if it must know it."""
+    bound = getattr(part, "bind", None)
+    return part if bound is None else bound(network)
+
+
 def describe(value: Any) -> str:
     """A short text for a check, an action or an argument of theirs."""
     if isinstance(value, type):

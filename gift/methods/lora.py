@@ -59,12 +59,12 @@ class LoRA(Method):
             problems.append(f"lora_alpha is {alpha!r}, expected a finite number or None")
         if not (_is_number(dropout) and 0 <= dropout < 1):
             problems.append(f"lora_dropout is {dropout!r}, expected a number in [0, 1)")
-        if self.dtype is not None:
-            dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
-            if not isinstance(dtype, torch.dtype) or not (
-                dtype.is_floating_point or dtype.is_complex
-            ):
-                problems.append(f"dtype is {self.dtype!r}, expected a floating-point torch dtype")
+        dtype = _dtype(self.dtype)
+        is_dtype = isinstance(dtype, torch.dtype)
+        if self.dtype is not None and not (
+            is_dtype and (dtype.is_floating_point or dtype.is_complex)
+        ):
+            problems.append(f"dtype is {self.dtype!r}, expected a floating-point torch dtype")
         if problems:
             raise ValueError("LoRA: " + "; ".join(problems))
 
@@ -101,9 +101,7 @@ class LoRA(Method):
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype asked for, else the weight's, but at least 32 bits."""
-        if self.dtype is None:
-            return super().delta_dtype(weight)
-        return getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        return super().delta_dtype(weight) if self.dtype is None else _dtype(self.dtype)
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """``B`` zero and ``A`` random, so that the effective weight is the frozen one."""
@@ -145,6 +143,10 @@ def _of_rank(method: Any, rank: int) -> Any:
     return replace(method, rank=rank)
 
 
+def _dtype(given: torch.dtype | str | None) -> Any:
+    return getattr(torch, given, None) if isinstance(given, str) else given
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -180,12 +182,12 @@ def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
-    method = self._gift_adapters["weight"].method
-    if not (method.lora_dropout and self.training):
+    adapter = self._gift_adapters["weight"]
+    if not (adapter.method.lora_dropout and self.training):
         return self._conv_forward(input, self.weight, self.bias)
-    frozen = self._gift_frozen("weight")
-    delta = self._gift_adapters["weight"].delta_weight(self)
-    output = self._conv_forward(input, frozen, self.bias)
+    method, parameters = adapter.delta_of(self)
+    delta = adapter.layout.to_weight(method.delta(parameters))
+    output = self._conv_forward(input, self._gift_frozen("weight"), self.bias)
     dropped = F.dropout(input, method.lora_dropout).to(delta.dtype)
     return (output + self._conv_forward(dropped, delta, None)).to(output.dtype)
 

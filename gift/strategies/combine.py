@@ -1,9 +1,10 @@
 """Strategies made of strategies."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from gift.factories.recorded import describe
+from gift.factories.recorded import bind, describe
+from gift.generated import joined
 from gift.strategies.base import Cap, CapLike, FineTuningStrategy, register_strategy
 
 
@@ -129,7 +130,7 @@ class _PrintingCheck:
     def __call__(self, *place: Any) -> bool:
         if not self.caps[self.number].check(*place):
             return False
-        where = ".".join(part for part in (place[2], *place[5:6]) if part) or "the network"
+        where = joined(place[2], *place[5:6]) or "the network"
         verb = "claims"
         for number, cap in list(enumerate(self.caps))[self.number :]:
             if number == self.number or cap.check(*place):
@@ -139,9 +140,3 @@ class _PrintingCheck:
 
     def __repr__(self) -> str:
         return describe(self.caps[self.number].check)
-
-
-def bind(part: Callable[..., Any], network: Any) -> Callable[..., Any]:
-    """The check or action for that network, if it must know it."""
-    bound = getattr(part, "bind", None)
-    return part if bound is None else bound(network)
