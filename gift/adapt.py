@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 import gift.adapted  # noqa: F401 - contributes what adapted modules gain
-from gift.adapter import Adapter, adapters_of, added_names, looking, plain_tensor
+from gift.adapter import Adapter, adapters_of, present_tensor
+from gift.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
 from gift.generated import change_class, joined, plain_class
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import AdaptationError, Method
@@ -26,19 +27,17 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     Raises:
         AdaptationError: if it cannot be adapted; nothing is changed then.
     """
-    with looking(module):
-        frozen = plain_tensor(module, tensor)
+    frozen = present_tensor(module, tensor)
     _check(module, tensor, frozen)
-    adapter = Adapter(method, options)
+    options = options.settled(method.conv_layouts, method.rows_are_outputs)
+    adapter = Adapter(method=method, options=options)
     if is_lazy(frozen):
         probe = torch.empty(_LAZY_PROBE, device="meta")  # for the names of the parameters alone
-        names = method.fit(_LAZY_PROBE).init(probe)
-        values: dict[str, Tensor | None] = dict.fromkeys(names)
+        values = method.fit(_LAZY_PROBE).init(probe)
     else:
         adapter.layout = layout_of(module, tensor, frozen.shape, options)
         adapter.method = method.fit(adapter.layout.matrix)
-        with torch.inference_mode(False), torch.no_grad():
-            values = dict(adapter.method.init(adapter.layout.to_matrix(frozen.detach())))
+        values = adapter.initial(frozen)
         _check_shape(adapter, frozen, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
     adapter.names = {key: prefix + key for key in values}
@@ -46,11 +45,9 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which the delta would hide")
     install(module, tensor, adapter)
+    add = add_lazy_tensor if is_lazy(frozen) else add_tensor
     for key, value in values.items():
-        parameter: nn.Parameter = (
-            UninitializedParameter() if value is None else nn.Parameter(value)  # type: ignore[assignment]
-        )
-        module.register_parameter(adapter.names[key], parameter)
+        add(module, adapter.names[key], value)
     if isinstance(frozen, nn.Parameter):
         frozen.requires_grad = False
 
@@ -151,7 +148,7 @@ def _train_biases(module: nn.Module, row: LayerRow | None) -> None:
 def release_tensors(module: nn.Module) -> None:
     """Undo `adapt_tensor` for all tensors of `module`."""
     for name in added_names(module):
-        del module._parameters[name]
+        remove_tensor(module, name)
     if module.__dict__.pop("_gift_adapters", None) is None:
         return
     adapted = type(module)

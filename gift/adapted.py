@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gift.adapter import Adapter, adapters_of, added_names, plain_tensor, settings_misfits
+from gift.adapter import Adapter, adapters_of, plain_tensor
+from gift.delta import DeltaModule, added_names, held
 from gift.generated import Generated, Spec, contributes, generated_class, plain_class
 from gift.layers import row_of
 from gift.methods import METHODS
 from gift.methods.base import dotted
 
 
-class AdaptedModule(Generated):
+class AdaptedModule(DeltaModule):
     """What every module with an adapted tensor gains."""
 
     _gift_adapters: dict[str, Adapter]
@@ -38,27 +40,24 @@ class AdaptedModule(Generated):
                 parameter.requires_grad = requires_grad
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `to_empty` gives a network from the meta device memory without values: fill the delta's.
-        waiting = [t for t, a in self._gift_adapters.items() if a.is_on_meta(self)]
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        for tensor in waiting:
-            self._gift_adapters[tensor].reset(self, tensor)
-        return self
-
     def __delattr__(self, name: str) -> None:
         if name in self._gift_adapters:  # what reparametrises a weight begins like this
             raise _reparametrised(name)
         super().__delattr__(name)
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, *rest: Any
-    ) -> None:
-        *_, errors = rest
-        problems = settings_misfits(self, prefix.rstrip("."), metadata)  # type: ignore[arg-type]
-        errors += problems
-        if not problems:
-            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[misc]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        changed = [t for t in self._gift_adapters if self._gift_changes(t, state_dict, prefix)]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        for tensor in changed:
+            self._gift_adapters[tensor].follow(self, tensor)
+
+    def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
+        """Whether a state brings other values for a frozen tensor from which a delta was made."""
+        adapter, new = self._gift_adapters[tensor], state_dict.get(prefix + tensor)
+        if new is None or not adapter.method.reads_weight or adapter.is_on_meta(self):  # type: ignore[arg-type]
+            return False
+        now = self._parameters.get(tensor)  # type: ignore[attr-defined]
+        return now is not None and (now.is_meta or not torch.equal(now, new.to(now.device)))
 
 
 def _reparametrised(tensor: str) -> RuntimeError:
@@ -113,8 +112,9 @@ def _adapted_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
     row = row_of(plain)
     if row is not None and row.mixin is not None:
         mixins.append(row.mixin)
+    if fast := _fast_forward(plain, spec):
+        mixins.append(fast)
     namespace: dict[str, Any] = {tensor: _effective(tensor) for tensor, _ in spec.tensors}
-    namespace |= _fast_forward(plain, spec)
     if hasattr(plain, "reset_parameters"):
         namespace["reset_parameters"] = _reset_parameters
     if hasattr(plain, "initialize_parameters"):
@@ -124,25 +124,26 @@ def _adapted_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
     return mixins, namespace
 
 
-def _fast_forward(plain: type, spec: Spec) -> dict[str, Any]:
+def _fast_forward(plain: type, spec: Spec) -> type | None:
     method = dict(spec.tensors).get("weight")
     if method is None:
-        return {}
+        return None
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: import the file that registers it first")
     fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
-    return {} if fast is None else {"forward": fast}
+    return None if fast is None else type("FastForward", (Generated,), {"forward": fast})
 
 
 @contextmanager
 def as_plain(module: nn.Module) -> Iterator[None]:
     """Within it, `module` is as if it had never been adapted: plain class, no deltas."""
     adapted = type(module)
-    deltas = {name: module._parameters.pop(name) for name in added_names(module)}
+    deltas = [(holder := held(module, n), n, holder.pop(n)) for n in added_names(module)]
     if "_gift_plain" in vars(adapted):
         module.__class__ = plain_class(adapted)
     try:
         yield
     finally:
         module.__class__ = adapted
-        module._parameters.update(deltas)
+        for holder, name, tensor in deltas:
+            holder[name] = tensor

@@ -7,35 +7,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 
+from gift.delta import Delta, put_values
 from gift.generated import plain_class
 from gift.layers import Layout, LayoutOptions, layout_of
 from gift.methods import Method
 
 
 @dataclass
-class Adapter:
+class Adapter(Delta):
     """What a module knows of one adapted tensor of its own.
 
     Args:
         method: the method, fitted to the tensor's shape once that is known.
         options: the choice of layouts.
-        names: from the method's parameter names to those on the module.
         layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
-        owner: the module that holds the delta where the tensor is tied, None for itself.
+        reads_alike: whether the layer's own row would read a tied tensor in the same way.
     """
 
-    method: Method
-    options: LayoutOptions
-    names: dict[str, str] = field(default_factory=dict)
+    method: Method = field(kw_only=True)
+    options: LayoutOptions = field(kw_only=True)
     layout: Layout | None = None
-    owner: nn.Module | None = None
+    reads_alike: bool = True
 
-    def delta_of(self, module: nn.Module) -> tuple[Method, dict[str, Tensor]]:
+    def delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
         """The method and its parameters for the adapted tensor of `module`."""
-        holder = module if self.owner is None else self.owner
-        return self.method, {key: getattr(holder, name) for key, name in self.names.items()}
+        return self.method, self.tensors(module)
 
     def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight, in the frozen one's dtype, rounded once."""
@@ -47,35 +45,56 @@ class Adapter:
         matrix = self.layout.to_matrix(frozen).to(method.delta_dtype(frozen))
         return self.layout.to_weight(method.weight(matrix, parameters)).to(frozen.dtype)
 
-    def is_on_meta(self, module: Any) -> bool:
-        """Whether the delta is held by `module` and has no values yet."""
-        names = self.names.values() if self.owner is None else ()
-        return any(module._parameters[name].is_meta for name in names)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method, how it sees the tensor, and what its settings mean for the weight."""
+        if self.layout is None:
+            return {}
+        matrix = list(self.layout.matrix)
+        return {"method": self.method.name, "matrix": matrix} | self.method.meaning
 
-    def reset(self, module: Any, tensor: str) -> None:
+    def reset(self, module: Any, key: str) -> None:
         """Give the delta its initial values, and a shape where it had none yet."""
         if self.owner is not None:
-            self.layout = adapters_of(self.owner)[tensor].layout
+            self.layout = adapters_of(self.owner)[key].layout
             return
-        with looking(module):
-            frozen = module._gift_frozen(tensor)
+        frozen = self._frozen(module, key)
         if is_lazy(frozen):
             return
         unknown = self.layout is None
         if self.layout is None:
-            layout = layout_of(module, tensor, frozen.shape, self.options)
+            layout = layout_of(module, key, frozen.shape, self.options)
             self.method, self.layout = self.method.fit(layout.matrix), layout
+        # Where a state was loaded before the first forward, its values stay.
+        put_values(module, self.initial(frozen), only_lazy=unknown)
+
+    def initial(self, frozen: Tensor) -> dict[str, Tensor]:
+        """What the method makes for the frozen tensor, by its names on the module."""
+        assert self.layout is not None
+        with torch.inference_mode(False), torch.no_grad():
+            made = self.method.init(self.layout.to_matrix(frozen.detach()))
+        return {self.names.get(key, key): value for key, value in made.items()}
+
+    def follow(self, module: Any, tensor: str) -> None:
+        """The frozen tensor has new values: what was made from the old ones is made anew.
+
+        That is what is never saved, and a delta that has no effect yet.
+        """
+        if self.owner is not None or self.layout is None or not self.method.reads_weight:
+            return
+        frozen = self._frozen(module, tensor)
+        if is_sharded(frozen):
+            frozen = frozen.full_tensor()  # type: ignore[attr-defined]
+        made = self.initial(frozen)
+        derived = {k: v for k, v in made.items() if k in module._non_persistent_buffers_set}
+        put_values(module, derived)
         with torch.no_grad():
-            for key, value in self.method.init(self.layout.to_matrix(frozen.detach())).items():
-                parameter = module._parameters[self.names[key]]
-                if isinstance(parameter, UninitializedParameter):
-                    parameter.materialize(value.shape, value.device, value.dtype)
-                elif unknown:
-                    continue  # a state was loaded before the first forward: it has its values
-                elif parameter.device != value.device:
-                    parameter = nn.Parameter(torch.empty_like(value), parameter.requires_grad)
-                    module._parameters[self.names[key]] = parameter
-                parameter.copy_(value)
+            untrained = torch.equal(self.weight(module, frozen), frozen)
+        if untrained:
+            put_values(module, made)
+
+    def _frozen(self, module: Any, tensor: str) -> Tensor:
+        return present_tensor(module, tensor)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -90,26 +109,6 @@ def adapters_of(module: nn.Module) -> Mapping[str, Adapter]:
     return module.__dict__.get("_gift_adapters", {})
 
 
-def added_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that methods added to `module` itself."""
-    own = [adapter for adapter in adapters_of(module).values() if adapter.owner is None]
-    return [name for adapter in own for name in adapter.names.values()]
-
-
-def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """For each adapted tensor of `module`, its method and what that means for the weight."""
-    return {t: {"method": a.method.name} | a.method.meaning for t, a in adapters_of(module).items()}
-
-
-def settings_misfits(module: nn.Module, path: str, metadata: Mapping[str, Any]) -> list[str]:
-    """What a state's metadata says of a delta, where it is not what `module` has."""
-    here, there = settings_of(module), metadata.get("gift")
-    unknown = any(a.layout is None for a in adapters_of(module).values())  # lazy, yet to be fitted
-    if there is None or unknown or not here or here == there:
-        return []
-    return [f"{path or 'the network'} was trained with {there}, here it has {here}"]
-
-
 def plain_tensor(module: nn.Module, tensor: str) -> Any:
     """The tensor of `module` itself, whatever was adapted: parameter, or computed; or None."""
     value = module._parameters.get(tensor)
@@ -119,6 +118,22 @@ def plain_tensor(module: nn.Module, tensor: str) -> Any:
         computed = getattr(plain_class(type(module)), tensor, None)
         value = computed.fget(module) if isinstance(computed, property) else None  # type: ignore[misc]
     return value
+
+
+def present_tensor(module: nn.Module, tensor: str) -> Any:
+    """The same as it is now.
+
+    What a hook computes before each forward may be that of an earlier state: of what it is
+    computed from, other values may have been loaded since.
+    """
+    with looking(module), torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if getattr(hook, "name", None) == tensor and hasattr(hook, "compute_weight"):
+                still = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
+                return hook.compute_weight(module, **still)
+            if getattr(hook, "_tensor_name", None) == tensor and hasattr(hook, "apply_mask"):
+                return hook.apply_mask(module)
+        return plain_tensor(module, tensor)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def size_of(parameters: Iterable[nn.Parameter]) -> int:
 def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
     if adapter.owner is not None or adapter.layout is None:
         return False
-    delta = (module._parameters[name] for name in adapter.names.values())
+    delta = (module._parameters.get(name) for name in adapter.names.values())
     return size_of(p for p in delta if p is not None) > math.prod(adapter.layout.shape)
 
 

@@ -146,7 +146,8 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
     record: NetworkRecord = module._gift_network  # type: ignore[assignment]
     if not record.keeps_base:
         raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
-    gone = sorted(delta_names(module) - {name for name, _ in module.named_parameters()})
+    there = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    gone = sorted(delta_names(module) - there)
     if gone:
         raise RuntimeError(
             f"{gone} were pruned or parametrised since: undo that first (prune.remove, "

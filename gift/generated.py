@@ -20,11 +20,13 @@ class Spec(NamedTuple):
         tensors: the adapted tensors, each with the name of its method.
         network: whether the module is a whole network that is being fine-tuned.
         statistics: whether the running statistics of a norm layer are frozen.
+        extended: whether the module's call is extended.
     """
 
     tensors: tuple[tuple[str, str], ...] = ()
     network: bool = False
     statistics: bool = False
+    extended: bool = False
 
 
 Contribution = Callable[[type, Spec], tuple[list[type], dict[str, Any]]]

@@ -8,7 +8,7 @@ that has no row is reached by a parameter cap, with the layout of a raw paramete
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -29,19 +29,37 @@ class LayoutOptions:
             ``o*kh`` rows and ``i*kw`` columns, ``"out_as_h"`` as ``(o, i*kh*kw)``. Elements keep
             their order in memory: in the balanced layout each output has `kh` rows, which cut its
             flattened ``(i, kh, kw)`` into equal chunks. With `n` kernel axes, the first ``n // 2``
-            of them count for the rows.
+            of them count for the rows. None is the method's own choice.
         split_qkv: see the packed ``in_proj_weight`` of ``nn.MultiheadAttention`` as three
             matrices (query, key, value), each with factors of its own, instead of one.
+        rows_are_outputs: read embeddings with output features as rows, not tokens; the method says.
     """
 
-    conv_layout: ConvLayout = "balanced"
+    conv_layout: ConvLayout | None = None
     split_qkv: bool = False
+    rows_are_outputs: bool = False
 
     def __post_init__(self) -> None:
-        if self.conv_layout not in ("balanced", "out_as_h"):
+        if self.conv_layout not in (None, "balanced", "out_as_h"):
             raise ValueError(
                 f"conv_layout is {self.conv_layout!r}, expected 'balanced' or 'out_as_h'"
             )
+
+    def settled(
+        self, conv_layouts: tuple[ConvLayout, ...], rows_are_outputs: bool
+    ) -> "LayoutOptions":
+        """The options as a method needs them, which allows these layouts, its default first.
+
+        Raises:
+            ValueError: if another layout was chosen.
+        """
+        chosen = self.conv_layout or conv_layouts[0]
+        if chosen not in conv_layouts:
+            raise ValueError(
+                f"conv_layout is {chosen!r}, which would cut outputs into several rows; this "
+                f"method needs {' or '.join(map(repr, conv_layouts))}"
+            )
+        return replace(self, conv_layout=chosen, rows_are_outputs=rows_are_outputs)
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,11 @@ def _matrix(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layo
 
 def _lookup(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
     """Rows are entries that are looked up. A factor per row that starts at zero then leaves the
-    padding row exactly as it is, and a tied output layer sees the same matrix.
+    padding row exactly as it is, and a tied output layer sees the same matrix. Methods that act on
+    output features see those as rows.
     """
+    if options.rows_are_outputs:
+        return _transposed(module, shape, options)
     return _plain(shape, shape, input_axis=-2)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from gift.adapter import adapters_of, added_names, settings_of
+from gift.adapter import adapters_of
+from gift.delta import added_names, named_deltas, settings_of
 from gift.generated import Generated, Spec, change_class, contributes, joined
 from gift.report import Report
 from gift.transaction import Undo
@@ -145,10 +146,11 @@ def _loaded(network: Any, incompatible: Any) -> None:
     missing[:] = [key for key in missing if key.removeprefix(prefix) not in absent]
     if is_base and frozen <= keys and not record.rehearsing:
         record.undo.refresh_values()
-        for module in network.modules():
-            for tensor, adapter in adapters_of(module).items():
-                if adapter.is_on_meta(module):
-                    adapter.reset(module, tensor)
+        for module, key, delta in list(named_deltas(network)):
+            if delta.is_on_meta(module):
+                delta.reset(module, key)
+            elif key in adapters_of(module) and key not in module._parameters:
+                adapters_of(module)[key].follow(module, key)  # a tensor that is computed
 
 
 @contributes
@@ -213,7 +215,7 @@ def frozen_names(network: Any) -> list[str]:
 
 
 def delta_names(network: Any) -> set[str]:
-    """Names of the parameters that methods added."""
+    """Names of the parameters and buffers that methods added."""
     return {
         joined(path, name)
         for path, module in network.named_modules()

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapt import release_tensors
-from gift.adapter import added_names
+from gift.delta import added_names
+from gift.extension import release_extensions
 from gift.generated import plain_class
 from gift.guard import KeptValues
 from gift.statistics import release_statistics
 
-_OWN = ("_gift_adapters", "_gift_network", "_gift_mode")
+_OWN = ("_gift_adapters", "_gift_extensions", "_gift_network", "_gift_mode")
 
 
 class _Missing:
@@ -92,6 +93,7 @@ class Undo:
         """Undo everything."""
         for module in network.modules():
             release_tensors(module)
+            release_extensions(module)
             release_statistics(module)
         for undo in self.modules:
             undo.apply()

@@ -3,18 +3,22 @@
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 
 from gift.adapt import install
-from gift.adapter import Adapter, adapters_of
+from gift.adapter import adapters_of
 from gift.claims import Taken, claims_of
+from gift.delta import remove_tensor
 from gift.factories import Action
 from gift.factories.recorded import Recorded, bind
 from gift.generated import joined, plain_class
 from gift.iterator import ModuleIterator
+from gift.layers import layout_of
 from gift.methods import AdaptationError
 from gift.strategies.base import Cap, FineTuningStrategy
 
@@ -157,8 +161,12 @@ class Walk:
                 )
                 return
             for added in second.names.values():
-                del module._parameters[added]
-        shared = Adapter(adapter.method, adapter.options, adapter.names, adapter.layout, owner)
+                remove_tensor(module, added)
+        shared = replace(adapter, owner=owner)
+        if adapter.layout is not None:
+            shape = torch.Size(adapter.layout.shape)
+            alike = layout_of(module, name, shape, adapter.options) == adapter.layout
+            shared.reads_alike = alike
         install(module, name, shared)
 
 

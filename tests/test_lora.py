@@ -243,7 +243,7 @@ def test_fast_paths_agree_with_the_materialised_weight(layer: nn.Module) -> None
     general.__class__ = type("Own", (stock,), {"forward": stock_forward(stock)})
     fast = adapted(layer, rank=2)
     general = adapted(general, rank=2)
-    assert "forward" in vars(type(fast))
+    assert type(fast).forward is not stock.forward
     assert "forward" not in vars(type(general))
     general.load_state_dict(fast.state_dict())
     shapes = {nn.Linear: (2, 3, 6), nn.Conv1d: (2, 4, 7), nn.Conv2d: (2, 4, 7, 7)}

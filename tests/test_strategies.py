@@ -59,6 +59,7 @@ from gift.factories import (
 )
 from gift.registry import REGISTRY
 from gift.strategies import (
+    STRATEGIES,
     DebugStrategy,
     FreezeStrategy,
     FullFineTuningStrategy,
@@ -730,6 +731,7 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
     "FullFineTuningStrategy": [FullFineTuningStrategy()],
     "FreezeStrategy": [FreezeStrategy(), FreezeStrategy(statistics=True)],
     "HeadReplacementStrategy": [HeadReplacementStrategy(4), HeadReplacementStrategy(4, "2")],
+    **{name: [strategy()] for name, strategy in STRATEGIES.items()},
     "LoRAAllFineTuningStrategy": [LORA(), LORA(2, 4, 0.5, dtype=torch.float64, split_qkv=True)],
     "LoRALinearFineTuningStrategy": [LoRALinearFineTuningStrategy(rank=2, train_bias=True)],
     "LoRAConvFineTuningStrategy": [LoRAConvFineTuningStrategy(conv_layout="out_as_h")],

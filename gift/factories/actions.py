@@ -47,7 +47,9 @@ def _made(method: str | Method, settings: dict[str, Any]) -> tuple[Method, Layou
     rest = dict(settings)
     train_bias = rest.pop("train_bias", False)
     options = {k: rest.pop(k) for k in LayoutOptions.__dataclass_fields__ if k in rest}
-    return method_of(method, rest), LayoutOptions(**options), train_bias
+    made = method_of(method, rest)
+    settled = LayoutOptions(**options).settled(made.conv_layouts, made.rows_are_outputs)
+    return made, settled, train_bias
 
 
 @recorded

@@ -1,6 +1,16 @@
 """Methods: one file each. `METHODS` maps a method's name to its class."""
 
 from gift.methods.base import METHODS, AdaptationError, Method, method_of, register_method
-from gift.methods.lora import LoRA
+from gift.methods.lora import LoRA, RsLoRA
+from gift.methods.svdiff import SVDiff
 
-__all__ = ["METHODS", "AdaptationError", "LoRA", "Method", "method_of", "register_method"]
+__all__ = [
+    "METHODS",
+    "AdaptationError",
+    "LoRA",
+    "Method",
+    "RsLoRA",
+    "SVDiff",
+    "method_of",
+    "register_method",
+]

@@ -1,12 +1,15 @@
 """What a method is: a function of a frozen matrix and of a few trained parameters."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, ClassVar, Self
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+
+from gift.methods.settings import dtype_of, flag, floating_dtype, misfit, whole
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -19,12 +22,22 @@ class AdaptationError(ValueError):
 class Method:
     """Base of all methods: a frozen matrix ``W`` becomes an effective one.
 
-    A subclass is a frozen dataclass whose fields are its settings. It sees every weight as a
-    matrix ``(rows, columns)`` or as a batch ``(groups, rows, columns)``; layers are unknown to it.
+    A subclass is a frozen dataclass whose fields are its settings (see `gift.methods.settings`).
+    It sees every weight as a matrix ``(rows, columns)`` or as a batch ``(groups, rows, columns)``;
+    layers are unknown to it.
+
+    Args:
+        dtype: of the new parameters, or its name; None means the weight's, but at least float32.
+
+    Raises:
+        ValueError: for settings out of range; all of them are named.
     """
 
     name: ClassVar[str]
     """The name under which the method is chosen: ``ma_adapt(name)``."""
+
+    title: ClassVar[str]
+    """Its name in the names of strategies: ``<title>LinearFineTuningStrategy``."""
 
     forwards: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     """Fast paths, from the dotted name of a stock layer's ``forward`` to one of the same signature.
@@ -32,6 +45,29 @@ class Method:
 
     dropout: ClassVar[float] = 0.0
     """Probability for `drop`; a method with such a setting has a property of this name."""
+
+    conv_layouts: ClassVar[tuple[Literal["balanced", "out_as_h"], ...]] = ("balanced", "out_as_h")
+    """The layouts of convolutions that the method allows, its default first."""
+
+    rows_are_outputs: ClassVar[bool] = False
+    """Whether rows must be output features also of embeddings, where they are tokens otherwise."""
+
+    scales_outputs: ClassVar[bool] = False
+    """Whether the method acts on a layer's outputs, so that its bias takes part."""
+
+    reads_weight: ClassVar[bool] = False
+    """Whether the initial parameters depend on the values of the weight."""
+
+    size_setting: ClassVar[str | None] = None
+    """The setting, an integer, that decides how many parameters are added."""
+
+    dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
+
+    def __post_init__(self) -> None:
+        problems = [misfit(field, getattr(self, field.name)) for field in fields(self)]
+        found = "; ".join(problem for problem in problems if problem is not None)
+        if found:
+            raise ValueError(f"{self.title}: {found}")
 
     def fit(self, shape: tuple[int, ...]) -> Self:
         """The method with settings for a matrix of that shape.
@@ -42,11 +78,16 @@ class Method:
         return self
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
-        """New parameters for a frozen matrix, in the order in which they are listed."""
+        """New tensors for a frozen matrix, in the order in which they are listed.
+
+        A tensor becomes a trained parameter, an ``nn.Buffer`` is left as it is: it is saved with
+        the delta if it is persistent, and made anew from the matrix if it is not. The matrix may be
+        on the meta device.
+        """
         raise NotImplementedError
 
     def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The effective matrix, of the shape and dtype of `matrix`."""
+        """The effective matrix, of the shape and dtype of `matrix`, from what `init` gave."""
         raise NotImplementedError
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
@@ -65,7 +106,8 @@ class Method:
     @property
     def meaning(self) -> dict[str, Any]:
         """What a saved delta and a network must agree on: the settings that enter the weight."""
-        return self.settings
+        entering = {f.name for f in fields(self) if f.metadata.get("enters_weight", True)}
+        return {name: value for name, value in self.settings.items() if name in entering}
 
     def __str__(self) -> str:
         values = [(field, getattr(self, field.name)) for field in fields(self)]
@@ -73,10 +115,57 @@ class Method:
         return f"{self.name}({', '.join(shown)})"
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype of new parameters beside `weight`: its own, but at least 32 bits."""
+        """The dtype asked for, else the weight's, but at least 32 bits."""
+        if self.dtype is not None:
+            return dtype_of(self.dtype)
         if weight.dtype.itemsize == 1:  # float8 takes no part in promotion
             return torch.float32
         return torch.promote_types(weight.dtype, torch.float32)
+
+    def like(self, matrix: Tensor) -> dict[str, Any]:
+        """Dtype and device of new parameters for the matrix, as keywords."""
+        return {"dtype": self.delta_dtype(matrix), "device": matrix.device}
+
+
+@dataclass(frozen=True)
+class RankedMethod(Method):
+    """Base of methods with a rank.
+
+    Args:
+        rank: of the update. None means `default_rank`, or less where a matrix is smaller.
+        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        dtype: of the new parameters, or its name; None means the weight's, but at least float32.
+    """
+
+    default_rank: ClassVar[int] = 3
+    size_setting: ClassVar[str | None] = "rank"
+
+    rank: int | None = whole(None)
+    clip_rank: bool = flag(enters_weight=False, kw_only=True)
+
+    def largest_rank(self, shape: tuple[int, ...]) -> int:
+        """The largest rank that a matrix ``(..., rows, columns)`` can have."""
+        return min(shape[-2:])
+
+    def fit(self, shape: tuple[int, ...]) -> Self:
+        """The method with its rank settled for a matrix ``(..., rows, columns)``."""
+        largest = self.largest_rank(shape)
+        rank = self.default_rank if self.rank is None else self.rank
+        if rank > largest:
+            if self.rank is not None and not self.clip_rank:
+                rows, columns = shape[-2:]
+                raise AdaptationError(
+                    f"rank {rank} is above {largest}, the largest that a matrix of "
+                    f"{rows} x {columns} can have (a smaller rank, or clip_rank=True, would work)"
+                )
+            rank = largest
+        return with_settings(self, rank=rank)
+
+
+@lru_cache(maxsize=512)
+def with_settings(method: Any, **settings: Any) -> Any:
+    """The method with other settings: one object for all weights that have them."""
+    return replace(method, **settings)
 
 
 def register_method(cls: type[Method]) -> type[Method]:
@@ -104,8 +193,8 @@ def method_of(name: str | Method, settings: Mapping[str, Any]) -> Method:
     cls = METHODS[name]
     unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
     if unknown:
-        fields = list(cls.__dataclass_fields__)
-        raise ValueError(f"{name} has no setting {unknown}; it has {fields}")
+        known = list(cls.__dataclass_fields__)
+        raise ValueError(f"{name} has no setting {unknown}; it has {known}")
     return cls(**settings)
 
 

@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.methods.base import AdaptationError, Method, dotted, register_method
+from gift.methods.base import RankedMethod, dotted, register_method
+from gift.methods.linear import Product, linear_forwards
+from gift.methods.settings import flag, number, probability
 
 
 @register_method
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(RankedMethod):
     r"""Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
     .. math:: W' = W_0 + \frac{\alpha}{r} B A
@@ -41,46 +42,11 @@ class LoRA(Method):
     """
 
     name: ClassVar[str] = "lora"
-    default_rank: ClassVar[int] = 3
+    title: ClassVar[str] = "LoRA"
 
-    rank: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    clip_rank: bool = False
-    dtype: torch.dtype | str | None = None
-
-    def __post_init__(self) -> None:
-        rank, alpha, dropout = self.rank, self.lora_alpha, self.lora_dropout
-        problems = []
-        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-            problems.append(f"rank is {rank!r}, expected an integer of at least 1")
-        if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
-            problems.append(f"lora_alpha is {alpha!r}, expected a finite number or None")
-        if not (_is_number(dropout) and 0 <= dropout < 1):
-            problems.append(f"lora_dropout is {dropout!r}, expected a number in [0, 1)")
-        dtype = _dtype(self.dtype)
-        is_dtype = isinstance(dtype, torch.dtype)
-        if self.dtype is not None and not (
-            is_dtype and (dtype.is_floating_point or dtype.is_complex)
-        ):
-            problems.append(f"dtype is {self.dtype!r}, expected a floating-point torch dtype")
-        if problems:
-            raise ValueError("LoRA: " + "; ".join(problems))
-
-    def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with its rank settled for a matrix ``(..., rows, columns)``."""
-        largest = min(shape[-2:])
-        rank = self.default_rank if self.rank is None else self.rank
-        if rank > largest:
-            if self.rank is not None and not self.clip_rank:
-                rows, columns = shape[-2:]
-                raise AdaptationError(
-                    f"rank {rank} is above {largest}, the largest that a matrix of "
-                    f"{rows} x {columns} can have (a smaller rank, or clip_rank=True, would work)"
-                )
-            rank = largest
-        return _of_rank(self, rank)
+    lora_alpha: float | None = number(None)
+    lora_dropout: float = probability()
+    use_rslora: bool = flag()
 
     @property
     def dropout(self) -> float:  # type: ignore[override]
@@ -99,15 +65,11 @@ class LoRA(Method):
         """Rank and scaling."""
         return {"rank": self.rank, "scaling": self.scaling}
 
-    def delta_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype asked for, else the weight's, but at least 32 bits."""
-        return super().delta_dtype(weight) if self.dtype is None else _dtype(self.dtype)
-
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """``B`` zero and ``A`` random, so that the effective weight is the frozen one."""
         *groups, rows, columns = matrix.shape
         assert self.rank is not None
-        like: dict[str, Any] = {"dtype": self.delta_dtype(matrix), "device": matrix.device}
+        like = self.like(matrix)
         a = torch.empty(*groups, self.rank, columns, **like)
         # kaiming_uniform_(a=sqrt(5)) has this bound; called on a batch it would misread the fan-in.
         bound = 1 / math.sqrt(columns)
@@ -124,6 +86,13 @@ class LoRA(Method):
         r""":math:`s B A`."""
         return self.scaled(parameters["lora_B"]) @ parameters["lora_A"]
 
+    def side(self, x: Tensor, parameters: Mapping[str, Tensor], training: bool) -> Tensor:
+        r""":math:`s B A` times the input, which is dropped while training."""
+        if self.lora_dropout and training:
+            x = F.dropout(x, self.lora_dropout)
+        hidden = F.linear(x.to(parameters["lora_A"].dtype), parameters["lora_A"])
+        return F.linear(hidden, self.scaled(parameters["lora_B"]))
+
     def scaled(self, tensor: Tensor) -> Tensor:
         """`tensor` times the scaling, which is often 1."""
         return tensor if self.scaling == 1 else tensor * self.scaling
@@ -137,18 +106,20 @@ class LoRA(Method):
         return parameters | {key: factor * (mask if input_axis == -1 else mask[:, None])}
 
 
-@lru_cache(maxsize=512)
-def _of_rank(method: Any, rank: int) -> Any:
-    """One object for all weights that have the rank."""
-    return replace(method, rank=rank)
+@register_method
+@dataclass(frozen=True)
+class RsLoRA(LoRA):
+    r"""Rank-stabilised LoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
 
+    .. math:: W' = W_0 + \frac{\alpha}{\sqrt{r}} B A
 
-def _dtype(given: torch.dtype | str | None) -> Any:
-    return getattr(torch, given, None) if isinstance(given, str) else given
+    Shapes, parameters and arguments are those of `LoRA`, of which it is the option `use_rslora`.
+    """
 
+    name: ClassVar[str] = "rslora"
+    title: ClassVar[str] = "RsLoRA"
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    use_rslora: bool = flag(True)
 
 
 def _uniform(tensor: Tensor, bound: float) -> Tensor:
@@ -156,29 +127,20 @@ def _uniform(tensor: Tensor, bound: float) -> Tensor:
     return tensor
 
 
-# Fast paths. Each takes the place of the `forward` that it is named after.
+# Fast paths.
 
 
-def _side_path(input: Tensor, output: Tensor, module: Any) -> Tensor:
-    """The output plus ``s B A dropout(input)``, in the delta's dtype, rounded once."""
-    method, parameters = module._gift_adapters["weight"].delta_of(module)
-    a, b = parameters["lora_A"], parameters["lora_B"]
-    if method.lora_dropout and module.training:
-        input = F.dropout(input, method.lora_dropout)
-    hidden = F.linear(input.to(a.dtype), a)
-    return (output + F.linear(hidden, method.scaled(b))).to(output.dtype)
-
-
-def _linear(self: Any, input: Tensor) -> Tensor:
-    frozen = self._gift_frozen("weight")
-    return _side_path(input, F.linear(input, frozen, self.bias), self)
-
-
-def _conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
-    frozen = self._gift_frozen("weight")
-    size = (*x.shape[:-1], self.nf)
-    output = torch.addmm(self.bias, x.view(-1, x.size(-1)), frozen).view(size)
-    return _side_path(x, output, self)
+def _side_path(
+    method: LoRA,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """``W0 x + bias + s B A dropout(x)``, in the delta's dtype, rounded once."""
+    output = product(x, bias)
+    return (output + method.side(x, parameters, training)).to(output.dtype)
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
@@ -192,10 +154,6 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     return (output + self._conv_forward(dropped, delta, None)).to(output.dtype)
 
 
-LoRA.forwards = {
-    dotted(nn.Linear.forward): _linear,
-    dotted(nn.Conv1d.forward): _conv,
-    dotted(nn.Conv2d.forward): _conv,
-    dotted(nn.Conv3d.forward): _conv,
-    "transformers.pytorch_utils.Conv1D.forward": _conv1d_of_transformers,
-}
+LoRA.forwards = linear_forwards(_side_path) | dict.fromkeys(
+    (dotted(layer.forward) for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d)), _conv
+)

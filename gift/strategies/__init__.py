@@ -1,5 +1,8 @@
 """Strategies: which parts of a network are fine-tuned, and how."""
 
+from typing import Any
+
+from gift.strategies.adapting import STRATEGIES
 from gift.strategies.base import (
     Cap,
     FineTuningStrategy,
@@ -12,24 +15,29 @@ from gift.strategies.classic import (
     HeadReplacementStrategy,
 )
 from gift.strategies.combine import DebugStrategy, MergedStrategy, merge_strategies
-from gift.strategies.lora import (
-    LoRAAllFineTuningStrategy,
-    LoRAConvFineTuningStrategy,
-    LoRALinearFineTuningStrategy,
-)
 
 __all__ = [
+    *STRATEGIES,
+    "STRATEGIES",
     "Cap",
     "DebugStrategy",
     "FineTuningStrategy",
     "FreezeStrategy",
     "FullFineTuningStrategy",
     "HeadReplacementStrategy",
-    "LoRAAllFineTuningStrategy",
-    "LoRAConvFineTuningStrategy",
-    "LoRALinearFineTuningStrategy",
     "MergedStrategy",
     "load_strategy_from_config",
     "merge_strategies",
     "register_strategy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The strategies of the registered methods: `LoRAAllFineTuningStrategy` and so on."""
+    if name not in STRATEGIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return STRATEGIES[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *STRATEGIES})

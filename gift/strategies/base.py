@@ -160,6 +160,8 @@ class FineTuningStrategy:
 
 def _show_signature(cls: type) -> None:
     """Let `inspect` see the arguments of ``__init__`` rather than those of ``__new__``."""
+    if "__signature__" in vars(cls):
+        return
     own = inspect.signature(cls.__init__)  # type: ignore[misc]
     cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
 

@@ -45,6 +45,17 @@ def balanced_transposed_conv(weight: np.ndarray, layer: Any) -> Matrices:
     return [group.reshape(group.shape[0] * rows, -1) for group in per_group]
 
 
+def whole_filters(weight: np.ndarray, layer: Any) -> Matrices:
+    """`(o, i, k1 ... kn)`: an output channel for each row, for each group."""
+    return [group.reshape(group.shape[0], -1) for group in np.split(weight, layer.groups)]
+
+
+def whole_transposed_filters(weight: np.ndarray, layer: Any) -> Matrices:
+    """`(i, o / g, ...)`: the same after swapping the first two axes within each group."""
+    per_group = [group.swapaxes(0, 1) for group in np.split(weight, layer.groups)]
+    return [group.reshape(group.shape[0], -1) for group in per_group]
+
+
 def transposed(weight: np.ndarray, layer: Any) -> Matrices:
     return [weight.T]
 
@@ -65,8 +76,12 @@ class LayerCase:
         make: the layer.
         inputs: arguments for its forward.
         matrices: a weight as matrices, one for each group.
+        filters: the same for methods to which a convolution's filter is one row.
+        outputs: the same for methods to which an output feature is one row, in embeddings too.
         weights: names of its weights.
         output: from what the forward gives, the tensor that is compared.
+        biases: names of its biases, each with the weights to whose outputs its parts are added;
+            None means the weights' names with "bias" in the place of "weight".
         caps: caps for a layer that no module check knows.
         differs: properties that do not hold for the layer, each with its reason.
     """
@@ -74,10 +89,30 @@ class LayerCase:
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
     matrices: Callable[[np.ndarray, Any], Matrices] = first_axis
+    filters: Callable[[np.ndarray, Any], Matrices] | None = None
+    outputs: Callable[[np.ndarray, Any], Matrices] | None = None
     weights: tuple[str, ...] = ("weight",)
     output: Callable[[Any], Tensor] = lambda result: result
+    biases: dict[str, list[str]] | None = None
     caps: dict[str, Any] | None = None
     differs: dict[str, str] = field(default_factory=dict)
+
+    def all_biases(self, net: nn.Module) -> dict[str, list[str]]:
+        """Biases, and the weights that they belong to."""
+        if self.caps is not None:
+            return {}
+        paired = {name.replace("weight", "bias"): [name] for name in self.weights}
+        known = {name for name, _ in net.named_parameters()}
+        return {b: w for b, w in (self.biases or paired).items() if b in known}
+
+    def view(self, kind: str) -> Callable[[np.ndarray, Any], Matrices]:
+        """How a method of that kind sees the weights."""
+        filters = self.filters or _FILTERS.get(self.matrices, self.matrices)
+        outputs = self.outputs or filters
+        return {"matrices": self.matrices, "filters": filters, "outputs": outputs}[kind]
+
+
+_FILTERS = {balanced_conv: whole_filters, balanced_transposed_conv: whole_transposed_filters}
 
 
 def randn(*shape: int) -> Callable[[], tuple[Tensor]]:
@@ -223,12 +258,20 @@ LAYERS: dict[str, LayerCase] = {
     "conv_transpose3d": LayerCase(
         lambda: nn.ConvTranspose3d(2, 3, 2), randn(2, 2, 3, 3, 3), balanced_transposed_conv
     ),
-    "embedding": LayerCase(lambda: nn.Embedding(11, 6, padding_idx=0), tokens(3, 4)),
-    "embedding_max_norm": LayerCase(lambda: nn.Embedding(11, 6, max_norm=1.0), tokens(3, 4)),
-    "embedding_sparse": LayerCase(lambda: nn.Embedding(11, 6, sparse=True), tokens(3, 4)),
-    "embedding_bag": LayerCase(lambda: nn.EmbeddingBag(11, 6, mode="mean"), tokens(3, 4)),
+    "embedding": LayerCase(
+        lambda: nn.Embedding(11, 6, padding_idx=0), tokens(3, 4), outputs=transposed
+    ),
+    "embedding_max_norm": LayerCase(
+        lambda: nn.Embedding(11, 6, max_norm=1.0), tokens(3, 4), outputs=transposed
+    ),
+    "embedding_sparse": LayerCase(
+        lambda: nn.Embedding(11, 6, sparse=True), tokens(3, 4), outputs=transposed
+    ),
+    "embedding_bag": LayerCase(
+        lambda: nn.EmbeddingBag(11, 6, mode="mean"), tokens(3, 4), outputs=transposed
+    ),
     "embedding_bag_sparse": LayerCase(
-        lambda: nn.EmbeddingBag(11, 6, mode="sum", sparse=True), tokens(3, 4)
+        lambda: nn.EmbeddingBag(11, 6, mode="sum", sparse=True), tokens(3, 4), outputs=transposed
     ),
     "bilinear": LayerCase(
         lambda: nn.Bilinear(3, 4, 5), lambda: (torch.randn(2, 3), torch.randn(2, 4))
@@ -279,6 +322,10 @@ LAYERS: dict[str, LayerCase] = {
         lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True),
         attention_inputs(4, 6),
         weights=("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
+        biases={
+            "in_proj_bias": ["q_proj_weight", "k_proj_weight", "v_proj_weight"],
+            "out_proj.bias": ["out_proj.weight"],
+        },
         output=first,
     ),
     "weight_norm": LayerCase(
@@ -296,11 +343,9 @@ LAYERS: dict[str, LayerCase] = {
         differs=PICKLE | {"train": "each reading in training mode is a power iteration"},
     ),
     "raw_matrix_of_the_root": LayerCase(Raw, randn(3, 4), weights=("kernel",), caps=RAW),
-    "raw_expert_weights": LayerCase(Experts, randn(3, 4), experts, ("experts",), caps=RAW),
-    "raw_vector": LayerCase(Vector, randn(3, 6), column, ("gain",), caps=RAW),
-    "norm_weight": LayerCase(
-        lambda: nn.LayerNorm(6, bias=False), randn(3, 6), column, ("weight",), caps=RAW
-    ),
+    "raw_expert_weights": LayerCase(Experts, randn(3, 4), experts, weights=("experts",), caps=RAW),
+    "raw_vector": LayerCase(Vector, randn(3, 6), column, weights=("gain",), caps=RAW),
+    "norm_weight": LayerCase(lambda: nn.LayerNorm(6, bias=False), randn(3, 6), column, caps=RAW),
 }
 
 ANY_LAYER = mc_layer()

@@ -1,13 +1,19 @@
-"""The methods of the matrix: one row each, with the paper's formula written again in float64."""
+"""The methods of the matrix: one row each, with the paper's formula written again.
+
+A formula gets a frozen matrix and what the method added for it, all in float64, and gives the
+effective matrix. It is differentiated by autograd, so it is also the reference for gradients.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
-Parameters = dict[str, np.ndarray]
+Parameters = dict[str, Tensor]
+Formula = Callable[[Tensor, Parameters], Tensor]
 
 
 @dataclass(frozen=True)
@@ -16,25 +22,32 @@ class MethodCase:
 
     Args:
         method: its name.
-        reference: from a frozen matrix and the parameters for it, the effective matrix.
-        count: from rows and columns of a matrix, the number of parameters that it adds.
+        formula: from a frozen matrix and what the method added, the effective matrix.
+        count: from rows and columns of a matrix, the number of trained parameters.
         settings: the method's settings.
+        view: what a row of the matrix is to the method: see `LayerCase.view`.
+        scales_bias: whether the formula also holds for a bias, seen as a column.
+        impossible: layer types to which the method cannot be applied, each with the reason, which
+            is part of the error.
     """
 
     method: str
-    reference: Callable[[np.ndarray, Parameters], np.ndarray]
+    formula: Formula
     count: Callable[[int, int], int]
     settings: dict[str, Any] = field(default_factory=dict)
+    view: str = "matrices"
+    scales_bias: bool = False
+    impossible: dict[str, str] = field(default_factory=dict)
 
 
-def low_rank(scaling: Callable[[int], float]) -> Callable[[np.ndarray, Parameters], np.ndarray]:
+def low_rank(scaling: Callable[[int], float]) -> Formula:
     """``W0 + s B A``, element by element; `scaling` takes the rank."""
 
-    def reference(w0: np.ndarray, p: Parameters) -> np.ndarray:
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
         b, a = p["lora_B"], p["lora_A"]
-        return w0 + scaling(a.shape[0]) * np.einsum("oq,qi->oi", b, a)
+        return w0 + scaling(a.shape[0]) * torch.einsum("oq,qi->oi", b, a)
 
-    return reference
+    return formula
 
 
 def low_rank_count(rank: int) -> Callable[[int, int], int]:
@@ -42,6 +55,13 @@ def low_rank_count(rank: int) -> Callable[[int, int], int]:
         return min(rank, rows, columns) * (rows + columns)
 
     return count
+
+
+def singular_shifts(w0: Tensor, p: Parameters) -> Tensor:
+    """``U diag(relu(sigma + delta)) V^T``; that U and V are what they should be is told apart."""
+    u, vh = p["svdiff_U"], p["svdiff_Vh"]
+    sigma = torch.einsum("or,oi,ri->r", u, w0, vh)
+    return torch.einsum("or,r,ri->oi", u, torch.relu(sigma + p["svdiff_delta"]), vh)
 
 
 METHODS: dict[str, MethodCase] = {
@@ -53,9 +73,10 @@ METHODS: dict[str, MethodCase] = {
         {"rank": 2, "lora_alpha": 5, "clip_rank": True},
     ),
     "rslora": MethodCase(
-        "lora",
+        "rslora",
         low_rank(lambda rank: 3.0 / math.sqrt(rank)),
         low_rank_count(2),
-        {"rank": 2, "lora_alpha": 3, "use_rslora": True, "clip_rank": True},
+        {"rank": 2, "lora_alpha": 3, "clip_rank": True},
     ),
+    "svdiff": MethodCase("svdiff", singular_shifts, min, view="filters"),
 }

@@ -1,0 +1,86 @@
+"""Matrix factors that are the same wherever they are computed.
+
+Deltas that are told relative to factors of the frozen weight are saved without them: they are
+computed again where the delta is loaded. Singular vectors are not unique, though. Where values are
+equal (an orthogonal weight) any rotation among their vectors will do, where they are zero (pruned
+channels) anything in the null space, and each library, device or number of threads may choose
+another. So the work is done in float64, which tells values apart that differ in a float32 weight,
+and where they do not differ a basis is chosen by a rule that depends on the matrix alone.
+"""
+
+import torch
+from torch import Tensor
+
+# Values closer than this, relative to the largest, are one. Rounding moves vectors by about 1e-15
+# over the distance of their values, so those further apart are found to float32 precision.
+_SAME = 1e-9
+
+
+def in_double(matrix: Tensor) -> Tensor:
+    """The matrix in float64 or complex128, on the CPU where its device has no such numbers."""
+    dtype = torch.complex128 if matrix.is_complex() else torch.float64
+    return matrix.detach().to("cpu" if matrix.device.type == "mps" else matrix.device, dtype)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The reduced singular value decomposition :math:`W = U \operatorname{diag}(\sigma) V^H`.
+
+    Args:
+        matrix: ``(..., rows, columns)``; where it has infinite values, which is memory that waits
+            for its values, all factors are zero.
+
+    Returns:
+        ``U (..., rows, n)``, ``sigma (..., n)`` falling, and ``V^H (..., n, columns)``, where `n`
+        is the smaller of rows and columns, in float64 or complex128.
+    """
+    if matrix.is_meta:
+        return torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    work = in_double(matrix)
+    finite = torch.isfinite(work).all()
+    u, sigma, vh = torch.linalg.svd(work if finite else torch.zeros_like(work), full_matrices=False)
+    if not finite:
+        return torch.zeros_like(u), sigma, torch.zeros_like(vh)
+    batch = (u.flatten(0, -3), sigma.flatten(0, -2), vh.flatten(0, -3)) if u.ndim > 2 else None
+    for one in zip(*batch, strict=True) if batch else [(u, sigma, vh)]:
+        _settle(*one)
+    return u, sigma, vh
+
+
+def _settle(u: Tensor, sigma: Tensor, vh: Tensor) -> None:
+    """Choose the vectors of equal values, in place."""
+    largest = sigma[0]
+    rank = int((sigma > _SAME * largest).sum())
+    ends = (sigma[:rank].diff() < -_SAME * largest).nonzero().flatten() + 1
+    start = 0
+    for end in [*ends.tolist(), rank]:
+        if end - start > 1:
+            # The first of them has a part along the first reference vector, the second none along
+            # that but one along the second, and so on: one basis does that.
+            turn = _orthonormal(vh[start:end] @ _references(vh.shape[1], end - start, vh))
+            u[:, start:end] = u[:, start:end] @ turn
+            vh[start:end] = turn.mH @ vh[start:end]
+        start = end
+    if rank < len(sigma):
+        u[:, rank:] = _completion(u[:, :rank], len(sigma) - rank)
+        vh[rank:] = _completion(vh[:rank].mH, len(sigma) - rank).mH
+
+
+def _completion(basis: Tensor, count: int) -> Tensor:
+    """That many more orthonormal columns: reference vectors without their part in the basis."""
+    more = _references(len(basis), count, basis)
+    for _ in range(2):  # twice is enough for float64
+        more = more - basis @ (basis.mH @ more)
+    return _orthonormal(more)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """The Q of the QR decomposition whose R has a positive diagonal, which is unique."""
+    q, r = torch.linalg.qr(columns)
+    diagonal = r.diagonal()
+    return q * torch.where(diagonal == 0, 1, diagonal / diagonal.abs().clamp_min(1e-300))
+
+
+def _references(size: int, count: int, like: Tensor) -> Tensor:
+    """Fixed vectors in general position, as columns."""
+    angles = torch.arange(1, size * count + 1, dtype=torch.float64).reshape(size, count)
+    return torch.sin(angles.square()).to(like.device, like.dtype)

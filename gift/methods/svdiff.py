@@ -1,0 +1,60 @@
+"""SVDiff: shifts of the singular values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gift.methods.base import Method, register_method
+from gift.methods.factors import svd
+
+
+@register_method
+@dataclass(frozen=True)
+class SVDiff(Method):
+    r"""Spectral shifts (Han et al. 2023, https://arxiv.org/abs/2303.11305).
+
+    .. math:: W' = U \operatorname{diag}(\operatorname{ReLU}(\sigma + \delta)) V^T,
+        \quad W_0 = U \operatorname{diag}(\sigma) V^T
+
+    For a matrix ``(rows, columns)`` it adds ``svdiff_delta (n,)`` with ``n = min(rows, columns)``,
+    starting at zero: `n` parameters. Beside them stand ``svdiff_U (rows, n)``, ``svdiff_sigma
+    (n,)`` and ``svdiff_Vh (n, columns)``, which take twice the memory of a square weight. They are
+    never saved: they are made from the weight, and as `gift.methods.factors` says, also where
+    singular values are equal or nearly so, the same ones come out again.
+
+    The effective weight is computed as ``W0 + U diag(ReLU(sigma + delta) - sigma) V^T``, which is
+    the same and exact at the start. A singular value of zero can be raised: where ReLU has a kink
+    the gradient from above is taken.
+
+    Args:
+        dtype: of the shifts and factors, or its name; None means the weight's, but at least
+            float32.
+    """
+
+    name: ClassVar[str] = "svdiff"
+    title: ClassVar[str] = "SVDiff"
+    conv_layouts = ("out_as_h", "balanced")
+    reads_weight: ClassVar[bool] = True
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """No shifts, and the factors of the frozen matrix."""
+        u, sigma, vh = svd(matrix)
+        like = self.like(matrix)
+        real: dict[str, Any] = like | {"dtype": torch.empty(0, dtype=like["dtype"]).real.dtype}
+        return {
+            "svdiff_delta": torch.zeros(sigma.shape, **real),
+            "svdiff_U": nn.Buffer(u.to(**like), persistent=False),
+            "svdiff_sigma": nn.Buffer(sigma.to(**real), persistent=False),
+            "svdiff_Vh": nn.Buffer(vh.to(**like), persistent=False),
+        }
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``W0 + U diag(ReLU(sigma + delta) - sigma) V^T``."""
+        sigma = parameters["svdiff_sigma"]
+        shifted = sigma + parameters["svdiff_delta"]
+        change = torch.where(shifted >= 0, shifted, 0) - sigma
+        scaled = parameters["svdiff_U"] * change.unsqueeze(-2)
+        return matrix + scaled @ parameters["svdiff_Vh"]

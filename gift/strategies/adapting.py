@@ -1,0 +1,104 @@
+"""For each method, the strategies that apply it to all layers, to linear ones, to convolutions."""
+
+import inspect
+from typing import Any
+
+from torch.nn.modules.batchnorm import _NormBase
+
+from gift.factories import Check, ma_adapt, ma_freeze, mc_layer, mc_type
+from gift.methods import METHODS, Method
+from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
+
+# What a strategy takes besides the settings of its method.
+_OPTIONS: dict[str, Any] = {
+    "train_bias": False,
+    "conv_layout": None,
+    "split_qkv": False,
+    "freeze_statistics": False,
+}
+
+_DOC = """{title} on {layers}; see `gift.methods.{method}`, whose settings these are.
+
+The network's output stays bit for bit what it was until the first training step. All other
+parameters are frozen.
+
+Args:
+    train_bias: also train the biases of the adapted layers.
+    conv_layout: a convolution's weight ``(o, i, kh, kw)`` is seen as the matrix ``(o*kh, i*kw)``
+        (``"balanced"``) or ``(o, i*kh*kw)`` (``"out_as_h"``); here {conv_layouts}, None is the
+        first.
+    split_qkv: read query, key and value of ``nn.MultiheadAttention`` as three matrices.
+    freeze_statistics: keep norm layers in evaluation mode, so that running statistics stand still.
+
+Raises:
+    ValueError: for settings out of range.
+"""
+
+_KINDS: dict[str, tuple[Check, str]] = {
+    "All": (mc_layer(), "every layer whose weights gift knows"),
+    "Linear": (mc_layer("linear"), "linear layers, their subclasses, transformers' ``Conv1D``"),
+    "Conv": (mc_layer("conv"), "convolutions, transposed ones included"),
+}
+
+
+class _AdaptingStrategy(FineTuningStrategy):
+    """Base of the strategies made here."""
+
+    method: type[Method]
+    layers: Check
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settings = inspect.signature(type(self)).bind(*args, **kwargs).arguments
+        freeze_statistics = settings.pop("freeze_statistics", False)
+        caps: list[CapLike] = [(self.layers, ma_adapt(self.method.name, **settings))]
+        if freeze_statistics:
+            caps.append((mc_type(_NormBase), ma_freeze(statistics=True)))
+        super().__init__(caps)
+
+
+def _signature(method: type[Method]) -> inspect.Signature:
+    """The settings of the method as a dataclass takes them, then what all strategies take."""
+    settings = list(inspect.signature(method).parameters.values())
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in _OPTIONS.items()
+    ]
+    return inspect.Signature([*settings, *options])
+
+
+def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
+    """The strategies of a method by name: ``<title>AllFineTuningStrategy`` and so on.
+
+    Args:
+        method: a registered method.
+
+    Example:
+        >>> from gift.methods import METHODS
+        >>> sorted(strategies_of(METHODS["lora"]))
+        ['LoRAAllFineTuningStrategy', 'LoRAConvFineTuningStrategy', 'LoRALinearFineTuningStrategy']
+    """
+    made = {}
+    for kind, (layers, described) in _KINDS.items():
+        name = f"{method.title}{kind}FineTuningStrategy"
+        doc = _DOC.format(
+            title=method.title,
+            layers=described,
+            method=method.__name__,
+            conv_layouts=" or ".join(f'``"{layout}"``' for layout in method.conv_layouts),
+        )
+        namespace = {
+            "__doc__": doc,
+            "__module__": __name__,
+            "__signature__": _signature(method),
+            "method": method,
+            "layers": layers,
+        }
+        made[name] = register_strategy(type(name, (_AdaptingStrategy,), namespace))
+    return made
+
+
+# Typed as anything, since a type checker cannot know the settings of each.
+STRATEGIES: dict[str, Any] = {}
+for _method in METHODS.values():
+    STRATEGIES |= strategies_of(_method)
+globals().update(STRATEGIES)  # where pickle looks for a class
