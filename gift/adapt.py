@@ -55,6 +55,16 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
 def install(module: nn.Module, tensor: str, adapter: Adapter) -> None:
     """Let `module` read its tensor through `adapter`."""
     module.__dict__.setdefault("_gift_adapters", {})[tensor] = adapter
+    _read_through_adapters(module)
+
+
+def uninstall(module: nn.Module, tensor: str) -> None:
+    """Undo `install`."""
+    del module.__dict__["_gift_adapters"][tensor]
+    _read_through_adapters(module)
+
+
+def _read_through_adapters(module: nn.Module) -> None:
     tensors = tuple(sorted((t, a.method.name) for t, a in adapters_of(module).items()))
     change_class(module, tensors=tensors)
 
@@ -134,9 +144,26 @@ def adapt_module(
             problems.append(f"{joined(path, tensor)}: {error}")
     if problems:
         raise AdaptationError("; ".join(problems))
+    if method.scales_outputs:
+        for _, part, row in layers:
+            _adapt_biases(part, row)
     if train_bias:
         for _, part, row in layers:
             _train_biases(part, row)
+
+
+def _adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
+    """Let each bias in `module` follow the weights to whose outputs it is added."""
+    adapters = dict(adapters_of(module))
+    for bias in row.names(module, row.biases) if row is not None else ():
+        weights = tuple(w for w in adapters if row is not None and row.bias_of(w) == bias)
+        if weights:
+            first = adapters[weights[0]]
+            adapter = Adapter(method=first.method, options=first.options, owner=module)
+            adapter.follows = weights
+            install(module, bias, adapter)
+            adapter.follow_weights(module, bias)
+            module._parameters[bias].requires_grad = False  # type: ignore[union-attr]
 
 
 def _train_biases(module: nn.Module, row: LayerRow | None) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.delta import Delta, put_values
 from gift.generated import plain_class
-from gift.layers import Layout, LayoutOptions, layout_of
+from gift.layers import Layout, LayoutOptions, bias_layout, layout_of
 from gift.methods import Method
 
 
@@ -23,12 +23,15 @@ class Adapter(Delta):
         method: the method, fitted to the tensor's shape once that is known.
         options: the choice of layouts.
         layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
+        follows: for a bias, the weights of the module to whose outputs it is added; its delta is
+            theirs, and the module its owner.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
     """
 
     method: Method = field(kw_only=True)
     options: LayoutOptions = field(kw_only=True)
     layout: Layout | None = None
+    follows: tuple[str, ...] = ()
     reads_alike: bool = True
 
     def delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
@@ -55,6 +58,9 @@ class Adapter(Delta):
 
     def reset(self, module: Any, key: str) -> None:
         """Give the delta its initial values, and a shape where it had none yet."""
+        if self.follows:
+            self.follow_weights(module, key)
+            return
         if self.owner is not None:
             self.layout = adapters_of(self.owner)[key].layout
             return
@@ -67,6 +73,20 @@ class Adapter(Delta):
             self.method, self.layout = self.method.fit(layout.matrix), layout
         # Where a state was loaded before the first forward, its values stay.
         put_values(module, self.initial(frozen), only_lazy=unknown)
+
+    def follow_weights(self, module: nn.Module, bias: str) -> None:
+        """Take names, layout and method of a bias from the adapters of its weights."""
+        adapters = [adapters_of(module)[weight] for weight in self.follows]
+        several = len(adapters) > 1
+        self.names = {
+            f"{key}.{i}" if several else key: name
+            for i, adapter in enumerate(adapters)
+            for key, name in adapter.names.items()
+        }
+        self.method = adapters[0].method
+        layouts = [adapter.layout for adapter in adapters if adapter.layout is not None]
+        if len(layouts) == len(adapters):
+            self.layout = bias_layout(present_tensor(module, bias).numel(), layouts)
 
     def initial(self, frozen: Tensor) -> dict[str, Tensor]:
         """What the method makes for the frozen tensor, by its names on the module."""

@@ -7,7 +7,7 @@ that has no row is reached by a parameter cap, with the layout of a raw paramete
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
@@ -225,6 +225,7 @@ class LayerRow:
         biases: glob patterns of the names of its biases, for ``train_bias``.
         family: what users call it: see `mc_layer`.
         mixin: a class put in front of the adapted layer's own.
+        bias_of: from a weight's name, that of the bias which is added to its outputs.
     """
 
     kind: type[nn.Module] | str
@@ -233,6 +234,7 @@ class LayerRow:
     family: str
     biases: tuple[str, ...] = ("bias",)
     mixin: type | None = None
+    bias_of: Callable[[str], str] = lambda weight: weight.replace("weight", "bias")
 
     def matches(self, cls: type) -> bool:
         """Whether `cls` is this type of layer or a subclass of it."""
@@ -269,6 +271,9 @@ LAYERS: tuple[LayerRow, ...] = (
         _attention,
         "attention",
         biases=("in_proj_bias",),
+        bias_of=lambda weight: (
+            "in_proj_bias"
+        ),  # of all three projections, also where they are apart
     ),
 )
 
@@ -284,6 +289,14 @@ def row_of(cls: type) -> LayerRow | None:
 def _row_of(cls: type, with_transformers: bool) -> LayerRow | None:
     # That package may be imported after a first look, hence the second argument.
     return next((row for row in LAYERS if row.matches(cls)), None)
+
+
+def bias_layout(size: int, weights: Sequence[Layout]) -> Layout:
+    """How the bias that belongs to these weights is read: a row for each row of theirs."""
+    if len(weights) == 1:
+        matrix = (*weights[0].matrix[:-1], 1)
+        return _plain((size,), matrix)
+    return _plain((size,), (size, 1))
 
 
 def layout_of(module: nn.Module, tensor: str, shape: torch.Size, options: LayoutOptions) -> Layout:

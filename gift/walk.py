@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gift.adapt import install
-from gift.adapter import adapters_of
+from gift.adapt import install, uninstall
+from gift.adapter import Adapter, adapters_of
 from gift.claims import Taken, claims_of
 from gift.delta import remove_tensor
 from gift.factories import Action
@@ -160,14 +160,25 @@ class Walk:
                     f"be adapted by {second.method}; one tensor takes one"
                 )
                 return
-            for added in second.names.values():
-                remove_tensor(module, added)
-        shared = replace(adapter, owner=owner)
+            _drop(module, second)
+        shared = replace(adapter, owner=owner, follows=())
         if adapter.layout is not None:
             shape = torch.Size(adapter.layout.shape)
             alike = layout_of(module, name, shape, adapter.options) == adapter.layout
             shared.reads_alike = alike
         install(module, name, shared)
+
+
+def _drop(module: nn.Module, adapter: Adapter) -> None:
+    """Remove a delta, and what else in `module` uses it: the bias that belongs to a weight."""
+    if adapter.owner is not None:
+        return
+    gone = set(adapter.names.values())
+    for added in gone:
+        remove_tensor(module, added)
+    for name, other in list(adapters_of(module).items()):
+        if other.follows and gone & set(other.names.values()):
+            uninstall(module, name)
 
 
 def _class_name(module: nn.Module) -> str:

@@ -29,6 +29,7 @@ class MethodCase:
         scales_bias: whether the formula also holds for a bias, seen as a column.
         impossible: layer types to which the method cannot be applied, each with the reason, which
             is part of the error.
+        differs: properties that do not hold, by layer type and property, each with its reason.
     """
 
     method: str
@@ -38,6 +39,7 @@ class MethodCase:
     view: str = "matrices"
     scales_bias: bool = False
     impossible: dict[str, str] = field(default_factory=dict)
+    differs: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def low_rank(scaling: Callable[[int], float]) -> Formula:
@@ -64,6 +66,30 @@ def singular_shifts(w0: Tensor, p: Parameters) -> Tensor:
     return torch.einsum("or,r,ri->oi", u, torch.relu(sigma + p["svdiff_delta"]), vh)
 
 
+def magnitude_and_direction(detach: bool) -> Formula:
+    """``m V / |V|``, where the gradient sees the norm of V or not."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        v = w0 + torch.einsum("oq,qi->oi", p["lora_B"], p["lora_A"])
+        norm = v.square().sum(1, keepdim=True).sqrt()
+        magnitude = w0.square().sum(1, keepdim=True).sqrt() + p["dora_delta_m"]
+        return magnitude * v / (norm.detach() if detach else norm)
+
+    return formula
+
+
+def scaled_outputs(w0: Tensor, p: Parameters) -> Tensor:
+    """``diag(l) W0``; where a bias is a part of several, the part's own factors."""
+    return torch.einsum("o,oi->oi", p["ia3_l"].flatten(), w0)
+
+
+def scaled_inputs(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 diag(l)``."""
+    return torch.einsum("i,oi->oi", p["ia3_l"].flatten(), w0)
+
+
+SIGN = {"gradients": "the direction of a single number is its sign, which does not move"}
+
 METHODS: dict[str, MethodCase] = {
     "lora": MethodCase("lora", low_rank(lambda rank: 1.0), low_rank_count(3)),
     "lora_scaled": MethodCase(
@@ -77,6 +103,26 @@ METHODS: dict[str, MethodCase] = {
         low_rank(lambda rank: 3.0 / math.sqrt(rank)),
         low_rank_count(2),
         {"rank": 2, "lora_alpha": 3, "clip_rank": True},
+    ),
+    "dora": MethodCase(
+        "dora",
+        magnitude_and_direction(detach=True),
+        lambda rows, columns: low_rank_count(3)(rows, columns) + rows,
+        view="outputs",
+    ),
+    "dora_full_gradient": MethodCase(
+        "dora",
+        magnitude_and_direction(detach=False),
+        lambda rows, columns: low_rank_count(2)(rows, columns) + rows,
+        {"rank": 2, "clip_rank": True, "detach_norm": False},
+        view="outputs",
+        differs={"norm_weight": SIGN, "raw_vector": SIGN},
+    ),
+    "ia3": MethodCase(
+        "ia3", scaled_outputs, lambda rows, columns: rows, view="outputs", scales_bias=True
+    ),
+    "ia3_feedforward": MethodCase(
+        "ia3", scaled_inputs, lambda rows, columns: columns, {"feedforward": True}, "outputs"
     ),
     "svdiff": MethodCase("svdiff", singular_shifts, min, view="filters"),
 }

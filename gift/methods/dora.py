@@ -1,0 +1,97 @@
+"""DoRA: magnitude and direction of each output apart."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gift.methods.base import register_method
+from gift.methods.linear import Product, linear_forwards
+from gift.methods.lora import LoRA
+from gift.methods.settings import flag
+
+
+@register_method
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    r"""Weight-decomposed low-rank adaptation (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+
+    .. math:: W' = m \frac{V}{\|V\|_c}, \quad V = W_0 + \frac{\alpha}{r} B A,
+        \quad m = \|W_0\|_c + \Delta m
+
+    The norm is that of the weights of each output feature, a row here. For a matrix ``(rows,
+    columns)`` it adds LoRA's ``lora_B (rows, r)`` and ``lora_A (r, columns)``, and ``dora_delta_m
+    (rows, 1)``, by which the magnitude `m` differs from that of the frozen weight; ``B`` and
+    ``delta_m`` start at zero. That is ``r * (rows + columns) + rows`` parameters.
+
+    The norm costs no forward pass and no second weight: with the squares of ``W0`` at hand
+    (``dora_squares``, never saved), its square is theirs plus ``2 s <W0 A^T, B> + s^2 B A A^T B^T``
+    for each row. A row of zeros has no direction; it is trained as LoRA does, without magnitude.
+
+    Args:
+        detach_norm: treat the norm of ``V`` as a constant in the gradient, as the paper proposes in
+            its section 4.3 and as other implementations do; False gives the full gradient.
+        rank: as in `LoRA`, like all other arguments.
+    """
+
+    name: ClassVar[str] = "dora"
+    title: ClassVar[str] = "DoRA"
+    conv_layouts = ("out_as_h",)
+    rows_are_outputs: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = True
+
+    detach_norm: bool = flag(True, enters_weight=False)
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """LoRA's factors, and no difference of magnitudes."""
+        squares = matrix.to(self.delta_dtype(matrix)).abs().square().sum(-1, keepdim=True)
+        return super().init(matrix) | {
+            "dora_delta_m": torch.zeros_like(squares),
+            "dora_squares": nn.Buffer(squares, persistent=False),
+        }
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``m V / |V|``."""
+        ratio = self.ratio(matrix, parameters)
+        factors = {**parameters, "lora_A": parameters.get("dropped_A", parameters["lora_A"])}
+        return ratio * super().weight(matrix, factors)
+
+    def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
+        """Drop input features of the update, but not in its norm."""
+        return parameters | {"dropped_A": super().drop(parameters, input_axis)["lora_A"]}
+
+    def ratio(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``m / |V|`` for each row; one where the frozen row is zero."""
+        squares = parameters["dora_squares"]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norm = (squares + self._growth(matrix, parameters)).clamp_min(0).sqrt()
+        magnitude = squares.sqrt() + parameters["dora_delta_m"]
+        return torch.where(squares == 0, 1, magnitude / torch.where(norm == 0, 1, norm))
+
+    def _growth(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """By how much the squares of rows grow from ``W0`` to ``V``: zero where B is."""
+        b, a = self.scaled(parameters["lora_B"]), parameters["lora_A"]
+        crossed = 2 * (matrix @ a.mH) + b @ (a @ a.mH)
+        return (crossed * b.conj()).sum(-1, keepdim=True).real
+
+
+def _scaled_side_path(
+    method: DoRA,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """``W0 x + bias + (ratio - 1) W0 x + ratio s B A dropout(x)``: exact where the ratio is one."""
+    output = product(x, bias)
+    frozen = product.matrix.to(parameters["lora_A"].dtype)
+    ratio = method.ratio(frozen, parameters).squeeze(-1)
+    unbiased = output if bias is None else output - bias
+    change = (ratio - 1) * unbiased + ratio * method.side(x, parameters, training)
+    return (output + change).to(output.dtype)
+
+
+DoRA.forwards = linear_forwards(_scaled_side_path)

@@ -1,0 +1,82 @@
+"""(IA)^3: factors for the features that go through a layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gift.methods.base import Method, register_method
+from gift.methods.linear import Product, linear_forwards
+from gift.methods.settings import flag
+
+
+@register_method
+@dataclass(frozen=True)
+class IA3(Method):
+    r"""Infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022,
+    https://arxiv.org/abs/2205.05638).
+
+    .. math:: y' = l \odot (W_0 x + b), \qquad \text{or} \quad y' = W_0 (l \odot x) + b
+
+    For a matrix ``(rows, columns)`` it adds ``ia3_l (rows, 1)``, one factor for each output, or, of
+    a layer whose inputs are scaled, ``ia3_l (1, columns)``; all start at one. That is `rows` (or
+    `columns`) parameters. Scaled outputs include the layer's bias, which is why `ma_adapt` also
+    adapts that; `pa_adapt` changes the one parameter that it is given.
+
+    The paper scales the outputs of the key and value projections, and the inputs of the second
+    layer of each feed-forward block::
+
+        (mc_path(regex=r"key|value"), ma_adapt("ia3")),
+        (mc_path(glob="*.output.dense"), ma_adapt("ia3", feedforward=True)),
+
+    Args:
+        feedforward: scale inputs instead of outputs; of a convolution with a kernel, each position
+            in the kernel has a factor of its own.
+        dtype: of the factors, or its name; None means the weight's, but at least float32.
+    """
+
+    name: ClassVar[str] = "ia3"
+    title: ClassVar[str] = "IA3"
+    conv_layouts = ("out_as_h",)
+    rows_are_outputs: ClassVar[bool] = True
+
+    feedforward: bool = flag()
+
+    @property
+    def scales_outputs(self) -> bool:  # type: ignore[override]
+        """Whether biases take part."""
+        return not self.feedforward
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """All factors one."""
+        *groups, rows, columns = matrix.shape
+        shape = (1, columns) if self.feedforward else (rows, 1)
+        return {"ia3_l": torch.ones(*groups, *shape, **self.like(matrix))}
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Rows or columns times their factors."""
+        # A bias that belongs to several weights has the factors of each, one after the other.
+        factors = list(parameters.values())
+        return matrix * (factors[0] if len(factors) == 1 else torch.cat(factors, -2))
+
+
+def _scaled(
+    method: IA3,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """Activations times their factors, so that no gradient of the weight's size is made."""
+    factor = parameters["ia3_l"]
+    if method.feedforward:
+        return product((x * factor.squeeze(-2)).to(x.dtype), bias)
+    output = product(x, bias)
+    unbiased = output if bias is None else output - bias
+    return (output + (factor.squeeze(-1) - 1) * unbiased).to(output.dtype)
+
+
+IA3.forwards = linear_forwards(_scaled)
