@@ -368,7 +368,7 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no type": (lambda: mc_type(), TypeError, "expects classes, got none"),
     "unknown family": (lambda: mc_layer("convs"), ValueError, r"\['convs'\], expected.*'conv'"),
     "no block": (lambda: mc_last(0), ValueError, "number of blocks is 0, expected at least 1"),
-    "unknown method": (lambda: ma_adapt("lorra"), ValueError, r"'lorra'.*closest: \['lora'\]"),
+    "unknown method": (lambda: ma_adapt("lorra"), ValueError, r"'lorra'.*closest: \['lora'"),
     "unknown setting": (lambda: ma_adapt("lora", ranks=3), ValueError, r"\['ranks'\].*'rank'"),
     "unknown setting of pa_adapt": (lambda: pa_adapt(r=3), ValueError, r"no setting \['r'\]"),
     "two settings": (lambda: ma_adapt(LoRA(), rank=3), ValueError, "has its settings already"),

@@ -1,0 +1,211 @@
+"""What holds for each registered method on whole networks; layers are the matrix's affair."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from gift import disable_fine_tuning, enable_fine_tuning
+from gift.methods import METHODS
+from gift.strategies import STRATEGIES
+from tests.common import all_bits, picture
+
+everywhere = pytest.mark.parametrize("method", METHODS)
+pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+
+
+def bert() -> nn.Module:
+    """Its output layer is tied to its embedding, and the biases of its decoder to each other."""
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=40, max_position_embeddings=32, num_labels=5,
+    )  # fmt: skip
+    return BertForMaskedLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def convnet() -> nn.Module:
+    """With a depthwise convolution, and statistics that move."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()
+
+
+Call = Callable[[nn.Module], Tensor]
+TOKENS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
+    "bert": (bert, lambda net: net(TOKENS).logits),
+    "gpt2": (gpt2, lambda net: net(TOKENS).logits),
+    "convnet": (convnet, lambda net: net(IMAGES)),
+}
+on_networks = pytest.mark.parametrize(("make", "call"), NETWORKS.values(), ids=NETWORKS)
+
+
+def enable(net: nn.Module, method: str, **settings: Any) -> Any:
+    strategy = STRATEGIES[f"{METHODS[method].title}AllFineTuningStrategy"]
+    return enable_fine_tuning(net, strategy(**settings))
+
+
+def train(net: nn.Module) -> None:
+    """As after some steps: every parameter of the delta has moved."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+
+@on_networks
+@everywhere
+def test_a_delta_goes_through_files_copies_and_back(
+    method: str, make: Callable[[], nn.Module], call: Call
+) -> None:  # fmt: skip
+    net = make()
+    base = copy.deepcopy(net)
+    before, output = all_bits(base), call(base).detach()
+    enable(net, method)
+    assert torch.equal(call(net), output)
+    train(net)
+    trained = call(net)
+    assert not torch.allclose(trained, output, atol=1e-4)
+    trained.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    fresh = copy.deepcopy(base)
+    enable(fresh, method)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(call(fresh), trained)
+    twin = copy.deepcopy(net)
+    train(twin)
+    assert torch.equal(call(net), trained)
+    assert not torch.equal(call(twin), trained)
+    assert all_bits(disable_fine_tuning(net)) == before
+    assert torch.equal(call(net), output)
+
+
+@on_networks
+@everywhere
+def test_a_base_that_is_loaded_later_is_the_base(
+    method: str, make: Callable[[], nn.Module], call: Call
+) -> None:  # fmt: skip
+    """Enable, load a base, load a delta: as if the base had been there before."""
+    base = make()
+    net = copy.deepcopy(base)
+    enable(net, method)
+    train(net)
+    late = make()
+    enable(late, method)
+    late.load_state_dict(base.state_dict())
+    assert torch.equal(call(late), call(base))
+    late.load_state_dict(net.state_dict())
+    assert torch.equal(call(late), call(net))
+
+
+@everywhere
+def test_a_network_from_the_meta_device(method: str) -> None:
+    """Enabled without values, then given memory, then a base, then a delta."""
+    base = convnet()
+    net = copy.deepcopy(base)
+    enable(net, method)
+    train(net)
+    with torch.device("meta"):
+        late = convnet()
+    enable(late, method)
+    assert all(p.is_meta for p in late.parameters())
+    late.to_empty(device="cpu")
+    late.load_state_dict(base.state_dict())
+    assert torch.equal(late(IMAGES), base(IMAGES))
+    late.load_state_dict(net.state_dict())
+    assert torch.equal(late(IMAGES), net(IMAGES))
+
+
+@everywhere
+def test_lazy_layers_get_their_delta_with_their_shape(method: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(6))
+
+    net, base = make(), make()
+    enable(net, method)
+    for other in (net, base):
+        other(IMAGES)  # now they have shapes
+    net.load_state_dict(base.state_dict())
+    assert torch.equal(net(IMAGES), base(IMAGES))
+    fresh = copy.deepcopy(base)
+    enable(fresh, method)
+    train(net)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(IMAGES), net(IMAGES))
+
+
+@everywhere
+def test_compiled_in_one_graph(method: str) -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    enable(net, method)
+    train(net)
+    x = torch.randn(5, 8)
+    expected = net(x)
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    output = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@everywhere
+def test_an_average_of_weights(method: str) -> None:
+    """The average of two deltas is what the averaged copy holds, buffers included."""
+    net = convnet()
+    enable(net, method)
+    average = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
+    train(net)
+    average.update_parameters(net)
+    first = {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
+    train(net)
+    average.update_parameters(net)
+    for name, parameter in average.module.named_parameters():
+        if name in first:
+            expected = (first[name] + net.get_parameter(name).detach()) / 2
+            torch.testing.assert_close(parameter, expected)
+    assert average(IMAGES).isfinite().all()
+
+
+@everywhere
+def test_a_failure_half_way_leaves_nothing(method: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 12), nn.Conv2d(3, 8, 3), nn.Linear(0, 4))
+    before = picture(net)
+    with pytest.raises(ValueError, match="no elements"):
+        enable(net, method)
+    assert picture(net) == before
+
+
+@everywhere
+def test_trained_in_half_precision_over_a_real_network(method: str) -> None:
+    """A bfloat16 ResNet: finite, and every delta gets a gradient of its own dtype."""
+    net = resnet18(num_classes=4).to(torch.bfloat16)
+    enable(net, method)
+    net(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).float().square().sum().backward()
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.dtype == parameter.dtype == torch.float32
+            assert parameter.grad.isfinite().all(), name
