@@ -5,6 +5,7 @@ test in its body: both processes run it, and it fails where one of them raises.
 """
 
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -30,9 +31,15 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
+from gift import FineTuningStrategy, GiftWarning, disable_fine_tuning, enable_fine_tuning
 from gift.factories import pa_train
-from gift.strategies import FreezeStrategy, FullFineTuningStrategy, HeadReplacementStrategy
+from gift.methods import METHODS
+from gift.strategies import (
+    STRATEGIES,
+    FreezeStrategy,
+    FullFineTuningStrategy,
+    HeadReplacementStrategy,
+)
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 
 State = dict[str, Any]
@@ -353,6 +360,41 @@ def fsdp_shards_float32_deltas_of_a_bf16_network(name: str, folder: Path) -> Non
     assert_close(dict(full_state(network)), dict(alone.state_dict()), rtol=0.05, atol=2e-3)
 
 
+# --- all methods ---------------------------------------------------------------------------------
+
+
+def by_method(method: str, seed: int = 1) -> nn.Module:
+    """The transformer, adapted by a method with its defaults."""
+    network = base_network("transformer")
+    torch.manual_seed(seed)
+    strategy = STRATEGIES[f"{METHODS[method].title}AllFineTuningStrategy"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GiftWarning)  # deltas larger than their small weights
+        enable_fine_tuning(network, strategy())
+    return network
+
+
+def by_method_alone(method: str) -> nn.Module:
+    network = by_method(method)
+    train(network, "transformer")
+    return network
+
+
+@scenario(*METHODS)
+def a_method_under_ddp_trains_as_one_process_does(method: str, folder: Path) -> None:
+    network = by_method(method, seed=1 + dist.get_rank())
+    train(DistributedDataParallel(network), "transformer", our_half())
+    assert_near(dict(network.state_dict()), dict(by_method_alone(method).state_dict()))
+
+
+@scenario(*METHODS)
+def a_method_under_fsdp_trains_as_one_process_does(method: str, folder: Path) -> None:
+    network, alone = shard(by_method(method)), by_method_alone(method)
+    train(network, "transformer", our_half())
+    assert_near(dict(full_state(network)), dict(alone.state_dict()))
+    assert_near(outputs_of(network, "transformer"), outputs_of(alone, "transformer"))
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -377,7 +419,7 @@ def assert_refused(function: Callable[[], Any], network: nn.Module, message: str
     assert structure(network) == before
 
 
-STRATEGIES = [
+REFUSED = [
     LoRAAllFineTuningStrategy(rank=1),
     FreezeStrategy(),
     FullFineTuningStrategy(),
@@ -390,7 +432,7 @@ STRATEGIES = [
 def enabling_a_sharded_network_is_refused(name: str, folder: Path) -> None:
     network = shard(base_network(name))
     expected = outputs_of(base_network(name), name)
-    for strategy in STRATEGIES:
+    for strategy in REFUSED:
         enable = partial(enable_fine_tuning, network, strategy)
         assert_refused(enable, network, "sharded already.*before sharding")
     assert_near(outputs_of(network, name), expected)
@@ -399,7 +441,7 @@ def enabling_a_sharded_network_is_refused(name: str, folder: Path) -> None:
 @every_network
 def enabling_a_ddp_wrapper_is_refused(name: str, folder: Path) -> None:
     ddp = DistributedDataParallel(base_network(name))
-    for strategy in STRATEGIES:
+    for strategy in REFUSED:
         enable = partial(enable_fine_tuning, ddp, strategy)
         assert_refused(enable, ddp, "DistributedDataParallel.*network inside first")
     assert torch.equal(outputs_of(ddp, name), outputs_of(base_network(name), name))
