@@ -45,7 +45,9 @@ class Adapter(Delta):
         method, parameters = self.delta_of(module)
         if method.dropout and module.training:
             parameters = method.drop(parameters, self.layout.input_axis)
-        matrix = self.layout.to_matrix(frozen).to(method.delta_dtype(frozen))
+        dtype = method.working_dtype(frozen)
+        parameters = {key: _in_precision_of(value, dtype) for key, value in parameters.items()}
+        matrix = self.layout.to_matrix(frozen).to(dtype)
         return self.layout.to_weight(method.weight(matrix, parameters)).to(frozen.dtype)
 
     @property
@@ -115,6 +117,16 @@ class Adapter(Delta):
 
     def _frozen(self, module: Any, tensor: str) -> Tensor:
         return present_tensor(module, tensor)
+
+
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def _in_precision_of(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor with as many bits, real if it is real; indices stay as they are."""
+    if value.is_floating_point():
+        return value.to(_REAL.get(dtype, dtype))
+    return value.to(dtype) if value.is_complex() else value
 
 
 def is_sharded(tensor: Tensor) -> bool:

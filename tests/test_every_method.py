@@ -209,3 +209,35 @@ def test_trained_in_half_precision_over_a_real_network(method: str) -> None:
             assert parameter.grad is not None, name
             assert parameter.grad.dtype == parameter.dtype == torch.float32
             assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@everywhere
+def test_parameters_of_another_dtype_than_the_weight(method: str, dtype: torch.dtype) -> None:
+    """The base loses nothing by them: the start is exact, and the delta trains."""
+    net = convnet()
+    before = net(IMAGES).detach()
+    enable(net, method, dtype=dtype)
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    torch.testing.assert_close(net(IMAGES), before, rtol=0, atol=0)
+    train(net)
+    output = net(IMAGES)
+    assert output.dtype == torch.float32
+    output.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@everywhere
+def test_a_network_that_is_cast_after_enabling(method: str) -> None:
+    """To bfloat16, delta and all: still the network that it was, as far as bfloat16 can tell."""
+    net = convnet()
+    enable(net, method)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    expected = net(IMAGES).detach()
+    net.to(torch.bfloat16)
+    got = net(IMAGES.bfloat16())
+    got.sum().backward()
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.05 * scale)

@@ -115,12 +115,13 @@ class Method:
         return f"{self.name}({', '.join(shown)})"
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype asked for, else the weight's, but at least 32 bits."""
-        if self.dtype is not None:
-            return dtype_of(self.dtype)
-        if weight.dtype.itemsize == 1:  # float8 takes no part in promotion
-            return torch.float32
-        return torch.promote_types(weight.dtype, torch.float32)
+        """The dtype of new parameters: the one asked for, else the weight's, but at least 32 bits.
+        """
+        return _at_least_32_bits(weight.dtype) if self.dtype is None else dtype_of(self.dtype)
+
+    def working_dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype in which the effective weight is computed, which loses nothing of either."""
+        return torch.promote_types(_at_least_32_bits(weight.dtype), self.delta_dtype(weight))
 
     def like(self, matrix: Tensor) -> dict[str, Any]:
         """Dtype and device of new parameters for the matrix, as keywords."""
@@ -166,6 +167,12 @@ class RankedMethod(Method):
 def with_settings(method: Any, **settings: Any) -> Any:
     """The method with other settings: one object for all weights that have them."""
     return replace(method, **settings)
+
+
+def _at_least_32_bits(dtype: torch.dtype) -> torch.dtype:
+    if dtype.itemsize == 1:  # float8 takes no part in promotion
+        return torch.float32
+    return torch.promote_types(dtype, torch.float32)
 
 
 def register_method(cls: type[Method]) -> type[Method]:

@@ -46,9 +46,9 @@ class DoRA(LoRA):
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """LoRA's factors, and no difference of magnitudes."""
-        squares = matrix.to(self.delta_dtype(matrix)).abs().square().sum(-1, keepdim=True)
+        squares = matrix.to(self.working_dtype(matrix)).abs().square().sum(-1, keepdim=True)
         return super().init(matrix) | {
-            "dora_delta_m": torch.zeros_like(squares),
+            "dora_delta_m": torch.zeros_like(squares, dtype=self.delta_dtype(matrix).to_real()),
             "dora_squares": nn.Buffer(squares, persistent=False),
         }
 
