@@ -146,7 +146,8 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
     record: NetworkRecord = module._gift_network  # type: ignore[assignment]
     if not record.keeps_base:
         raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
-    there = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    twice = {"remove_duplicate": False}  # layers may share a buffer
+    there = {*dict(module.named_parameters(**twice)), *dict(module.named_buffers(**twice))}
     gone = sorted(delta_names(module) - there)
     if gone:
         raise RuntimeError(

@@ -392,7 +392,9 @@ def a_method_under_fsdp_trains_as_one_process_does(method: str, folder: Path) ->
     network, alone = shard(by_method(method)), by_method_alone(method)
     train(network, "transformer", our_half())
     assert_near(dict(full_state(network)), dict(alone.state_dict()))
-    assert_near(outputs_of(network, "transformer"), outputs_of(alone, "transformer"))
+    # A large update amplifies the differences of its parameters.
+    outputs = (outputs_of(one, "transformer") for one in (network, alone))
+    assert_close(*outputs, rtol=1e-6, atol=1e-9)
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_parameters_of_another_dtype_than_the_weight(method: str, dtype: torch.d
     train(net)
     output = net(IMAGES)
     assert output.dtype == torch.float32
-    output.square().sum().backward()
+    (output / output.detach().norm()).sum().backward()  # within what 16 bits can hold
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
