@@ -32,8 +32,8 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     options = options.settled(method.conv_layouts, method.rows_are_outputs)
     adapter = Adapter(method=method, options=options)
     if is_lazy(frozen):
-        probe = torch.empty(_LAZY_PROBE, device="meta")  # for the names of the parameters alone
-        values = method.fit(_LAZY_PROBE).init(probe)
+        shape = _lazy_probe(method)
+        values = method.fit(shape).init(torch.empty(shape, device="meta"))
     else:
         adapter.layout = layout_of(module, tensor, frozen.shape, options)
         adapter.method = method.fit(adapter.layout.matrix)
@@ -85,7 +85,12 @@ def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
         raise AdaptationError(f"{tensor!r} has no elements, its shape is {tuple(frozen.shape)}")
 
 
-_LAZY_PROBE = (2**16, 2**16)
+def _lazy_probe(method: Method) -> tuple[int, int]:
+    """A shape, for the names of the parameters alone, that the method's size divides."""
+    size = getattr(method, method.size_setting or "", None) or 1
+    return 2**16, max(1, 2**16 // size) * size
+
+
 _checked: set[tuple[type[Method], int, torch.dtype]] = set()
 
 

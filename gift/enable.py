@@ -146,9 +146,11 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
     record: NetworkRecord = module._gift_network  # type: ignore[assignment]
     if not record.keeps_base:
         raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
-    twice = {"remove_duplicate": False}  # layers may share a buffer
-    there = {*dict(module.named_parameters(**twice)), *dict(module.named_buffers(**twice))}
-    gone = sorted(delta_names(module) - there)
+    tensors = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),  # layers may share one
+    )
+    gone = sorted(delta_names(module) - {name for name, _ in tensors})
     if gone:
         raise RuntimeError(
             f"{gone} were pruned or parametrised since: undo that first (prune.remove, "

@@ -63,6 +63,19 @@ class FineTunedNetwork(Generated):
             parameter.requires_grad = requires_grad
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Buffers that layers share stay shared where they are moved.
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, nn.Parameter):
+                return fn(tensor)
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor, fn(tensor)
+            return moved[id(tensor)][1]
+
+        return super()._apply(once, recurse)  # type: ignore[misc]
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters and the persistent buffers, under any prefix."""
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]

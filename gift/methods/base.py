@@ -115,8 +115,7 @@ class Method:
         return f"{self.name}({', '.join(shown)})"
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype of new parameters: the one asked for, else the weight's, but at least 32 bits.
-        """
+        """The dtype of new parameters: the one asked for, else the weight's, 32 bits at least."""
         return _at_least_32_bits(weight.dtype) if self.dtype is None else dtype_of(self.dtype)
 
     def working_dtype(self, weight: Tensor) -> torch.dtype:

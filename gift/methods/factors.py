@@ -46,6 +46,29 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, sigma, vh
 
 
+def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The reduced QR decomposition whose ``R`` has a diagonal that is nowhere negative.
+
+    Where the first columns of the matrix are independent it is the only one; where a column depends
+    on those before it, its place in `Q` is taken by some vector that is orthogonal to all others.
+
+    Args:
+        matrix: ``(..., rows, columns)``; one with infinite values, which is memory that waits for
+            its values, is taken as zero.
+
+    Returns:
+        ``Q (..., rows, n)`` and ``R (..., n, columns)``, where `n` is the smaller of rows and
+        columns, in float64 or complex128.
+    """
+    work = in_double(matrix)
+    if not work.is_meta and not torch.isfinite(work).all():
+        work = torch.zeros_like(work)
+    q, r = torch.linalg.qr(work)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    phase = torch.where(diagonal == 0, 1, diagonal / diagonal.abs().clamp_min(1e-300))
+    return q * phase.unsqueeze(-2), r * phase.conj().unsqueeze(-1)
+
+
 def _settle(u: Tensor, sigma: Tensor, vh: Tensor) -> None:
     """Choose the vectors of equal values, in place."""
     largest = sigma[0]
@@ -74,10 +97,8 @@ def _completion(basis: Tensor, count: int) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """The Q of the QR decomposition whose R has a positive diagonal, which is unique."""
-    q, r = torch.linalg.qr(columns)
-    diagonal = r.diagonal()
-    return q * torch.where(diagonal == 0, 1, diagonal / diagonal.abs().clamp_min(1e-300))
+    """Orthonormal columns that span, one by one, what these do."""
+    return qr(columns)[0]
 
 
 def _references(size: int, count: int, like: Tensor) -> Tensor:

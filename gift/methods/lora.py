@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.methods.base import RankedMethod, dotted, register_method
+from gift.methods.draws import kaiming_uniform
 from gift.methods.linear import Product, linear_forwards
 from gift.methods.settings import flag, number, probability
 
@@ -70,12 +71,9 @@ class LoRA(RankedMethod):
         *groups, rows, columns = matrix.shape
         assert self.rank is not None
         like = self.like(matrix)
-        a = torch.empty(*groups, self.rank, columns, **like)
-        # kaiming_uniform_(a=sqrt(5)) has this bound; called on a batch it would misread the fan-in.
-        bound = 1 / math.sqrt(columns)
         return {
             "lora_B": torch.zeros(*groups, rows, self.rank, **like),
-            "lora_A": a.uniform_(-bound, bound) if not a.is_complex() else _uniform(a, bound),
+            "lora_A": kaiming_uniform(*groups, self.rank, columns, **like),
         }
 
     def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -120,11 +118,6 @@ class RsLoRA(LoRA):
     title: ClassVar[str] = "RsLoRA"
 
     use_rslora: bool = flag(True)
-
-
-def _uniform(tensor: Tensor, bound: float) -> Tensor:
-    torch.view_as_real(tensor).uniform_(-bound, bound)
-    return tensor
 
 
 # Fast paths.

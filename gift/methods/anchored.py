@@ -1,0 +1,94 @@
+"""LoRA whose factors start at a part of the weight itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.methods.base import dotted
+from gift.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class AnchoredLoRA(LoRA):
+    r"""Base of methods that start LoRA's factors at :math:`B_0 A_0`, a part of the weight.
+
+    .. math:: W' = W_0 + s (B A - B_0 A_0)
+
+    The papers replace the frozen weight by the residual :math:`W_0 - s B_0 A_0`. Here it stays as
+    it is, and the start is subtracted instead. The two products are written as one,
+
+    .. math:: B A - B_0 A_0 = [B - B_0, B_0] \begin{bmatrix} A \\ A - A_0 \end{bmatrix},
+
+    which costs what a LoRA of twice the rank costs, is exactly zero at the start, and keeps the
+    digits of a small difference.
+
+    ``B0`` and ``A0`` are buffers that are saved with the delta, so that it means the same wherever
+    it is loaded: no decomposition is made again, no two libraries need to agree on one. A state is
+    therefore twice as large as LoRA's.
+    """
+
+    reads_weight: ClassVar[bool] = True
+
+    def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """``B0 (rows, r)`` and ``A0 (r, columns)`` in double precision."""
+        raise NotImplementedError
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """``B`` and ``A`` at their start, and where that was."""
+        # Copies, for what is sliced from a decomposition would keep, and save, the whole of it.
+        copied: Any = {"copy": True, "memory_format": torch.contiguous_format} | self.like(matrix)
+        b, a = (factor.to(**copied) for factor in self.start(matrix))
+        return {
+            "lora_B": b,
+            "lora_A": a,
+            f"{self.name}_B0": nn.Buffer(b.clone()),
+            f"{self.name}_A0": nn.Buffer(a.clone()),
+        }
+
+    def delta(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        r""":math:`s (B A - B_0 A_0)`."""
+        return super().delta(self._difference(parameters))
+
+    def side(self, x: Tensor, parameters: Mapping[str, Tensor], training: bool) -> Tensor:
+        r""":math:`s (B A - B_0 A_0)` times the input, which ``B A`` sees dropped while training."""
+        if not (self.lora_dropout and training):
+            return super().side(x, self._difference(parameters), training)
+        trained = super().side(x, parameters, training)
+        return trained - super().side(x, self.anchors(parameters), training=False)
+
+    def anchors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``B0`` and ``A0`` under the names of ``B`` and ``A``."""
+        b0, a0 = parameters[f"{self.name}_B0"], parameters[f"{self.name}_A0"]
+        return {"lora_B": b0, "lora_A": a0}
+
+    def _difference(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Factors of twice the rank whose product is ``B A - B0 A0``."""
+        b, a = parameters["lora_B"], parameters["lora_A"]
+        b0, a0 = self.anchors(parameters).values()
+        return {"lora_B": torch.cat([b - b0, b0], -1), "lora_A": torch.cat([a, a - a0], -2)}
+
+
+def _conv(self: Any, input: Tensor) -> Tensor:
+    """While inputs are dropped: those of ``B A``, as in `AnchoredLoRA.side`."""
+    adapter = self._gift_adapters["weight"]
+    if not (adapter.method.lora_dropout and self.training):
+        return self._conv_forward(input, self.weight, self.bias)
+    method, parameters = adapter.delta_of(self)
+    trained, start = (
+        adapter.layout.to_weight(LoRA.delta(method, factors))
+        for factors in (parameters, method.anchors(parameters))
+    )
+    output = self._conv_forward(input, self._gift_frozen("weight"), self.bias)
+    x = input.to(trained.dtype)
+    change = self._conv_forward(F.dropout(x, method.lora_dropout), trained, None)
+    return (output + change - self._conv_forward(x, start, None)).to(output.dtype)
+
+
+AnchoredLoRA.forwards = {
+    **LoRA.forwards,
+    **{dotted(layer.forward): _conv for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+}

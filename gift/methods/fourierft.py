@@ -1,0 +1,84 @@
+"""FourierFT: a few coefficients of the update's spectrum."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from gift.methods.base import AdaptationError, Method, register_method, with_settings
+from gift.methods.draws import entries, seeded_buffer
+from gift.methods.settings import flag, number, whole
+
+
+@register_method
+@dataclass(frozen=True)
+class FourierFT(Method):
+    r"""Discrete Fourier transform (Gao et al. 2024, https://arxiv.org/abs/2405.03003).
+
+    .. math:: W' = W_0 + \alpha \operatorname{Re}(\operatorname{IDFT2}(F)), \quad
+        F_{j, k} = \sum_{l=1}^{n} c_l \, [(j, k) = E_l]
+
+    For a matrix ``(rows, columns)`` it adds ``fourierft_c (n,)``, the spectral coefficients, for
+    each group where there are several: `n` parameters. Beside them stands ``fourierft_E (n,)``,
+    their entries in the flattened spectrum, which is never saved: it is drawn from the seed, as
+    PEFT draws it, the same for all matrices of one shape; the groups of a weight have entries of
+    their own. The inverse transform divides by ``rows * columns``. A complex weight takes complex
+    coefficients and the whole transform, not its real part.
+
+    The coefficients start at zero, so that the update is zero. The paper draws them from a standard
+    normal distribution, and so begins at another network.
+
+    Args:
+        n_frequency: `n`, up to ``rows * columns``. None means 1000, the paper's for GLUE, or less
+            where a matrix is smaller.
+        scaling: :math:`\alpha`. 150 is PEFT's; the paper's are 100 or 150 for GLUE, and 300 for
+            instruction tuning and images.
+        seed: of the choice of the entries.
+        clip_n_frequency: give a matrix with fewer entries than `n_frequency` all of them instead of
+            refusing.
+        dtype: of the coefficients, or its name; None means the weight's, but at least float32.
+    """
+
+    name: ClassVar[str] = "fourierft"
+    title: ClassVar[str] = "FourierFT"
+    size_setting: ClassVar[str | None] = "n_frequency"
+    default_n_frequency: ClassVar[int] = 1000
+
+    n_frequency: int | None = whole(None)
+    scaling: float = number(150.0)
+    seed: int = whole(777, least=0)
+    clip_n_frequency: bool = flag(enters_weight=False, kw_only=True)
+
+    def fit(self, shape: tuple[int, ...]) -> Self:
+        """The method with its number of coefficients settled."""
+        rows, columns = shape[-2:]
+        wanted = self.default_n_frequency if self.n_frequency is None else self.n_frequency
+        if wanted > rows * columns and self.n_frequency is not None and not self.clip_n_frequency:
+            raise AdaptationError(
+                f"n_frequency {wanted} is above {rows * columns}, the entries of a matrix of "
+                f"{rows} x {columns} (a smaller one, or clip_n_frequency=True, would work)"
+            )
+        return with_settings(self, n_frequency=min(wanted, rows * columns))
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """No coefficients, at seeded entries."""
+        assert self.n_frequency is not None
+        shape = (*matrix.shape[:-2], self.n_frequency)
+        size = math.prod(matrix.shape[-2:])
+        return {
+            "fourierft_c": torch.zeros(shape, **self.like(matrix)),
+            "fourierft_E": seeded_buffer(entries, self.seed, shape, size, device=matrix.device),
+        }
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``W0 + alpha Re(IDFT2(F))``."""
+        # No device transforms numbers of 16 bits in all shapes.
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        values, where = parameters["fourierft_c"].to(dtype), parameters["fourierft_E"]
+        spectrum = torch.zeros_like(matrix, dtype=dtype).flatten(-2).scatter(-1, where, values)
+        change = torch.fft.ifft2(spectrum.view(matrix.shape))
+        change = change if matrix.is_complex() else change.real
+        return matrix + (self.scaling * change).to(matrix.dtype)

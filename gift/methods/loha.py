@@ -1,0 +1,111 @@
+"""LoHa: the Hadamard product of two low-rank matrices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gift.methods.base import RankedMethod, register_method
+from gift.methods.linear import Product, linear_forwards
+from gift.methods.settings import number
+
+
+@register_method
+@dataclass(frozen=True)
+class LoHa(RankedMethod):
+    r"""Low-rank Hadamard product (FedPara, Hyeon-Woo et al. 2021,
+    https://arxiv.org/abs/2108.06098; LoHa in LyCORIS, https://arxiv.org/abs/2309.14859).
+
+    .. math:: W' = W_0 + \frac{\alpha}{r} (B_1 A_1) \odot (B_2 A_2)
+
+    For a matrix ``(rows, columns)`` it adds ``loha_B1 (rows, r)``, ``loha_A1 (r, columns)``,
+    ``loha_B2 (rows, r)`` and ``loha_A2 (r, columns)``, for each group where there are several:
+    ``2 r (rows + columns)`` parameters for an update of rank up to :math:`r^2`. ``B2`` starts at
+    zero, so that the product is zero; the others are normal with standard deviation 0.1 (``B1``)
+    and 1 (``A1``, ``A2``), as in LyCORIS.
+
+    Args:
+        rank: `r`. None means 3, or less where a matrix is smaller.
+        alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
+        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        dtype: of the factors, or its name; None means the weight's, but at least float32.
+    """
+
+    name: ClassVar[str] = "loha"
+    title: ClassVar[str] = "LoHa"
+    conv_layouts = ("out_as_h", "balanced")
+
+    alpha: float | None = number(None)
+
+    @property
+    def scaling(self) -> float:
+        """The factor before the product."""
+        rank = self.rank or self.default_rank
+        return 1.0 if self.alpha is None else self.alpha / rank
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """Rank and scaling."""
+        return {"rank": self.rank, "scaling": self.scaling}
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """One factor zero, the others normal."""
+        assert self.rank is not None
+        *groups, rows, columns = matrix.shape
+        like = self.like(matrix)
+        left, right = (*groups, rows, self.rank), (*groups, self.rank, columns)
+        return {
+            "loha_B1": torch.empty(left, **like).normal_(std=0.1),
+            "loha_A1": torch.empty(right, **like).normal_(),
+            "loha_B2": torch.zeros(left, **like),
+            "loha_A2": torch.empty(right, **like).normal_(),
+        }
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``W0 + s (B1 A1) o (B2 A2)``."""
+        first = parameters["loha_B1"] @ parameters["loha_A1"]
+        second = parameters["loha_B2"] @ parameters["loha_A2"]
+        return torch.addcmul(matrix, first, second, value=self.scaling)
+
+
+def _side_path(
+    method: LoHa,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """``W0 x + bias + s B A x``: the update is a product of factors of rank ``r^2``."""
+    rows, columns = product.matrix.shape
+    b1, a1, b2, a2 = (parameters[f"loha_{factor}"] for factor in ("B1", "A1", "B2", "A2"))
+    # For each input the side path computes with the factors three times, forward and for the
+    # gradients of both sides; the effective weight costs a gradient of its own size.
+    if 3 * len(a1) * len(a2) * (rows + columns) > rows * columns:
+        return _general_path(method, parameters, x, product, bias)
+    output = product(x, bias)
+    b = (b1[:, :, None] * b2[:, None, :]).flatten(1)
+    a = (a1[:, None, :] * a2[None, :, :]).flatten(0, 1)
+    hidden = F.linear(x.to(a.dtype), a * method.scaling)
+    return (output + F.linear(hidden, b)).to(output.dtype)
+
+
+def _general_path(
+    method: LoHa,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+) -> Tensor:
+    """``W' x + bias``."""
+    frozen = product.weight
+    dtype = method.working_dtype(frozen)
+    factors = {key: value.to(dtype) for key, value in parameters.items()}
+    weight = method.weight(product.matrix.to(dtype), factors).to(frozen.dtype)
+    return replace(product, weight=weight.mT if product.transposed else weight)(x, bias)
+
+
+LoHa.forwards = linear_forwards(_side_path)

@@ -1,0 +1,177 @@
+"""LoKr: a Kronecker product with a low-rank factor."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gift.methods.base import RankedMethod, register_method
+from gift.methods.draws import kaiming_uniform
+from gift.methods.linear import Product, linear_forwards
+from gift.methods.settings import flag, number, setting
+
+
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
+
+
+@register_method
+@dataclass(frozen=True)
+class LoKr(RankedMethod):
+    r"""Low-rank Kronecker product (LyCORIS, Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
+
+    .. math:: W' = W_0 + \frac{\alpha}{r} w_1 \otimes (w_{2a} w_{2b})
+
+    The rows of a matrix are split into ``a * b`` and its columns into ``c * d`` by `factorization`.
+    It adds ``lokr_w1 (a, c)``, ``lokr_w2_a (b, r)`` and ``lokr_w2_b (r, d)``, for each group where
+    there are several: ``a c + r (b + d)`` parameters. With `decompose_both`, ``lokr_w1_a (a, q)``
+    and ``lokr_w1_b (q, c)`` with ``q = min(r, a, c)`` stand for `w1`: ``(a + c) q + r (b + d)``
+    parameters. With `full_matrix`, ``lokr_w2 (b, d)`` stands for the other two, and the scaling is
+    1: ``a c + b d`` parameters. The last factor (``lokr_w2_b`` or ``lokr_w2``) starts at zero, so
+    that the product is zero; the others are drawn like the weight of a linear layer, as in LyCORIS.
+
+    LyCORIS chooses by itself, layer by layer, which factors to decompose; here that is said once.
+    It splits the channels of a convolution; here its columns, channels and kernel, are split as a
+    whole, which is the same for a small `factor` that divides the channels.
+
+    Args:
+        rank: `r`, up to the smaller of `b` and `d`. None means 3, or less where a matrix is
+            smaller.
+        alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
+        factor: what the smaller part of a split should be, or at most be where it is no divisor; -1
+            splits as evenly as possible.
+        decompose_both: let `w1` be a product of two factors as well.
+        full_matrix: let `w2` be one matrix; there is no rank, then.
+        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        dtype: of the factors, or its name; None means the weight's, but at least float32.
+
+    Raises:
+        ValueError: for settings out of range, and for a rank, alpha or `decompose_both` along with
+            `full_matrix`, where they would have no effect.
+    """
+
+    name: ClassVar[str] = "lokr"
+    title: ClassVar[str] = "LoKr"
+    conv_layouts = ("out_as_h", "balanced")
+
+    alpha: float | None = number(None)
+    factor: int = setting(-1, "-1 or an integer of at least 1", _is_factor)
+    decompose_both: bool = flag()
+    full_matrix: bool = flag()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        useless = {"rank": self.rank, "alpha": self.alpha, "decompose_both": self.decompose_both}
+        given = [key for key, value in useless.items() if value is not None and value is not False]
+        if self.full_matrix and given:
+            raise ValueError(f"LoKr: full_matrix leaves nothing for {', '.join(given)} to do")
+        if self.full_matrix:  # nothing decides its size, then
+            object.__setattr__(self, "size_setting", None)
+
+    @property
+    def scaling(self) -> float:
+        """The factor before the product."""
+        rank = self.rank or self.default_rank
+        return 1.0 if self.alpha is None else self.alpha / rank
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """All settings, alpha as the scaling that it gives."""
+        rest = {key: value for key, value in super().meaning.items() if key != "alpha"}
+        return rest | {"scaling": self.scaling}
+
+    def largest_rank(self, shape: tuple[int, ...]) -> int:
+        """The smaller side of `w2`."""
+        return min(self._split(shape)[1])
+
+    def fit(self, shape: tuple[int, ...]) -> Self:
+        """The method with its rank settled, if it has one."""
+        return self if self.full_matrix else super().fit(shape)
+
+    def _split(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes ``(a, c)`` and ``(b, d)`` of `w1` and `w2`."""
+        (a, b), (c, d) = (factorization(size, self.factor) for size in shape[-2:])
+        return (a, c), (b, d)
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """`w2` zero by its last factor, the others as the weight of a linear layer is drawn."""
+        groups, like = matrix.shape[:-2], self.like(matrix)
+        (a, c), (b, d) = self._split(matrix.shape)
+        if self.full_matrix:
+            return {
+                "lokr_w1": kaiming_uniform(*groups, a, c, **like),
+                "lokr_w2": torch.zeros(*groups, b, d, **like),
+            }
+        assert self.rank is not None
+        q = min(self.rank, a, c)
+        first = {"lokr_w1": (a, c)}
+        if self.decompose_both:
+            first = {"lokr_w1_a": (a, q), "lokr_w1_b": (q, c)}
+        return {key: kaiming_uniform(*groups, *shape, **like) for key, shape in first.items()} | {
+            "lokr_w2_a": kaiming_uniform(*groups, b, self.rank, **like),
+            "lokr_w2_b": torch.zeros(*groups, self.rank, d, **like),
+        }
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``W0 + s w1 (x) w2``."""
+        w1, w2 = self._w1(parameters), parameters.get("lokr_w2")
+        if w2 is None:
+            w2 = parameters["lokr_w2_a"] @ parameters["lokr_w2_b"]
+        product = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # (..., a, b, c, d)
+        return matrix + product.reshape(matrix.shape)
+
+    def _w1(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """`w1` with the scaling."""
+        w1 = parameters.get("lokr_w1")
+        if w1 is None:
+            w1 = parameters["lokr_w1_a"] @ parameters["lokr_w1_b"]
+        return w1 if self.scaling == 1 else w1 * self.scaling
+
+
+def factorization(size: int, factor: int) -> tuple[int, int]:
+    """Two integers whose product is `size`, the smaller one first.
+
+    Args:
+        size: what is split.
+        factor: one of the two, if it is a divisor of `size`. Otherwise the smaller one is the
+            largest divisor up to `factor` and up to the root of `size`; -1 sets no bound.
+
+    Example:
+        >>> [factorization(360, factor) for factor in (-1, 4, 7)]
+        [(18, 20), (4, 90), (6, 60)]
+    """
+    if factor > 0 and size % factor == 0:
+        smaller = min(factor, size // factor)
+    else:
+        most = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
+        smaller = next(n for n in range(most, 0, -1) if size % n == 0)
+    return smaller, size // smaller
+
+
+def _side_path(
+    method: LoKr,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """``W0 x + bias + s w1 X w2^T`` with the features of `x` as a matrix ``X (c, d)``.
+
+    The rank is the smallest size, so `w1` acts between the two factors of `w2`.
+    """
+    output = product(x, bias)
+    w1, w2 = method._w1(parameters), parameters.get("lokr_w2")
+    right = parameters["lokr_w2_b"] if w2 is None else w2
+    side = F.linear(x.to(w1.dtype).unflatten(-1, (w1.shape[1], -1)), right)  # (..., c, r)
+    side = F.linear(side.transpose(-1, -2), w1).transpose(-1, -2)  # (..., a, r)
+    if w2 is None:
+        side = F.linear(side, parameters["lokr_w2_a"])  # (..., a, b)
+    return (output + side.flatten(-2)).to(output.dtype)
+
+
+LoKr.forwards = linear_forwards(_side_path)

@@ -1,0 +1,39 @@
+"""LoRA-FA: LoRA with a frozen A."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from gift.methods.base import register_method
+from gift.methods.lora import LoRA
+
+
+@register_method
+@dataclass(frozen=True)
+class LoRAFA(LoRA):
+    r"""LoRA with frozen ``A`` (Zhang et al. 2023, https://arxiv.org/abs/2308.03303).
+
+    .. math:: W' = W_0 + \frac{\alpha}{r} B A
+
+    For a matrix ``(rows, columns)`` it adds ``lora_B (rows, r)``, which is trained and starts at
+    zero, and ``lora_A (r, columns)``, Kaiming-uniform as in `LoRA`, which stays as it is. That is
+    ``r * rows`` parameters. ``A`` is a buffer that is saved with the delta: it is random, and
+    without it ``B`` means nothing.
+
+    A linear layer needs its input for the gradients of its weight and of ``A`` only, and both are
+    frozen: for the backward pass it keeps ``A x``, `r` numbers for each token. (A layer that reads
+    its weight, like a convolution, keeps its input all the same.) To multiply the gradient of ``B``
+    by :math:`(A A^T)^{-1}`, as PEFT does for this method, is an optimizer's affair.
+
+    Args:
+        rank: as in `LoRA`, like all other arguments.
+    """
+
+    name: ClassVar[str] = "lora_fa"
+    title: ClassVar[str] = "LoRAFA"
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """LoRA's factors, of which only ``B`` will be trained."""
+        factors = super().init(matrix)
+        return factors | {"lora_A": nn.Buffer(factors["lora_A"])}

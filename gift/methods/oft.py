@@ -1,0 +1,117 @@
+"""OFT: rotations of blocks of inputs."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from gift.methods.base import AdaptationError, Method, register_method, with_settings
+from gift.methods.linear import Product, linear_forwards
+from gift.methods.settings import flag, whole
+
+
+@register_method
+@dataclass(frozen=True)
+class OFT(Method):
+    r"""Orthogonal fine-tuning (Qiu et al. 2023, https://arxiv.org/abs/2306.07280).
+
+    .. math:: W' = W_0 R^T, \quad R = \operatorname{diag}(R_1, \dots, R_n), \quad
+        R_i = (I + Q_i)(I - Q_i)^{-1}, \quad Q_i = -Q_i^T
+
+    Each block of `b` inputs is rotated, the same for all outputs: lengths of neurons and angles
+    between them stay. For a matrix ``(rows, columns)`` it adds ``oft_Q (n, b (b-1) / 2)`` with ``n
+    = columns / b``: the upper triangles of the skew-symmetric blocks, row by row, starting at zero.
+    That is ``columns * (b-1) / 2`` parameters. For a complex weight `Q` is skew-Hermitian with a
+    zero diagonal, and `R` unitary.
+
+    The effective weight is computed as :math:`W_0 + W_0 (R^T - I)` with :math:`R^T - I = -2 (I +
+    Q)^{-1} Q`, exactly zero at the start. A linear layer rotates its input instead: that is cheap,
+    and makes neither a weight nor a gradient of its size. PEFT has the sign of `Q` as here in its
+    default, a series, and the opposite one where it computes exactly and in embeddings.
+
+    Args:
+        block_size: `b`, which must divide the columns. None means the divisor nearest to 32.
+        block_share: one rotation for all blocks: ``b (b-1) / 2`` parameters.
+        adjust_block_size: take the divisor nearest to `block_size` instead of refusing.
+        dtype: of `Q`, or its name; None means the weight's, but at least float32.
+    """
+
+    name: ClassVar[str] = "oft"
+    title: ClassVar[str] = "OFT"
+    conv_layouts = ("out_as_h",)
+    size_setting: ClassVar[str] = "block_size"
+    default_block_size: ClassVar[int] = 32
+
+    block_size: int | None = whole(None, least=2)
+    block_share: bool = flag()
+    adjust_block_size: bool = flag(enters_weight=False, kw_only=True)
+
+    def fit(self, shape: tuple[int, ...]) -> Self:
+        """The method with its block size settled for a matrix ``(..., rows, columns)``."""
+        columns = shape[-1]
+        if columns == 1:
+            raise AdaptationError(
+                "a matrix of one column has nothing to rotate: a rotation needs two inputs"
+            )
+        small = [n for n in range(1, math.isqrt(columns) + 1) if columns % n == 0]
+        sizes = sorted({*small, *(columns // n for n in small)} - {1})
+        wanted = self.block_size or self.default_block_size
+        nearest = min(sizes, key=lambda size: (abs(size - wanted), size))
+        if self.block_size not in (None, nearest) and not self.adjust_block_size:
+            near = [*[n for n in sizes if n < wanted][-1:], *[n for n in sizes if n > wanted][:1]]
+            raise AdaptationError(
+                f"block_size {wanted} does not divide the {columns} columns of its matrix "
+                f"({' or '.join(map(str, near))} would, or adjust_block_size=True)"
+            )
+        return with_settings(self, block_size=nearest)
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """``Q`` zero, so that each rotation is none."""
+        *groups, _, columns = matrix.shape
+        assert self.block_size is not None
+        blocks = 1 if self.block_share else columns // self.block_size
+        above = self.block_size * (self.block_size - 1) // 2
+        return {"oft_Q": torch.zeros(*groups, blocks, above, **self.like(matrix))}
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``W0 + W0 (R^T - I)``."""
+        return matrix + self.times(matrix, self.change(parameters))
+
+    def change(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``R^T - I`` for each block ``(..., blocks, b, b)``, in at least single precision."""
+        q = parameters["oft_Q"]
+        q = q.to(torch.promote_types(q.dtype, torch.float32))  # none is solved in half precision
+        size = self.block_size
+        assert size is not None
+        row, column = torch.triu_indices(size, size, 1, device=q.device)
+        above = q.new_zeros(*q.shape[:-1], size * size).index_add(-1, row * size + column, q)
+        above = above.unflatten(-1, (size, size))
+        skew = above - above.mH
+        one = torch.eye(size, dtype=q.dtype, device=q.device)
+        # I + Q always has an inverse: a check would only make a GPU wait.
+        return torch.linalg.solve_ex(one + skew, -2 * skew)[0]
+
+    def times(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """Rows ``(..., rows, columns)`` times a matrix with these blocks on its diagonal."""
+        parts = rows.unflatten(-1, (-1, blocks.shape[-1]))
+        return torch.einsum("...rni,...nij->...rnj", parts, blocks).flatten(-2)
+
+
+def _rotated(
+    method: OFT,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """``W0 (R^T x) + bias``."""
+    blocks = method.change(parameters).mT
+    change = method.times(x.reshape(-1, x.shape[-1]).to(blocks.dtype), blocks)
+    return product((x + change.view(x.shape)).to(x.dtype), bias)
+
+
+OFT.forwards = linear_forwards(_rotated)

@@ -1,0 +1,57 @@
+"""PiSSA: LoRA that starts at the principal part of the weight."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from gift.methods.anchored import AnchoredLoRA
+from gift.methods.base import register_method
+from gift.methods.factors import svd
+from gift.methods.settings import setting
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
+@register_method
+@dataclass(frozen=True)
+class PiSSA(AnchoredLoRA):
+    r"""Principal singular values and vectors adaptation (Meng et al. 2024,
+    https://arxiv.org/abs/2404.02948).
+
+    .. math:: W' = W_0 + s (B A - B_0 A_0), \quad
+        B_0 = U_r \sqrt{S_r / s}, \quad A_0 = \sqrt{S_r / s} \, V_r^H, \quad
+        W_0 = U \operatorname{diag}(S) V^H, \quad s = \frac{\alpha}{r}
+
+    The factors start at the `r` largest singular values with their vectors, so that the first steps
+    move what matters most in the weight. For a matrix ``(rows, columns)`` it adds ``lora_B (rows,
+    r)`` and ``lora_A (r, columns)``, which start at ``pissa_B0`` and ``pissa_A0``: at the start
+    nothing changes. That is ``r * (rows + columns)`` parameters.
+
+    ``B0`` and ``A0`` are saved with the delta, which makes a state twice as large as LoRA's; in
+    return a reload needs neither the decomposition nor the base that it was made of. What was
+    trained is a LoRA of rank ``2 r``, see `gift.methods.anchored`. A direction in which the weight
+    is zero has factors of zero, which do not train.
+
+    Args:
+        lora_alpha: :math:`\alpha`, above zero; None means `r`, so that the scaling is 1.
+        lora_dropout: probability with which an input of ``B A`` is dropped while training, and none
+            of ``W0 - s B0 A0``: with it, outputs of training mode differ from the start.
+        rank: as in `LoRA`, like all other arguments.
+    """
+
+    name: ClassVar[str] = "pissa"
+    title: ClassVar[str] = "PiSSA"
+
+    lora_alpha: float | None = setting(None, "a finite number above zero", _is_positive)
+
+    def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The singular vectors of the largest values, times the roots of these."""
+        u, sigma, vh = svd(matrix)
+        r = self.rank
+        root = (sigma[..., :r] / self.scaling).sqrt()
+        return u[..., :r] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :r, :]

@@ -1,0 +1,131 @@
+"""VeRA: two vectors that scale random matrices which all layers share."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gift.methods.base import RankedMethod, register_method
+from gift.methods.draws import seeded_buffer
+from gift.methods.linear import Product, linear_forwards
+from gift.methods.settings import number, probability, whole
+
+
+@register_method
+@dataclass(frozen=True)
+class VeRA(RankedMethod):
+    r"""Vector-based random matrix adaptation (Kopiczko et al. 2023,
+    https://arxiv.org/abs/2310.11454).
+
+    .. math:: W' = W_0 + \operatorname{diag}(b) \, B \operatorname{diag}(d) \, A
+
+    For a matrix ``(rows, columns)`` it adds ``vera_b (rows,)``, which starts at zero, so that the
+    update is zero, and ``vera_d (r,)``, which starts at `d_initial`, for each group where there are
+    several: ``rows + r`` parameters. Beside them stand ``vera_A (r, columns)`` and ``vera_B (rows,
+    r)``, which are frozen and never saved: they are drawn from the seed.
+
+    Whatever its size, each layer takes the leading part of one pair that has no end: there is no
+    largest layer that must be known before. That part is scaled to the bounds of Kaiming's uniform
+    draw, ``±sqrt(6/columns)`` and ``±sqrt(6/r)``. Layers that need the same matrix share its
+    memory; the groups of a weight have equal ones. PEFT draws another pair from the same seed.
+
+    Args:
+        rank: `r`. It may exceed both rows and columns, up to ``rows * columns``: terms beyond that
+            add nothing. None means 256, or less where a matrix is smaller than that.
+        d_initial: where `d` starts.
+        vera_dropout: probability with which an input of the delta is dropped while training. Where
+            the layer reads its weight itself, one mask over the columns serves the whole batch.
+        seed: of the random pair.
+        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        dtype: of vectors and matrices, or its name; None means the weight's, but at least float32.
+    """
+
+    name: ClassVar[str] = "vera"
+    title: ClassVar[str] = "VeRA"
+    conv_layouts = ("out_as_h",)
+    rows_are_outputs: ClassVar[bool] = True
+    default_rank: ClassVar[int] = 256
+
+    d_initial: float = number(0.1, enters_weight=False)
+    vera_dropout: float = probability()
+    seed: int = whole(0, least=0)
+
+    @property
+    def dropout(self) -> float:  # type: ignore[override]
+        """The probability for `drop`."""
+        return self.vera_dropout
+
+    def largest_rank(self, shape: tuple[int, ...]) -> int:
+        """As many terms as the matrix has elements."""
+        return math.prod(shape[-2:])
+
+    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+        """`b` zero, `d` constant, and the frozen pair."""
+        assert self.rank is not None
+        *groups, rows, columns = matrix.shape
+        like = self.like(matrix)
+        a, b = (*groups, self.rank, columns), (*groups, rows, self.rank)
+        return {
+            "vera_b": torch.zeros(*groups, rows, **like),
+            "vera_d": torch.full((*groups, self.rank), self.d_initial, **like),
+            "vera_A": seeded_buffer(_draw_a, self.seed, a, **like),
+            "vera_B": seeded_buffer(_draw_b, self.seed, b, **like),
+        }
+
+    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``W0 + diag(b) B diag(d) A``."""
+        left = parameters["vera_b"].unsqueeze(-1) * parameters["vera_B"]
+        right = parameters["vera_d"].unsqueeze(-1) * parameters["vera_A"]
+        return matrix + left @ right
+
+    def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
+        """Drop columns of ``A``: rows are outputs in every layer."""
+        a = parameters["vera_A"]
+        mask = F.dropout(a.new_ones(a.shape[-1]), self.vera_dropout)
+        return parameters | {"vera_A": a * mask}
+
+
+def _draw_a(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """The left half of the pair, turned: a column of `A` is a row of it."""
+    *_, rank, columns = shape
+    return _scaled(_pair(generator, columns, rank)[:, :rank].T, shape)
+
+
+def _draw_b(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """The right half of the pair."""
+    *_, rows, rank = shape
+    return _scaled(_pair(generator, rows, rank)[:, rank:], shape)
+
+
+def _pair(generator: torch.Generator, length: int, rank: int) -> Tensor:
+    """The first rows of a matrix without end, uniform in [0, 1): rows are drawn one by one."""
+    return torch.rand(length, 2 * rank, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _scaled(draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The draws within Kaiming's bounds, for each group."""
+    return ((2 * draws - 1) * math.sqrt(6 / shape[-1])).expand(shape).contiguous()
+
+
+def _side_path(
+    method: VeRA,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """``W0 x + bias + b o (B (d o (A dropout(x))))``."""
+    output = product(x, bias)
+    if method.vera_dropout and training:
+        x = F.dropout(x, method.vera_dropout)
+    a, b = parameters["vera_A"], parameters["vera_B"]
+    hidden = F.linear(x.to(a.dtype), a) * parameters["vera_d"]
+    return (output + F.linear(hidden, b) * parameters["vera_b"]).to(output.dtype)
+
+
+VeRA.forwards = linear_forwards(_side_path)
