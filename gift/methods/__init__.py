@@ -7,6 +7,7 @@ from gift.methods.base import method_of as method_of
 from gift.methods.base import register_method as register_method
 from gift.methods.dora import DoRA as DoRA
 from gift.methods.fourierft import FourierFT as FourierFT
+from gift.methods.hra import HRA as HRA
 from gift.methods.ia3 import IA3 as IA3
 from gift.methods.loha import LoHa as LoHa
 from gift.methods.lokr import LoKr as LoKr

@@ -201,6 +201,13 @@ def rotated_blocks(size: int | None = None) -> Formula:
     return formula
 
 
+def reflections(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 H_1 ... H_r``, one reflection after the other."""
+    for u in p["hra_u"]:
+        w0 = w0 - 2 * torch.outer(w0 @ u, u) / (u @ u)
+    return w0
+
+
 SIGN = {"gradients": "the direction of a single number is its sign, which does not move"}
 
 ONE_COLUMN = dict.fromkeys(("norm_weight", "raw_vector"), "one column has nothing to")
@@ -340,5 +347,20 @@ METHODS: dict[str, MethodCase] = {
         {"block_size": 2, "block_share": True},
         "filters",
         impossible=ONE_COLUMN | ODD_COLUMNS,
+    ),
+    "hra": MethodCase(
+        "hra",
+        reflections,
+        lambda rows, columns: min(8, columns // 2 * 2) * columns,
+        view="filters",
+        impossible=ONE_COLUMN,
+    ),
+    "hra_pair": MethodCase(
+        "hra",
+        reflections,
+        lambda rows, columns: 2 * columns,
+        {"rank": 2},
+        "filters",
+        impossible=ONE_COLUMN,
     ),
 }
