@@ -1,5 +1,6 @@
 """gift fine-tunes any ``torch.nn.Module`` by training a small delta beside its frozen weights."""
 
+from gift.choosing import suggest
 from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
 from gift.iterator import ModuleIterator
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
@@ -15,4 +16,5 @@ __all__ = [
     "load_strategy_from_config",
     "merge_strategies",
     "plan_fine_tuning",
+    "suggest",
 ]

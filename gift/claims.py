@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapter import Adapter, adapters_of
+from gift.extension import Extension, named_extensions
 from gift.generated import joined, plain_class
 from gift.report import Claim
 
 Adapted = tuple[str, nn.Module, Adapter]
+Extended = tuple[str, nn.Module, Extension]
 
 
 class Taken(NamedTuple):
@@ -24,6 +26,8 @@ class Taken(NamedTuple):
         module: the module that stands there now, if any.
         replaced: whether that is another one than before.
         parameter: name of the parameter, or None for the whole module.
+        extensions: of a module that was extended and left open, what it gained and where; None
+            where the module is the cap's.
     """
 
     cap: int
@@ -32,10 +36,11 @@ class Taken(NamedTuple):
     module: nn.Module | None
     replaced: bool = False
     parameter: str | None = None
+    extensions: tuple[Extended, ...] | None = None
 
     def adapters(self) -> Iterator[Adapted]:
         """The adapted tensors in what was taken: path, module that holds it, adapter."""
-        if self.module is None:
+        if self.module is None or self.extensions is not None:
             return
         if self.parameter is not None:
             if adapter := adapters_of(self.module).get(self.parameter):
@@ -46,16 +51,28 @@ class Taken(NamedTuple):
                 yield joined(path, tensor), part, adapter
 
     def parameters(self) -> Iterator[nn.Parameter | None]:
-        """The parameters in what was taken, those that a method added included."""
+        """The parameters in what was taken, those that a method added included.
+
+        Those of an extension belong to the open cap that made it, and to no other.
+        """
         if self.module is None:
             return
+        if self.extensions is not None:
+            yield from _parameters_of(self.extensions)
+            return
         if self.parameter is None:
+            others = {id(p) for p in _parameters_of(named_extensions(self.module))}
             for part in self.module.modules():
-                yield from part._parameters.values()
+                yield from (p for p in part._parameters.values() if id(p) not in others)
             return
         yield self.module._parameters.get(self.parameter)
         for _, module, adapter in self.adapters():
             yield from (module._parameters.get(name) for name in adapter.names.values())
+
+
+def _parameters_of(extensions: Iterable[Extended]) -> Iterator[nn.Parameter | None]:
+    for _, module, extension in extensions:
+        yield from (module._parameters.get(name) for name in extension.names.values())
 
 
 def claims_of(all_taken: Iterable[Taken]) -> list[Claim]:
@@ -88,6 +105,8 @@ def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
 def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
     if taken.module is None:
         return "removed"
+    if taken.extensions is not None:
+        return _extended(taken.path, taken.extensions)
     if taken.replaced:
         return f"replaced by {plain_class(type(taken.module)).__name__}"
     adapted: dict[str, list[str]] = {}
@@ -99,6 +118,15 @@ def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
     if taken.parameter is not None:
         return "; ".join(adapted)
     return "; ".join(f"{text} on {_some(tensors)}" for text, tensors in adapted.items())
+
+
+def _extended(path: str, extensions: Iterable[Extended]) -> str:
+    """What became of a module that stayed open; parts that only help are not worth a word."""
+    told = []
+    for place, _, extension in extensions:
+        inside = place.removeprefix(path).strip(".")
+        told += [f"{extension.method}" + f" on {inside}" * bool(inside)] * bool(extension.names)
+    return "; ".join(told) or "left as it is"
 
 
 def _some(tensors: list[str]) -> str:

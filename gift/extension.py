@@ -6,24 +6,60 @@ one as the extension says.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from types import CellType
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gift.delta import Delta, DeltaModule, add_tensor, put_values
-from gift.generated import Spec, change_class, contributes, spec_of
+from gift.generated import Generated, Spec, change_class, contributes, plain_class, spec_of
 from gift.methods import AdaptationError
+from gift.methods.settings import dtype_of, floating_dtype, misfit
 
 Forward = Callable[..., Any]
 
 
+def found(given: Any) -> Any:
+    """A setting of a `CallMethod`, as of a method, that its `fit` finds out if none is given."""
+    given.metadata = {**given.metadata, "found": True}
+    return given
+
+
+@dataclass(frozen=True)
 class CallMethod:
-    """Base of what extends a call; a subclass is a frozen dataclass of its settings."""
+    """Base of what extends a call; a subclass is a frozen dataclass of its settings.
+
+    Args:
+        dtype: of the new parameters, or its name; None means that of the module, but at least
+            float32.
+
+    Raises:
+        ValueError: for settings out of range; all of them are named.
+    """
 
     name: ClassVar[str]
     """The name of the extension, and the beginning of its parameters' names."""
+
+    dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
+
+    def __post_init__(self) -> None:
+        problems = [misfit(field, getattr(self, field.name)) for field in fields(self)]
+        found = "; ".join(problem for problem in problems if problem is not None)
+        if found:
+            raise ValueError(f"{self.name}: {found}")
+
+    def fit(self, module: nn.Module) -> Self:
+        """The method with what its call must know of the module.
+
+        Raises:
+            AdaptationError: if this module cannot be extended.
+        """
+        return self
 
     def init(self, module: nn.Module) -> dict[str, Tensor]:
         """New parameters for a module that is about to be extended.
@@ -32,6 +68,10 @@ class CallMethod:
             AdaptationError: if this module cannot be extended.
         """
         raise NotImplementedError
+
+    def reset(self, module: nn.Module) -> dict[str, Tensor]:
+        """New parameters for one that came from the meta device, whose own may have no values."""
+        return self.init(module)
 
     def call(
         self,
@@ -46,15 +86,37 @@ class CallMethod:
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What a saved delta and a network must agree on."""
-        raise NotImplementedError
+        """What a saved delta and a network must agree on: the settings that enter the result."""
+        entering = [f.name for f in fields(self) if f.metadata.get("enters_weight", True)]
+        return {name: getattr(self, name) for name in entering}
+
+    def __str__(self) -> str:
+        # What `fit` may have found is no setting that anybody chose.
+        shown = [f for f in fields(self) if not f.metadata.get("found")]
+        values = [(f, getattr(self, f.name)) for f in shown]
+        return f"{self.name}({', '.join(f'{f.name}={v}' for f, v in values if v != f.default)})"
+
+    def like(self, weight: Tensor | None) -> dict[str, Any]:
+        """Dtype and device of new parameters beside that one, as keywords."""
+        if weight is None:
+            return {"dtype": dtype_of(self.dtype)}
+        # Types of one byte (float8, quantised ones) take no part in promotion.
+        small = weight.dtype.itemsize == 1
+        own = torch.float32 if small else torch.promote_types(weight.dtype, torch.float32)
+        return {"dtype": dtype_of(self.dtype) or own, "device": weight.device}
 
 
 @dataclass
 class Extension(Delta):
-    """What a module knows of one extension of its call."""
+    """What a module knows of one extension of its call.
+
+    Args:
+        method: what extends it, fitted to the module.
+        path: where the module stood in its network, for messages.
+    """
 
     method: CallMethod = field(kw_only=True)
+    path: str = field(default="", kw_only=True)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,7 +125,7 @@ class Extension(Delta):
 
     def reset(self, module: Any, key: str) -> None:
         """Give the parameters their initial values."""
-        made = self.method.init(module)
+        made = self.method.reset(module)
         put_values(module, {self.names[name]: value for name, value in made.items()})
 
 
@@ -71,12 +133,27 @@ class ExtendedModule(DeltaModule):
     """What every module with an extended call gains."""
 
     _gift_extensions: dict[str, Extension]
+    _gift_arguments: ClassVar[tuple[str, ...]]
 
-    def _gift_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call: Forward = super().forward  # type: ignore[misc]
+    def _gift_call(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for extension in self._gift_extensions.values():
             call = functools.partial(_extended, self, extension, call)
         return call(*args, **kwargs)
+
+
+class NestingEncoder(Generated):
+    """An ``nn.TransformerEncoder`` packs padded batches as nested tensors where its first layer
+    needs no gradient. Layers that are extended need one although that layer is frozen.
+    """
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        """Whether it may, which is as before while no gradient is recorded."""
+        return self.__dict__["use_nested_tensor"] and not torch.is_grad_enabled()
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        self.__dict__["use_nested_tensor"] = value
 
 
 def _extended(
@@ -89,39 +166,98 @@ def _extended(
 def _extended_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
     if not spec.extended:
         return [], {}
+    generated = CellType()  # the class that is being made, as for the compiler's own `super()`
 
     # The signature stays: trainers look into it to see which columns of a data set are used.
     @functools.wraps(plain.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._gift_call(args, kwargs)
+        return self._gift_call(super(generated.cell_contents, self).forward, args, kwargs)
 
-    return [ExtendedModule], {"forward": forward}
+    nesting = [NestingEncoder] if issubclass(plain, nn.TransformerEncoder) else []
+    namespace = {"forward": forward, "_gift_arguments": _argument_names(plain)}
+    return [ExtendedModule, *nesting], namespace | {"__classcell__": generated}
 
 
-def extend_module(module: nn.Module, method: CallMethod) -> None:
+def _argument_names(plain: Any) -> tuple[str, ...]:
+    """What the arguments of a class's forward are called that can be given by position."""
+    parameters = list(inspect.signature(plain.forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+def where(module: Any, name: str) -> str:
+    """An extended module in words; `name` is that of the extension."""
+    path = module._gift_extensions[name].path
+    return f"{path or 'the network'} ({plain_class(type(module)).__name__})"
+
+
+def extend_module(module: nn.Module, method: CallMethod, path: str = "") -> None:
     """Extend the call of `module`; its own parameters are left as they are.
+
+    Args:
+        module: any module that is called by itself.
+        method: what extends it.
+        path: where it stands in its network, for messages.
 
     Raises:
         AdaptationError: if it cannot be extended; nothing is changed then.
     """
     own: dict[str, Extension] = module.__dict__.get("_gift_extensions", {})
+    _refuse(module)
     if method.name in own:
         raise AdaptationError(f"it is extended already, by {own[method.name].method}")
-    values = method.init(module)
+    method = method.fit(module)
+    with torch.inference_mode(False), torch.no_grad():
+        values = method.init(module)
     names = {key: f"{method.name}_{key}" for key in values}
     taken = [name for name in names.values() if hasattr(module, name)]
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which this would hide")
     for key, value in values.items():
         add_tensor(module, names[key], value)
-    module.__dict__["_gift_extensions"] = own | {method.name: Extension(names, method=method)}
-    # Fused kernels that compute a whole block without calling its parts look for hooks only.
-    module.register_forward_hook(_seen)
+    extension = Extension(names, method=method, path=path)
+    module.__dict__["_gift_extensions"] = own | {method.name: extension}
+    # Fused kernels that compute a whole block without calling its parts look for hooks only. The
+    # block's own kernel is what is called here, and may be used as before.
+    if not isinstance(module, nn.TransformerEncoderLayer):
+        module.register_forward_hook(_seen)
     change_class(module, extended=True)
+
+
+def _refuse(module: nn.Module) -> None:
+    if plain_class(type(module)).forward is nn.Module.forward:  # type: ignore[attr-defined]
+        raise AdaptationError("it is never called, as it has no forward: extend what is inside it")
+    if "forward" in module.__dict__:
+        raise AdaptationError(
+            "a forward was set on the object itself and would hide the extension: remove it first, "
+            "or set it afterwards, around the present one"
+        )
+    lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise AdaptationError(f"{lazy} have no shape yet: run a batch through the network first")
 
 
 def _seen(module: nn.Module, args: Any, output: Any) -> None:
     """A hook that does nothing but be there."""
+
+
+def named_extensions(
+    module: nn.Module, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module, Extension]]:
+    """All extensions in `module`: path, the extended module, what extends it."""
+    for path, part in module.named_modules(prefix=prefix):
+        for extension in part.__dict__.get("_gift_extensions", {}).values():
+            yield path, part, extension
+
+
+def settle_encoders(network: nn.Module) -> None:
+    """Let encoders around extended modules know; see `NestingEncoder`."""
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            True for _ in named_extensions(module)
+        ):
+            module.__dict__.setdefault("_gift_extensions", {})
+            change_class(module, extended=True)
 
 
 def release_extensions(module: nn.Module) -> None:

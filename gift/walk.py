@@ -14,6 +14,7 @@ from gift.adapt import install, uninstall
 from gift.adapter import Adapter, adapters_of
 from gift.claims import Taken, claims_of
 from gift.delta import remove_tensor
+from gift.extension import named_extensions, settle_encoders
 from gift.factories import Action
 from gift.factories.recorded import Recorded, bind
 from gift.generated import joined, plain_class
@@ -30,6 +31,10 @@ Guard = Callable[[], AbstractContextManager[Any]]
 class Walk:
     """One pass over a network.
 
+    An action that is `open` extends its module and leaves it open: the caps after it are tried on
+    the same module, and the walk goes on below. It runs when all that is done, so that it finds
+    the module as those caps left it, and what it adds is not theirs.
+
     Args:
         network: the network.
         strategy: whose caps are applied.
@@ -43,9 +48,12 @@ class Walk:
         self.problems: list[str] = []
         self.kept: set[int] = set()  # parameters that caps took, by identity
         self.done: dict[int, nn.Module | None] = {}  # claimed modules, and what stands there now
+        self.extended: dict[int, str] = {}  # modules that open actions acted on, and their paths
         caps = self._caps_for(strategy, network)
         self._visit(caps, (None, "", "", _class_name(network), network), None)
         self._tie()
+        if self.extended:
+            settle_encoders(network)
         self.claims = claims_of(self.taken)
 
     def _caps_for(self, strategy: FineTuningStrategy, module: nn.Module) -> Caps:
@@ -70,11 +78,24 @@ class Walk:
         if id(module) in self.done:
             self._put_replacement(parent, name, module)
             return
+        extending: list[tuple[Cap, int]] = []
+        for number, cap in enumerate(caps[0]):
+            if not self._matches(cap, f"module cap {number}", place):
+                continue
+            credited = number if top is None else top
+            if getattr(cap.action, "open", False) is not True:
+                self._claim(cap, place, credited)
+                break
+            extending.append((cap, credited))
+        else:
+            self._descend(caps, place, top)
+        for cap, credited in extending:
+            self._extend(cap, place, credited)
+
+    def _descend(self, caps: Caps, place: Place, top: int | None) -> None:
+        """The parameters of a module that no cap claimed, then its children."""
         module_caps, para_caps = caps
-        for number, cap in enumerate(module_caps):
-            if self._matches(cap, f"module cap {number}", place):
-                self._claim(cap, place, number if top is None else top)
-                return
+        module = place[4]
         for parameter_name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) not in self.kept:
                 self._offer(para_caps, len(module_caps), (*place, parameter_name, parameter), top)
@@ -98,6 +119,21 @@ class Walk:
             self.done |= {id(part): part for part in now.modules()}
             self.kept |= {id(p) for part in now.modules() for p in part._parameters.values()}
         self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
+
+    def _extend(self, cap: Cap, place: Place, number: int) -> None:
+        """Run an open action on what stands at `place` once all else is done there."""
+        parent, name, path, class_name, module = place
+        now = module if parent is None else parent._modules.get(name)
+        if now is None:
+            self.problems.append(f"{path} ({class_name}): {cap!r} has nothing to act on, as a "
+                                 "later cap removed the module")  # fmt: skip
+            return
+        if self.extended.setdefault(id(now), path) != path:
+            return  # under its first name already
+        before = {id(extension) for *_, extension in named_extensions(now)}
+        self._run(cap, (parent, name, path, _class_name(now), now), path)
+        gained = [e for e in named_extensions(now, path) if id(e[2]) not in before]
+        self.taken.append(Taken(number, path, class_name, now, extensions=tuple(gained)))
 
     def _offer(
         self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None

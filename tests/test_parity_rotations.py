@@ -227,7 +227,7 @@ def test_a_block_size_that_does_not_divide_names_those_that_do(
     with pytest.raises(AdaptationError, match=message) as caught:
         METHODS["oft"](block_size=size).fit((5, columns))
     assert near in str(caught.value)
-    adjusted = METHODS["oft"](block_size=size, adjust_block_size=True).fit((5, columns))
+    adjusted = METHODS["oft"](block_size=size, clip_block_size=True).fit((5, columns))
     assert columns % adjusted.block_size == 0
     assert str(adjusted.block_size) in near
 

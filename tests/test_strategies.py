@@ -60,6 +60,8 @@ from gift.factories import (
 from gift.registry import REGISTRY
 from gift.strategies import (
     STRATEGIES,
+    BitFitFineTuningStrategy,
+    BottleneckFineTuningStrategy,
     DebugStrategy,
     FreezeStrategy,
     FullFineTuningStrategy,
@@ -68,6 +70,10 @@ from gift.strategies import (
     LoRAConvFineTuningStrategy,
     LoRALinearFineTuningStrategy,
     MergedStrategy,
+    ModulesFineTuningStrategy,
+    NormFineTuningStrategy,
+    PromptFineTuningStrategy,
+    SizedStrategy,
     register_strategy,
 )
 from gift.utils.info import collect_trainable_parameters, summary, table_info
@@ -740,6 +746,19 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
                          [(pc_name("bias"), pa_train(), {})]),
     ],
     "DebugStrategy": [DebugStrategy(LORA(rank=2)), DebugStrategy(DebugStrategy(FreezeStrategy()))],
+    "BitFitFineTuningStrategy": [BitFitFineTuningStrategy()],
+    "NormFineTuningStrategy": [NormFineTuningStrategy(), NormFineTuningStrategy(statistics=False)],
+    "ModulesFineTuningStrategy": [ModulesFineTuningStrategy("2", "0.*")],
+    "SizedStrategy": [SizedStrategy(LORA(), {"0.0": 1, "1.0": 4, "2": 2, "3": 3})],
+    "BottleneckFineTuningStrategy": [
+        BottleneckFineTuningStrategy(4, after="0.*"),
+        BottleneckFineTuningStrategy(parallel=True, after=["1", "2"], activation="relu",
+                                     scaling=4.0, dtype=torch.float64),
+    ],
+    "PromptFineTuningStrategy": [
+        PromptFineTuningStrategy(at="0"),
+        PromptFineTuningStrategy(3, head=True, at=mc_path("1"), strip=False),
+    ],
     "Custom": [Custom(2, paths=["2", "0.0"]), Custom(rank=1, paths=("1.0",))],
 }  # fmt: skip
 

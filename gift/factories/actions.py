@@ -21,15 +21,19 @@ class Action(Recorded):
     Args:
         act: takes what the cap's action takes.
         prepare: where an action must know the whole network, gives the action for it.
+        open: whether the action extends a module and leaves it open: the caps after it are tried
+            on the same module too, and what is below it. It runs after all of these.
     """
 
     def __init__(
         self,
         act: Callable[..., None] | None = None,
         prepare: Callable[[nn.Module], Callable[..., None]] | None = None,
+        open: bool = False,
     ) -> None:
         self.act = act
         self.prepare = prepare
+        self.open = open
 
     def __call__(self, *place: Any, **params: Any) -> None:
         """Act on what stands at `place`."""
@@ -39,7 +43,9 @@ class Action(Recorded):
 
     def bind(self, network: nn.Module) -> Self:
         """The action for that network."""
-        return self if self.prepare is None else self.like(type(self)(self.prepare(network)))
+        if self.prepare is None:
+            return self
+        return self.like(type(self)(self.prepare(network), open=self.open))
 
 
 def _made(method: str | Method, settings: dict[str, Any]) -> tuple[Method, LayoutOptions, bool]:

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gift.factories.recorded import Recorded, bind, recorded
 from gift.generated import joined, plain_class
 from gift.iterator import ModuleIterator
-from gift.layers import FAMILIES, row_of
+from gift.layers import FAMILIES, LAYERS, row_of
 
 Names = str | Iterable[str] | None
 Test = Callable[..., bool]
@@ -116,7 +119,7 @@ def _name_test(equal: Names, contains: Names, glob: Names, regex: Names) -> Call
 def _listed(names: Names) -> list[str]:
     if names is None:
         return []
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"expected names, got {wrong}")
@@ -187,6 +190,31 @@ def mc_layer(*families: str) -> Check:
         return row is not None and (not families or row.family in families)
 
     return Check(test)
+
+
+@recorded
+def mc_norm() -> Check:
+    """Norm layers: torch's batch, instance, layer, group and RMS norms and their subclasses.
+
+    Also those of other packages (``LlamaRMSNorm``, ``T5LayerNorm``, timm's ``RmsNorm``), which are
+    known by their looks: a class with "norm" in its name, no submodules, and no parameter with more
+    than one long axis.
+    """
+    return Check(_is_norm)
+
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORM_NAME = re.compile(r"[Nn]orm(?!al(?!i[sz]))")  # as in "Normalize", but not in "Normal"
+
+
+def _is_norm(*place: Any) -> bool:
+    module = place[4]
+    if isinstance(module, _NORMS):
+        return True
+    if any(True for _ in module.children()) or not _NORM_NAME.search(place[3]):
+        return False
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return all(not is_lazy(p) and sum(n > 1 for n in p.shape) <= 1 for p in parameters)
 
 
 @recorded
@@ -287,3 +315,34 @@ def pc_ndim(at_least: int = 0, at_most: int | None = None) -> Check:
     return _parameter_test(
         lambda place: place[6].ndim >= at_least and (at_most is None or place[6].ndim <= at_most)
     )
+
+
+@recorded
+def pc_bias() -> Check:
+    """Biases: parameters named ``bias``, or with a name that ends so, ``q_bias``.
+
+    Of layers that gift knows also those of other names, ``bias_ih_l0``. What a bias is computed
+    from counts as the bias: ``bias_orig`` of a pruned layer, the original of a parametrised one.
+    No biases are the weight of an embedding, as T5's ``relative_attention_bias`` holds it, a
+    ``relative_position_bias_table``, and the additional key and value, ``bias_k`` and ``bias_v``,
+    of ``nn.MultiheadAttention``.
+    """
+    return _parameter_test(_is_bias)
+
+
+def _is_bias(place: Any) -> bool:
+    module, name = place[4], place[5]
+    if isinstance(module, ParametrizationList):  # it stands under the name of what it computes
+        return name.startswith("original") and _is_bias_name(place[1], _BIASES)
+    for suffix in ("_orig", "_g", "_v"):
+        if isinstance(vars(module).get(name.removesuffix(suffix)), Tensor):
+            name = name.removesuffix(suffix)
+    row = row_of(plain_class(type(module)))
+    return _is_bias_name(name, () if row is None else row.biases)
+
+
+_BIASES = tuple({pattern for row in LAYERS for pattern in row.biases})
+
+
+def _is_bias_name(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in ("*bias", *patterns))

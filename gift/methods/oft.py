@@ -35,7 +35,7 @@ class OFT(Method):
     Args:
         block_size: `b`, which must divide the columns. None means the divisor nearest to 32.
         block_share: one rotation for all blocks: ``b (b-1) / 2`` parameters.
-        adjust_block_size: take the divisor nearest to `block_size` instead of refusing.
+        clip_block_size: take the divisor nearest to `block_size` instead of refusing.
         dtype: of `Q`, or its name; None means the weight's, but at least float32.
     """
 
@@ -47,7 +47,7 @@ class OFT(Method):
 
     block_size: int | None = whole(None, least=2)
     block_share: bool = flag()
-    adjust_block_size: bool = flag(enters_weight=False, kw_only=True)
+    clip_block_size: bool = flag(enters_weight=False, kw_only=True)
 
     def fit(self, shape: tuple[int, ...]) -> Self:
         """The method with its block size settled for a matrix ``(..., rows, columns)``."""
@@ -60,11 +60,11 @@ class OFT(Method):
         sizes = sorted({*small, *(columns // n for n in small)} - {1})
         wanted = self.block_size or self.default_block_size
         nearest = min(sizes, key=lambda size: (abs(size - wanted), size))
-        if self.block_size not in (None, nearest) and not self.adjust_block_size:
+        if self.block_size not in (None, nearest) and not self.clip_block_size:
             near = [*[n for n in sizes if n < wanted][-1:], *[n for n in sizes if n > wanted][:1]]
             raise AdaptationError(
                 f"block_size {wanted} does not divide the {columns} columns of its matrix "
-                f"({' or '.join(map(str, near))} would, or adjust_block_size=True)"
+                f"({' or '.join(map(str, near))} would, or clip_block_size=True)"
             )
         return with_settings(self, block_size=nearest)
 

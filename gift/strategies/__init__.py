@@ -15,10 +15,19 @@ from gift.strategies.classic import (
     HeadReplacementStrategy,
 )
 from gift.strategies.combine import DebugStrategy, MergedStrategy, merge_strategies
+from gift.strategies.extending import BottleneckFineTuningStrategy, PromptFineTuningStrategy
+from gift.strategies.parts import (
+    BitFitFineTuningStrategy,
+    ModulesFineTuningStrategy,
+    NormFineTuningStrategy,
+)
+from gift.strategies.sized import SizedStrategy
 
 __all__ = [
     *STRATEGIES,
     "STRATEGIES",
+    "BitFitFineTuningStrategy",
+    "BottleneckFineTuningStrategy",
     "Cap",
     "DebugStrategy",
     "FineTuningStrategy",
@@ -26,6 +35,10 @@ __all__ = [
     "FullFineTuningStrategy",
     "HeadReplacementStrategy",
     "MergedStrategy",
+    "ModulesFineTuningStrategy",
+    "NormFineTuningStrategy",
+    "PromptFineTuningStrategy",
+    "SizedStrategy",
     "load_strategy_from_config",
     "merge_strategies",
     "register_strategy",

@@ -154,8 +154,9 @@ class FineTuningStrategy:
         Path(path).write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={describe(v)}" for k, v in self.init_paras.items())
-        return f"{type(self).__name__}({shown})"
+        shown = [describe(item) for item in self.init_paras.get("*", [])]
+        shown += [f"{k}={describe(v)}" for k, v in self.init_paras.items() if k != "*"]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def _show_signature(cls: type) -> None:

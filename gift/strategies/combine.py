@@ -107,6 +107,7 @@ class _Nothing:
 
     def __init__(self, cap: Cap) -> None:
         self.cap = cap
+        self.open = getattr(cap.action, "open", False)
 
     def __call__(self, *place: Any) -> None:
         pass
@@ -131,6 +132,10 @@ class _PrintingCheck:
         if not self.caps[self.number].check(*place):
             return False
         where = joined(place[2], *place[5:6]) or "the network"
+        own = self.caps[self.number]
+        if getattr(own.action, "open", False):  # the caps after it are tried, and tell themselves
+            print(f"{self.kind} cap {self.number} extends {where} ({place[3]}): {own}")
+            return True
         verb = "claims"
         for number, cap in list(enumerate(self.caps))[self.number :]:
             if number == self.number or cap.check(*place):

@@ -1,15 +1,28 @@
 """What is trainable in a network, as rows, tables and summaries."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from gift.adapter import adapters_of
+from gift.choosing import suggest
 from gift.claims import size_of
 from gift.generated import spec_of
+from gift.methods import METHODS, AdaptationError, method_of
 from gift.network import named_trainable
+from gift.rehearsal import cost_of, on_meta, rehearsed
+from gift.strategies import (
+    STRATEGIES,
+    BitFitFineTuningStrategy,
+    BottleneckFineTuningStrategy,
+    FineTuningStrategy,
+    FullFineTuningStrategy,
+    NormFineTuningStrategy,
+    PromptFineTuningStrategy,
+)
 
 ROW_HEADER = ("index", "name", "shape", "count")
 
@@ -64,3 +77,123 @@ def summary(net: nn.Module) -> str:
     return (
         f"{type(net).__name__}: {trainable:,} of {total:,} parameters are trainable ({share:.3%})"
     )
+
+
+class MethodRow(NamedTuple):
+    """What one method would do to a network.
+
+    Args:
+        name: of the method, or ``bottleneck``, ``prompt``, ``bitfit``, ``norm``, ``full``.
+        parameters: trained ones; None where the method cannot be applied, as for all other numbers.
+        share: of the parameters that the network has.
+        megabytes: of the state, in millions of bytes: what is trained, and buffers.
+        tensors: how many tensors of the network are adapted, or trained as they are.
+        larger: how many deltas have more parameters than the weight that they change.
+        note: the sizes that a budget allows, or the reason why the method cannot be applied.
+    """
+
+    name: str
+    parameters: int | None = None
+    share: float | None = None
+    megabytes: float | None = None
+    tensors: int | None = None
+    larger: int | None = None
+    note: str = ""
+
+
+# What extends modules, or trains a network's own parameters.
+_OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
+    "bottleneck": BottleneckFineTuningStrategy,
+    "prompt": PromptFineTuningStrategy,
+    "bitfit": BitFitFineTuningStrategy,
+    "norm": NormFineTuningStrategy,
+    "full": FullFineTuningStrategy,
+}
+
+
+def compare_methods(
+    net: nn.Module, methods: Iterable[str] | None = None, budget: int | float | str | None = None
+) -> list[MethodRow]:
+    """What each method would cost on a network: the rows of `table_methods`, in its order."""
+    names = [*METHODS, *_OTHERS] if methods is None else list(methods)
+    strategies = {name: _strategy_for(name) for name in names}
+    twin = on_meta(net)
+    rows = [_method_row(twin, name, made, budget) for name, made in strategies.items()]
+    return sorted(rows, key=lambda row: (row.parameters is None, row.parameters))
+
+
+def table_methods(
+    net: nn.Module, methods: Iterable[str] | None = None, budget: int | float | str | None = None
+) -> str:
+    """What each method would cost on a network, the fewest parameters first, as a table.
+
+    The network is not touched, and its values are neither read nor copied: all is counted on a copy
+    on the meta device.
+
+    Args:
+        net: the network.
+        methods: names of methods, each of which is applied to all layers that gift knows, with its
+            default settings; also ``bottleneck`` and ``prompt``, which extend modules, and
+            ``bitfit``, ``norm`` and ``full``, which train the biases, the norm layers, or
+            everything. None means all there are.
+        budget: for methods with a rank, or another setting that decides the size, choose the
+            largest that this allows; see `gift.suggest`.
+
+    Raises:
+        ValueError: for an unknown method.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift.utils.info import table_methods
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 10, bias=False))
+        >>> print(table_methods(net, ["lora", "svdiff", "bitfit", "full"]))
+        method      parameters     share    MB    tensors    deltas > weight  note
+        --------  ------------  --------  ----  ---------  -----------------  ------
+        svdiff              74    1.502%  0.00          2                  0
+        bitfit             128    2.597%  0.00          2                  0
+        lora               606   12.297%  0.00          2                  0
+        full             4,928  100.000%  0.02          5                  0
+    """
+    rows = [
+        (row.name, f"{row.parameters:,}", f"{row.share:.3%}", f"{row.megabytes:.2f}",
+         row.tensors, row.larger, row.note)
+        if row.parameters is not None else (row.name, *"-----", row.note)
+        for row in compare_methods(net, methods, budget)
+    ]  # fmt: skip
+    header = ["method", "parameters", "share", "MB", "tensors", "deltas > weight", "note"]
+    right = ("left", *["right"] * 5, "left")
+    return tabulate(rows, headers=header, disable_numparse=True, colalign=right if rows else None)
+
+
+def _strategy_for(name: str) -> FineTuningStrategy:
+    if name in _OTHERS:
+        return _OTHERS[name]()
+    return STRATEGIES[f"{method_of(name, {}).title}AllFineTuningStrategy"]()
+
+
+def _method_row(net: nn.Module, name: str, strategy: FineTuningStrategy, budget: Any) -> MethodRow:
+    note, own = "", {id(p) for p in nn.Module.parameters(net)}
+    try:
+        if budget is not None and name in METHODS and method_of(name, {}).size_setting is not None:
+            suggestion = suggest(net, budget, strategy)
+            strategy, ranks = suggestion.strategy, suggestion.ranks.values()
+            setting = method_of(name, {}).size_setting
+            note = f"{setting} {min(ranks)}" + (f" to {max(ranks)}" if len({*ranks}) > 1 else "")
+        with rehearsed(net, strategy) as report:
+            cost, total = cost_of(net), report.total_before
+            larger = len(report.larger_than_weight)
+            adapters = [a for module in net.modules() for a in adapters_of(module).values()]
+            tensors = sum(adapter.owner is None for adapter in adapters)
+            tensors += sum(id(p) in own for _, p in named_trainable(net))
+    except ValueError as error:
+        return MethodRow(name, note=_reason(error))
+    share = cost.parameters / total if total else 0.0
+    return MethodRow(name, cost.parameters, share, cost.bytes / 1e6, tensors, larger, note)
+
+
+def _reason(error: ValueError) -> str:
+    """The first of what an error lists line by line, or what it says."""
+    first, *listed = str(error).splitlines()
+    if not isinstance(error, AdaptationError) or not listed:
+        return first.rstrip(":")
+    return listed[0].strip() + (f" (and {len(listed) - 1} more)" if len(listed) > 1 else "")

@@ -1,0 +1,71 @@
+"""Changing tensors inside of what a module gives, and leaving all else as it was."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+Change = Callable[[Tensor], Tensor]
+
+
+def tensor_in(value: Any) -> Tensor | None:
+    """The tensor in an argument or item: itself, or the data of a packed sequence."""
+    if isinstance(value, PackedSequence):
+        return value.data
+    return value if isinstance(value, Tensor) else None
+
+
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first tensor among arguments."""
+    return next((t for t in map(tensor_in, values) if t is not None), None)
+
+
+def with_first_changed(output: Any, change: Change) -> Any:
+    """`output` with its first tensor changed, of the same type; None where it has no tensor."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, PackedSequence):
+        return output._replace(data=change(output.data))
+    for key, item in _items(output):
+        changed = with_first_changed(item, change)
+        if changed is not None:
+            return with_items(output, {key: changed})
+    return None
+
+
+def with_all_changed(output: Any, change: Change) -> Any:
+    """`output` with all its tensors changed, of the same type."""
+    if isinstance(output, Tensor):
+        return change(output)
+    changed = {key: with_all_changed(item, change) for key, item in _items(output)}
+    if all(changed[key] is item for key, item in _items(output)):
+        return output
+    return with_items(output, changed)
+
+
+def _items(output: Any) -> list[tuple[Any, Any]]:
+    """The items of a tuple, list, mapping or dataclass."""
+    if isinstance(output, tuple | list):
+        return list(enumerate(output))
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if is_dataclass(output) and not isinstance(output, type):
+        return [(field.name, getattr(output, field.name)) for field in fields(output)]
+    return []
+
+
+def with_items(output: Any, items: Mapping[Any, Any]) -> Any:
+    """`output` with other items, of the same type."""
+    if isinstance(output, tuple):
+        values = [items.get(index, item) for index, item in enumerate(output)]
+        return output._make(values) if hasattr(output, "_make") else type(output)(values)
+    new = copy.copy(output)
+    for key, item in items.items():
+        if isinstance(new, list | Mapping):
+            new[key] = item  # type: ignore[index]
+        else:
+            object.__setattr__(new, key, item)  # also where the dataclass is frozen
+    return new

@@ -1,0 +1,109 @@
+"""Strategies that extend modules and leave all their weights frozen; made to be merged."""
+
+from typing import Any
+
+from gift.factories import (
+    Check,
+    ma_bottleneck,
+    ma_prompt,
+    ma_train,
+    mc_blocks,
+    mc_last_linear,
+    mc_path,
+)
+from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
+
+Where = Check | str | list[str] | None
+
+
+def _check(given: Where, default: Check) -> Check:
+    """The check that a user means by a check, by glob patterns of paths, or by nothing."""
+    if given is None:
+        return default
+    return mc_path(glob=given) if isinstance(given, str | list | tuple) else given
+
+
+@register_strategy
+class BottleneckFineTuningStrategy(FineTuningStrategy):
+    """Bottleneck adapters after blocks, or beside them; see `gift.calls.Bottleneck`.
+
+    The network's output stays bit for bit what it was until the first training step. All its
+    weights are frozen. Merged before other strategies, bottlenecks leave the blocks and what is in
+    them to those::
+
+        merge_strategies([BottleneckFineTuningStrategy(), LoRALinearFineTuningStrategy()])
+
+    Args:
+        size: width of the bottlenecks.
+        parallel: see what a block takes instead of what it gives.
+        after: which modules, by a check or by glob patterns of their paths; None finds the blocks
+            of the network, see `gift.factories.mc_blocks`.
+        settings: ``activation``, ``scaling``, ``dropout``, ``dim``, ``axis`` and ``dtype`` of
+            `gift.calls.Bottleneck`.
+
+    Raises:
+        ValueError: for settings out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import BottleneckFineTuningStrategy
+        >>> net = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64), num_layers=2)
+        >>> report = enable_fine_tuning(net, BottleneckFineTuningStrategy(size=4))
+        >>> [name for name in net.state_dict() if name.startswith("layers.0")]
+        ['layers.0.bottleneck_down_weight', 'layers.0.bottleneck_down_bias',
+         'layers.0.bottleneck_up_weight', 'layers.0.bottleneck_up_bias']
+    """
+
+    def __init__(
+        self, size: int = 16, parallel: bool = False, after: Where = None, **settings: Any
+    ) -> None:
+        action = ma_bottleneck(size, parallel=parallel, **settings)
+        super().__init__([(_check(after, mc_blocks()), action)])
+
+
+@register_strategy
+class PromptFineTuningStrategy(FineTuningStrategy):
+    """Prompt tuning: virtual tokens in front of every sequence; see `gift.calls.Prompt`.
+
+    A language model of transformers is taken with its head; of other networks, the part that takes
+    embeddings. All weights are frozen. This is the one strategy under which the network does not
+    start as what it was, since attention over more keys gives something else.
+
+    Args:
+        num_virtual_tokens: how many.
+        head: also train the head, a new classifier as a rule: True for the last linear layer, or
+            which one by a check or by glob patterns of paths.
+        at: which module takes the embeddings, likewise; None is the network itself.
+        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.calls.Prompt`.
+
+    Raises:
+        ValueError: for settings out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import PromptFineTuningStrategy
+        >>> layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        >>> net = nn.TransformerEncoder(layer, num_layers=2)
+        >>> report = enable_fine_tuning(net, PromptFineTuningStrategy(num_virtual_tokens=4))
+        >>> [(name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad]
+        [('prompt_tokens', (4, 32))]
+        >>> net(torch.randn(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int = 8,
+        head: bool | Where = False,
+        at: Where = None,
+        **settings: Any,
+    ) -> None:
+        caps: list[CapLike] = [
+            (_check(at, mc_path("")), ma_prompt(num_virtual_tokens, **settings)),
+        ]
+        if head is not False and head is not None:
+            caps.append((_check(None if head is True else head, mc_last_linear()), ma_train()))
+        super().__init__(caps)

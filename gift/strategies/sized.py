@@ -1,0 +1,197 @@
+"""A strategy in which each adapted layer has a size of its own."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gift.adapt import adapt_module, adapt_tensor
+from gift.adapter import Adapter, adapters_of
+from gift.factories import Action, ma_adapt, pa_adapt
+from gift.factories.recorded import describe
+from gift.generated import joined, plain_class
+from gift.layers import LayoutOptions, row_of
+from gift.methods import AdaptationError, Method, method_of
+from gift.strategies.base import Cap, FineTuningStrategy, register_strategy
+
+
+class Layer(NamedTuple):
+    """A layer, or one parameter, that is adapted with a size of its own.
+
+    Args:
+        path: its dotted path.
+        module: the layer, or the module that holds the parameter.
+        parameter: the name of that.
+    """
+
+    path: str
+    module: nn.Module
+    parameter: str | None = None
+
+    def adapted(self) -> Iterator[tuple[nn.Module, str, Adapter]]:
+        """The adapted tensors in it: module, name, adapter."""
+        for part in self.module.modules() if self.parameter is None else [self.module]:
+            for tensor, adapter in adapters_of(part).items():
+                if self.parameter in (None, tensor):
+                    yield part, tensor, adapter
+
+
+def setting_of(method: Method) -> str:
+    """The setting that decides the size of a method which has one."""
+    assert method.size_setting is not None
+    return method.size_setting
+
+
+def with_size(method: Method, size: int) -> Method:
+    """The method with that size, or the nearest where a matrix cannot have it."""
+    changes: dict[str, Any] = {setting_of(method): size}
+    if (clip := f"clip_{setting_of(method)}") in method.__dataclass_fields__:
+        changes[clip] = True
+    return replace(method, **changes)
+
+
+def adapts_with_size(cap: Cap) -> bool:
+    """Whether a cap adapts by a method that has a size."""
+    name, _ = getattr(cap.action, "recipe", ("", {}))
+    known = isinstance(cap.action, Action) and name in (ma_adapt.__name__, pa_adapt.__name__)
+    return known and AdaptEach(cap).method.size_setting is not None
+
+
+class AdaptEach(Action):
+    """Does what the action of a cap does, to each layer by a method of its own.
+
+    Args:
+        cap: one that `adapts_with_size`.
+    """
+
+    def __init__(self, cap: Cap) -> None:
+        super().__init__(self._adapt)
+        self.cap = cap
+        name, arguments = cap.action.recipe  # type: ignore[union-attr]
+        given = arguments | cap.params
+        method, self.train_bias = given.pop("method"), given.pop("train_bias", False)
+        options = {
+            key: given.pop(key) for key in LayoutOptions.__dataclass_fields__ if key in given
+        }
+        self.options = LayoutOptions(**options)
+        self.method = method_of(method, given)
+        self.of_parameters = name == pa_adapt.__name__
+
+    def method_at(self, layer: Layer) -> Method:
+        """The method for that layer.
+
+        Raises:
+            AdaptationError: if there is none.
+        """
+        raise NotImplementedError
+
+    def _adapt(self, *place: Any) -> None:
+        path, module = place[2], place[4]
+        if self.of_parameters:
+            layer = Layer(joined(path, place[5]), module, place[5])
+            adapt_tensor(module, place[5], self.method_at(layer), self.options)
+            return
+        for frozen in module.parameters():
+            frozen.requires_grad = False
+        problems = []
+        for layer in list(_layers_in(module, path, set())) or [Layer(path, module)]:
+            try:
+                method = self.method_at(layer)
+                adapt_module(layer.module, method, self.options, self.train_bias)
+            except AdaptationError as error:
+                problems.append(f"{layer.path or 'the network'}: {error}")
+        if problems:
+            raise AdaptationError("; ".join(problems))
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.cap,)
+
+
+def _layers_in(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[Layer]:
+    """The layers with known weights in `module`, without those that are in another one."""
+    if module in seen:
+        return
+    seen.add(module)
+    row = row_of(plain_class(type(module)))
+    if row is not None and row.names(module, row.weights):
+        seen.update(module.modules())
+        yield Layer(path, module)
+        return
+    for name, child in module.named_children():
+        yield from _layers_in(child, joined(path, name), seen)
+
+
+def rewritten(
+    strategy: FineTuningStrategy, rewrite: Callable[[Cap], Any]
+) -> FineTuningStrategy:  # fmt: skip
+    """The strategy with other actions in all caps that adapt with a size.
+
+    Also in strategies that stand in the place of actions.
+    """
+
+    def caps(given: list[Cap]) -> list[Cap]:
+        made = []
+        for cap in given:
+            if isinstance(cap.action, FineTuningStrategy):
+                cap = cap._replace(action=rewritten(cap.action, rewrite))
+            elif adapts_with_size(cap):
+                cap = Cap(cap.check, rewrite(cap), {})
+            made.append(cap)
+        return made
+
+    types = strategy.constraint_type
+    return FineTuningStrategy(caps(strategy.module_caps), caps(strategy.para_caps), types)
+
+
+class _AdaptSized(AdaptEach):
+    def __init__(self, cap: Cap, sizes: dict[str, int]) -> None:
+        super().__init__(cap)
+        self.sizes = sizes
+
+    def method_at(self, layer: Layer) -> Method:
+        if layer.path not in self.sizes:
+            raise AdaptationError("no size is given for it: were they chosen for another network?")
+        return with_size(self.method, self.sizes[layer.path])
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.cap, self.sizes)
+
+    def __repr__(self) -> str:
+        return f"{describe(self.cap.action)} of chosen sizes"
+
+
+@register_strategy
+class SizedStrategy(FineTuningStrategy):
+    """A strategy in which each adapted layer has a size of its own; `gift.suggest` chooses them.
+
+    Args:
+        strategy: the strategy.
+        sizes: from the path of each layer that it adapts by a method with a size, or of each such
+            parameter, to the rank, or what other setting of the method decides the size. A matrix
+            that cannot have a rank gets its largest one.
+
+    Raises:
+        ValueError: when it is applied, naming the layers for which no size is given.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import LoRAAllFineTuningStrategy, SizedStrategy
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> strategy = SizedStrategy(LoRAAllFineTuningStrategy(), {"0": 4, "2": 1})
+        >>> report = enable_fine_tuning(net, strategy)
+        >>> [tuple(p.shape) for p in net.parameters()]
+        [(64, 4), (4, 64), (10, 1), (1, 64)]
+    """
+
+    def __init__(self, strategy: FineTuningStrategy, sizes: Mapping[str, int]) -> None:
+        if not isinstance(strategy, FineTuningStrategy) or strategy.dry_run:
+            raise TypeError(f"expected a strategy that can be applied, got {strategy!r}")
+        own = dict(sizes)
+        made = rewritten(strategy, lambda cap: _AdaptSized(cap, own))
+        super().__init__(made.module_caps, made.para_caps, made.constraint_type)
+
+    def __repr__(self) -> str:
+        strategy, sizes = self.init_paras["strategy"], self.init_paras["sizes"]
+        return f"{type(self).__name__}({strategy!r}, {len(sizes)} sizes)"
