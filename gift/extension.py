@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.delta import Delta, DeltaModule, add_tensor, put_values
-from gift.generated import Generated, Spec, change_class, contributes, plain_class, spec_of
+from gift.generated import Generated, Spec, change_class, contributes, plain_class
 from gift.methods import AdaptationError
 from gift.methods.settings import dtype_of, floating_dtype, misfit
 
@@ -261,11 +261,6 @@ def settle_encoders(network: nn.Module) -> None:
 
 
 def release_extensions(module: nn.Module) -> None:
-    """Undo `extend_module`, whose parameters are gone already."""
-    if module.__dict__.pop("_gift_extensions", None) is None:
-        return
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is _seen:
-            del module._forward_hooks[key]
-    if spec_of(module).extended:
+    """Undo `extend_module`, whose parameters are gone already; hooks go as all that is new goes."""
+    if module.__dict__.pop("_gift_extensions", None) is not None:
         change_class(module, extended=False)

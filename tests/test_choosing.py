@@ -33,6 +33,7 @@ from gift import (
     plan_fine_tuning,
     suggest,
 )
+from gift.choosing.rehearsal import on_meta
 from gift.factories import (
     ma_adapt,
     ma_train,
@@ -46,7 +47,6 @@ from gift.factories import (
     pc_name,
 )
 from gift.methods import METHODS, LoRA
-from gift.rehearsal import on_meta
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,

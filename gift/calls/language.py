@@ -5,6 +5,17 @@ A virtual token has an id like any other: the `k`-th is ``-k``. The embedding lo
 model does with ids (positions that count them, embeddings that are scaled) is right for virtual
 tokens as well. It is the inner model, which has the embedding, that is extended, not the one with a
 head around it: heads, losses and ``generate()`` see the tokens that they gave, and nothing else.
+
+* Masks, types and positions of tokens are extended, the states of virtual tokens are taken out of
+  what the model gives; weights of attention are shown with them.
+* A pooler that reads the first position (BERT) reads that of the first given token, so ``[CLS]``
+  keeps its meaning. PEFT lets it read the first virtual token.
+* A loss over next tokens counts those that it counted before. PEFT counts one more, the first
+  given token as predicted by the last virtual one.
+* With a cache, the virtual tokens come with the first step only. A cache from an earlier
+  ``generate()`` cannot be continued, and one of fixed length cannot be used: both are errors.
+* Of an encoder and a decoder, the encoder gets the virtual tokens, as in the paper, and the decoder
+  attends to their states: these are left in what the encoder gives.
 """
 
 import inspect

@@ -239,7 +239,7 @@ class PromptedMemory(OfModel):
 def _positions(module: Any) -> tuple[int, int | None]:
     """The first position, and the number of positions of a model that has so many only."""
     limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
         return 0, None
     words = module.get_input_embeddings()
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]

@@ -9,11 +9,11 @@ from torch.nn.parameter import is_lazy
 
 from gift.adapter import adapters_of
 from gift.choosing import suggest
+from gift.choosing.rehearsal import cost_of, on_meta, rehearsed
 from gift.claims import size_of
 from gift.generated import spec_of
 from gift.methods import METHODS, AdaptationError, method_of
 from gift.network import named_trainable
-from gift.rehearsal import cost_of, on_meta, rehearsed
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,
