@@ -149,7 +149,7 @@ class NestingEncoder(Generated):
     @property
     def use_nested_tensor(self) -> bool:
         """Whether it may, which is as before while no gradient is recorded."""
-        return self.__dict__["use_nested_tensor"] and not torch.is_grad_enabled()
+        return self.__dict__.get("use_nested_tensor", False) and not torch.is_grad_enabled()
 
     @use_nested_tensor.setter
     def use_nested_tensor(self, value: bool) -> None:

@@ -1,57 +1,36 @@
-"""Bottleneck adapters on every kind of module: the same start, the formula, the way back."""
+"""Bottleneck adapters on every kind of module: the same start, and the formula."""
 
 import copy
-import inspect
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from gift import disable_fine_tuning, enable_fine_tuning
+from gift import enable_fine_tuning
 from gift.methods import AdaptationError
 from gift.strategies import BottleneckFineTuningStrategy as Bottlenecks
-from tests.cases.calls import ACTS, CASES, CallCase, encoder, encoder_layer, first, hooked, padded
+from tests.cases.calls import (
+    ACTS,
+    CASES,
+    KEYS,
+    CallCase,
+    both_ways,
+    called,
+    double,
+    encoder,
+    encoder_layer,
+    every_module,
+    extended,
+    fill,
+    first,
+    hooked,
+    padded,
+    parameters,
+    tensors,
+)
 from tests.common import bits, picture, trainable
-
-KEYS = ["down_weight", "down_bias", "up_weight", "up_bias"]
-every_module = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-both_ways = pytest.mark.parametrize("parallel", [False, True], ids=["after", "beside"])
-
-
-def extended(case: CallCase, net: nn.Module, **settings: Any) -> Any:
-    """`net`, with a bottleneck of width 3 at the place of the case."""
-    enable_fine_tuning(net, Bottlenecks(3, after=case.after, **case.settings, **settings))
-    return net
-
-
-def parameters(net: nn.Module, case: CallCase) -> dict[str, nn.Parameter]:
-    module = net.get_submodule(case.after)
-    return {key: getattr(module, f"bottleneck_{key}") for key in KEYS}
-
-
-def fill(net: nn.Module) -> None:
-    """As after some training: nothing is zero any more."""
-    for parameter in net.parameters():
-        parameter.data.normal_()
-
-
-def tensors(output: Any) -> list[Tensor]:
-    found = tree_leaves(vars(output) if hasattr(output, "label") else output)
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
-
-
-def double(x: Any) -> Any:
-    return x.double() if x is not None and first(x).is_floating_point() else x
-
-
-def called(net: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    torch.manual_seed(5)  # for dropout
-    return net(*inputs)
 
 
 def skip_parallel(case: CallCase, parallel: bool) -> bool:
@@ -238,110 +217,3 @@ def test_arguments_by_name_come_in_the_order_of_the_signature() -> None:
     query, key, value = case.inputs()
     by_name = net(value=value, key=key, query=query)[0]
     assert torch.equal(by_name, net(query, key, value)[0])
-
-
-# --- precision -----------------------------------------------------------------------------------
-
-
-@both_ways
-def test_a_base_in_bfloat16_is_rounded_once(parallel: bool) -> None:
-    base, x = nn.Linear(64, 64).bfloat16(), torch.randn(50, 64).bfloat16()
-    net = copy.deepcopy(base)
-    enable_fine_tuning(net, Bottlenecks(4, parallel=parallel, after="", activation="tanh"))
-    assert {p.dtype for p in net.parameters()} == {torch.float32}
-    fill(net)
-    p = {key: getattr(net, f"bottleneck_{key}").double() for key in KEYS}
-    f = base(x)
-    z = (x if parallel else f).double()
-    exact = torch.tanh(z @ p["down_weight"].T + p["down_bias"]) @ p["up_weight"].T + p["up_bias"]
-    output = net(x)
-    assert output.dtype == torch.bfloat16
-    # A float32 result lies next to a border between two bfloat16 numbers once in a long while.
-    once, twice = (f.double() + exact).bfloat16(), f + exact.bfloat16()
-    assert (output != once).float().mean() < 0.002
-    assert (once != twice).float().mean() > 0.02, "the test can tell the difference"
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.float64])
-def test_the_dtype_of_the_parameters(dtype: Any) -> None:
-    net = nn.Linear(6, 5)
-    enable_fine_tuning(net, Bottlenecks(3, after="", dtype=dtype))
-    expected = torch.bfloat16 if dtype == "bfloat16" else dtype
-    assert {p.dtype for p in net.parameters()} == {expected}
-    assert net(torch.randn(2, 6)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", ["linear", "conv2d", "bert_layer", "encoder_layer"])
-def test_under_autocast(name: str) -> None:
-    """Products in the lower precision, the start is that of the base, gradients are float32."""
-    case = CASES[name]
-    base = case.make().eval().requires_grad_(False)
-    net, inputs = extended(case, copy.deepcopy(base)), case.inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        output, expected = first(net(*inputs)), first(base(*inputs))
-    assert bits(output) == bits(expected)
-    fill(net)
-    with torch.autocast("cpu", torch.bfloat16):
-        changed = first(net(*inputs))
-        changed.float().sum().backward()
-    assert changed.dtype == output.dtype
-    assert not torch.equal(changed, output)
-    assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
-
-
-# --- copies, the way back ------------------------------------------------------------------------
-
-
-@every_module
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_a_copy_is_independent(case: CallCase, way: str) -> None:
-    net = extended(case, case.make()).eval()
-    fill(net)
-    twin = copy.deepcopy(net) if way == "deepcopy" else pickle.loads(pickle.dumps(net))
-    inputs = case.inputs()
-    before = first(net(*inputs))
-    assert bits(first(twin(*inputs))) == bits(before)
-    fill(twin)
-    assert bits(first(net(*inputs))) == bits(before)
-    assert not torch.equal(first(twin(*inputs)), before)
-
-
-@every_module
-def test_the_way_back(case: CallCase) -> None:
-    net = case.make().eval()
-    net.get_submodule(case.after).register_forward_hook(lambda *args: None)
-    before = picture(net)
-    extended(case, net)
-    fill(net)
-    net(*case.inputs())
-    assert picture(net) != before
-    disable_fine_tuning(net)
-    assert picture(net) == before
-
-
-@every_module
-def test_signature_and_class_stay(case: CallCase) -> None:
-    base = case.make()
-    net = extended(case, copy.deepcopy(base))
-    one, other = net.get_submodule(case.after), base.get_submodule(case.after)
-    assert inspect.signature(one.forward) == inspect.signature(other.forward)
-    assert isinstance(one, type(other))
-    assert type(one).__name__ == type(other).__name__
-
-
-def test_hooks_of_users_see_what_the_extended_module_gives() -> None:
-    net, seen = nn.Linear(4, 4), []
-    net.register_forward_hook(lambda module, args, output: seen.append(output))
-    enable_fine_tuning(net, Bottlenecks(2, after=""))
-    fill(net)
-    output = net(torch.randn(2, 4))
-    assert [s is output for s in seen] == [True]
-
-
-def test_compiled_as_one_graph() -> None:
-    net: Any = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    enable_fine_tuning(net, Bottlenecks(2, after=["0", "2"]))
-    fill(net)
-    compiled: Callable[[Tensor], Tensor] = torch.compile(net, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(compiled(x), net(x))

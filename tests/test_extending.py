@@ -1,4 +1,4 @@
-"""Open caps: what extends a module leaves it to the other caps of a strategy; its state."""
+"""Open caps: what extends a module leaves it to the other caps of a strategy."""
 
 import copy
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 from transformers import BertConfig, BertForSequenceClassification
@@ -45,22 +45,13 @@ from gift.strategies import (
     LoRALinearFineTuningStrategy,
     PromptFineTuningStrategy,
 )
-from tests.cases.calls import encoder
-from tests.common import all_bits, picture, trainable
+from tests.cases.calls import encoder, fill, small
+from tests.common import picture, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
 Bottlenecks = BottleneckFineTuningStrategy
 KEYS = [f"bottleneck_{key}" for key in ("down_weight", "down_bias", "up_weight", "up_bias")]
-
-
-def small() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-
-
-def fill(net: nn.Module) -> None:
-    for parameter in net.parameters():
-        parameter.data.normal_()
 
 
 def classifier() -> BertForSequenceClassification:
@@ -270,183 +261,6 @@ def test_the_blocks_of_a_network() -> None:
 def test_modules_by_name(after: Any) -> None:
     report = plan_fine_tuning(encoder(), Bottlenecks(2, after=after))
     assert [claim.name for claim in report.claims] == ["layers.0.linear1", "layers.1.linear1"]
-
-
-# --- what is refused -----------------------------------------------------------------------------
-
-
-class Unknown(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.Parameter(torch.zeros(2, 3, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def with_own_forward() -> nn.Module:
-    net = nn.Linear(4, 4)
-    net.forward = lambda x: x  # type: ignore[method-assign]
-    return net
-
-
-# the network, where, settings, what the error says
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = {
-    "list": (lambda: nn.Sequential(nn.ModuleList([nn.Linear(4, 4)])), "0", {},
-             r"0 \(ModuleList\): it is never called, as it has no forward"),
-    "dictionary": (lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}), "", {},
-                   "the network.*no forward"),
-    "out_proj": (lambda: nn.MultiheadAttention(4, 2), "out_proj", {},
-                 "never called, as MultiheadAttention reads its weight"),
-    "lazy": (lambda: nn.LazyLinear(4), "", {}, "have no shape yet: run a batch"),
-    "lazy inside": (lambda: nn.Sequential(nn.LazyLinear(4)), "", {}, "have no shape yet"),
-    "unknown": (Unknown, "", {}, r"the features of this \(Unknown\) are not known: say dim="),
-    "unknown inside": (lambda: nn.Sequential(nn.Linear(4, 4), Unknown()), "", {}, r"1 \(Unknown\)"),
-    "nothing": (nn.Flatten, "", {}, "no layer that tells its features: say dim= and axis="),
-    "two axes": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)), "", {},
-                 r"first layer, 0, .*axis -3 .*last one, 2, along axis -1: say axis=1 or axis=-1"),
-    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "", {}, "complex"),
-    "own forward": (with_own_forward, "", {}, "a forward was set on the object itself"),
-    "taken": (lambda: type("Taken", (nn.Linear,), {"bottleneck_up_bias": 1})(4, 4), "", {},
-              r"has attributes \['bottleneck_up_bias'\] already"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "at", "settings", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(
-    make: Callable[[], nn.Module], at: str, settings: dict[str, Any], message: str
-) -> None:
-    net = make()
-    before = picture(net)
-    with pytest.raises(ValueError, match=message):
-        enable_fine_tuning(net, Bottlenecks(2, after=mc_path(at), **settings))
-    assert picture(net) == before
-
-
-def test_the_axis_can_be_said_where_it_is_not_clear() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 2))
-    enable_fine_tuning(net, Bottlenecks(2, after="", axis=-1))
-    assert net(torch.randn(5, 3, 2, 2)).shape == (5, 2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"size": 0}, "size is 0, expected an integer of at least 1"),
-        ({"size": True}, "size is True"),
-        ({"activation": "GELU"}, "activation is 'GELU', expected 'gelu' or 'relu'"),
-        ({"scaling": float("nan")}, "scaling is nan"),
-        ({"dropout": 1.0, "dim": 0}, "dropout is 1.0.*; dim is 0"),
-        ({"axis": 1.5}, "axis is 1.5, expected an integer"),
-        ({"dtype": torch.int8}, "dtype is torch.int8"),
-    ],
-)
-def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ma_bottleneck(**settings)
-
-
-# the network, settings, what it is called with, what the error says
-CALLS: dict[str, tuple[nn.Module, dict[str, Any], Tensor, str]] = {
-    "features": (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))), {}, torch.randn(5, 4),
-                 r"the network \(Sequential\) gives torch.float32 of shape \(5, 2, 3\), its "
-                 r"bottleneck is for 6 features along axis -1: say dim= and axis="),
-    "axis": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), {"axis": 3}, torch.randn(2, 3, 2, 2),
-             r"shape \(2, 16\).*4 features along axis 3"),
-    "integers": (nn.Identity(), {"dim": 4, "axis": -1}, torch.arange(4), "gives torch.int64"),
-    "input": (nn.Linear(4, 4), {"parallel": True, "dim": 3}, torch.randn(2, 4), "takes .*3 feat"),
-    "places": (nn.Sequential(nn.Conv1d(4, 4, 1), nn.MaxPool1d(2)), {"parallel": True},
-               torch.randn(2, 4, 8), r"gives \(2, 4, 4\), the bottleneck beside it \(2, 4, 8\): "),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("net", "settings", "x", "message"), CALLS.values(), ids=CALLS)
-def test_a_call_that_does_not_fit(
-    net: nn.Module, settings: dict[str, Any], x: Tensor, message: str
-) -> None:
-    net = copy.deepcopy(net)
-    enable_fine_tuning(net, Bottlenecks(2, after="", **settings))
-    with pytest.raises(ValueError, match=message):
-        net(x)
-
-
-# --- states --------------------------------------------------------------------------------------
-
-
-def bottlenecked(base: nn.Module, **settings: Any) -> nn.Module:
-    net = copy.deepcopy(base)
-    enable_fine_tuning(net, Bottlenecks(**{"size": 3, "after": ["0", "2"]} | settings))
-    return net
-
-
-def test_a_saved_delta_comes_back_bit_for_bit(tmp_path: Any) -> None:
-    base, x = small(), torch.randn(2, 8)
-    net, fresh = bottlenecked(base), bottlenecked(base)
-    fill(net)
-    torch.save(net.state_dict(), tmp_path / "delta.pt")
-    state = torch.load(tmp_path / "delta.pt")
-    assert list(state) == [f"{i}.{key}" for i in (0, 2) for key in KEYS]
-    fresh.load_state_dict(state)
-    assert all_bits(fresh) == all_bits(net)
-    assert torch.equal(fresh(x), net(x))
-    assert not torch.equal(fresh(x), base(x))
-
-
-def dropped(state: dict[str, Any]) -> None:
-    del state["2.bottleneck_up_bias"]
-
-
-def added(state: dict[str, Any]) -> None:
-    state["0.bottleneck_gate"] = torch.zeros(1)
-
-
-# settings of the one that loads, a change of the state, what the error says
-MISFITS: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None, str]] = {
-    "missing": ({}, dropped, "Missing key.*2.bottleneck_up_bias"),
-    "unknown": ({}, added, "Unexpected key.*0.bottleneck_gate"),
-    "size": ({"size": 4}, None, "0 was trained with.*'size': 3.*'size': 4"),
-    "scaling": ({"scaling": 4.0}, None, "'scaling': 1.0.*'scaling': 4.0"),
-    "activation": ({"activation": "relu"}, None, "'activation': 'gelu'.*'relu'"),
-    "parallel": ({"parallel": True}, None, "'parallel': False.*'parallel': True"),
-    "place": ({"after": ["0"]}, None, "Unexpected key.*2.bottleneck_down_weight"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("settings", "change", "message"), MISFITS.values(), ids=MISFITS)
-def test_a_delta_that_does_not_fit_is_refused(
-    settings: dict[str, Any], change: Callable[[Any], None] | None, message: str
-) -> None:
-    base = small()
-    net, other = bottlenecked(base), bottlenecked(base, **settings)
-    fill(net)
-    state = net.state_dict()
-    if change is not None:
-        change(state)
-    before = all_bits(other)
-    with pytest.raises(RuntimeError, match=f"(?s){message}"):
-        other.load_state_dict(state)
-    assert all_bits(other) == before
-
-
-def test_settings_of_the_same_effect_fit() -> None:
-    base = small()
-    net = bottlenecked(base)
-    fill(net)
-    other = bottlenecked(base, dropout=0.5, dim=8, axis=-1, dtype="float32")
-    other.load_state_dict(net.state_dict())
-    assert all_bits(other) == all_bits(net)
-
-
-def test_from_the_meta_device() -> None:
-    """`to_empty` gives the bottleneck its start, the checkpoint the base."""
-    base, x = small(), torch.randn(2, 8)
-    with torch.device("meta"):
-        net = small()
-    enable_fine_tuning(net, Bottlenecks(3, after="2"))
-    assert all(p.is_meta for p in net.parameters())
-    net.to_empty(device="cpu").load_state_dict(base.state_dict())
-    assert torch.equal(net(x), base(x))
-    assert 0 < net[2].bottleneck_down_weight.abs().max() <= 8**-0.5
 
 
 @pytest.mark.parametrize("strategy", [

@@ -1,121 +1,28 @@
-"""Prompt tuning of language models of transformers.
-
-The reference is the plain model with a bigger vocabulary: the virtual tokens are its last entries,
-and stand at the beginning of every sequence. It knows nothing of what is tested.
-"""
+"""Prompted language models, beside the plain model with more words, and beside PEFT."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
-from gift import enable_fine_tuning
-from gift.strategies import PromptFineTuningStrategy as Prompts
-from tests.common import trainable
+from tests.cases.prompts import (
+    EACH_SEQUENCE,
+    EACH_TOKEN,
+    WORDS,
+    N,
+    batch,
+    longer,
+    made,
+    prompted,
+    tokens_of,
+    with_more_words,
+)
 
-N, WORDS, PAD = 3, 20, 1
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
-SIZES = {"vocab_size": WORDS, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "intermediate_size": 12, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2,
-         "max_position_embeddings": 24, "use_cache": True, "hidden_dropout_prob": 0.0,
-         "attention_probs_dropout_prob": 0.0}  # fmt: skip
-PARTS = {"vocab_size": WORDS, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1,
-         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 12,
-         "decoder_ffn_dim": 12, "max_position_embeddings": 24, "pad_token_id": PAD,
-         "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
-         "forced_eos_token_id": None, "scale_embedding": True}  # fmt: skip
-OWN: dict[str, dict[str, Any]] = {
-    "GPT2": {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 24},
-    "Llama": {"num_key_value_heads": 1},
-    "Gemma2": {"num_key_value_heads": 1, "head_dim": 4, "sliding_window": 4},
-    "OPT": {"ffn_dim": 12, "word_embed_proj_dim": 8},
-    "Bloom": {"n_layer": 2, "n_head": 2},
-    "Albert": {"embedding_size": 6, "inner_group_num": 1},
-    "DistilBert": {"dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12},
-    "T5": {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2,
-           "decoder_start_token_id": 0},
-    "CLIPText": {"projection_dim": 8},
-    "Mamba": {"state_size": 4, "pad_token_id": 0},
-    **dict.fromkeys(("Bart", "Marian", "Pegasus"), PARTS),
-}  # fmt: skip
-
-
-def made(kind: str, head: str) -> Any:
-    """A small model with values like those of a trained one."""
-    settings = OWN[kind] if OWN.get(kind) is PARTS else SIZES | OWN.get(kind, {})
-    config = getattr(transformers, f"{kind}Config")(**settings)
-    net = getattr(transformers, f"{kind}{head}")(config).double().eval()
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return net
-
-
-def tokens_of(net: nn.Module) -> nn.Parameter:
-    (name,) = trainable(net)
-    assert name.endswith("prompt_tokens")
-    return dict(net.named_parameters())[name]
-
-
-def prompted(base: Any, n: int = N, **settings: Any) -> Any:
-    """A copy with `n` virtual tokens, as after some training."""
-    net = copy.deepcopy(base)
-    enable_fine_tuning(net, Prompts(n, **settings))
-    tokens_of(net).data.normal_()
-    return net
-
-
-def with_more_words(base: Any, tokens: Tensor) -> Any:
-    """The plain model, whose last words are the virtual tokens."""
-    plain = copy.deepcopy(base)
-    parts = getattr(base.config, "is_encoder_decoder", False)
-    words = (plain.get_encoder() if parts else plain).get_input_embeddings()
-    # A virtual token is what the embedding gives, which some scale.
-    tokens = tokens / getattr(words, "embed_scale", 1.0)
-    words.weight = nn.Parameter(torch.cat([words.weight, tokens]).detach())
-    words.num_embeddings += len(tokens)
-    return plain
-
-
-def longer(**given: Tensor) -> dict[str, Tensor]:
-    """What the plain model is called with."""
-    rows = len(given["input_ids"])
-    front = {"input_ids": torch.arange(WORDS, WORDS + N).expand(rows, N),
-             "attention_mask": torch.ones(rows, N).long(),
-             "token_type_ids": torch.zeros(rows, N).long()}  # fmt: skip
-    more = {k: torch.cat([front[k], v], 1) for k, v in given.items() if k in front}
-    if "position_ids" in given:
-        positions = torch.arange(N).expand(rows, N)
-        more["position_ids"] = torch.cat([positions, given["position_ids"] + N], 1)
-    return given | more
-
-
-def batch(side: str, last: int = 2) -> dict[str, Tensor]:
-    """Two sequences of 6 and 4 tokens."""
-    ids, mask = torch.randint(3, WORDS, (2, 6)), torch.ones(2, 6).long()
-    place = slice(4, 6) if side == "right" else slice(0, 2)
-    ids[1, place], mask[1, place] = PAD, 0
-    ids[0, -1] = last
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 # --- what it computes ----------------------------------------------------------------------------
-
-EACH_TOKEN = [
-    ("GPT2", "LMHeadModel"), ("Llama", "ForCausalLM"), ("Gemma2", "ForCausalLM"),
-    ("OPT", "ForCausalLM"), ("Bloom", "ForCausalLM"), ("Mamba", "ForCausalLM"),
-    ("Bert", "ForMaskedLM"), ("Roberta", "ForMaskedLM"), ("Albert", "ForMaskedLM"),
-    ("DistilBert", "ForTokenClassification"), ("Electra", "ForTokenClassification"),
-]  # fmt: skip
-EACH_SEQUENCE = [
-    ("GPT2", "ForSequenceClassification"), ("Llama", "ForSequenceClassification"),
-    ("T5", "ForConditionalGeneration"), ("Bart", "ForConditionalGeneration"),
-    ("Marian", "MTModel"), ("Pegasus", "ForConditionalGeneration"),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "head"), EACH_TOKEN + EACH_SEQUENCE)
@@ -218,80 +125,6 @@ def test_a_loss_is_that_of_a_loop_of_ones_own() -> None:
     logits = output.logits[:, :-1].flatten(0, 1).float()  # as transformers does
     own = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
     torch.testing.assert_close(output.loss, own)
-
-
-# --- generating ----------------------------------------------------------------------------------
-
-WRITERS = [pair for pair in EACH_TOKEN[:6] + EACH_SEQUENCE[2:]]
-QUIET = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": PAD}
-
-
-@pytest.mark.parametrize(("kind", "head"), WRITERS)
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
-@pytest.mark.parametrize("side", ["left", "none"])
-def test_it_writes_what_the_model_with_more_words_writes(
-    kind: str, head: str, options: dict[str, Any], side: str
-) -> None:
-    base = made(kind, head)
-    net, given = prompted(base), batch(side)
-    if side == "none":
-        given = {k: v[:1] for k, v in given.items()}
-    plain = with_more_words(base, tokens_of(net))
-    asked = {"do_sample": False, **QUIET, **options}
-    written, expected = net.generate(**given, **asked), plain.generate(**longer(**given), **asked)
-    start = 0 if base.config.is_encoder_decoder else 6
-    assert torch.equal(written[:, start:], expected[:, start and start + N :])
-    if start:
-        assert torch.equal(written[:, :start], given["input_ids"])
-
-
-@pytest.mark.parametrize("side", ["left", "none"])
-def test_it_writes_as_a_loop_made_by_hand(side: str) -> None:
-    """Step by step, embeddings into the plain model, without any cache."""
-    base = made("GPT2", "LMHeadModel")
-    net, given = prompted(base), batch(side)
-    mask = torch.cat([torch.ones(2, N).long(), given["attention_mask"]], 1)
-    words = base.get_input_embeddings()
-    x = torch.cat([tokens_of(net).expand(2, N, -1), words(given["input_ids"])], 1)
-    positions = torch.cat([torch.arange(N).expand(2, N),
-                           (mask[:, N:].cumsum(1) - 1).clamp(min=0) + N], 1)  # fmt: skip
-    written = []
-    for _ in range(8):
-        logits = base(inputs_embeds=x, attention_mask=mask, position_ids=positions).logits
-        written.append(logits[:, -1].argmax(-1))
-        x = torch.cat([x, words(written[-1])[:, None]], 1)
-        mask = torch.cat([mask, torch.ones(2, 1).long()], 1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
-    result = net.generate(**given, do_sample=False, **QUIET)
-    assert torch.equal(result[:, 6:], torch.stack(written, 1))
-
-
-def test_caches_that_do_not_fit() -> None:
-    net, given = prompted(made("Llama", "ForCausalLM")), batch("none")
-    with pytest.raises(ValueError, match=r"StaticCache of fixed length.*use a dynamic cache"):
-        net.generate(**given, cache_implementation="static", **QUIET)
-    for last in (None, torch.zeros(2, 3), torch.zeros(2, N + 1)):  # nothing, or so many new tokens
-        done = net.generate(**given, return_dict_in_generate=True, **QUIET)
-        cache, ids = done.past_key_values, done.sequences
-        ids = ids if last is None else torch.cat([ids, last.long() + 5], 1)
-        for mask in (torch.ones_like(ids), torch.ones_like(ids).index_fill(1, torch.tensor(0), 0)):
-            with pytest.raises(ValueError, match=r"cache of 16 positions, 3 .* begin anew"):
-                net.generate(ids, attention_mask=mask, past_key_values=copy.deepcopy(cache))
-
-
-def test_several_tokens_after_a_cache() -> None:
-    """As the model with more words reads them: the virtual tokens are in the cache already."""
-    net = prompted(base := made("Llama", "ForCausalLM"))
-    plain, given = with_more_words(base, tokens_of(net)), batch("left")
-    more, whole = longer(**given), []
-    for network, first in ((net, given), (plain, more)):
-        cut = {k: v[:, :-2] for k, v in first.items()}
-        begun = network(**cut, use_cache=True)
-        rest = network(first["input_ids"][:, -2:], attention_mask=first["attention_mask"],
-                       past_key_values=begun.past_key_values)  # fmt: skip
-        whole.append(rest.logits)
-    torch.testing.assert_close(*whole)
-    torch.testing.assert_close(whole[0], plain(**more).logits[:, -2:])
 
 
 # --- beside PEFT ---------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from gift.strategies import (
     LoRALinearFineTuningStrategy,
 )
 from gift.strategies import PromptFineTuningStrategy as Prompts
+from tests.cases.prompts import PAD, WORDS, N, batch, made, prompted, tokens_of
 from tests.common import all_bits, bits, picture, trainable
-from tests.test_prompt_models import PAD, WORDS, N, batch, made, prompted, tokens_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 

@@ -8,13 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import BasicBlock
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
+
+from gift import enable_fine_tuning
+from gift.strategies import BottleneckFineTuningStrategy
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
@@ -185,6 +190,10 @@ def attended() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
 
 
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
 SIZES = "differ in more than their channels"
 LOOKS_UP = "takes no features that are known"
 
@@ -242,3 +251,40 @@ CASES: dict[str, CallCase] = {
     "gpt2_block": CallCase(gpt2, ids(2, 5), "h.0"),
     "gpt2_attention": CallCase(gpt2, ids(2, 5), "h.1.attn"),
 }  # fmt: skip
+
+KEYS = ["down_weight", "down_bias", "up_weight", "up_bias"]
+every_module = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+both_ways = pytest.mark.parametrize("parallel", [False, True], ids=["after", "beside"])
+
+
+def extended(case: CallCase, net: nn.Module, **settings: Any) -> Any:
+    """`net`, with a bottleneck of width 3 at the place of the case."""
+    enable_fine_tuning(
+        net, BottleneckFineTuningStrategy(3, after=case.after, **case.settings, **settings)
+    )
+    return net
+
+
+def parameters(net: nn.Module, case: CallCase) -> dict[str, nn.Parameter]:
+    module = net.get_submodule(case.after)
+    return {key: getattr(module, f"bottleneck_{key}") for key in KEYS}
+
+
+def fill(net: nn.Module) -> None:
+    """As after some training: nothing is zero any more."""
+    for parameter in net.parameters():
+        parameter.data.normal_()
+
+
+def tensors(output: Any) -> list[Tensor]:
+    found = tree_leaves(vars(output) if hasattr(output, "label") else output)
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def double(x: Any) -> Any:
+    return x.double() if x is not None and first(x).is_floating_point() else x
+
+
+def called(net: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    torch.manual_seed(5)  # for dropout
+    return net(*inputs)
