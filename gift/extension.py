@@ -8,7 +8,7 @@ one as the extension says.
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import CellType
 from typing import Any, ClassVar, Self
 
@@ -19,19 +19,13 @@ from torch.nn.parameter import is_lazy
 from gift.delta import Delta, DeltaModule, add_tensor, put_values
 from gift.generated import Generated, Spec, change_class, contributes, plain_class
 from gift.methods import AdaptationError
-from gift.methods.settings import dtype_of, floating_dtype, misfit
+from gift.methods.settings import Configured, dtype_of
 
 Forward = Callable[..., Any]
 
 
-def found(given: Any) -> Any:
-    """A setting of a `CallMethod`, as of a method, that its `fit` finds out if none is given."""
-    given.metadata = {**given.metadata, "found": True}
-    return given
-
-
 @dataclass(frozen=True)
-class CallMethod:
+class CallMethod(Configured):
     """Base of what extends a call; a subclass is a frozen dataclass of its settings.
 
     Args:
@@ -44,14 +38,6 @@ class CallMethod:
 
     name: ClassVar[str]
     """The name of the extension, and the beginning of its parameters' names."""
-
-    dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
-
-    def __post_init__(self) -> None:
-        problems = [misfit(field, getattr(self, field.name)) for field in fields(self)]
-        found = "; ".join(problem for problem in problems if problem is not None)
-        if found:
-            raise ValueError(f"{self.name}: {found}")
 
     def fit(self, module: nn.Module) -> Self:
         """The method with what its call must know of the module.
@@ -84,26 +70,9 @@ class CallMethod:
         """What the extended module gives; `forward` is what it would have called without it."""
         raise NotImplementedError
 
-    @property
-    def meaning(self) -> dict[str, Any]:
-        """What a saved delta and a network must agree on: the settings that enter the result."""
-        entering = [f.name for f in fields(self) if f.metadata.get("enters_weight", True)]
-        return {name: getattr(self, name) for name in entering}
-
-    def __str__(self) -> str:
-        # What `fit` may have found is no setting that anybody chose.
-        shown = [f for f in fields(self) if not f.metadata.get("found")]
-        values = [(f, getattr(self, f.name)) for f in shown]
-        return f"{self.name}({', '.join(f'{f.name}={v}' for f, v in values if v != f.default)})"
-
-    def like(self, weight: Tensor | None) -> dict[str, Any]:
-        """Dtype and device of new parameters beside that one, as keywords."""
-        if weight is None:
-            return {"dtype": dtype_of(self.dtype)}
-        # Types of one byte (float8, quantised ones) take no part in promotion.
-        small = weight.dtype.itemsize == 1
-        own = torch.float32 if small else torch.promote_types(weight.dtype, torch.float32)
-        return {"dtype": dtype_of(self.dtype) or own, "device": weight.device}
+    def beside(self, weight: Tensor | None) -> dict[str, Any]:
+        """Dtype and device of new parameters in a module that may have none, as keywords."""
+        return {"dtype": dtype_of(self.dtype)} if weight is None else self.like(weight)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from gift.calls.arguments import in_order
 from gift.calls.features import Features, features_of, weight_beside
 from gift.calls.tensors import first_tensor, with_first_changed
-from gift.extension import CallMethod, Forward, found, where
+from gift.extension import CallMethod, Forward, where
 from gift.methods import AdaptationError
 from gift.methods.settings import choice, flag, number, probability, setting, whole
 
@@ -74,7 +74,7 @@ class Bottleneck(CallMethod):
     parallel: bool = flag()
     dropout: float = probability()
     dim: int | None = whole(None, enters_weight=False, kw_only=True)
-    axis: int | None = found(setting(None, "an integer", _is_integer, kw_only=True))
+    axis: int | None = setting(None, "an integer", _is_integer, kw_only=True, found=True)
 
     def fit(self, module: nn.Module) -> Self:
         """The same with the axis of the module's features."""
@@ -100,7 +100,7 @@ class Bottleneck(CallMethod):
         features, weight = self._features(module), weight_beside(module)
         if weight is not None and weight.is_complex():
             raise AdaptationError("its parameters are complex, expected real features")
-        like = self.like(weight)
+        like = self.beside(weight)
         inputs = features.inputs if self.parallel else features.outputs
         assert inputs is not None
         down = torch.empty(self.size, inputs, **like)

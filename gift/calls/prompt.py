@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gift.calls.arguments import Arguments
 from gift.calls.features import inputs_of, weight_beside
 from gift.calls.tensors import with_first_changed
-from gift.extension import CallMethod, Forward, found, where
+from gift.extension import CallMethod, Forward, where
 from gift.methods import AdaptationError
 from gift.methods.settings import flag, setting, whole
 
@@ -55,8 +55,8 @@ class Prompt(CallMethod):
 
     num_virtual_tokens: int = whole(8)
     dim: int | None = whole(None, enters_weight=False, kw_only=True)
-    batch_first: bool | None = found(
-        setting(None, "True or False", lambda value: isinstance(value, bool), kw_only=True)
+    batch_first: bool | None = setting(
+        None, "True or False", lambda value: isinstance(value, bool), kw_only=True, found=True
     )
     strip: bool = flag(True, kw_only=True)
 
@@ -79,7 +79,7 @@ class Prompt(CallMethod):
                 "network that does, or say dim="
             )
         shape = (self.num_virtual_tokens, dim)
-        return {"tokens": torch.randn(shape, **self.like(weight_beside(module))) * 0.02}
+        return {"tokens": torch.randn(shape, **self.beside(weight_beside(module))) * 0.02}
 
     def call(
         self,

@@ -1,7 +1,7 @@
 """What a method is: a function of a frozen matrix and of a few trained parameters."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from gift.methods.settings import dtype_of, flag, floating_dtype, misfit, whole
+from gift.methods.settings import Configured, at_least_32_bits, flag, whole
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -19,7 +19,7 @@ class AdaptationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Configured):
     """Base of all methods: a frozen matrix ``W`` becomes an effective one.
 
     A subclass is a frozen dataclass whose fields are its settings (see `gift.methods.settings`).
@@ -61,14 +61,6 @@ class Method:
     size_setting: ClassVar[str | None] = None
     """The setting, an integer, that decides how many parameters are added."""
 
-    dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
-
-    def __post_init__(self) -> None:
-        problems = [misfit(field, getattr(self, field.name)) for field in fields(self)]
-        found = "; ".join(problem for problem in problems if problem is not None)
-        if found:
-            raise ValueError(f"{self.title}: {found}")
-
     def fit(self, shape: tuple[int, ...]) -> Self:
         """The method with settings for a matrix of that shape.
 
@@ -96,35 +88,9 @@ class Method:
         """
         return parameters
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings as plain values: what a file says of a delta."""
-        plain = (bool, int, float, str, type(None))
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: v if isinstance(v, plain) else str(v) for k, v in values.items()}
-
-    @property
-    def meaning(self) -> dict[str, Any]:
-        """What a saved delta and a network must agree on: the settings that enter the weight."""
-        entering = {f.name for f in fields(self) if f.metadata.get("enters_weight", True)}
-        return {name: value for name, value in self.settings.items() if name in entering}
-
-    def __str__(self) -> str:
-        values = [(field, getattr(self, field.name)) for field in fields(self)]
-        shown = [f"{field.name}={value}" for field, value in values if value != field.default]
-        return f"{self.name}({', '.join(shown)})"
-
-    def delta_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype of new parameters: the one asked for, else the weight's, 32 bits at least."""
-        return _at_least_32_bits(weight.dtype) if self.dtype is None else dtype_of(self.dtype)
-
     def working_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype in which the effective weight is computed, which loses nothing of either."""
-        return torch.promote_types(_at_least_32_bits(weight.dtype), self.delta_dtype(weight))
-
-    def like(self, matrix: Tensor) -> dict[str, Any]:
-        """Dtype and device of new parameters for the matrix, as keywords."""
-        return {"dtype": self.delta_dtype(matrix), "device": matrix.device}
+        return torch.promote_types(at_least_32_bits(weight.dtype), self.delta_dtype(weight))
 
 
 @dataclass(frozen=True)
@@ -166,12 +132,6 @@ class RankedMethod(Method):
 def with_settings(method: Any, **settings: Any) -> Any:
     """The method with other settings: one object for all weights that have them."""
     return replace(method, **settings)
-
-
-def _at_least_32_bits(dtype: torch.dtype) -> torch.dtype:
-    if dtype.itemsize == 1:  # float8 takes no part in promotion
-        return torch.float32
-    return torch.promote_types(dtype, torch.float32)
 
 
 def register_method(cls: type[Method]) -> type[Method]:

@@ -1,14 +1,15 @@
 """Settings of methods: dataclass fields that say what they may be.
 
-`Method` checks each of its fields, all at once, when one is made.
+`Configured` checks each of its fields, all at once, when one is made.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import Field, field
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 
 def setting(
@@ -17,6 +18,7 @@ def setting(
     check: Callable[[Any], bool],
     enters_weight: bool = True,
     kw_only: bool = False,
+    found: bool = False,
 ) -> Any:
     """A field of a method; None is allowed where it is the default.
 
@@ -26,8 +28,14 @@ def setting(
         check: whether a value is that.
         enters_weight: whether a saved delta means another weight under another value.
         kw_only: whether it is given by keyword alone.
+        found: whether `fit` finds it out where none is given, so that it tells nothing of a choice.
     """
-    metadata = {"expected": expected, "check": check, "enters_weight": enters_weight}
+    metadata = {
+        "expected": expected,
+        "check": check,
+        "enters_weight": enters_weight,
+        "found": found,
+    }
     return field(default=default, metadata=metadata, kw_only=kw_only)
 
 
@@ -92,3 +100,60 @@ def misfit(field: Field[Any], value: Any) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Configured:
+    """Base of what has settings: methods, and what extends calls.
+
+    Args:
+        dtype: of the new parameters, or its name; None means that of the weight beside which they
+            stand, but at least float32.
+
+    Raises:
+        ValueError: for settings out of range; all of them are named.
+    """
+
+    name: ClassVar[str]
+
+    dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
+
+    def __post_init__(self) -> None:
+        problems = [misfit(field, getattr(self, field.name)) for field in fields(self)]
+        found = "; ".join(problem for problem in problems if problem is not None)
+        if found:
+            raise ValueError(f"{type(self).__name__}: {found}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values: what a file says of a delta."""
+        plain = (bool, int, float, str, type(None))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v if isinstance(v, plain) else str(v) for k, v in values.items()}
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What a saved delta and a network must agree on: the settings that enter the result."""
+        entering = {f.name for f in fields(self) if f.metadata.get("enters_weight", True)}
+        return {name: value for name, value in self.settings.items() if name in entering}
+
+    def __str__(self) -> str:
+        chosen = [field for field in fields(self) if not field.metadata.get("found")]
+        values = [(field, getattr(self, field.name)) for field in chosen]
+        shown = [f"{field.name}={value}" for field, value in values if value != field.default]
+        return f"{self.name}({', '.join(shown)})"
+
+    def delta_dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype of new parameters: the one asked for, else the weight's, 32 bits at least."""
+        return at_least_32_bits(weight.dtype) if self.dtype is None else dtype_of(self.dtype)
+
+    def like(self, weight: Tensor) -> dict[str, Any]:
+        """Dtype and device of new parameters beside that one, as keywords."""
+        return {"dtype": self.delta_dtype(weight), "device": weight.device}
+
+
+def at_least_32_bits(dtype: torch.dtype) -> torch.dtype:
+    """The same with more bits, where it has fewer."""
+    if dtype.itemsize == 1:  # float8 takes no part in promotion
+        return torch.float32
+    return torch.promote_types(dtype, torch.float32)
