@@ -168,7 +168,6 @@ def _adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
             adapter.follows = weights
             install(module, bias, adapter)
             adapter.follow_weights(module, bias)
-            module._parameters[bias].requires_grad = False  # type: ignore[union-attr]
 
 
 def _train_biases(module: nn.Module, row: LayerRow | None) -> None:

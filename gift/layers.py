@@ -19,6 +19,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 ConvLayout = Literal["balanced", "out_as_h"]
 
+LAYOUT_CHOICES = ("conv_layout", "split_qkv")  # what users choose; the rest of the options is not
+
 
 @dataclass(frozen=True)
 class LayoutOptions:

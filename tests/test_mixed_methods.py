@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -146,6 +147,18 @@ def test_scaled_outputs_include_the_bias_and_a_raw_parameter_does_not() -> None:
             net.ia3_l.copy_(factors[:, None])
     torch.testing.assert_close(layer(x), factors * outputs)
     torch.testing.assert_close(raw(x), factors * unbiased + raw._parameters["bias"])
+
+
+def test_a_pruned_bias_is_scaled_as_it_is_computed() -> None:
+    layer = nn.Linear(4, 3)
+    nn.utils.prune.random_unstructured(layer, "bias", amount=1)
+    x = torch.randn(2, 4)
+    outputs = layer(x).detach()
+    enable_fine_tuning(layer, IA3LinearFineTuningStrategy())
+    assert torch.equal(layer(x), outputs)
+    with torch.no_grad():
+        layer.ia3_l.fill_(2.0)
+    torch.testing.assert_close(layer(x), 2 * outputs)
 
 
 def test_a_scaled_bias_can_be_trained_as_well() -> None:

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from gift.adapt import adapt_module, adapt_tensor
 from gift.factories.recorded import Recorded, recorded
 from gift.generated import plain_class
-from gift.layers import LayoutOptions
+from gift.layers import LAYOUT_CHOICES, LayoutOptions
 from gift.methods import Method, method_of
 from gift.statistics import freeze_statistics
 
@@ -52,7 +52,7 @@ def _made(method: str | Method, settings: dict[str, Any]) -> tuple[Method, Layou
     """The method, the layouts, and whether biases are trained."""
     rest = dict(settings)
     train_bias = rest.pop("train_bias", False)
-    options = {k: rest.pop(k) for k in LayoutOptions.__dataclass_fields__ if k in rest}
+    options = {k: rest.pop(k) for k in LAYOUT_CHOICES if k in rest}
     made = method_of(method, rest)
     settled = LayoutOptions(**options).settled(made.conv_layouts, made.rows_are_outputs)
     return made, settled, train_bias

@@ -40,9 +40,11 @@ class FineTuningStrategy:
     """A list of caps: which modules and parameters are changed, and how; all else is frozen.
 
     For each module, from the network down, the first module cap that checks true claims it with all
-    below it. In a module that none claims, the first parameter cap that checks true takes each
-    parameter. What is claimed is left as the action leaves it; an action that does nothing keeps it
-    trainable. See `enable_fine_tuning`.
+    below it. (A cap whose action is open, `ma_bottleneck` or `ma_prompt`, extends the module and
+    claims nothing: later caps are still tried on it and on what is below.) In a module that none
+    claims, the first parameter cap that checks true takes each parameter. What is claimed is left
+    as the action leaves it; an action that does nothing keeps it trainable.
+    See `enable_fine_tuning`.
 
     Args:
         module_caps: for modules, ``(check, action)`` or ``(check, action, params)``.

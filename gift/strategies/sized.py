@@ -11,7 +11,7 @@ from gift.adapter import Adapter, adapters_of
 from gift.factories import Action, ma_adapt, pa_adapt
 from gift.factories.recorded import describe
 from gift.generated import joined, plain_class
-from gift.layers import LayoutOptions, row_of
+from gift.layers import LAYOUT_CHOICES, LayoutOptions, row_of
 from gift.methods import AdaptationError, Method, method_of
 from gift.strategies.base import Cap, FineTuningStrategy, register_strategy
 
@@ -71,9 +71,7 @@ class AdaptEach(Action):
         name, arguments = cap.action.recipe  # type: ignore[union-attr]
         given = arguments | cap.params
         method, self.train_bias = given.pop("method"), given.pop("train_bias", False)
-        options = {
-            key: given.pop(key) for key in LayoutOptions.__dataclass_fields__ if key in given
-        }
+        options = {key: given.pop(key) for key in LAYOUT_CHOICES if key in given}
         self.options = LayoutOptions(**options)
         self.method = method_of(method, given)
         self.of_parameters = name == pa_adapt.__name__
