@@ -15,7 +15,7 @@ from gift.calls.features import Features, features_of, weight_beside
 from gift.calls.tensors import first_tensor, with_first_changed
 from gift.extension import CallMethod, Forward, where
 from gift.methods import AdaptationError
-from gift.methods.settings import choice, flag, number, probability, setting, whole
+from gift.methods.settings import choice, flag, is_integer, number, probability, setting, whole
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -24,10 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda x: x,
 }
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Bottleneck(CallMethod):
     parallel: bool = flag()
     dropout: float = probability()
     dim: int | None = whole(None, enters_weight=False, kw_only=True)
-    axis: int | None = setting(None, "an integer", _is_integer, kw_only=True, found=True)
+    axis: int | None = setting(None, "an integer", is_integer, kw_only=True, found=True)
 
     def fit(self, module: nn.Module) -> Self:
         """The same with the axis of the module's features."""

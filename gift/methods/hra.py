@@ -11,12 +11,11 @@ from torch import Tensor
 from gift.methods.base import AdaptationError, RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.linear import Product, linear_forwards
-from gift.methods.settings import setting
+from gift.methods.settings import is_integer, setting
 
 
 def _is_even(value: Any) -> bool:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return is_whole and value >= 2 and value % 2 == 0
+    return is_integer(value) and value >= 2 and value % 2 == 0
 
 
 @register_method

@@ -12,11 +12,11 @@ from torch import Tensor
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.linear import Product, linear_forwards
-from gift.methods.settings import flag, number, setting
+from gift.methods.settings import flag, is_integer, number, setting
 
 
 def _is_factor(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0)
+    return is_integer(value) and (value == -1 or value > 0)
 
 
 @register_method

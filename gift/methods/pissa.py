@@ -1,6 +1,5 @@
 """PiSSA: LoRA that starts at the principal part of the weight."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,12 +8,11 @@ from torch import Tensor
 from gift.methods.anchored import AnchoredLoRA
 from gift.methods.base import register_method
 from gift.methods.factors import svd
-from gift.methods.settings import setting
+from gift.methods.settings import is_number, setting
 
 
 def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    return is_number(value) and value > 0
 
 
 @register_method

@@ -43,21 +43,21 @@ def whole(default: int | None, least: int = 1, **options: Any) -> Any:
     """An integer of at least `least`."""
 
     def check(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return is_integer(value) and value >= least
 
     return setting(default, f"an integer of at least {least}", check, **options)
 
 
 def number(default: float | None, **options: Any) -> Any:
     """A finite number."""
-    return setting(default, "a finite number", _is_number, **options)
+    return setting(default, "a finite number", is_number, **options)
 
 
 def probability(default: float = 0.0) -> Any:
     """A probability below one, of something that happens in training alone."""
 
     def check(value: Any) -> bool:
-        return _is_number(value) and 0 <= value < 1
+        return is_number(value) and 0 <= value < 1
 
     return setting(default, "a number in [0, 1)", check, enters_weight=False)
 
@@ -98,7 +98,13 @@ def misfit(field: Field[Any], value: Any) -> str | None:
     return f"{field.name} is {value!r}, expected {field.metadata['expected']}{others}"
 
 
-def _is_number(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, which True is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
