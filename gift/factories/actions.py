@@ -48,12 +48,11 @@ class Action(Recorded):
         return self.like(type(self)(self.prepare(network), open=self.open))
 
 
-def _made(method: str | Method, settings: dict[str, Any]) -> tuple[Method, LayoutOptions, bool]:
+def method_and_options(method: str | Method, **settings: Any) -> tuple[Method, LayoutOptions, bool]:
     """The method, the layouts, and whether biases are trained."""
-    rest = dict(settings)
-    train_bias = rest.pop("train_bias", False)
-    options = {k: rest.pop(k) for k in LAYOUT_CHOICES if k in rest}
-    made = method_of(method, rest)
+    train_bias = settings.pop("train_bias", False)
+    options = {k: settings.pop(k) for k in LAYOUT_CHOICES if k in settings}
+    made = method_of(method, settings)
     settled = LayoutOptions(**options).settled(made.conv_layouts, made.rows_are_outputs)
     return made, settled, train_bias
 
@@ -69,10 +68,12 @@ def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
     Raises:
         ValueError: for an unknown method or setting, or a value out of range.
     """
-    made = _made(method, settings)
+    made = method_and_options(method, **settings)
 
     def act(*place: Any, **params: Any) -> None:
-        adapt_module(place[4], *(_made(method, settings | params) if params else made))
+        adapt_module(
+            place[4], *(method_and_options(method, **(settings | params)) if params else made)
+        )
 
     return Action(act)
 
@@ -80,10 +81,10 @@ def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
 @recorded
 def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
     """Adapt one parameter of any module, whatever the module is; see `ma_adapt`."""
-    made = _made(method, settings)
+    made = method_and_options(method, **settings)
 
     def act(*place: Any, **params: Any) -> None:
-        own, options, _ = _made(method, settings | params) if params else made
+        own, options, _ = method_and_options(method, **(settings | params)) if params else made
         adapt_tensor(place[4], place[5], own, options)
 
     return Action(act)

@@ -9,10 +9,11 @@ from torch import nn
 from gift.adapt import adapt_module, adapt_tensor
 from gift.adapter import Adapter, adapters_of
 from gift.factories import Action, ma_adapt, pa_adapt
+from gift.factories.actions import method_and_options
 from gift.factories.recorded import describe
 from gift.generated import joined, plain_class
-from gift.layers import LAYOUT_CHOICES, LayoutOptions, row_of
-from gift.methods import AdaptationError, Method, method_of
+from gift.layers import row_of
+from gift.methods import AdaptationError, Method
 from gift.strategies.base import Cap, FineTuningStrategy, register_strategy
 
 
@@ -70,10 +71,7 @@ class AdaptEach(Action):
         self.cap = cap
         name, arguments = cap.action.recipe  # type: ignore[union-attr]
         given = arguments | cap.params
-        method, self.train_bias = given.pop("method"), given.pop("train_bias", False)
-        options = {key: given.pop(key) for key in LAYOUT_CHOICES if key in given}
-        self.options = LayoutOptions(**options)
-        self.method = method_of(method, given)
+        self.method, self.options, self.train_bias = method_and_options(**given)
         self.of_parameters = name == pa_adapt.__name__
 
     def method_at(self, layer: Layer) -> Method:
