@@ -4,8 +4,7 @@ from gift.choosing import suggest
 from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
 from gift.iterator import ModuleIterator
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
-
-__version__ = "0.1.0"
+from gift.version import __version__ as __version__
 
 __all__ = [
     "FineTuningStrategy",

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-import gift.adapted  # noqa: F401 - contributes what adapted modules gain
+import gift.adapted  # contributes what adapted modules gain
+import gift.quantised.layers  # noqa: F401 - and what those of bitsandbytes do
 from gift.adapter import Adapter, adapters_of, present_tensor
 from gift.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
 from gift.generated import change_class, joined, plain_class
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import AdaptationError, Method
+from gift.quantised import dequantised, is_quantised, not_yet_quantised, shape_of, stand_in
 
 
 def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: LayoutOptions) -> None:
@@ -35,10 +37,11 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
         shape = _lazy_probe(method)
         values = method.fit(shape).init(torch.empty(shape, device="meta"))
     else:
-        adapter.layout = layout_of(module, tensor, frozen.shape, options)
+        adapter.layout = layout_of(module, tensor, shape_of(frozen), options)
         adapter.method = method.fit(adapter.layout.matrix)
-        values = adapter.initial(frozen)
-        _check_shape(adapter, frozen, values)
+        readable = dequantised(frozen, module) if method.reads_weight else stand_in(frozen)
+        values = adapter.initial(readable)
+        _check_shape(adapter, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
     adapter.names = {key: prefix + key for key in values}
     taken = [name for name in adapter.names.values() if hasattr(module, name)]
@@ -76,10 +79,15 @@ def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
     if not isinstance(frozen, Tensor):
         have = [name for name, p in module._parameters.items() if p is not None]
         raise AdaptationError(f"it has no tensor {tensor!r}; it has {have}")
-    if not (frozen.is_floating_point() or frozen.is_complex()):
+    if before := not_yet_quantised(frozen):
         raise AdaptationError(
-            f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor "
-            "(a quantised weight cannot be read as a matrix: adapt before quantising)"
+            f"{tensor!r} is a {type(frozen).__name__} that is not quantised yet: {before} first"
+        )
+    if not (is_quantised(frozen) or frozen.is_floating_point() or frozen.is_complex()):
+        raise AdaptationError(
+            f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor, or one "
+            "that torchao or bitsandbytes has quantised (what others have cannot be read as a "
+            "matrix: adapt before quantising)"
         )
     if not is_lazy(frozen) and frozen.numel() == 0:
         raise AdaptationError(f"{tensor!r} has no elements, its shape is {tuple(frozen.shape)}")
@@ -151,13 +159,13 @@ def adapt_module(
         raise AdaptationError("; ".join(problems))
     if method.scales_outputs:
         for _, part, row in layers:
-            _adapt_biases(part, row)
+            adapt_biases(part, row)
     if train_bias:
         for _, part, row in layers:
             _train_biases(part, row)
 
 
-def _adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
+def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
     """Let each bias in `module` follow the weights to whose outputs it is added."""
     adapters = dict(adapters_of(module))
     for bias in row.names(module, row.biases) if row is not None else ():

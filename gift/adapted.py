@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gift.adapter import Adapter, adapters_of, plain_tensor
@@ -20,6 +19,7 @@ from gift.generated import Generated, Spec, contributes, generated_class, plain_
 from gift.layers import row_of
 from gift.methods import METHODS
 from gift.methods.base import dotted
+from gift.quantised import is_quantised, same_values
 
 
 class AdaptedModule(DeltaModule):
@@ -40,6 +40,15 @@ class AdaptedModule(DeltaModule):
                 parameter.requires_grad = requires_grad
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        adapted = name in self.__dict__.get("_gift_adapters", ())
+        if adapted and is_quantised(value) and not is_quantised(self._gift_frozen(name)):
+            raise RuntimeError(
+                f"{name!r} is adapted: quantise it before enable_fine_tuning, for what is "
+                "quantised now is the effective weight, delta and all"
+            )
+        super().__setattr__(name, value)
+
     def __delattr__(self, name: str) -> None:
         if name in self._gift_adapters:  # what reparametrises a weight begins like this
             raise _reparametrised(name)
@@ -57,7 +66,7 @@ class AdaptedModule(DeltaModule):
         if new is None or not adapter.method.reads_weight or adapter.is_on_meta(self):  # type: ignore[arg-type]
             return False
         now = self._parameters.get(tensor)  # type: ignore[attr-defined]
-        return now is not None and (now.is_meta or not torch.equal(now, new.to(now.device)))
+        return now is not None and (now.is_meta or not same_values(now, new.to(now.device)))
 
 
 def _reparametrised(tensor: str) -> RuntimeError:

@@ -13,6 +13,7 @@ from gift.delta import Delta, put_values
 from gift.generated import plain_class
 from gift.layers import Layout, LayoutOptions, bias_layout, layout_of
 from gift.methods import Method
+from gift.quantised import dequantised
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Adapter(Delta):
         """The effective weight, in the frozen one's dtype, rounded once."""
         if self.layout is None or is_sharded(frozen):
             return frozen
+        frozen = dequantised(frozen, module)
         method, parameters = self.delta_of(module)
         if method.dropout and module.training:
             parameters = method.drop(parameters, self.layout.input_axis)
@@ -116,7 +118,7 @@ class Adapter(Delta):
             put_values(module, made)
 
     def _frozen(self, module: Any, tensor: str) -> Tensor:
-        return present_tensor(module, tensor)
+        return dequantised(present_tensor(module, tensor), module)
 
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}

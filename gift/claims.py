@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapter import Adapter, adapters_of
-from gift.extension import Extension, named_extensions
+from gift.delta import deltas_of
+from gift.extension import named_extensions
 from gift.generated import joined, plain_class
+from gift.quantised import shape_of
 from gift.report import Claim
 
 Adapted = tuple[str, nn.Module, Adapter]
-Extended = tuple[str, nn.Module, Extension]
+Placed = tuple[str, nn.Module, Any]  # an Adapter or an Extension
 
 
 class Taken(NamedTuple):
@@ -26,7 +28,7 @@ class Taken(NamedTuple):
         module: the module that stands there now, if any.
         replaced: whether that is another one than before.
         parameter: name of the parameter, or None for the whole module.
-        extensions: of a module that was extended and left open, what it gained and where; None
+        gained: of a module that was changed and left open, its new deltas and where they are; None
             where the module is the cap's.
     """
 
@@ -36,11 +38,14 @@ class Taken(NamedTuple):
     module: nn.Module | None
     replaced: bool = False
     parameter: str | None = None
-    extensions: tuple[Extended, ...] | None = None
+    gained: tuple[Placed, ...] | None = None
 
     def adapters(self) -> Iterator[Adapted]:
         """The adapted tensors in what was taken: path, module that holds it, adapter."""
-        if self.module is None or self.extensions is not None:
+        if self.module is None:
+            return
+        if self.gained is not None:
+            yield from (placed for placed in self.gained if isinstance(placed[2], Adapter))
             return
         if self.parameter is not None:
             if adapter := adapters_of(self.module).get(self.parameter):
@@ -53,12 +58,12 @@ class Taken(NamedTuple):
     def parameters(self) -> Iterator[nn.Parameter | None]:
         """The parameters in what was taken, those that a method added included.
 
-        Those of an extension belong to the open cap that made it, and to no other.
+        Those of an open cap belong to it, and to no other.
         """
         if self.module is None:
             return
-        if self.extensions is not None:
-            yield from _parameters_of(self.extensions)
+        if self.gained is not None:
+            yield from _parameters_of(self.gained)
             return
         if self.parameter is None:
             others = {id(p) for p in _parameters_of(named_extensions(self.module))}
@@ -70,9 +75,16 @@ class Taken(NamedTuple):
             yield from (module._parameters.get(name) for name in adapter.names.values())
 
 
-def _parameters_of(extensions: Iterable[Extended]) -> Iterator[nn.Parameter | None]:
-    for _, module, extension in extensions:
-        yield from (module._parameters.get(name) for name in extension.names.values())
+def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[Placed]:
+    """All deltas in `module`: the path of the tensor or call, what has it, what changes it."""
+    for path, part in module.named_modules(prefix=prefix):
+        for key, delta in deltas_of(part).items():
+            yield (joined(path, key) if isinstance(delta, Adapter) else path), part, delta
+
+
+def _parameters_of(placed: Iterable[Placed]) -> Iterator[nn.Parameter | None]:
+    for _, module, delta in placed:
+        yield from (module._parameters.get(name) for name in delta.names.values())
 
 
 def claims_of(all_taken: Iterable[Taken]) -> list[Claim]:
@@ -92,7 +104,7 @@ def claims_of(all_taken: Iterable[Taken]) -> list[Claim]:
 def size_of(parameters: Iterable[nn.Parameter]) -> int:
     """Number of elements, tied ones once; a lazy parameter has none yet."""
     unique = {id(p): p for p in parameters}
-    return sum(0 if is_lazy(p) else p.numel() for p in unique.values())
+    return sum(0 if is_lazy(p) else shape_of(p).numel() for p in unique.values())
 
 
 def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
@@ -105,8 +117,8 @@ def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
 def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
     if taken.module is None:
         return "removed"
-    if taken.extensions is not None:
-        return _extended(taken.path, taken.extensions)
+    if taken.gained is not None:
+        return _gained(taken.path, taken.gained)
     if taken.replaced:
         return f"replaced by {plain_class(type(taken.module)).__name__}"
     adapted: dict[str, list[str]] = {}
@@ -120,12 +132,12 @@ def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
     return "; ".join(f"{text} on {_some(tensors)}" for text, tensors in adapted.items())
 
 
-def _extended(path: str, extensions: Iterable[Extended]) -> str:
+def _gained(path: str, placed: Iterable[Placed]) -> str:
     """What became of a module that stayed open; parts that only help are not worth a word."""
     told = []
-    for place, _, extension in extensions:
+    for place, _, delta in placed:
         inside = place.removeprefix(path).strip(".")
-        told += [f"{extension.method}" + f" on {inside}" * bool(inside)] * bool(extension.names)
+        told += [f"{delta.method}" + f" on {inside}" * bool(inside)] * bool(delta.names)
     return "; ".join(told) or "left as it is"
 
 

@@ -1,18 +1,23 @@
 """The three calls: enable, disable, plan."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from gift.adapter import is_sharded
 from gift.claims import size_of
-from gift.generated import Spec, spec_of
+from gift.delta import added_names, held
+from gift.generated import Spec, joined, spec_of
+from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
-from gift.network import NetworkRecord, delta_names, install_record, named_trainable, remove_record
+from gift.network import NetworkRecord, install_record, named_trainable, remove_record
 from gift.report import Report
-from gift.strategies.base import FineTuningStrategy
-from gift.transaction import Snapshot
+from gift.strategies.base import Cap, FineTuningStrategy
+from gift.transaction import Snapshot, all_or_nothing
 from gift.walk import Walk, closest_names
 
 
@@ -79,6 +84,7 @@ def enable_fine_tuning(
             keeps_base=keep_base,
             only_trainable_parameters=replace_parameter_function,
             only_trainable_state=trainable_state_dict,
+            recipe=_recipe(strategy),
         )
         install_record(module, record)
         _warn(report, strategy, module)  # which raises, where warnings are errors
@@ -88,6 +94,22 @@ def enable_fine_tuning(
     for parameter in named.values():
         parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
     return report
+
+
+@contextmanager
+def enabling_trained(
+    module: nn.Module, strategy: FineTuningStrategy, **options: Any
+) -> Iterator[Report]:
+    """Enable a strategy that was trained before; its values are put within the with block.
+
+    Whatever goes wrong in it, the network is as it was before. What is surprising about the
+    strategy was told when it was enabled first.
+    """
+    with all_or_nothing(module):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GiftWarning)
+            report = enable_fine_tuning(module, strategy, **options)
+        yield report
 
 
 def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
@@ -132,9 +154,21 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: if it is not being fine-tuned, or the values of the base were not kept.
     """
+    check_undoable(module)
+    remove_record(module).undo.apply(module)
+    return module
+
+
+def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
+    """Whether the deltas can be taken off; and, if `needs_base`, the base be given back.
+
+    Raises:
+        RuntimeError: if the network is not being fine-tuned, or the base was not kept.
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
     if not spec_of(module).network:
+        refuse_meanwhile(module)
         inside = [name for name, part in module.named_modules() if spec_of(part).network]
         hint = f"; inside it, {inside} are" if inside else ""
         raise RuntimeError(f"this {type(module).__name__} is not being fine-tuned{hint}")
@@ -143,27 +177,28 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
             f"this {type(module).__name__} was given another class since (by fully_shard?): "
             "fine-tuning cannot be disabled any more; load its state into a fresh network"
         )
-    record: NetworkRecord = module._gift_network  # type: ignore[assignment]
-    if not record.keeps_base:
-        raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
-    tensors = (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),  # layers may share one
-    )
-    gone = sorted(delta_names(module) - {name for name, _ in tensors})
+    gone = [
+        joined(path, name)
+        for path, part in module.named_modules()
+        for name in added_names(part)
+        if name not in held(part, name)
+    ]
     if gone:
         raise RuntimeError(
             f"{gone} were pruned or parametrised since: undo that first (prune.remove, "
             "remove_parametrizations)"
         )
+    record: NetworkRecord = module._gift_network  # type: ignore[assignment]
+    if not needs_base:
+        return
+    if not record.keeps_base:
+        raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
     late = [n for n, _ in named_trainable(module) if n not in record.chosen]
     if late:
         raise RuntimeError(
             f"{late} were unfrozen after enable_fine_tuning, which kept no copy of them: load the "
             "base again"
         )
-    remove_record(module).undo.apply(module)
-    return module
 
 
 def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
@@ -172,6 +207,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
     if not isinstance(strategy, FineTuningStrategy):
         hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
+    refuse_meanwhile(module, "merged")
     sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
     if sharded:
         raise ValueError(
@@ -189,6 +225,13 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
                 f"{path or 'the network'} is a {type(part).__name__}: enable fine-tuning on the "
                 "network inside first, then wrap, compile or script it"
             )
+
+
+def _recipe(strategy: FineTuningStrategy) -> dict[str, Any] | None:
+    try:
+        return strategy.to_config()
+    except ValueError:  # lambdas, which no file can name
+        return None
 
 
 _WRAPPERS = (
@@ -235,24 +278,25 @@ def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Re
             "(FreezeStrategy() says so on purpose)"
         )
     lines = [f"no cap of {type(strategy).__name__} matched anything in {type(module).__name__}:"]
-    hints = _hints(strategy, module)
-    lines += [text + hint for text, hint in zip(report.caps, hints, strict=True)]
+    lines += [
+        text + _hint(cap, module) for text, cap in zip(report.caps, strategy.caps, strict=True)
+    ]
     classes = sorted({type(part).__name__ for part in module.modules()})
     lines.append(f"the network has modules of these classes: {classes}")
     return "\n  ".join(lines)
 
 
-def _hints(strategy: FineTuningStrategy, module: nn.Module) -> list[str]:
-    """For each cap, the names in the network that are close to those that it looks for."""
-    close = [closest_names(c.check, module) for c in (*strategy.module_caps, *strategy.para_caps)]
-    return [f"; closest names: {names}" if names else "" for names in close]
+def _hint(cap: Cap, module: nn.Module) -> str:
+    """The names in the network that are close to those that a cap looks for."""
+    names = closest_names(cap.check, module)
+    return f"; closest names: {names}" if names else ""
 
 
 def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> None:
-    if report.unmatched:
-        hints = dict(zip(report.caps, _hints(strategy, module), strict=True))
-        for text in report.unmatched:
-            warnings.warn(f"{text} took nothing{hints[text]}", GiftWarning, stacklevel=3)
+    caps = dict(zip(report.caps, strategy.caps, strict=True))
+    for text in report.unmatched:
+        hint = _hint(caps[text], module)
+        warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
     if report.larger_than_weight:
         names = report.larger_than_weight
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

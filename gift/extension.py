@@ -22,6 +22,7 @@ from gift.methods import AdaptationError
 from gift.methods.settings import Configured, dtype_of
 
 Forward = Callable[..., Any]
+CALLS: dict[str, type["CallMethod"]] = {}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class CallMethod(Configured):
 
     name: ClassVar[str]
     """The name of the extension, and the beginning of its parameters' names."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        CALLS[cls.__name__] = cls  # files name it so
 
     def fit(self, module: nn.Module) -> Self:
         """The method with what its call must know of the module.

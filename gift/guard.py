@@ -1,6 +1,6 @@
 """Values that a foreign action writes into are kept, so that they can be put back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ class KeptValues(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self.storages = {_key(t): t.untyped_storage() for t in tensors if _has_memory(t)}
+        inner = [part for tensor in tensors for part in parts_of(tensor)]
+        self.storages = {_key(t): t.untyped_storage() for t in inner if _has_memory(t)}
         self.kept: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,7 +32,8 @@ class KeptValues(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[index] if index < len(args) else kwargs.get(argument.name)
                 for tensor in tree_leaves(value):
-                    self._keep(tensor)
+                    for part in parts_of(tensor):
+                        self._keep(part)
         return func(*args, **kwargs)
 
     def _keep(self, tensor: Any) -> None:
@@ -47,6 +49,8 @@ class KeptValues(TorchDispatchMode):
 
     def original(self, tensor: Tensor) -> Tensor | None:
         """What `tensor` was, if it was written into."""
+        if hasattr(tensor, "__tensor_flatten__"):
+            return self._rebuilt(tensor)
         storage = self.kept.get(_key(tensor)) if _has_memory(tensor) else None
         if storage is None:
             return None
@@ -54,6 +58,25 @@ class KeptValues(TorchDispatchMode):
         return (
             torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, *place).clone()
         )
+
+    def _rebuilt(self, tensor: Any) -> Tensor | None:
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name) for name in names}
+        before = {name: self.original(part) for name, part in parts.items()}
+        if all(value is None for value in before.values()):
+            return None
+        whole = {n: parts[n].clone() if v is None else v for n, v in before.items()}
+        shape, stride = tensor.shape, tensor.stride()
+        return type(tensor).__tensor_unflatten__(whole, context, shape, stride)
+
+
+def parts_of(tensor: Any) -> Iterator[Any]:
+    """The tensors with memory of which a tensor consists: itself, or those that it wraps."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _key(tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from gift.adapter import adapters_of
 from gift.delta import added_names, named_deltas, settings_of
 from gift.generated import Generated, Spec, change_class, contributes, joined
+from gift.quantised import statistics_names
 from gift.report import Report
 from gift.transaction import Undo
 
@@ -30,6 +31,7 @@ class NetworkRecord:
         keeps_base: whether the way back has the values of what is trained in place.
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
         only_trainable_state: whether ``state_dict()`` gives these and buffers only.
+        recipe: the strategy as plain data, None where a file cannot name it.
         loading: of the state that is being loaded, the prefix and the keys.
         rehearsing: whether that is only tried.
     """
@@ -40,6 +42,7 @@ class NetworkRecord:
     keeps_base: bool = True
     only_trainable_parameters: bool = True
     only_trainable_state: bool = True
+    recipe: dict[str, Any] | None = None
     loading: tuple[str, Set[str]] = ("", frozenset())
     rehearsing: bool = False
 
@@ -81,7 +84,7 @@ class FineTunedNetwork(Generated):
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
         if self._gift_network.only_trainable_state:
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            for name in frozen_names(self):
+            for name in (*frozen_names(self), *statistics_names(self)):
                 state.pop(prefix + name, None)
             _describe_deltas(self, state, prefix)
         return state

@@ -6,7 +6,8 @@ differs, as an `Undo`, which `disable_fine_tuning` applies. An `Undo` refers to 
 by object, so copies and pickles of the network carry a working one.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from gift.generated import plain_class
 from gift.guard import KeptValues
 from gift.statistics import release_statistics
 
-_OWN = ("_gift_adapters", "_gift_extensions", "_gift_network", "_gift_mode")
+OWN = ("_gift_adapters", "_gift_extensions", "_gift_network", "_gift_mode")
 
 
 class _Missing:
@@ -63,6 +64,18 @@ class ModuleUndo:
         for key, content in self.contents.items():
             _refill(state[key], content)
 
+    def present(self) -> "ModuleUndo":
+        """The same with what stands now where something was changed: the way forth again."""
+        state = self.module.__dict__
+        return ModuleUndo(
+            self.module,
+            plain=None if self.plain is None else type(self.module),
+            attributes=_as_now(state, self.attributes),
+            entries={key: _as_now(state[key], entries) for key, entries in self.entries.items()},
+            order={key: list(state[key]) for key in self.order},
+            contents={key: type(old)(state[key]) for key, old in self.contents.items()},
+        )
+
     def _follow_modes(self, originals: dict[Any, Any]) -> None:
         """Modules that come back take the mode of what stood in their place."""
         for name, original in originals.items():
@@ -99,7 +112,7 @@ class Undo:
             undo.apply()
         with torch.no_grad():
             for module, name, value in self.values:
-                _set_value(tensor_of(module, name), value)
+                put_value(tensor_of(module, name), value)
         for module, name, flag in self.requires_grad:
             if (parameter := module._parameters.get(name)) is not None:
                 parameter.requires_grad = flag
@@ -115,7 +128,8 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _set_value(tensor: Tensor, value: Tensor) -> None:
+def put_value(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor in place another value, and its shape and dtype."""
     if value.is_meta:
         return  # there was no value when it was kept
     if tensor.shape == value.shape and tensor.dtype == value.dtype:
@@ -215,7 +229,9 @@ class Snapshot:
             undo = ModuleUndo(module)
             if plain_class(type(module)) is not cls:
                 undo.plain = cls
-            undo.attributes = _difference(state, module.__dict__, _OWN)
+            undo.attributes = _difference(state, module.__dict__, OWN)
+            if "_gift_mode" in module.__dict__:
+                undo.attributes.pop("training", None)  # it knows the mode that was asked for last
             own = added_names(module)
             for key, value in state.items():
                 if not isinstance(value, _CONTAINERS) or key in undo.attributes:
@@ -228,6 +244,17 @@ class Snapshot:
                     undo.entries[key], undo.order[key] = entries, list(before)
             if undo.plain is not None or undo.attributes or undo.entries or undo.contents:
                 yield undo
+
+
+@contextmanager
+def all_or_nothing(network: nn.Module) -> Iterator[None]:
+    """Whatever goes wrong within it, the network is as it was before."""
+    snapshot = Snapshot(network)
+    try:
+        yield
+    except BaseException:
+        snapshot.rollback()
+        raise
 
 
 def _kept_grad(parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
@@ -258,6 +285,10 @@ def _differ(before: Any, after: Any) -> bool:
     if isinstance(before, set):
         return before != after
     return len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True))
+
+
+def _as_now(state: dict[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    return {key: state.get(key, _Missing) for key in keys}
 
 
 def _put_back(target: dict[Any, Any], entries: dict[Any, Any]) -> None:

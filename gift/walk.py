@@ -12,9 +12,9 @@ from torch import nn
 
 from gift.adapt import install, uninstall
 from gift.adapter import Adapter, adapters_of
-from gift.claims import Taken, claims_of
+from gift.claims import Taken, claims_of, placed_deltas
 from gift.delta import remove_tensor
-from gift.extension import named_extensions, settle_encoders
+from gift.extension import settle_encoders
 from gift.factories import Action
 from gift.factories.recorded import Recorded, bind
 from gift.generated import joined, plain_class
@@ -130,10 +130,10 @@ class Walk:
             return
         if self.extended.setdefault(id(now), path) != path:
             return  # under its first name already
-        before = {id(extension) for *_, extension in named_extensions(now)}
+        before = {id(delta) for *_, delta in placed_deltas(now)}
         self._run(cap, (parent, name, path, _class_name(now), now), path)
-        gained = [e for e in named_extensions(now, path) if id(e[2]) not in before]
-        self.taken.append(Taken(number, path, class_name, now, extensions=tuple(gained)))
+        gained = [d for d in placed_deltas(now, path) if id(d[2]) not in before]
+        self.taken.append(Taken(number, path, class_name, now, gained=tuple(gained)))
 
     def _offer(
         self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None

@@ -166,7 +166,7 @@ def ma_replace_head(num_classes: int) -> Action:
 
     def prepare(network: nn.Module) -> Callable[..., None]:
         def act(*place: Any) -> None:
-            head = _new_head(place[4], num_classes)
+            head = new_head(place[4], num_classes)
             _replace(place, head)
             for module in network.modules():
                 if head in module.modules():
@@ -187,7 +187,12 @@ def _replace(place: tuple[Any, ...], new: nn.Module) -> None:
     parent._modules[name] = new
 
 
-def _new_head(old: nn.Module, num_classes: int) -> nn.Module:
+def new_head(old: nn.Module, num_classes: int) -> nn.Module:
+    """A layer like `old`, a linear one or 1x1 convolution, with that many outputs.
+
+    Raises:
+        ValueError: if it is no such layer.
+    """
     if isinstance(old, LazyModuleMixin):
         raise ValueError("a lazy layer does not know its inputs yet: run a batch through it first")
     weight = next(nn.Module.parameters(old), None)

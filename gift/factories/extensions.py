@@ -20,7 +20,7 @@ from gift.methods import AdaptationError
 from gift.methods.base import dotted
 
 # Layers whose parents read their weights and never call them.
-_NEVER_CALLED = {
+NEVER_CALLED = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
 }
@@ -46,7 +46,7 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
     def act(*place: Any, **params: Any) -> None:
         parent, name, path, _, module = place
         for cls in type(parent).__mro__:
-            if name in _NEVER_CALLED.get(dotted(cls), ()):
+            if name in NEVER_CALLED.get(dotted(cls), ()):
                 raise AdaptationError(
                     f"it is never called, as {cls.__name__} reads its weight: extend {cls.__name__}"
                 )

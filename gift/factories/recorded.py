@@ -10,6 +10,9 @@ P = ParamSpec("P")
 R = TypeVar("R", bound="Recorded")
 
 
+_SHOWN = 5  # of a list of names, which may be as long as a network
+
+
 class Recorded:
     """An object with a recipe: the registered function that made it, and its arguments."""
 
@@ -30,7 +33,9 @@ class Recorded:
 
     def __repr__(self) -> str:
         name, arguments = self.recipe
-        shown = [describe(item) for item in arguments.get("*", [])]
+        given = arguments.get("*", [])
+        shown = [describe(item) for item in given[:_SHOWN]]
+        shown += [f"and {len(given) - _SHOWN} more"] * (len(given) > _SHOWN)
         # What is None, False or zero is an option that nobody took.
         taken = {k: v for k, v in arguments.items() if k != "*" and not _is_off(v)}
         shown += [f"{k}={describe(v)}" for k, v in taken.items()]

@@ -49,14 +49,19 @@ class AnchoredLoRA(LoRA):
             f"{self.name}_A0": nn.Buffer(a.clone()),
         }
 
-    def delta(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        r""":math:`s (B A - B_0 A_0)`."""
-        return super().delta(self._difference(parameters))
+    def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        r"""Factors of :math:`s (B A - B_0 A_0)`, of rank ``2 r``."""
+        return super().factors(self.difference(parameters))
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """``B`` and ``B0`` times the number."""
+        start = f"{self.name}_B0"
+        return super().multiplied(parameters, number) | {start: parameters[start] * number}
 
     def side(self, x: Tensor, parameters: Mapping[str, Tensor], training: bool) -> Tensor:
         r""":math:`s (B A - B_0 A_0)` times the input, which ``B A`` sees dropped while training."""
         if not (self.lora_dropout and training):
-            return super().side(x, self._difference(parameters), training)
+            return super().side(x, self.difference(parameters), training)
         trained = super().side(x, parameters, training)
         return trained - super().side(x, self.anchors(parameters), training=False)
 
@@ -65,7 +70,7 @@ class AnchoredLoRA(LoRA):
         b0, a0 = parameters[f"{self.name}_B0"], parameters[f"{self.name}_A0"]
         return {"lora_B": b0, "lora_A": a0}
 
-    def _difference(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def difference(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Factors of twice the rank whose product is ``B A - B0 A0``."""
         b, a = parameters["lora_B"], parameters["lora_A"]
         b0, a0 = self.anchors(parameters).values()
@@ -79,7 +84,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight, self.bias)
     method, parameters = adapter.delta_of(self)
     trained, start = (
-        adapter.layout.to_weight(LoRA.delta(method, factors))
+        adapter.layout.to_weight(torch.matmul(*LoRA.factors(method, factors)))
         for factors in (parameters, method.anchors(parameters))
     )
     output = self._conv_forward(input, self._gift_frozen("weight"), self.bias)

@@ -88,6 +88,18 @@ class Method(Configured):
         """
         return parameters
 
+    def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Factors whose product is the delta, whatever the matrix is; None where there are none."""
+        return None
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """Parameters, of these names and shapes, whose delta is `number` times that of these.
+
+        Raises:
+            AdaptationError: if there are none.
+        """
+        raise AdaptationError(f"no parameters of {self.name} give a multiple of a delta")
+
     def working_dtype(self, weight: Tensor) -> torch.dtype:
         """The dtype in which the effective weight is computed, which loses nothing of either."""
         return torch.promote_types(at_least_32_bits(weight.dtype), self.delta_dtype(weight))

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gift.methods.base import register_method
+from gift.methods.base import Method, register_method
 from gift.methods.linear import Product, linear_forwards
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
@@ -57,6 +57,13 @@ class DoRA(LoRA):
         ratio = self.ratio(matrix, parameters)
         factors = {**parameters, "lora_A": parameters.get("dropped_A", parameters["lora_A"])}
         return ratio * super().weight(matrix, factors)
+
+    def low_rank(self, parameters: Mapping[str, Tensor]) -> None:
+        """None: the norms of the rows take part."""
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """Refused, as there is none."""
+        return Method.multiplied(self, parameters, number)
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
         """Drop input features of the update, but not in its norm."""

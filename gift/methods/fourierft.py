@@ -82,3 +82,7 @@ class FourierFT(Method):
         change = torch.fft.ifft2(spectrum.view(matrix.shape))
         change = change if matrix.is_complex() else change.real
         return matrix + (self.scaling * change).to(matrix.dtype)
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """The coefficients times the number."""
+        return {**parameters, "fourierft_c": parameters["fourierft_c"] * number}

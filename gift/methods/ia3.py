@@ -61,6 +61,10 @@ class IA3(Method):
         factors = list(parameters.values())
         return matrix * (factors[0] if len(factors) == 1 else torch.cat(factors, -2))
 
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """Factors as many times as far from one."""
+        return {key: 1 + number * (factor - 1) for key, factor in parameters.items()}
+
 
 def _scaled(
     method: IA3,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.methods.base import dotted
+from gift.quantised import dequantised, is_quantised
+from gift.quantised import product as quantised_product
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,36 @@ class Product:
     def matrix(self) -> Tensor:
         """The frozen matrix, outputs as rows."""
         return self.weight.mT if self.transposed else self.weight
+
+
+@dataclass(frozen=True)
+class QuantisedProduct(Product):
+    """The product by the kernel of a quantised layer, which sees the packed matrix.
+
+    Args:
+        layer: that holds the weight.
+    """
+
+    layer: nn.Module
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``W0 x + bias``, also of a matrix that a method puts in place of the packed one."""
+        if is_quantised(self.weight):
+            return quantised_product(self.weight, self.layer, x, bias)
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @property
+    def matrix(self) -> Tensor:
+        """What the packed matrix stands for, made each time."""
+        return dequantised(self.weight, self.layer)
+
+
+def product_of(layer: Any, transposed: bool) -> Product:
+    """The product with the frozen matrix of an adapted layer."""
+    frozen = layer._gift_frozen("weight")
+    if is_quantised(frozen) and not transposed:
+        return QuantisedProduct(frozen, transposed, layer)
+    return Product(dequantised(frozen, layer), transposed)
 
 
 class LinearPath(Protocol):
@@ -64,17 +96,22 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
         adapter = self._gift_adapters["weight"]
         if not adapter.reads_alike:  # tied to a table that is read the other way round
             return Product(self.weight, transposed)(x, self.bias)
-        product = Product(self._gift_frozen("weight"), transposed)
         method, parameters = adapter.delta_of(self)
+        product = product_of(self, transposed)
         return path(method, parameters, x, product, self.bias, self.training)
 
     def linear(self: Any, input: Tensor) -> Tensor:
         return forward(self, input, transposed=False)
+
+    def linear_of_bitsandbytes(self: Any, x: Tensor) -> Tensor:
+        return forward(self, x, transposed=False)
 
     def conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
         return forward(self, x, transposed=True)
 
     return {
         dotted(nn.Linear.forward): linear,
+        "bitsandbytes.nn.modules.Linear4bit.forward": linear_of_bitsandbytes,
+        "bitsandbytes.nn.modules.Linear8bitLt.forward": linear_of_bitsandbytes,
         "transformers.pytorch_utils.Conv1D.forward": conv1d_of_transformers,
     }

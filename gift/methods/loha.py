@@ -70,6 +70,17 @@ class LoHa(RankedMethod):
         second = parameters["loha_B2"] @ parameters["loha_A2"]
         return torch.addcmul(matrix, first, second, value=self.scaling)
 
+    def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Factors of rank ``r^2``: each column of ``B1`` with each of ``B2``, so the rows."""
+        b1, a1, b2, a2 = (parameters[f"loha_{factor}"] for factor in ("B1", "A1", "B2", "A2"))
+        b = (b1[..., :, :, None] * b2[..., :, None, :]).flatten(-2)
+        a = (a1[..., :, None, :] * a2[..., None, :, :]).flatten(-3, -2)
+        return b, a * self.scaling
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """``B2`` times the number."""
+        return {**parameters, "loha_B2": parameters["loha_B2"] * number}
+
 
 def _side_path(
     method: LoHa,
@@ -80,17 +91,15 @@ def _side_path(
     training: bool,
 ) -> Tensor:
     """``W0 x + bias + s B A x``: the update is a product of factors of rank ``r^2``."""
-    rows, columns = product.matrix.shape
-    b1, a1, b2, a2 = (parameters[f"loha_{factor}"] for factor in ("B1", "A1", "B2", "A2"))
+    rows, columns = len(parameters["loha_B1"]), parameters["loha_A1"].shape[1]
+    terms = parameters["loha_A1"].shape[0] * parameters["loha_A2"].shape[0]
     # For each input the side path computes with the factors three times, forward and for the
     # gradients of both sides; the effective weight costs a gradient of its own size.
-    if 3 * len(a1) * len(a2) * (rows + columns) > rows * columns:
+    if 3 * terms * (rows + columns) > rows * columns:
         return _general_path(method, parameters, x, product, bias)
     output = product(x, bias)
-    b = (b1[:, :, None] * b2[:, None, :]).flatten(1)
-    a = (a1[:, None, :] * a2[None, :, :]).flatten(0, 1)
-    hidden = F.linear(x.to(a.dtype), a * method.scaling)
-    return (output + F.linear(hidden, b)).to(output.dtype)
+    b, a = method.low_rank(parameters)
+    return (output + F.linear(F.linear(x.to(a.dtype), a), b)).to(output.dtype)
 
 
 def _general_path(
@@ -101,10 +110,10 @@ def _general_path(
     bias: Tensor | None,
 ) -> Tensor:
     """``W' x + bias``."""
-    frozen = product.weight
-    dtype = method.working_dtype(frozen)
+    matrix = product.matrix
+    dtype = method.working_dtype(matrix)
     factors = {key: value.to(dtype) for key, value in parameters.items()}
-    weight = method.weight(product.matrix.to(dtype), factors).to(frozen.dtype)
+    weight = method.weight(matrix.to(dtype), factors).to(matrix.dtype)
     return replace(product, weight=weight.mT if product.transposed else weight)(x, bias)
 
 

@@ -44,6 +44,7 @@ class LoKr(RankedMethod):
         alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
         factor: what the smaller part of a split should be, or at most be where it is no divisor; -1
             splits as evenly as possible.
+        column_factor: the same for the columns; None means `factor`.
         decompose_both: let `w1` be a product of two factors as well.
         full_matrix: let `w2` be one matrix; there is no rank, then.
         clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
@@ -62,6 +63,9 @@ class LoKr(RankedMethod):
     factor: int = setting(-1, "-1 or an integer of at least 1", _is_factor)
     decompose_both: bool = flag()
     full_matrix: bool = flag()
+    column_factor: int | None = setting(
+        None, "-1 or an integer of at least 1", _is_factor, kw_only=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +98,9 @@ class LoKr(RankedMethod):
 
     def _split(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
         """The shapes ``(a, c)`` and ``(b, d)`` of `w1` and `w2`."""
-        (a, b), (c, d) = (factorization(size, self.factor) for size in shape[-2:])
+        rows, columns = shape[-2:]
+        of_columns = self.factor if self.column_factor is None else self.column_factor
+        (a, b), (c, d) = factorization(rows, self.factor), factorization(columns, of_columns)
         return (a, c), (b, d)
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -123,6 +129,11 @@ class LoKr(RankedMethod):
             w2 = parameters["lokr_w2_a"] @ parameters["lokr_w2_b"]
         product = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # (..., a, b, c, d)
         return matrix + product.reshape(matrix.shape)
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """The last factor of `w2`, or `w2` itself, times the number."""
+        last = "lokr_w2" if "lokr_w2" in parameters else "lokr_w2_b"
+        return {**parameters, last: parameters[last] * number}
 
     def _w1(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """`w1` with the scaling."""

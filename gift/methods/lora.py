@@ -82,7 +82,20 @@ class LoRA(RankedMethod):
 
     def delta(self, parameters: Mapping[str, Tensor]) -> Tensor:
         r""":math:`s B A`."""
-        return self.scaled(parameters["lora_B"]) @ parameters["lora_A"]
+        left, right = self.factors(parameters)
+        return left @ right
+
+    def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``s B`` and ``A``."""
+        return self.scaled(parameters["lora_B"]), parameters["lora_A"]
+
+    def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The factors."""
+        return self.factors(parameters)
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """``B`` times the number."""
+        return {**parameters, "lora_B": parameters["lora_B"] * number}
 
     def side(self, x: Tensor, parameters: Mapping[str, Tensor], training: bool) -> Tensor:
         r""":math:`s B A` times the input, which is dropped while training."""

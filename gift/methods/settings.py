@@ -75,13 +75,21 @@ def choice(default: str, *others: str, **options: Any) -> Any:
 
 
 def floating_dtype() -> Any:
-    """A floating-point or complex torch dtype, or its name."""
+    """A floating-point or complex torch dtype of 16 bits at least, or its name."""
 
     def check(value: Any) -> bool:
         dtype = dtype_of(value)
-        return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+        if not isinstance(dtype, torch.dtype) or dtype.itemsize < 2:  # in which nothing is drawn
+            return False
+        return dtype.is_floating_point or dtype.is_complex
 
-    return setting(None, "a floating-point torch dtype", check, enters_weight=False, kw_only=True)
+    return setting(
+        None,
+        "a floating-point torch dtype of at least 16 bits",
+        check,
+        enters_weight=False,
+        kw_only=True,
+    )
 
 
 def dtype_of(given: torch.dtype | str | None) -> Any:
@@ -135,7 +143,10 @@ class Configured:
         """The settings as plain values: what a file says of a delta."""
         plain = (bool, int, float, str, type(None))
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: v if isinstance(v, plain) else str(v) for k, v in values.items()}
+        return {
+            k: v if isinstance(v, plain) else str(v).removeprefix("torch.")
+            for k, v in values.items()
+        }
 
     @property
     def meaning(self) -> dict[str, Any]:

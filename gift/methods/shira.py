@@ -74,3 +74,7 @@ class SHiRA(RankedMethod):
         values, where = parameters["shira_S"].to(matrix.dtype), parameters["shira_M"]
         update = torch.zeros_like(matrix).flatten(-2).scatter(-1, where, values)
         return matrix + update.view(matrix.shape)
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """The entries times the number."""
+        return {**parameters, "shira_S": parameters["shira_S"] * number}

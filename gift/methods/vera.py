@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import seeded_buffer
 from gift.methods.linear import Product, linear_forwards
-from gift.methods.settings import number, probability, whole
+from gift.methods.settings import flag, number, probability, whole
 
 
 @register_method
@@ -26,12 +26,14 @@ class VeRA(RankedMethod):
     For a matrix ``(rows, columns)`` it adds ``vera_b (rows,)``, which starts at zero, so that the
     update is zero, and ``vera_d (r,)``, which starts at `d_initial`, for each group where there are
     several: ``rows + r`` parameters. Beside them stand ``vera_A (r, columns)`` and ``vera_B (rows,
-    r)``, which are frozen and never saved: they are drawn from the seed.
+    r)``, which are frozen, drawn from the seed, and as a rule never saved.
 
     Whatever its size, each layer takes the leading part of one pair that has no end: there is no
     largest layer that must be known before. That part is scaled to the bounds of Kaiming's uniform
     draw, ``±sqrt(6/columns)`` and ``±sqrt(6/r)``. Layers that need the same matrix share its
-    memory; the groups of a weight have equal ones. PEFT draws another pair from the same seed.
+    memory; the groups of a weight have equal ones. PEFT draws another pair from the same seed, so
+    what it trained is read with `save_projection`: each layer has a pair of its own then, which any
+    values may be written into, and which is saved with the delta.
 
     Args:
         rank: `r`. It may exceed both rows and columns, up to ``rows * columns``: terms beyond that
@@ -40,6 +42,8 @@ class VeRA(RankedMethod):
         vera_dropout: probability with which an input of the delta is dropped while training. Where
             the layer reads its weight itself, one mask over the columns serves the whole batch.
         seed: of the random pair.
+        save_projection: save the pair with the delta, ``r * (rows + columns)`` numbers that are not
+            trained.
         clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
         dtype: of vectors and matrices, or its name; None means the weight's, but at least float32.
     """
@@ -53,6 +57,7 @@ class VeRA(RankedMethod):
     d_initial: float = number(0.1, enters_weight=False)
     vera_dropout: float = probability()
     seed: int = whole(0, least=0)
+    save_projection: bool = flag()
 
     @property
     def dropout(self) -> float:  # type: ignore[override]
@@ -69,18 +74,31 @@ class VeRA(RankedMethod):
         *groups, rows, columns = matrix.shape
         like = self.like(matrix)
         a, b = (*groups, self.rank, columns), (*groups, rows, self.rank)
+        pair = {
+            "vera_A": seeded_buffer(_draw_a, self.seed, a, **like),
+            "vera_B": seeded_buffer(_draw_b, self.seed, b, **like),
+        }
+        if self.save_projection:
+            pair = {name: nn.Buffer(drawn.detach().clone()) for name, drawn in pair.items()}
         return {
             "vera_b": torch.zeros(*groups, rows, **like),
             "vera_d": torch.full((*groups, self.rank), self.d_initial, **like),
-            "vera_A": seeded_buffer(_draw_a, self.seed, a, **like),
-            "vera_B": seeded_buffer(_draw_b, self.seed, b, **like),
+            **pair,
         }
 
     def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + diag(b) B diag(d) A``."""
-        left = parameters["vera_b"].unsqueeze(-1) * parameters["vera_B"]
-        right = parameters["vera_d"].unsqueeze(-1) * parameters["vera_A"]
+        left, right = self.low_rank(parameters)
         return matrix + left @ right
+
+    def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``diag(b) B`` and ``diag(d) A``."""
+        left = parameters["vera_b"].unsqueeze(-1) * parameters["vera_B"]
+        return left, parameters["vera_d"].unsqueeze(-1) * parameters["vera_A"]
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """`b` times the number."""
+        return {**parameters, "vera_b": parameters["vera_b"] * number}
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
         """Drop columns of ``A``: rows are outputs in every layer."""

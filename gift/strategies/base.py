@@ -118,6 +118,11 @@ class FineTuningStrategy:
         """Add a parameter cap after the present ones, to this strategy alone."""
         self._register("para_caps", (check, action, params or {}))
 
+    @property
+    def caps(self) -> list[Cap]:
+        """All caps, those for modules first."""
+        return [*self.module_caps, *self.para_caps]
+
     def _register(self, kind: str, cap: CapLike) -> None:
         problems: list[str] = []
         caps = _caps(kind, [cap], problems)

@@ -304,6 +304,13 @@ METHODS: dict[str, MethodCase] = {
         {"rank": 4, "seed": 5, "d_initial": 0.3},
         "outputs",
     ),
+    "vera_saved_projection": MethodCase(
+        "vera",
+        scaled_random,
+        lambda rows, columns: 3 + rows,
+        {"rank": 3, "save_projection": True},
+        "outputs",
+    ),
     "pissa": MethodCase("pissa", anchored_low_rank("pissa", lambda rank: 1.0), low_rank_count(3)),
     "pissa_scaled": MethodCase(
         "pissa",

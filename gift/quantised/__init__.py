@@ -1,0 +1,25 @@
+"""Quantised weights: the only folder that knows how packages hold them."""
+
+from gift.quantised.tensors import (
+    dequantised,
+    is_quantised,
+    not_yet_quantised,
+    product,
+    requantised,
+    same_values,
+    shape_of,
+    stand_in,
+    statistics_names,
+)
+
+__all__ = [
+    "dequantised",
+    "is_quantised",
+    "not_yet_quantised",
+    "product",
+    "requantised",
+    "same_values",
+    "shape_of",
+    "stand_in",
+    "statistics_names",
+]

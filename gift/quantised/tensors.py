@@ -1,0 +1,157 @@
+"""Quantised weights of all kinds: what they stand for, products with them, quantising again.
+
+No package is imported here: a tensor of a package can be met only where somebody has imported that.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift.methods.base import AdaptationError
+from gift.quantised import bitsandbytes, torchao
+from gift.quantised.rows import QuantisedRow
+
+QUANTISED: tuple[QuantisedRow, ...] = (*torchao.ROWS, *bitsandbytes.ROWS)
+
+_FAILURES = (RuntimeError, ImportError, AttributeError, AssertionError, ValueError, TypeError)
+"""What packages raise where a format or device has no such function."""
+
+
+def is_quantised(tensor: Any) -> bool:
+    """Whether it is a quantised tensor of a kind that is known here."""
+    return _row_for(tensor) is not None
+
+
+def not_yet_quantised(tensor: Any) -> str | None:
+    """What must happen to a tensor that will be quantised but is not, in words."""
+    cls: type = type(tensor)
+    row = _row_of(cls) if isinstance(tensor, Tensor) else None
+    return None if row is None or row.holds(tensor) else row.before
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the matrix that a tensor stands for, which may be packed in another one."""
+    row = _row_for(tensor)
+    return tensor.shape if row is None else row.shape(tensor)
+
+
+def dequantised(tensor: Tensor, module: Any = None) -> Tensor:
+    """What a quantised tensor stands for, in floating point; any other tensor as it is.
+
+    Args:
+        tensor: of any kind.
+        module: that holds it: a ``Linear8bitLt`` keeps the scales after its first call.
+
+    Raises:
+        AdaptationError: if the package cannot do it, here or on this device.
+    """
+    row = _row_for(tensor)
+    if row is None:
+        return tensor
+    if tensor.is_meta:
+        return stand_in(tensor)
+    try:
+        with torch.no_grad():
+            return row.dequantise(tensor, module)
+    except _FAILURES as error:
+        raise AdaptationError(
+            f"a {type(tensor).__name__} on {tensor.device} cannot be dequantised "
+            f"({type(error).__name__}: {error}); another format or device may do"
+        ) from error
+
+
+def same_values(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one kind hold the same; most quantised ones cannot be compared."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        tensor, other = dequantised(tensor), dequantised(other)
+    return torch.equal(tensor, other)
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """Zeros like what a quantised tensor stands for, which take no memory; others as they are."""
+    if not is_quantised(tensor):
+        return tensor
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
+    return torch.zeros((), dtype=dtype, device=tensor.device).expand(shape_of(tensor))
+
+
+def requantised(tensor: Tensor, value: Tensor) -> nn.Parameter | None:
+    """Another value, quantised as `tensor` is: same type, groups and options.
+
+    Args:
+        tensor: a quantised tensor.
+        value: of the shape of what `tensor` stands for.
+
+    Returns:
+        A frozen parameter, or None where that cannot be done.
+    """
+    row = _row_for(tensor)
+    if row is None:
+        return None
+    try:
+        with torch.no_grad():
+            new = row.requantise(tensor, value)
+    except _FAILURES:
+        return None
+    if new is None or isinstance(new, nn.Parameter):
+        return new
+    return nn.Parameter(new, requires_grad=False)
+
+
+def product(tensor: Tensor, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``W0 x + bias`` by the kernel of the quantised layer, bit for bit what that gives.
+
+    The gradient is that of the product with the matrix for which the tensor stands: some kernels
+    have none of their own, and others would keep that matrix for it.
+    """
+    return _Product.apply(x, bias, tensor, module)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Any, tensor: Tensor, module: Any) -> Tensor:
+        ctx.tensor, ctx.module = tensor, module
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        row = _row_for(tensor)
+        assert row is not None
+        return row.product(tensor, module, x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,), (dtype, bias_dtype) = gradients, ctx.dtypes
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            matrix = dequantised(ctx.tensor, ctx.module)
+            of_x = (gradient @ matrix.to(gradient.dtype)).to(dtype)
+        if ctx.needs_input_grad[1]:
+            of_bias = gradient.flatten(0, -2).sum(0).to(bias_dtype)
+        return of_x, of_bias, None, None
+
+
+def statistics_names(network: Any) -> Iterator[str]:
+    """Names in a state of what belongs to quantised tensors and is no parameter or buffer."""
+    for path, module in network.named_modules():
+        for name, parameter in module._parameters.items():
+            if (row := _row_for(parameter)) is not None:
+                prefix = f"{path}." if path else ""
+                yield from (prefix + stored for stored in row.stored(parameter, module, name))
+
+
+def _row_for(tensor: Any) -> QuantisedRow | None:
+    cls: type = type(tensor)
+    if cls is nn.Parameter:
+        row = next((r for r in QUANTISED if r.mark and hasattr(tensor, r.mark)), None)
+    else:
+        row = None if cls is Tensor or not isinstance(tensor, Tensor) else _row_of(cls)
+    return row if row is not None and row.holds(tensor) else None
+
+
+_rows: dict[type, QuantisedRow | None] = {}
+
+
+def _row_of(cls: type) -> QuantisedRow | None:
+    if cls not in _rows:
+        _rows[cls] = next((row for row in QUANTISED if row.matches(cls)), None)
+    return _rows[cls]

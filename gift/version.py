@@ -1,0 +1,3 @@
+"""The version of gift."""
+
+__version__ = "0.1.0"
