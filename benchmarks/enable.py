@@ -10,8 +10,6 @@ import argparse
 import gc
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -22,15 +20,12 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import peft
 import torch
-import transformers
+from _common import linear_pattern, llama_7b, machine, peak
 from peft import LoraConfig, get_peft_model
 from tabulate import tabulate
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import gift
 from gift import enable_fine_tuning
 from gift.strategies.lora import LoRALinearFineTuningStrategy
 
@@ -52,22 +47,8 @@ def adapt_with_peft(network: nn.Module, rank: int, pattern: str) -> list[nn.Para
 CONTENDERS = {"gift": adapt_with_gift, "peft": adapt_with_peft}
 
 
-def linear_pattern(network: nn.Module) -> str:
-    """A short regular expression for the names of all linear layers.
-
-    PEFT is fastest with one, and its "all-linear" passes the output layer of a transformer by.
-    """
-    names = {n.rpartition(".")[2] for n, m in network.named_modules() if isinstance(m, nn.Linear)}
-    return r"(.*\.)?(" + "|".join(sorted({r"\d+" if n.isdigit() else n for n in names})) + ")"
-
-
 def linear_layers(number: int, width: int = 64) -> nn.Module:
     return nn.Sequential(*[nn.Linear(width, width) for _ in range(number)])
-
-
-def llama_7b() -> nn.Module:
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig())
 
 
 def compare(make: Callable[[], nn.Module], rounds: int) -> dict[str, Any]:
@@ -95,12 +76,6 @@ def compare(make: Callable[[], nn.Module], rounds: int) -> dict[str, Any]:
         "peft_over_gift": medians["peft"] / medians["gift"],
         "rounds_s": seconds,
     }
-
-
-def peak() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory(contender: str) -> dict[str, int]:
@@ -136,17 +111,6 @@ def compare_memory(rounds: int) -> dict[str, Any]:
         "median_growth_bytes": {name: median(values) for name, values in growth.items()},
         "rounds_growth_bytes": growth,
     }
-
-
-def machine() -> dict[str, Any]:
-    modules = {"torch": torch, "gift": gift, "peft": peft, "transformers": transformers}
-    return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    } | {name: str(module.__version__) for name, module in modules.items()}
 
 
 def table(results: dict[str, Any]) -> str:

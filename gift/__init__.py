@@ -2,18 +2,24 @@
 
 from gift.choosing import suggest
 from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
+from gift.files import DeltaFile, DeltaFileError, inspect, load, save
 from gift.iterator import ModuleIterator
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
 
 __all__ = [
+    "DeltaFile",
+    "DeltaFileError",
     "FineTuningStrategy",
     "GiftWarning",
     "ModuleIterator",
     "disable_fine_tuning",
     "enable_fine_tuning",
+    "inspect",
+    "load",
     "load_strategy_from_config",
     "merge_strategies",
     "plan_fine_tuning",
+    "save",
     "suggest",
 ]

@@ -31,8 +31,16 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from gift import FineTuningStrategy, GiftWarning, disable_fine_tuning, enable_fine_tuning
+import gift
+from gift import (
+    DeltaFileError,
+    FineTuningStrategy,
+    GiftWarning,
+    disable_fine_tuning,
+    enable_fine_tuning,
+)
 from gift.factories import pa_train
+from gift.files.container import read
 from gift.methods import METHODS
 from gift.strategies import (
     STRATEGIES,
@@ -395,6 +403,102 @@ def a_method_under_fsdp_trains_as_one_process_does(method: str, folder: Path) ->
     # A large update amplifies the differences of its parameters.
     outputs = (outputs_of(one, "transformer") for one in (network, alone))
     assert_close(*outputs, rtol=1e-6, atol=1e-9)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def assert_same_file(path: Path, other: Path) -> None:
+    """The same header, with the digests of all tensors and of the base, and the same tensors."""
+    (header, tensors), (expected, wanted) = read(path), read(other)
+    assert header == expected
+    assert_same(tensors, wanted)
+
+
+def alone_with_the_values_of(network: nn.Module, name: str) -> nn.Module:
+    """A network of this process alone with the trained values of one that is sharded."""
+    alone = tuned(name, seed=3)
+    alone.load_state_dict({key: value.clone() for key, value in full_state(network).items()})
+    return alone
+
+
+@every_network
+def ddp_saves_the_file_of_one_process(name: str, folder: Path) -> None:
+    network = tuned(name)
+    ddp = DistributedDataParallel(network)
+    train(ddp, name, our_half())
+    gift.save(ddp, folder / "ddp")  # each process does: the file is whole whoever comes last
+    gift.save(network, folder / f"alone-{dist.get_rank()}")
+    dist.barrier()
+    assert_same_file(folder / "ddp", folder / f"alone-{dist.get_rank()}")
+
+    plain, wrapped = base_network(name), DistributedDataParallel(tuned(name, seed=2))
+    for fresh in (plain, wrapped):
+        gift.load(fresh, folder / "ddp")
+        assert torch.equal(outputs_of(fresh, name), outputs_of(network, name))
+
+
+@every_network
+def fsdp_saves_the_file_of_one_process_and_loads_it(name: str, folder: Path) -> None:
+    network = shard(tuned(name))
+    train(network, name, our_half())
+    alone = alone_with_the_values_of(network, name)
+    gift.save(network, folder / "sharded")
+    gift.save(alone, folder / f"alone-{dist.get_rank()}")
+    assert_same_file(folder / "sharded", folder / f"alone-{dist.get_rank()}")
+
+    fresh, plain = shard(tuned(name, seed=2)), base_network(name)
+    gift.load(fresh, folder / "sharded")
+    assert_same(full_state(fresh), full_state(network))
+    assert torch.equal(outputs_of(fresh, name), outputs_of(network, name))
+    gift.load(plain, folder / "sharded")
+    assert_near(outputs_of(plain, name), outputs_of(network, name))
+
+
+@scenario("recurrent")
+def fsdp_with_full_fine_tuning_keeps_ties_in_the_file(name: str, folder: Path) -> None:
+    def full(seed: int) -> nn.Module:
+        network = base_network(name)
+        enable_fine_tuning(network, FullFineTuningStrategy())
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.normal_()
+        return network
+
+    alone, network, fresh = full(1), shard(full(1)), shard(full(2))
+    gift.save(network, folder / "sharded")
+    gift.save(alone, folder / f"alone-{dist.get_rank()}")
+    assert_same_file(folder / "sharded", folder / f"alone-{dist.get_rank()}")
+    gift.load(fresh, folder / "sharded")
+    assert_same(full_state(fresh), full_state(network))
+
+
+@every_network
+def fsdp_refuses_other_files_in_all_processes(name: str, folder: Path) -> None:
+    network, other = shard(tuned(name)), base_network(name)
+    torch.manual_seed(1)
+    enable_fine_tuning(other, LoRAAllFineTuningStrategy(rank=2))
+    gift.save(other, folder / f"other-{dist.get_rank()}")
+    before = {key: value.clone() for key, value in full_state(network).items()}
+    with pytest.raises(DeltaFileError, match="'rank': 2"):
+        gift.load(network, folder / f"other-{dist.get_rank()}")
+    assert_same(full_state(network), before)
+
+
+@scenario("convolutional")
+def a_sharded_save_that_fails_fails_in_all_processes(name: str, folder: Path) -> None:
+    """And none of them waits for ever for the one that writes."""
+    network = shard(tuned(name))
+    (folder / "taken").mkdir(exist_ok=True)
+    with pytest.raises(OSError, match="directory"):
+        gift.save(network, folder / "taken")
+    gift.save(network, folder / "free")
+    assert (folder / "free").is_file()
+    with torch.no_grad():
+        next(network.parameters()).fill_(torch.nan)
+    with pytest.raises(DeltaFileError, match="not finite"):
+        gift.save(network, folder / "free")
 
 
 # --- refusals ------------------------------------------------------------------------------------

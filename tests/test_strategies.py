@@ -76,6 +76,7 @@ from gift.strategies import (
     SizedStrategy,
     register_strategy,
 )
+from gift.strategies.resolved import ResolvedStrategy
 from gift.utils.info import collect_trainable_parameters, summary, table_info
 from gift.utils.network_tool import trainable_parameters
 from tests.common import all_bits, enabled, picture, trainable
@@ -758,6 +759,17 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
     "PromptFineTuningStrategy": [
         PromptFineTuningStrategy(at="0"),
         PromptFineTuningStrategy(3, head=True, at=mc_path("1"), strip=False),
+    ],
+    "ResolvedStrategy": [
+        ResolvedStrategy(
+            [{"method": "lora", "settings": {"rank": 2}, "layout": {"split_qkv": True},
+              "tensors": {"0.0.weight": [16, 16], "3.weight": None}},
+             {"method": "ia3", "settings": {}, "layout": {}, "tensors": {"1.0.weight": None},
+              "biases": {"1.0.bias": None}},
+             {"call": "Bottleneck", "settings": {"size": 2}, "modules": {"1": None}}],
+            trained=["0.1.bias"], statistics=["3"], heads={"2": 4}),
+        ResolvedStrategy(trained=["0.1.weight"]),
+        ResolvedStrategy(),
     ],
     "Custom": [Custom(2, paths=["2", "0.0"]), Custom(rank=1, paths=("1.0",))],
 }  # fmt: skip

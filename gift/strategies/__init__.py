@@ -21,6 +21,7 @@ from gift.strategies.parts import (
     ModulesFineTuningStrategy,
     NormFineTuningStrategy,
 )
+from gift.strategies.resolved import ResolvedStrategy
 from gift.strategies.sized import SizedStrategy
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ModulesFineTuningStrategy",
     "NormFineTuningStrategy",
     "PromptFineTuningStrategy",
+    "ResolvedStrategy",
     "SizedStrategy",
     "load_strategy_from_config",
     "merge_strategies",

@@ -1,0 +1,50 @@
+"""What several benchmarks need: shapes, names of layers, the machine."""
+
+import os
+import platform
+import resource
+import sys
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gift
+
+
+def linear_pattern(network: nn.Module) -> str:
+    """A short regular expression for the names of all linear layers.
+
+    PEFT is fastest with one, and its "all-linear" passes the output layer of a transformer by.
+    """
+    names = {n.rpartition(".")[2] for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    return r"(.*\.)?(" + "|".join(sorted({r"\d+" if n.isdigit() else n for n in names})) + ")"
+
+
+def llama_7b(layers: int = 32) -> nn.Module:
+    """The shape of Llama 7B, or less deep, on the meta device."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))
+
+
+def peak() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine() -> dict[str, Any]:
+    """The machine, and the versions of the contenders."""
+    modules = {"torch": torch, "gift": gift, "peft": peft, "transformers": transformers}
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    } | {name: str(module.__version__) for name, module in modules.items()}

@@ -1,0 +1,9 @@
+"""Deltas as files."""
+
+from gift.files.container import DeltaFileError
+from gift.files.description import describe_deltas, resolve
+from gift.files.inspecting import DeltaFile, inspect
+from gift.files.loading import load
+from gift.files.saving import save
+
+__all__ = ["DeltaFile", "DeltaFileError", "describe_deltas", "inspect", "load", "resolve", "save"]

@@ -1,0 +1,185 @@
+"""The container: one safetensors file that is written whole or not at all, and read with suspicion.
+
+Beside the tensors stand two texts: ``gift``, a header of plain data as JSON, and ``sha256``, its
+digest. The header has the digest of each tensor, so whatever is changed in a file is found.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gift.files.digests import digests
+
+FORMAT_VERSION = 1
+
+
+class DeltaFileError(ValueError):
+    """A file cannot be used for a network, or a network not be written; all reasons are named."""
+
+    def __init__(self, what: str, problems: list[str]) -> None:
+        super().__init__("\n  ".join([f"{what}:", *problems]))
+        self.problems = problems
+
+
+def write(
+    path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a file; at any moment, a reader finds the old one or the new one.
+
+    Args:
+        path: of the file; its folder is made if there is none.
+        header: plain data.
+        tensors: by name.
+    """
+    # safetensors has no complex128: pairs of float64 stand for it.
+    pairs = [name for name, tensor in tensors.items() if tensor.dtype is torch.complex128]
+    own = {name: _alone(tensor) for name, tensor in tensors.items()}
+    full = {"format_version": FORMAT_VERSION, **header, "pairs": pairs, "tensors": digests(own)}
+    own |= {name: torch.view_as_real(own[name]) for name in pairs}
+    text = json.dumps(full, allow_nan=False, separators=(",", ":"))
+    metadata = {"format": "pt", "gift": text, "sha256": _sha256(text)}
+    replace_file(path, lambda temporary: save_file(own, temporary, metadata))
+
+
+def replace_file(path: str | os.PathLike[str], make: Callable[[str], None]) -> None:
+    """Let `make` write a temporary file beside `path`, and put that in its place.
+
+    What was written is on the disk before it gets the name, so that no crash leaves less than one
+    whole file.
+    """
+    target = Path(path).expanduser().resolve()  # of a link, the file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+    )
+    os.close(handle)
+    try:
+        make(temporary)
+        _flush(temporary)
+        os.chmod(temporary, _mode(target))
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        _flush(str(target.parent))  # the name
+
+
+def _mode(target: Path) -> int:
+    """The permissions of the file that is replaced, or those that a new one would have."""
+    if target.exists():
+        return target.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _flush(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, with memory that no other has."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    size = tensor.numel() * tensor.element_size()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != size else tensor
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file, each as it was written.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DeltaFileError: if it is no such file, is damaged, or of a newer format.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # whatever hostile bytes provoke
+        problem = f"it is no whole safetensors file ({type(error).__name__}: {error})"
+        raise DeltaFileError(f"{path} cannot be read", [problem]) from error
+    header, problems = _header(metadata)
+    if not problems:
+        _join_pairs(header, tensors)
+        problems = _damage(header, tensors)
+    if problems:
+        raise DeltaFileError(f"{path} cannot be read", problems)
+    return header, tensors
+
+
+def _header(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    text = metadata.get("gift")
+    if text is None:
+        return {}, [
+            "it is a safetensors file that gift did not write (load_peft and load_kohya read those "
+            "of others)"
+        ]
+    if metadata.get("sha256") != _sha256(text):
+        return {}, ["its header is damaged: it does not have the digest that was written"]
+    try:
+        header = json.loads(text)
+        version = header["format_version"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        return {}, [f"its header makes no sense ({type(error).__name__}: {error})"]
+    if type(version) is not int or version < 1:
+        return {}, [f"its header makes no sense (format version {str(version)[:40]})"]
+    if version > FORMAT_VERSION:
+        return {}, [
+            f"it has format version {version}, this gift knows {FORMAT_VERSION}: update gift"
+        ]
+    return header, []
+
+
+def _join_pairs(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    pairs = header.get("pairs")
+    for name in pairs if isinstance(pairs, list) else ():
+        pair = tensors.get(name) if isinstance(name, str) else None
+        if pair is not None and pair.dtype is torch.float64 and pair.shape[-1:] == (2,):
+            # In memory of its own: that of the file has the alignment of a half, and torch would
+            # crash.
+            tensors[name] = torch.view_as_complex(pair.clone())
+
+
+def _damage(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    written = header.get("tensors")
+    if not isinstance(written, dict):
+        return ["its header has no digests of tensors"]
+    found = digests(tensors)
+    damaged = sorted(name for name in found if name in written and written[name] != found[name])
+    missing, unknown = sorted({*written} - {*found}), sorted({*found} - {*written})
+    lists = (
+        ("damaged, as they do not have the digests that were written", damaged),
+        ("lost", missing),
+        ("not written by gift", unknown),
+    )
+    return [f"{len(names)} tensors are {what}: {names}" for what, names in lists if names]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number in it is infinite or none."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.element_size() == 1:  # float8 has few operations of its own
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())

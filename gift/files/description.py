@@ -1,0 +1,136 @@
+"""What a fine-tuned network is, as plain data: from it, its deltas can be made again."""
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from gift.adapter import Adapter
+from gift.choosing.rehearsal import on_meta
+from gift.delta import Delta, added_names, deltas_of
+from gift.extension import Extension
+from gift.factories.actions import new_head
+from gift.generated import joined, plain_class, spec_of
+from gift.network import NetworkRecord, delta_names, named_trainable
+from gift.strategies.resolved import ResolvedStrategy
+from gift.transaction import ModuleUndo
+
+
+def describe_deltas(network: nn.Module) -> list[dict[str, Any]]:
+    """The deltas in `network`: for each method with its settings, what it changes.
+
+    A tied tensor is not listed: its delta stands elsewhere.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for path, module in network.named_modules():
+        for key, delta in deltas_of(module).items():
+            if (told := _describe(delta, path, key)) is not None:
+                group, kind, name, shape = told
+                groups.setdefault(repr(group), group).setdefault(kind, {})[name] = shape
+    return list(groups.values())
+
+
+def _describe(
+    delta: Delta, path: str, key: str
+) -> tuple[dict[str, Any], str, str, list[int] | None] | None:
+    """The group to which a delta belongs, as what, and the name and shape of what it changes."""
+    if isinstance(delta, Extension):
+        method = delta.method
+        return {"call": type(method).__name__, "settings": method.settings}, "modules", path, None
+    assert isinstance(delta, Adapter)
+    if delta.owner is not None and not delta.follows:
+        return None
+    group = {
+        "method": delta.method.name,
+        "settings": delta.method.settings,
+        "layout": asdict(delta.options),
+    }
+    shape = None if delta.layout is None else list(delta.layout.matrix)
+    return group, "biases" if delta.follows else "tensors", joined(path, key), shape
+
+
+def names_regex(config: Any) -> bool:
+    """Whether a strategy as plain data has regular expressions.
+
+    Python's can take for ever on a short name, so none is taken from a file.
+    """
+    if isinstance(config, dict):
+        return bool(config.get("regex")) or any(map(names_regex, config.values()))
+    return isinstance(config, list) and any(map(names_regex, config))
+
+
+def resolve(network: Any) -> ResolvedStrategy:
+    """The strategy of a fine-tuned network, without lambdas.
+
+    Raises:
+        ValueError: if an action changed what only code can change again.
+    """
+    record: NetworkRecord = network._gift_network
+    paths = {id(module): path for path, module in network.named_modules()}
+    heads: dict[str, int] = {}
+    foreign: list[str] = []
+    for undo in record.undo.modules:
+        path = paths.get(id(undo.module))
+        if path is not None:
+            _read_changes(undo, path, heads, foreign)
+    if foreign:
+        raise ValueError("; ".join(foreign))
+    deltas = delta_names(network)
+    trained = [
+        name
+        for name, _ in named_trainable(network)
+        if name not in deltas and not any(name.startswith(f"{head}.") for head in heads)
+    ]
+    still = [path for path, module in network.named_modules() if spec_of(module).statistics]
+    return ResolvedStrategy(describe_deltas(network), trained, still, heads)
+
+
+# What tells a network the number of its classes, which a new head changes; and its mode.
+_TOLD = {"num_classes", "num_labels", "config", "training"}
+
+
+def _read_changes(undo: ModuleUndo, path: str, heads: dict[str, int], foreign: list[str]) -> None:
+    """Of what actions did to a module: new heads, and what no description can tell."""
+    where, module = path or "the network", undo.module
+    if undo.plain is not None:
+        foreign.append(f"{where} was given another class")
+    changed = set(undo.attributes) - _TOLD
+    for key, entries in undo.entries.items():
+        if key != "_modules" and not all(_is_own(vars(module)[key].get(name)) for name in entries):
+            changed.add(key)
+    for key, content in undo.contents.items():
+        if isinstance(content, list) or (content ^ vars(module)[key]) - {*added_names(module)}:
+            changed.add(key)
+    if changed:
+        foreign.append(f"{where} was given other {sorted(changed)}")
+    for name, old in undo.entries.get("_modules", {}).items():
+        new = module._modules.get(name)
+        classes = _classes(old, new)
+        if classes is None:
+            kind = type(new).__name__
+            foreign.append(f"{joined(path, name)} was replaced by a {kind} of its own")
+        else:
+            heads[joined(path, name)] = classes
+
+
+def _is_own(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("gift.")
+
+
+def _classes(old: Any, new: Any) -> int | None:
+    """The number of classes of a new head that is what `ma_replace_head` would make."""
+    classes = getattr(new, "out_features", getattr(new, "out_channels", None))
+    if not isinstance(old, nn.Module) or not isinstance(classes, int):
+        return None
+    try:
+        same = new_head(on_meta(old), classes)  # where no random numbers are drawn
+    except ValueError:
+        return None
+    return classes if _looks(new) == _looks(same) else None
+
+
+def _looks(head: Any) -> Any:
+    """All that a head is but its values, and what extends it."""
+    own = {name: p for name, p in head.named_parameters() if name not in added_names(head)}
+    parameters = {name: (p.shape, p.dtype, p.requires_grad) for name, p in own.items()}
+    return plain_class(type(head)), head.extra_repr(), parameters

@@ -1,0 +1,208 @@
+"""Putting the delta of a file onto a network, whole or not at all."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift.adapter import is_sharded
+from gift.choosing.rehearsal import on_meta
+from gift.delta import deltas_of, held
+from gift.enable import GiftWarning, enable_fine_tuning, enabling_trained
+from gift.factories import Action, ma_replace_head
+from gift.files.container import DeltaFileError
+from gift.files.description import names_regex
+from gift.files.inspecting import DeltaFile, inspect
+from gift.files.misfits import misfits, other_base, tensors_of, told
+from gift.files.saving import buffers_of_the_base, fine_tuned_part
+from gift.generated import joined, spec_of
+from gift.guard import KeptValues
+from gift.meanwhile import refuse_meanwhile
+from gift.network import delta_names
+from gift.report import Report
+from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
+
+
+def load(
+    net: nn.Module, path: str | os.PathLike[str], check_base: bool = True, **options: Any
+) -> Report:
+    """Put a delta that `gift.save` wrote onto a network, bit for bit, or leave it as it is.
+
+    The plain base is fine-tuned by the strategy that the file names, and gets its values. On a
+    network that is being fine-tuned already, the settings must agree, and its values are replaced.
+    No code of the file's is run: it can name what is registered, with plain values. All is tried on
+    a copy without values before the network is touched.
+
+    Args:
+        net: the base network, or one that is being fine-tuned, or what wraps such a one.
+        path: of the file.
+        check_base: refuse another base of the same architecture, or of another dtype. False is for
+            those who know what they do: the delta was trained for the base that the file tells of.
+        options: of `enable_fine_tuning`, for a plain base.
+
+    Returns:
+        What the strategy did.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DeltaFileError: naming all that does not fit; the network is untouched.
+    """
+    file = inspect(path)
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
+    if any(spec_of(part).network for part in net.modules()):
+        if options:
+            raise TypeError(f"{sorted(options)} are for a plain base; this is being fine-tuned")
+        return _load_onto_enabled(fine_tuned_part(net), file, check_base)
+    refuse_meanwhile(net, "merged")
+    signature(enable_fine_tuning).bind(net, None, **options)  # a wrong option is no wrong file
+    strategy = _strategy(file)
+    _refuse(file, _rehearse(net, strategy, file, check_base))
+    try:
+        with enabling_trained(net, strategy, **options) as report:
+            if check_base:
+                _take_dtypes(net, file)
+            put_values(net, file.tensors, file.aliases)
+    except Exception as error:  # what only values or memory tell
+        _refuse(file, [told(error)], error)
+        raise
+    return report
+
+
+def _load_onto_enabled(network: Any, file: DeltaFile, check_base: bool) -> Report:
+    # Buffers may have moved since: what the file calls its base is compared with what they were.
+    state = tensors_of(network)
+    known = buffers_of_the_base(network)
+    kept = {name: known[name] for name in known if name in file.base and name in state}
+    problems = [
+        *misfits(network, state, file, check_base),
+        *other_base(state | kept, file, check_base),
+    ]
+    _refuse(file, problems)
+    put_values(network, kept | file.tensors, file.aliases)
+    return network._gift_network.report
+
+
+def _refuse(file: DeltaFile, problems: list[str], cause: Exception | None = None) -> None:
+    if problems:
+        what = f"{file.path} does not fit this network, which is unchanged"
+        raise DeltaFileError(what, problems) from cause
+
+
+def _strategy(file: DeltaFile) -> FineTuningStrategy:
+    if file.strategy is None:
+        problem = (
+            f"no file can name its strategy, {file.strategy_text}, as {file.reason}: enable it in "
+            "your code, then load the file onto the network"
+        )
+        raise DeltaFileError(f"{file.path} cannot be loaded onto a plain base", [problem])
+    try:
+        strategy = load_strategy_from_config(file.strategy)
+        problems = list(_hazards(file, strategy))
+    except Exception as error:  # a file may say anything
+        problem = f"its strategy is none that is known here: {told(error)}"
+        raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error
+    if problems:
+        raise DeltaFileError(f"{file.path} cannot be loaded", problems)
+    return strategy
+
+
+def _hazards(file: DeltaFile, strategy: FineTuningStrategy) -> Iterator[str]:
+    """What of a strategy could take all time or memory before its tensors are compared."""
+    if strategy.dry_run:
+        yield f"its strategy, a {type(strategy).__name__}, changes nothing"
+    if names_regex(file.strategy):
+        yield "its strategy has regular expressions, which are not run from a file"
+    sizes = (size for tensor in file.tensors.values() for size in tensor.shape)
+    most = max([2**16, *sizes])
+    for classes in _new_heads(strategy):
+        if classes > most:  # networks keep a text for each class
+            yield f"its strategy makes a head of {classes} classes, it has none so large"
+
+
+def _new_heads(strategy: FineTuningStrategy) -> Iterator[int]:
+    """The numbers of classes of the heads that a strategy makes."""
+    for cap in strategy.module_caps:
+        if isinstance(cap.action, FineTuningStrategy):
+            yield from _new_heads(cap.action)
+        elif isinstance(cap.action, Action) and cap.action.recipe[0] == ma_replace_head.__name__:
+            yield cap.action.recipe[1]["num_classes"]
+
+
+def _rehearse(
+    net: nn.Module, strategy: FineTuningStrategy, file: DeltaFile, check_base: bool
+) -> list[str]:
+    """All that does not fit, found on a copy of the base."""
+    state = tensors_of(net)
+    base = list(other_base(state, file, check_base))
+    twin = on_meta(net)
+    try:
+        # What a hostile strategy makes has no memory either.
+        with torch.device("meta"), torch.random.fork_rng([]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", GiftWarning)
+            enable_fine_tuning(twin, strategy)
+        if check_base:
+            _take_dtypes(twin, file)
+    except Exception as error:
+        return [f"its strategy cannot be applied here: {told(error)}", *base]
+    return [*misfits(twin, state, file, check_base), *(base or _too_much(net, twin, file))]
+
+
+def _take_dtypes(network: nn.Module, file: DeltaFile) -> None:
+    """Give deltas the precision of those in the file: ``half()`` may have been called there."""
+    for path, module in network.named_modules():
+        for delta in deltas_of(module).values():
+            own = list(delta.names.values()) if delta.owner is None else []
+            saved = [file.tensors[joined(path, n)] for n in own if joined(path, n) in file.tensors]
+            dtypes = {tensor.dtype for tensor in saved if tensor.is_floating_point()}
+            if len(dtypes) == 1:
+                _cast(module, own, dtypes.pop())
+
+
+def _cast(module: nn.Module, names: list[str], dtype: torch.dtype) -> None:
+    for name in names:
+        tensor = held(module, name)[name]
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            tensor.data = tensor.data.to(dtype)
+        else:  # a buffer, which other layers may share
+            module._buffers[name] = tensor.to(dtype)
+
+
+def _too_much(net: nn.Module, twin: nn.Module, file: DeltaFile) -> Iterator[str]:
+    """Tensors that are in no file but drawn anew: a short one may ask for very large ones."""
+    deltas = delta_names(twin)
+    drawn = sum(b.numel() for n, b in twin.named_buffers() if n in deltas and n not in file.tensors)
+    known = sum(parameter.numel() for parameter in net.parameters()) + file.parameters
+    if drawn > max(2**28, 64 * known):
+        yield f"its deltas need {drawn:,} more numbers, where network and file have {known:,}"
+
+
+def put_values(
+    network: Any, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None
+) -> None:
+    """Give a fine-tuned network those values, all or none; what is not among them stays."""
+    state = network.state_dict()
+    own = {**tensors, **{name: tensors[first] for name, first in (aliases or {}).items()}}
+    kept = KeptValues(tensor for tensor in state.values() if not is_sharded(tensor))
+    for name, value in own.items():
+        if is_sharded(state[name]):
+            value = _sharded_like(value, state[name])
+        state[name] = value
+    try:
+        with kept:
+            network.load_state_dict(state)
+    except BaseException:
+        kept.restore()
+        raise
+
+
+def _sharded_like(value: Tensor, tensor: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)

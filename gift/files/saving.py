@@ -1,0 +1,228 @@
+"""Writing the delta of a network into a file."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.adapter import is_sharded
+from gift.files.container import DeltaFileError, is_finite, write
+from gift.files.description import describe_deltas, names_regex, resolve
+from gift.files.digests import digest, digests, dtype_name
+from gift.generated import spec_of
+from gift.meanwhile import refuse_meanwhile
+from gift.network import NetworkRecord, delta_names, frozen_names, named_trainable
+from gift.quantised import statistics_names
+from gift.version import __version__
+
+
+def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True) -> None:
+    """Write what fine-tuning made of a network into one safetensors file.
+
+    The file has the trained tensors and the buffers that training changed; the strategy by its
+    registered names, or, if it has lambdas, what it came to; the method and settings of each
+    tensor; and of the base the names, shapes, dtypes and digests, so that `gift.load` can tell
+    another one. It is written beside `path`, flushed to the disk and renamed: whatever happens, one
+    finds there the old file or the new one.
+
+    Args:
+        net: a network that is being fine-tuned, or what wraps one (DDP, a compiled network, a
+            bigger module). If it is sharded, all processes must call this, and the first writes.
+        path: of the file, ``.safetensors`` by custom; its folder is made if there is none.
+        digest_base: hash the values of the base, about a second for each gigabyte and core. Without
+            them, another base of the same names, shapes and dtypes cannot be told from this one.
+
+    Raises:
+        RuntimeError: if nothing in `net` is being fine-tuned.
+        DeltaFileError: if trained numbers are not finite, or the network's state has what no
+            safetensors file can hold; nothing is written then.
+
+    Example:
+        >>> import gift, tempfile, torch
+        >>> from torch import nn
+        >>> net, fresh = nn.Linear(64, 10), nn.Linear(64, 10)
+        >>> _ = fresh.load_state_dict(net.state_dict())  # the same base
+        >>> report = gift.enable_fine_tuning(net, gift.strategies.LoRAAllFineTuningStrategy())
+        >>> _ = nn.init.normal_(net.lora_B)  # in the place of training
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gift.save(net, f"{folder}/task.safetensors")
+        ...     report = gift.load(fresh, f"{folder}/task.safetensors")
+        >>> torch.equal(fresh.weight, net.weight)
+        True
+    """
+    network = fine_tuned_part(net)
+    parts = split(network)
+    _refuse(
+        f"{name} is a {type(value).__name__}, which no safetensors file can hold"
+        for name, value in parts.foreign.items()
+    )
+    lazy = [name for name, tensor in parts.base.items() if is_lazy(tensor)]
+    empty = [name for name, tensor in parts.saved.items() if is_lazy(tensor) or tensor.is_meta]
+    _refuse(f"{name} has no values yet" for name in (*lazy, *empty))
+    sharded = any(is_sharded(t) for t in (*parts.saved.values(), *parts.base.values()))
+    saved, aliases = _once(network, parts.saved)
+    own = {name: _whole(tensor) for name, tensor in saved.items()}
+    keeps_base = network._gift_network.keeps_base  # otherwise a buffer may always have been so
+    _refuse(
+        f"{name} has numbers that are not finite: training diverged"
+        for name, tensor in own.items()
+        if (keeps_base or name not in parts.buffers) and not is_finite(tensor)
+    )
+    header = _describe(network, parts, digest_base) | {"aliases": aliases}
+    (_write_in_one_process if sharded else write)(path, header, own)
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    if found := list(problems):
+        raise DeltaFileError("the network cannot be saved, nothing was written", found)
+
+
+def _write_in_one_process(
+    path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Let the first process write and all know how that went: none waits for one that failed."""
+    failed: list[str | None] = [None]
+    try:
+        if torch.distributed.get_rank() == 0:
+            write(path, header, tensors)
+    except BaseException as error:
+        failed = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:
+        torch.distributed.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise OSError(f"the first process could not write the file: {failed[0]}")
+
+
+def fine_tuned_part(net: nn.Module) -> Any:
+    """The network in `net`, or itself, that is being fine-tuned.
+
+    Raises:
+        RuntimeError: if there is none, or several.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
+    found = {path: part for path, part in net.named_modules() if spec_of(part).network}
+    if len(found) != 1:
+        refuse_meanwhile(net)
+        what = f"several parts are: {sorted(found)}" if found else "it is not"
+        raise RuntimeError(
+            f"expected a {type(net).__name__} that is being fine-tuned, {what}: call "
+            "enable_fine_tuning first, and give one network at a time"
+        )
+    return next(iter(found.values()))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The state of a fine-tuned network, in parts.
+
+    Args:
+        saved: trained tensors, and buffers that training changed.
+        base: all else, which a file only fingerprints.
+        buffers: names of the buffers of the base that are in `saved`.
+        foreign: what is no tensor.
+    """
+
+    saved: dict[str, Tensor]
+    base: dict[str, Tensor]
+    buffers: list[str]
+    foreign: dict[str, Any]
+
+
+def split(network: Any) -> Parts:
+    """Sort the state of a fine-tuned network."""
+    state: dict[str, Any] = nn.Module.state_dict(network)
+    foreign = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if name not in foreign}
+    still = {
+        name
+        for name, value in buffers_of_the_base(network).items()
+        if name in tensors and digest(tensors[name]) == digest(value)
+    }
+    frozen = {*frozen_names(network), *statistics_names(network)}
+    saved = {n: t for n, t in tensors.items() if n not in frozen and n not in still}
+    own = {
+        *delta_names(network),
+        *(name for name, _ in network.named_parameters(remove_duplicate=False)),
+    }
+    return Parts(
+        saved=saved,
+        base={name: tensor for name, tensor in tensors.items() if name not in saved},
+        buffers=[name for name in saved if name not in own],
+        foreign=foreign,
+    )
+
+
+def buffers_of_the_base(network: Any) -> dict[str, Tensor]:
+    """The buffers as they were when fine-tuning was enabled, as far as that was kept."""
+    record: NetworkRecord = network._gift_network
+    kept = {id(m._buffers.get(name)): value for m, name, value in record.undo.values}
+    return {
+        name: kept[id(buffer)]
+        for name, buffer in network.named_buffers(remove_duplicate=False)
+        if id(buffer) in kept and not kept[id(buffer)].is_meta
+    }
+
+
+def _once(network: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor under its first name, and the other names of tied ones."""
+    known = {
+        name: id(tensor)
+        for named in (network.named_parameters, network.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    }
+    first: dict[Any, str] = {}
+    names = {name: first.setdefault(known.get(name, name), name) for name in tensors}
+    aliases = {name: own for name, own in names.items() if own != name}
+    return {name: tensors[name] for name in names if name not in aliases}, aliases
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
+    record: NetworkRecord = network._gift_network
+    strategy, reason = record.recipe, ""
+    if strategy is None or names_regex(strategy):  # which `load` takes from no file
+        try:
+            strategy = resolve(network).to_config()
+        except ValueError as error:
+            strategy, reason = None, str(error)
+    deltas = delta_names(network)
+    trained = [name for name, _ in named_trainable(network) if name not in deltas]
+    return {
+        "network": record.report.network,
+        "strategy": strategy,
+        "strategy_text": record.report.strategy,
+        "reason": reason,
+        "deltas": describe_deltas(network),
+        "trained": trained,
+        "buffers": parts.buffers,
+        "base": fingerprint(parts.base, digest_base),
+        "versions": {"gift": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def fingerprint(tensors: Mapping[str, Tensor], with_digests: bool) -> dict[str, list[Any]]:
+    """Of each tensor the dtype, the shape and, if asked for, a digest of its bits."""
+    known = {name: t for name, t in tensors.items() if with_digests and not t.is_meta}
+    made = _digests(known)
+    return {
+        name: [dtype_name(tensor.dtype), list(tensor.shape), made.get(name)]
+        for name, tensor in tensors.items()
+    }
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    plain = {name: t for name, t in tensors.items() if not is_sharded(t)}
+    made = digests(plain)
+    for name, tensor in tensors.items():  # one after the other: processes must keep the same order
+        if name not in made:
+            made[name] = digest(_whole(tensor))
+    return made

@@ -1,0 +1,145 @@
+"""A strategy that names each tensor that it changes: what any other one comes to on a network."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from gift.adapt import adapt_biases, adapt_tensor
+from gift.extension import CALLS, CallMethod, extend_module
+from gift.factories import Action, ma_freeze, ma_replace_head, mc_any, mc_path, pa_train
+from gift.generated import joined, plain_class
+from gift.layers import LayoutOptions, row_of
+from gift.methods import AdaptationError, Method, method_of
+from gift.statistics import freeze_statistics
+from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
+
+
+@register_strategy
+class ResolvedStrategy(FineTuningStrategy):
+    """Every delta by the path of what it changes, with its method and settings.
+
+    That is what files hold of a strategy with lambdas, which they cannot name.
+
+    Args:
+        deltas: as `gift.files.describe_deltas` gives them. For each method with its settings:
+            ``{"method": name, "settings": {...}, "layout": {...}, "tensors": {path: shape}}``, with
+            ``"biases"`` that follow the weights of their layers; or for an extended call
+            ``{"call": name, "settings": {...}, "modules": {path: None}}``.
+        trained: names of the parameters that are trained as they are.
+        statistics: paths of the norm layers whose statistics stand still.
+        heads: from paths of heads to their new numbers of classes.
+
+    Raises:
+        ValueError: naming what is no such description, or an unknown method or setting.
+    """
+
+    def __init__(
+        self,
+        deltas: Iterable[Mapping[str, Any]] = (),
+        trained: Iterable[str] = (),
+        statistics: Iterable[str] = (),
+        heads: Mapping[str, int] | None = None,
+    ) -> None:
+        work: dict[str, _Work] = {}
+        problems: list[str] = []
+        for group in deltas:
+            try:
+                _read(group, work)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                problems.append(f"{group!r}: {type(error).__name__}: {error}")
+        if problems:
+            raise ValueError("no deltas are described by:\n  " + "\n  ".join(problems))
+        for path in statistics:
+            work.setdefault(path, _Work()).still = True
+        caps: list[CapLike] = [(_Listed(work), _Do(work))] if work else []
+        caps += [(mc_path(path), ma_replace_head(n)) for path, n in (heads or {}).items()]
+        names = _Names(trained)
+        if not (caps or names.known):  # nothing is trained, on purpose
+            caps = [(mc_any(), ma_freeze())]
+        super().__init__(caps, [(names, pa_train())] if names.known else [])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.init_paras['deltas'])} kinds of deltas)"
+
+
+class _Listed:
+    """The check of modules by their paths."""
+
+    def __init__(self, work: Mapping[str, "_Work"]) -> None:
+        self.paths = frozenset(work)
+
+    def __call__(self, *place: Any) -> bool:
+        return place[2] in self.paths
+
+    def __repr__(self) -> str:
+        return f"{len(self.paths)} modules"
+
+
+class _Names:
+    """The check of parameters by their paths."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.known = frozenset(names)
+
+    def __call__(self, *place: Any) -> bool:
+        return joined(place[2], place[5]) in self.known
+
+    def __repr__(self) -> str:
+        return f"{len(self.known)} parameters"
+
+
+class _Do(Action):
+    """Does to each module what is listed for it; caps after this one are still tried there."""
+
+    def __init__(self, work: Mapping[str, "_Work"]) -> None:
+        super().__init__(lambda *place: work[place[2]].do(place[4], place[2]), open=True)
+        self.work = work
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.work,)
+
+    def __repr__(self) -> str:
+        return "what is listed"
+
+
+class _Work:
+    """What is done to one module."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[str, Method, LayoutOptions]] = []
+        self.calls: list[CallMethod] = []
+        self.biases = False
+        self.still = False
+
+    def do(self, module: nn.Module, path: str) -> None:
+        problems = []
+        for tensor, method, options in self.tensors:
+            try:
+                adapt_tensor(module, tensor, method, options)
+            except AdaptationError as error:
+                problems.append(f"{tensor}: {error}")
+        if problems:
+            raise AdaptationError("; ".join(problems))
+        if self.biases:
+            adapt_biases(module, row_of(plain_class(type(module))))
+        for call in self.calls:
+            extend_module(module, call, path)
+        if self.still:
+            freeze_statistics(module)
+
+
+def _read(group: Mapping[str, Any], work: dict[str, _Work]) -> None:
+    """Sort one group of `deltas` by modules."""
+    settings = dict(group["settings"])
+    if "call" in group:
+        call = CALLS[group["call"]](**settings)
+        for path in group["modules"]:
+            work.setdefault(path, _Work()).calls.append(call)
+        return
+    method, options = method_of(group["method"], settings), LayoutOptions(**group["layout"])
+    for name in group.get("tensors", ()):
+        path, _, tensor = name.rpartition(".")
+        work.setdefault(path, _Work()).tensors.append((tensor, method, options))
+    for name in group.get("biases", ()):
+        work.setdefault(name.rpartition(".")[0], _Work()).biases = True
