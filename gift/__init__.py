@@ -1,9 +1,11 @@
 """gift fine-tunes any ``torch.nn.Module`` by training a small delta beside its frozen weights."""
 
 from gift.choosing import suggest
+from gift.detached import disabled
 from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
 from gift.iterator import ModuleIterator
+from gift.merging import merge, merged
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
 
@@ -14,11 +16,14 @@ __all__ = [
     "GiftWarning",
     "ModuleIterator",
     "disable_fine_tuning",
+    "disabled",
     "enable_fine_tuning",
     "inspect",
     "load",
     "load_strategy_from_config",
+    "merge",
     "merge_strategies",
+    "merged",
     "plan_fine_tuning",
     "save",
     "suggest",

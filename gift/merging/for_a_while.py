@@ -1,0 +1,157 @@
+"""Folding deltas into the weights for a while."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.adapt import release_tensors
+from gift.adapter import adapters_of
+from gift.meanwhile import meanwhile
+from gift.merging.possible import check, refuse, without_values
+from gift.merging.weights import effective
+from gift.network import remove_record
+from gift.quantised import is_quantised
+from gift.statistics import release_statistics
+from gift.transaction import Snapshot
+
+
+@contextmanager
+def merged(net: nn.Module) -> Iterator[nn.Module]:
+    """Within it, the deltas are folded into the weights, for inference at the speed of the base.
+
+    The network is then a plain one with all its parameters frozen: it can be called, traced,
+    exported and copied, copies are plain networks, and its ``state_dict()`` has the merged weights.
+    Loading a state into it, and whatever needs its deltas, is refused. Afterwards it is what it was
+    before, bit for bit: merged weights, trained parameters and buffers are copies meanwhile, and
+    memory grows by them. Other frozen parameters are shared with the base, and must not be written
+    to. A computed or quantised weight, and what extends a call, work on as they do without this.
+
+    Args:
+        net: a network that is being fine-tuned.
+
+    Raises:
+        RuntimeError: if it is not, or is sharded; afterwards, if parameters of the base were
+            written to.
+        AdaptationError: if merged numbers are not finite.
+    """
+    check(net)
+    snapshot = Snapshot(net)
+    shared: dict[nn.Parameter, int] = {}
+    try:
+        remove_record(net)
+        _merge_copies(net)
+        names = {p: name for name, p in net.named_parameters()}
+        own = {id(p) for _, _, p, *_ in snapshot.parameters}
+        shared = {p: p._version for p in names if id(p) in own and not p.is_inference()}
+        for parameter in names:
+            parameter.requires_grad = False
+        net.__class__ = _merged_class(type(net))
+        with meanwhile(net.modules(), "merged"):
+            yield net
+    finally:
+        written = [names[p] for p, version in shared.items() if p._version != version]
+        snapshot.rollback()
+        if written:
+            raise RuntimeError(
+                f"{written} of the base were written to while the network was merged: load the "
+                "base again, and train or load outside of the with block"
+            )
+
+
+def _merge_copies(net: nn.Module) -> None:
+    """Put tensors of their own in the place of those that are merged or may be written to."""
+    staying = _staying(net)
+    instead: dict[int, Any] = {id(t): _copied(t) for t in _written(net)}
+    problems: list[str] = []
+    for path, module in net.named_modules():
+        values = {} if module in staying else effective(module)
+        problems += without_values(path, module, values)
+        for tensor, value in values.items():
+            instead[id(module._parameters[tensor])] = nn.Parameter(value, requires_grad=False)
+    refuse(problems)
+    for module in net.modules():
+        if module not in staying:
+            extensions = vars(module).pop("_gift_extensions", None)  # which stay
+            release_tensors(module)
+            if extensions is not None:
+                vars(module)["_gift_extensions"] = extensions
+        for holder in (module._parameters, module._buffers):
+            holder.update({n: instead[id(t)] for n, t in holder.items() if id(t) in instead})
+        if "_gift_mode" in vars(module):
+            release_statistics(module)
+            module.training = False  # so they stand still unless somebody asks for another mode
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _written(net: nn.Module) -> Iterator[Tensor]:
+    """Buffers, and parameters that an optimizer or a forward pass writes to."""
+    for module in net.modules():
+        # Embeddings with a largest norm scale the rows that they look up.
+        scaled = getattr(module, "max_norm", None) is not None
+        held: list[Any] = [p for p in module._parameters.values() if p is not None]
+        held = [p for p in held if scaled or p.requires_grad]
+        held += [buffer for buffer in module._buffers.values() if buffer is not None]
+        yield from (tensor for tensor in held if not is_lazy(tensor))
+
+
+def _staying(net: nn.Module) -> set[nn.Module]:
+    """The modules whose deltas stay: their tensors, or tied ones, are computed or quantised."""
+    users = [(module, adapters_of(module)) for module in net.modules() if adapters_of(module)]
+    found = {m for m, own in users if not all(_is_plain(m._parameters.get(t)) for t in own)}
+    while True:
+        tied = {
+            one
+            for module, own in users
+            for adapter in own.values()
+            for one, other in ((module, adapter.owner), (adapter.owner, module))
+            if one is not None and other in found
+        }
+        if tied <= found:
+            return found
+        found |= tied
+
+
+def _is_plain(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and not is_quantised(parameter)
+
+
+class _Merged:
+    """A network that is merged for a while."""
+
+    _gift_unmerged: type
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise RuntimeError("the network is merged for a while: load after the with block")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _as_unmerged(self):
+            return self.__reduce_ex__(0)  # later protocols tell that it is of another class
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with _as_unmerged(self):
+            return copy.deepcopy(self, memo)
+
+
+@contextmanager
+def _as_unmerged(network: Any) -> Iterator[None]:
+    """Within it, the class is the one that copies have."""
+    cls = type(network)
+    network.__class__ = cls._gift_unmerged
+    try:
+        yield
+    finally:
+        network.__class__ = cls
+
+
+def _merged_class(cls: type) -> type:
+    """The class of a merged network, which takes no state."""
+    names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (_Merged, cls), {**names, "_gift_unmerged": cls})

@@ -1,0 +1,102 @@
+"""Folding deltas into the weights for good."""
+
+import warnings
+from statistics import mean
+from typing import Any
+
+from torch import nn
+
+from gift.adapt import release_tensors
+from gift.adapter import adapters_of
+from gift.enable import GiftWarning
+from gift.merging.possible import check, refuse, unmergeable
+from gift.merging.weights import effective, write
+from gift.network import remove_record
+from gift.quantised import is_quantised, requantised
+from gift.statistics import release_statistics
+
+
+def merge(net: nn.Module) -> nn.Module:
+    """Fold the deltas into the weights; gives the plain network, trained, with nothing of gift.
+
+    Classes, names, dtypes and ``requires_grad`` are those that the base had; what was trained as it
+    is, and new heads, stay. Weights are computed in the precision of the deltas, float32 at least,
+    and rounded once. Quantised ones are quantised again in the same way; a `GiftWarning` says by
+    how much that misses the deltas. All is computed once to see whether it can be, before anything
+    is changed.
+
+    Args:
+        net: a network that is being fine-tuned; it is changed in place.
+
+    Returns:
+        `net`, for convenience.
+
+    Raises:
+        RuntimeError: if it is not being fine-tuned, or is sharded.
+        AdaptationError: naming all that cannot be merged: what extends a call, numbers that are
+            not finite, computed weights that cannot take every value.
+
+    Example:
+        >>> import gift, torch
+        >>> from torch import nn
+        >>> net, x = nn.Linear(64, 10), torch.randn(2, 64)
+        >>> report = gift.enable_fine_tuning(net, gift.strategies.LoRAAllFineTuningStrategy())
+        >>> _ = nn.init.normal_(net.lora_B)  # in the place of training
+        >>> tuned = net(x)
+        >>> type(gift.merge(net)), list(net.state_dict())
+        (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
+        >>> torch.allclose(net(x), tuned, atol=1e-4)
+        True
+    """
+    check(net)
+    losses: dict[str, float] = {}
+    refuse(list(unmergeable(net, losses)))
+    _warn(losses)  # which raises, where warnings are errors
+    record = remove_record(net)
+    instead: dict[int, nn.Parameter] = {}
+    _separate(net)
+    for module in net.modules():
+        values = effective(module)
+        release_tensors(module)
+        release_statistics(module)
+        for tensor, value in values.items():
+            frozen: Any = module._parameters.get(tensor)
+            if is_quantised(frozen):
+                instead[id(frozen)] = requantised(frozen, value)  # type: ignore[assignment]
+            else:
+                write(module, tensor, value)
+    for module in net.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in instead:
+                setattr(module, name, instead[id(parameter)])
+    for module, name, flag in record.undo.requires_grad:
+        if (parameter := module._parameters.get(name)) is not None:
+            parameter.requires_grad = flag
+    for parameter in net.parameters():
+        parameter.grad = None
+    return net
+
+
+def _warn(losses: dict[str, float]) -> None:
+    if losses:
+        worst = max(losses, key=losses.__getitem__)
+        warnings.warn(
+            f"{len(losses)} quantised weights were quantised again with their deltas, which rounds "
+            f"these: relative to the delta, the error is {mean(losses.values()):.1%} on average "
+            f"and {losses[worst]:.1%} at most ({worst})",
+            GiftWarning,
+            stacklevel=3,
+        )
+
+
+def _separate(net: nn.Module) -> None:
+    """Give adapted parameters memory of their own where others share it, which are not they."""
+    adapted = {id(m._parameters.get(tensor)) for m in net.modules() for tensor in adapters_of(m)}
+    first: dict[int, nn.Parameter] = {}
+    for parameter in net.parameters():
+        if is_quantised(parameter):
+            continue
+        if parameter.numel() and first.setdefault(parameter.data_ptr(), parameter) is not parameter:
+            for one in (first[parameter.data_ptr()], parameter):
+                if id(one) in adapted:
+                    one.data = one.data.clone()

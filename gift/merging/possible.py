@@ -1,0 +1,134 @@
+"""What can be merged, and what is lost; nothing is changed to find that out."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.adapter import adapters_of, is_sharded, present_tensor
+from gift.enable import check_undoable
+from gift.extension import named_extensions
+from gift.files.container import is_finite
+from gift.generated import joined, plain_class
+from gift.merging.weights import effective, write
+from gift.methods import AdaptationError
+from gift.quantised import dequantised, is_quantised, requantised
+from gift.transaction import OWN
+
+
+def check(net: nn.Module) -> None:
+    """That `net` is being fine-tuned and whole.
+
+    Raises:
+        RuntimeError: if it is not, or is sharded.
+    """
+    check_undoable(net, needs_base=False)
+    if any(is_sharded(parameter) for parameter in nn.Module.parameters(net)):
+        raise RuntimeError("the network is sharded: load its delta into a fresh one and merge that")
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise an AdaptationError that lists the problems, if there are any."""
+    if problems:
+        raise AdaptationError(
+            "nothing was merged, the network is unchanged:\n  " + "\n  ".join(problems)
+        )
+
+
+def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:
+    """What cannot be merged for good, and why; once for tied tensors.
+
+    Args:
+        net: the network.
+        losses: gets, for each quantised weight, the error of quantising it with its delta.
+    """
+    for path, _, extension in named_extensions(net):
+        if extension.names:
+            where = path or "the network"
+            yield f"{where} is extended by {extension.method}, which changes no weight"
+    for path, module in net.named_modules():
+        values = effective(module)
+        yield from without_values(path, module, values)
+        for tensor, value in values.items():
+            parameter = module._parameters.get(tensor)
+            if is_quantised(parameter):
+                loss = _loss(parameter, value, module)
+                if loss is None:
+                    name = type(parameter).__name__
+                    yield f"{joined(path, tensor)}: a {name} cannot be quantised again with it"
+                else:
+                    losses[joined(path, tensor)] = loss
+            elif parameter is not None or value.is_meta or not is_finite(value):
+                continue
+            elif why := _unsettable(module, tensor, value.to(_double(value))):
+                yield f"{joined(path, tensor)}: {why}"
+
+
+def _loss(frozen: Any, value: Tensor, module: nn.Module) -> float | None:
+    """How far from `value` it is when quantised, relative to the delta; None if it cannot be."""
+    new = requantised(frozen, value)
+    if new is None:
+        return None
+    change = (value - dequantised(frozen, module)).norm()
+    return float(
+        (dequantised(new, module).to(value.device) - value).norm() / change.clamp(min=1e-30)
+    )
+
+
+def without_values(path: str, module: nn.Module, values: dict[str, Tensor]) -> Iterator[str]:
+    """Which effective tensors of `module` are no weights to compute with."""
+    for tensor in adapters_of(module):
+        frozen: Any = module._parameters.get(tensor)
+        value = values.get(tensor)
+        if is_lazy(frozen):
+            why = "has no shape yet: run a batch through the network first"
+        elif value is None:
+            continue
+        elif value.is_meta:
+            why = "is on the meta device and has no values"
+        elif not is_finite(value):
+            why = "has merged numbers that are not finite"
+        else:
+            continue
+        yield f"{joined(path, tensor)} {why}"
+
+
+def _unsettable(module: nn.Module, tensor: str, value: Tensor) -> str | None:
+    """Why a computed tensor cannot take a value, if so: it is tried on a copy, in double precision,
+    so that what is left is no matter of rounding.
+    """
+    twin = _plain_twin(module)
+    try:
+        write(twin, tensor, value)
+        left = (present_tensor(twin, tensor) - value).abs().max()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"it is computed, and cannot be set ({error}): make it plain first"
+    return None if left <= 1e-5 * value.abs().max() else _COMPUTED
+
+
+_COMPUTED = (
+    "it is computed (by a parametrization, pruning, a hook) in a way that cannot give every value: "
+    "make it plain first (remove_parametrizations, prune.remove)"
+)
+
+
+def _plain_twin(module: nn.Module) -> nn.Module:
+    """A copy of `module` in double precision, without its children and deltas."""
+    state = vars(module)
+    children = (m for name, m in module._modules.items() if name != "parametrizations")
+    memo: dict[int, Any] = {id(child): nn.Module() for child in children}
+    memo |= {id(state[key]): None for key in OWN if key in state}
+    # What a hook computed cannot be copied, as it is no leaf.
+    memo |= {id(value): value.detach() for value in state.values() if isinstance(value, Tensor)}
+    twin = copy.deepcopy(module, memo)
+    for key in OWN:
+        vars(twin).pop(key, None)
+    twin.__class__ = plain_class(type(module))
+    return twin.double()
+
+
+def _double(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float64)
