@@ -1,5 +1,6 @@
 """gift fine-tunes any ``torch.nn.Module`` by training a small delta beside its frozen weights."""
 
+from gift.bank import DeltaBank
 from gift.choosing import suggest
 from gift.detached import disabled
 from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
@@ -10,6 +11,7 @@ from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge
 from gift.version import __version__ as __version__
 
 __all__ = [
+    "DeltaBank",
     "DeltaFile",
     "DeltaFileError",
     "FineTuningStrategy",

@@ -1,0 +1,153 @@
+"""What a delta changes, read off a network that wears it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift.adapter import Adapter, adapters_of, present_tensor
+from gift.detached import Detached
+from gift.extension import named_extensions
+from gift.generated import joined
+from gift.layers import Layout, LayoutOptions
+from gift.network import NetworkRecord
+from gift.quantised import dequantised
+from gift.transaction import tensor_of
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one weight.
+
+    Args:
+        name: its path; of a tied one, the first.
+        module: that holds it and the delta.
+        tensor: its name there.
+        layout: how it is read as a matrix.
+        options: the choice of layouts.
+        dtype: of the delta.
+        factors: ``(left, right)`` whose product is the change, or None.
+        matrix: the change as a matrix, in double precision, where there are no factors.
+    """
+
+    name: str
+    module: nn.Module
+    tensor: str
+    layout: Layout
+    options: LayoutOptions
+    dtype: torch.dtype
+    factors: tuple[Tensor, Tensor] | None
+    matrix: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The change as a matrix, in double precision."""
+        if self.factors is None:
+            assert self.matrix is not None
+            return self.matrix
+        left, right = self.factors
+        return wide(left) @ wide(right)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in double precision, complex if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
+@dataclass
+class Changes:
+    """All that a delta changes.
+
+    Args:
+        weights: changes of weights, by the path of the weight.
+        tied: paths of further tensors that read one of these deltas.
+        values: parameters trained as they are, and buffers, with base and present values.
+        foreign: what is none of these, in words.
+    """
+
+    weights: dict[str, Change] = field(default_factory=dict)
+    tied: dict[str, tuple[nn.Module, str, Adapter]] = field(default_factory=dict)
+    values: dict[str, tuple[nn.Module, str, Tensor, Tensor]] = field(default_factory=dict)
+    foreign: list[str] = field(default_factory=list)
+
+
+def changes_of(net: Any, delta: Detached, dense: bool) -> Changes:
+    """What a delta changes; it is put on the base for that, and taken off again.
+
+    Args:
+        net: the base.
+        delta: the delta.
+        dense: also make the whole change of weights that have no factors.
+    """
+    delta.attach()
+    try:
+        return _read(net, dense)
+    finally:
+        Detached(net)  # is what `delta` was: nothing has changed
+
+
+def _read(net: Any, dense: bool) -> Changes:
+    found = Changes(foreign=list(_foreign(net)))
+    first: dict[int, str] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+    for path, module in net.named_modules():
+        for tensor, adapter in adapters_of(module).items():
+            name = joined(path, tensor)
+            if adapter.owner is not None and not adapter.follows:
+                found.tied[name] = module, tensor, adapter
+            else:
+                whole = first.get(id(module._parameters.get(tensor)), name)
+                found.weights[name] = _change(whole, module, tensor, adapter, dense)
+    paths = {id(module): path for path, module in net.named_modules()}
+    for module, name, base in net._gift_network.undo.values:
+        now = tensor_of(module, name).detach()
+        if id(module) in paths and not torch.equal(now, base):
+            found.values[joined(paths[id(module)], name)] = module, name, base, now.clone()
+    return found
+
+
+def _foreign(net: Any) -> Iterator[str]:
+    """What is no change of a weight or value."""
+    record: NetworkRecord = net._gift_network
+    paths = {id(module): path for path, module in net.named_modules()}
+    for path, _, extension in named_extensions(net):
+        if extension.names:
+            yield f"{path or 'the network'} is extended by {extension.method}"
+    for undo in record.undo.modules:
+        for name in undo.entries.get("_modules", ()):
+            yield f"{joined(paths.get(id(undo.module), ''), name)} was replaced"
+
+
+def _change(name: str, module: nn.Module, tensor: str, adapter: Adapter, dense: bool) -> Change:
+    assert adapter.layout is not None
+    method, parameters = adapter.delta_of(module)
+    with torch.no_grad():
+        factors = None if adapter.follows else method.low_rank(parameters)
+        factors = factors and (factors[0].detach().clone(), factors[1].detach().clone())
+        matrix = None
+        if factors is None and dense:
+            matrix = _difference(module, tensor, adapter)
+    dtype = torch.float32
+    for value in parameters.values():
+        if value.is_floating_point() or value.is_complex():
+            dtype = torch.promote_types(dtype, value.dtype)
+    return Change(name, module, tensor, adapter.layout, adapter.options, dtype, factors, matrix)
+
+
+def _difference(module: nn.Module, tensor: str, adapter: Adapter) -> Tensor:
+    """The effective matrix less the frozen one."""
+    frozen = wide(dequantised(present_tensor(module, tensor).detach(), module))
+    training, module.training = module.training, False
+    try:
+        effective = adapter.weight(module, frozen)
+    finally:
+        module.training = training
+    assert adapter.layout is not None
+    return adapter.layout.to_matrix(effective - frozen)
+
+
+def trained_values(changes: Changes) -> Iterator[str]:
+    """Names of the parameters that are trained as they are."""
+    return (name for name, (module, own, *_) in changes.values.items() if own in module._parameters)

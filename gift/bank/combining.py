@@ -1,0 +1,228 @@
+"""A sum of deltas as one delta."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from gift.adapter import adapters_of
+from gift.bank.changes import Change, Changes, changes_of, trained_values, wide
+from gift.delta import put_values
+from gift.detached import Detached
+from gift.enable import enabling_trained
+from gift.files.digests import dtype_name
+from gift.layers import Layout, LayoutOptions, layout_of
+from gift.methods import AdaptationError, LoRA
+from gift.methods.settings import is_integer, is_number
+from gift.strategies.resolved import ResolvedStrategy
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a combined delta is; it prints as a table.
+
+    Args:
+        ranks: of each weight that it changes, by path.
+        errors: of each, how far it is from the sum, relative to that, in the Frobenius norm.
+        error: of all of them together.
+    """
+
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    error: float
+
+    def __str__(self) -> str:
+        rows = [(n, str(rank), f"{self.errors[n]:.2e}") for n, rank in self.ranks.items()]
+        rows.append(("all", "", f"{self.error:.2e}"))
+        return tabulate(rows, headers=["weight", "rank", "error"], disable_numparse=True)
+
+
+def combine(
+    net: nn.Module,
+    deltas: Mapping[str, Any],
+    weights: Mapping[str, float],
+    rank: int | None,
+) -> tuple[Detached, Combination]:
+    """The sum of deltas, each times its number, as a LoRA on the base `net`, taken off it."""
+    _check(weights, rank)
+    read = {name: changes_of(net, delta, dense=rank is not None) for name, delta in deltas.items()}
+    problems = [f"{name}: {what}" for name, changes in read.items() for what in changes.foreign]
+    parts: dict[str, list[tuple[float, Change]]] = {}
+    for name, changes in read.items():
+        for change in changes.weights.values():
+            parts.setdefault(change.name, []).append((weights[name], change))
+    trained = list(dict.fromkeys(name for c in read.values() for name in trained_values(c)))
+    whole = {path: parts.pop(path) for path in trained if path in parts}
+    if rank is None:
+        problems += [
+            f"{path} is changed by a method whose delta has no factors: give a rank"
+            for path, terms in (parts | whole).items()
+            if any(change.factors is None for _, change in terms)
+        ]
+    if problems:
+        raise AdaptationError("the deltas cannot be summed:\n  " + "\n  ".join(problems))
+    modules = dict(net.named_modules())
+    sums = {
+        path: _sum(modules[path.rpartition(".")[0]], terms, rank) for path, terms in parts.items()
+    }
+    values = _values(read, weights, whole)
+    strategy = ResolvedStrategy([_group(path, made) for path, made in sums.items()], trained)
+    with enabling_trained(net, strategy):
+        _fill(net, sums, values)
+    return Detached(net), _told(sums)
+
+
+def _check(weights: Mapping[str, float], rank: int | None) -> None:
+    wrong = {name: weight for name, weight in weights.items() if not is_number(weight)}
+    if wrong or not weights:
+        raise ValueError(f"expected finite numbers by name, got {wrong or 'none'}")
+    if rank is not None and not (is_integer(rank) and rank >= 1):
+        raise ValueError(f"rank is {rank!r}, expected an integer of at least 1 or None")
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum of changes as a low-rank one.
+
+    Args:
+        options, layout: how LoRA reads the weight.
+        left, right: the factors, in double precision.
+        dtype: of the delta.
+        lost: squared norm of what the factors lack.
+    """
+
+    options: LayoutOptions
+    layout: Layout
+    left: Tensor
+    right: Tensor
+    dtype: torch.dtype
+    lost: float = 0.0
+
+    @property
+    def square(self) -> float:
+        """Squared norm of the whole sum."""
+        kept = (self.left.mH @ self.left) * (self.right @ self.right.mH).mT
+        return float(kept.sum().real) + self.lost
+
+
+def _sum(module: nn.Module, terms: list[tuple[float, Change]], rank: int | None) -> _Sum:
+    """The factors side by side, or the best approximation of that rank; groups share a rank."""
+    first = terms[0][1]
+    options = first.options.settled(LoRA.conv_layouts, LoRA.rows_are_outputs)
+    layout = layout_of(
+        module, first.name.rpartition(".")[2], torch.Size(first.layout.shape), options
+    )
+    dtype = reduce(torch.promote_types, (change.dtype for _, change in terms))
+    factors = [pair for _, change in terms if (pair := _factors(change, layout)) is not None]
+    if len(factors) == len(terms):
+        left = torch.cat([w * wide(b) for (w, _), (b, _) in zip(terms, factors, strict=True)], -1)
+        right = torch.cat([wide(a) for _, a in factors], -2)
+        largest = min(layout.matrix[-2:])
+        rank = min(rank or largest, largest)
+        if rank >= left.shape[-1]:
+            return _Sum(options, layout, left, right, dtype)
+    else:  # others see the same weight as another matrix
+        parts = [weight * change.layout.to_weight(change.dense()) for weight, change in terms]
+        left = layout.to_matrix(torch.stack(parts).sum(0))
+        right = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
+        right = right.expand(*left.shape[:-2], -1, -1)
+    left, right, lost = _compressed(left, right, rank)
+    return _Sum(options, layout, left, right, dtype, lost)
+
+
+def _factors(change: Change, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """Its factors in that layout, wherever inputs lie; None if they are those of another matrix."""
+    own = change.layout
+    if change.factors is None or (own.view, own.order, own.matrix) == (
+        layout.view, layout.order, layout.matrix
+    ):  # fmt: skip
+        return change.factors
+    if own.view == layout.view and len(own.view) == 2:  # transposed
+        left, right = change.factors
+        return right.mT, left.mT
+    return None
+
+
+def _compressed(left: Tensor, right: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of a product, by the singular values of a small matrix.
+
+    None keeps all that is not rounding. The right factor has no zero rows, so that what is zero can
+    still be trained.
+    """
+    q1, r1 = torch.linalg.qr(left)
+    q2, r2 = torch.linalg.qr(right.mT)
+    u, sigma, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
+    if rank is None:
+        rank = max(1, int((sigma > 1e-13 * sigma.amax()).sum(-1).max()))
+    made_left = q1 @ (u[..., :, :rank] * sigma[..., None, :rank])
+    made_right = vh[..., :rank, :] @ q2.mT
+    return made_left, made_right, float(sigma[..., rank:].square().sum())
+
+
+def _group(path: str, made: _Sum) -> dict[str, Any]:
+    settings = {"rank": made.left.shape[-1], "dtype": dtype_name(made.dtype)}
+    tensors = {path: list(made.layout.matrix)}
+    return {"method": LoRA.name, "settings": settings, "layout": asdict(made.options),
+            "tensors": tensors}  # fmt: skip
+
+
+def _values(
+    read: Mapping[str, Changes],
+    weights: Mapping[str, float],
+    whole: Mapping[str, list[tuple[float, Change]]],
+) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """What is trained as it is, and buffers: the base, and each difference times its number.
+
+    What only some deltas train `whole` takes the changes that others make to it.
+    """
+    made: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for name, changes in read.items():
+        for path, (module, own, base, now) in changes.values.items():
+            *_, value = made.get(path, (module, own, wide(base) if _is_number(base) else base))
+            if _is_number(base):
+                value = value + weights[name] * (wide(now) - wide(base))
+            made[path] = module, own, value
+    for path, terms in whole.items():
+        module, own, value = made[path]
+        for weight, change in terms:
+            value = value + weight * change.layout.to_weight(change.dense())
+        made[path] = module, own, value
+    wrong = [
+        path for path, (*_, v) in made.items() if path.endswith("running_var") and (v < 0).any()
+    ]
+    if wrong:
+        raise ValueError(f"with these numbers, variances would be negative: {wrong}")
+    return made
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _fill(net: nn.Module, sums: Mapping[str, _Sum], values: Mapping[str, Any]) -> None:
+    paths = dict(net.named_modules())
+    for path, made in sums.items():
+        holder, _, tensor = path.rpartition(".")
+        module = paths[holder]
+        names = adapters_of(module)[tensor].names
+        put_values(module, {names["lora_B"]: made.left, names["lora_A"]: made.right})
+    with torch.no_grad():
+        for module, name, value in values.values():
+            (module._buffers if name in module._buffers else module._parameters)[name].copy_(value)
+
+
+def _told(sums: Mapping[str, _Sum]) -> Combination:
+    squares, losses = sum(s.square for s in sums.values()), sum(s.lost for s in sums.values())
+    return Combination(
+        ranks={path: made.left.shape[-1] for path, made in sums.items()},
+        errors={path: _root(made.lost, made.square) for path, made in sums.items()},
+        error=_root(losses, squares),
+    )
+
+
+def _root(lost: float, square: float) -> float:
+    return (lost / square) ** 0.5 if square else 0.0

@@ -1,0 +1,214 @@
+"""Different deltas for different rows of one batch."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.bank.changes import Change, Changes, changes_of
+from gift.bank.tracking import Tracking
+from gift.enable import GiftWarning
+from gift.generated import plain_class
+from gift.layers import Layout
+from gift.methods import AdaptationError
+from gift.methods.base import dotted
+
+Factors = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def rows_added(
+    net: nn.Module, deltas: Mapping[str, Any], rows: list[str | None], dim: int
+) -> Iterator[None]:
+    """Within it, the base `net` adds to each row of a batch what the delta of that row gives."""
+    read = {name: changes_of(net, delta, dense=False) for name, delta in deltas.items()}
+    if not rows:
+        raise ValueError("there are no rows")
+    layers = _layers(net, read)
+    weights = [module._parameters.get("weight") for module, _ in layers.values()]
+    tracking = Tracking(net, [weight for weight in weights if weight is not None], len(rows), dim)
+    seen: set[str] = set()
+    hooks = [
+        module.register_forward_hook(  # before those of others, which see what the layer gives
+            _Rows(path, by_name, rows, tracking, seen), prepend=True, with_kwargs=True
+        )
+        for path, (module, by_name) in layers.items()
+    ]
+    try:
+        with tracking:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    held = {path: id(module._parameters.get("weight")) for path, (module, _) in layers.items()}
+    reached = {held[path] for path in seen}  # of tied layers one is enough
+    never = [path for path in layers if path not in seen and held[path] not in reached]
+    if tracking.was_called and never:
+        warnings.warn(
+            f"{never} were never called, so their deltas had no effect", GiftWarning, stacklevel=4
+        )
+
+
+def _layers(
+    net: nn.Module, read: Mapping[str, Changes]
+) -> dict[str, tuple[nn.Module, dict[str, Factors]]]:
+    """The layers that are changed, and for each delta the factors of the weight as it is held."""
+    layers: dict[str, tuple[nn.Module, dict[str, Factors]]] = {}
+    problems = []
+    parents = {id(c): (parent, n) for parent in net.modules() for n, c in parent.named_children()}
+    for name, changes in read.items():
+        problems += [f"{name}: {what}" for what in changes.foreign]
+        problems += [f"{name}: {path} has a value of its own" for path in changes.values]
+        for path, change in _all_changes(changes).items():
+            why = _unfit(change, parents.get(id(change.module)))
+            if why:
+                problems.append(f"{name}: {path} {why}")
+                continue
+            _, by_name = layers.setdefault(path, (change.module, {}))
+            by_name[name] = _of_weight(change.layout, *change.factors)  # type: ignore[misc]
+    if problems:
+        raise AdaptationError("rows cannot differ in:\n  " + "\n  ".join(problems))
+    return layers
+
+
+def _all_changes(changes: Changes) -> dict[str, Change]:
+    """Those of tied tensors included: each is the change of the one whose delta it reads."""
+    found = dict(changes.weights)
+    for path, (module, tensor, adapter) in changes.tied.items():
+        owner = next(c for c in found.values() if c.module is adapter.owner)
+        found[path] = replace(owner, module=module, tensor=tensor)
+    return found
+
+
+def _unfit(change: Change, parent: tuple[nn.Module, str] | None) -> str:
+    """Why rows cannot differ in a change; empty if they can."""
+    layer: Any = change.module
+    cls: Any = plain_class(type(layer))
+    if change.factors is None:
+        return "is changed by a method whose delta is no low-rank one"
+    if change.tensor != "weight" or dotted(cls.forward) not in _SIDES:
+        return f"belongs to a {cls.__name__}, expected a linear layer, convolution or embedding"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "belongs to an embedding with max_norm"
+    if parent is not None and isinstance(parent[0], nn.MultiheadAttention):
+        return "belongs to a layer that is never called, as its attention reads the weight"
+    return ""
+
+
+class _Rows:
+    """Forward hook of one layer of the base: adds to each row the delta that it wants."""
+
+    def __init__(
+        self,
+        path: str,
+        by_name: dict[str, Factors],
+        rows: list[str | None],
+        tracking: Tracking,
+        seen: set[str],
+    ) -> None:
+        self.path = path
+        self.by_name = by_name
+        self.rows = [name if name in by_name else None for name in rows]
+        self.tracking = tracking
+        self.seen = seen
+        self.names = {name: i for i, name in enumerate(by_name)}
+        self.known: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+
+    def __call__(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        self.seen.add(self.path)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        side = _SIDES[dotted(type(module).forward)]
+        if len({*self.rows}) == 1:  # wherever they are
+            name = self.rows[0]
+            if name is None:
+                return output
+            return (output + side(module, x, self.by_name[name])).to(output.dtype)
+        dim = self.tracking.dim
+        if x.ndim > dim and x.shape[dim] == 1 and self.tracking.is_same(x):
+            # What is computed once for all rows, positions perhaps, is there for each of them.
+            x, output = (_repeated(tensor, len(self.rows), dim) for tensor in (x, output))
+        elif dim not in _axes_before_features(module, x) or not self.tracking.has_rows(x):
+            raise ValueError(
+                f"{self.path} gets {tuple(x.shape)}, where axis {dim} is not the batch of "
+                f"{len(self.rows)} rows, as far as can be told: rows cannot differ there"
+            )
+        with torch._C.DisableTorchFunction():  # what follows need not be followed
+            for name, index in self._places(x.shape[dim], x.device).items():
+                taken = output.index_select(dim, index)
+                change = side(module, x.index_select(dim, index), self.by_name[name])
+                output = output.index_copy(dim, index, (taken + change).to(output.dtype))
+        self.tracking.now_has_rows(output)
+        return output
+
+    def _places(self, size: int, device: torch.device) -> dict[str, Tensor]:
+        """For each delta its places along the axis of the batch."""
+        if (size, device) not in self.known:
+            times = size // len(self.rows)
+            rows = torch.tensor(
+                [self.names.get(name or "", -1) for name in self.rows], device=device
+            )
+            each = rows.repeat_interleave(times)
+            self.known[size, device] = {
+                name: (each == i).nonzero().flatten()
+                for name, i in self.names.items()
+                if name in self.rows
+            }
+        return self.known[size, device]
+
+
+def _repeated(tensor: Tensor, times: int, dim: int) -> Tensor:
+    sizes = [-1] * tensor.ndim
+    sizes[dim] = times
+    return tensor.expand(sizes)
+
+
+def _axes_before_features(layer: Any, x: Tensor) -> range:
+    """Where the batch can be in what a layer gets."""
+    if isinstance(layer, nn.Embedding):
+        return range(x.ndim)
+    if isinstance(layer, nn.Linear) or not hasattr(layer, "kernel_size"):
+        return range(x.ndim - 1)
+    return range(x.ndim - 1 - len(layer.kernel_size))
+
+
+def _of_weight(layout: Layout, left: Tensor, right: Tensor) -> Factors:
+    """Factors of the weight as the layer holds it; of a convolution, the weight and nothing."""
+    if len(layout.shape) != 2:
+        return layout.to_weight(left @ right), right
+    return (right.mT, left.mT) if layout.order == (1, 0) else (left, right)
+
+
+def _linear(layer: Any, x: Tensor, factors: Factors) -> Tensor:
+    left, right = factors
+    return F.linear(F.linear(x.to(right.dtype), right), left)
+
+
+def _conv1d_of_transformers(layer: Any, x: Tensor, factors: Factors) -> Tensor:
+    left, right = factors
+    return (x.to(left.dtype) @ left) @ right
+
+
+def _conv(layer: Any, x: Tensor, factors: Factors) -> Tensor:
+    return layer._conv_forward(x.to(factors[0].dtype), factors[0], None)
+
+
+def _embedding(layer: Any, ids: Tensor, factors: Factors) -> Tensor:
+    left, right = factors
+    return F.embedding(ids, left) @ right
+
+
+_SIDES = {
+    dotted(nn.Linear.forward): _linear,
+    dotted(nn.Conv1d.forward): _conv,
+    dotted(nn.Conv2d.forward): _conv,
+    dotted(nn.Conv3d.forward): _conv,
+    dotted(nn.Embedding.forward): _embedding,
+    "transformers.pytorch_utils.Conv1D.forward": _conv1d_of_transformers,
+    "bitsandbytes.nn.modules.Linear4bit.forward": _linear,
+    "bitsandbytes.nn.modules.Linear8bitLt.forward": _linear,
+}

@@ -1,0 +1,62 @@
+"""A delta as many times as strong."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift.adapter import adapters_of
+from gift.bank.changes import wide
+from gift.delta import put_values
+from gift.files.container import is_finite
+from gift.generated import joined
+from gift.methods import AdaptationError
+from gift.methods.settings import is_number
+from gift.network import NetworkRecord
+from gift.transaction import tensor_of
+
+
+def scale(net: Any, factor: float) -> None:
+    """Make the delta that `net` wears `factor` times as strong; all or nothing.
+
+    Raises:
+        ValueError: if `factor` is not finite.
+        AdaptationError: naming what has a method under which that cannot be told.
+    """
+    if not is_number(factor):
+        raise ValueError(f"the factor is {factor!r}, expected a finite number")
+    work, problems = [], []
+    for path, module in net.named_modules():
+        for tensor, adapter in adapters_of(module).items():
+            if adapter.owner is not None:
+                continue  # the delta of another one
+            method, parameters = adapter.delta_of(module)
+            try:
+                with torch.no_grad():
+                    made = method.multiplied(parameters, factor)
+            except AdaptationError as error:
+                problems.append(f"{joined(path, tensor)}: {error}")
+                continue
+            new = {adapter.names[k]: v for k, v in made.items() if v is not parameters[k]}
+            if not all(map(is_finite, new.values())):
+                problems.append(f"{joined(path, tensor)}: its numbers would not be finite")
+            work.append((module, new))
+    trained = list(_trained(net._gift_network, factor))
+    problems += [f"{name}: its numbers would not be finite"
+                 for _, name, value in trained if not is_finite(value)]  # fmt: skip
+    if problems:
+        raise AdaptationError("nothing was scaled:\n  " + "\n  ".join(problems))
+    for module, values in work:
+        put_values(module, values)
+    for module, name, value in trained:
+        put_values(module, {name: value})
+
+
+def _trained(record: NetworkRecord, factor: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """What is trained as it is, that many times as far from the base: rounded once."""
+    for module, name, base in record.undo.values:
+        tensor = tensor_of(module, name).detach()
+        if name in module._parameters:
+            far = torch.lerp(wide(base), wide(tensor), factor)  # exact for 0 and 1
+            yield module, name, far.to(tensor.dtype)
