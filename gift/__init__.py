@@ -4,6 +4,7 @@ from gift.bank import DeltaBank
 from gift.choosing import suggest
 from gift.detached import disabled
 from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
+from gift.exchange import load_kohya, load_peft, save_kohya, save_peft
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
 from gift.iterator import ModuleIterator
 from gift.merging import merge, merged
@@ -22,11 +23,15 @@ __all__ = [
     "enable_fine_tuning",
     "inspect",
     "load",
+    "load_kohya",
+    "load_peft",
     "load_strategy_from_config",
     "merge",
     "merge_strategies",
     "merged",
     "plan_fine_tuning",
     "save",
+    "save_kohya",
+    "save_peft",
     "suggest",
 ]

@@ -1,0 +1,145 @@
+"""Writing the deltas of networks as a kohya file."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gift.adapter import Adapter, adapters_of, present_tensor
+from gift.delta import deltas_of
+from gift.exchange.kohya.layers import Misfit, flat, is_layer, lead
+from gift.exchange.kohya.parts import parts_of
+from gift.files.container import DeltaFileError, replace_file
+from gift.generated import joined, spec_of
+from gift.network import NetworkRecord, delta_names, named_trainable
+
+
+def save_kohya(
+    net: nn.Module | Mapping[str, nn.Module],
+    path: str | os.PathLike[str],
+    prefix: str = "lora_unet_",
+    dtype: torch.dtype | None = None,
+    rename: Callable[[str], str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the deltas of a network, or of several, as kohya's sd-scripts and LyCORIS do.
+
+    Writes LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA, DoRA, LoHa and LoKr of linear layers and
+    convolutions. PiSSA and OLoRA become LoRA of twice the rank; factors for the balanced layout of
+    a convolution, or for its groups, become those of the whole matrix, with a larger rank.
+
+    Args:
+        net: the fine-tuned network, or several by their prefixes: ``{"lora_unet_": unet,
+            "lora_te_": text_encoder}``.
+        path: of the file; it is replaced as a whole or not at all.
+        prefix: of the keys, for a single network; see `load_kohya`.
+        dtype: in which the tensors are written, but for alpha; None keeps theirs.
+        rename: from a layer's path in its network to its name in the file, for programs that expect
+            other names.
+        metadata: more of it, such as ``ss_base_model_version``.
+
+    Raises:
+        ValueError: naming all that such a file cannot hold; nothing is written.
+    """
+    nets = dict(net) if isinstance(net, Mapping) else {prefix: net}
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    methods: set[str] = set()
+    for own, one in nets.items():
+        for place, module, adapter in _adapters(one, own, problems):
+            methods.add("lora" if hasattr(adapter.method, "lora_alpha") else adapter.method.name)
+            try:
+                parts = parts_of(adapter, module, present_tensor(module, "weight"))
+            except Misfit as error:
+                problems.append(f"{place}: {error}")
+                continue
+            name = flat(rename(place)) if rename else lead(one) + flat(place)
+            for part, tensor in parts.items():
+                key = f"{own}{name}.{part}"
+                if key in tensors:
+                    problems.append(f"{place}: another layer has the key {key} as well")
+                # The number that all of a delta is multiplied with is not rounded.
+                tensors[key] = tensor if dtype is None or part == "alpha" else tensor.to(dtype)
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
+    if problems:
+        raise DeltaFileError(f"{path} was not written", problems)
+    kept = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in
+            tensors.items()}  # fmt: skip
+    described = _metadata(tensors, methods) | dict(metadata or {})
+    replace_file(path, lambda temporary: save_file(kept, temporary, described))
+
+
+def _adapters(
+    net: nn.Module, prefix: str, problems: list[str]
+) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """The adapters that a file can hold, with paths and layers; of all else, what is wrong."""
+    if "." in prefix or not spec_of(net).network:
+        problems.append(f"{prefix!r}: a prefix has no dots" if "." in prefix else
+                        f"the network for {prefix} is not being fine-tuned")  # fmt: skip
+        return
+    problems += _kept_elsewhere(net)
+    for path, module in net.named_modules():
+        for tensor, delta in deltas_of(module).items():
+            where = f"{path}.{tensor}".lstrip(".")
+            if not isinstance(delta, Adapter):
+                problems.append(f"{where}: such files cannot extend calls")
+            elif delta.owner is not None:
+                problems.append(f"{where} shares the delta of another tensor; in such files each "
+                                "layer has its own")  # fmt: skip
+            elif not is_layer(module) or tensor != "weight" or not path:
+                problems.append(f"{where}: such files are for linear layers and convolutions "
+                                "inside a network")  # fmt: skip
+            elif delta.layout is None:
+                problems.append(f"{where} has no values yet")
+            else:
+                yield path, module, delta
+
+
+def _kept_elsewhere(net: nn.Module) -> Iterator[str]:
+    """What training changed that is no delta."""
+    deltas = delta_names(net)
+    if trained := [name for name, _ in named_trainable(net) if name not in deltas]:
+        yield f"trained in place, which such files cannot hold: {', '.join(trained)}"
+    record: NetworkRecord = net._gift_network  # type: ignore[assignment]
+    paths = {id(module): path for path, module in net.named_modules()}
+    changed = [
+        joined(paths.get(id(module), ""), name)
+        for module, name, value in record.undo.values
+        if name in module._buffers.keys() - module._non_persistent_buffers_set
+        and not _equal(module._buffers[name], value)
+    ]
+    if changed:
+        yield f"buffers that changed while training, as running statistics: {', '.join(changed)}"
+    if not any(adapters_of(module) for module in net.modules()):
+        yield f"{type(net).__name__} has no delta"
+
+
+def _equal(buffer: Tensor | None, before: Tensor) -> bool:
+    """Whether it has the same values, though it may have been moved since."""
+    return buffer is not None and torch.equal(buffer, before.to(buffer))
+
+
+def _metadata(tensors: Mapping[str, Tensor], methods: set[str]) -> dict[str, str]:
+    """What programs show of a file, and what LyCORIS says of its own."""
+    dims = {_dim(key, tensor) for key, tensor in tensors.items()} - {None}
+    alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
+    plain = methods == {"lora"} and not any(key.endswith("dora_scale") for key in tensors)
+    described = {
+        "format": "pt",
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_dim": str(dims.pop()) if len(dims) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }
+    if not plain and len(methods) == 1:
+        described["ss_network_args"] = json.dumps({"algo": next(iter(methods))})
+    return described
+
+
+def _dim(key: str, tensor: Tensor) -> int | None:
+    names = ("lora_down.weight", "hada_w1_b", "lokr_w2_b")
+    return len(tensor) if key.endswith(names) else None

@@ -1,0 +1,201 @@
+"""Layers and methods that PEFT has too: what each test of the exchange goes through."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)  # fmt: skip
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Attended(nn.Module):
+    """Self-attention, as a module that takes one tensor."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(dim, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0]
+
+
+class Experts(nn.Module):
+    """Two raw parameters in a module below the network: a batch of matrices, and a matrix."""
+
+    def __init__(self, up: tuple[int, ...] = (3, 6, 8)) -> None:
+        super().__init__()
+        self.inner = _Experts(up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class _Experts(nn.Module):
+    def __init__(self, up: tuple[int, ...]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(up)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,bi->bo", self.up, x) @ self.down.T
+
+
+class TransposedExperts(Experts):
+    """The same, whose batch has inputs as rows and says so."""
+
+    def __init__(self) -> None:
+        super().__init__((3, 6, 8))
+        self.inner.is_transposed = True
+
+
+class Around(nn.Module):
+    """A network with the layer inside, under the name ``inner``, and a bias that is not its."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner = layer
+        self.other = nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x))
+
+
+class Scaled(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.weight.norm()
+
+
+class Tied(nn.Module):
+    """An embedding and an output layer that share one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x))
+
+
+class Shared(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+
+
+IMAGE = (2, 4, 6, 6)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: Around(nn.Linear(8, 12)), lambda: torch.randn(2, 3, 8)),
+    "linear, no bias": (lambda: Around(nn.Linear(12, 8, bias=False)), lambda: torch.randn(4, 12)),
+    "Conv1D of transformers": (lambda: Around(Conv1D(12, 8)), lambda: torch.randn(2, 3, 8)),
+    "conv1d": (lambda: Around(nn.Conv1d(4, 6, 3, 2, 1)), lambda: torch.randn(2, 4, 9)),
+    "conv2d": (lambda: Around(nn.Conv2d(4, 6, (3, 2), (2, 1))), lambda: torch.randn(IMAGE)),
+    "conv2d 1x1": (lambda: Around(nn.Conv2d(4, 6, 1)), lambda: torch.randn(IMAGE)),
+    "conv3d": (
+        lambda: Around(nn.Conv3d(4, 6, 2, bias=False)),
+        lambda: torch.randn(2, 4, 3, 3, 3),
+    ),
+    "embedding": (lambda: Around(nn.Embedding(10, 6)), lambda: torch.randint(0, 10, (3, 4))),
+}
+LINEAR = ("linear", "linear, no bias")
+FLAT = (*LINEAR, "Conv1D of transformers")
+IMAGES = ("conv2d", "conv2d 1x1")
+
+# By gift: the method, its settings, and the layers.
+OURS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "LoRA": ("lora", {"rank": 2, "lora_alpha": 5}, tuple(LAYERS)),
+    "LoRA, default": ("lora", {}, tuple(LAYERS)),
+    "LoRA, as outputs": ("lora", {"conv_layout": "out_as_h"}, ("conv1d", "conv2d", "conv3d")),
+    "rsLoRA": ("rslora", {"rank": 3, "lora_alpha": 0.7}, ("linear", "conv2d", "embedding")),
+    "DoRA": ("dora", {"rank": 2, "lora_alpha": 5}, tuple(LAYERS)),
+    "DoRA, rsLoRA": ("dora", {"rank": 3, "use_rslora": True}, ("linear",)),
+    "LoRA-FA": ("lora_fa", {"rank": 2, "lora_alpha": 3}, ("linear", "conv2d", "embedding")),
+    "PiSSA": ("pissa", {"rank": 2, "lora_alpha": 3}, ("linear", "conv2d", "embedding")),
+    "OLoRA": ("olora", {"rank": 2, "use_rslora": True}, ("linear", "conv2d")),
+    "LoHa": ("loha", {"rank": 2, "alpha": 5}, (*LINEAR, "conv1d", *IMAGES)),
+    "LoKr": ("lokr", {"rank": 1, "factor": 2, "alpha": 3.0}, (*LINEAR, "conv1d", *IMAGES)),
+    "LoKr, both": ("lokr", {"rank": 1, "decompose_both": True, "alpha": 3}, LINEAR),
+    "LoKr, high rank": ("lokr", {"rank": 2, "factor": 2, "alpha": 1}, (*LINEAR, *IMAGES)),
+    "LoKr, full": ("lokr", {"full_matrix": True, "factor": 2}, (*LINEAR, *IMAGES)),
+    "(IA)^3": ("ia3", {}, (*FLAT, *IMAGES, "conv3d")),
+    "(IA)^3 of inputs": ("ia3", {"feedforward": True}, (*FLAT, "conv2d 1x1")),
+    "VeRA": ("vera", {"rank": 4}, FLAT),
+    "VeRA with its pair": ("vera", {"rank": 5, "save_projection": True}, FLAT),
+    "OFT": ("oft", {}, (*LINEAR, "conv2d 1x1", "embedding")),
+    "OFT in blocks": ("oft", {"block_size": 2}, (*LINEAR, "conv2d 1x1", "embedding")),
+    "OFT, shared": ("oft", {"block_size": 2, "block_share": True}, ("linear", "embedding")),
+}
+
+# By PEFT: a configuration, and the layers.
+THEIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = {
+    "LoRA": (LoraConfig, {"r": 2, "lora_alpha": 5}, tuple(LAYERS)),
+    "LoRA of high rank": (LoraConfig, {"r": 20}, ("linear", "embedding", "conv2d 1x1")),
+    "rsLoRA": (LoraConfig, {"r": 3, "use_rslora": True}, ("linear", "conv2d")),
+    "rsLoRA of high rank": (LoraConfig, {"r": 20, "use_rslora": True}, ("linear",)),
+    "DoRA": (LoraConfig, {"r": 2, "use_dora": True}, tuple(LAYERS)),
+    "DoRA, rsLoRA": (LoraConfig, {"r": 3, "use_dora": True, "use_rslora": True}, ("linear",)),
+    "LoRA, with biases": (LoraConfig, {"r": 2, "bias": "lora_only"}, ("linear", "conv2d")),
+    "LoRA, with all biases": (LoraConfig, {"r": 2, "bias": "all"}, ("linear", "conv2d")),
+    "LoRA, orthogonal": (LoraConfig, {"r": 2, "init_lora_weights": "orthogonal"}, ("linear",)),
+    "LoHa": (LoHaConfig, {"r": 2, "alpha": 5}, (*LINEAR, "conv1d", *IMAGES)),
+    "LoKr": (LoKrConfig, {"r": 1, "alpha": 3, "decompose_factor": 2}, (*LINEAR, "conv1d", *IMAGES)),
+    "LoKr, both": (
+        LoKrConfig,
+        {"r": 1, "decompose_both": True, "alpha": 3},
+        LINEAR,
+    ),
+    "LoKr, full": (LoKrConfig, {"r": 16, "alpha": 4, "decompose_factor": 2}, (*LINEAR, *IMAGES)),
+    "(IA)^3": (IA3Config, {"feedforward_modules": []}, (*FLAT, *IMAGES, "conv3d")),
+    "(IA)^3 of inputs": (IA3Config, {"feedforward_modules": ["inner"]}, (*FLAT, *IMAGES, "conv3d")),
+    "VeRA": (VeraConfig, {"r": 4}, FLAT),
+    "VeRA, with biases": (VeraConfig, {"r": 6, "bias": "vera_only"}, FLAT),
+    "OFT": (
+        OFTConfig,
+        {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
+        (*LINEAR, "conv2d 1x1", "embedding"),
+    ),
+    "OFT in blocks": (
+        OFTConfig,
+        {"oft_block_size": 2, "use_cayley_neumann": False, "bias": "oft_only"},
+        (*LINEAR, "conv2d 1x1", "embedding"),
+    ),
+    "OFT by a long series": (
+        OFTConfig,
+        {"oft_block_size": 4, "num_cayley_neumann_terms": 90, "block_share": True},
+        LINEAR,
+    ),
+}
+
+
+def cells(table: dict[str, Any]) -> list[tuple[str, str]]:
+    """All pairs of a row and a layer of its."""
+    return [(row, layer) for row, (_, _, layers) in table.items() for layer in layers]
+
+
+def randomised(net: nn.Module, std: float = 0.2) -> nn.Module:
+    """`net`, all that it trains moved."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * std)
+    return net
+
+
+def trained_by_peft(net: nn.Module, config: Any) -> PeftModel:
+    """The model of PEFT around `net`, as after some training; evaluated."""
+    model = get_peft_model(net, config)
+    return randomised(model).eval()  # type: ignore[return-value]
