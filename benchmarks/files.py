@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from _common import linear_pattern, llama_7b, machine
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -33,10 +34,16 @@ def base(layers: int) -> nn.Module:
     for module in net.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.zeros_like(parameter, device="cpu"))
+                module._parameters[name] = nn.Parameter(zeros(parameter))
         for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+            module._buffers[name] = zeros(buffer)
     return net
+
+
+def zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros by numpy, whose memory is that of the system, which has none until it is written."""
+    size = like.numel() * like.element_size()
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(like.shape)
 
 
 def timed(action: Callable[[], Any]) -> float:

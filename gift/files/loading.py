@@ -66,7 +66,7 @@ def load(
         with enabling_trained(net, strategy, **options) as report:
             if check_base:
                 _take_dtypes(net, file)
-            put_values(net, file.tensors, file.aliases)
+            put_values(net, file.tensors, file.aliases, new=True)
     except Exception as error:  # what only values or memory tell
         _refuse(file, [told(error)], error)
         raise
@@ -184,12 +184,23 @@ def _too_much(net: nn.Module, twin: nn.Module, file: DeltaFile) -> Iterator[str]
 
 
 def put_values(
-    network: Any, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None
+    network: Any,
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str] | None = None,
+    new: bool = False,
 ) -> None:
-    """Give a fine-tuned network those values, all or none; what is not among them stays."""
+    """Give a fine-tuned network those values, all or none; what is not among them stays.
+
+    Args:
+        network: the network.
+        tensors: values by name.
+        aliases: of further names, those under which the values are.
+        new: whether its deltas are new, so that nobody wants their values back.
+    """
     state = network.state_dict()
     own = {**tensors, **{name: tensors[first] for name, first in (aliases or {}).items()}}
-    kept = KeptValues(tensor for tensor in state.values() if not is_sharded(tensor))
+    worthless = delta_names(network) if new else set()
+    kept = KeptValues(t for n, t in state.items() if n not in worthless and not is_sharded(t))
     for name, value in own.items():
         if is_sharded(state[name]):
             value = _sharded_like(value, state[name])
