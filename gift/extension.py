@@ -42,7 +42,9 @@ class CallMethod(Configured):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        CALLS[cls.__name__] = cls  # files name it so
+        known = CALLS.setdefault(cls.__name__, cls)  # files name it so
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the name {cls.__name__!r} is taken by {known.__module__}")
 
     def fit(self, module: nn.Module) -> Self:
         """The method with what its call must know of the module.
@@ -78,6 +80,21 @@ class CallMethod(Configured):
     def beside(self, weight: Tensor | None) -> dict[str, Any]:
         """Dtype and device of new parameters in a module that may have none, as keywords."""
         return {"dtype": dtype_of(self.dtype)} if weight is None else self.like(weight)
+
+
+def call_method_of(name: str, settings: Mapping[str, Any]) -> CallMethod:
+    """What extends a call, by the name of its class, with these settings.
+
+    Raises:
+        ValueError: for an unknown name or setting.
+    """
+    if name not in CALLS:
+        raise ValueError(f"unknown extension of calls {name!r}; known: {sorted(CALLS)}")
+    unknown = sorted(set(settings) - set(CALLS[name].__dataclass_fields__))
+    if unknown:
+        known = list(CALLS[name].__dataclass_fields__)
+        raise ValueError(f"{name} has no setting {unknown}; it has {known}")
+    return CALLS[name](**settings)
 
 
 @dataclass

@@ -293,6 +293,23 @@ def _row_of(cls: type, with_transformers: bool) -> LayerRow | None:
     return next((row for row in LAYERS if row.matches(cls)), None)
 
 
+CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
+
+# Layers whose parents read their weights and never call them.
+_READ = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+}
+
+
+def reader_of(parent: nn.Module | None, name: str) -> type | None:
+    """The class of `parent` that reads the weight of its layer of that name and never calls it."""
+    for cls in type(parent).__mro__:
+        if name in _READ.get(f"{cls.__module__}.{cls.__qualname__}", ()):
+            return cls
+    return None
+
+
 def bias_layout(size: int, weights: Sequence[Layout]) -> Layout:
     """How the bias that belongs to these weights is read: a row for each row of theirs."""
     if len(weights) == 1:

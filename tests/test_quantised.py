@@ -27,7 +27,7 @@ from gift import (
 from gift.adapter import adapters_of
 from gift.delta import added_names
 from gift.factories import ma_adapt, mc_layer, mc_name
-from gift.methods import METHODS
+from gift.methods import METHODS, AdaptationError
 from gift.quantised import dequantised, is_quantised, requantised, shape_of
 from gift.strategies import STRATEGIES
 from tests.cases.methods import METHODS as FORMULAS
@@ -566,10 +566,12 @@ def test_another_value_quantised_in_the_same_way(name: str) -> None:
     """As if the layer had had that value from the beginning."""
     kind = KINDS[name]
     layer, other = kind.linear(64, 128), kind.linear(64, 128, seed=7)
-    new = requantised(layer.weight, plain_linear(64, 128, seed=7).weight.detach())
-    if "scaled" in name:
-        assert new is None, "its scales were fitted together with the weight"
+    value = plain_linear(64, 128, seed=7).weight.detach()
+    if "scaled" in name:  # its scales were fitted together with the weight
+        with pytest.raises(AdaptationError, match="Int8Tensor cannot be quantised again"):
+            requantised(layer.weight, value)
         return
+    new = requantised(layer.weight, value)
     assert isinstance(new, nn.Parameter)
     assert not new.requires_grad
     assert type(new) is type(layer.weight)
@@ -589,7 +591,8 @@ def test_dequantised_by_gift_and_by_its_package(kind: Kind) -> None:
         layer(inputs())  # after which some have moved their scales
     plain = plain_linear(4, 4).weight
     assert dequantised(plain) is plain
-    assert requantised(plain, plain) is None
+    with pytest.raises(AdaptationError, match="cannot be quantised again"):
+        requantised(plain, plain)
 
 
 # Other layers and real models.

@@ -100,10 +100,7 @@ class DeltaBank:
             DeltaFileError, RuntimeError: if a file or state does not fit; all that does not is
                 named, bank and network are as before.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"the name is {name!r}, expected some text")
-        if name in self._deltas:
-            raise ValueError(f"there is a delta {name!r} already: remove it first")
+        self._check_new(name)
         if source is None and strategy is None:
             self._check(may_wear=True)
             if self._active is not None or not spec_of(self.net).network:
@@ -191,8 +188,7 @@ class DeltaBank:
             ValueError: for unknown names or numbers that are not finite, or if `rank` is needed.
             AdaptationError: naming what cannot be summed: new heads, extended calls.
         """
-        if name in self._deltas:
-            raise ValueError(f"there is a delta {name!r} already: remove it first")
+        self._check_new(name)
         for given in weights:
             self._known(given)
         with self._base():
@@ -233,6 +229,12 @@ class DeltaBank:
                 meanwhile([self.net], "computing rows"),
             ):
                 yield self.net
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the name is {name!r}, expected some text")
+        if name in self._deltas:
+            raise ValueError(f"there is a delta {name!r} already: remove it first")
 
     def _known(self, name: str) -> None:
         if name not in self._deltas:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from gift.bank.changes import Change, Changes, changes_of
 from gift.bank.tracking import Tracking
 from gift.enable import GiftWarning
 from gift.generated import plain_class
-from gift.layers import Layout
+from gift.layers import CONV1D_FORWARD, Layout, reader_of
 from gift.methods import AdaptationError
 from gift.methods.base import dotted
+from gift.quantised import LINEAR_FORWARDS
 
 Factors = tuple[Tensor, Tensor]
 
@@ -33,18 +34,13 @@ def rows_added(
     weights = [module._parameters.get("weight") for module, _ in layers.values()]
     tracking = Tracking(net, [weight for weight in weights if weight is not None], len(rows), dim)
     seen: set[str] = set()
-    hooks = [
-        module.register_forward_hook(  # before those of others, which see what the layer gives
-            _Rows(path, by_name, rows, tracking, seen), prepend=True, with_kwargs=True
-        )
-        for path, (module, by_name) in layers.items()
-    ]
-    try:
-        with tracking:
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with tracking, ExitStack() as hooks:
+        for path, (module, by_name) in layers.items():
+            own = _Rows(path, by_name, rows, tracking, seen)
+            # Before those of others, which see what the layer gives.
+            hook = module.register_forward_hook(own, prepend=True, with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
     held = {path: id(module._parameters.get("weight")) for path, (module, _) in layers.items()}
     reached = {held[path] for path in seen}  # of tied layers one is enough
     never = [path for path in layers if path not in seen and held[path] not in reached]
@@ -95,8 +91,8 @@ def _unfit(change: Change, parent: tuple[nn.Module, str] | None) -> str:
         return f"belongs to a {cls.__name__}, expected a linear layer, convolution or embedding"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "belongs to an embedding with max_norm"
-    if parent is not None and isinstance(parent[0], nn.MultiheadAttention):
-        return "belongs to a layer that is never called, as its attention reads the weight"
+    if parent is not None and (reader := reader_of(*parent)):
+        return f"belongs to a layer that is never called, as {reader.__name__} reads the weight"
     return ""
 
 
@@ -208,7 +204,6 @@ _SIDES = {
     dotted(nn.Conv2d.forward): _conv,
     dotted(nn.Conv3d.forward): _conv,
     dotted(nn.Embedding.forward): _embedding,
-    "transformers.pytorch_utils.Conv1D.forward": _conv1d_of_transformers,
-    "bitsandbytes.nn.modules.Linear4bit.forward": _linear,
-    "bitsandbytes.nn.modules.Linear8bitLt.forward": _linear,
+    CONV1D_FORWARD: _conv1d_of_transformers,
+    **dict.fromkeys(LINEAR_FORWARDS, _linear),
 }

@@ -35,7 +35,13 @@ class Tracking(TorchFunctionMode):
         self._inside: list[nn.Module] = []
         self._same = WeakTensorKeyDictionary()
         self._axes = WeakTensorKeyDictionary()  # of rows, where it is not `dim`; None is unknown
-        self._hooks = [hook for module in net.modules() for hook in self._watch(module)]
+        self._modules = list(net.modules())
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Any:
+        for module in self._modules:
+            self._hooks += self._watch(module)
+        return super().__enter__()
 
     def _watch(self, module: nn.Module) -> Iterator[Any]:
         yield module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)

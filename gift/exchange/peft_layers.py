@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.adapter import Adapter
-from gift.factories.extensions import NEVER_CALLED as NEVER_CALLED
 from gift.generated import joined, plain_class
+from gift.layers import CONV1D_FORWARD, reader_of
 from gift.methods.base import dotted
 
 KINDS = {
     dotted(nn.Linear.forward): "linear",
-    "transformers.pytorch_utils.Conv1D.forward": "transposed",
+    CONV1D_FORWARD: "transposed",
     dotted(nn.Conv1d.forward): "conv1d",
     dotted(nn.Conv2d.forward): "conv2d",
     dotted(nn.Conv3d.forward): "conv3d",
@@ -111,7 +111,7 @@ def context_misfits(network: nn.Module, path: str) -> Iterator[str]:
         yield "PEFT adapts layers inside a network, not the network itself"
         return
     parent = network.get_submodule(above)
-    if any(name in NEVER_CALLED.get(dotted(cls), ()) for cls in type(parent).__mro__):
+    if reader_of(parent, name):
         yield f"{plain_class(type(parent)).__name__} never calls it, and PEFT adapts calls"
 
 

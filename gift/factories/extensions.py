@@ -16,14 +16,8 @@ from gift.factories.actions import Action
 from gift.factories.checks import Check, Test
 from gift.factories.recorded import recorded
 from gift.generated import plain_class
+from gift.layers import reader_of
 from gift.methods import AdaptationError
-from gift.methods.base import dotted
-
-# Layers whose parents read their weights and never call them.
-NEVER_CALLED = {
-    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
-}
 
 
 @recorded
@@ -45,11 +39,10 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
 
     def act(*place: Any, **params: Any) -> None:
         parent, name, path, _, module = place
-        for cls in type(parent).__mro__:
-            if name in NEVER_CALLED.get(dotted(cls), ()):
-                raise AdaptationError(
-                    f"it is never called, as {cls.__name__} reads its weight: extend {cls.__name__}"
-                )
+        if cls := reader_of(parent, name):
+            raise AdaptationError(
+                f"it is never called, as {cls.__name__} reads its weight: extend {cls.__name__}"
+            )
         method = Bottleneck(**({"size": size} | settings | params)) if params else made
         extend_module(module, method, path)
 

@@ -7,7 +7,7 @@ digest. The header has the digest of each tensor, so whatever is changed in a fi
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,29 +58,20 @@ def replace_file(path: str | os.PathLike[str], make: Callable[[str], None]) -> N
     """
     target = Path(path).expanduser().resolve()  # of a link, the file
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
-    )
-    os.close(handle)
+    temporary = str(target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp"))
+    # Made here, so that the system says which permissions a new file has; an old one keeps its own.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        mode = (target if target.exists() else Path(temporary)).stat().st_mode & 0o777
         make(temporary)
         _flush(temporary)
-        os.chmod(temporary, _mode(target))
+        os.chmod(temporary, mode)
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
         raise
     if os.name == "posix":
         _flush(str(target.parent))  # the name
-
-
-def _mode(target: Path) -> int:
-    """The permissions of the file that is replaced, or those that a new one would have."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _flush(path: str) -> None:
@@ -102,6 +93,25 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The texts and tensors of any safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DeltaFileError: if it is no such file, or is cut off.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # whatever hostile bytes provoke
+        problem = f"it is no whole safetensors file ({type(error).__name__}: {error})"
+        raise DeltaFileError(f"{path} cannot be read", [problem]) from error
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file, each as it was written.
 
@@ -109,16 +119,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         FileNotFoundError: if there is no such file.
         DeltaFileError: if it is no such file, is damaged, or of a newer format.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # whatever hostile bytes provoke
-        problem = f"it is no whole safetensors file ({type(error).__name__}: {error})"
-        raise DeltaFileError(f"{path} cannot be read", [problem]) from error
+    metadata, tensors = read_tensors(path)
     header, problems = _header(metadata)
     if not problems:
         _join_pairs(header, tensors)

@@ -68,8 +68,7 @@ def load(
                 _take_dtypes(net, file)
             put_values(net, file.tensors, file.aliases, new=True)
     except Exception as error:  # what only values or memory tell
-        _refuse(file, [told(error)], error)
-        raise
+        raise DeltaFileError(_UNFIT.format(file.path), [told(error)]) from error
     return report
 
 
@@ -87,10 +86,12 @@ def _load_onto_enabled(network: Any, file: DeltaFile, check_base: bool) -> Repor
     return network._gift_network.report
 
 
-def _refuse(file: DeltaFile, problems: list[str], cause: Exception | None = None) -> None:
+_UNFIT = "{} does not fit this network, which is unchanged"
+
+
+def _refuse(file: DeltaFile, problems: list[str]) -> None:
     if problems:
-        what = f"{file.path} does not fit this network, which is unchanged"
-        raise DeltaFileError(what, problems) from cause
+        raise DeltaFileError(_UNFIT.format(file.path), problems)
 
 
 def _strategy(file: DeltaFile) -> FineTuningStrategy:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.extension import CALLS
+from gift.extension import call_method_of
 from gift.files.container import is_finite
 from gift.files.description import describe_deltas
 from gift.files.digests import digest, dtype_name
@@ -81,7 +81,7 @@ def _meanings(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     told: dict[str, dict[str, Any]] = {}
     for group in groups:
         if "call" in group:
-            method: Any = CALLS[group["call"]](**group["settings"])
+            method: Any = call_method_of(group["call"], group["settings"])
             named = {"call": group["call"]}
         else:
             method = method_of(group["method"], group["settings"])

@@ -62,7 +62,7 @@ def merge(net: nn.Module) -> nn.Module:
         for tensor, value in values.items():
             frozen: Any = module._parameters.get(tensor)
             if is_quantised(frozen):
-                instead[id(frozen)] = requantised(frozen, value)  # type: ignore[assignment]
+                instead[id(frozen)] = requantised(frozen, value)
             else:
                 write(module, tensor, value)
     for module in net.modules():

@@ -55,23 +55,19 @@ def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:
         for tensor, value in values.items():
             parameter = module._parameters.get(tensor)
             if is_quantised(parameter):
-                loss = _loss(parameter, value, module)
-                if loss is None:
-                    name = type(parameter).__name__
-                    yield f"{joined(path, tensor)}: a {name} cannot be quantised again with it"
-                else:
-                    losses[joined(path, tensor)] = loss
+                try:
+                    losses[joined(path, tensor)] = _loss(parameter, value, module)
+                except AdaptationError as error:
+                    yield f"{joined(path, tensor)}: {error}"
             elif parameter is not None or value.is_meta or not is_finite(value):
                 continue
             elif why := _unsettable(module, tensor, value.to(_double(value))):
                 yield f"{joined(path, tensor)}: {why}"
 
 
-def _loss(frozen: Any, value: Tensor, module: nn.Module) -> float | None:
-    """How far from `value` it is when quantised, relative to the delta; None if it cannot be."""
+def _loss(frozen: Any, value: Tensor, module: nn.Module) -> float:
+    """How far from `value` it is when quantised, relative to the delta."""
     new = requantised(frozen, value)
-    if new is None:
-        return None
     change = (value - dequantised(frozen, module)).norm()
     return float(
         (dequantised(new, module).to(value.device) - value).norm() / change.clamp(min=1e-30)

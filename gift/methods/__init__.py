@@ -1,7 +1,7 @@
 """Methods: one file and one row here for each. `METHODS` maps a method's name to its class."""
 
+from gift.errors import AdaptationError as AdaptationError
 from gift.methods.base import METHODS as METHODS
-from gift.methods.base import AdaptationError as AdaptationError
 from gift.methods.base import Method as Method
 from gift.methods.base import method_of as method_of
 from gift.methods.base import register_method as register_method

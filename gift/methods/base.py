@@ -9,13 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from gift.errors import AdaptationError
 from gift.methods.settings import Configured, at_least_32_bits, flag, whole
 
 METHODS: dict[str, type["Method"]] = {}
-
-
-class AdaptationError(ValueError):
-    """A tensor cannot be adapted as asked; the message says why and what would work."""
 
 
 @dataclass(frozen=True)

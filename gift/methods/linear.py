@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.layers import CONV1D_FORWARD
 from gift.methods.base import dotted
-from gift.quantised import dequantised, is_quantised
+from gift.quantised import LINEAR_FORWARDS, dequantised, is_quantised
 from gift.quantised import product as quantised_product
 
 
@@ -103,6 +104,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
     def linear(self: Any, input: Tensor) -> Tensor:
         return forward(self, input, transposed=False)
 
+    # Arguments are called as in the layer itself, since they may be given by name.
     def linear_of_bitsandbytes(self: Any, x: Tensor) -> Tensor:
         return forward(self, x, transposed=False)
 
@@ -111,7 +113,6 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
 
     return {
         dotted(nn.Linear.forward): linear,
-        "bitsandbytes.nn.modules.Linear4bit.forward": linear_of_bitsandbytes,
-        "bitsandbytes.nn.modules.Linear8bitLt.forward": linear_of_bitsandbytes,
-        "transformers.pytorch_utils.Conv1D.forward": conv1d_of_transformers,
+        **dict.fromkeys(LINEAR_FORWARDS, linear_of_bitsandbytes),
+        CONV1D_FORWARD: conv1d_of_transformers,
     }

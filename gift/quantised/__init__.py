@@ -1,5 +1,6 @@
 """Quantised weights: the only folder that knows how packages hold them."""
 
+from gift.quantised.bitsandbytes import LINEAR_FORWARDS
 from gift.quantised.tensors import (
     dequantised,
     is_quantised,
@@ -13,6 +14,7 @@ from gift.quantised.tensors import (
 )
 
 __all__ = [
+    "LINEAR_FORWARDS",
     "dequantised",
     "is_quantised",
     "not_yet_quantised",

@@ -88,6 +88,12 @@ def _requantise_8bit(tensor: Any, value: Tensor) -> Tensor:
     return Int8Params(data, requires_grad=False, CB=data, SCB=scales)
 
 
+LINEAR_FORWARDS = (
+    "bitsandbytes.nn.modules.Linear4bit.forward",
+    "bitsandbytes.nn.modules.Linear8bitLt.forward",
+)
+"""The forwards of linear layers, by dotted names."""
+
 ROWS = (
     QuantisedRow(
         ("bitsandbytes.nn.modules.Params4bit",),

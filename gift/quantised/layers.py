@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import gift.adapted  # noqa: F401 - whose fast paths come first
 from gift.generated import Generated, Spec, contributes, plain_class
 from gift.methods.base import dotted
+from gift.quantised.bitsandbytes import LINEAR_FORWARDS
 
 
 class QuantisedLayer(Generated):
@@ -43,8 +44,7 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
 
 
 FORWARDS = {
-    "bitsandbytes.nn.modules.Linear4bit.forward": _linear,
-    "bitsandbytes.nn.modules.Linear8bitLt.forward": _linear,
+    **dict.fromkeys(LINEAR_FORWARDS, _linear),
     "bitsandbytes.nn.modules.Embedding4bit.forward": _embedding,
     "bitsandbytes.nn.modules.Embedding8bit.forward": _embedding,
 }

@@ -3,13 +3,14 @@
 No package is imported here: a tensor of a package can be met only where somebody has imported that.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gift.methods.base import AdaptationError
+from gift.errors import AdaptationError
 from gift.quantised import bitsandbytes, torchao
 from gift.quantised.rows import QuantisedRow
 
@@ -77,7 +78,7 @@ def stand_in(tensor: Tensor) -> Tensor:
     return torch.zeros((), dtype=dtype, device=tensor.device).expand(shape_of(tensor))
 
 
-def requantised(tensor: Tensor, value: Tensor) -> nn.Parameter | None:
+def requantised(tensor: Tensor, value: Tensor) -> nn.Parameter:
     """Another value, quantised as `tensor` is: same type, groups and options.
 
     Args:
@@ -85,19 +86,22 @@ def requantised(tensor: Tensor, value: Tensor) -> nn.Parameter | None:
         value: of the shape of what `tensor` stands for.
 
     Returns:
-        A frozen parameter, or None where that cannot be done.
+        A frozen parameter.
+
+    Raises:
+        AdaptationError: if that cannot be done.
     """
-    row = _row_for(tensor)
+    row, refusal = _row_for(tensor), f"a {type(tensor).__name__} cannot be quantised again with it"
     if row is None:
-        return None
+        raise AdaptationError(refusal)
     try:
         with torch.no_grad():
             new = row.requantise(tensor, value)
-    except _FAILURES:
-        return None
-    if new is None or isinstance(new, nn.Parameter):
-        return new
-    return nn.Parameter(new, requires_grad=False)
+    except _FAILURES as error:
+        raise AdaptationError(f"{refusal} ({type(error).__name__}: {error})") from error
+    if new is None:
+        raise AdaptationError(refusal)
+    return new if isinstance(new, nn.Parameter) else nn.Parameter(new, requires_grad=False)
 
 
 def product(tensor: Tensor, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,10 +152,6 @@ def _row_for(tensor: Any) -> QuantisedRow | None:
     return row if row is not None and row.holds(tensor) else None
 
 
-_rows: dict[type, QuantisedRow | None] = {}
-
-
+@functools.cache
 def _row_of(cls: type) -> QuantisedRow | None:
-    if cls not in _rows:
-        _rows[cls] = next((row for row in QUANTISED if row.matches(cls)), None)
-    return _rows[cls]
+    return next((row for row in QUANTISED if row.matches(cls)), None)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from gift.adapt import adapt_biases, adapt_tensor
-from gift.extension import CALLS, CallMethod, extend_module
+from gift.extension import CallMethod, call_method_of, extend_module
 from gift.factories import Action, ma_freeze, ma_replace_head, mc_any, mc_path, pa_train
 from gift.generated import joined, plain_class
 from gift.layers import LayoutOptions, row_of
@@ -133,7 +133,7 @@ def _read(group: Mapping[str, Any], work: dict[str, _Work]) -> None:
     """Sort one group of `deltas` by modules."""
     settings = dict(group["settings"])
     if "call" in group:
-        call = CALLS[group["call"]](**settings)
+        call = call_method_of(group["call"], settings)
         for path in group["modules"]:
             work.setdefault(path, _Work()).calls.append(call)
         return
