@@ -14,6 +14,7 @@ from gift.enable import check_undoable
 from gift.generated import Spec, generated_class, plain_class, spec_of
 from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
+from gift.quantised import as_packed
 from gift.transaction import OWN, ModuleUndo, tensor_of
 
 
@@ -181,12 +182,16 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
         False
     """
     modes = [(m, m.training, vars(m).get("_gift_mode")) for m in net.modules()]
+    # An optimizer that steps meanwhile passes by what has no gradient.
+    gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
+    for parameter, _ in gradients:
+        parameter.grad = None
     detached = Detached(net)
     frozen = [(m, name, p, p.requires_grad) for m, name, p in _parameters(net)]
     for _, _, parameter, _ in frozen:
         parameter.requires_grad = False
     try:
-        with meanwhile([net], "disabled"):
+        with meanwhile([net], "disabled"), as_packed(p for *_, p, _ in frozen):
             yield net
     finally:
         for part in [part for part in net.modules() if spec_of(part).network]:
@@ -195,6 +200,8 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
             now = module._parameters.get(name)  # another one, if a state was assigned
             (parameter if now is None else now).requires_grad = flag
         detached.attach()
+        for parameter, gradient in gradients:
+            parameter.grad = None if gradient is None else gradient.to(parameter)
         for module, training, mode in modes:
             if module.training != training:
                 module.training = training

@@ -207,7 +207,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
     if not isinstance(strategy, FineTuningStrategy):
         hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
-    refuse_meanwhile(module, "merged")
+    refuse_meanwhile(module, "merged", "computing rows")
     sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
     if sharded:
         raise ValueError(

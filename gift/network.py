@@ -220,6 +220,36 @@ def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[
             yield name, parameter
 
 
+def trained_in_place(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the network's own that are trained."""
+    deltas = delta_names(network)
+    return ((name, p) for name, p in named_trainable(network) if name not in deltas)
+
+
+def moved_buffers(network: Any) -> Iterator[str]:
+    """Names of buffers that changed since enabling; all where that is not known.
+
+    Of those that are saved, and that no method added. Another dtype or device is no change.
+    """
+    undo: Undo = network._gift_network.undo
+    before = {id(m._buffers[name]): value for m, name, value in undo.values if name in m._buffers}
+    deltas = delta_names(network)
+    for path, module in network.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            own = joined(path, name)
+            if buffer is None or name in module._non_persistent_buffers_set or own in deltas:
+                continue
+            value = before.get(id(buffer))
+            if value is None or not _same(buffer, value):
+                yield own
+
+
+def _same(buffer: Tensor, before: Tensor) -> bool:
+    if buffer.is_meta or before.is_meta:  # there is no value, or was none when it was kept
+        return False
+    return buffer.shape == before.shape and torch.equal(buffer, before.to(buffer))
+
+
 def frozen_names(network: Any) -> list[str]:
     """Names of the parameters that are not trained, including the second names of tied ones."""
     chosen = network._gift_network.chosen

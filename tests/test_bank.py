@@ -524,30 +524,42 @@ def test_what_fails_changes_nothing(
 
 
 @pytest.mark.parametrize("active", ["french", "german"])
-def test_a_network_that_was_changed_behind_the_bank(active: str) -> None:
+def test_a_network_that_wears_another_delta_behind_the_bank(active: str) -> None:
     """It says so, and never takes another fine-tuning for the one that it knows."""
+    bank = small(active)
+    gift.disable_fine_tuning(bank.net)
+    enable_fine_tuning(bank.net, IA3AllFineTuningStrategy())
+    before = picture(bank.net)
+    for call in (
+        lambda: bank.activate(None),
+        lambda: bank.activate(active),
+        lambda: bank.add("x", strategy=BitFitFineTuningStrategy()),
+        lambda: bank.add("x"),
+        lambda: bank.remove(active),
+        lambda: bank.scale("french", 2),
+        lambda: bank.combine({"french": 1.0}),
+        lambda: bank.rows(["french"]).__enter__(),
+    ):
+        with pytest.raises(RuntimeError, match="without the bank"):
+            call()
+        assert picture(bank.net) == before
+    gift.disable_fine_tuning(bank.net)
+    with pytest.warns(gift.GiftWarning, match=f"'{active}'.*without the bank"):
+        bank.activate(None)  # which is in order again
 
-    def again(net: nn.Module) -> None:
-        gift.disable_fine_tuning(net)
-        enable_fine_tuning(net, IA3AllFineTuningStrategy())
 
-    for act in (gift.disable_fine_tuning, gift.merge, again):
-        bank = small(active)
-        act(bank.net)
-        before = picture(bank.net)
-        for call in (
-            lambda bank=bank: bank.activate(None),
-            lambda bank=bank: bank.activate(active),
-            lambda bank=bank: bank.add("x", strategy=BitFitFineTuningStrategy()),
-            lambda bank=bank: bank.add("x"),
-            lambda bank=bank: bank.remove(active),
-            lambda bank=bank: bank.scale("french", 2),
-            lambda bank=bank: bank.combine({"french": 1.0}),
-            lambda bank=bank: bank.rows(["french"]).__enter__(),
-        ):
-            with pytest.raises(RuntimeError, match="without the bank"):
-                call()
-            assert picture(bank.net) == before
+@pytest.mark.parametrize("act", [gift.disable_fine_tuning, gift.merge])
+def test_a_delta_that_was_taken_off_behind_the_bank_is_forgotten_and_no_other(act: Any) -> None:
+    bank, x = small("german"), torch.ones(2, 6)
+    expected = bank.net(x)
+    bank.activate("french")
+    act(bank.net)
+    with pytest.warns(gift.GiftWarning, match="'french' was taken off or merged"):
+        bank.activate("german")
+    assert bank.names == ["german"]
+    assert act is gift.merge or torch.equal(bank.net(x), expected)
+    bank.activate(None)
+    assert not any("lora" in name for name, _ in bank.net.named_parameters())
 
 
 @pytest.mark.parametrize("within", [gift.merged, gift.disabled])
@@ -569,8 +581,10 @@ def test_two_banks_on_one_network_do_not_mix() -> None:
         second.activate(None)
     second.add("mine")
     second.activate(None)
-    with pytest.raises(RuntimeError, match="without the bank"):
+    with pytest.warns(gift.GiftWarning, match="'french' was taken off"):
         bank.activate("german")
+    with pytest.raises(RuntimeError, match="without a name"):
+        second.activate("mine")
 
 
 def test_saving_and_merging_what_is_worn(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import gift
@@ -28,6 +29,7 @@ from gift.factories import (
     pa_train,
     pc_name,
 )  # fmt: skip
+from gift.network import moved_buffers
 from tests.common import picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
@@ -543,15 +545,18 @@ def test_damaged_files(tmp_path: Path) -> None:
         load_kohya(net, tmp_path / "b.safetensors")
 
 
-def tuned(*layers: nn.Module, caps: Any = None, **settings: Any) -> nn.Module:
+def tuned(
+    *layers: nn.Module, caps: Any = None, keep_base: bool = True, **settings: Any
+) -> nn.Module:
     net = nn.Sequential(*layers)
     caps = caps or [(mc_layer(), ma_adapt(settings.pop("method", "lora"), **settings))]
-    enable_fine_tuning(net, FineTuningStrategy(caps, [(pc_name("bias"), pa_train())]))
+    strategy = FineTuningStrategy(caps, [(pc_name("bias"), pa_train())])
+    enable_fine_tuning(net, strategy, keep_base=keep_base)
     return net
 
 
-def with_running_statistics() -> nn.Module:
-    net = tuned(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False))
+def with_running_statistics(keep_base: bool = True) -> nn.Module:
+    net = tuned(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False), keep_base=keep_base)
     net(torch.randn(8, 6))
     return net
 
@@ -569,7 +574,11 @@ def sharing() -> nn.Module:
 
 
 NOT_WRITTEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "plain": (lambda: nn.Linear(6, 4), "is not being fine-tuned"),
+    "plain": (lambda: nn.Linear(6, 4), "lora_unet_: .* is being fine-tuned, it is not"),
+    "two": (
+        lambda: nn.ModuleList([tuned(nn.Linear(6, 4)), tuned(nn.Linear(6, 4))]),
+        r"several parts are: \['0', '1'\]",
+    ),
     "alone": (lambda: adapted(nn.Linear(6, 4), "lora"), "inside a network"),
     "table": (lambda: tuned(nn.Embedding(6, 4)), "0.weight: such files are for linear layers"),
     "transposed": (lambda: tuned(nn.ConvTranspose2d(6, 4, 3)), "linear layers and convolutions"),
@@ -587,6 +596,9 @@ NOT_WRITTEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "tied": (sharing, "1.weight shares the delta"),
     "statistics": (with_running_statistics, r"buffers that changed.*: 1.running_mean"),
+    "statistics of which no copy was kept": (
+        lambda: with_running_statistics(keep_base=False), r"or may have.*: 1.running_mean",
+    ),
     "nan": (lambda: with_large_values(torch.nan), "not finite: lora_unet_0.lora_up.weight"),
     "complex": (lambda: tuned(nn.Linear(6, 4, dtype=torch.complex64)), "complex"),
     "LoKr in chunks": (
@@ -608,6 +620,26 @@ def test_what_such_files_cannot_hold(
         save_kohya(net, path)
     assert path.read_bytes() == b"before"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, nn.Sequential])
+def test_a_network_inside_another_module(wrap: Any, tmp_path: Path) -> None:
+    net, paths = adapted(UNet(), "lora"), [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_kohya(net, paths[0])
+    save_kohya({"lora_unet_": wrap(net)}, paths[1])
+    tensors, wrapped = map(load_file, paths)
+    assert all(torch.equal(wrapped.pop(key), tensor) for key, tensor in tensors.items())
+    assert not wrapped
+
+
+def test_buffers_that_are_only_converted_or_shared_did_not_change(tmp_path: Path) -> None:
+    norms = nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4, affine=False)
+    norms[1].running_mean = norms[0].running_mean
+    net = tuned(nn.Linear(4, 4, bias=False), *norms).to(torch.bfloat16)
+    assert not list(moved_buffers(net))
+    save_kohya(net, tmp_path / "a.safetensors")
+    net[2].running_mean += 1
+    assert list(moved_buffers(net)) == ["1.running_mean", "2.running_mean"]
 
 
 def test_what_16_bits_cannot_hold(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 import random
 import re
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from peft import LoKrConfig, LoraConfig, OFTConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gift import FineTuningStrategy, enable_fine_tuning
-from gift.exchange import load_peft
+from gift import DeltaFileError, FineTuningStrategy, enable_fine_tuning
+from gift.exchange import load_peft, save_peft
 from gift.factories import (
     ma_adapt,
     mc_layer,
@@ -160,9 +161,11 @@ def test_a_network_without_values_takes_none(written: Path) -> None:
 def test_all_that_is_wrong_is_named_at_once(written: Path, tmp_path: Path) -> None:
     edits = [UNREADABLE[name][0] for name in ("a misshapen factor", "a misshapen module")]
     folder = edited(written, tmp_path, lambda c, t: [edit(c, t) for edit in edits])
-    with pytest.raises(ValueError, match="lora_A is") as caught:
+    with pytest.raises(DeltaFileError, match="lora_A is") as caught:
         load_peft(base(), folder)
-    assert "3.weight is (5, 6)" in str(caught.value)
+    assert [problem.partition(" (")[0] for problem in caught.value.problems] == [
+        "0: lora_A is", "3.weight is"
+    ]  # fmt: skip
 
 
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
@@ -259,7 +262,7 @@ def test_files_that_are_none(
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(reason)):
+    with pytest.raises(DeltaFileError, match=re.escape(reason)):
         load_peft(base(), folder)
 
 
@@ -305,6 +308,45 @@ def test_old_files_are_read_without_running_code(written: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="cannot be read"):
         load_peft(base(), tmp_path)
     assert not ran.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_old_files_are_refused_or_hold_tensors(written: Path, tmp_path: Path) -> None:
+    """Any byte changed, most of which are of a pickle: one kind of error, and nothing changed."""
+    (tmp_path / CONFIG).write_bytes((written / CONFIG).read_bytes())
+    path, chance = tmp_path / "adapter_model.bin", random.Random(0)
+    torch.save(load_file(written / WEIGHTS), path)
+    whole = path.read_bytes()
+    pickled = whole.index(b"data.pkl"), whole.index(b"/byteorder")
+    net, causes = base(), set()
+    before = picture(net)
+    for _ in range(400):
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 4])):
+            content[chance.randrange(*pickled)] = chance.randrange(256)
+        path.write_bytes(content)
+        try:
+            load_peft(net, tmp_path)
+        except DeltaFileError as error:
+            causes.add(type(error.__cause__))
+            assert picture(net) == before
+        else:  # names in the archive, or of things that are not looked up
+            net = base()
+            before = picture(net)
+    assert {KeyError, IndexError, pickle.UnpicklingError} <= causes
+
+
+def test_a_folder_below_the_home(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    net, again = base(), base()
+    load_peft(net, written)
+    save_peft(net, "~/delta")
+    assert (tmp_path / "delta" / CONFIG).exists()
+    load_peft(again, "~/delta")
+    x = torch.randn(3, 8)
+    assert torch.equal(again.eval()(x), net.eval()(x))
 
 
 class _Hostile:

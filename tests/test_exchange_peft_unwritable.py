@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers.pytorch_utils import Conv1D
 
 import gift.files.container
-from gift import FineTuningStrategy, enable_fine_tuning
+from gift import DeltaFileError, FineTuningStrategy, enable_fine_tuning
 from gift.exchange import load_peft, save_peft
 from gift.factories import (
     ma_adapt,
@@ -194,7 +194,7 @@ def test_what_cannot_be_written(
     net = make()
     enable_fine_tuning(net, strategy)
     randomised(net)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(DeltaFileError, match=reason):
         save_peft(net, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -204,7 +204,7 @@ def test_what_stands_on_the_network_itself_cannot_be_written(tmp_path: Path) -> 
     net.scale = nn.Parameter(torch.ones(6))
     caps = FineTuningStrategy([(mc_path("0"), ma_adapt())], [(pc_name("scale"), pa_train())])
     enable_fine_tuning(net, caps)
-    with pytest.raises(ValueError, match=r"\['scale'\] stand on the network itself"):
+    with pytest.raises(DeltaFileError, match=r"\['scale'\] stand on the network itself"):
         save_peft(net, tmp_path)
 
 
@@ -214,7 +214,9 @@ def test_a_module_with_adapters_and_moved_statistics_cannot_be_written(tmp_path:
     net[0].register_buffer("mean", torch.zeros(3))
     enable_fine_tuning(net, every("lora"))
     net[0].mean += 1
-    with pytest.raises(ValueError, match=r"0 is changed in place, and has adapted layers \['0.0'"):
+    with pytest.raises(
+        DeltaFileError, match=r"0 is changed in place, and has adapted layers \['0.0'"
+    ):
         save_peft(net, tmp_path)
 
 
@@ -224,7 +226,7 @@ def test_names_that_peft_takes_for_others_cannot_be_written(tmp_path: Path) -> N
     enable_fine_tuning(
         net, FineTuningStrategy([(mc_path("fc"), ma_train()), (mc_path("xfc"), ma_adapt("lora"))])
     )
-    with pytest.raises(ValueError, match=r"xfc is changed in place, and has adapted layers"):
+    with pytest.raises(DeltaFileError, match=r"xfc is changed in place, and has adapted layers"):
         save_peft(net, tmp_path)
 
 
@@ -239,7 +241,7 @@ def test_virtual_tokens_cannot_be_written_for_other_models_or_beside_others(
     net = BertForSequenceClassification(config)
     caps = [(mc_path(""), ma_prompt(2)), (mc_name("classifier"), ma_train())]
     enable_fine_tuning(net, FineTuningStrategy(caps))
-    with pytest.raises(ValueError, match="no causal language model") as caught:
+    with pytest.raises(DeltaFileError, match="no causal language model") as caught:
         save_peft(net, tmp_path)
     assert "along with anything else" in str(caught.value)
 
@@ -262,7 +264,7 @@ def test_virtual_tokens_that_cannot_be_read(
     shape = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
     net = GPT2LMHeadModel(GPT2Config(vocab_size=9, bos_token_id=0, eos_token_id=0, **shape))
     before = picture(net)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(DeltaFileError, match=reason):
         load_peft(net, tmp_path)
     assert picture(net) == before
 
@@ -273,7 +275,7 @@ def test_names_that_peft_leaves_out_cannot_be_written(tmp_path: Path) -> None:
     net = nn.ModuleDict({"a": inner, "axb": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})
     caps = [(mc_path("a.b"), ma_train()), (mc_path("axb", "fc"), ma_adapt("lora"))]
     enable_fine_tuning(net, FineTuningStrategy(caps))
-    with pytest.raises(ValueError, match=r"adapt \['fc'\] instead of \['axb', 'fc'\]"):
+    with pytest.raises(DeltaFileError, match=r"adapt \['fc'\] instead of \['axb', 'fc'\]"):
         save_peft(net, tmp_path)
 
 
@@ -281,7 +283,7 @@ def test_a_parameter_whose_name_is_the_end_of_another_cannot_be_written(tmp_path
     net = nn.ModuleDict({"inner": Experts().inner, "more": Experts()})
     caps = FineTuningStrategy(para_caps=[(pc_path("inner.up"), pa_adapt("lora", rank=2))])
     enable_fine_tuning(net, caps)
-    with pytest.raises(ValueError, match=r"adapt \['more.inner.up'\] as well"):
+    with pytest.raises(DeltaFileError, match=r"adapt \['more.inner.up'\] as well"):
         save_peft(net, tmp_path)
 
 
@@ -293,7 +295,7 @@ def test_a_plain_network_cannot_be_written(tmp_path: Path) -> None:
 def test_all_reasons_are_named_at_once(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding_mode="circular"), nn.ConvTranspose2d(4, 2, 2))
     enable_fine_tuning(net, every("lora"))
-    with pytest.raises(ValueError, match="circular") as caught:
+    with pytest.raises(DeltaFileError, match="circular") as caught:
         save_peft(net, tmp_path)
     assert "1.weight: " in str(caught.value)
 

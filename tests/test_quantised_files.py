@@ -144,3 +144,20 @@ def test_many_deltas_on_a_quantised_base(kind: Kind) -> None:
         found = net(inputs())
     assert_near(found[0::2], outputs["a"][0::2], 1e-5)
     assert_near(found[1::2], base[1::2], 1e-5)
+
+
+def test_inference_of_the_base_leaves_the_order_of_4_bits_as_it_was(tmp_path: Path) -> None:
+    """On some CPUs, a layer of bitsandbytes packs its weight anew in its first inference."""
+    kind = KINDS["bitsandbytes nf4"]
+    net = tuned(kind).eval()
+    with torch.no_grad():
+        expected, before = net(inputs()), packed(net)
+        with gift.disabled(net):
+            net(inputs())
+        assert torch.equal(net(inputs()), expected)
+    assert_same_bits(net, before)
+    gift.save(net, tmp_path / "delta.safetensors")
+    fresh = kind.network().eval()
+    gift.load(fresh, tmp_path / "delta.safetensors")
+    with torch.no_grad():
+        assert torch.equal(fresh(inputs()), expected)

@@ -1,6 +1,7 @@
 """The bank: deltas by name, of which the network wears one."""
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from gift.bank.combining import Combination, combine
 from gift.bank.rows import rows_added
 from gift.bank.scaling import scale
 from gift.detached import Detached
-from gift.enable import check_undoable, enable_fine_tuning, enabling_trained
+from gift.enable import GiftWarning, check_undoable, enable_fine_tuning, enabling_trained
 from gift.files import load, resolve
+from gift.files.container import is_finite
 from gift.generated import spec_of
 from gift.meanwhile import meanwhile, refuse_meanwhile
-from gift.network import NetworkRecord, frozen_names
+from gift.network import NetworkRecord, delta_names, frozen_names
 from gift.quantised import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.transaction import all_or_nothing
@@ -189,6 +191,8 @@ class DeltaBank:
             AdaptationError: naming what cannot be summed: new heads, extended calls.
         """
         self._check_new(name)
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"expected numbers by the names of deltas, got {weights!r}")
         for given in weights:
             self._known(given)
         with self._base():
@@ -245,8 +249,20 @@ class DeltaBank:
         """That the network wears what the bank thinks; `may_wear` also one without a name."""
         refuse_meanwhile(self.net)
         worn = self.net._gift_network if spec_of(self.net).network else None
+        if self._active is not None and worn is None:
+            del self._deltas[self._active]
+            warnings.warn(
+                f"{self._active!r} was taken off or merged without the bank, which forgets it (if "
+                "it was merged, the others were trained for another base)",
+                GiftWarning,
+                stacklevel=4,
+            )
+            self._active = self._worn = None
         if self._active is not None and worn is not self._worn:
-            raise RuntimeError(f"{self._active!r} was taken off without the bank: make a new bank")
+            raise RuntimeError(
+                f"the network wears another delta than {self._active!r}, without the bank: disable "
+                "that first"
+            )
         if self._active is None and worn is not None and not may_wear:
             raise RuntimeError("the network wears a delta without a name: add(name) gives it one")
 
@@ -303,6 +319,9 @@ def _without_base(net: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
     if others:
         raise RuntimeError(f"nothing was loaded: of {others}, the base has other values")
     rest = OrderedDict((name, value) for name, value in state.items() if name not in frozen)
+    deltas = delta_names(net)
+    if wrong := [name for name in rest if name in deltas and not is_finite(rest[name])]:
+        raise RuntimeError(f"nothing was loaded: {wrong} have numbers that are not finite")
     if hasattr(state, "_metadata"):
         rest._metadata = state._metadata  # type: ignore[attr-defined]
     return rest

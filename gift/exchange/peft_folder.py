@@ -2,21 +2,19 @@
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gift.exchange.peft_forms import Config, Tensors
 from gift.exchange.peft_prompt import PROMPT_OPTIONS, PROMPT_TUNING
 from gift.exchange.peft_table import FORMS
-from gift.files.container import is_finite
+from gift.files.container import DeltaFileError, is_finite
 from gift.methods.settings import is_integer, is_number
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -36,19 +34,18 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[Config, Tensors]:
     """Configuration and tensors.
 
     Raises:
-        ValueError: if a file is not there, or not what its name says.
+        DeltaFileError: if a file is not there, or not what its name says.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     try:
         config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} has no {CONFIG_NAME} that can be read: {error}") from None
+        raise _unreadable(path, f"it has no {CONFIG_NAME} that can be read: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path / CONFIG_NAME} is no JSON: {error}") from None
+        raise _unreadable(path / CONFIG_NAME, f"it is no JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(
-            f"{path / CONFIG_NAME} holds a {type(config).__name__}, expected an object"
-        )
+        problem = f"it holds a {type(config).__name__}, expected an object"
+        raise _unreadable(path / CONFIG_NAME, problem)
     return config, _tensors(path)
 
 
@@ -60,12 +57,17 @@ def _tensors(path: Path) -> Tensors:
         weights = path / OLD_WEIGHTS_NAME
         loaded = torch.load(weights, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path} has neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}") from None
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{weights} cannot be read: {error}") from None
+        problem = f"it has neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}"
+        raise _unreadable(path, problem) from None
+    except Exception as error:  # whatever hostile bytes provoke
+        raise _unreadable(weights, f"{type(error).__name__}: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{weights} holds something else than tensors by name")
+        raise _unreadable(weights, "it holds something else than tensors by name")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _unreadable(path: Path, problem: str) -> DeltaFileError:
+    return DeltaFileError(f"{path} cannot be read", [problem])
 
 
 def misfits(config: Config, tensors: Tensors) -> Iterator[str]:

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gift.exchange.peft_forms import Form, Tensors, Written
 from gift.exchange.peft_names import ends_with, kept
 from gift.generated import joined
-from gift.network import NetworkRecord, delta_names, named_trainable
+from gift.network import moved_buffers, trained_in_place
 
 # Modules inside what PEFT puts in the place of a layer: it looks for names among these as well.
 _INNER = {"base_layer", "default", "lora_dropout", "vera_dropout", "oft_dropout"}
@@ -30,7 +29,7 @@ class InPlace:
         self.problems: list[str] = []
         self.bias = "none"
         self.tensors: Tensors = {}
-        changed = set(_trained(network)) | set(_moved(network))
+        changed = set(_trained(network)) | set(moved_buffers(network))
         changed -= self._saved_as_biases(changed)
         self.whole = self._modules_of(changed)
         self._save_modules()
@@ -108,27 +107,7 @@ def _is_inside(path: str, others: set[str]) -> bool:
 
 def _trained(network: Any) -> Iterator[str]:
     """Names of base parameters that are trained, of tied ones all."""
-    own = delta_names(network)
-    trained = {id(p) for name, p in named_trainable(network) if name not in own}
+    trained = {id(parameter) for _, parameter in trained_in_place(network)}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if id(parameter) in trained:
             yield name
-
-
-def _moved(network: Any) -> Iterator[str]:
-    """Names of saved buffers that are not what they were; all where that is not known."""
-    record: NetworkRecord = network._gift_network
-    before = {(id(module), name): value for module, name, value in record.undo.values}
-    own = delta_names(network)
-    for path, module in network.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            if buffer is None or name in module._non_persistent_buffers_set:
-                continue
-            value = before.get((id(module), name))
-            if joined(path, name) not in own and (value is None or not _same(buffer, value)):
-                yield joined(path, name)
-
-
-def _same(tensor: Tensor, other: Tensor) -> bool:
-    alike = tensor.shape == other.shape and tensor.dtype == other.dtype
-    return alike and bool(torch.equal(tensor.cpu(), other.cpu()))

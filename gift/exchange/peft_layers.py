@@ -29,7 +29,8 @@ def kind_of(module: nn.Module) -> str:
     PEFT calls the layer and adds to the result; gift changes the weight that the layer reads. For
     a forward of another kind these are two different things.
     """
-    return KINDS.get(dotted(plain_class(type(module)).forward), "")  # type: ignore[attr-defined]
+    cls: Any = plain_class(type(module))
+    return KINDS.get(dotted(cls.forward), "")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Place:
     """
 
     path: str
-    module: nn.Module
+    module: Any
     tensor: str
     adapter: Adapter
     attention: str | None = None
@@ -69,7 +70,7 @@ class Place:
     def frozen(self) -> Tensor:
         """The frozen tensor as matrix or matrices."""
         assert self.adapter.layout is not None
-        frozen: Tensor = self.module._gift_frozen(self.tensor)  # type: ignore[operator]
+        frozen: Tensor = self.module._gift_frozen(self.tensor)
         return self.adapter.layout.to_matrix(frozen.detach())
 
     @property

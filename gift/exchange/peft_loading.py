@@ -18,6 +18,7 @@ from gift.exchange.peft_prompt import (
 )
 from gift.exchange.peft_reading import Reading
 from gift.factories import ma_adapt, ma_train, mc_path, pa_adapt, pa_train, pc_path
+from gift.files.container import DeltaFileError
 from gift.generated import Spec, spec_of
 from gift.report import Report
 from gift.strategies.base import CapLike, FineTuningStrategy
@@ -43,8 +44,8 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
     Raises:
         TypeError: if `net` is no module.
         RuntimeError: if it is being fine-tuned already.
-        ValueError: if something in the folder has no counterpart here, or does not belong to this
-            network; all of it is named, and the network is as it was.
+        DeltaFileError: if something in the folder has no counterpart here, or does not belong to
+            this network; all of it is named, and the network is as it was.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
@@ -62,7 +63,7 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
         problems = reading.problems
     if problems:
         what = f"{os.fspath(folder)} cannot be loaded on this {type(net).__name__}"
-        raise ValueError(f"{what}, which is unchanged:\n  " + "\n  ".join(problems))
+        raise DeltaFileError(f"{what}, which is unchanged", problems)
     strategy = prompt_strategy(config) if prompted else _strategy(reading)
     with enabling_trained(net, strategy, **options) as report:
         put_prompt(net, tensors) if prompted else _put(net, reading)

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from gift.exchange.factors import magnitude_change, smallest
 from gift.exchange.peft_forms import (
     Config,
     Form,
@@ -17,7 +17,6 @@ from gift.exchange.peft_forms import (
 )  # fmt: skip
 from gift.exchange.peft_layers import KINDS
 from gift.exchange.peft_lora_writing import (
-    NO_DIRECTION,
     OUT_PROJ,
     TWICE,
     alpha_for,
@@ -72,30 +71,21 @@ def _read(
     layer.expect("lora_A", a, (*a.shape[:-2], rank, layer.matrix(dora)[-1]))
     layer.expect("lora_B", b, (*a.shape[:-2], layer.matrix(dora)[-2], rank))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    most = min(layer.matrix(dora)[-2:])
-    if rank > most:  # more than such a matrix can have: the product is the same
-        one = torch.eye(most, dtype=a.dtype)
-        a, b = (one, b @ a) if a.shape[-1] == most else (b @ a, one)
-        a, b = (a.expand(*b.shape[:-2], *a.shape[-2:]), b.expand(*a.shape[:-2], *b.shape[-2:]))
-        rank, alpha = most, alpha_for(scaling, most, bool(config.get("use_rslora")))
+    b, a = smallest(b, a)
+    if a.shape[-2] < rank:
+        rank = a.shape[-2]
+        alpha = alpha_for(scaling, rank, bool(config.get("use_rslora")))
     settings: dict[str, Any] = {"rank": rank, "lora_alpha": alpha}
     settings["lora_dropout"] = 0.0 if claimed is None else config.get("lora_dropout") or 0.0
     values = {"lora_B": b, "lora_A": a}
     if dora:
         settings["use_rslora"] = bool(config.get("use_rslora"))
-        values["dora_delta_m"] = _difference(layer, layer.take("lora_magnitude_vector"))
+        magnitude, weight = layer.take("lora_magnitude_vector"), layer.outputs_by_inputs()
+        if magnitude.numel() != len(weight):
+            layer.expect("lora_magnitude_vector", magnitude, (len(weight),))
+        values["dora_delta_m"] = magnitude_change(magnitude, weight)
         return Read(layer, "dora", settings, values, claimed)
     return Read(layer, "rslora" if config.get("use_rslora") else "lora", settings, values, claimed)
-
-
-def _difference(layer: Layer, magnitude: Tensor) -> Tensor:
-    """By how much magnitudes differ from those of the frozen rows."""
-    norm = layer.outputs_by_inputs().to("cpu", magnitude.dtype).norm(dim=-1, keepdim=True)
-    if magnitude.numel() != len(norm):
-        layer.expect("lora_magnitude_vector", magnitude, (len(norm),))
-    if (norm == 0).any():
-        raise ValueError(NO_DIRECTION)
-    return magnitude.reshape(-1, 1) - norm
 
 
 LORA_FORM = Form(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.adapter import adapters_of
+from gift.exchange.factors import Pair, for_outputs
 from gift.exchange.peft_forms import (
     Tensors,
     Written,
@@ -21,9 +22,10 @@ from gift.exchange.peft_layers import CONVOLUTIONS, Place, kind_of
 from gift.generated import plain_class
 from gift.layers import Layout, raw_layout
 from gift.methods.anchored import AnchoredLoRA
+from gift.methods.dora import DoRA
 from gift.methods.lora import LoRA
 
-NO_DIRECTION = "it has rows of zeros, of which gift and PEFT make different things in DoRA"
+_NO_DIRECTION = "it has rows of zeros, of which gift and PEFT make different things in DoRA"
 OUT_PROJ = "base_layer.out_proj."  # inside an attention that PEFT wraps
 
 
@@ -39,7 +41,7 @@ def write_lora(places: list[Place]) -> Written:
             b, a = _as_outputs_by_inputs(place)
             written.add(place.path, _keys(place, b, a))
             if "dora_squares" in place.values and not place.values["dora_squares"].all():
-                written.problems.append(f"{place.name}: {NO_DIRECTION}")
+                written.problems.append(f"{place.name}: {_NO_DIRECTION}")
             found[place.path] = len(a), _alpha(place, len(a), stabilised)
     for path in dict.fromkeys(p.attention for p in places if p.attention is not None):
         found[path] = _write_attention(
@@ -79,29 +81,22 @@ def alpha_for(scaling: float, rank: int, stabilised: bool) -> float:
     return plain(scaling * (math.sqrt(rank) if stabilised else rank))
 
 
-def _factors(place: Place) -> tuple[Tensor, Tensor]:
+def _factors(place: Place) -> Pair:
     """``B`` and ``A``, or factors of twice the rank whose product is ``B A - B0 A0``."""
-    values = place.values
-    b, a = values["lora_B"], values["lora_A"]
-    method = place.adapter.method
+    values, method = place.values, place.adapter.method
     if isinstance(method, AnchoredLoRA):
-        anchors = method.anchors(values)
-        b0, a0 = anchors["lora_B"], anchors["lora_A"]
-        b, a = torch.cat([b - b0, b0], -1), torch.cat([a, a - a0], -2)
-    return b, a
+        values = method.difference(values)
+    return values["lora_B"], values["lora_A"]
 
 
-def _as_outputs_by_inputs(place: Place) -> tuple[Tensor, Tensor]:
+def _as_outputs_by_inputs(place: Place) -> Pair:
     """The factors for a matrix whose rows are outputs, one row for each."""
     b, a = _factors(place)
     kind = kind_of(place.module)
     if kind == "embedding" and place.adapter.method.name != "dora":
         return a.T, b.T  # gift's rows are the entries
     if kind in CONVOLUTIONS:
-        # In the balanced layout an output has several rows, which cut its inputs into chunks.
-        chunks = len(b) // place.shape[0]
-        b = b.reshape(place.shape[0], -1)
-        a = torch.block_diag(*[a] * chunks)
+        return for_outputs(b, a, place.shape[0])
     return b, a
 
 
@@ -116,11 +111,10 @@ def _keys(place: Place, b: Tensor, a: Tensor) -> Tensors:
         tensors = {"lora_A.weight": a, "lora_B.weight": b}
     else:
         tensors = {"lora_A.weight": a, "lora_B.weight": b}
-    if place.adapter.method.name == "dora":
-        values = place.values
-        magnitude = values["dora_squares"].sqrt() + values["dora_delta_m"]
+    method = place.adapter.method
+    if isinstance(method, DoRA):
         shape = (1, len(b), *ones) if ones else (len(b),)
-        tensors["lora_magnitude_vector"] = magnitude.reshape(shape)
+        tensors["lora_magnitude_vector"] = method.magnitude(place.values).reshape(shape)
     return tensors
 
 
@@ -191,8 +185,9 @@ def parameter_misfits(module: Any, layout: Layout) -> Iterator[str]:
         yield f"of single parameters PEFT adapts matrices and batches of them, not {layout.shape}"
     elif (layout.matrix, layout.order) != (raw.matrix, raw.order):
         yield f"PEFT reads a single parameter {layout.shape} in another way than gift this one"
-    if plain_class(type(module)).forward is nn.Module.forward:  # type: ignore[attr-defined]
-        yield f"PEFT adapts it in calls of the {plain_class(type(module)).__name__}, which has none"
+    cls: Any = plain_class(type(module))
+    if cls.forward is nn.Module.forward:
+        yield f"PEFT adapts it in calls of the {cls.__name__}, which has none"
     if isinstance(module, nn.RNNBase):
         yield "PEFT passes the weights of recurrent layers by"
     if is_transposed(module) and len(layout.matrix) != len(layout.shape):

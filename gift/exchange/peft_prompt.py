@@ -61,7 +61,7 @@ def _tokens(network: nn.Module) -> Tensor | None:
     return None
 
 
-def prompt_misfits(network: nn.Module, config: Config, tensors: Tensors) -> Iterator[str]:
+def prompt_misfits(network: Any, config: Config, tensors: Tensors) -> Iterator[str]:
     """Why a prompt in a file cannot be put in front of that network."""
     if config.get("task_type") != "CAUSAL_LM":
         yield f"task_type is {config.get('task_type')!r}: prompts agree for 'CAUSAL_LM' only"
@@ -73,8 +73,7 @@ def prompt_misfits(network: nn.Module, config: Config, tensors: Tensors) -> Iter
     if tokens is None:
         yield f"{_KEY} is missing"
     elif takes_token_ids(network):
-        embeddings: Any = network.get_input_embeddings()  # type: ignore[operator]
-        expected = (count, embeddings.weight.shape[1])
+        expected = (count, network.get_input_embeddings().weight.shape[1])
         if not is_integer(count) or tuple(tokens.shape) != expected:
             yield f"{_KEY} is {tuple(tokens.shape)}, expected {expected}"
 

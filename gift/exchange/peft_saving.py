@@ -25,7 +25,7 @@ from gift.exchange.peft_names import PREFIX, ends_with, exactly, targeted
 from gift.exchange.peft_prompt import is_prompted, write_prompt
 from gift.exchange.peft_table import FORMS
 from gift.extension import named_extensions
-from gift.files.container import replace_file
+from gift.files.container import DeltaFileError, replace_file
 from gift.files.saving import fine_tuned_part
 from gift.layers import layout_of
 
@@ -51,15 +51,14 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         RuntimeError: if nothing in `net` is being fine-tuned.
-        ValueError: if PEFT has no counterpart for something; all of it is named, nothing written.
+        DeltaFileError: if PEFT has no counterpart for something; all of it is named, nothing
+            written.
     """
     network = fine_tuned_part(net)
     problems: list[str] = []
     config, tensors = _contents(network, problems)
     if problems:
-        raise ValueError(
-            f"{type(network).__name__} cannot be written for PEFT:\n  " + "\n  ".join(problems)
-        )
+        raise DeltaFileError(f"{type(network).__name__} cannot be written for PEFT", problems)
     own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     target = Path(folder)

@@ -57,6 +57,8 @@ def replace_file(path: str | os.PathLike[str], make: Callable[[str], None]) -> N
     whole file.
     """
     target = Path(path).expanduser().resolve()  # of a link, the file
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder, expected the path of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = str(target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp"))
     # Made here, so that the system says which permissions a new file has; an old one keeps its own.

@@ -72,10 +72,15 @@ class DeltaFile:
             ("tensors", f"{len(self.tensors)}, {self.parameters:,} numbers, {self.bytes:,} bytes"),
             ("trained as they are", _some(self.trained)),
             ("buffers that training changed", _some(self.buffers)),
-            ("base", f"{len(self.base)} tensors, by name, shape, dtype and digest"),
+            ("base", f"{len(self.base)} tensors, by name, shape, dtype{self._digested}"),
             ("written by", versions),
         ]
         return _printable(f"{self.path}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}")
+
+    @property
+    def _digested(self) -> str:
+        known = any(digested for *_, digested in self.base.values())
+        return " and digest" if known else "; other values are not told apart, without digests"
 
     def details(self, limit: int | None = None) -> str:
         """What is changed, by which method and settings; then every tensor, or the first ones."""

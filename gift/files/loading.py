@@ -58,7 +58,7 @@ def load(
         if options:
             raise TypeError(f"{sorted(options)} are for a plain base; this is being fine-tuned")
         return _load_onto_enabled(fine_tuned_part(net), file, check_base)
-    refuse_meanwhile(net, "merged")
+    refuse_meanwhile(net, "merged", "computing rows")
     signature(enable_fine_tuning).bind(net, None, **options)  # a wrong option is no wrong file
     strategy = _strategy(file)
     _refuse(file, _rehearse(net, strategy, file, check_base))

@@ -14,6 +14,7 @@ from gift.files.digests import digest, dtype_name
 from gift.files.inspecting import DeltaFile
 from gift.files.saving import fingerprint, split
 from gift.methods import method_of
+from gift.quantised import tells_packing
 
 
 def misfits(
@@ -104,21 +105,37 @@ def other_base(
     if missing := [name for name in file.base if name not in own]:
         yield f"its base has {len(missing)} tensors that this one lacks: {missing}"
     known = {name: tensor for name, tensor in own.items() if file.base[name][2] is not None}
-    here, values, dtypes = fingerprint(known, check_base), [], []
+    here = fingerprint(known, check_base)
+    dtypes, values, packed = list[str](), list[str](), list[str]()
     for name, tensor in own.items():
         dtype, shape, digested = file.base[name]
-        if list(tensor.shape) != shape:
+        if tells_packing(name) and list(tensor.shape) != shape:
+            packed += [name] * check_base
+        elif list(tensor.shape) != shape:
             yield f"{name} of its base is {tuple(shape)}, here it is {tuple(tensor.shape)}"
-        elif check_base and dtype != dtype_name(tensor.dtype):
+        elif not check_base:
+            continue
+        elif dtype != dtype_name(tensor.dtype):
             dtypes.append(f"{name} ({dtype}, here {dtype_name(tensor.dtype)})")
-        elif check_base and digested and here[name][2] and digested != here[name][2]:
+        elif digested and here[name][2] and digested != here[name][2]:
             values.append(name)
+    yield from _told_of_base(len(file.base), dtypes, values, packed)
+
+
+def _told_of_base(
+    total: int, dtypes: list[str], values: list[str], packed: list[str]
+) -> Iterator[str]:  # fmt: skip
+    if packed:
+        yield (
+            f"{len(packed)} weights of its base are packed in another order, as bitsandbytes does "
+            "in its first inference on a CPU: load before that, or with check_base=False"
+        )
     if dtypes:
         yield f"{len(dtypes)} tensors of its base have another dtype: {_some(dtypes)}"
     if values:
         yield (
-            f"{len(values)} of {len(file.base)} tensors of its base have other values, so it was "
-            f"trained for another base: {_some(values)} (check_base=False takes it all the same)"
+            f"{len(values)} of {total} tensors of its base have other values, so it was trained "
+            f"for another base: {_some(values)} (check_base=False takes it all the same)"
         )
 
 

@@ -40,6 +40,8 @@ def merged(net: nn.Module) -> Iterator[nn.Module]:
     """
     check(net)
     snapshot = Snapshot(net)
+    for parameter in nn.Module.parameters(net):
+        parameter.grad = None  # so an optimizer that steps meanwhile passes it by
     shared: dict[nn.Parameter, int] = {}
     try:
         remove_record(net)

@@ -74,8 +74,12 @@ class DoRA(LoRA):
         squares = parameters["dora_squares"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             norm = (squares + self._growth(matrix, parameters)).clamp_min(0).sqrt()
-        magnitude = squares.sqrt() + parameters["dora_delta_m"]
+        magnitude = self.magnitude(parameters)
         return torch.where(squares == 0, 1, magnitude / torch.where(norm == 0, 1, norm))
+
+    def magnitude(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """`m` for each row; it has no meaning where the frozen row is zero."""
+        return parameters["dora_squares"].sqrt() + parameters["dora_delta_m"]
 
     def _growth(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """By how much the squares of rows grow from ``W0`` to ``V``: zero where B is."""

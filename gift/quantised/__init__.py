@@ -2,6 +2,7 @@
 
 from gift.quantised.bitsandbytes import LINEAR_FORWARDS
 from gift.quantised.tensors import (
+    as_packed,
     dequantised,
     is_quantised,
     not_yet_quantised,
@@ -11,10 +12,12 @@ from gift.quantised.tensors import (
     shape_of,
     stand_in,
     statistics_names,
+    tells_packing,
 )
 
 __all__ = [
     "LINEAR_FORWARDS",
+    "as_packed",
     "dequantised",
     "is_quantised",
     "not_yet_quantised",
@@ -24,4 +27,5 @@ __all__ = [
     "shape_of",
     "stand_in",
     "statistics_names",
+    "tells_packing",
 ]

@@ -1,6 +1,7 @@
 """bitsandbytes: parameters whose numbers lie packed, and layers that know how."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ def _is_packed_for_cpu(tensor: Any) -> bool:
     call for inference, and which only that kernel can read.
     """
     return bool(getattr(tensor.quant_state, "packing_format_for_cpu", False))
+
+
+def _hold_4bit(tensor: Any) -> Callable[[], None]:
+    data, state = tensor.data, tensor.quant_state
+    known = dict(vars(state))
+
+    def put_back() -> None:
+        tensor.data, tensor.quant_state = data, state
+        vars(state).clear()
+        vars(state).update(known)
+
+    return put_back
 
 
 def _dequantise_4bit(tensor: Any, layer: Any) -> Tensor:
@@ -104,6 +117,7 @@ ROWS = (
         holds=lambda tensor: tensor.quant_state is not None,
         before="move the network to its device, which quantises it",
         mark="quant_state",
+        hold=_hold_4bit,
         stored=lambda tensor, module, name: [
             f"{name}.{key}" for key in tensor.quant_state.as_dict(packed=True)
         ],

@@ -24,6 +24,8 @@ class QuantisedRow:
         shape: the shape of the matrix.
         holds: whether it is quantised yet; some are floating-point until something happens.
         before: what must happen, in words.
+        hold: from a tensor that its layer may pack in another order, what puts the present order
+            back.
         stored: from tensor, module and name, the names under which a module saves what belongs to
             the tensor.
     """
@@ -36,6 +38,7 @@ class QuantisedRow:
     holds: Callable[[Any], bool] = lambda tensor: True
     before: str = ""
     mark: str = ""
+    hold: Callable[[Any], Callable[[], None]] = lambda tensor: lambda: None
     stored: Callable[[Any, Any, str], list[str]] = lambda tensor, module, name: []
 
     def matches(self, cls: type) -> bool:

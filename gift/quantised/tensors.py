@@ -4,7 +4,8 @@ No package is imported here: a tensor of a package can be met only where somebod
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -132,6 +133,26 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0).to(bias_dtype)
         return of_x, of_bias, None, None
+
+
+@contextmanager
+def as_packed(tensors: Iterable[Any]) -> Iterator[None]:
+    """Whatever order layers pack their weights in within it, afterwards that is as before.
+
+    Those of bitsandbytes do so in their first inference on a CPU, for a kernel that rounds
+    otherwise.
+    """
+    puts_back = [row.hold(tensor) for tensor in tensors if (row := _row_for(tensor)) is not None]
+    try:
+        yield
+    finally:
+        for put_back in puts_back:
+            put_back()
+
+
+def tells_packing(name: str) -> bool:
+    """Whether that is the name, in a state, of what tells in which order a weight is packed."""
+    return ".quant_state." in name
 
 
 def statistics_names(network: Any) -> Iterator[str]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gift.exchange.kohya.factors import Pair, for_groups, product, smallest, without_core
+from gift.exchange.factors import Pair, magnitude_change, product, smallest
+from gift.exchange.kohya.factors import for_groups, without_core
 from gift.exchange.kohya.layers import Misfit, Target
 from gift.layers import LayoutOptions, layout_of
-from gift.methods.factors import in_double
 from gift.methods.lokr import factorization
 
 Parts = Mapping[str, Tensor]
@@ -81,11 +81,11 @@ def _lora(parts: Parts, scaling: float, target: Target) -> Told:
         return _ranked("lora", b.shape[-1], scaling, values)
     options = LayoutOptions("out_as_h")
     layout = layout_of(target.module, "weight", target.weight.shape, options)
-    norm = in_double(layout.to_matrix(target.weight)).norm(dim=-1, keepdim=True)
-    if (norm == 0).any():
-        raise Misfit("the weight has rows of zeros, which have no direction for dora_scale")
-    magnitude = parts["dora_scale"].double().to(norm.device).reshape(norm.shape)
-    values["dora_delta_m"] = magnitude - norm
+    try:
+        change = magnitude_change(parts["dora_scale"], layout.to_matrix(target.weight))
+    except ValueError as error:
+        raise Misfit(str(error)) from None
+    values["dora_delta_m"] = change
     return _ranked("dora", b.shape[-1], scaling, values)
 
 

@@ -5,10 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -17,7 +15,7 @@ from gift.enable import enabling_trained
 from gift.exchange.kohya.layers import Misfit, Target, flat, is_layer, lead
 from gift.exchange.kohya.meaning import Told, told
 from gift.factories import ma_adapt, mc_path
-from gift.files.container import DeltaFileError
+from gift.files.container import DeltaFileError, read_tensors
 from gift.report import Report
 from gift.strategies import FineTuningStrategy
 
@@ -72,7 +70,8 @@ def load_kohya(
         What `enable_fine_tuning` returns; its `left` counts the tensors of other networks.
 
     Raises:
-        ValueError: naming all that does not fit; the network is unchanged.
+        FileNotFoundError: if there is no such file.
+        DeltaFileError: naming all that does not fit; the network is unchanged.
         RuntimeError: if the network is being fine-tuned already.
 
     Example:
@@ -92,7 +91,7 @@ def load_kohya(
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
     problems: list[str] = []
-    layers, left = _layers_in(_read(path), prefix, problems)
+    layers, left = _layers_in(read_tensors(path)[1], prefix, problems)
     targets = _targets(net, list(layers), rename, problems)
     found: dict[str, tuple[nn.Module, Told]] = {}
     holders = Counter(id(p) for m in net.modules() for p in m._parameters.values())
@@ -109,17 +108,6 @@ def load_kohya(
             for key, value in delta.values.items():
                 tensors[key].copy_(value)
     return KohyaReport(**vars(report), left=dict(left))
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # whatever hostile bytes provoke
-        problem = f"it is no whole safetensors file ({type(error).__name__}: {error})"
-        raise DeltaFileError(f"{path} cannot be read", [problem]) from error
 
 
 def _layers_in(

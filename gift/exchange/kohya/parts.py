@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gift.adapter import Adapter, is_sharded
-from gift.exchange.kohya.factors import Pair, for_whole, product
+from gift.exchange.factors import Pair, product
+from gift.exchange.kohya.factors import for_whole
 from gift.exchange.kohya.layers import Misfit, Target
 from gift.methods.anchored import AnchoredLoRA
 
@@ -64,13 +65,12 @@ def _dora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]
     update, which has none of its own.
     """
     parts = _lora(adapter, values, target)
-    squares = values["dora_squares"]
-    magnitude = squares.sqrt() + values["dora_delta_m"]
-    update: Any = adapter.method
-    size = update.delta({key: value.double() for key, value in values.items()}).norm(
+    method: Any = adapter.method
+    magnitude = method.magnitude(values)
+    size = method.delta({key: value.double() for key, value in values.items()}).norm(
         dim=-1, keepdim=True
     )
-    magnitude = torch.where(squares == 0, size.to(magnitude), magnitude)
+    magnitude = torch.where(values["dora_squares"] == 0, size.to(magnitude), magnitude)
     return parts | {"dora_scale": magnitude.reshape(-1, 1, *[1] * len(target.kernel))}
 
 

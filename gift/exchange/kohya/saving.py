@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,8 +14,8 @@ from gift.delta import deltas_of
 from gift.exchange.kohya.layers import Misfit, flat, is_layer, lead
 from gift.exchange.kohya.parts import parts_of
 from gift.files.container import DeltaFileError, replace_file
-from gift.generated import joined, spec_of
-from gift.network import NetworkRecord, delta_names, named_trainable
+from gift.files.saving import fine_tuned_part
+from gift.network import moved_buffers, trained_in_place
 
 
 def save_kohya(
@@ -32,8 +33,8 @@ def save_kohya(
     a convolution, or for its groups, become those of the whole matrix, with a larger rank.
 
     Args:
-        net: the fine-tuned network, or several by their prefixes: ``{"lora_unet_": unet,
-            "lora_te_": text_encoder}``.
+        net: the fine-tuned network, or a module that has it inside, or several by their prefixes:
+            ``{"lora_unet_": unet, "lora_te_": text_encoder}``.
         path: of the file; it is replaced as a whole or not at all.
         prefix: of the keys, for a single network; see `load_kohya`.
         dtype: in which the tensors are written, but for alpha; None keeps theirs.
@@ -42,14 +43,21 @@ def save_kohya(
         metadata: more of it, such as ``ss_base_model_version``.
 
     Raises:
-        ValueError: naming all that such a file cannot hold; nothing is written.
+        DeltaFileError: naming all that such a file cannot hold; nothing is written.
     """
     nets = dict(net) if isinstance(net, Mapping) else {prefix: net}
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
     methods: set[str] = set()
-    for own, one in nets.items():
-        for place, module, adapter in _adapters(one, own, problems):
+    for own, given in nets.items():
+        if "." in own:
+            problems.append(f"{own!r}: a prefix has no dots")
+        try:
+            one = fine_tuned_part(given)
+        except RuntimeError as error:
+            problems.append(f"the network for {own}: {error}")
+            continue
+        for place, module, adapter in _adapters(one, problems):
             methods.add("lora" if hasattr(adapter.method, "lora_alpha") else adapter.method.name)
             try:
                 parts = parts_of(adapter, module, present_tensor(module, "weight"))
@@ -74,14 +82,8 @@ def save_kohya(
     replace_file(path, lambda temporary: save_file(kept, temporary, described))
 
 
-def _adapters(
-    net: nn.Module, prefix: str, problems: list[str]
-) -> Iterator[tuple[str, nn.Module, Adapter]]:
+def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, Adapter]]:
     """The adapters that a file can hold, with paths and layers; of all else, what is wrong."""
-    if "." in prefix or not spec_of(net).network:
-        problems.append(f"{prefix!r}: a prefix has no dots" if "." in prefix else
-                        f"the network for {prefix} is not being fine-tuned")  # fmt: skip
-        return
     problems += _kept_elsewhere(net)
     for path, module in net.named_modules():
         for tensor, delta in deltas_of(module).items():
@@ -100,28 +102,17 @@ def _adapters(
                 yield path, module, delta
 
 
-def _kept_elsewhere(net: nn.Module) -> Iterator[str]:
+def _kept_elsewhere(net: Any) -> Iterator[str]:
     """What training changed that is no delta."""
-    deltas = delta_names(net)
-    if trained := [name for name, _ in named_trainable(net) if name not in deltas]:
+    if trained := [name for name, _ in trained_in_place(net)]:
         yield f"trained in place, which such files cannot hold: {', '.join(trained)}"
-    record: NetworkRecord = net._gift_network  # type: ignore[assignment]
-    paths = {id(module): path for path, module in net.named_modules()}
-    changed = [
-        joined(paths.get(id(module), ""), name)
-        for module, name, value in record.undo.values
-        if name in module._buffers.keys() - module._non_persistent_buffers_set
-        and not _equal(module._buffers[name], value)
-    ]
-    if changed:
-        yield f"buffers that changed while training, as running statistics: {', '.join(changed)}"
+    if changed := list(moved_buffers(net)):
+        yield (
+            "buffers that changed while training, or may have (keep_base=False): "
+            + ", ".join(changed)
+        )
     if not any(adapters_of(module) for module in net.modules()):
         yield f"{type(net).__name__} has no delta"
-
-
-def _equal(buffer: Tensor | None, before: Tensor) -> bool:
-    """Whether it has the same values, though it may have been moved since."""
-    return buffer is not None and torch.equal(buffer, before.to(buffer))
 
 
 def _metadata(tensors: Mapping[str, Tensor], methods: set[str]) -> dict[str, str]:
