@@ -706,3 +706,22 @@ def test_diffusers_reads_what_gift_writes(tmp_path: Path) -> None:
     assert not torch.allclose(expected, call(base), atol=1e-2)
     torch.testing.assert_close(call(theirs), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(call(again), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"dtype": torch.int32}, "expected a floating-point torch dtype"),
+        ({"dtype": "float16"}, "expected a floating-point torch dtype"),
+        ({"metadata": {"a": 1}}, "expected texts"),
+        ({"rename": lambda path: None}, "0: rename gives None"),
+    ],
+)
+def test_wrong_arguments_write_nothing(arguments: Any, told: str, tmp_path: Any) -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    enable_fine_tuning(net, gift.strategies.LoRALinearFineTuningStrategy(rank=2))
+    with pytest.raises(gift.DeltaFileError, match=told):
+        save_kohya(net, tmp_path / "x.safetensors", **arguments)
+    with pytest.raises(gift.DeltaFileError, match="no network"):
+        save_kohya({}, tmp_path / "x.safetensors", **arguments)
+    assert not list(tmp_path.iterdir())

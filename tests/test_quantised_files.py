@@ -161,3 +161,29 @@ def test_inference_of_the_base_leaves_the_order_of_4_bits_as_it_was(tmp_path: Pa
     gift.load(fresh, tmp_path / "delta.safetensors")
     with torch.no_grad():
         assert torch.equal(fresh(inputs()), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("name", ["torchao int8", "bitsandbytes int8"])
+def test_exchange_with_peft_on_a_quantised_base(name: str, method: str, tmp_path: Path) -> None:
+    """PEFT adapts the same layers in its own way; both round in the same kernels."""
+    from peft import PeftModel
+
+    kind = KINDS[name]
+    net = tuned(kind, method).eval()
+    expected = net(inputs())
+    gift.save_peft(net, tmp_path)
+    model = PeftModel.from_pretrained(kind.network().eval(), str(tmp_path)).eval()
+    assert_near(model(inputs()), expected, 1e-4)
+    fresh = kind.network().eval()
+    gift.load_peft(fresh, tmp_path)
+    assert_near(fresh(inputs()), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "bitsandbytes nf4", "bitsandbytes int8"])
+def test_kohya_and_back_on_a_quantised_base(name: str, tmp_path: Path) -> None:
+    net = tuned(KINDS[name]).eval()
+    gift.save_kohya(net, tmp_path / "delta.safetensors")
+    fresh = KINDS[name].network().eval()
+    gift.load_kohya(fresh, tmp_path / "delta.safetensors")
+    assert_near(fresh(inputs()), net(inputs()), 1e-6)

@@ -12,6 +12,7 @@ from gift.exchange.peft_layers import CONVOLUTIONS, Place, kind_of
 from gift.exchange.peft_names import by_pattern, exact_pattern
 from gift.generated import joined
 from gift.layers import Layout, LayoutOptions, layout_of
+from gift.quantised import dequantised
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -71,7 +72,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The tensor of the base."""
-        return plain_tensor(self.module, self.tensor).detach()
+        return dequantised(plain_tensor(self.module, self.tensor), self.module).detach()
 
     def matrix(self, outputs: bool = True) -> tuple[int, ...]:
         """The shape of the tensor as matrix or matrices; rows are outputs in embeddings too, or

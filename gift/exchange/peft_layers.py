@@ -10,6 +10,7 @@ from gift.adapter import Adapter
 from gift.generated import joined, plain_class
 from gift.layers import CONV1D_FORWARD, reader_of
 from gift.methods.base import dotted
+from gift.quantised import LINEAR_FORWARDS
 
 KINDS = {
     dotted(nn.Linear.forward): "linear",
@@ -19,6 +20,7 @@ KINDS = {
     dotted(nn.Conv3d.forward): "conv3d",
     dotted(nn.Embedding.forward): "embedding",
     dotted(nn.MultiheadAttention.forward): "attention",
+    **dict.fromkeys(LINEAR_FORWARDS, "linear"),
 }
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 

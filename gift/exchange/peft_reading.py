@@ -249,10 +249,10 @@ def _alike(read: Read, other: Read | None) -> bool:
 def _shape_misfits(read: Read) -> Iterator[str]:
     """Where the values are not those that the method will have; nothing is changed to find out."""
     layer = read.layer
-    weight = plain_tensor(layer.module, layer.tensor)
-    if weight.is_meta:
+    if plain_tensor(layer.module, layer.tensor).is_meta:
         yield "the network has no values yet"
         return
+    weight = layer.weight
     try:
         method, options, _ = method_and_options(read.method, **read.options)
         layout = layout_of(layer.module, layer.tensor, weight.shape, options)

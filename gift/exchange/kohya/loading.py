@@ -16,6 +16,7 @@ from gift.exchange.kohya.layers import Misfit, Target, flat, is_layer, lead
 from gift.exchange.kohya.meaning import Told, told
 from gift.factories import ma_adapt, mc_path
 from gift.files.container import DeltaFileError, read_tensors
+from gift.quantised import dequantised
 from gift.report import Report
 from gift.strategies import FineTuningStrategy
 
@@ -183,6 +184,7 @@ def _target(module: nn.Module, holders: Mapping[int, int]) -> Target:
         raise Misfit("its weight is tied to another layer's, which the file does not change")
     if is_lazy(weight) or weight.is_meta:
         raise Misfit("its weight has no values yet")
+    weight = dequantised(weight, module)
     if not weight.is_floating_point():
         raise Misfit(f"its weight is {weight.dtype}, expected floating-point numbers")
     return Target(module, weight.detach())

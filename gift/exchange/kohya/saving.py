@@ -16,6 +16,7 @@ from gift.exchange.kohya.parts import parts_of
 from gift.files.container import DeltaFileError, replace_file
 from gift.files.saving import fine_tuned_part
 from gift.network import moved_buffers, trained_in_place
+from gift.quantised import dequantised
 
 
 def save_kohya(
@@ -46,6 +47,7 @@ def save_kohya(
         DeltaFileError: naming all that such a file cannot hold; nothing is written.
     """
     nets = dict(net) if isinstance(net, Mapping) else {prefix: net}
+    _refuse(path, list(_wrong_arguments(nets, dtype, metadata)))
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
     methods: set[str] = set()
@@ -59,14 +61,14 @@ def save_kohya(
             continue
         for place, module, adapter in _adapters(one, problems):
             methods.add("lora" if hasattr(adapter.method, "lora_alpha") else adapter.method.name)
+            name = rename(place) if rename else lead(one) + place
             try:
-                parts = parts_of(adapter, module, present_tensor(module, "weight"))
+                parts = _parts(adapter, module, name)
             except Misfit as error:
                 problems.append(f"{place}: {error}")
                 continue
-            name = flat(rename(place)) if rename else lead(one) + flat(place)
             for part, tensor in parts.items():
-                key = f"{own}{name}.{part}"
+                key = f"{own}{flat(name)}.{part}"
                 if key in tensors:
                     problems.append(f"{place}: another layer has the key {key} as well")
                 # The number that all of a delta is multiplied with is not rounded.
@@ -74,12 +76,33 @@ def save_kohya(
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
-    if problems:
-        raise DeltaFileError(f"{path} was not written", problems)
+    _refuse(path, problems)
     kept = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in
             tensors.items()}  # fmt: skip
     described = _metadata(tensors, methods) | dict(metadata or {})
     replace_file(path, lambda temporary: save_file(kept, temporary, described))
+
+
+def _refuse(path: str | os.PathLike[str], problems: list[str]) -> None:
+    if problems:
+        raise DeltaFileError(f"{path} was not written", problems)
+
+
+def _parts(adapter: Adapter, module: nn.Module, name: Any) -> Mapping[str, Tensor]:
+    if not isinstance(name, str):
+        raise Misfit(f"rename gives {name!r}, expected a name")
+    return parts_of(adapter, module, dequantised(present_tensor(module, "weight"), module))
+
+
+def _wrong_arguments(nets: Any, dtype: Any, metadata: Any) -> Iterator[str]:
+    if not nets:
+        yield "there is no network to write"
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        yield f"dtype is {dtype!r}, expected a floating-point torch dtype"
+    pairs = dict(metadata or {}).items()
+    wrong = {k: v for k, v in pairs if not (isinstance(k, str) and isinstance(v, str))}
+    if wrong:
+        yield f"metadata has {wrong}, expected texts"
 
 
 def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, Adapter]]:
