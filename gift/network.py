@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from gift.adapter import adapters_of
 from gift.delta import added_names, named_deltas, settings_of
 from gift.generated import Generated, Spec, change_class, contributes, joined
-from gift.quantised import statistics_names
+from gift.quantised import quant_state_names
 from gift.report import Report
 from gift.transaction import Undo
 
@@ -84,7 +84,7 @@ class FineTunedNetwork(Generated):
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
         if self._gift_network.only_trainable_state:
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            for name in (*frozen_names(self), *statistics_names(self)):
+            for name in (*frozen_names(self), *quant_state_names(self)):
                 state.pop(prefix + name, None)
             _describe_deltas(self, state, prefix)
         return state

@@ -14,6 +14,7 @@ from gift.generated import joined
 from gift.layers import Layout, LayoutOptions
 from gift.network import NetworkRecord
 from gift.quantised import dequantised
+from gift.tensors import wide
 from gift.transaction import tensor_of
 
 
@@ -48,11 +49,6 @@ class Change:
             return self.matrix
         left, right = self.factors
         return wide(left) @ wide(right)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in double precision, complex if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 @dataclass

@@ -10,15 +10,15 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from gift.adapter import adapters_of
-from gift.bank.changes import Change, Changes, changes_of, trained_values, wide
+from gift.bank.changes import Change, Changes, changes_of, trained_values
 from gift.delta import put_values
 from gift.detached import Detached
 from gift.enable import enabling_trained
-from gift.files.digests import dtype_name
 from gift.layers import Layout, LayoutOptions, layout_of
 from gift.methods import AdaptationError, LoRA
 from gift.methods.settings import is_integer, is_number
 from gift.strategies.resolved import ResolvedStrategy
+from gift.tensors import dtype_name, is_inexact, wide
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def _values(
     made: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for name, changes in read.items():
         for path, (module, own, base, now) in changes.values.items():
-            *_, value = made.get(path, (module, own, wide(base) if _is_number(base) else base))
-            if _is_number(base):
+            *_, value = made.get(path, (module, own, wide(base) if is_inexact(base) else base))
+            if is_inexact(base):
                 value = value + weights[name] * (wide(now) - wide(base))
             made[path] = module, own, value
     for path, terms in whole.items():
@@ -197,10 +197,6 @@ def _values(
     if wrong:
         raise ValueError(f"with these numbers, variances would be negative: {wrong}")
     return made
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _fill(net: nn.Module, sums: Mapping[str, _Sum], values: Mapping[str, Any]) -> None:

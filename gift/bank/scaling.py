@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from gift.adapter import adapters_of
-from gift.bank.changes import wide
 from gift.delta import put_values
-from gift.files.container import is_finite
 from gift.generated import joined
 from gift.methods import AdaptationError
 from gift.methods.settings import is_number
 from gift.network import NetworkRecord
+from gift.tensors import is_finite, wide
 from gift.transaction import tensor_of
 
 

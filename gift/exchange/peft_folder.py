@@ -14,8 +14,9 @@ from torch import Tensor
 from gift.exchange.peft_forms import Config, Tensors
 from gift.exchange.peft_prompt import PROMPT_OPTIONS, PROMPT_TUNING
 from gift.exchange.peft_table import FORMS
-from gift.files.container import DeltaFileError, is_finite
+from gift.files.container import DeltaFileError
 from gift.methods.settings import is_integer, is_number
+from gift.tensors import is_finite
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"

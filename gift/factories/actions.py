@@ -210,8 +210,12 @@ def new_head(old: nn.Module, num_classes: int) -> nn.Module:
     )
 
 
+CLASS_COUNTS = ("num_classes", "num_labels")
+"""Attributes of networks that say how many classes there are (timm, transformers)."""
+
+
 def _tell_number_of_classes(module: nn.Module, num_classes: int) -> None:
-    for name in ("num_classes", "num_labels"):
+    for name in CLASS_COUNTS:
         if isinstance(vars(module).get(name), int):
             setattr(module, name, num_classes)
     config: Any = vars(module).get("config")

@@ -58,7 +58,7 @@ def replace_file(path: str | os.PathLike[str], make: Callable[[str], None]) -> N
     """
     target = Path(path).expanduser().resolve()  # of a link, the file
     if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder, expected the path of a file")
+        raise IsADirectoryError(f"{target} is a directory, expected the path of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = str(target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp"))
     # Made here, so that the system says which permissions a new file has; an old one keeps its own.
@@ -177,12 +177,3 @@ def _damage(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[st
         ("not written by gift", unknown),
     )
     return [f"{len(names)} tensors are {what}: {names}" for what, names in lists if names]
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no number in it is infinite or none."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    if tensor.element_size() == 1:  # float8 has few operations of its own
-        tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())

@@ -9,9 +9,9 @@ from gift.adapter import Adapter
 from gift.choosing.rehearsal import on_meta
 from gift.delta import Delta, added_names, deltas_of
 from gift.extension import Extension
-from gift.factories.actions import new_head
+from gift.factories.actions import CLASS_COUNTS, new_head
 from gift.generated import joined, plain_class, spec_of
-from gift.network import NetworkRecord, delta_names, named_trainable
+from gift.network import NetworkRecord, trained_in_place
 from gift.strategies.resolved import ResolvedStrategy
 from gift.transaction import ModuleUndo
 
@@ -75,18 +75,17 @@ def resolve(network: Any) -> ResolvedStrategy:
             _read_changes(undo, path, heads, foreign)
     if foreign:
         raise ValueError("; ".join(foreign))
-    deltas = delta_names(network)
     trained = [
         name
-        for name, _ in named_trainable(network)
-        if name not in deltas and not any(name.startswith(f"{head}.") for head in heads)
+        for name, _ in trained_in_place(network)
+        if not any(name.startswith(f"{head}.") for head in heads)
     ]
     still = [path for path, module in network.named_modules() if spec_of(module).statistics]
     return ResolvedStrategy(describe_deltas(network), trained, still, heads)
 
 
 # What tells a network the number of its classes, which a new head changes; and its mode.
-_TOLD = {"num_classes", "num_labels", "config", "training"}
+_TOLD = {*CLASS_COUNTS, "config", "training"}
 
 
 def _read_changes(undo: ModuleUndo, path: str, heads: dict[str, int], foreign: list[str]) -> None:

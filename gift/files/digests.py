@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gift.guard import parts_of
+from gift.tensors import dtype_name
 
 _FEW = 2**20  # numbers that are hashed before threads are made
 
@@ -32,8 +33,3 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return {name: digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

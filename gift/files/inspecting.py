@@ -10,7 +10,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from gift.files.container import DeltaFileError, read
-from gift.files.digests import dtype_name
+from gift.strategies.resolved import PLACES
+from gift.tensors import dtype_name
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class DeltaFile:
     def places(self) -> Iterator[tuple[str, str, dict[str, Any], list[int] | None]]:
         """What is changed: name, method or call, settings, shape as a matrix."""
         for group in self.deltas:
-            for kind in ("tensors", "biases", "modules"):
+            for kind in PLACES:
                 for name, shape in group.get(kind, {}).items():
                     yield name, group.get("method") or group["call"], group["settings"], shape
 
@@ -165,7 +166,7 @@ def _is_names(value: Any) -> bool:
 def _is_group(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
         return False
-    places = [value.get(kind, {}) for kind in ("tensors", "biases", "modules")]
+    places = [value.get(kind, {}) for kind in PLACES]
     names = [value[key] for key in ("method", "call") if key in value]
     named = len(names) == 1 and _is_text(names[0]) and names[0]
     return bool(named) and all(isinstance(place, dict) for place in places) and all(

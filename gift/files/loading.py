@@ -17,7 +17,7 @@ from gift.factories import Action, ma_replace_head
 from gift.files.container import DeltaFileError
 from gift.files.description import names_regex
 from gift.files.inspecting import DeltaFile, inspect
-from gift.files.misfits import misfits, other_base, tensors_of, told
+from gift.files.misfits import in_a_line, misfits, other_base, tensors_of
 from gift.files.saving import buffers_of_the_base, fine_tuned_part
 from gift.generated import joined, spec_of
 from gift.guard import KeptValues
@@ -66,9 +66,9 @@ def load(
         with enabling_trained(net, strategy, **options) as report:
             if check_base:
                 _take_dtypes(net, file)
-            put_values(net, file.tensors, file.aliases, new=True)
+            _load_values(net, file.tensors, file.aliases, new=True)
     except Exception as error:  # what only values or memory tell
-        raise DeltaFileError(_UNFIT.format(file.path), [told(error)]) from error
+        raise DeltaFileError(_UNFIT.format(file.path), [in_a_line(error)]) from error
     return report
 
 
@@ -82,7 +82,7 @@ def _load_onto_enabled(network: Any, file: DeltaFile, check_base: bool) -> Repor
         *other_base(state | kept, file, check_base),
     ]
     _refuse(file, problems)
-    put_values(network, kept | file.tensors, file.aliases)
+    _load_values(network, kept | file.tensors, file.aliases)
     return network._gift_network.report
 
 
@@ -105,7 +105,7 @@ def _strategy(file: DeltaFile) -> FineTuningStrategy:
         strategy = load_strategy_from_config(file.strategy)
         problems = list(_hazards(file, strategy))
     except Exception as error:  # a file may say anything
-        problem = f"its strategy is none that is known here: {told(error)}"
+        problem = f"its strategy is none that is known here: {in_a_line(error)}"
         raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error
     if problems:
         raise DeltaFileError(f"{file.path} cannot be loaded", problems)
@@ -149,7 +149,7 @@ def _rehearse(
         if check_base:
             _take_dtypes(twin, file)
     except Exception as error:
-        return [f"its strategy cannot be applied here: {told(error)}", *base]
+        return [f"its strategy cannot be applied here: {in_a_line(error)}", *base]
     return [*misfits(twin, state, file, check_base), *(base or _too_much(net, twin, file))]
 
 
@@ -184,7 +184,7 @@ def _too_much(net: nn.Module, twin: nn.Module, file: DeltaFile) -> Iterator[str]
         yield f"its deltas need {drawn:,} more numbers, where network and file have {known:,}"
 
 
-def put_values(
+def _load_values(
     network: Any,
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str] | None = None,

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.extension import call_method_of
-from gift.files.container import is_finite
 from gift.files.description import describe_deltas
-from gift.files.digests import digest, dtype_name
+from gift.files.digests import digest
 from gift.files.inspecting import DeltaFile
 from gift.files.saving import fingerprint, split
 from gift.methods import method_of
 from gift.quantised import tells_packing
+from gift.strategies.resolved import PLACES
+from gift.tensors import dtype_name, is_finite
 
 
 def misfits(
@@ -64,7 +65,7 @@ def _other_settings(network: nn.Module, file: DeltaFile) -> Iterator[str]:
     try:
         there = _meanings(file.deltas)
     except Exception as error:  # a file may say anything
-        yield f"its deltas are by no method that is known here: {told(error)}"
+        yield f"its deltas are by no method that is known here: {in_a_line(error)}"
         return
     here = _meanings(describe_deltas(network))
     for name in sorted({*here, *there}):
@@ -87,7 +88,7 @@ def _meanings(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         else:
             method = method_of(group["method"], group["settings"])
             named = {"method": group["method"]}
-        for kind in ("tensors", "biases", "modules"):
+        for kind in PLACES:
             for name, shape in group.get(kind, {}).items():
                 told[name] = named | method.meaning | ({} if shape is None else {"matrix": shape})
     return told
@@ -149,6 +150,6 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def told(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """An error in a line."""
     return f"{type(error).__name__}: {error}".replace("\n", "\n    ")

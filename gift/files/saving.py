@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapter import is_sharded
-from gift.files.container import DeltaFileError, is_finite, write
+from gift.files.container import DeltaFileError, write
 from gift.files.description import describe_deltas, names_regex, resolve
-from gift.files.digests import digest, digests, dtype_name
+from gift.files.digests import digest, digests
 from gift.generated import spec_of
 from gift.meanwhile import refuse_meanwhile
-from gift.network import NetworkRecord, delta_names, frozen_names, named_trainable
-from gift.quantised import statistics_names
+from gift.network import NetworkRecord, delta_names, frozen_names, trained_in_place
+from gift.quantised import quant_state_names
+from gift.tensors import dtype_name, is_finite
 from gift.version import __version__
 
 
@@ -144,7 +145,7 @@ def split(network: Any) -> Parts:
         for name, value in buffers_of_the_base(network).items()
         if name in tensors and digest(tensors[name]) == digest(value)
     }
-    frozen = {*frozen_names(network), *statistics_names(network)}
+    frozen = {*frozen_names(network), *quant_state_names(network)}
     saved = {n: t for n, t in tensors.items() if n not in frozen and n not in still}
     own = {
         *delta_names(network),
@@ -194,8 +195,7 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
             strategy = resolve(network).to_config()
         except ValueError as error:
             strategy, reason = None, str(error)
-    deltas = delta_names(network)
-    trained = [name for name, _ in named_trainable(network) if name not in deltas]
+    trained = [name for name, _ in trained_in_place(network)]
     return {
         "network": record.report.network,
         "strategy": strategy,

@@ -11,11 +11,11 @@ from torch.nn.parameter import is_lazy
 from gift.adapter import adapters_of, is_sharded, present_tensor
 from gift.enable import check_undoable
 from gift.extension import named_extensions
-from gift.files.container import is_finite
 from gift.generated import joined, plain_class
 from gift.merging.weights import effective, write
 from gift.methods import AdaptationError
 from gift.quantised import dequantised, is_quantised, requantised
+from gift.tensors import is_finite
 from gift.transaction import OWN
 
 

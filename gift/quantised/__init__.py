@@ -7,11 +7,11 @@ from gift.quantised.tensors import (
     is_quantised,
     not_yet_quantised,
     product,
+    quant_state_names,
     requantised,
     same_values,
     shape_of,
     stand_in,
-    statistics_names,
     tells_packing,
 )
 
@@ -22,10 +22,10 @@ __all__ = [
     "is_quantised",
     "not_yet_quantised",
     "product",
+    "quant_state_names",
     "requantised",
     "same_values",
     "shape_of",
     "stand_in",
-    "statistics_names",
     "tells_packing",
 ]

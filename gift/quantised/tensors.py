@@ -155,7 +155,7 @@ def tells_packing(name: str) -> bool:
     return ".quant_state." in name
 
 
-def statistics_names(network: Any) -> Iterator[str]:
+def quant_state_names(network: Any) -> Iterator[str]:
     """Names in a state of what belongs to quantised tensors and is no parameter or buffer."""
     for path, module in network.named_modules():
         for name, parameter in module._parameters.items():

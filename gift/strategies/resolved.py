@@ -14,6 +14,9 @@ from gift.methods import AdaptationError, Method, method_of
 from gift.statistics import freeze_statistics
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
+PLACES = ("tensors", "biases", "modules")
+"""What a group of deltas may change, each by paths: see `ResolvedStrategy`."""
+
 
 @register_strategy
 class ResolvedStrategy(FineTuningStrategy):

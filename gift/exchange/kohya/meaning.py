@@ -1,11 +1,11 @@
 """Whether the tensors of one layer in a kohya file are whole and fit it, and what they mean."""
 
-import torch
 from torch import Tensor
 
 from gift.exchange.kohya.kinds import KINDS, Kind, Parts, Told, trimmed
 from gift.exchange.kohya.layers import Misfit, Target
 from gift.methods.settings import at_least_32_bits
+from gift.tensors import is_finite
 
 
 def told(parts: Parts, target: Target) -> Told:
@@ -37,7 +37,7 @@ def told(parts: Parts, target: Target) -> Told:
     found = kind.read(clean, _scaling(kind, parts), target)
     dtype = at_least_32_bits(target.weight.dtype)
     values = {name: value.to(dtype) for name, value in found.values.items()}
-    if not all(bool(torch.isfinite(value).all()) for value in values.values()):
+    if not all(map(is_finite, values.values())):
         raise Misfit(f"its values overflow in {dtype}")
     settings = found.settings | {"conv_layout": "out_as_h"}
     return Told(found.method, settings, values)
@@ -77,7 +77,7 @@ def _unusable(name: str, tensor: Tensor) -> str | None:
         return f"alpha has shape {list(tensor.shape)}, expected one number"
     if name != "alpha" and (tensor.ndim < 2 or tensor.numel() == 0):
         return f"{name} has shape {list(tensor.shape)}, expected at least two axes, none empty"
-    if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
+    if not is_finite(tensor):
         return f"{name} is not finite"
     return None
 

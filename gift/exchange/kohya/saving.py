@@ -17,6 +17,7 @@ from gift.files.container import DeltaFileError, replace_file
 from gift.files.saving import fine_tuned_part
 from gift.network import moved_buffers, trained_in_place
 from gift.quantised import dequantised
+from gift.tensors import is_finite
 
 
 def save_kohya(
@@ -73,7 +74,7 @@ def save_kohya(
                     problems.append(f"{place}: another layer has the key {key} as well")
                 # The number that all of a delta is multiplied with is not rounded.
                 tensors[key] = tensor if dtype is None or part == "alpha" else tensor.to(dtype)
-    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
     _refuse(path, problems)
