@@ -1,6 +1,7 @@
 """`DeltaBank.rows`: each row of a batch is what it is with its own delta alone, or a refusal."""
 
 import copy
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     XLNetConfig,
@@ -579,6 +582,141 @@ def test_rows_that_are_still_there_are_right(before: Any, after: Any) -> None:
     check(bank, lambda net: net(x))
 
 
+class Between(nn.Module):
+    """Something between two layers."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.f = nn.Linear(4, 4), nn.Linear(4, 4), f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.f(self.first(x)))
+
+
+def put(y: Tensor, index: Any, value: Any) -> Tensor:
+    y = y.clone()
+    y[index] = value
+    return y
+
+
+def assigned(into: Tensor, y: Tensor) -> Tensor:
+    return into.copy_(y)
+
+
+TURN = torch.tensor([2, 0, 1])
+TURNED = torch.eye(3).double()[TURN]
+PLACES = TURN[:, None].expand(3, 4)
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "roll": lambda y: torch.roll(y, 1, 0),
+    "roll_method": lambda y: y.roll(1, 0),
+    "roll_named": lambda y: torch.roll(y, shifts=1, dims=0),
+    "roll_two": lambda y: torch.roll(y, (1, 1), (1, 0)),
+    "roll_flat": lambda y: torch.roll(y, 4),
+    "roll_from_last": lambda y: torch.roll(y, 1, -2),
+    "fftshift": lambda y: torch.fft.fftshift(y),
+    "flip": lambda y: torch.flip(y, [1, 0]),
+    "flip_varargs": lambda y: y.flip(1, 0),
+    "flipud": torch.flipud,
+    "rot90": lambda y: torch.rot90(y, 2),
+    "topk": lambda y: y.topk(3, 0)[0],
+    "topk_named": lambda y: torch.topk(y, k=3, dim=0).values,
+    "sort": lambda y: y.sort(0).values,
+    "msort": torch.msort,
+    "cumsum": lambda y: y.cumsum(0),
+    "cumsum_in_place": lambda y: y.clone().cumsum_(0),
+    "cumprod": lambda y: torch.cumprod(y, dim=0),
+    "softmax": lambda y: y.softmax(0),
+    "take_along_dim": lambda y: torch.take_along_dim(y, PLACES, 0),
+    "take_along_dim_flat": lambda y: torch.take_along_dim(y, torch.arange(12).flip(0)).view(3, 4),
+    "take": lambda y: y.take(torch.arange(12).flip(0).view(3, 4)),
+    "gather": lambda y: y.gather(0, PLACES),
+    "index_copy": lambda y: y.index_copy(0, TURN, y),
+    "index_copy_in_place": lambda y: torch.zeros_like(y).index_copy_(0, TURN, y),
+    "index_add": lambda y: torch.zeros_like(y).index_add(0, TURN, y),
+    "index_add_named": lambda y: torch.zeros_like(y).index_add(dim=0, source=y, index=TURN),
+    "index_of_data": lambda y: y.index_copy(0, y[:, 0].argsort(), y),
+    "index_put": lambda y: y.index_put((TURN,), y),
+    "scatter": lambda y: y.scatter(0, PLACES, y),
+    "scatter_add": lambda y: torch.zeros_like(y).scatter_add_(0, PLACES, y),
+    "set_by_list": lambda y: put(y, [2, 1, 0], y),
+    "set_by_tensor": lambda y: put(y, TURN, y),
+    "set_by_pairs": lambda y: put(y, (TURN, slice(None)), y),
+    "set_shifted": lambda y: put(y, slice(1, None), y[:-1]),
+    "set_one": lambda y: put(y, 0, y[1]),
+    "copied_into": lambda y: assigned(y.clone(), y.flip(0)),
+    "matmul": lambda y: TURNED @ y,
+    "mm": lambda y: torch.mm(TURNED, y),
+    "bmm": lambda y: torch.bmm(TURNED[None], y[None])[0],
+    "addmm": lambda y: torch.addmm(torch.zeros(4).double(), TURNED, y),
+    "linear": lambda y: F.linear(TURNED, y.T),
+    "made_of_others": lambda y: TURN[:, None].eq(torch.arange(3)).double() @ y,
+    "tensordot": lambda y: torch.tensordot(TURNED, y, 1),
+    "einsum": lambda y: torch.einsum("ij,jk->ik", TURNED, y),
+    "einsum_dots": lambda y: torch.einsum("ij,j...->i...", TURNED, y),
+    "einsum_implicit": lambda y: torch.einsum("ij,jk", TURNED, y),
+    "pad": lambda y: F.pad(y, (0, 0, 1, -1)),
+    "split": lambda y: torch.cat(y.split(1)[::-1]),
+    "expanded": lambda y: y.unsqueeze(0).expand(3, 3, 4)[:, 0],
+    "broadcast": lambda y: (y + torch.zeros(3, 3, 4).double())[:, 1],
+    "mean": lambda y: y[:, None].expand(3, 3, 4).mean(0),
+    "tokens_of_one": lambda y: y.repeat(1, 3).view(9, 4)[:3],
+    "chunk_of_tokens": lambda y: y.repeat(1, 3).view(9, 4).chunk(3)[1],
+    "of_a_table": lambda y: torch.arange(24).double().view(2, 3, 4)[:, (y[:, 0] > 9).long()][0] + y,
+}  # fmt: skip
+KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
+    "reshaped": lambda y: y.reshape(2, 6).reshape(3, 4),
+    "roll": lambda y: torch.roll(y, 1, 1),
+    "flip": lambda y: y.flip(-1),
+    "fliplr": torch.fliplr,
+    "sort": lambda y: y.sort().values,
+    "topk": lambda y: y.topk(4)[0],
+    "cumsum": lambda y: y.cumsum(1),
+    "split": lambda y: torch.cat(y.split(1, 1)[::-1], 1),
+    "whole": lambda y: put(y, slice(0, 3), 2 * y),
+    "in_order": lambda y: y.index_copy(0, torch.arange(3), 2 * y),
+    "filled": lambda y: put(y, y < 0, 0.0),
+    "a_place_each": lambda y: put(y, (torch.arange(3), TURN), 1.0),
+    "scatter": lambda y: torch.zeros_like(y).scatter_(1, PLACES.contiguous(), y),
+    "matmul": lambda y: y @ torch.ones(4, 4).double().tril(),
+    "heads": lambda y: (torch.ones(2, 2).double().tril() @ y.view(3, 2, 2)).flatten(1),
+    "einsum": lambda y: torch.einsum("bi,ji->bj", y, torch.ones(4, 4).double().tril()),
+    "einsum_there_and_back": lambda y: torch.einsum("b...->...b", y).T,
+    "unsqueezed": lambda y: y.unsqueeze(0).squeeze(0),
+    "mean": lambda y: y.expand(5, 3, 4).mean(0),
+    "broadcast": lambda y: (y + torch.zeros(2, 3, 4).double())[1],
+    "normalised": lambda y: F.normalize(y) / y.norm(dim=1, keepdim=True),
+    "scaled": lambda y: torch.where(torch.ones(()).double() * 2 > 1, y, -y),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("f", MIXING.values(), ids=MIXING)
+def test_what_moves_or_mixes_rows_between_layers_is_refused(f: Callable[[Tensor], Tensor]) -> None:
+    bank = bank_of(Between(f).double())
+    with pytest.raises(ValueError, match="not the batch"), bank.rows(["a", "b", None]) as net:
+        net(torch.randn(3, 4).double())
+
+
+@pytest.mark.parametrize("f", KEEPING.values(), ids=KEEPING)
+def test_what_moves_other_axes_between_layers_is_right(f: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 4).double()
+    check(bank_of(Between(f).double()), lambda net: net(x), ["a", "b", None])
+
+
+@pytest.mark.parametrize("length", [4, 5])
+def test_experts_that_get_gathered_tokens_stay_beside_rows(length: int) -> None:
+    """Deltas of the attention of a mixture of experts are right, in all layers."""
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
+        experts_implementation="eager",
+    )  # fmt: skip
+    attention, x = mc_path(glob="*_proj"), tokens(4, length)
+    bank = bank_of(
+        MixtralForCausalLM(config).double(), a=lora_on(attention), b=lora_on(attention, 3)
+    )
+    check(bank, lambda net: net(x).logits, tolerance=1e-9)
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -703,3 +841,35 @@ def test_the_bank_stands_still_meanwhile(act: Callable[[DeltaBank], Any]) -> Non
     with bank.rows(["a", "b"]), pytest.raises(RuntimeError, match="computing rows"):
         act(bank)
     assert (bank.names, bank.active) == (["a", "b"], "a")
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"]
+)
+def test_a_copy_made_inside_is_the_base_for_ever(copied: Callable[[Any], Any]) -> None:
+    """The copy adds no deltas and refuses no batch, inside and afterwards."""
+    bank, x = bank_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()), torch.randn(5, 4)
+    x = x.double()
+    expected = alone(bank, None, lambda net: net(x))
+    with bank.rows(["a", "a", "b"]) as net:
+        copies = [copied(net[0]), copied(net[1])]
+        inside = copies[1](copies[0](x))
+        rows = net(x[:3])
+    for output in (inside, copies[1](copies[0](x))):
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    for i, name in enumerate(["a", "a", "b"]):  # and the network is what it was
+        torch.testing.assert_close(rows[i], alone(bank, name, lambda net: net(x[:3]))[i])
+
+
+class Doubled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_named() -> None:
+    bank = bank_of(nn.Sequential(Doubled(4, 4)))
+    text = rf"{re.escape(__name__)}\.Doubled, whose forward is its own"
+    with pytest.raises(AdaptationError, match=text), bank.rows(["a", "b"]):
+        pass

@@ -17,12 +17,12 @@ from gift.bank.scaling import scale
 from gift.detached import Detached
 from gift.enable import GiftWarning, check_undoable, enable_fine_tuning, enabling_trained
 from gift.files import load, resolve
-from gift.files.container import is_finite
 from gift.generated import spec_of
 from gift.meanwhile import meanwhile, refuse_meanwhile
 from gift.network import NetworkRecord, delta_names, frozen_names
 from gift.quantised import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
+from gift.tensors import is_finite
 from gift.transaction import all_or_nothing
 
 
@@ -211,6 +211,12 @@ class DeltaBank:
         search, tokens that were flattened), the parts are taken to follow each other. What the
         network computes is followed, so that a layer whose rows are elsewhere, or that gets the
         same for all rows (positions), is told from one with the batch, and refused.
+
+        What cannot be told, and must not happen: rows that change places in numpy, in a function
+        of another library, in a part of a tensor that is written to by itself (`part = x[1:]`,
+        `part.copy_(...)`), by a reshape that takes a batch apart and puts it together in another
+        order, or by a mask computed from data, which reads them in one order and writes them in
+        another. Nor has a row a result of its own if rows are mixed, as by a mean over the batch.
 
         Args:
             names: for each row of the batch the name of its delta, or None for the base.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.bank.changes import Change, Changes, changes_of
-from gift.bank.tracking import Tracking
+from gift.bank.tracking import Hook, Tracking
 from gift.enable import GiftWarning
 from gift.generated import plain_class
 from gift.layers import CONV1D_FORWARD, Layout, reader_of
@@ -36,7 +36,7 @@ def rows_added(
     seen: set[str] = set()
     with tracking, ExitStack() as hooks:
         for path, (module, by_name) in layers.items():
-            own = _Rows(path, by_name, rows, tracking, seen)
+            own = Hook(_Rows(path, by_name, rows, tracking, seen))
             # Before those of others, which see what the layer gives.
             hook = module.register_forward_hook(own, prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
@@ -87,8 +87,13 @@ def _unfit(change: Change, parent: tuple[nn.Module, str] | None) -> str:
     cls: Any = plain_class(type(layer))
     if change.factors is None:
         return "is changed by a method whose delta is no low-rank one"
-    if change.tensor != "weight" or dotted(cls.forward) not in _SIDES:
-        return f"belongs to a {cls.__name__}, expected a linear layer, convolution or embedding"
+    known = dotted(cls.forward) in _SIDES
+    if change.tensor != "weight" or not known:
+        own = ", whose forward is its own" if isinstance(layer, _KINDS) and not known else ""
+        return (
+            f"belongs to a {cls.__module__}.{cls.__qualname__}{own}, expected a linear layer, "
+            "convolution or embedding"
+        )
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "belongs to an embedding with max_norm"
     if parent is not None and (reader := reader_of(*parent)):
@@ -198,6 +203,7 @@ def _embedding(layer: Any, ids: Tensor, factors: Factors) -> Tensor:
     return F.embedding(ids, left) @ right
 
 
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _SIDES = {
     dotted(nn.Linear.forward): _linear,
     dotted(nn.Conv1d.forward): _conv,
