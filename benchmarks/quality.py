@@ -37,7 +37,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections import Counter
@@ -48,11 +47,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from _common import machine
 from _quality_tasks import TASKS, AbsentError, Task
 from tabulate import tabulate
 from torch import Tensor, nn
 
-import gift
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning, strategies
 from gift.factories import ma_train, mc_path
 
@@ -283,18 +282,6 @@ def store(file: Path, key: str, task: Task, name: str, result: dict[str, Any]) -
     of_task["contenders"][name] = result
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "gift": gift.__version__,
-    }
 
 
 def in_order(contenders: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Adapting the tensors of a module in place, and the way back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -149,20 +149,31 @@ def adapt_module(
             f"{type(module).__name__} has no weight of a known layer type; a raw parameter is "
             "adapted by a parameter cap with pa_adapt"
         )
-    problems = []
-    for path, part, tensor in weights:
-        try:
-            adapt_tensor(part, tensor, method, options)
-        except AdaptationError as error:
-            problems.append(f"{joined(path, tensor)}: {error}")
-    if problems:
-        raise AdaptationError("; ".join(problems))
+    adapt_tensors((joined(path, t), part, t, method, options) for path, part, t in weights)
     if method.scales_outputs:
         for _, part, row in layers:
             adapt_biases(part, row)
     if train_bias:
         for _, part, row in layers:
             _train_biases(part, row)
+
+
+def adapt_tensors(
+    work: Iterable[tuple[str, nn.Module, str, Method, LayoutOptions]],
+) -> None:
+    """Adapt several tensors, each given after its name for messages.
+
+    Raises:
+        AdaptationError: naming all that cannot be adapted; the others are.
+    """
+    problems = []
+    for name, module, tensor, method, options in work:
+        try:
+            adapt_tensor(module, tensor, method, options)
+        except AdaptationError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise AdaptationError("; ".join(problems))
 
 
 def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:

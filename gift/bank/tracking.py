@@ -8,6 +8,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gift.bank.axes import (
+    ALONG,
+    ANYWHERE,
+    BROADCASTING,
+    COMBINING,
+    GROWING,
+    PERMUTING,
+    PUTTING,
+    READS,
+    RESHAPING,
+    at,
+    combined,
+    is_whole,
+    items_of,
+    left_by,
+    name_of,
+    permuted,
+)
+
 
 class Hook:
     """A hook of a module that does nothing in a copy of the module."""
@@ -130,15 +149,15 @@ class Tracking(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if _name(func) == "repeat_interleave" and args[0].shape[:1] == (self.n_rows,):
+        if name_of(func) == "repeat_interleave" and args[0].shape[:1] == (self.n_rows,):
             self.sizes.update(size for size in result.shape[:1] if size % self.n_rows == 0)
-        if _name(func) == "__iter__":  # over slices, which are followed as well
+        if name_of(func) == "__iter__":  # over slices, which are followed as well
             result = list(result)
         if self._inside:
-            made = [args[0]] if _name(func) == "__setitem__" else list(_tensors(result))
+            made = [args[0]] if name_of(func) == "__setitem__" else list(_tensors(result))
             if made:
                 self._follow(func, [*_tensors(args), *_tensors(kwargs)], args, kwargs, made)
-        return iter(result) if _name(func) == "__iter__" else result
+        return iter(result) if name_of(func) == "__iter__" else result
 
     def _follow(
         self, func: Any, given: list[Tensor], args: Any, kwargs: Any, made: list[Tensor]
@@ -149,9 +168,9 @@ class Tracking(TorchFunctionMode):
                     f"{type(self._inside[-1]).__name__} reads a weight of another layer itself, "
                     "which has no single value while rows differ"
                 )
-        name = _name(func)
+        name = name_of(func)
         read = {"making": [], "first": given[:1], "other": given[1:2], "last_two": given[-2:]}.get(
-            _READS.get(name, ""), given
+            READS.get(name, ""), given
         )
         varying = [tensor for tensor in read if not self.is_same(tensor)]
         if not varying:
@@ -163,7 +182,7 @@ class Tracking(TorchFunctionMode):
         axis = self._axes.get(first, self.dim)
         moved = [
             self._put(name, args, kwargs, axis)
-            if name in _PUTTING
+            if name in PUTTING
             else self._moved(name, func, args, kwargs, read, first, tensor, axis)
             for tensor in made
         ]
@@ -185,22 +204,22 @@ class Tracking(TorchFunctionMode):
         axis: int | None,
     ) -> int | None:
         """Where in a result the rows are that were at an axis; None if that is not known."""
-        if axis is None or name in _ANYWHERE or axis >= first.ndim:
+        if axis is None or name in ANYWHERE or axis >= first.ndim:
             return None
-        if name in _PERMUTING:
-            return _permuted(func, args, kwargs, axis)
+        if name in PERMUTING:
+            return permuted(func, args, kwargs, axis)
         if name == "__getitem__":
             return self._indexed(args[0], args[1], made, axis)
-        if name in _COMBINING:
-            return _combined(name, args, kwargs, read, first, made, axis)
-        if name in _GROWING:  # one batch after the other, which is no batch of these rows
+        if name in COMBINING:
+            return combined(name, args, kwargs, read, first, made, axis)
+        if name in GROWING:  # one batch after the other, which is no batch of these rows
             same = made.ndim == first.ndim and made.shape[axis] == first.shape[axis]
             return axis if same else None
-        if name in _BROADCASTING or (name in ("max", "min") and len(read) > 1):
+        if name in BROADCASTING or (name in ("max", "min") and len(read) > 1):
             return None if made.ndim < first.ndim else axis + made.ndim - first.ndim
-        if name in _ALONG:
-            return _left(name, args, kwargs, first, made, axis)
-        unknown = axis != self.dim and (name in _RESHAPING or made.ndim != first.ndim)
+        if name in ALONG:
+            return left_by(name, args, kwargs, first, made, axis)
+        unknown = axis != self.dim and (name in RESHAPING or made.ndim != first.ndim)
         return None if unknown else axis
 
     def _indexed(self, x: Tensor, index: Any, made: Tensor, axis: int) -> int | None:
@@ -208,11 +227,11 @@ class Tracking(TorchFunctionMode):
         if self.is_same(x):  # a table, whose entries are where the index has them
             is_number = isinstance(index, Tensor) and index.dtype != torch.bool
             return axis if is_number else None
-        items = _items(index, x.ndim)
+        items = items_of(index, x.ndim)
         if isinstance(items[0], Tensor) and axis == 0 and len(items) > 1:
             dims = [item.ndim for item in items if isinstance(item, Tensor)]
             # Of each row another place.
-            return 0 if max(dims) == 1 and _is_whole(items[0], self.batch) else None
+            return 0 if max(dims) == 1 and is_whole(items[0], self.batch) else None
         chosen = [isinstance(item, Tensor | list) for item in items if type(item) is not int]
         first, last = (chosen.index(True), chosen[::-1].index(True)) if any(chosen) else (0, 0)
         if any(chosen) and not all(chosen[first : len(chosen) - last]):
@@ -222,7 +241,7 @@ class Tracking(TorchFunctionMode):
             if item is None:
                 there += 1
             elif left == 0:
-                return there if _is_whole(item, x.shape[axis]) else None
+                return there if is_whole(item, x.shape[axis]) else None
             elif isinstance(item, Tensor | list):
                 return None
             else:
@@ -246,198 +265,16 @@ class Tracking(TorchFunctionMode):
             return None
         if indexed:
             index = given(1, "indices")
-            item = _at(_items(index if name == "__setitem__" else tuple(index), into.ndim), axis)
+            item = at(items_of(index if name == "__setitem__" else tuple(index), into.ndim), axis)
         else:
             along = given(1, "dim")
             item = given(2, "index") if along % into.ndim == axis else slice(None)
         mask = isinstance(item, Tensor) and item.dtype == torch.bool and not self.is_same(item)
         kept = mask or (not varies and not self.is_same(into))
-        return axis if kept or _is_whole(item, into.shape[axis]) else None
+        return axis if kept or is_whole(item, into.shape[axis]) else None
 
     def _is_own(self, weight: Tensor) -> bool:
         return any(p is weight for p in self._inside[-1]._parameters.values())
-
-
-# fmt: off
-_PERMUTING = (
-    "transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "T", "mT", "H",
-    "mH", "adjoint", "unsqueeze",
-)
-_RESHAPING = ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
-_GROWING = (
-    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack",
-    "row_stack", "repeat", "tile",
-)
-_BROADCASTING = (
-    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide",
-    "rsub", "pow", "where", "maximum", "minimum", "fmod", "remainder", "lerp", "addcmul", "addcdiv",
-    "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "expand", "expand_as",
-    "broadcast_to",
-)
-_MULTIPLYING = ("matmul", "__matmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "addmv")
-_PUTTING = (
-    "__setitem__", "index_put", "index_add", "index_copy", "index_fill", "index_reduce", "scatter",
-    "scatter_add", "scatter_reduce",
-)
-# Whose result has the axes of the first argument only.
-_WEIGHTED = (
-    "linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d", "cdist", "outer", "ger",
-)
-_COMBINING = (*_MULTIPLYING, *_WEIGHTED, "einsum", "pad", "as_strided")
-# After which the rows may be anywhere.
-_ANYWHERE = (
-    "take", "masked_select", "nonzero", "argwhere", "unique", "diagonal", "diag", "tensordot",
-    "kron", "block_diag", "cartesian_prod", "combinations", "__rmatmul__",
-)
-# What mixes, chooses, splits or reduces along axes: which argument these are (9: none), and what
-# they are if it is not given (None: all).
-_ALONG: dict[str, tuple[int, Any]] = {
-    "flip": (1, None), "flipud": (9, 0), "fliplr": (9, 1), "rot90": (2, (0, 1)),
-    "roll": (2, None), "fftshift": (1, None), "fft_fftshift": (1, None),
-    "ifftshift": (1, None), "fft_ifftshift": (1, None),
-    "index_select": (1, None), "gather": (1, None), "take_along_dim": (2, None),
-    "sort": (1, -1), "argsort": (1, -1), "msort": (9, 0), "topk": (2, -1), "kthvalue": (2, -1),
-    "unbind": (1, 0), "select": (1, None), "__iter__": (9, 0), "squeeze": (1, None),
-    "select_scatter": (2, None), "slice_scatter": (2, 0),
-    "normalize": (2, 1), "norm": (2, None), "linalg_vector_norm": (2, None),
-    "quantile": (2, None), "cosine_similarity": (2, 1),
-    **dict.fromkeys(
-        ("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk", "tensor_split"),
-        (2, 0),
-    ),
-    **dict.fromkeys(("narrow", "narrow_copy", "unfold"), (1, None)),
-    **dict.fromkeys(
-        ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "softmax", "log_softmax",
-         "softmin", "mean", "nanmean", "sum", "nansum", "prod", "amax", "amin", "aminmax", "max",
-         "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "logsumexp", "all",
-         "any", "count_nonzero"), (1, None),
-    ),
-    **dict.fromkeys(("median", "nanmedian", "mode"), (1, None)),
-}
-# Whose values come from nowhere, or from some of the tensors only.
-_READS = dict.fromkeys(
-    ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
-     "zeros_like", "ones_like", "full_like", "empty_like"), "making",
-) | dict.fromkeys(("to", "type_as", "expand_as", "view_as", "reshape_as"), "first") | {
-    "copy": "other", "addmm": "last_two", "baddbmm": "last_two", "addmv": "last_two",
-}
-# fmt: on
-
-
-def _name(func: Any) -> str:
-    """The name of a function, also of one in place; of an attribute that is read, its own."""
-    name: str = func.__name__
-    if name == "__get__":
-        return str(func.__self__.__name__)
-    return name if name.endswith("__") else name.rstrip("_")
-
-
-def _axes(name: str, args: Any, kwargs: Any, x: Tensor) -> set[int]:
-    """The axes along which a function of `_ALONG` works."""
-    place, default = _ALONG[name]
-    given = next((kwargs[key] for key in ("dims", "dim", "axis") if key in kwargs), None)
-    if given is None and len(args) > place:
-        given = args[place:] if name == "flip" and isinstance(args[1], int) else args[place]
-    if isinstance(given, bool) or not isinstance(given, int | tuple | list):
-        given = range(x.ndim) if default is None else default
-    return {a % x.ndim for a in ((given,) if isinstance(given, int) else given)}
-
-
-def _left(name: str, args: Any, kwargs: Any, x: Tensor, made: Tensor, axis: int) -> int | None:
-    """Where a function of `_ALONG` leaves another axis than those along which it works."""
-    axes = _axes(name, args, kwargs, x)
-    if name == "squeeze":
-        axes = {a for a in axes if x.shape[a] == 1}
-    gone = x.ndim - made.ndim == len(axes)
-    return None if axis in axes else axis - gone * sum(a < axis for a in axes)
-
-
-def _combined(
-    name: str, args: Any, kwargs: Any, read: list[Tensor], x: Tensor, made: Tensor, axis: int
-) -> int | None:
-    """Where a function of `_COMBINING` leaves an axis."""
-    if name in _MULTIPLYING:
-        return _multiplied(read, x, made, axis)
-    if name == "einsum":
-        return _summed(args, read, x, axis)
-    if name == "pad":
-        pads, there = kwargs["pad"] if "pad" in kwargs else args[1], 2 * (x.ndim - 1 - axis)
-        return None if any(pads[there : there + 2]) else axis
-    if name == "as_strided":
-        start = (made.storage_offset(), made.shape[axis : axis + 1], made.stride()[axis : axis + 1])
-        same = start == (x.storage_offset(), x.shape[axis : axis + 1], x.stride()[axis : axis + 1])
-        return axis if same else None
-    summed = name == "linear" and axis == x.ndim - 1
-    return None if summed or x is not read[0] else axis  # not the rows of weights
-
-
-def _items(index: Any, ndim: int) -> tuple[Any, ...]:
-    """What an index says of each axis, as far as it does; a mask says it of several."""
-    items = index if isinstance(index, tuple) else (index,)
-    for i, item in enumerate(items):
-        if item is Ellipsis:
-            more = ndim - sum(map(_width, items))
-            return (*items[:i], *[slice(None)] * more, *items[i + 1 :])
-    return items
-
-
-def _width(item: Any) -> int:
-    """How many axes an item of an index stands for."""
-    if item is None or item is Ellipsis:
-        return 0
-    return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-
-
-def _at(items: tuple[Any, ...], axis: int) -> Any:
-    """What an index says of an axis."""
-    for item in items:
-        if axis < _width(item):
-            return item
-        axis -= _width(item)
-    return slice(None)
-
-
-def _is_whole(item: Any, size: int) -> bool:
-    """Whether an item of an index stands for everything there, in order."""
-    if isinstance(item, slice):
-        return item.indices(size) == (0, size, 1)
-    if isinstance(item, Tensor) and item.dtype != torch.bool:
-        return torch.equal(item, torch.arange(size, device=item.device).to(item.dtype))
-    return False
-
-
-def _multiplied(factors: list[Tensor], x: Tensor, made: Tensor, axis: int) -> int | None:
-    """Where a product of matrices has an axis of one of them; None if it is summed over."""
-    left, right = factors[:2]
-    if axis == (x.ndim - 1 if x is left else max(x.ndim - 2, 0)):
-        return None
-    ndim = made.ndim + (left.ndim == 1) + (right.ndim == 1)
-    return axis + ndim - x.ndim - (left.ndim == 1 and axis == x.ndim - 1)
-
-
-def _summed(args: Any, factors: list[Tensor], x: Tensor, axis: int) -> int | None:
-    """The same for einsum."""
-    if not isinstance(args[0], str) or "->" not in args[0]:
-        return None
-    terms, result = args[0].replace(" ", "").split("->")
-    rests = {  # the axes that dots stand for, counted from the last
-        i: "9876543210"[10 - factor.ndim + len(term.replace("...", "")) :]
-        for i, (term, factor) in enumerate(zip(terms.split(","), factors, strict=True))
-    }
-    which = next(i for i, factor in enumerate(factors) if factor is x)
-    name = terms.split(",")[which].replace("...", rests[which])[axis]
-    found = result.replace("...", max(rests.values(), key=len)).find(name)
-    return None if found < 0 else found
-
-
-def _permuted(func: Any, args: Any, kwargs: Any, axis: int | None) -> int | None:
-    """Where a function that permutes the axes of its first argument leaves this one."""
-    if axis is None or not args:
-        return None
-    with torch._C.DisableTorchFunction():
-        probe = torch.empty([2 + i for i in range(args[0].ndim)], device="meta")
-        return list(func(probe, *args[1:], **kwargs).shape).index(2 + axis)
 
 
 def _alike(tensor: Tensor, dim: int) -> bool:

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from gift.adapt import adapt_biases, adapt_tensor
+from gift.adapt import adapt_biases, adapt_tensors
 from gift.extension import CallMethod, call_method_of, extend_module
 from gift.factories import Action, ma_freeze, ma_replace_head, mc_any, mc_path, pa_train
 from gift.generated import joined, plain_class
 from gift.layers import LayoutOptions, row_of
-from gift.methods import AdaptationError, Method, method_of
+from gift.methods import Method, method_of
 from gift.statistics import freeze_statistics
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
@@ -116,14 +116,7 @@ class _Work:
         self.still = False
 
     def do(self, module: nn.Module, path: str) -> None:
-        problems = []
-        for tensor, method, options in self.tensors:
-            try:
-                adapt_tensor(module, tensor, method, options)
-            except AdaptationError as error:
-                problems.append(f"{tensor}: {error}")
-        if problems:
-            raise AdaptationError("; ".join(problems))
+        adapt_tensors((own[0], module, *own) for own in self.tensors)
         if self.biases:
             adapt_biases(module, row_of(plain_class(type(module))))
         for call in self.calls:
