@@ -329,7 +329,7 @@ def _without_base(net: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
     if wrong := [name for name in rest if name in deltas and not is_finite(rest[name])]:
         raise RuntimeError(f"nothing was loaded: {wrong} have numbers that are not finite")
     if hasattr(state, "_metadata"):
-        rest._metadata = state._metadata  # type: ignore[attr-defined]
+        rest._metadata = state._metadata  # type: ignore[attr-defined]  # torch sets it
     return rest
 
 

@@ -66,7 +66,7 @@ def _layers(
                 problems.append(f"{name}: {path} {why}")
                 continue
             _, by_name = layers.setdefault(path, (change.module, {}))
-            by_name[name] = _of_weight(change.layout, *change.factors)  # type: ignore[misc]
+            by_name[name] = _of_weight(change.layout, *change.factors)  # type: ignore[misc]  # not None: see `_unfit`
     if problems:
         raise AdaptationError("rows cannot differ in:\n  " + "\n  ".join(problems))
     return layers

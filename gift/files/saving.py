@@ -184,7 +184,7 @@ def _once(network: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
 
 
 def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class QuantisedLayer(Generated):
         try:
             _plain_view(self)._save_to_state_dict(destination, prefix, keep_vars)
         except NotImplementedError:  # embeddings cannot save their weight, but the delta can be
-            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]  # a mixin
             del destination[f"{prefix}weight"]
 
     def _load_from_state_dict(self, *args: Any) -> None:
