@@ -12,7 +12,7 @@ from gift.delta import deltas_of
 from gift.extension import named_extensions
 from gift.generated import joined, plain_class
 from gift.quantised import shape_of
-from gift.report import Claim
+from gift.report import Claim, some
 
 Adapted = tuple[str, nn.Module, Adapter]
 Placed = tuple[str, nn.Module, Any]  # an Adapter or an Extension
@@ -129,7 +129,7 @@ def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
         return "trained" if trained else "frozen"
     if taken.parameter is not None:
         return "; ".join(adapted)
-    return "; ".join(f"{text} on {_some(tensors)}" for text, tensors in adapted.items())
+    return "; ".join(f"{text} on {some(tensors, limit=4)}" for text, tensors in adapted.items())
 
 
 def _gained(path: str, placed: Iterable[Placed]) -> str:
@@ -139,7 +139,3 @@ def _gained(path: str, placed: Iterable[Placed]) -> str:
         inside = place.removeprefix(path).strip(".")
         told += [f"{delta.method}" + f" on {inside}" * bool(inside)] * bool(delta.names)
     return "; ".join(told) or "left as it is"
-
-
-def _some(tensors: list[str]) -> str:
-    return ", ".join(tensors[:4]) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")

@@ -15,7 +15,7 @@ from gift.generated import Spec, joined, spec_of
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
 from gift.network import NetworkRecord, install_record, named_trainable, remove_record
-from gift.report import Report
+from gift.report import Report, some
 from gift.strategies.base import Cap, FineTuningStrategy
 from gift.transaction import Snapshot, all_or_nothing
 from gift.walk import Walk, closest_names
@@ -299,7 +299,7 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
         warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
     if report.larger_than_weight:
         names = report.larger_than_weight
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        shown = some(names)
         warnings.warn(
             f"the delta has more parameters than the weight that it changes in: {shown} "
             "(train such layers whole, or give them a smaller rank)",

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from gift.files.container import DeltaFileError, read
+from gift.report import some
 from gift.strategies.resolved import PLACES
 from gift.tensors import dtype_name
 
@@ -71,8 +72,8 @@ class DeltaFile:
             ("strategy", self.strategy_text),
             ("can be loaded onto the base", "yes" if self.strategy else f"no: {self.reason}"),
             ("tensors", f"{len(self.tensors)}, {self.parameters:,} numbers, {self.bytes:,} bytes"),
-            ("trained as they are", _some(self.trained)),
-            ("buffers that training changed", _some(self.buffers)),
+            ("trained as they are", some(self.trained, limit=4) or "-"),
+            ("buffers that training changed", some(self.buffers, limit=4) or "-"),
             ("base", f"{len(self.base)} tensors, by name, shape, dtype{self._digested}"),
             ("written by", versions),
         ]
@@ -104,10 +105,6 @@ class DeltaFile:
 def _printable(text: str) -> str:
     """The text without what a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "-"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from gift.files.inspecting import DeltaFile
 from gift.files.saving import fingerprint, split
 from gift.methods import method_of
 from gift.quantised import tells_packing
+from gift.report import some
 from gift.strategies.resolved import PLACES
 from gift.tensors import dtype_name, is_finite
 
@@ -100,7 +101,7 @@ def other_base(
     """Where the base is not the one for which the delta was trained."""
     empty = [name for name, tensor in state.items() if is_lazy(tensor) or tensor.is_meta]
     if empty:
-        yield f"{len(empty)} tensors have no values here yet: {_some(empty)}"
+        yield f"{len(empty)} tensors have no values here yet: {some(empty)}"
         return
     own = {name: state[name] for name in file.base if name in state}
     if missing := [name for name in file.base if name not in own]:
@@ -132,16 +133,12 @@ def _told_of_base(
             "in its first inference on a CPU: load before that, or with check_base=False"
         )
     if dtypes:
-        yield f"{len(dtypes)} tensors of its base have another dtype: {_some(dtypes)}"
+        yield f"{len(dtypes)} tensors of its base have another dtype: {some(dtypes)}"
     if values:
         yield (
             f"{len(values)} of {total} tensors of its base have other values, so it was trained "
-            f"for another base: {_some(values)} (check_base=False takes it all the same)"
+            f"for another base: {some(values)} (check_base=False takes it all the same)"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:
