@@ -182,11 +182,10 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
         False
     """
     modes = [(m, m.training, vars(m).get("_gift_mode")) for m in net.modules()]
-    # An optimizer that steps meanwhile passes by what has no gradient.
     gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
-    for parameter, _ in gradients:
-        parameter.grad = None
     detached = Detached(net)
+    for parameter, _ in gradients:
+        parameter.grad = None  # so an optimizer that steps meanwhile passes it by
     frozen = [(m, name, p, p.requires_grad) for m, name, p in _parameters(net)]
     for _, _, parameter, _ in frozen:
         parameter.requires_grad = False

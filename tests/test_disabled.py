@@ -338,3 +338,14 @@ def test_a_compiled_network() -> None:
             assert torch.equal(compiled(x), net(x))
             assert not torch.allclose(compiled(x), expected)
         assert torch.equal(compiled(x), expected)
+
+
+def test_what_is_refused_keeps_its_gradients() -> None:
+    net = nn.Linear(6, 5)
+    enable_fine_tuning(net, FullFineTuningStrategy(), keep_base=False)
+    net(torch.ones(2, 6)).sum().backward()
+    before = picture(net)
+    with pytest.raises(RuntimeError, match="was not kept"), disabled(net):
+        pass
+    assert picture(net) == before
+    assert net.weight.grad is not None
