@@ -15,6 +15,7 @@ from gift.generated import change_class, joined, plain_class
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import AdaptationError, Method
 from gift.quantised import dequantised, is_quantised, not_yet_quantised, shape_of, stand_in
+from gift.tensors import is_inexact
 
 
 def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: LayoutOptions) -> None:
@@ -83,7 +84,7 @@ def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
         raise AdaptationError(
             f"{tensor!r} is a {type(frozen).__name__} that is not quantised yet: {before} first"
         )
-    if not (is_quantised(frozen) or frozen.is_floating_point() or frozen.is_complex()):
+    if not (is_quantised(frozen) or is_inexact(frozen)):
         raise AdaptationError(
             f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor, or one "
             "that torchao or bitsandbytes has quantised (what others have cannot be read as a "

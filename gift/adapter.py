@@ -170,6 +170,16 @@ def present_tensor(module: nn.Module, tensor: str) -> Any:
         return plain_tensor(module, tensor)
 
 
+def trained_value(adapter: Adapter, module: nn.Module, frozen: Tensor) -> Tensor:
+    """The effective weight as without dropout, whatever mode the module is in; no graph."""
+    training, module.training = module.training, False
+    try:
+        with torch.no_grad():
+            return adapter.weight(module, frozen).detach()
+    finally:
+        module.training = training
+
+
 @contextmanager
 def looking(module: nn.Module) -> Iterator[None]:
     """Within it, reading a computed tensor changes nothing.

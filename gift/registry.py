@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gift.tensors import dtype_name
+
 REGISTRY: dict[str, Callable[..., Any]] = {}
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,7 +69,7 @@ def encode(value: Any, where: str = "") -> Any:
     if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     if isinstance(value, Mapping):
         return {str(key): encode(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, Sequence):

@@ -1,20 +1,20 @@
 """What a delta changes, read off a network that wears it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gift.adapter import Adapter, adapters_of, present_tensor
+from gift.adapter import Adapter, adapters_of, present_tensor, trained_value
 from gift.detached import Detached
 from gift.extension import named_extensions
 from gift.generated import joined
 from gift.layers import Layout, LayoutOptions
 from gift.network import NetworkRecord
 from gift.quantised import dequantised
-from gift.tensors import wide
+from gift.tensors import is_inexact, wide
 from gift.transaction import tensor_of
 
 
@@ -84,7 +84,8 @@ def changes_of(net: Any, delta: Detached, dense: bool) -> Changes:
 
 
 def _read(net: Any, dense: bool) -> Changes:
-    found = Changes(foreign=list(_foreign(net)))
+    paths = {id(module): path for path, module in net.named_modules()}
+    found = Changes(foreign=list(_foreign(net, paths)))
     first: dict[int, str] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
@@ -96,7 +97,6 @@ def _read(net: Any, dense: bool) -> Changes:
             else:
                 whole = first.get(id(module._parameters.get(tensor)), name)
                 found.weights[name] = _change(whole, module, tensor, adapter, dense)
-    paths = {id(module): path for path, module in net.named_modules()}
     for module, name, base in net._gift_network.undo.values:
         now = tensor_of(module, name).detach()
         if id(module) in paths and not torch.equal(now, base):
@@ -104,10 +104,9 @@ def _read(net: Any, dense: bool) -> Changes:
     return found
 
 
-def _foreign(net: Any) -> Iterator[str]:
+def _foreign(net: Any, paths: Mapping[int, str]) -> Iterator[str]:
     """What is no change of a weight or value."""
     record: NetworkRecord = net._gift_network
-    paths = {id(module): path for path, module in net.named_modules()}
     for path, _, extension in named_extensions(net):
         if extension.names:
             yield f"{path or 'the network'} is extended by {extension.method}"
@@ -127,7 +126,7 @@ def _change(name: str, module: nn.Module, tensor: str, adapter: Adapter, dense: 
             matrix = _difference(module, tensor, adapter)
     dtype = torch.float32
     for value in parameters.values():
-        if value.is_floating_point() or value.is_complex():
+        if is_inexact(value):
             dtype = torch.promote_types(dtype, value.dtype)
     return Change(name, module, tensor, adapter.layout, adapter.options, dtype, factors, matrix)
 
@@ -135,13 +134,8 @@ def _change(name: str, module: nn.Module, tensor: str, adapter: Adapter, dense: 
 def _difference(module: nn.Module, tensor: str, adapter: Adapter) -> Tensor:
     """The effective matrix less the frozen one."""
     frozen = wide(dequantised(present_tensor(module, tensor).detach(), module))
-    training, module.training = module.training, False
-    try:
-        effective = adapter.weight(module, frozen)
-    finally:
-        module.training = training
     assert adapter.layout is not None
-    return adapter.layout.to_matrix(effective - frozen)
+    return adapter.layout.to_matrix(trained_value(adapter, module, frozen) - frozen)
 
 
 def trained_values(changes: Changes) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A sum of deltas as one delta."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -17,7 +17,7 @@ from gift.enable import enabling_trained
 from gift.layers import Layout, LayoutOptions, layout_of
 from gift.methods import AdaptationError, LoRA
 from gift.methods.settings import is_integer, is_number
-from gift.strategies.resolved import ResolvedStrategy
+from gift.strategies.resolved import ResolvedStrategy, group_of
 from gift.tensors import dtype_name, is_inexact, wide
 
 
@@ -164,10 +164,8 @@ def _compressed(left: Tensor, right: Tensor, rank: int | None) -> tuple[Tensor, 
 
 
 def _group(path: str, made: _Sum) -> dict[str, Any]:
-    settings = {"rank": made.left.shape[-1], "dtype": dtype_name(made.dtype)}
-    tensors = {path: list(made.layout.matrix)}
-    return {"method": LoRA.name, "settings": settings, "layout": asdict(made.options),
-            "tensors": tensors}  # fmt: skip
+    method = LoRA(rank=made.left.shape[-1], dtype=dtype_name(made.dtype))
+    return group_of(method, made.options) | {"tensors": {path: list(made.layout.matrix)}}
 
 
 def _values(
@@ -206,9 +204,8 @@ def _fill(net: nn.Module, sums: Mapping[str, _Sum], values: Mapping[str, Any]) -
         module = paths[holder]
         names = adapters_of(module)[tensor].names
         put_values(module, {names["lora_B"]: made.left, names["lora_A"]: made.right})
-    with torch.no_grad():
-        for module, name, value in values.values():
-            (module._buffers if name in module._buffers else module._parameters)[name].copy_(value)
+    for module, name, value in values.values():
+        put_values(module, {name: value})
 
 
 def _told(sums: Mapping[str, _Sum]) -> Combination:

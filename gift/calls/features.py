@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from gift.generated import plain_class
 from gift.methods import AdaptationError
+from gift.tensors import is_inexact
 
 
 class Features(NamedTuple):
@@ -136,5 +137,5 @@ def _unknown(layers: list[tuple[str, nn.Module]]) -> str:
 
 def weight_beside(module: nn.Module) -> Tensor | None:
     """A parameter of the module, whose dtype and device others beside it should have."""
-    floating = (p for p in module.parameters() if p.is_floating_point() or p.is_complex())
+    floating = (p for p in module.parameters() if is_inexact(p))
     return next(floating, next(module.parameters(), None))

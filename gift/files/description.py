@@ -1,6 +1,5 @@
 """What a fine-tuned network is, as plain data: from it, its deltas can be made again."""
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,7 @@ from gift.extension import Extension
 from gift.factories.actions import CLASS_COUNTS, new_head
 from gift.generated import joined, plain_class, spec_of
 from gift.network import NetworkRecord, trained_in_place
-from gift.strategies.resolved import ResolvedStrategy
+from gift.strategies.resolved import ResolvedStrategy, group_of
 from gift.transaction import ModuleUndo
 
 
@@ -40,12 +39,8 @@ def _describe(
     assert isinstance(delta, Adapter)
     if delta.owner is not None and not delta.follows:
         return None
-    group = {
-        "method": delta.method.name,
-        "settings": delta.method.settings,
-        "layout": asdict(delta.options),
-    }
     shape = None if delta.layout is None else list(delta.layout.matrix)
+    group = group_of(delta.method, delta.options)
     return group, "biases" if delta.follows else "tensors", joined(path, key), shape
 
 

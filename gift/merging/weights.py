@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gift.adapter import adapters_of, present_tensor
+from gift.adapter import adapters_of, present_tensor, trained_value
 
 
 def effective(module: nn.Module) -> dict[str, Tensor]:
@@ -15,12 +15,7 @@ def effective(module: nn.Module) -> dict[str, Tensor]:
     """
     own = {t: a for t, a in adapters_of(module).items() if a.owner is None or a.follows}
     own = {t: a for t, a in own.items() if a.layout is not None}  # which lazy ones lack
-    training, module.training = module.training, False
-    try:
-        with torch.no_grad():
-            return {t: a.weight(module, present_tensor(module, t)).detach() for t, a in own.items()}
-    finally:
-        module.training = training
+    return {t: trained_value(a, module, present_tensor(module, t)) for t, a in own.items()}
 
 
 def write(module: nn.Module, tensor: str, value: Tensor) -> None:

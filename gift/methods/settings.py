@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gift.tensors import dtype_name
+
 
 def setting(
     default: Any,
@@ -143,10 +145,7 @@ class Configured:
         """The settings as plain values: what a file says of a delta."""
         plain = (bool, int, float, str, type(None))
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            k: v if isinstance(v, plain) else str(v).removeprefix("torch.")
-            for k, v in values.items()
-        }
+        return {k: v if isinstance(v, plain) else dtype_name(v) for k, v in values.items()}
 
     @property
     def meaning(self) -> dict[str, Any]:

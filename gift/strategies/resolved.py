@@ -1,6 +1,7 @@
 """A strategy that names each tensor that it changes: what any other one comes to on a network."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -123,6 +124,11 @@ class _Work:
             extend_module(module, call, path)
         if self.still:
             freeze_statistics(module)
+
+
+def group_of(method: Method, options: LayoutOptions) -> dict[str, Any]:
+    """The beginning of a group of deltas: the method with its settings, and the layouts."""
+    return {"method": method.name, "settings": method.settings, "layout": asdict(options)}
 
 
 def _read(group: Mapping[str, Any], work: dict[str, _Work]) -> None:
