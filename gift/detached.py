@@ -15,6 +15,7 @@ from gift.generated import Spec, generated_class, plain_class, spec_of
 from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
 from gift.quantised import as_packed
+from gift.statistics import kept_modes
 from gift.transaction import OWN, ModuleUndo, tensor_of
 
 
@@ -181,7 +182,12 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
         >>> torch.equal(net(x), before)
         False
     """
-    modes = [(m, m.training, vars(m).get("_gift_mode")) for m in net.modules()]
+    with kept_modes(net), _disabled(net):
+        yield net
+
+
+@contextmanager
+def _disabled(net: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
     detached = Detached(net)
     for parameter, _ in gradients:
@@ -191,7 +197,7 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
         parameter.requires_grad = False
     try:
         with meanwhile([net], "disabled"), as_packed(p for *_, p, _ in frozen):
-            yield net
+            yield
     finally:
         for part in [part for part in net.modules() if spec_of(part).network]:
             remove_record(part).undo.apply(part)  # enabled by another strategy inside
@@ -201,11 +207,6 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
         detached.attach()
         for parameter, gradient in gradients:
             parameter.grad = None if gradient is None else gradient.to(parameter)
-        for module, training, mode in modes:
-            if module.training != training:
-                module.training = training
-            if mode is not None:
-                vars(module)["_gift_mode"] = mode
 
 
 def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

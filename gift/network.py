@@ -3,7 +3,7 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from gift.adapter import adapters_of
 from gift.delta import added_names, named_deltas, settings_of
 from gift.generated import Generated, Spec, change_class, contributes, joined
+from gift.in_place import keep_values
 from gift.quantised import quant_state_names
 from gift.report import Report
 from gift.transaction import Undo
@@ -28,6 +29,8 @@ class NetworkRecord:
             somebody freezes them for a while.
         report: what the strategy did.
         undo: the way back.
+        late: those among them that were chosen later, see `gift.in_place`.
+        waiting: those that stay frozen until they are due, whatever ``requires_grad_`` says.
         keeps_base: whether the way back has the values of what is trained in place.
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
         only_trainable_state: whether ``state_dict()`` gives these and buffers only.
@@ -39,6 +42,8 @@ class NetworkRecord:
     chosen: set[str]
     report: Report
     undo: Undo
+    late: set[str] = field(default_factory=set)
+    waiting: set[str] = field(default_factory=set)
     keeps_base: bool = True
     only_trainable_parameters: bool = True
     only_trainable_state: bool = True
@@ -60,10 +65,10 @@ class FineTunedNetwork(Generated):
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze the trained parameters, or train them again; no frozen one comes to life."""
-        trained = dict(named_trainable(self))  # type: ignore[arg-type]
-        self._gift_network.chosen.update(trained)
-        for parameter in trained.values():
-            parameter.requires_grad = requires_grad
+        record, trained = self._gift_network, dict(named_trainable(self))  # type: ignore[arg-type]
+        record.chosen.update(trained)
+        for name, parameter in trained.items():
+            parameter.requires_grad = requires_grad and name not in record.waiting
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -113,6 +118,9 @@ class FineTunedNetwork(Generated):
         # Also called when a bigger module loads its state, which passes `load_state_dict` by.
         keys: Set[str] = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         self._gift_network.loading = (prefix, keys)
+        if not self._gift_network.rehearsing:
+            coming = {key: state_dict[prefix + key] for key in keys}
+            keep_values(self, coming, set(frozen_names(self)), delta_names(self))  # type: ignore[arg-type]
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 
@@ -288,6 +296,7 @@ def install_record(network: nn.Module, record: NetworkRecord) -> None:
 def remove_record(network: nn.Module) -> NetworkRecord:
     """Undo `install_record`."""
     record: NetworkRecord = network.__dict__.pop("_gift_network")
+    network.__dict__.pop("_gift_schedule", None)
     change_class(network, network=False)
     for key, hook in list(network._load_state_dict_post_hooks.items()):
         if hook is _loaded:

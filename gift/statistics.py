@@ -1,5 +1,7 @@
 """Norm layers whose running statistics stand still, whatever ``train()`` says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -37,3 +39,17 @@ def release_statistics(module: nn.Module) -> None:
     if "_gift_mode" in module.__dict__:
         module.training = module.__dict__.pop("_gift_mode")
         change_class(module, statistics=False)
+
+
+@contextmanager
+def kept_modes(net: nn.Module) -> Iterator[None]:
+    """Whatever modes are set within it, each module has afterwards the one that it had before."""
+    modes = [(m, m.training, vars(m).get("_gift_mode")) for m in net.modules()]
+    try:
+        yield
+    finally:
+        for module, training, mode in modes:
+            if module.training != training:
+                module.training = training
+            if mode is not None:
+                vars(module)["_gift_mode"] = mode

@@ -23,7 +23,7 @@ from gift.generated import plain_class
 from gift.guard import KeptValues
 from gift.statistics import release_statistics
 
-OWN = ("_gift_adapters", "_gift_extensions", "_gift_network", "_gift_mode")
+OWN = ("_gift_adapters", "_gift_extensions", "_gift_network", "_gift_schedule", "_gift_mode")
 
 
 class _Missing:

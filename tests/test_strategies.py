@@ -14,6 +14,7 @@ import torchvision
 import yaml
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -63,6 +64,7 @@ from gift.strategies import (
     BitFitFineTuningStrategy,
     BottleneckFineTuningStrategy,
     DebugStrategy,
+    DetectionHeadStrategy,
     FreezeStrategy,
     FullFineTuningStrategy,
     HeadReplacementStrategy,
@@ -500,7 +502,7 @@ def test_a_strategy_as_action_is_applied_to_what_the_check_matched() -> None:
     report = enable_fine_tuning(net, strategy)
     assert trainable(net) == ["1.0.lora_B", "1.0.lora_A", "1.1.bias", "2.weight", "2.bias"]
     assert [(claim.cap, claim.name) for claim in report.claims] == [
-        (0, "1.0"), (0, "1.1.bias"), (1, "2")]  # fmt: skip
+        (0, "1.0"), (0, "1.1.bias"), (1, "2.weight"), (1, "2.bias")]  # fmt: skip
     assert report.unmatched == []
 
 
@@ -723,6 +725,20 @@ class Custom(FineTuningStrategy):
         super().__init__([(mc_path(*paths), ma_adapt("lora", rank=rank))])
 
 
+def test_a_new_head_and_full_fine_tuning_are_merged() -> None:
+    """Nothing claims the whole network before the head is found."""
+    net = small()
+    total = sum(p.numel() for p in net.parameters())
+    old = net[-1]
+    strategy = merge_strategies([HeadReplacementStrategy(num_classes=7), FullFineTuningStrategy()])
+    enable_fine_tuning(net, strategy)
+    assert net[-1].out_features == 7
+    assert all(p.requires_grad for _, p in net.named_parameters())
+    lost = sum(p.numel() for p in old.parameters())
+    gained = sum(p.numel() for p in net[-1].parameters())
+    assert sum(p.numel() for p in net.parameters()) == total - lost + gained
+
+
 REGISTERED: dict[str, list[FineTuningStrategy]] = {
     "FineTuningStrategy": [
         FineTuningStrategy([(mc_class_name("Linear"), ma_adapt("lora"), {"rank": 2})]),
@@ -735,6 +751,7 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
                        (pc_any(), FineTuningStrategy(para_caps=[(pc_any(), pa_train())]))],
         ),
     ],
+    "DetectionHeadStrategy": [DetectionHeadStrategy(4)],
     "FullFineTuningStrategy": [FullFineTuningStrategy()],
     "FreezeStrategy": [FreezeStrategy(), FreezeStrategy(statistics=True)],
     "HeadReplacementStrategy": [HeadReplacementStrategy(4), HeadReplacementStrategy(4, "2")],
@@ -750,7 +767,8 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
     "BitFitFineTuningStrategy": [BitFitFineTuningStrategy()],
     "NormFineTuningStrategy": [NormFineTuningStrategy(), NormFineTuningStrategy(statistics=False)],
     "ModulesFineTuningStrategy": [ModulesFineTuningStrategy("2", "0.*")],
-    "SizedStrategy": [SizedStrategy(LORA(), {"0.0": 1, "1.0": 4, "2": 2, "3": 3})],
+    "SizedStrategy": [SizedStrategy(LORA(), {
+        "0.0": 1, "1.0": 4, "2": 2, "3": 3, "detector.cls_score": 1, "detector.bbox_pred": 2})],
     "BottleneckFineTuningStrategy": [
         BottleneckFineTuningStrategy(4, after="0.*"),
         BottleneckFineTuningStrategy(parallel=True, after=["1", "2"], activation="relu",
@@ -804,6 +822,7 @@ def test_a_strategy_comes_back_from_its_file(strategy: FineTuningStrategy, tmp_p
 def some_of_all() -> nn.Module:
     net = nn.Sequential(*small(), nn.Conv2d(8, 8, 3))
     net.gate = nn.Parameter(torch.ones(2))
+    net.detector = FastRCNNPredictor(8, 3)
     return net
 
 

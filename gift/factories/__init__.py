@@ -32,6 +32,7 @@ from gift.factories.checks import (
     pc_ndim,
     pc_path,
 )
+from gift.factories.detection import ma_replace_detection_head, mc_detection_head
 from gift.factories.extensions import ma_bottleneck, ma_prompt, mc_blocks
 
 __all__ = [
@@ -44,12 +45,14 @@ __all__ = [
     "ma_freeze",
     "ma_prompt",
     "ma_replace",
+    "ma_replace_detection_head",
     "ma_replace_head",
     "ma_train",
     "mc_any",
     "mc_blocks",
     "mc_class_name",
     "mc_depth",
+    "mc_detection_head",
     "mc_last",
     "mc_last_linear",
     "mc_layer",

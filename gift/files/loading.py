@@ -13,7 +13,7 @@ from gift.adapter import is_sharded
 from gift.choosing.rehearsal import on_meta
 from gift.delta import deltas_of, held
 from gift.enable import GiftWarning, enable_fine_tuning, enabling_trained
-from gift.factories import Action, ma_replace_head
+from gift.factories import Action, ma_replace_detection_head, ma_replace_head
 from gift.files.container import DeltaFileError
 from gift.files.description import names_regex
 from gift.files.inspecting import DeltaFile, inspect
@@ -21,8 +21,9 @@ from gift.files.misfits import in_a_line, misfits, other_base, tensors_of
 from gift.files.saving import buffers_of_the_base, fine_tuned_part
 from gift.generated import joined, spec_of
 from gift.guard import KeptValues
+from gift.in_place import train_in_place
 from gift.meanwhile import refuse_meanwhile
-from gift.network import delta_names
+from gift.network import delta_names, trained_in_place
 from gift.report import Report
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 
@@ -64,6 +65,7 @@ def load(
     _refuse(file, _rehearse(net, strategy, file, check_base))
     try:
         with enabling_trained(net, strategy, **options) as report:
+            _train_as_there(net, file)
             if check_base:
                 _take_dtypes(net, file)
             _load_values(net, file.tensors, file.aliases, new=True)
@@ -125,12 +127,15 @@ def _hazards(file: DeltaFile, strategy: FineTuningStrategy) -> Iterator[str]:
             yield f"its strategy makes a head of {classes} classes, it has none so large"
 
 
+_MAKE_HEADS = (ma_replace_head.__name__, ma_replace_detection_head.__name__)
+
+
 def _new_heads(strategy: FineTuningStrategy) -> Iterator[int]:
     """The numbers of classes of the heads that a strategy makes."""
     for cap in strategy.module_caps:
         if isinstance(cap.action, FineTuningStrategy):
             yield from _new_heads(cap.action)
-        elif isinstance(cap.action, Action) and cap.action.recipe[0] == ma_replace_head.__name__:
+        elif isinstance(cap.action, Action) and cap.action.recipe[0] in _MAKE_HEADS:
             yield cap.action.recipe[1]["num_classes"]
 
 
@@ -146,11 +151,19 @@ def _rehearse(
         with torch.device("meta"), torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.simplefilter("ignore", GiftWarning)
             enable_fine_tuning(twin, strategy)
+        _train_as_there(twin, file)
         if check_base:
             _take_dtypes(twin, file)
     except Exception as error:
         return [f"its strategy cannot be applied here: {in_a_line(error)}", *base]
     return [*misfits(twin, state, file, check_base), *(base or _too_much(net, twin, file))]
+
+
+def _train_as_there(network: nn.Module, file: DeltaFile) -> None:
+    """Train what was trained there though the strategy left it frozen: a schedule unfroze it."""
+    own = dict(network.named_parameters()).keys() - delta_names(network)
+    known = {name for name, _ in trained_in_place(network)}
+    train_in_place(network, [n for n in file.trained if n in own and n not in known])
 
 
 def _take_dtypes(network: nn.Module, file: DeltaFile) -> None:

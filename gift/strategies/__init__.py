@@ -10,6 +10,7 @@ from gift.strategies.base import (
     register_strategy,
 )
 from gift.strategies.classic import (
+    DetectionHeadStrategy,
     FreezeStrategy,
     FullFineTuningStrategy,
     HeadReplacementStrategy,
@@ -31,6 +32,7 @@ __all__ = [
     "BottleneckFineTuningStrategy",
     "Cap",
     "DebugStrategy",
+    "DetectionHeadStrategy",
     "FineTuningStrategy",
     "FreezeStrategy",
     "FullFineTuningStrategy",

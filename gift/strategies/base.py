@@ -161,9 +161,19 @@ class FineTuningStrategy:
         Path(path).write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
+        known = inspect.signature(type(self)).parameters
         shown = [describe(item) for item in self.init_paras.get("*", [])]
-        shown += [f"{k}={describe(v)}" for k, v in self.init_paras.items() if k != "*"]
+        shown += [
+            f"{name}={describe(value)}"
+            for name, value in self.init_paras.items()
+            if name != "*" and not (name in known and _is_default(value, known[name].default))
+        ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether they are the same; what is compared may be tensors, which give no single answer."""
+    return value is default or (type(value) is type(default) and repr(value) == repr(default))
 
 
 def _show_signature(cls: type) -> None:

@@ -2,21 +2,27 @@
 
 from gift.factories import (
     ma_freeze,
+    ma_replace_detection_head,
     ma_replace_head,
-    ma_train,
     mc_any,
+    mc_detection_head,
     mc_last_linear,
     mc_path,
+    pa_train,
+    pc_any,
 )
 from gift.strategies.base import FineTuningStrategy, register_strategy
 
 
 @register_strategy
 class FullFineTuningStrategy(FineTuningStrategy):
-    """Train every parameter of the network as it is."""
+    """Train every parameter of the network as it is.
+
+    Merged after a strategy that replaces the head, it trains all else.
+    """
 
     def __init__(self) -> None:
-        super().__init__([(mc_any(), ma_train())])
+        super().__init__(para_caps=[(pc_any(), pa_train())])
 
 
 @register_strategy
@@ -56,3 +62,21 @@ class HeadReplacementStrategy(FineTuningStrategy):
     def __init__(self, num_classes: int, head_name: str | None = None) -> None:
         head = mc_last_linear() if head_name is None else mc_path(head_name)
         super().__init__([(head, ma_replace_head(num_classes))])
+
+
+@register_strategy
+class DetectionHeadStrategy(FineTuningStrategy):
+    """Give a detector of torchvision new last layers for other classes, freeze the rest.
+
+    For Faster and Mask R-CNN, RetinaNet, FCOS, SSD and SSDlite. What finds boxes whatever their
+    class is stays as it is.
+
+    Args:
+        num_classes: with the background, which is class 0.
+
+    Raises:
+        ValueError: if `num_classes` is below 2.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__([(mc_detection_head(), ma_replace_detection_head(num_classes))])

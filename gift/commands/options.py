@@ -1,0 +1,51 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RUN = Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run", show_default=False)]
+NETWORK = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        metavar="NAME",
+        help="in the place of the network that the job names; import:package.module:function "
+        "calls your own code",
+    ),
+]
+DELTA = Annotated[
+    str | None, typer.Option("--delta", metavar="best|last|FILE", help="which delta is taken")
+]
+DEVICE = Annotated[str | None, typer.Option("--device", help="of torch; none is that of the job")]
+JSON = Annotated[bool, typer.Option("--json", help="print JSON")]
+SET = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="change a setting; as often as needed"),
+]
+
+
+def own_network(name: str | None, job: Any) -> Any:
+    """The network that was named on the command line, where code may be named; None for none.
+
+    Args:
+        name: of the network.
+        job: what it is for.
+    """
+    if name is None:
+        return None
+    from gift.jobs.kinds import KINDS
+    from gift.jobs.networks import named_network
+
+    task = KINDS[job.data.kind].task
+    return named_network(name, "default", task, job.training.seed or 0, allow_import=True)
+
+
+def opened(folder: Path, network: str | None) -> Any:
+    """The run in a folder."""
+    from gift.jobs import Run
+
+    run = Run(folder)
+    run.base = own_network(network, run.job)
+    return run

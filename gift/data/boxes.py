@@ -1,0 +1,231 @@
+"""Boxes in pictures, as COCO writes them."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gift.data.classes import classes_of
+from gift.data.errors import DataError
+from gift.data.examples import Examples
+from gift.data.problems import refuse
+from gift.data.readers import DetectorReader
+from gift.extras import needed
+
+BACKGROUND = "__background__"
+"""Name of class 0, which torchvision's detectors keep for what is no object."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects in a picture.
+
+    Args:
+        file: of the picture.
+        size: its width and height.
+        boxes: left, top, right and bottom of each.
+        labels: numbers of their classes, from 1.
+        shapes: their outlines as COCO writes them.
+    """
+
+    file: str
+    size: tuple[int, int]
+    boxes: list[list[float]]
+    labels: list[int]
+    shapes: list[Any]
+
+
+class BoxedPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Pairs of a picture and a dictionary of boxes, labels and, if asked for, masks.
+
+    Args:
+        pictures: what is in each.
+        reader: reads the pictures.
+        augment: whether every other picture is mirrored.
+        masks: whether there are masks.
+    """
+
+    def __init__(
+        self, pictures: list[Objects], reader: DetectorReader, augment: bool, masks: bool
+    ) -> None:
+        self.pictures, self.reader, self.augment, self.masks = pictures, reader, augment, masks
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Tensor]]:
+        objects = self.pictures[place]
+        picture = self.reader(objects.file)
+        height, width = picture.shape[-2:]
+        if (width, height) != objects.size:
+            raise DataError(
+                f"{objects.file} is {width} x {height}, its boxes are for a picture of "
+                f"{objects.size[0]} x {objects.size[1]}"
+            )
+        targets = {
+            "boxes": torch.tensor(objects.boxes, dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(objects.labels, dtype=torch.int64),
+        }
+        if self.masks:
+            targets["masks"] = masks_of(objects.shapes, height, width)
+        if self.augment and torch.rand(()) < 0.5:
+            return picture.flip(-1), _mirrored(targets, width)
+        return picture, targets
+
+    def plain(self) -> "BoxedPictures":
+        """The same without anything random."""
+        return BoxedPictures(self.pictures, self.reader, False, self.masks)
+
+
+def collate_boxed(items: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """A batch as torchvision's detectors take it: two lists."""
+    pictures, targets = zip(*items, strict=True)
+    return list(pictures), list(targets)
+
+
+def coco(
+    images: str | Path,
+    annotations: str | Path,
+    classes: Sequence[str] | None = None,
+    augment: bool = False,
+    masks: bool = False,
+) -> Examples:
+    """Pictures with boxes around objects, in the format of COCO.
+
+    Classes are numbered from 1 in the order of the categories' numbers; 0 is the background, which
+    `classes` also has a name for. Boxes are cut off at the picture's edges; crowds and empty boxes
+    do not count.
+
+    Args:
+        images: folder of the pictures.
+        annotations: the JSON file of the boxes.
+        classes: names of categories in the order of their numbers, `train.classes` for validation;
+            None takes all of the file.
+        augment: mirror pictures at random, for training.
+        masks: also read outlines, for Mask R-CNN.
+
+    Raises:
+        DataError: naming all pictures that are not there and all annotations that are wrong.
+    """
+    data = _read(Path(annotations))
+    names = {entry["id"]: str(entry["name"]) for entry in data["categories"]}
+    known = [name for name in classes or () if name != BACKGROUND]
+    if classes is None:
+        known = [names[number] for number in sorted(names)]
+    known = [BACKGROUND, *known]
+    numbers = {name: number for number, name in enumerate(classes_of((), known))}
+    problems: list[str] = []
+    pictures = {}
+    for entry in data["images"]:
+        file = Path(images) / str(entry["file_name"])
+        if not file.is_file():
+            problems.append(f"image {entry['id']}: there is no picture {file}")
+        pictures[entry["id"]] = Objects(
+            str(file), (int(entry["width"]), int(entry["height"])), [], [], []
+        )
+    for entry in data["annotations"]:
+        if not entry.get("iscrowd"):
+            problem = _add(entry, pictures, names, numbers, masks)
+            problems += [f"annotation {entry['id']}: {problem}"] if problem else []
+    if not problems and not any(picture.boxes for picture in pictures.values()):
+        problems = ["there are no boxes"]
+    refuse(str(annotations), problems)
+    reader = DetectorReader()
+    dataset = BoxedPictures(list(pictures.values()), reader, augment, masks)
+    return Examples(dataset, "detection", tuple(known), collate_boxed, reader)
+
+
+_NEEDED = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+
+
+def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The file, with all that is needed in it."""
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    problems = []
+    for part, keys in _NEEDED.items():
+        entries = data.get(part) if isinstance(data, dict) else None
+        if not isinstance(entries, list):
+            problems.append(f"there is no list {part!r}, expected the format of COCO's instances")
+            continue
+        twice: dict[Any, int] = defaultdict(int)
+        for place, entry in enumerate(entries):
+            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if missing:
+                problems.append(f"{part}[{place}] has no {', '.join(missing)}")
+            else:
+                twice[str(entry["id"])] += 1
+        problems += [f"{part}: there are {n} with id {i}" for i, n in twice.items() if n > 1]
+    refuse(str(path), problems)
+    return data
+
+
+def _add(
+    entry: dict[str, Any],
+    pictures: dict[Any, Objects],
+    names: dict[Any, str],
+    numbers: dict[str, int],
+    masks: bool,
+) -> str:
+    """Add an object to its picture; gives what is wrong with it."""
+    picture, name = pictures.get(entry["image_id"]), names.get(entry["category_id"])
+    if picture is None:
+        return f"there is no image {entry['image_id']}"
+    if name is None:
+        return f"there is no category {entry['category_id']}"
+    if name not in numbers:
+        return f"{name!r} is none of the classes {', '.join(list(numbers)[1:])}"
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        return f"the box is {box!r}, expected left, top, width and height"
+    shape = entry.get("segmentation")
+    if masks and not shape:
+        return "there is no segmentation, which masks need"
+    (left, top, wide, high), (width, height) = box, picture.size
+    corners = [max(left, 0), max(top, 0), min(left + wide, width), min(top + high, height)]
+    if corners[2] > corners[0] and corners[3] > corners[1]:
+        picture.boxes.append(corners)
+        picture.labels.append(numbers[name])
+        picture.shapes.append(shape if masks else None)
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def masks_of(shapes: Sequence[Any], height: int, width: int) -> Tensor:
+    """Masks (objects, height, width) of outlines as COCO writes them: polygons or run lengths."""
+    coder = needed("pycocotools.mask", "detection")
+    found = torch.zeros(len(shapes), height, width, dtype=torch.uint8)
+    for place, shape in enumerate(shapes):
+        if isinstance(shape, list):
+            shape = coder.merge(coder.frPyObjects(shape, height, width))
+        elif isinstance(shape["counts"], list):
+            shape = coder.frPyObjects(shape, height, width)
+        found[place] = torch.from_numpy(coder.decode(shape))
+    return found
+
+
+def _mirrored(targets: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """The same objects in the mirrored picture."""
+    left, top, right, bottom = targets["boxes"].unbind(1)
+    found = {**targets, "boxes": torch.stack([width - right, top, width - left, bottom], 1)}
+    if "masks" in targets:
+        found["masks"] = targets["masks"].flip(-1)
+    return found

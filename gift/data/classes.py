@@ -1,0 +1,80 @@
+"""Classes and their numbers."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from gift.data.errors import DataError
+from gift.report import some
+
+_NUMBER = re.compile(r"-?\d{1,18}")  # longer ones are names
+
+
+def classes_of(labels: Iterable[str], classes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The classes in numerical or alphabetical order, or those that are given.
+
+    Raises:
+        DataError: if there are fewer than two, or one is given twice.
+
+    Example:
+        >>> classes_of(["10", "9", "9"])
+        ('9', '10')
+        >>> classes_of(["wasp", "ant", "bee"])
+        ('ant', 'bee', 'wasp')
+    """
+    if classes is not None:
+        given = tuple(map(str, classes))
+        if twice := [name for name, count in Counter(given).items() if count > 1]:
+            raise DataError(f"classes are given twice: {some(twice)}")
+        return given
+    found = set(labels)
+    numbers = all(_NUMBER.fullmatch(name) for name in found)
+    names = tuple(sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
+    if len(names) < 2:
+        raise DataError(
+            f"there is no more than one class, {some(names) or 'none'}: nothing to tell apart; "
+            "where other classes are to be known, give classes=train.classes"
+        )
+    return names
+
+
+def distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """The names; those that several classes have, as in ImageNet, with the classes' numbers.
+
+    Example:
+        >>> distinct(["crane", "ant", "crane"])
+        ('crane (0)', 'ant', 'crane (2)')
+    """
+    given = list(names)
+    counts = Counter(given)
+    return tuple(f"{n} ({i})" if counts[n] > 1 else n for i, n in enumerate(given))
+
+
+def numbers_of(
+    labels: Sequence[str], classes: tuple[str, ...]
+) -> tuple[list[int], list[tuple[int, str]]]:
+    """The numbers of labels, and the places of those that are no class, each with a reason.
+
+    Labels that are numbers may also stand for the places of classes with other names.
+
+    Example:
+        >>> numbers_of(["bee", "ant", "cat"], ("ant", "bee"))
+        ([1, 0, -1], [(2, "'cat' is none of the classes ant, bee")])
+        >>> numbers_of(["0", "2"], ("negative", "positive"))
+        ([0, -1], [(1, 'label 2 is out of range: there are 2 classes, numbered from 0')])
+    """
+    known = {name: number for number, name in enumerate(classes)}
+    by_number = not any(map(_NUMBER.fullmatch, classes)) and all(map(_NUMBER.fullmatch, labels))
+    numbers, problems = [], []
+    for place, label in enumerate(labels):
+        number = known.get(label, -1)
+        if by_number and 0 <= int(label) < len(classes):
+            number = int(label)
+        numbers.append(number)
+        if number < 0:
+            count = len(classes)
+            reason = f"label {label} is out of range: there are {count} classes, numbered from 0"
+            if not by_number:
+                reason = f"{label!r} is none of the classes {some(classes)}"
+            problems.append((place, reason))
+    return numbers, problems

@@ -1,0 +1,76 @@
+"""Pictures in folders, one for each class."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gift.data.classes import classes_of, numbers_of
+from gift.data.examples import Examples, Reader
+from gift.data.problems import refuse
+from gift.data.reading import read_examples
+from gift.report import some
+
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""How the names of files with pictures end."""
+
+
+def class_folders(
+    path: str | Path,
+    reader: Reader,
+    classes: Sequence[str] | None = None,
+    augment: bool = False,
+) -> Examples:
+    """Pictures in a folder that has a folder for each class.
+
+    All pictures below a class's folder belong to it. Hidden files, and those that are no pictures
+    by their names, do not count.
+
+    Args:
+        path: of the folder.
+        reader: makes tensors of the pictures: `PictureReader`, or that of a network's weights.
+        classes: their names in the order of their numbers, `train.classes` for validation; None
+            takes the folders in alphabetical order.
+        augment: crop and mirror pictures at random, for training.
+
+    Raises:
+        DataError: naming all folders that are empty or no class, and all files that are empty.
+
+    Example:
+        >>> from gift.data import PictureReader, class_folders
+        >>> class_folders("nowhere", PictureReader(size=224))
+        Traceback (most recent call last):
+        gift.data.errors.DataError: nowhere
+          there is no such folder
+    """
+    path = Path(path)
+    if not path.is_dir():
+        refuse(str(path), ["there is no such folder" if not path.exists() else "this is no folder"])
+    folders = sorted(f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name))
+    if not folders:
+        refuse(str(path), ["there are no folders in it, expected one for each class"])
+    known = classes_of([folder.name for folder in folders], classes)
+    numbers, unknown = numbers_of([folder.name for folder in folders], known)
+    problems = [f"folder {folders[place].name}: {reason}" for place, reason in unknown]
+    found: list[tuple[str, int]] = []
+    for folder, number in zip(folders, numbers, strict=True):
+        pictures = list(_pictures(folder))
+        if not pictures:
+            problems.append(f"folder {folder.name}: no pictures in it ({some(PICTURES, 20)})")
+        problems += [f"{p.relative_to(path)}: empty file" for p in pictures if not p.stat().st_size]
+        found += [(str(picture), number) for picture in pictures]
+    refuse(str(path), problems)
+    return read_examples(found, reader, known, augment)
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    """All files with pictures below a folder, always in the same order."""
+    for entry in sorted(folder.iterdir()):
+        if _is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _pictures(entry)
+        elif entry.suffix.lower() in PICTURES and entry.is_file():
+            yield entry
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"

@@ -1,0 +1,152 @@
+"""Data sets of Hugging Face."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gift.data.classes import classes_of, numbers_of
+from gift.data.errors import DataError
+from gift.data.examples import Examples, Reader
+from gift.data.problems import refuse
+from gift.data.reading import read_examples
+from gift.extras import needed
+
+
+class Columns:
+    """Inputs and numbers of classes, as a data set of Hugging Face gives them.
+
+    Args:
+        dataset: the data set.
+        inputs: names of columns.
+        labels: the number of the class for each row.
+    """
+
+    def __init__(self, dataset: Any, inputs: tuple[str, ...], labels: list[int]) -> None:
+        self.dataset, self.inputs, self.labels = dataset, inputs, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        try:
+            row = self.dataset[place]
+        # A damaged picture can make a decoder raise whatever there is.
+        except Exception as error:
+            raise DataError(f"row {place} cannot be read: {error}") from error
+        values = tuple(row[name] for name in self.inputs)
+        return values if len(values) > 1 else values[0], self.labels[place]
+
+
+def hugging_face(
+    dataset: Any,
+    reader: Reader,
+    split: str | None = "train",
+    subset: str | None = None,
+    input: str | None = None,
+    label: str | None = None,
+    pair: str | None = None,
+    classes: Sequence[str] | None = None,
+    augment: bool = False,
+) -> Examples:
+    """A data set of Hugging Face with pictures or texts and their classes.
+
+    Args:
+        dataset: it itself, all its splits, its name on the hub, or a folder of ``save_to_disk``.
+        reader: makes inputs: `PictureReader` or `TextReader`.
+        split: which part of it; None where a single one is given.
+        subset: which of several data sets that have the name.
+        input: column of the pictures or texts; None finds it if there is one such column.
+        label: column of the classes; None finds it if there is one of classes.
+        pair: column of second texts, for tasks about two.
+        classes: names of the classes in the order of their numbers, `train.classes` for validation;
+            None takes those of the data set.
+        augment: crop and mirror pictures at random, for training.
+
+    Raises:
+        DataError: if there is no such data set, split or column, or naming all rows without a
+            class.
+    """
+    data = _part(_loaded(dataset, split, subset), split)
+    features = data.features
+    label = label or _only(features, "classes", "label", lambda f: hasattr(f, "names"))
+    input = input or _only(features, "inputs", "input", lambda f: _is_input(f), but=(label, pair))
+    inputs = (input,) if pair is None else (input, pair)
+    missing = [name for name in (*inputs, label) if name not in features]
+    refuse("hugging_face", [f"there is no column {n!r}, but {sorted(features)}" for n in missing])
+    names, numbers = _numbered(data, label, classes)
+    return read_examples(
+        Columns(data.select_columns(list(inputs)), inputs, numbers), reader, names, augment
+    )
+
+
+def _loaded(dataset: Any, split: str | None, subset: str | None) -> Any:
+    if not isinstance(dataset, str | Path):
+        return dataset
+    datasets = needed("datasets", "datasets")
+    marks = ("dataset_info.json", "dataset_dict.json")
+    try:
+        if any((Path(dataset) / mark).is_file() for mark in marks):
+            return datasets.load_from_disk(str(dataset))
+        return datasets.load_dataset(str(dataset), subset, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the data set {str(dataset)!r} cannot be loaded; where it cannot be fetched, give a "
+            f"folder that save_to_disk wrote ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _part(data: Any, split: str | None) -> Any:
+    """One split, of all or of itself."""
+    if hasattr(data, "features"):
+        if not hasattr(data, "__len__"):
+            raise DataError("the data set is a stream without a length: load it without streaming")
+        return data
+    if not hasattr(data, "keys"):
+        raise DataError(
+            f"expected a data set of Hugging Face, its name or folder, got a {type(data).__name__}"
+        )
+    if split not in data:
+        raise DataError(f"the data set has the splits {sorted(data)}, not {split!r}")
+    return data[split]
+
+
+def _is_input(feature: Any) -> bool:
+    """Whether a column has pictures or texts."""
+    kind = type(feature).__name__
+    return kind == "Image" or (kind == "Value" and feature.dtype in ("string", "large_string"))
+
+
+def _only(features: Any, what: str, name: str, fits: Any, but: tuple[Any, ...] = ()) -> str:
+    """The only column that fits, else the one of that name."""
+    found = [key for key, feature in features.items() if fits(feature) and key not in but]
+    if len(found) == 1:
+        return found[0]
+    if name in features:
+        return name
+    raise DataError(
+        f"which column has the {what}? {name}= says so, one of {found or sorted(features)}"
+    )
+
+
+def _numbered(
+    data: Any, label: str, classes: Sequence[str] | None
+) -> tuple[tuple[str, ...], list[int]]:
+    """Names of the classes, and the number of each row."""
+    values = list(data[label])
+    own = getattr(data.features[label], "names", None)
+    if any(isinstance(value, list | dict | float) for value in values):
+        raise DataError(f"column {label!r} has no class for each row, but {values[0]!r:.60}")
+    if own is not None:
+        texts = [own[v] if v is not None and 0 <= v < len(own) else "" for v in values]
+    else:
+        texts = ["" if v is None else str(int(v) if isinstance(v, bool) else v) for v in values]
+    known = classes_of([text for text in texts if text], classes if classes is not None else own)
+    if own is not None and classes is not None and not set(own) & set(known):
+        texts = [str(v) for v in values]  # other names for the same classes
+    numbers, unknown = numbers_of(texts, known)
+    reasons = [
+        f"row {place}: {reason if texts[place] else f'no label ({values[place]})'}"
+        for place, reason in unknown
+    ]
+    refuse("hugging_face", reasons)
+    return known, numbers

@@ -1,0 +1,32 @@
+"""All that is wrong with examples, in one error."""
+
+from collections.abc import Sequence
+
+from gift.data.errors import DataError
+
+_SHOWN = 10
+
+
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """Raise one error for all problems, if there are any.
+
+    Args:
+        what: a few words for what they were found in.
+        problems: one line each.
+
+    Raises:
+        DataError: if there are problems.
+
+    Example:
+        >>> refuse("table.csv", [f"row {row}: no label" for row in range(12)])
+        Traceback (most recent call last):
+        gift.data.errors.DataError: table.csv
+          row 0: no label
+          ...
+          row 9: no label
+          and 2 more problems
+    """
+    if problems:
+        more = len(problems) - _SHOWN
+        lines = [*problems[:_SHOWN], *([f"and {more} more problems"] if more > 0 else [])]
+        raise DataError("\n  ".join([what, *lines]))

@@ -1,0 +1,52 @@
+"""Readers: inputs of networks from files, pictures and texts."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gift.data.errors import DataError
+from gift.data.readers.pictures import DetectorReader, PictureReader
+from gift.data.readers.texts import TextReader
+
+READERS: dict[str, type[Any]] = {
+    reader.kind: reader for reader in (PictureReader, DetectorReader, TextReader)
+}
+"""By the kind that their configuration names."""
+
+
+def reader_from_config(config: Mapping[str, Any], folder: str | Path | None = None) -> Any:
+    """The reader that `to_config` described.
+
+    Args:
+        config: plain data.
+        folder: the one that `to_config` was given.
+
+    Raises:
+        DataError: if it describes none.
+
+    Example:
+        >>> from gift.data import PictureReader, reader_from_config
+        >>> reader_from_config(PictureReader(size=32).to_config()) == PictureReader(size=32)
+        True
+    """
+    settings = dict(config)
+    kind = settings.pop("kind", None)
+    reader = READERS.get(kind) if isinstance(kind, str) else None
+    if reader is None:
+        raise DataError(f"the kind of reader is {kind!r}, expected one of {sorted(READERS)}")
+    known = {field.name for field in dataclasses.fields(reader)}
+    if unknown := sorted(set(settings) - known):
+        raise DataError(f"a reader of kind {kind!r} has no {unknown}, but {sorted(known)}")
+    name = settings.get("tokenizer")
+    if folder is not None and isinstance(name, str) and (Path(folder) / name).is_dir():
+        settings["tokenizer"] = Path(folder) / name
+    try:
+        inspect.signature(reader).bind(**settings)
+        return reader(**settings)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"this describes no reader of kind {kind!r}: {error}") from error
+
+
+__all__ = ["READERS", "DetectorReader", "PictureReader", "TextReader", "reader_from_config"]

@@ -1,0 +1,84 @@
+"""Examples that a reader makes when they are asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from gift.data.errors import DataError
+from gift.data.examples import Examples, Reader
+
+
+class Source(Protocol):
+    """Pairs of what a reader reads and a label, by number; a list of them will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> tuple[Any, Any]: ...
+
+
+class ReadDataset(Dataset[Any]):
+    """Pairs of input and label, or dictionaries with "labels" where the reader gives those.
+
+    Args:
+        source: pairs of what is read and a label.
+        reader: reads it.
+        augment: whether pictures are cropped and flipped at random.
+    """
+
+    def __init__(self, source: Source, reader: Reader, augment: bool = False) -> None:
+        self.source, self.reader, self.augment = source, reader, augment
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: int) -> Any:
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)  # which ends a loop over all
+        raw, label = self.source[place]
+        read = self.reader.augmented if self.augment else self.reader
+        found = read(raw)
+        return {**found, "labels": label} if isinstance(found, Mapping) else (found, label)
+
+    def plain(self) -> "ReadDataset":
+        """The same without anything random."""
+        return ReadDataset(self.source, self.reader)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch of what `ReadDataset` gives.
+
+    Args:
+        reader: collates the inputs.
+    """
+
+    reader: Reader
+
+    def __call__(self, items: list[Any]) -> Any:
+        """The batch, a pair or a dictionary as the items are."""
+        if isinstance(items[0], Mapping):
+            labels = [item["labels"] for item in items]
+            inputs = [{k: v for k, v in item.items() if k != "labels"} for item in items]
+            return {**self.reader.collate(inputs), "labels": torch.tensor(labels)}
+        inputs = [read for read, _ in items]
+        return self.reader.collate(inputs), default_collate([label for _, label in items])
+
+
+def read_examples(
+    source: Source, reader: Reader, classes: Sequence[str] | None, augment: bool = False
+) -> Examples:
+    """Classified examples of a source."""
+    if not callable(reader):
+        raise DataError(
+            f"the reader is {reader!r}, expected one of gift.data: PictureReader(size=224), "
+            "TextReader(tokenizer), or that of gift.zoo.load_network(...)"
+        )
+    return Examples(
+        ReadDataset(source, reader, augment),
+        classes=None if classes is None else tuple(classes),
+        collate=Collate(reader),
+        reader=reader,
+    )

@@ -1,0 +1,214 @@
+"""Examples in tables: CSV and TSV files."""
+
+import csv
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gift.data.classes import classes_of, numbers_of
+from gift.data.errors import DataError
+from gift.data.examples import Examples, Reader
+from gift.data.problems import refuse
+from gift.data.reading import read_examples
+
+Column = str | int
+_LIMIT = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What columns of a table hold.
+
+    Args:
+        lines: where each row ends in the file, counted from 1.
+        values: of each row, one for each column that was asked for.
+    """
+
+    lines: list[int]
+    values: list[tuple[str, ...]]
+
+
+def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | None = None) -> Rows:
+    """Columns of a table by their names in its header, or by their places where it has none.
+
+    Args:
+        path: of the file, in UTF-8; empty lines do not count.
+        columns: names; or numbers, from 0, where the first row is no header.
+        delimiter: between columns; None is a tab where the name ends in ``.tsv``, ``.tab`` or
+            ``.txt``, else a comma. Quotes have a meaning with others than tabs only.
+
+    Raises:
+        DataError: naming all columns that are missing and all rows that are incomplete.
+    """
+    path = Path(path)
+    if delimiter is None:
+        delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab", ".txt") else ","
+    lines, rows = _cells(path, delimiter)
+    if not rows:
+        refuse(str(path), ["the table is empty"])
+    named = all(isinstance(column, str) for column in columns)
+    if not named and not all(type(column) is int for column in columns):
+        raise DataError(f"columns are {list(columns)}: give names for all of them, or numbers")
+    width = len(rows[0])
+    places = [_place(column, rows[0]) for column in columns]
+    if problems := [place for place in places if isinstance(place, str)]:
+        refuse(str(path), problems)
+    problems = [
+        f"line {line}: {len(row)} columns, expected {width} as in the first line"
+        for line, row in zip(lines, rows, strict=True)
+        if len(row) != width
+    ]
+    values = []
+    for line, row in list(zip(lines, rows, strict=True))[named:]:
+        if len(row) == width:
+            values.append(tuple(row[place] for place in places if isinstance(place, int)))
+            empty = [c for c, cell in zip(columns, values[-1], strict=True) if not cell.strip()]
+            problems += [f"line {line}: nothing in column {column!r}" for column in empty]
+    refuse(str(path), problems)
+    if not values:
+        refuse(str(path), ["there is a header, but no rows below it"])
+    return Rows(lines[named:], values)
+
+
+def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
+    """The rows that are not empty, and the lines where they end."""
+    lines, rows = [], []
+    try:
+        with _any_length(), path.open(encoding="utf-8-sig", newline="") as file:
+            if delimiter == "\t":
+                reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            else:
+                reader = csv.reader(file, delimiter=delimiter)
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    lines.append(reader.line_num)
+                    rows.append(row)
+    except FileNotFoundError:
+        refuse(str(path), ["there is no such file"])
+    except UnicodeDecodeError as error:
+        refuse(str(path), [f"this is no text in UTF-8, save it as such: {error}"])
+    except (OSError, csv.Error, TypeError) as error:
+        where = f"line {lines[-1] + 1}: " if lines else ""
+        refuse(str(path), [f"{where}this cannot be read as a table: {error}"])
+    return lines, rows
+
+
+@contextmanager
+def _any_length() -> Iterator[None]:
+    """Texts may be longer than what the csv module takes by default."""
+    with _LIMIT:
+        before = csv.field_size_limit(sys.maxsize)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _place(column: Column, first: list[str]) -> int | str:
+    """Where a column is, or what is wrong with it."""
+    if isinstance(column, str):
+        names = [name.strip() for name in first]
+        if column in names:
+            return names.index(column)
+        shown = [name if len(name) < 30 else f"{name[:27]}..." for name in names]
+        return (
+            f"there is no column {column!r} but {shown}; where the first line is no header, give "
+            "the numbers of columns, from 0"
+        )
+    if 0 <= column < len(first):
+        return column
+    return f"there is no column {column}: there are {len(first)}, numbered from 0"
+
+
+def _numbered(
+    path: str | Path, rows: Rows, classes: Sequence[str] | None
+) -> tuple[tuple[str, ...], list[int], list[str]]:
+    """Classes, the number for each row, and what is wrong with rows; labels are the last column."""
+    labels = [values[-1].strip() for values in rows.values]
+    try:
+        known = classes_of(labels, classes)
+    except DataError as error:
+        raise DataError(f"{path}\n  {error}") from None
+    numbers, unknown = numbers_of(labels, known)
+    return known, numbers, [f"line {rows.lines[place]}: {reason}" for place, reason in unknown]
+
+
+def picture_table(
+    csv: str | Path,
+    reader: Reader,
+    path: Column = "path",
+    label: Column = "label",
+    classes: Sequence[str] | None = None,
+    augment: bool = False,
+    delimiter: str | None = None,
+) -> Examples:
+    """Pictures that a table of paths and labels names.
+
+    Args:
+        csv: the table, CSV or TSV; its paths are as seen from its folder.
+        reader: makes tensors of the pictures: `PictureReader`, or that of a network's weights.
+        path: column of the paths: its name in the header, or its number from 0 where there is none.
+        label: column of the labels, any texts.
+        classes: labels in the order of their numbers, `train.classes` for validation; None takes
+            them in alphabetical order, numbers in theirs.
+        augment: crop and mirror pictures at random, for training.
+        delimiter: between columns; None goes by the name of the file.
+
+    Raises:
+        DataError: naming all rows that are incomplete, of no class, or without a file.
+    """
+    rows = read_table(csv, (path, label), delimiter)
+    known, numbers, problems = _numbered(csv, rows, classes)
+    found = []
+    for line, (name, _), number in zip(rows.lines, rows.values, numbers, strict=True):
+        picture = Path(csv).parent / name.strip()
+        if not picture.is_file() or not picture.stat().st_size:
+            problems.append(f"line {line}: there is no picture {picture}")
+        found.append((str(picture), number))
+    refuse(str(csv), problems)
+    return read_examples(found, reader, known, augment)
+
+
+def text_table(
+    path: str | Path,
+    reader: Reader,
+    text: Column = "text",
+    label: Column = "label",
+    pair: Column | None = None,
+    classes: Sequence[str] | None = None,
+    delimiter: str | None = None,
+) -> Examples:
+    r"""Texts and their labels in a table.
+
+    Args:
+        path: of the table, CSV or TSV.
+        reader: makes numbers of the texts: `TextReader`.
+        text: column of the texts: its name in the header, or its number from 0 where there is none.
+        label: column of the labels, any texts.
+        pair: column of second texts, for tasks about two; None where there is but one.
+        classes: labels in the order of their numbers, `train.classes` for validation; names for
+            labels that are numbers; None takes labels in alphabetical order, numbers in theirs.
+        delimiter: between columns; None goes by the name of the file.
+
+    Raises:
+        DataError: naming all rows that are incomplete or of no class.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from gift.data import text_table
+        >>> path = Path(tempfile.mkdtemp(), "reviews.tsv")
+        >>> _ = path.write_text("a joy\t1\nso \"deep\"\t0\n")
+        >>> examples = text_table(path, str.split, text=0, label=1, classes=["bad", "good"])
+        >>> examples.dataset[1], examples.classes
+        ((['so', '"deep"'], 0), ('bad', 'good'))
+    """
+    columns = (text, label) if pair is None else (text, pair, label)
+    rows = read_table(path, columns, delimiter)
+    known, numbers, problems = _numbered(path, rows, classes)
+    refuse(str(path), problems)
+    texts = [values[0] if pair is None else values[:2] for values in rows.values]
+    return read_examples(list(zip(texts, numbers, strict=True)), reader, known)

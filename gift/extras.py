@@ -1,0 +1,22 @@
+"""Packages that only parts of gift need are imported where they are used."""
+
+import importlib
+from typing import Any
+
+
+def needed(module: str, extra: str) -> Any:
+    """Import a module that comes with one of gift's extras.
+
+    Args:
+        module: its dotted name.
+        extra: the extra, as in ``pip install "gift[extra]"``.
+
+    Raises:
+        ImportError: if it is not installed, saying how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # it is there, but broken
+        raise ImportError(f'this needs {error.name}: pip install "gift[{extra}]"') from error

@@ -1,0 +1,136 @@
+"""New last layers for torchvision's detectors, for other classes."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gift.factories.actions import Action
+from gift.factories.checks import Check
+from gift.factories.recorded import recorded
+from gift.generated import plain_class
+
+
+class Predictor(NamedTuple):
+    """A part of a detector that tells classes apart.
+
+    Args:
+        layers: names of its layers that have outputs for each class; "*" in them is any number.
+        classes: tells how many classes it knows.
+        attribute: the attribute that says so to the detector, if there is one.
+        std: of the new weights, None is what the layer takes itself.
+        bias: of the new layers, None is what the layer takes itself.
+    """
+
+    layers: tuple[str, ...]
+    classes: Callable[[Any], int]
+    attribute: str | None = None
+    std: float | None = None
+    bias: float | None = None
+
+
+_RARE = -math.log((1 - 0.01) / 0.01)  # objects are rare at the start: Lin et al. 2017, section 4.1
+
+# By the names of torchvision's classes, which need not be installed; starts as there.
+PREDICTORS = {
+    "FastRCNNPredictor": Predictor(
+        ("cls_score", "bbox_pred"), lambda head: head.cls_score.out_features
+    ),
+    "MaskRCNNPredictor": Predictor(
+        ("mask_fcn_logits",), lambda head: head.mask_fcn_logits.out_channels
+    ),
+    "RetinaNetClassificationHead": Predictor(
+        ("cls_logits",), lambda head: head.num_classes, "num_classes", 0.01, _RARE
+    ),
+    "FCOSClassificationHead": Predictor(
+        ("cls_logits",), lambda head: head.num_classes, "num_classes", 0.01, _RARE
+    ),
+    "SSDClassificationHead": Predictor(
+        ("module_list.*",), lambda head: head.num_columns, "num_columns", 0.01, 0.0
+    ),
+    "SSDLiteClassificationHead": Predictor(
+        ("module_list.*.1",), lambda head: head.num_columns, "num_columns", 0.03, 0.0
+    ),
+}
+
+
+def _layers(network: nn.Module) -> dict[int, tuple[nn.Module, Predictor]]:
+    """By identity, the layers to be replaced, with what they belong to."""
+    found: dict[int, tuple[nn.Module, Predictor]] = {}
+    for head in network.modules():
+        row = PREDICTORS.get(plain_class(type(head)).__name__)
+        if row is None:
+            continue
+        for path in row.layers:
+            parts = [head]
+            for name in path.split("."):
+                parts = [
+                    child
+                    for part in parts
+                    for key, child in part.named_children()
+                    if name in ("*", key)
+                ]
+            found |= {id(layer): (head, row) for layer in parts}
+    return found
+
+
+@recorded
+def mc_detection_head() -> Check:
+    """The last layers of torchvision's detectors, which have outputs for each class."""
+
+    def prepare(network: nn.Module) -> Callable[..., bool]:
+        layers = _layers(network)
+        return lambda *place: id(place[4]) in layers
+
+    return Check(prepare=prepare)
+
+
+@recorded
+def ma_replace_detection_head(num_classes: int) -> Action:
+    """Put a layer for that many classes in the place of such a layer.
+
+    Raises:
+        ValueError: if `num_classes` is below 2: the background is one of them.
+    """
+    if type(num_classes) is not int or num_classes < 2:
+        raise ValueError(
+            f"num_classes is {num_classes!r}, expected an integer of at least 2: the background is "
+            "one of the classes"
+        )
+
+    def prepare(network: nn.Module) -> Callable[..., None]:
+        layers = _layers(network)
+        known = {id(head): row.classes(head) for head, row in layers.values()}
+
+        def act(*place: Any) -> None:
+            parent, name, *_, old = place
+            head, row = layers[id(old)]
+            new = _like(old, num_classes, known[id(head)], row)
+            new.train(old.training)
+            parent._modules[name] = new
+            if row.attribute is not None:
+                setattr(head, row.attribute, num_classes)
+
+        return act
+
+    return Action(prepare=prepare)
+
+
+def _like(old: Any, num_classes: int, known: int, row: Predictor) -> nn.Module:
+    """A layer like the old one, for another number of classes."""
+    like = {"device": old.weight.device, "dtype": old.weight.dtype}
+    if isinstance(old, nn.Linear):
+        outputs = old.out_features // known * num_classes
+        new: Any = nn.Linear(old.in_features, outputs, old.bias is not None, **like)
+    else:
+        outputs = old.out_channels // known * num_classes
+        new = nn.Conv2d(
+            old.in_channels, outputs, old.kernel_size, old.stride, old.padding,
+            bias=old.bias is not None, **like,
+        )  # fmt: skip
+    if row.std is not None:
+        nn.init.normal_(new.weight, std=row.std)
+    if row.bias is not None and new.bias is not None:
+        nn.init.constant_(new.bias, row.bias)
+    return new

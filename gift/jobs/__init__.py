@@ -1,0 +1,26 @@
+"""Jobs: a network, its examples and how it learns from them, in one file."""
+
+from gift.extras import needed
+
+needed("pydantic", "cli")  # all of them are built on it
+
+from gift.jobs.errors import JobError  # noqa: E402
+from gift.jobs.initial import init_text  # noqa: E402
+from gift.jobs.kinds import KINDS  # noqa: E402
+from gift.jobs.merged import write_merged  # noqa: E402
+from gift.jobs.models import Job  # noqa: E402
+from gift.jobs.reading import read_job, write_job  # noqa: E402
+from gift.jobs.running import run_job  # noqa: E402
+from gift.jobs.runs import Run  # noqa: E402
+
+__all__ = [
+    "KINDS",
+    "Job",
+    "JobError",
+    "Run",
+    "init_text",
+    "read_job",
+    "run_job",
+    "write_job",
+    "write_merged",
+]

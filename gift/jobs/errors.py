@@ -1,0 +1,85 @@
+"""What is wrong with a job, for people who wrote a file and never saw the code that reads it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+Path = tuple[str | int, ...]
+
+
+class JobError(ValueError):
+    """A job cannot be run as it is written; all that is wrong with it is named."""
+
+    def __init__(self, what: str, problems: Sequence[str]) -> None:
+        super().__init__("\n  ".join([f"{what}:", *problems]))
+        self.problems = list(problems)
+
+
+def closest(name: Any, known: Iterable[str]) -> str:
+    """The known names, for an error about one that is not: similar ones, or all if there is none.
+
+    Example:
+        >>> closest("epoch", ["epochs", "lr"]), closest("x", ["epochs", "lr"])
+        ("closest: 'epochs'", 'there are: epochs, lr')
+    """
+    known, wrong = list(known), str(name).lower()
+    small = {one.lower(): one for one in known}
+    near = [small[one] for one in get_close_matches(wrong, small, n=3)]
+    near = near or [one for one in known if wrong and wrong in one.lower()][:3]
+    if near:
+        return "closest: " + ", ".join(map(repr, near))
+    return "there are: " + (", ".join(known) or "none")
+
+
+def dotted(path: Path) -> str:
+    """A place in a file: ``data.train[0]``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".")
+
+
+_EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "string": "a text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "settings, a line 'name: value' for each",
+    "model": "settings, a line 'name: value' for each",
+    "dataclass": "settings, a line 'name: value' for each",
+}
+
+
+def in_words(error: Mapping[str, Any], names_at: Callable[[Path], Sequence[str]]) -> str:
+    """One error of pydantic as a sentence.
+
+    Args:
+        error: one of `pydantic.ValidationError.errors`.
+        names_at: gives the names that there are at a place.
+    """
+    path, kind, value = error["loc"], error["type"], error["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"there is no such setting, {closest(path[-1], names_at(path[:-1]))}"
+    if kind == "missing":
+        return "this is missing"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "invalid_key" or path[-1:] == ("[key]",):
+        return f"the name {shown(path[-2] if path[-1] == '[key]' else path[-1])} is no text"
+    if kind == "literal_error":
+        return f"this is {shown(value)}, expected {error['ctx']['expected']}"
+    expected = _EXPECTED.get(kind) or _EXPECTED.get(kind.split("_")[0])
+    if expected is None:
+        expected = error["msg"].removeprefix("Input should be ")
+    return f"this is {shown(value)}, expected {expected}"
+
+
+def shown(value: Any) -> str:
+    """A value as a YAML file has it, if it is short."""
+    if value is None or isinstance(value, bool):
+        return "empty (null)" if value is None else str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,97 @@
+"""The examples of a job."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import gift.data
+from gift.data.examples import Examples
+from gift.jobs.errors import JobError, closest
+from gift.jobs.kinds import KINDS
+from gift.jobs.models import Data
+
+
+def job_examples(
+    data: Data, reader: Any, seed: int = 0
+) -> tuple[Examples, Examples | None, Examples | None]:
+    """The examples to learn from, to judge by, and of the old task.
+
+    Args:
+        data: as the job says.
+        reader: see `job_reader`.
+        seed: of the choice of those that are held out.
+    """
+    train = read_examples(data, data.train, reader, learnt=True)
+    valid = old = None
+    if data.valid is not None:
+        valid = read_examples(data, data.valid, reader, train.classes)
+    elif data.valid_share is not None:
+        # Those that are held out are not augmented.
+        whole = read_examples(data, data.train, reader, train.classes)
+        train, _ = train.split(data.valid_share, seed)
+        _, valid = whole.split(data.valid_share, seed)
+    if data.old is not None:
+        old = read_examples(data, data.old, reader, own_classes=True)
+    return train, valid, old
+
+
+def job_reader(data: Data, reader: Any) -> Any:
+    """What reads inputs: the network's reader with the settings of the job.
+
+    Args:
+        data: as the job says.
+        reader: that of the network; None makes one.
+
+    Raises:
+        JobError: if the two do not fit.
+    """
+    settings = dict(data.reader)
+    if "size" in settings:  # not cut out of a picture of the size before
+        settings.setdefault("resize", None)
+    if reader is None:
+        made = getattr(gift.data, KINDS[data.kind].readers[0])
+        missing = [f.name for f in dataclasses.fields(made) if f.default is dataclasses.MISSING]
+        if missing := [name for name in missing if name not in settings]:
+            what = "the network brings nothing that reads its inputs"
+            raise JobError(what, [f"data.reader: give {' and '.join(missing)}"])
+        return made(**settings)
+    known = [field.name for field in dataclasses.fields(reader)]
+    wrong = [
+        f"data.reader: there is no {n!r}, {closest(n, known)}" for n in settings.keys() - known
+    ]
+    if wrong:
+        raise JobError(f"data.reader does not fit the network's {type(reader).__name__}", wrong)
+    return dataclasses.replace(reader, **settings)
+
+
+def read_examples(
+    data: Data,
+    place: Any,
+    reader: Any,
+    classes: tuple[str, ...] | None = None,
+    learnt: bool = False,
+    own_classes: bool = False,
+) -> Examples:
+    """The examples in one place.
+
+    Args:
+        data: as the job says.
+        place: of the examples.
+        reader: see `job_reader`.
+        classes: names of the classes, if they are known already.
+        learnt: whether they are augmented, if the job says so.
+        own_classes: whether the classes in the options are not theirs.
+    """
+    kind = KINDS[data.kind]
+    options, own = dict(data.options), kind.keywords(place)
+    if own_classes:
+        options.pop("classes", None)
+    keywords = options | own
+    takes = inspect.signature(kind.function).parameters
+    if "augment" in takes and not learnt:
+        keywords["augment"] = False
+    if "classes" in takes and classes is not None:
+        keywords["classes"] = classes
+    if "reader" in takes:
+        keywords["reader"] = reader
+    return kind.function(**keywords)

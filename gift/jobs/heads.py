@@ -1,0 +1,76 @@
+"""A head that fits the classes."""
+
+from typing import Any
+
+from torch import nn
+
+from gift.data import Examples
+from gift.factories import ma_replace_detection_head, ma_replace_head, mc_last_linear
+from gift.jobs.errors import JobError
+from gift.jobs.models import Strategy
+from gift.strategies import (
+    DetectionHeadStrategy,
+    FineTuningStrategy,
+    HeadReplacementStrategy,
+    merge_strategies,
+)
+from gift.zoo import LoadedNetwork
+
+
+def with_head(
+    strategy: Strategy, loaded: LoadedNetwork, train: Examples, is_random: bool = False
+) -> FineTuningStrategy:
+    """The strategy of a job, and before it a new head if the classes need one.
+
+    Args:
+        strategy: of the job.
+        loaded: the network.
+        train: what it learns from.
+        is_random: whether the network has learnt nothing yet.
+
+    Raises:
+        JobError: if there shall be a new head but there are no classes.
+    """
+    made = strategy.made()
+    if strategy.head == "keep" or _makes_head(made):
+        return made
+    if train.classes is None:
+        if strategy.head == "new":
+            raise JobError("strategy.head is 'new'", [f"{train.task} examples have no classes"])
+        return made
+    if strategy.head == "auto" and not is_random and _is_for(loaded, train.classes):
+        return made
+    count = len(train.classes)
+    if train.task == "detection":
+        return merge_strategies([DetectionHeadStrategy(count), made])
+    return merge_strategies([HeadReplacementStrategy(count), made])
+
+
+def _makes_head(strategy: FineTuningStrategy) -> bool:
+    """Whether a strategy replaces a head by itself."""
+    names = {maker.__name__ for maker in (ma_replace_head, ma_replace_detection_head)}
+
+    def replaces(action: Any) -> bool:
+        inner = isinstance(action, FineTuningStrategy)
+        return _makes_head(action) if inner else getattr(action, "recipe", ("",))[0] in names
+
+    return any(replaces(cap.action) for cap in strategy.module_caps)
+
+
+def _is_for(loaded: LoadedNetwork, classes: tuple[str, ...]) -> bool:
+    """Whether the head of a network is for these classes, as far as that is known."""
+    if loaded.classes is not None:
+        return loaded.classes == classes
+    saved = getattr(getattr(loaded.net, "config", None), "architectures", None)
+    if saved and type(loaded.net).__name__ not in saved:
+        return False  # transformers put a head of its own onto the body that was saved
+    return outputs_of(loaded.net) == len(classes)
+
+
+def outputs_of(net: nn.Module) -> int | None:
+    """How many classes the last linear layer of a network tells apart; None without one."""
+    is_head: Any = mc_last_linear().bind(net)
+    for path, module in net.named_modules():
+        if is_head(net, path.rpartition(".")[2], path, type(module).__name__, module):
+            return getattr(module, "out_features", getattr(module, "nf", None))
+    return None

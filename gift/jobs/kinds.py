@@ -1,0 +1,161 @@
+"""The kinds of examples that a job can name, and what each takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from gift.jobs.documented import described_arguments, parameters_of
+from gift.jobs.errors import closest, in_words
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A function of `gift.data` that reads examples, and what `init_text` proposes for it.
+
+    Args:
+        name: in a job.
+        place: the argument that tells training and validation examples apart; None where several
+            do.
+        train, valid: proposals for it.
+        network: a proposal.
+        options: proposals for arguments without defaults.
+        files: arguments that are files or folders.
+        names: arguments that are files or folders if there are such, else names.
+        task: what the examples are for.
+        readers: of inputs, in `gift.data`; one of them.
+    """
+
+    name: str
+    place: str | None
+    train: Any
+    valid: Any
+    network: str
+    options: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ("path",)
+    names: tuple[str, ...] = ()
+    task: str = "classification"
+    readers: tuple[str, ...] = ("PictureReader",)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function."""
+        import gift.data
+
+        made = getattr(gift.data, self.name, None)
+        return made or getattr(gift.data, f"{self.name}_dataset")
+
+    def arguments(self) -> dict[str, Any]:
+        """What a job can say, with the defaults; `inspect.Parameter.empty` where there is none."""
+        return {k: v for k, v in parameters_of(self.function).items() if k != "reader"}
+
+    def described(self) -> dict[str, str]:
+        """What the arguments are."""
+        return described_arguments(self.function)
+
+    def keywords(self, place: Any) -> dict[str, Any]:
+        """The keywords for the examples in a place: one value, or several by name."""
+        if isinstance(place, dict):
+            return place
+        if self.place is None:
+            raise ValueError(f"expected {' and '.join(self.train)}, each on a line of its own")
+        return {self.place: place}
+
+    def checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the function takes them.
+
+        Raises:
+            ValueError: naming those that there are not, or that are something else.
+        """
+        parameters = signature(self.function).parameters
+        return _fitting(given, {name: parameters[name].annotation for name in self.arguments()})
+
+    def reader_settings(self) -> dict[str, Any]:
+        """The settings of readers, and what they are."""
+        import gift.data
+
+        classes = [getattr(gift.data, name) for name in self.readers]
+        return {field.name: field.type for made in classes for field in fields(made)}
+
+    def checked_reader(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a reader as it takes them; raises as `checked`."""
+        return _fitting(given, self.reader_settings())
+
+    def refuse_missing(self, given: dict[str, Any]) -> None:
+        """Raise a ValueError that names the arguments which must be given."""
+        needed = [name for name, value in self.arguments().items() if value is Parameter.empty]
+        missing = [name for name in needed if name not in given]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given, here or in options")
+
+    def anchored(self, given: dict[str, Any], base: Path) -> dict[str, Any]:
+        """The arguments with the files that they name as seen from a folder."""
+        found = dict(given)
+        for name in given.keys() & {*self.files, *self.names}:
+            value, always = given[name], name in self.files
+            several = isinstance(value, list | tuple)
+            paths = [anchored(str(one), base, always) for one in (value if several else [value])]
+            found[name] = paths if several else paths[0]
+        return found
+
+
+def _fitting(given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+    """Values as those types; raises a ValueError that names all that are not."""
+    problems, good = [], {}
+    for name, value in given.items():
+        if name not in types:
+            problems.append(f"there is no {name!r}, {closest(name, types)}")
+            continue
+        try:
+            good[name] = TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{name}: {in_words(error.errors()[0], lambda path: ())}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return good
+
+
+def anchored(path: str, base: Path, always: bool = True) -> str:
+    """A path as seen from a folder; what is none stays unless `always`."""
+    seen = base / Path(path).expanduser()
+    return str(seen) if always or (path and seen.exists()) else path
+
+
+_PICTURES, _TEXTS = "torchvision:resnet18", "transformers:bert-base-uncased"
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("class_folders", "path", "data/train", "data/val", _PICTURES),
+        Kind(
+            "picture_table", "csv", "data/train.csv", "data/val.csv", _PICTURES, files=("csv",)
+        ),
+        Kind(
+            "torchvision", "split", "train", "test", _PICTURES,
+            {"name": "CIFAR10", "root": "data"}, files=("root",),
+        ),
+        Kind(
+            "coco", None,
+            {"images": "data/train", "annotations": "data/train.json"},
+            {"images": "data/val", "annotations": "data/val.json"},
+            "torchvision:fasterrcnn_resnet50_fpn",
+            files=("images", "annotations"), task="detection", readers=("DetectorReader",),
+        ),
+        Kind(
+            "text_table", "path", "data/train.tsv", "data/val.tsv", _TEXTS, readers=("TextReader",)
+        ),
+        Kind(
+            "language_text", "path", "data/train.txt", "data/val.txt", "transformers:gpt2",
+            task="language", readers=("TextReader",),
+        ),
+        Kind(
+            "hugging_face", "split", "train", "validation", _TEXTS,
+            {"dataset": "stanfordnlp/sst2"}, files=(), names=("dataset",),
+            readers=("TextReader", "PictureReader"),
+        ),
+    )
+}  # fmt: skip
+"""By their names."""

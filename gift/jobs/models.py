@@ -1,0 +1,290 @@
+"""A job: which network learns from which examples, and how, as the file of it is checked."""
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from gift.jobs.errors import closest, shown
+from gift.jobs.kinds import KINDS, anchored
+from gift.registry import REGISTRY
+from gift.report import some
+from gift.schedules import Schedule as AnySchedule
+from gift.schedules import load_schedule_from_config
+from gift.strategies import FineTuningStrategy, load_strategy_from_config
+from gift.training.settings import Settings
+from gift.zoo import load_network
+
+T = TypeVar("T")
+Filled = Annotated[T, BeforeValidator(lambda value: {} if value is None else value)]
+"""A section of which every line may be left out."""
+Named = Annotated[
+    T, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+]
+"""A section for which its name may stand alone."""
+
+
+def _is_place(value: Any) -> Any:
+    if not isinstance(value, str | dict):
+        raise ValueError(f"this is {shown(value)}, expected a text, or several by name")
+    return value
+
+
+Place = Annotated[str | dict[str, Any], BeforeValidator(_is_place)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Network(_Section):
+    """The network that learns.
+
+    Args:
+        name: "torchvision:", "timm:" or "transformers:" and a name, or "transformers:" and the
+            folder of a model.
+        weights: "default" for pretrained ones, a file with the state of the network, or null for
+            random ones.
+        options: more keywords for what makes the network.
+    """
+
+    name: str
+    weights: str | None = "default"
+    options: Filled[dict[str, Any]] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _no_code(cls, name: str) -> str:
+        if name.startswith("import:"):
+            raise ValueError(
+                "a file may not name code to import: give the network on the command line, "
+                f"--network {name}, or in code, run_job(job, network=...)"
+            )
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _only_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        taken = [name for name in options if name in inspect.signature(load_network).parameters]
+        if taken:
+            raise ValueError(f"{some(taken)}: this is no option of a network")
+        return options
+
+    def anchored(self, base: Path) -> Self:
+        """With the files that it names as seen from a folder."""
+        library, _, model = self.name.partition(":")
+        name = f"{library}:{anchored(model, base, always=False)}" if model else self.name
+        weights = self.weights
+        if weights not in (None, "default"):
+            weights = anchored(str(weights), base)
+        return self.model_copy(update={"name": name, "weights": weights})
+
+
+class Data(_Section):
+    """The examples.
+
+    Args:
+        kind: how they are stored; a function of gift.data.
+        options: more keywords of the function.
+        reader: how inputs are read where that is other than for the network, such as size for
+            pictures or max_length for texts.
+        train: where the training examples are; several keywords on lines of their own override
+            options.
+        valid: the same for the validation examples, or null for none.
+        old: the same for a task that the network knows already, or null for none: what is lost
+            there is forgotten.
+        valid_share: without valid, this share of the training examples is held out.
+    """
+
+    kind: str
+    options: Filled[dict[str, Any]] = {}
+    reader: Filled[dict[str, Any]] = {}
+    train: Place
+    valid: Place | None = None
+    old: Place | None = None
+    valid_share: float | None = Field(None, gt=0, lt=1)
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in KINDS:
+            raise ValueError(f"there is no kind {kind!r}, {closest(kind, KINDS)}")
+        return kind
+
+    @field_validator("options")
+    @classmethod
+    def _options_exist(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        kind = KINDS.get(info.data.get("kind", ""))
+        return options if kind is None else kind.checked(options)
+
+    @field_validator("reader")
+    @classmethod
+    def _reader_exists(cls, reader: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        kind = KINDS.get(info.data.get("kind", ""))
+        return reader if kind is None else kind.checked_reader(reader)
+
+    @field_validator("train", "valid", "old")
+    @classmethod
+    def _place_is_whole(cls, place: Any, info: ValidationInfo) -> Any:
+        kind = KINDS.get(info.data.get("kind", ""))
+        if kind is not None and place is not None and "options" in info.data:
+            own = kind.checked(kind.keywords(place))
+            kind.refuse_missing(info.data["options"] | own)
+            return own
+        return place
+
+    @field_validator("valid_share")
+    @classmethod
+    def _one_of_both(cls, share: float | None, info: ValidationInfo) -> float | None:
+        if share is not None and info.data.get("valid") is not None:
+            raise ValueError("there are validation examples in valid: leave one of both out")
+        return share
+
+    def anchored(self, base: Path) -> Self:
+        """With the files that it names as seen from a folder."""
+        kind = KINDS[self.kind]
+        places = {
+            name: kind.anchored(kind.keywords(place), base)
+            for name in ("train", "valid", "old")
+            if (place := getattr(self, name)) is not None
+        }
+        reader = dict(self.reader)
+        if isinstance(reader.get("tokenizer"), str):
+            reader["tokenizer"] = anchored(reader["tokenizer"], base, always=False)
+        found = {"options": kind.anchored(self.options, base), "reader": reader, **places}
+        return self.model_copy(update=found)
+
+
+class _Registered(_Section):
+    """What a file names, with arguments."""
+
+    name: str
+    init_paras: Annotated[Filled[dict[str, Any]], Field(validate_default=True)] = {}
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """The names that there are."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, config: dict[str, Any]) -> Any:
+        """What has a name and arguments."""
+        raise NotImplementedError
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in cls.known():
+            raise ValueError(f"there is no {name!r}, {closest(name, cls.known())}")
+        return name
+
+    @field_validator("init_paras")
+    @classmethod
+    def _fit(cls, init_paras: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "name" in info.data:
+            try:
+                cls.load({"name": info.data["name"], "init_paras": init_paras})
+            except TypeError as error:
+                raise ValueError(f"this does not fit {info.data['name']}: {error}") from error
+        return init_paras
+
+    def made(self) -> Any:
+        """It itself."""
+        return self.load({"name": self.name, "init_paras": self.init_paras})
+
+
+class Strategy(_Registered):
+    """What of the network is trained.
+
+    Args:
+        name: of a strategy.
+        init_paras: its arguments.
+        head: "new" gives the network a new last layer for the classes of the examples, "keep"
+            leaves the one that it has, "auto" keeps that only if it is for the same classes.
+    """
+
+    name: str = "LoRAAllFineTuningStrategy"
+    head: Literal["auto", "new", "keep"] = "auto"
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """The strategies that a file can name."""
+        return [name for name, made in registered(FineTuningStrategy).items() if not made.dry_run]
+
+    @classmethod
+    def load(cls, config: dict[str, Any]) -> FineTuningStrategy:
+        """The strategy."""
+        return load_strategy_from_config(config)
+
+
+class Schedule(_Registered):
+    """When the parts of the network are unfrozen.
+
+    Args:
+        name: of a schedule.
+        init_paras: its arguments.
+    """
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """The schedules that a file can name."""
+        return list(registered(AnySchedule))
+
+    @classmethod
+    def load(cls, config: dict[str, Any]) -> Any:
+        """The schedule."""
+        return load_schedule_from_config(config)
+
+
+def registered(base: type) -> dict[str, Any]:
+    """The registered classes of a kind, by name."""
+    classes = {name: made for name, made in REGISTRY.items() if isinstance(made, type)}
+    return {name: classes[name] for name in sorted(classes) if issubclass(classes[name], base)}
+
+
+class Job(_Section):
+    """A job of gift: which network learns from which examples, and how.
+
+    Args:
+        network: the network that learns; null where code gives it.
+        data: the examples.
+        strategy: what of the network is trained.
+        schedule: when the parts of the network are unfrozen; null for no schedule.
+        training: how it is trained.
+        folder: where all files of the run go; another call goes on from what is there.
+    """
+
+    network: Network | None = None
+    data: Data
+    strategy: Filled[Named[Strategy]] = Strategy()
+    schedule: Named[Schedule] | None = None
+    training: Filled[Settings] = Settings()
+    folder: str = "run"
+
+    @field_validator("training")
+    @classmethod
+    def _no_code(cls, training: Settings) -> Settings:
+        made = [f.name for f in fields(training) if callable(getattr(training, f.name))]
+        if made:
+            raise ValueError(f"{some(made)}: what only code can give has no place in a job")
+        return training
+
+    def anchored(self, base: str | Path) -> Self:
+        """With all files that it names as seen from a folder."""
+        base = Path(base).expanduser().resolve()
+        network = None if self.network is None else self.network.anchored(base)
+        found = {"data": self.data.anchored(base), "folder": anchored(self.folder, base)}
+        return self.model_copy(update={"network": network, **found})
+
+    def to_config(self) -> dict[str, Any]:
+        """The job as plain data, every setting named."""
+        return self.model_dump(mode="json")

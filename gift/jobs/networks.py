@@ -1,0 +1,46 @@
+"""The network of a job."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gift.jobs.errors import JobError
+from gift.jobs.kinds import KINDS
+from gift.jobs.models import Job
+from gift.zoo import LoadedNetwork, load_network
+
+
+def job_network(job: Job, network: Any = None) -> LoadedNetwork:
+    """The network of a job, and what came with it.
+
+    What of it is random is drawn from the job's seed, so that it is the same network again when a
+    run is opened.
+
+    Args:
+        job: the job.
+        network: instead of the one that the job names: a module, or a `gift.zoo.LoadedNetwork`.
+
+    Raises:
+        JobError: if there is none.
+    """
+    if isinstance(network, nn.Module):
+        return LoadedNetwork(network, None, KINDS[job.data.kind].task)
+    if network is not None:
+        return network
+    if job.network is None:
+        problem = "network: name one, or give it on the command line or in code"
+        raise JobError("the job names no network", [problem])
+    return named_network(
+        job.network.name, job.network.weights, KINDS[job.data.kind].task, job.training.seed or 0,
+        **job.network.options,
+    )  # fmt: skip
+
+
+def named_network(
+    name: str, weights: str | None, task: str | None, seed: int = 0, **options: Any
+) -> LoadedNetwork:
+    """What `gift.zoo.load_network` gives, with what is random in it drawn from a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return load_network(name, weights, task=task, **options)

@@ -1,0 +1,89 @@
+"""Running a job."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gift.jobs.errors import JobError, shown
+from gift.jobs.examples import job_examples, job_reader
+from gift.jobs.heads import with_head
+from gift.jobs.models import Job
+from gift.jobs.networks import job_network
+from gift.jobs.reading import checked, read_yaml, write_job, write_text
+from gift.jobs.runs import INPUTS, JOB, inputs_text
+from gift.training import Result, finetune
+
+CHECKPOINT = "checkpoint.pt"
+_NOT_GIVEN = object()
+
+
+def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
+    """Do what a job says; in the folder of a run that was stopped, go on with it.
+
+    Beside what `gift.training.finetune` writes, the folder gets ``job.yaml``, the job with every
+    setting, and ``inputs.json``, the classes and how inputs are read: see `gift.jobs.Run`.
+
+    Args:
+        job: the job.
+        network: instead of the one that the job names: a module, or what `gift.zoo.load_network`
+            gives.
+        restart: begin anew, whatever the folder has.
+
+    Raises:
+        JobError: if the job names no network, or the folder has a run of another job.
+        DataError: if examples cannot be read.
+        TrainingError: if network, examples and settings do not fit each other.
+    """
+    job = job.anchored(Path.cwd())
+    folder = Path(job.folder)
+    goes_on = not restart and (folder / CHECKPOINT).is_file()
+    if goes_on:
+        _refuse_another(job, folder)
+    loaded = job_network(job, network)
+    reader = job_reader(job.data, loaded.reader)
+    train, valid, old = job_examples(job.data, reader, job.training.seed or 0)
+    is_random = network is None and job.network is not None and job.network.weights is None
+    strategy = with_head(job.strategy, loaded, train, is_random)
+    settings = {field.name: getattr(job.training, field.name) for field in fields(job.training)}
+    schedule = None if job.schedule is None else job.schedule.made()
+    if not goes_on:
+        _write(job, reader, train, folder)
+    result = finetune(
+        loaded.net, train, valid, strategy=strategy, schedule=schedule, old=old,
+        folder=folder, restart=restart, **settings,
+    )  # fmt: skip
+    if goes_on:  # which finetune has found to be the same run
+        _write(job, reader, train, folder)
+    return result
+
+
+def _write(job: Job, reader: Any, train: Any, folder: Path) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:  # of the processes of torchrun, the first writes
+        write_job(job, folder / JOB)
+        write_text(folder / INPUTS, inputs_text(train, reader, folder))
+
+
+def _refuse_another(job: Job, folder: Path) -> None:
+    if not (folder / JOB).is_file():
+        return
+    data, lines = read_yaml(folder / JOB)
+    before = checked(Job, data, str(folder / JOB), lines).to_config()
+    now = job.to_config()
+    # What is in `training` is compared with the checkpoint.
+    parts = ("network", "data", "strategy", "schedule")
+    if problems := [text for part in parts for text in _differences(part, before[part], now[part])]:
+        advice = "choose another folder, or begin anew (--restart, restart=True)"
+        raise JobError(f"{folder} has the run of another job; {advice}", problems)
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """What differs between plain data, each with its place."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            sides = [side.get(key, _NOT_GIVEN) for side in (before, now)]
+            yield from _differences(f"{name}.{key}", *sides)
+    elif before != now:
+        told = ["not given" if v is _NOT_GIVEN else shown(v) for v in (before, now)]
+        yield f"{name} was {told[0]} and is {told[1]}"

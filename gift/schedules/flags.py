@@ -1,0 +1,41 @@
+"""Flags of parameters, and how they were before a schedule was attached."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from gift.generated import spec_of
+from gift.statistics import release_statistics
+
+
+def set_flags(parameters: Iterable[nn.Parameter], flag: bool) -> None:
+    """Freeze or train parameters that no fine-tuning looks after."""
+    for parameter in parameters:
+        parameter.requires_grad = flag
+        if not flag:
+            parameter.grad = None  # an optimizer would go on by it
+
+
+def remember(holder: nn.Module, net: nn.Module) -> None:
+    """Note on a network which parameters are trained, for `release`; copies have it too."""
+    flags = [
+        (module, name, parameter.requires_grad)
+        for module in net.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    holder.__dict__["_gift_schedule"] = {"flags": flags, "still": []}
+
+
+def release(holder: nn.Module) -> None:
+    """Take a schedule off: flags and norm layers are as they were; values stay as they are."""
+    noted = holder.__dict__.pop("_gift_schedule", None)
+    if noted is None:
+        return
+    for layer in noted["still"]:
+        release_statistics(layer)
+    for module, name, flag in noted["flags"]:
+        if (parameter := module._parameters.get(name)) is not None:
+            parameter.requires_grad = flag
+    if spec_of(holder).network:
+        holder._gift_network.waiting.clear()  # type: ignore[union-attr,operator]

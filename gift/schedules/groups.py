@@ -1,0 +1,253 @@
+"""Parameters that are unfrozen, as groups of an optimizer, and what schedulers know of groups."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+# What schedulers keep for each group: lists of rates, and of what they do to them.
+_RATES = ("_lr", "_lrs", "min_lrs", "max_lrs")
+_OTHERS = ("lr_lambdas", "_momentums")
+
+
+class Group(NamedTuple):
+    """Parameters that were unfrozen together.
+
+    Args:
+        names: of the parameters.
+        ratio: of their learning rate to that of the head.
+    """
+
+    names: tuple[str, ...]
+    ratio: float
+
+
+def by_rate(
+    new: Iterable[str], waiting: Mapping[str, tuple[str, ...]], ratio: float, decay: float
+) -> list[Group]:
+    """What waits in some blocks, in groups by learning rates, the last blocks first.
+
+    Args:
+        new: the blocks, in the order of the network.
+        waiting: for each block of the network, names of parameters.
+        ratio: of the learning rate in the last block.
+        decay: factor on that from each block to the one before.
+    """
+    depths = {name: depth for depth, name in enumerate(reversed(list(waiting)))}
+    found: dict[float, list[str]] = {}
+    for name in new:
+        found.setdefault(ratio * decay ** depths[name], []).extend(waiting[name])
+    return [Group(tuple(names), own) for own, names in reversed(found.items())]
+
+
+class OptimizerGroups:
+    """The groups that a schedule added to one optimizer.
+
+    Just before each step of the optimizer their learning rates become those of the head's group
+    times their ratios, whoever changed them meanwhile.
+
+    Args:
+        optimizer: the optimizer, without wrappers.
+        head: parameters of the head; the first of them that is in the optimizer tells the group.
+
+    Raises:
+        ValueError: if the optimizer has none of them, or takes no groups.
+    """
+
+    def __init__(self, optimizer: Optimizer, head: list[Tensor]) -> None:
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("LBFGS takes no groups of parameters, so a schedule cannot drive it")
+        places = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        found = [places[id(p)] for p in head if id(p) in places]
+        if not found:
+            raise ValueError(
+                "the optimizer has no trained parameter of the head: make it from the parameters "
+                "of the network that the schedule was attached to"
+            )
+        self.head = found[0]
+        # Biases and the like may have a group of their own, without weight decay.
+        self.like: dict[bool, int] = {}
+        for parameter in (p for p in head if id(p) in places):
+            self.like.setdefault(parameter.ndim > 1, places[id(parameter)])
+        self.ratios: dict[int, float] = {}
+        self._optimizer = weakref.ref(optimizer)
+        optimizer.register_step_pre_hook(self)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, which whoever calls this has at hand."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    def is_of(self, optimizer: Optimizer) -> bool:
+        """Whether these are the groups of that optimizer."""
+        return self._optimizer() is optimizer
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        """Set the rates: a hook before a step of the optimizer."""
+        groups = optimizer.param_groups
+        for index, ratio in self.ratios.items():
+            _set_rate(groups[index], "lr", groups[self.head]["lr"] * ratio)
+
+    def add(
+        self, group: Group, parameters: Mapping[str, Tensor], schedulers: Iterable[LRScheduler]
+    ) -> list[Group]:
+        """Make a group of these parameters; gives what it came to.
+
+        Parameters that the optimizer has already are taken out of their groups, with their states.
+        They keep the settings that they had there (no weight decay for some, say), so that those of
+        different groups stay apart; others get those of the head's group, or of its biases'.
+        """
+        optimizer = self.optimizer
+        groups = optimizer.param_groups
+        places = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
+        parts: dict[int, list[str]] = {}
+        for name in group.names:
+            parameter = parameters[name]
+            like = self.like.get(parameter.ndim > 1, self.head)
+            parts.setdefault(places.get(id(parameter), like), []).append(name)
+        made = []
+        for template, names in parts.items():
+            own = {id(parameters[name]) for name in names}
+            if template != self.head and own == {id(p) for p in groups[template]["params"]}:
+                index = template  # a group of its own already, as in a copy of the optimizer
+            else:
+                index = len(groups)
+                self._new(groups[template], {n: parameters[n] for n in names}, group.ratio)
+                for scheduler in schedulers:
+                    _lengthen(scheduler, index, self.head, group.ratio)
+            self.ratios[index] = group.ratio
+            rate = groups[self.head]["lr"] * group.ratio
+            _set_rate(groups[index], "lr", rate)
+            made.append(Group(tuple(names), group.ratio))
+        return made
+
+    def _new(self, old: dict[str, Any], parameters: dict[str, Tensor], ratio: float) -> None:
+        head = self.optimizer.param_groups[self.head]
+        new = {key: copy.deepcopy(v) for key, v in old.items() if key not in _LISTS}
+        for key in new:
+            if key == "lr" or key.endswith("_lr"):
+                new[key] = copy.deepcopy(head.get(key, new[key])) * ratio
+        own = {id(p): name for name, p in parameters.items()}
+        named = "param_names" in old
+        names = dict(zip(map(id, old["params"]), old["param_names"], strict=True)) if named else {}
+        kept = [p for p in old["params"] if id(p) not in own]
+        old["params"][:] = kept
+        if named:
+            old["param_names"][:] = [names[id(p)] for p in kept]
+        new["params"] = [
+            (names.get(id(p), name), p) if named else p for name, p in parameters.items()
+        ]
+        self.optimizer.add_param_group(new)
+
+
+_LISTS = ("params", "param_names")
+
+
+class Groups:
+    """What was unfrozen, step by step, and the optimizer that has it in groups.
+
+    Args:
+        parameter: gives the parameter of a name.
+        head: names of the parameters of the head.
+    """
+
+    def __init__(self, parameter: Callable[[str], Tensor], head: Iterable[str]) -> None:
+        self.records: list[Group] = []
+        self._parameter = parameter
+        self._head = tuple(head)
+        self._known: OptimizerGroups | None = None
+        self._done: list[Group] = []  # of the records, those that are groups of that optimizer
+
+    def of(self, optimizer: Any, records: list[Group] | None = None) -> OptimizerGroups | None:
+        """The groups of an optimizer, which may be a new one; None if there is none.
+
+        Args:
+            optimizer: the optimizer, or a wrapper of one, or None.
+            records: which the groups shall have, where that is not `records` as it is.
+
+        Raises:
+            ValueError: if it has other groups already, or no parameter of the head.
+        """
+        if optimizer is None:
+            return None
+        inner = unwrapped(optimizer)
+        if self._known is None or not self._known.is_of(inner):
+            head = [self._parameter(name) for name in self._head]
+            return OptimizerGroups(inner, [p for p in head if p.requires_grad])
+        if records is not None and records[: len(self._done)] != self._done:
+            raise ValueError(
+                "the optimizer has groups of what was unfrozen later: make a new one to go back"
+            )
+        return self._known
+
+    def arrange(self, groups: OptimizerGroups | None) -> None:
+        """Let an optimizer have all records as groups; None does nothing now."""
+        if groups is None:
+            if self.records[: len(self._done)] != self._done:
+                self._known, self._done = None, []
+            return
+        if groups is not self._known:
+            self._known, self._done = groups, []
+        new = self.records[len(self._done) :]
+        schedulers = list(schedulers_of(groups.optimizer)) if new else []
+        for group in new:
+            named = {name: self._parameter(name) for name in group.names}
+            self._done += groups.add(group, named, schedulers)
+        self.records = list(self._done)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no optimizer yet: the next step arranges the one that it is given.
+        return vars(self) | {"_known": None, "_done": []}
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer of torch inside those of accelerate and Lightning.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def schedulers_of(optimizer: Optimizer) -> Iterator[LRScheduler]:
+    """The schedulers of an optimizer, those inside others too.
+
+    They are not known to the optimizer, so this looks at all objects there are.
+    """
+    kinds = {LRScheduler}
+    while more := {sub for kind in kinds for sub in kind.__subclasses__()} - kinds:
+        kinds |= more
+    for found in gc.get_objects():
+        if type(found) in kinds:  # it may be of any class: this asks nothing of it
+            own = vars(found).get("optimizer")
+            if own is not None and unwrapped(own) is optimizer:
+                yield found
+
+
+def _lengthen(scheduler: LRScheduler, count: int, head: int, ratio: float) -> None:
+    """Let the lists that have an entry for each group have one for the new group."""
+    for name, value in vars(scheduler).items():
+        if not isinstance(value, list) or len(value) != count:
+            continue
+        if name.endswith(_RATES):
+            value.append(copy.deepcopy(value[head]) * ratio)
+        elif name.endswith(_OTHERS):
+            value.append(value[head])
+
+
+def _set_rate(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group[key], Tensor):  # which a captured graph reads
+        group[key].copy_(value)
+    else:
+        group[key] = value

@@ -1,0 +1,81 @@
+"""Schedules in the Trainer of Lightning."""
+
+import functools
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from gift.schedules.base import Schedule
+
+
+def _lightning() -> Any:
+    """Lightning under that of its two names which the program uses already, or has."""
+    names = ["lightning.pytorch", "pytorch_lightning"]
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        if find_spec(name.partition(".")[0]) is not None:
+            return import_module(name)
+    raise ImportError("this needs Lightning: pip install lightning")
+
+
+class ScheduleCallback(_lightning().Callback):  # type: ignore[misc]
+    """Lets a schedule drive a Lightning run, with its checkpoints.
+
+    The schedule is attached to the LightningModule, which is fine-tuned by a strategy or has a
+    network inside that is, unless that was done before. With several optimizers it drives the one
+    that has the head.
+
+    Args:
+        schedule: the schedule.
+
+    Example:
+        >>> from gift.schedules import FreezeUnfreeze
+        >>> from gift.schedules.lightning import ScheduleCallback
+        >>> callback = ScheduleCallback(FreezeUnfreeze(unfreeze_epoch=2))
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._waiting: dict[str, Any] | None = None  # a state whose optimizer is yet to be made
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Attach, and see to it that a checkpoint's blocks are unfrozen before its values come."""
+        if not self.schedule.is_attached:
+            self.schedule.attach(pl_module)
+        plain = pl_module.on_load_checkpoint
+
+        @functools.wraps(plain)
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            state = checkpoint.get("callbacks", {}).get(self.state_key)
+            if state is not None:
+                self.schedule.load_state_dict(state)
+                self._waiting = state
+            plain(checkpoint)
+
+        pl_module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take off what `setup` put on the module."""
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Arrange the groups of the new optimizer, before their states are loaded."""
+        if self._waiting is not None:
+            self.schedule.load_state_dict(self._waiting, self._optimizer(trainer))
+            self._waiting = None
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Unfreeze what is due."""
+        self.schedule.step(trainer.current_epoch, self._optimizer(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the schedule, for the checkpoint."""
+        return self.schedule.state_dict()
+
+    def _optimizer(self, trainer: Any) -> Any:
+        """The first optimizer that has a trained parameter of the head."""
+        head = {id(parameter) for parameter in self.schedule.head_parameters()}
+        for optimizer in trainer.optimizers:
+            if any(id(p) in head for group in optimizer.param_groups for p in group["params"]):
+                return optimizer
+        return trainer.optimizers[0]

@@ -1,0 +1,112 @@
+"""Schedules in the Trainer of transformers."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gift.extras import needed
+from gift.schedules.base import Schedule
+from gift.schedules.config import load_schedule_from_config
+
+_callbacks: Any = needed("transformers.trainer_callback", "text")
+
+
+class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
+    """Lets a schedule drive a run of the transformers Trainer, with its checkpoints.
+
+    Give it to the constructor, ``Trainer(..., callbacks=[ScheduleCallback(schedule)])``, so that it
+    knows the Trainer before a checkpoint is loaded. The schedule is attached to the model, unless
+    that was done before. With ``load_best_model_at_end``, what was unfrozen after the best epoch is
+    that of the base again.
+
+    Args:
+        schedule: the schedule, or its plain data.
+
+    Example:
+        >>> from gift.schedules import FreezeUnfreeze
+        >>> from gift.schedules.transformers import ScheduleCallback
+        >>> callback = ScheduleCallback(FreezeUnfreeze(unfreeze_epoch=2))
+    """
+
+    def __init__(self, schedule: Schedule | dict[str, Any]) -> None:
+        if not isinstance(schedule, Schedule):
+            schedule = load_schedule_from_config(schedule)
+        self.schedule: Schedule = schedule
+        self.resumed: dict[str, Any] | None = None
+        self._handle: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """The schedule and its state, for ``trainer_state.json``."""
+        try:
+            arguments = {"schedule": self.schedule.to_config()}
+        except ValueError:  # one that no file can name
+            arguments = {}
+        state = self.schedule.state_dict() if self.schedule.is_attached else None
+        return {"args": arguments, "attributes": {"resumed": state}}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Attach; and be told when the Trainer makes its optimizer, which may get a state then."""
+        if model is not None and not self.schedule.is_attached:
+            self.schedule.attach(model)
+        if (trainer := _trainer()) is None:
+            return
+        create = trainer.create_optimizer
+
+        @functools.wraps(create)
+        def create_optimizer(*arguments: Any, **named: Any) -> Any:
+            optimizer = create(*arguments, **named)
+            hook = functools.partial(self._before_state, trainer)
+            handle = optimizer.register_load_state_dict_pre_hook(hook)
+            if self._handle is not None:
+                self._handle.remove()
+            self._handle = handle
+            return optimizer
+
+        trainer.create_optimizer = create_optimizer
+
+    def _before_state(self, trainer: Any, optimizer: Any, state: dict[str, Any]) -> None:
+        """A state is about to be loaded: give the optimizer the groups that it had."""
+        saved = _saved(trainer.state.stateful_callbacks)
+        # accelerate loads the optimizer's own state before.
+        if saved is not None and len(state["param_groups"]) > len(optimizer.param_groups):
+            self.schedule.load_state_dict(saved, optimizer)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Attach where that could not be done before, as after the Trainer made this anew."""
+        if not self.schedule.is_attached:
+            self.schedule.attach(model)
+            if self.resumed is not None:
+                self.schedule.load_state_dict(self.resumed, kwargs["optimizer"])
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:  # fmt: skip
+        """Unfreeze what is due."""
+        self.schedule.step(int(state.epoch or 0), optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Go back to what was unfrozen in the best epoch, whose values were loaded."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            file = Path(state.best_model_checkpoint) / "trainer_state.json"
+            saved = _saved(json.loads(file.read_text(encoding="utf-8"))["stateful_callbacks"])
+            if saved is not None:
+                self.schedule.load_state_dict(saved)
+
+
+def _trainer() -> Any:
+    """The Trainer that is being constructed: callbacks are not told whose they are."""
+    trainer, frame = needed("transformers", "text").Trainer, sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), trainer):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _saved(callbacks: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the schedule, among those of all callbacks."""
+    return callbacks.get(ScheduleCallback.__name__, {}).get("attributes", {}).get("resumed")

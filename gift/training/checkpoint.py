@@ -1,0 +1,122 @@
+"""The checkpoint of a run: all that a killed run needs to go on as if it had not been killed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from gift.files.container import replace_file
+from gift.training.errors import TrainingError
+from gift.training.processes import sharded_like, whole
+from gift.training.randomness import random_state, restore_random
+from gift.training.run import Run, put_state, trained_state
+
+FILE = "checkpoint.pt"
+_FORMAT = 1
+_COUNTERS = ("epoch", "window", "step", "totals", "best", "waited", "finished", "seed", "random")
+_TOLD = ("history", "steps", "unfrozen", "before", "old_before", "best_epoch", "stopped")
+
+
+def write_checkpoint(run: Run) -> None:
+    """Write where the run is, whole or not at all; all processes call this."""
+    if run.result.folder is None:
+        return
+    state = {
+        "format": _FORMAT,
+        "identity": run.identity,
+        "counters": {name: getattr(run, name) for name in _COUNTERS},
+        "result": {name: getattr(run.result, name) for name in _TOLD},
+        "net": trained_state(run.net),
+        "best_state": run.best_state,
+        "optimizer": whole(run.optimizer.state_dict()),
+        "rates": run.rates.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "schedule": None if run.schedule is None else run.schedule.state_dict(),
+        "random": random_states(run),
+    }
+    if run.folder is not None:
+        replace_file(run.folder / FILE, lambda temporary: torch.save(state, temporary))
+    run.processes.wait()
+
+
+def forget(folder: Path) -> None:
+    """Remove what an earlier run left in a folder to go on from, or to use."""
+    for name in (FILE, "best.safetensors", "last.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint in a folder, None if there is none.
+
+    Args:
+        folder: of the run.
+        identity: what it must agree on.
+
+    Raises:
+        TrainingError: if it cannot be read, or is of another run.
+    """
+    if folder is None or not (folder / FILE).exists():
+        return None
+    path = folder / FILE
+    advice = "choose another folder, or begin anew (restart=True, --restart)"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != _FORMAT:
+            raise ValueError(f"its format is {state['format']}, expected {_FORMAT}")
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        raise TrainingError(
+            f"{path} is no checkpoint that can be read ({type(error).__name__}): {advice}"
+        ) from None
+    then = state["identity"]
+    differences = [
+        f"{key} was {then.get(key)!r} and is {identity.get(key)!r}"
+        for key in sorted(then.keys() | identity.keys())
+        if then.get(key) != identity.get(key)
+    ]
+    if differences:
+        raise TrainingError(
+            f"{path} is of another run, whose " + "; ".join(differences) + f": {advice}"
+        )
+    return state
+
+
+def restore(run: Run, state: dict[str, Any]) -> None:
+    """Bring a run to where a checkpoint was written."""
+    if run.schedule is not None:
+        run.schedule.load_state_dict(state["schedule"], run.optimizer)
+    put_state(run.net, state["net"])
+    load_optimizer(run.optimizer, state["optimizer"])
+    run.rates.load_state_dict(state["rates"])
+    run.scaler.load_state_dict(state["scaler"])
+    for name in _COUNTERS:
+        setattr(run, name, state["counters"][name])
+    for name in _TOLD:
+        setattr(run.result, name, state["result"][name])
+    run.best_state = state["best_state"]
+    run.train.seed = run.seed
+    restore_states(run, state["random"])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load whole tensors, dealt out as the parameters are."""
+    groups = optimizer.param_groups
+    parameters = [p for group in groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    own = dict(zip(numbers, parameters, strict=True))
+    dealt = {
+        number: tree_map(lambda value, like=own[number]: sharded_like(value, like), values)
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": dealt})
+
+
+def random_states(run: Run) -> list[dict[str, Any]]:
+    """The states of the random numbers of all processes."""
+    return run.processes.gathered(random_state(run.train.generator))
+
+
+def restore_states(run: Run, states: list[dict[str, Any]]) -> None:
+    """Put back those of this process; one that is new among them keeps its own."""
+    if run.processes.rank < len(states):
+        restore_random(states[run.processes.rank], run.train.generator)

@@ -1,0 +1,33 @@
+"""What is left of the old task: the adapted network, with the heads that it had before."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gift.network import NetworkRecord
+
+
+@contextmanager
+def old_heads(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it, modules that the strategy replaced stand in their places again.
+
+    Args:
+        net: a network that is being fine-tuned.
+        device: where it is; the old modules are moved there.
+    """
+    record: NetworkRecord = net._gift_network  # type: ignore[assignment]
+    swapped = []
+    for undo in record.undo.modules:
+        for name, old in undo.entries.get("_modules", {}).items():
+            new = undo.module._modules.get(name)
+            if isinstance(old, nn.Module) and new is not None:
+                swapped.append((undo.module, name, old.to(device), new))
+    try:
+        for module, name, old, _ in swapped:
+            module._modules[name] = old
+        yield
+    finally:
+        for module, name, _, new in swapped:
+            module._modules[name] = new

@@ -1,0 +1,142 @@
+"""Examples in batches, in an order that depends on the seed and epoch alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from gift.data.examples import Examples
+from gift.training.errors import TrainingError
+from gift.training.processes import Processes
+
+
+def examples_of(data: Any, task: str | None = None) -> Examples | DataLoader[Any]:
+    """What was given to learn from as `Examples`, or the loader that it is.
+
+    Args:
+        data: `Examples`, a torch dataset, a data loader, a pair of tensors, or a data set of
+            Hugging Face.
+        task: what the examples are for, if they do not say so themselves.
+
+    Raises:
+        TypeError: if it is something else.
+        TrainingError: if it has no length, or no examples.
+    """
+    if isinstance(data, Sequence) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        inputs, targets = data
+        if len(inputs) != len(targets):
+            raise TrainingError(f"there are {len(inputs)} inputs and {len(targets)} targets")
+        data = TensorDataset(inputs, targets)
+    if not isinstance(data, Examples | DataLoader):
+        if hasattr(data, "with_format"):
+            data = data.with_format("torch")
+        elif not isinstance(data, Dataset) and not hasattr(data, "__getitem__"):
+            raise TypeError(
+                f"expected gift.data.Examples, a dataset, a data loader or a pair of tensors, got "
+                f"a {type(data).__name__}"
+            )
+        data = Examples(data, task or "classification")
+    try:
+        number = len(data)
+    except TypeError:
+        raise TrainingError("the examples have no length, which training must know") from None
+    if number == 0:
+        raise TrainingError("there are no examples: the data set or loader is empty")
+    return data
+
+
+class Batches:
+    """Batches of examples, on the device.
+
+    Args:
+        data: what `examples_of` gives.
+        batch_size: examples in a batch, over all processes; of a loader, its own counts.
+        shuffle: whether the order changes with the epoch, to learn from; a last batch of one
+            example joins the one before then.
+        processes: who takes part.
+        workers: processes that read.
+        seed: of the order.
+
+    Raises:
+        TrainingError: for a loader where there are several processes.
+    """
+
+    def __init__(
+        self,
+        data: Examples | DataLoader[Any],
+        batch_size: int,
+        processes: Processes,
+        shuffle: bool = False,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(data, DataLoader) and processes.number > 1:
+            raise TrainingError(
+                "a data loader does not know of the other processes: give its data set, which is "
+                "dealt out to them"
+            )
+        self.data, self.batch_size, self.processes = data, batch_size, processes
+        self.shuffle, self.workers, self.seed = shuffle, workers, seed
+
+    def __len__(self) -> int:
+        if isinstance(self.data, DataLoader):
+            return len(self.data)
+        return len(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """How many examples each batch has."""
+        assert isinstance(self.data, Examples)
+        full, left = divmod(len(self.data), self.batch_size)
+        if left == 1 and full and self.shuffle:  # norm layers cannot learn from one example
+            return [*[self.batch_size] * (full - 1), self.batch_size + 1]
+        return [*[self.batch_size] * full, *([left] if left else [])]
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """That of the loader, if it has one of its own."""
+        return self.data.generator if isinstance(self.data, DataLoader) else None
+
+    def of(self, epoch: int = 0) -> Iterator[tuple[Any, bool]]:
+        """The batches of an epoch, still on the CPU, and whether they count."""
+        if isinstance(self.data, DataLoader):
+            return ((batch, True) for batch in self.data)
+        order = torch.arange(len(self.data))
+        # Of its own, so that neither the global state counts nor what a resumed run has drawn.
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        if self.shuffle:
+            order = torch.randperm(len(self.data), generator=generator)
+        parts = [self.processes.share(part.tolist()) for part in order.split(self._sizes())]
+        loader: DataLoader[Any] = DataLoader(
+            self.data.dataset,
+            batch_sampler=[places for places, _ in parts],
+            collate_fn=self.data.collate or default_collate,
+            num_workers=self.workers,
+            pin_memory=self.processes.device.type == "cuda",
+            generator=generator,
+        )
+        return zip(loader, (counts for _, counts in parts), strict=True)
+
+    def on_device(self, batch: Any) -> Any:
+        """The batch where the network is."""
+        device = self.processes.device
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        # transformers gives dictionaries of its own kind
+        return tree_map(move, dict(batch) if hasattr(batch, "keys") else batch)
+
+
+def windows(batches: Iterator[Any], number: int) -> Iterator[list[Any]]:
+    """Lists of so many batches; the last may be shorter."""
+    window: list[Any] = []
+    for batch in batches:
+        window.append(batch)
+        if len(window) == number:
+            yield window
+            window = []
+    if window:
+        yield window

@@ -1,0 +1,48 @@
+"""The random numbers of a process: seeding them, and the states that they are in."""
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seed all random numbers of this process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
+
+
+def random_state(order: torch.Generator | None) -> dict[str, Any]:
+    """The states of all random numbers of this process, as plain data.
+
+    Args:
+        order: what a data loader draws its order from, if it has one of its own.
+    """
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    if order is not None:
+        state["order"] = order.get_state()
+    return state
+
+
+def restore_random(state: dict[str, Any], order: torch.Generator | None) -> None:
+    """Put these states back."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(_tuples(state["python"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.set_state(state["numpy"])
+    if order is not None and "order" in state:
+        order.set_state(state["order"])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,120 @@
+"""A result as pictures and one HTML page, which needs no network."""
+
+import base64
+from pathlib import Path
+from typing import NamedTuple
+
+from gift.extras import needed
+from gift.files.container import replace_file
+from gift.training.report import plots, tables
+from gift.training.result import Result
+
+
+class Picture(NamedTuple):
+    """A picture of the page.
+
+    Args:
+        title: what it shows.
+        alt: the same for who does not see it, with the most important values.
+        light, dark: its PNG for pages of that kind, as a ``data:`` address.
+    """
+
+    title: str
+    alt: str
+    light: str
+    dark: str
+
+
+DRAWN: dict[str, tuple[str, plots.Draw]] = {
+    "losses": ("Losses", plots.losses),
+    "metrics": ("Metrics", plots.metrics),
+    "rates": ("Learning rates", plots.rates),
+    "confusion": ("Confusion", plots.confusion),
+}
+
+
+def write_report(result: Result, folder: Path) -> Path:
+    """Write ``report.html``, and its pictures as PNG files.
+
+    The page is one file that opens without a network, in light and dark. There is no picture of
+    what the run did not have; one that an earlier run left is removed.
+
+    Args:
+        result: of `gift.training.finetune`.
+        folder: where to; it is made where it is not there.
+
+    Returns:
+        The page.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, (title, draw) in DRAWN.items():
+        file = folder / f"{name}.png"
+        light = plots.render(draw, result, plots.LIGHT)
+        dark = plots.render(draw, result, plots.DARK)
+        if light is None or dark is None:
+            file.unlink(missing_ok=True)
+            continue
+        _write(file, light)
+        pictures.append(Picture(title, _alt(name, result), _address(light), _address(dark)))
+    page = folder / "report.html"
+    _write(page, _page(result, pictures).encode(errors="replace"))
+    return page
+
+
+def _page(result: Result, pictures: list[Picture]) -> str:
+    """The text of the page."""
+    jinja2 = needed("jinja2", "train")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    after = (tables.unfrozen, tables.epochs, tables.confusions, tables.classes)
+    return environment.from_string(template).render(
+        title=f"{tables.plain(result.network)}, fine-tuned",
+        facts=tables.facts(result),
+        stopped="" if result.stopped == "done" else tables.plain(result.stopped),
+        comparisons=tables.comparisons(result),
+        pictures=pictures,
+        tables=[table for make in after if (table := make(result))],
+        light=plots.LIGHT,
+        dark=plots.DARK,
+    )
+
+
+def _alt(name: str, result: Result) -> str:
+    """What is to be seen, in words."""
+    history = result.history
+    if name == "losses" and history:
+        first, last = (
+            ", ".join(
+                f"{said} {tables.number(row[key])}"
+                for said, key in (("training", "train_loss"), ("validation", "valid_loss"))
+                if key in row
+            )
+            for row in (history[0], history[-1])
+        )
+        best = "" if result.best_epoch is None else f" Best epoch: {result.best_epoch}."
+        return f"Losses over the epochs. First epoch: {first}. Last epoch: {last}.{best}"
+    if name == "confusion" and result.confusion:
+        right = sum(row[place] for place, row in enumerate(result.confusion))
+        total = sum(map(sum, result.confusion))
+        return f"Confusion of {len(result.confusion)} classes: {right} of {total} examples right."
+    return {
+        "losses": "Losses over the steps.",
+        "metrics": "Metrics of the validation examples over the epochs; values are in the table.",
+        "rates": "Learning rate of each group of parameters over the training.",
+    }[name]
+
+
+def _address(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _write(file: Path, content: bytes) -> None:
+    replace_file(file, lambda path: _put(path, content))
+
+
+def _put(path: str, content: bytes) -> None:
+    Path(path).write_bytes(content)

@@ -1,0 +1,7 @@
+"""Networks by name."""
+
+from gift.zoo.errors import NetworkError
+from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.networks import load_network
+
+__all__ = ["LoadedNetwork", "NetworkError", "load_network"]

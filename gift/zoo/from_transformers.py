@@ -1,0 +1,147 @@
+"""Networks of transformers."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from gift.data.errors import DataError
+from gift.data.examples import Reader
+from gift.data.readers import TextReader
+from gift.enable import GiftWarning
+from gift.extras import needed
+from gift.zoo.errors import NetworkError, unreachable
+from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.states import put_state
+from gift.zoo.transforms import reader_like
+
+LENGTH = 128
+"""Tokens of a text, where the network takes as many."""
+
+_TASKS = ("classification", "language")
+_RESAMPLINGS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as PIL counts them
+
+
+def from_transformers(
+    name: str, weights: str | Path | None, task: str | None, options: dict[str, Any]
+) -> LoadedNetwork:
+    """A network for classes of texts or pictures, or for language; a hub's name or a folder."""
+    transformers = needed("transformers", "text")
+    options = {"trust_remote_code": False, **options}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        task = task or _task_of(config)
+        kind = _kind(config, task, name)
+        maker = getattr(transformers, f"AutoModelFor{kind}")
+        if weights == "default":
+            net = maker.from_pretrained(name, **options)
+        else:
+            trusted = options["trust_remote_code"]
+            net = maker.from_config(config, trust_remote_code=trusted)
+    except NetworkError:
+        raise
+    except OSError as error:
+        here = "" if Path(name).is_dir() else f", and there is no folder {name!r}"
+        raise unreachable(f"{name!r} of transformers{here}; it", error) from error
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise NetworkError(f"{name!r} cannot be made with {options}: {error}") from error
+    if weights not in ("default", None):
+        put_state(net, str(weights))
+    reader = _pictures(transformers, name) if "Image" in kind else _texts(net, name)
+    return LoadedNetwork(net, reader, task, _classes(net.config, task, weights))
+
+
+def _task_of(config: Any) -> str:
+    """What the network was saved for."""
+    ends = [str(name) for name in config.architectures or ()]
+    is_language = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in ends)
+    return "language" if is_language else "classification"
+
+
+def _kind(config: Any, task: str, name: str) -> str:
+    """Which of the automatic classes makes the network."""
+    if task not in _TASKS:
+        raise NetworkError(f"the task is {task!r}, networks of transformers are for {_TASKS}")
+    auto = needed("transformers.models.auto.modeling_auto", "text")
+    kinds = {
+        "SequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        "CausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    fitting = [kind for kind, known in kinds.items() if type(config) in known]
+    if task == "language":
+        fitting = [kind for kind in fitting if kind == "CausalLM"]
+    if not fitting:
+        raise NetworkError(f"transformers has no {config.model_type!r} for {task} ({name})")
+    return fitting[0]
+
+
+def _texts(net: Any, name: str) -> Reader | None:
+    try:
+        reader = TextReader(name, LENGTH)
+    except DataError as error:
+        _warn(name, error)
+        return None
+    tokenizer, positions = reader.tokenizer, getattr(net.config, "max_position_embeddings", None)
+    length = min(n for n in (LENGTH, tokenizer.model_max_length, positions) if n and n > 0)
+    if getattr(net.config, "pad_token_id", None) is None:  # where decoders look for the last token
+        net.config.pad_token_id = tokenizer.pad_token_id
+    return TextReader(tokenizer, int(length))
+
+
+def _pictures(transformers: Any, name: str) -> Reader | None:
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        _warn(name, error)
+        return None
+
+    def transform(picture: Any) -> Any:
+        return processor(picture, return_tensors="pt")["pixel_values"][0]
+
+    try:
+        settings = _settings(processor)
+    except (AttributeError, TypeError, KeyError, IndexError):  # what some have none of
+        settings = {}
+    return reader_like(settings, transform, name)
+
+
+def _settings(processor: Any) -> dict[str, Any]:
+    """What `PictureReader` calls what a processor does; whether it does so is tried afterwards."""
+    size, cut = processor.size, getattr(processor, "crop_size", None)
+    resize: Any = [size.height, size.width] if size.height else size.shortest_edge
+    crop = (
+        [cut.height, cut.width] if cut and getattr(processor, "do_center_crop", False) else resize
+    )
+    if percent := getattr(processor, "crop_pct", None):  # of ConvNeXt
+        crop = [size.shortest_edge] * 2
+        resize = crop if size.shortest_edge >= 384 else int(size.shortest_edge / percent)
+    factor = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if processor.do_normalize:
+        mean, std = processor.image_mean, processor.image_std
+    offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
+    return {
+        "size": crop,
+        "resize": resize,
+        "mean": [(value + offset) / factor for value in mean],
+        "std": [value / factor for value in std],
+        "interpolation": _RESAMPLINGS[int(processor.resample)],
+    }
+
+
+def _warn(name: str, error: Exception) -> None:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    warnings.warn(
+        f"nothing says how {name} reads its inputs: give load_network(..., reader=...) ({reason})",
+        GiftWarning,
+        stacklevel=5,
+    )
+
+
+def _classes(config: Any, task: str, weights: Any) -> tuple[str, ...] | None:
+    names = getattr(config, "id2label", None) or {}
+    if task != "classification" or weights is None or len(names) < 2:
+        return None
+    if all(str(name).startswith("LABEL_") for name in names.values()):
+        return None  # nobody named them
+    return tuple(str(names[number]) for number in sorted(names))

@@ -1,0 +1,124 @@
+"""Networks by name."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gift.data.classes import distinct
+from gift.data.examples import Reader
+from gift.data.noted import note
+from gift.zoo.errors import NetworkError, unknown
+from gift.zoo.from_timm import from_timm
+from gift.zoo.from_torchvision import from_torchvision
+from gift.zoo.from_transformers import from_transformers
+from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.states import put_state
+
+LIBRARIES = {
+    "torchvision": from_torchvision,
+    "timm": from_timm,
+    "transformers": from_transformers,
+}
+
+
+def load_network(
+    name: str,
+    weights: str | Path | None = "default",
+    *,
+    reader: Reader | Mapping[str, Any] | None = None,
+    task: str | None = None,
+    allow_import: bool = False,
+    **options: Any,
+) -> LoadedNetwork:
+    """A network by name, with the reader that its weights expect.
+
+    Args:
+        name: ``torchvision:resnet18`` (or a detector, ``torchvision:fasterrcnn_resnet50_fpn``),
+            ``timm:resnet18.a1_in1k``, ``transformers:bert-base-uncased`` or
+            ``transformers:a/folder``; if `allow_import`, also ``import:package.module:function``.
+        weights: "default" for pretrained ones, the name of others of torchvision's, a file with the
+            state of the network (safetensors, or what ``torch.save`` wrote), or None for random
+            ones.
+        reader: another reader, or some of its settings; None takes that of the weights.
+        task: "classification" or "language", for networks of transformers that can be either.
+        allow_import: whether the name, or an option, may make foreign code run.
+        options: for what makes the network, ``num_classes`` for instance.
+
+    Raises:
+        NetworkError: if there is no such network, or its weights cannot be had.
+
+    Example:
+        >>> from gift.zoo import load_network
+        >>> loaded = load_network("torchvision:resnet18", weights=None)
+        >>> loaded.reader.size, loaded.reader.resize, loaded.task
+        ((224, 224), 256, 'classification')
+        >>> load_network("torchvision:resnet19")
+        Traceback (most recent call last):
+        gift.zoo.errors.NetworkError: there is no classifier or detector of torchvision 'resnet19',
+        closest: ['resnet18', ...]
+    """
+    library, _, model = name.partition(":")
+    if not model:
+        close = ", ".join(f"'{known}:{library}'" for known in LIBRARIES)
+        raise NetworkError(f"the network is {name!r}, expected a library before it: {close}")
+    if library == "import":
+        if not allow_import:
+            raise NetworkError(f"{name!r} runs foreign code, which only allow_import=True permits")
+        loaded = _imported(model, weights, task, options)
+    elif library in LIBRARIES:
+        if not allow_import:
+            _refuse_code(options)
+        loaded = LIBRARIES[library](model, weights, task, options)
+    else:
+        raise unknown("library", library, [*LIBRARIES, "import"])
+    classes = None if loaded.classes is None else distinct(loaded.classes)
+    loaded = dataclasses.replace(loaded, reader=_chosen(reader, loaded.reader), classes=classes)
+    note(loaded.net, loaded.reader, loaded.classes, loaded.task)
+    return loaded
+
+
+def _refuse_code(options: Mapping[str, Any]) -> None:
+    """Options of transformers that fetch code and run it; a job file might name them."""
+    wanted = [name for name in ("trust_remote_code", "use_kernels") if options.get(name)]
+    if "/" in str(options.get("attn_implementation", "")):
+        wanted.append("attn_implementation")
+    if wanted:
+        raise NetworkError(
+            f"{' and '.join(wanted)} may run foreign code, which only allow_import=True permits"
+        )
+
+
+def _chosen(given: Any, default: Any) -> Any:
+    """The reader that is given, or the default one with what is given of its settings."""
+    if not isinstance(given, Mapping):
+        return default if given is None else given
+    if default is None:
+        raise NetworkError("the network has no reader of its own: give a whole one")
+    try:
+        return dataclasses.replace(default, **given)
+    except (TypeError, ValueError) as error:
+        raise NetworkError(f"reader={dict(given)} does not fit: {error}") from error
+
+
+def _imported(
+    path: str, weights: str | Path | None, task: str | None, options: dict[str, Any]
+) -> LoadedNetwork:
+    """What a function makes."""
+    module_name, _, function = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise NetworkError(f"import:{path}: {error}") from error
+    maker = getattr(module, function, None)
+    if not callable(maker):
+        raise unknown(f"function of {module_name}", function, dir(module))
+    net = maker(**options)
+    if not isinstance(net, nn.Module):
+        raise NetworkError(f"import:{path} gives a {type(net).__name__}, expected a nn.Module")
+    if weights not in ("default", None):
+        put_state(net, str(weights))
+    return LoadedNetwork(net, None, task or "classification")

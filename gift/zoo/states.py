@@ -1,0 +1,83 @@
+"""States of networks in files."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gift.zoo.errors import NetworkError
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def put_state(net: nn.Module, path: str | Path) -> None:
+    """Load the whole state of a network from a file of safetensors or torch.
+
+    What training scripts wrap around a state, and what DDP and ``torch.compile`` put before its
+    names, does not matter; nor does it if tied tensors are there once.
+
+    Raises:
+        NetworkError: if the file is no state, or not of this network; that is as it was then.
+    """
+    state = _read(Path(path))
+    own = net.state_dict()
+    loaded = {own[name].data_ptr() for name in set(own) & set(state)}
+    problems = {
+        # Tied tensors are written once by some; how many batches there were, not at all by others.
+        "missing": [
+            name
+            for name in own
+            if name not in state
+            and own[name].data_ptr() not in loaded
+            and not name.endswith(".num_batches_tracked")
+        ],
+        "unknown": sorted(set(state) - set(own)),
+        "of another shape": [
+            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    found = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
+    if found:
+        raise NetworkError(
+            f"{path} is no state of this {type(net).__name__}; " + "; ".join(found) + "; does it "
+            "need other options, such as the number of classes?"
+        )
+    net.load_state_dict(state, strict=False)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise NetworkError(f"there is no file {path} with weights")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise NetworkError(
+            f"{path} has no weights that can be read; expected what safetensors, or torch.save of "
+            f"net.state_dict(), wrote ({reason})"
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise NetworkError(f"{path} has no state of a network, but a {type(state).__name__}")
+    state = dict(state)
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state

@@ -1,0 +1,367 @@
+"""`finetune` beside loops written by hand, and what it measures beside scikit-learn."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sklearn.metrics
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import gift
+from gift.data.examples import Examples
+from gift.strategies import (
+    FullFineTuningStrategy,
+    HeadReplacementStrategy,
+    merge_strategies,
+)
+from gift.strategies.lora import LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
+from gift.training import evaluate, finetune
+from gift.training.optimising import parameter_groups
+
+QUIET: dict[str, Any] = {"device": "cpu", "progress": False, "tensorboard": False}
+
+
+def net(classes: int = 3) -> nn.Module:
+    """The same network each time."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, classes)).double()
+
+
+def data(number: int = 50, classes: int = 3) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    inputs = torch.randn(number, 6, dtype=torch.float64, generator=random)
+    return inputs, inputs[:, :classes].argmax(1)
+
+
+def lora(**settings: Any) -> LoRAAllFineTuningStrategy:
+    return LoRAAllFineTuningStrategy(**{"rank": 2} | settings)
+
+
+def assert_same(net: nn.Module, other: nn.Module, **tolerance: Any) -> None:
+    assert_close(dict(net.state_dict()), dict(other.state_dict()), **tolerance)
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def cosine(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+LOOPS: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "adamw, cosine": (
+        {"lr": 0.02, "warmup": 0.25},
+        lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.01),
+        lambda step: cosine(step, 5, 20),
+    ),
+    "sgd, linear, no clipping": (
+        {"lr": 0.1, "optimizer": "SGD", "optimizer_options": {"momentum": 0.9}, "clip": None,
+         "lr_schedule": "linear", "warmup": 0.0, "weight_decay": 0.0},
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda step: 1 - step / 20,
+    ),
+    "own optimizer, own schedule": (
+        {"lr": 0.05, "optimizer": torch.optim.RMSprop, "weight_decay": 0.1,
+         "lr_schedule": lambda o, n: torch.optim.lr_scheduler.StepLR(o, n // 2, 0.1)},
+        lambda p: torch.optim.RMSprop(p, lr=0.05, weight_decay=0.1),
+        lambda step: 1 if step < 10 else 0.1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_it_trains_as_a_loop_written_by_hand(name: str) -> None:
+    settings, make, rate = LOOPS[name]
+    tuned, (inputs, labels) = net(), data()
+    result = finetune(
+        tuned,
+        (inputs, labels),
+        strategy=lora(),
+        epochs=4,
+        batch_size=12,
+        seed=3,
+        **settings,
+        **QUIET,
+    )
+
+    byhand = net()
+    torch.manual_seed(3)
+    gift.enable_fine_tuning(byhand, lora())
+    optimizer = make(byhand.parameters())
+    [highest] = [group["lr"] for group in optimizer.param_groups]
+    losses = []
+    for epoch in range(4):
+        order = torch.randperm(50, generator=torch.Generator().manual_seed(3 + epoch))
+        for places in order.split(12):
+            for group in optimizer.param_groups:
+                group["lr"] = highest * rate(len(losses))
+            loss = F.cross_entropy(byhand(inputs[places]), labels[places])
+            optimizer.zero_grad()
+            loss.backward()
+            if settings.get("clip", 1.0):
+                nn.utils.clip_grad_norm_(byhand.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+    assert_same(tuned, byhand, rtol=1e-10, atol=1e-12)
+    assert_close([row["loss"] for row in result.steps], losses)
+    assert_close([row["lr"] for row in result.steps], [highest * rate(i) for i in range(20)])
+
+
+def test_batches_that_one_step_takes_together_are_one_batch() -> None:
+    """Also where the last ones are smaller, as 50 is no multiple of 8 or 24."""
+    runs = []
+    for size, together in ((24, 1), (8, 3)):
+        tuned = net()
+        finetune(
+            tuned, data(), strategy=lora(), epochs=3, batch_size=size, accumulate=together, **QUIET
+        )
+        runs.append(tuned)
+    assert_same(*runs, rtol=1e-9, atol=1e-12)
+
+
+def test_all_ways_to_give_examples_train_the_same() -> None:
+    inputs, labels = data()
+    dataset = TensorDataset(inputs, labels)
+
+    class Rows(torch.utils.data.Dataset):
+        """Dictionaries, as transformers takes them, with a column that no network wants."""
+
+        def __len__(self) -> int:
+            return len(inputs)
+
+        def __getitem__(self, place: int) -> dict[str, Any]:
+            return {"input": inputs[place], "labels": labels[place], "idx": place}
+
+    ways = [(inputs, labels), dataset, Examples(dataset), Rows(), Examples(Rows())]
+    runs = []
+    for way in ways:
+        tuned = net()
+        finetune(tuned, way, strategy=lora(), epochs=2, **QUIET)
+        runs.append(tuned)
+    for other in runs[1:]:
+        assert_same(runs[0], other, rtol=0, atol=0)
+
+
+def test_an_example_that_is_left_alone_joins_the_last_batch() -> None:
+    """Norm layers cannot learn from one example."""
+    tuned = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).double()
+    seen = []
+    tuned[1].register_forward_hook(
+        lambda module, inputs, out: seen.append(len(out)) if module.training else None
+    )
+    result = finetune(tuned, data(25), strategy=lora(), epochs=1, batch_size=8, **QUIET)
+    assert (seen, len(result.steps)) == ([8, 8, 9], 3)
+
+
+def test_a_data_loader_keeps_its_own_batches() -> None:
+    inputs, labels = data()
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=10, drop_last=True)
+    result = finetune(net(), loader, strategy=lora(), epochs=2, **QUIET)
+    assert len(result.steps) == 10
+
+
+def test_a_plain_network_is_trained_as_its_flags_say() -> None:
+    tuned = net()
+    tuned[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in tuned.state_dict().items()}
+    finetune(tuned, data(), epochs=1, **QUIET)
+    assert [name for name, _ in tuned.named_parameters() if name in tuned.state_dict()] == [
+        "2.weight", "2.bias"]  # fmt: skip
+    assert torch.equal(tuned[0].weight, before["0.weight"])
+    assert not torch.equal(tuned[2].weight, before["2.weight"])
+
+
+def test_loraplus_gives_outer_factors_a_higher_rate() -> None:
+    tuned = net()
+    gift.enable_fine_tuning(tuned, lora(train_bias=True))
+    low, high = parameter_groups(tuned, 0.01, 16.0)
+    names = {id(p): name for name, p in tuned.named_parameters()}
+    assert [names[id(p)] for p in high["params"]] == ["0.lora_B", "2.lora_B"]
+    assert {names[id(p)] for p in low["params"]} == {"0.lora_A", "2.lora_A", "0.bias", "2.bias"}
+    assert (low["lr"], high["lr"]) == (0.01, 0.16)
+    result = finetune(tuned, data(), epochs=1, lr=0.01, loraplus_ratio=16.0, **QUIET)
+    assert all(row["lr_1"] == pytest.approx(16 * row["lr"]) for row in result.steps)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_autocast_computes_in_the_precision_that_was_asked_for(precision: str) -> None:
+    tuned = net().float()
+    seen = set()
+    tuned[2].register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
+    inputs, labels = data()
+    result = finetune(
+        tuned,
+        (inputs.float(), labels),
+        strategy=lora(),
+        epochs=8,
+        lr=0.05,
+        precision=precision,
+        **QUIET,
+    )
+    assert getattr(torch, precision) in seen
+    assert all(p.dtype is torch.float32 for p in tuned.parameters())
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] * 0.8
+
+
+def test_a_compiled_network_trains_the_same() -> None:
+    runs = []
+    for compile in (False, True):
+        tuned = net()
+        finetune(
+            tuned, data(48), strategy=lora(), epochs=2, batch_size=16, compile=compile, **QUIET
+        )
+        runs.append(tuned)
+    assert_same(*runs, rtol=1e-8, atol=1e-10)
+
+
+# --- what it measures ----------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
+    tuned, (inputs, labels) = net(), data(200)
+    result = finetune(tuned, data(), (inputs, labels), strategy=lora(), epochs=2, **QUIET)
+    with torch.no_grad():
+        logits = tuned.eval()(inputs)
+    told = logits.argmax(1)
+    precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
+        labels, told, average="macro", zero_division=0
+    )
+    expected = {
+        "loss": F.cross_entropy(logits, labels).item(),
+        "accuracy": (told == labels).double().mean().item(),
+        "f1": f1, "precision": precision, "recall": recall,
+    }  # fmt: skip
+    assert result.after == pytest.approx(expected, abs=1e-6)
+    assert result.confusion == sklearn.metrics.confusion_matrix(labels, told).tolist()
+    assert evaluate(tuned, (inputs, labels), device="cpu") == pytest.approx(result.after)
+    assert result.before == pytest.approx(evaluate(net(), (inputs, labels), device="cpu"))
+
+
+def test_the_best_epoch_is_kept_and_its_file_gives_the_same_network(tmp_path: Path) -> None:
+    """A rate that is much too high at the end makes the last epoch a bad one."""
+
+    def rates(optimizer: Any, steps: int) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 if s < steps // 2 else 2000)
+
+    tuned, valid = net(), data(80)
+    result = finetune(
+        tuned, data(), valid, strategy=lora(), epochs=6, lr=0.02, lr_schedule=rates,
+        folder=tmp_path, **QUIET,
+    )  # fmt: skip
+    best = min(row["valid_loss"] for row in result.history)
+    assert result.after["loss"] == pytest.approx(best, rel=1e-12)
+    assert result.history[result.best_epoch - 1]["valid_loss"] == best
+    assert result.history[-1]["valid_loss"] > best
+    fresh = net()
+    gift.load(fresh, tmp_path / "best.safetensors")
+    assert torch.equal(fresh(valid[0]), tuned(valid[0]))
+    last = net()
+    gift.load(last, tmp_path / "last.safetensors")
+    ended = evaluate(last, valid, device="cpu")
+    assert ended["loss"] == pytest.approx(result.history[-1]["valid_loss"], rel=1e-12)
+
+
+def test_training_stops_when_nothing_gets_better() -> None:
+    inputs, labels = data()
+    result = finetune(
+        net(), (inputs, labels), (inputs, (labels + 1) % 3), strategy=lora(), lr=0.05, epochs=50,
+        patience=2, **QUIET,
+    )  # fmt: skip
+    best = min(range(len(result.history)), key=lambda i: result.history[i]["valid_loss"])
+    assert len(result.history) == best + 3 < 50
+    assert "2 epochs" in result.stopped
+
+
+def test_forgetting_is_told_with_the_old_head() -> None:
+    """The old metrics are those of the adapted network with the layer that was replaced."""
+    base, old = net(3), data(60)
+    expected = evaluate(base, old, device="cpu")
+    tuned = net(3)
+    head = tuned[2]
+    new_task = (data(60)[0], (data(60)[0][:, 4] > 0).long())
+    strategy = merge_strategies([HeadReplacementStrategy(num_classes=2), lora()])
+    result = finetune(tuned, new_task, strategy=strategy, old=old, epochs=3, lr=0.05, **QUIET)
+    assert result.old_before == pytest.approx(expected)
+    with_old_head = nn.Sequential(tuned[0], tuned[1], head)
+    assert result.old_after == pytest.approx(evaluate(with_old_head, old, device="cpu"))
+    assert result.old_after["loss"] != result.old_before["loss"]
+    assert tuned[2].out_features == 2
+
+
+# --- other tasks ---------------------------------------------------------------------------------
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=12, bos_token_id=0,
+        eos_token_id=0, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, loss_type="ForCausalLM",
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).double()
+
+
+def test_a_language_model_learns_from_the_loss_of_transformers() -> None:
+    """Rows of different lengths: the mean is over all tokens of a batch."""
+    random = torch.Generator().manual_seed(2)
+    tokens = torch.randint(1, 30, (8, 10), generator=random)
+    mask = torch.ones(8, 10, dtype=torch.long)
+    mask[::2, 7:] = 0
+    rows = [{"input_ids": t, "attention_mask": m} for t, m in zip(tokens, mask, strict=True)]
+    tuned = gpt2()
+    result = finetune(
+        tuned, Examples(rows, task="language"), Examples(rows, task="language"), epochs=1,
+        strategy=LoRALinearFineTuningStrategy(rank=2), optimizer="SGD", weight_decay=0.0, lr=0.1,
+        lr_schedule="constant", warmup=0.0, clip=None, batch_size=8, keep="last", **QUIET,
+    )  # fmt: skip
+    byhand = gpt2()
+    torch.manual_seed(0)
+    gift.enable_fine_tuning(byhand, LoRALinearFineTuningStrategy(rank=2))
+    labels = tokens.masked_fill(mask == 0, -100)
+    loss = byhand(input_ids=tokens, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    assert result.before["loss"] == pytest.approx(loss.item())
+    assert result.before["perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-5)
+    with torch.no_grad():
+        for parameter in byhand.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert_same(tuned, byhand, rtol=1e-4, atol=1e-8)  # its loss is computed in float32
+
+
+def test_regression_has_the_mean_squared_error() -> None:
+    inputs, _ = data()
+    targets = inputs[:, :3] * 2 + 1
+    tuned = net()
+    result = finetune(
+        tuned, (inputs, targets), (inputs, targets), task="regression", strategy=lora(),
+        epochs=60, lr=0.05, **QUIET,
+    )  # fmt: skip
+    left = tuned(inputs).detach() - targets
+    assert result.after["loss"] == pytest.approx(left.square().mean().item())
+    assert result.after["mae"] == pytest.approx(left.abs().mean().item(), abs=1e-6)
+    assert result.after["rmse"] == pytest.approx(left.square().mean().sqrt().item(), abs=1e-6)
+    assert result.after["rmse"] < result.before["rmse"] / 2
+
+
+def test_an_own_loss_and_pixels_with_classes() -> None:
+    """A class for each pixel; one more of those that are ignored changes nothing."""
+    torch.manual_seed(0)
+    pictures, labels = torch.randn(6, 2, 4, 4), torch.randint(0, 3, (6, 4, 4))
+    labels[:, 0] = -100
+    tuned = nn.Conv2d(2, 3, 1)
+    result = finetune(
+        tuned, (pictures, labels), (pictures, labels), strategy=FullFineTuningStrategy(), epochs=1,
+        loss=lambda out, target: 2 * F.cross_entropy(out, target), keep="last", **QUIET,
+    )  # fmt: skip
+    out = tuned(pictures).detach()
+    assert result.after["loss"] == pytest.approx(2 * F.cross_entropy(out, labels).item(), rel=1e-5)
+    seen = labels != -100
+    right = (out.argmax(1) == labels)[seen].double().mean().item()
+    assert result.after["accuracy"] == pytest.approx(right, abs=1e-6)
