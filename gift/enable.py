@@ -15,6 +15,7 @@ from gift.generated import Spec, joined, spec_of
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
 from gift.network import NetworkRecord, install_record, named_trainable, remove_record
+from gift.noted import drop_empty_note, renew_note
 from gift.report import Report, some
 from gift.strategies.base import Cap, FineTuningStrategy
 from gift.transaction import Snapshot, all_or_nothing
@@ -76,6 +77,7 @@ def enable_fine_tuning(
             snapshot.rollback()
             return report
         undo = snapshot.commit(keep_base)
+        drop_empty_note(module)
         named = dict(module.named_parameters(remove_duplicate=False))
         record = NetworkRecord(
             chosen={name for name, p in named.items() if p.requires_grad},
@@ -218,7 +220,8 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         if spec_of(part) != Spec():
             raise RuntimeError(
                 f"{path or 'the network'} is being fine-tuned already: call disable_fine_tuning "
-                "first, or merge the strategies and enable once"
+                "for the base, or gift.merge to keep what was trained; to train by two strategies, "
+                "merge them and enable once"
             )
         if type(part).__name__ in _WRAPPERS or isinstance(part, torch.jit.ScriptModule):
             raise ValueError(
@@ -252,6 +255,7 @@ def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) 
         total_before=size_of(parameters),
         trainable_before=size_of(p for p in parameters if p.requires_grad),
     )
+    renew_note(module)
     walk = Walk(module, strategy, guard=lambda: snapshot.values)
     if walk.problems:
         raise AdaptationError(

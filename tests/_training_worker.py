@@ -1,6 +1,7 @@
 """What two processes do in `test_training_processes`: train together, as one does alone."""
 
 import os
+import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.data import Dataset
 
 import gift
 from gift.schedules import UnfreezeMilestones
@@ -54,8 +56,8 @@ def transformer() -> nn.Module:
 
 
 def data(number: int) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(1)
-    inputs = torch.randn(number, 6, dtype=torch.float64, generator=random)
+    draw = torch.Generator().manual_seed(1)
+    inputs = torch.randn(number, 6, dtype=torch.float64, generator=draw)
     return inputs, inputs[:, :3].argmax(1)
 
 
@@ -72,7 +74,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def trained(make: Callable[[], nn.Module], folder: Path, **settings: Any) -> tuple[Any, Any]:
+def trained(make: Callable[[], nn.Module], folder: Path | None, **settings: Any) -> tuple[Any, Any]:
     """A network that was trained, and the result."""
     net = make()
     # Statistics of half a batch are others.
@@ -87,8 +89,9 @@ def trained(make: Callable[[], nn.Module], folder: Path, **settings: Any) -> tup
     } | settings  # fmt: skip
     examples = options.pop("examples", 37)
     schedule = options.pop("schedule", lambda: None)()
+    train = options.pop("train", None) or data(examples)
     result = finetune(
-        net, data(examples), data(17), old=data(11), strategy=strategy, schedule=schedule,
+        net, train, data(17), old=data(11), strategy=strategy, schedule=schedule,
         folder=folder, **options, **QUIET,
     )  # fmt: skip
     return net, result
@@ -104,7 +107,7 @@ def whole(net: nn.Module) -> dict[str, Tensor]:
 
 def same_as_alone(make: Callable[[], nn.Module], folder: Path, **settings: Any) -> None:
     with environment(ALONE):
-        alone, expected = trained(make, folder / f"alone{dist.get_rank()}", **settings)
+        alone, expected = trained(make, None, **settings)
     together, result = trained(make, folder / "together", **settings)
     assert_close(whole(together), whole(alone), rtol=1e-9, atol=1e-12)
     for row, other in zip(result.history, expected.history, strict=True):
@@ -118,11 +121,29 @@ def same_as_alone(make: Callable[[], nn.Module], folder: Path, **settings: Any) 
     assert_close(dict(fresh.state_dict()), whole(alone), rtol=1e-9, atol=1e-12)
 
 
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Examples that are other ones whenever they are read."""
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = data(37)
+        return inputs[place] + 0.1 * torch.randn(6) + random.random(), labels[place]
+
+
 def goes_on(folder: Path, parallel: str, together_again: bool) -> None:
-    """A run that was killed goes on in both processes, or in one alone."""
+    """A run that was killed goes on in both processes, or in one alone.
+
+    Where both go on, it draws random numbers, and ends where it would have ended.
+    """
     settings = {"parallel": parallel, "checkpoint_steps": 2, "batch_size": 8}
-    with environment(ALONE):
-        alone, _ = trained(perceptron, folder / f"alone{dist.get_rank()}", **settings)
+    if together_again:
+        settings |= {"train": Noisy()}
+        alone, _ = trained(perceptron, None, **settings)
+    else:
+        with environment(ALONE):
+            alone, _ = trained(perceptron, None, **settings)
     plain_step, steps = loop.train_step, []
 
     class Killed(BaseException):
@@ -189,6 +210,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
 def play(rank: int, folder: Path, seconds: int) -> None:
     """Play all scenarios, and write how each went: nothing, or what went wrong."""
     torch.set_num_threads(1)
+    loop.write_report = lambda *_: None  # which takes longer than the runs
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,

@@ -21,6 +21,7 @@ from gift.data import (
     PictureReader,
     TextReader,
     class_folders,
+    labelled,
     picture_table,
     reader_from_config,
     tensors,
@@ -439,3 +440,18 @@ def test_without_a_reader_it_says_which_there_are(tmp_path: Path) -> None:
     folder = class_pictures(tmp_path, ant=1, bee=1)
     with pytest.raises(DataError, match=r"the reader is None, expected one of gift\.data"):
         class_folders(folder, None)  # type: ignore[arg-type]
+
+
+def test_lists_of_texts_and_labels_are_read_like_a_table(tmp_path: Path) -> None:
+    rows = [("a joy", "good"), ("so deep", "bad"), ("dull", "bad")]
+    table = tmp_path / "reviews.tsv"
+    table.write_text("".join(f"{text}\t{label}\n" for text, label in rows))
+    expected = text_table(table, str.split, text=0, label=1)
+    texts, labels = zip(*rows, strict=True)
+    found = labelled(texts, labels, str.split)
+    assert found.classes == expected.classes
+    assert [found.dataset[i] for i in range(3)] == [expected.dataset[i] for i in range(3)]
+    with pytest.raises(DataError, match="3 inputs and 2 labels"):
+        labelled(texts, labels[:2], str.split)
+    with pytest.raises(DataError, match=r"example 1: .*'bad'"):
+        labelled(texts, labels, str.split, classes=("good", "awful"))

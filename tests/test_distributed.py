@@ -1,39 +1,19 @@
 """DDP and FSDP2 with two gloo processes on this machine, see `_distributed_worker`."""
 
-import contextlib
-import time
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from tests._distributed_worker import SCENARIOS, play
-
-# A collective that waits for longer fails, and all processes together are given up after this.
-COLLECTIVE_SECONDS, ALL_SECONDS = 15, 120
+from tests.two_processes import check_report, play_in_two
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes wrote how each scenario went."""
-    folder = tmp_path_factory.mktemp("played")
-    processes = torch.multiprocessing.spawn(
-        play, (folder, COLLECTIVE_SECONDS), nprocs=2, join=False, daemon=True
-    )
-    deadline = time.monotonic() + ALL_SECONDS
-    with contextlib.suppress(ProcessExitedException, ProcessRaisedException):  # reports are missing
-        while not processes.join(timeout=1) and time.monotonic() < deadline:
-            pass
-    for process in processes.processes:
-        process.kill()
-    return folder
+    return play_in_two(play, tmp_path_factory.mktemp("played"), 15, 120)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes(name: str, played: Path) -> None:
-    reports = [played / f"{name}.{rank}" for rank in (0, 1)]
-    assert all(report.exists() for report in reports), "a process died or hung before"
-    errors = [f"process {i}: {report.read_text()}" for i, report in enumerate(reports)]
-    if errors != ["process 0: ", "process 1: "]:
-        pytest.fail("\n".join(errors), pytrace=False)
+    check_report(name, played)

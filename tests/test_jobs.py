@@ -358,3 +358,29 @@ def test_whatever_a_file_holds_the_error_is_one_of_the_job(tmp_path: Path) -> No
             assert not any(word in str(error) for word in JARGON), str(error)  # noqa: PT017
             outcomes.add(JobError)
     assert outcomes == {Job, JobError}
+
+
+def test_a_file_beside_the_job_that_is_called_like_a_network_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "resnet18").mkdir()
+    text = """
+network: {name: "torchvision:resnet18", weights: IMAGENET1K_V1}
+data: {kind: class_folders, train: a}
+folder: run
+"""
+    job = job_of(tmp_path, text)
+    assert job.network is not None
+    assert (job.network.name, job.network.weights) == ("torchvision:resnet18", "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize("number", ["1e-8", "1.0e-8", "1E-8", ".1e-7", "10e-9"])
+def test_powers_of_ten_are_numbers(number: str, tmp_path: Path) -> None:
+    """PyYAML takes those without a dot for texts, as YAML 1.1 does."""
+    text = f"""
+network: {{name: "torchvision:resnet18"}}
+data: {{kind: class_folders, train: a}}
+training: {{optimizer_options: {{eps: {number}}}}}
+folder: run
+"""
+    assert job_of(tmp_path, text).training.optimizer_options == {"eps": 1e-8}

@@ -24,7 +24,7 @@ from gift.strategies import (
     NormFineTuningStrategy,
     merge_strategies,
 )
-from gift.training import evaluate, finetune
+from gift.training import TrainingError, evaluate, finetune
 from gift.training.predicting import predict
 from gift.zoo import LoadedNetwork, load_network
 from tests.job_examples import CHEAP, bert, picture_job, pictures, text_job, texts, written
@@ -409,3 +409,20 @@ def test_a_run_without_a_delta_says_so(tmp_path: Path) -> None:
         run_job(job, Stops(1))
     with pytest.raises(FileNotFoundError, match=r"has no best\.safetensors yet"):
         Run(tmp_path / "run", Stops(0)).network()
+
+
+def test_what_was_held_out_is_judged_again(tmp_path: Path) -> None:
+    place = {"kind": "text_table", "train": "data/train.tsv", "valid_share": 0.25}
+    result = run_job(read_job(text_job(tmp_path, data=place)))
+    assert Run(tmp_path / "run").evaluate() == pytest.approx(result.after, abs=1e-6)
+
+
+def test_a_refused_restart_leaves_the_run_that_was_there(tmp_path: Path) -> None:
+    path = text_job(tmp_path)
+    run_job(read_job(path))
+    folder = tmp_path / "run"
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    wrong = read_job(path, ["training.metrics=[map]", "training.lr=0.5"])
+    with pytest.raises(TrainingError, match="no metric of classification"):
+        run_job(wrong, restart=True)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before

@@ -15,9 +15,13 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from torch import nn
 
+import gift
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
 from gift.methods import METHODS
+from gift.registry import REGISTRY
+from gift.strategies import STRATEGIES
+from gift.utils.info import table_methods
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -56,6 +60,7 @@ def test_a_notebook_prints_what_is_stored_in_it(
 ) -> None:
     """Cells that are tagged "varies" print accuracies, which differ between machines."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # what is there is enough
     stored = nbformat.read(file, as_version=4)
     for old, new in zip(code_cells(stored), code_cells(executed(stored)), strict=True):
         if "varies" not in old.metadata.get("tags", []):
@@ -96,8 +101,12 @@ def test_the_method_in_the_contributing_guide_is_a_whole_one() -> None:
     try:
         exec(textwrap.dedent(source), {"__name__": __name__})
         enable_fine_tuning(layer, FineTuningStrategy([(mc_layer(), ma_adapt("row_scale"))]))
+        assert list(gift.strategies.RowScaleLinearFineTuningStrategy().init_paras)
+        assert "row_scale" in table_methods(nn.Linear(8, 8))
     finally:
         METHODS.pop("row_scale", None)
+        for name in [name for name in STRATEGIES if name.startswith("RowScale")]:
+            del STRATEGIES[name], REGISTRY[name]
     assert torch.equal(layer(inputs), before)
     [factors] = layer.parameters()
     with torch.no_grad():

@@ -56,6 +56,14 @@ def cosine(step: int, warmup: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
+def one_cycle(step: int) -> float:
+    """Half of 20 steps up to `lr` from a 25th of it, then down to a ten thousandth of that."""
+    low, end, turn, last = 1 / 25, 1 / 25 / 1e4, 9, 19
+    if step <= turn:
+        return low + (1 - low) * (1 - math.cos(math.pi * step / turn)) / 2
+    return end + (1 - end) * (1 + math.cos(math.pi * (step - turn) / (last - turn))) / 2
+
+
 LOOPS: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "adamw, cosine": (
         {"lr": 0.02, "warmup": 0.25},
@@ -67,6 +75,17 @@ LOOPS: dict[str, tuple[dict[str, Any], Any, Any]] = {
          "lr_schedule": "linear", "warmup": 0.0, "weight_decay": 0.0},
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         lambda step: 1 - step / 20,
+    ),
+    "one cycle": (
+        {"lr": 0.05, "optimizer": "SGD", "lr_schedule": "onecycle", "warmup": 0.5},
+        lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
+        one_cycle,
+    ),
+    "a schedule that changes the rate at once": (
+        {"lr": 0.05, "optimizer": "SGD", "weight_decay": 0.0,
+         "lr_schedule": lambda o, n: torch.optim.lr_scheduler.LinearLR(o, 0.5, 1.0, n)},
+        lambda p: torch.optim.SGD(p, lr=0.05),
+        lambda step: 0.5 + 0.5 * step / 20,
     ),
     "own optimizer, own schedule": (
         {"lr": 0.05, "optimizer": torch.optim.RMSprop, "weight_decay": 0.1,
@@ -335,12 +354,16 @@ def test_a_language_model_learns_from_the_loss_of_transformers() -> None:
     assert_same(tuned, byhand, rtol=1e-4, atol=1e-8)  # its loss is computed in float32
 
 
-def test_regression_has_the_mean_squared_error() -> None:
+@pytest.mark.parametrize("single", [False, True])
+def test_regression_has_the_mean_squared_error(single: bool) -> None:
     inputs, _ = data()
-    targets = inputs[:, :3] * 2 + 1
-    tuned = net()
+    targets = inputs[:, 0] * 2 + 1 if single else inputs[:, :3] * 2 + 1
+    tuned = nn.Sequential(*net(), nn.Flatten(0)) if single else net()
+    if single:
+        tuned[2] = nn.Linear(16, 1).double()
     result = finetune(
-        tuned, (inputs, targets), (inputs, targets), task="regression", strategy=lora(),
+        tuned, (inputs, targets), (inputs, targets), task="regression",
+        strategy=FullFineTuningStrategy(),
         epochs=60, lr=0.05, **QUIET,
     )  # fmt: skip
     left = tuned(inputs).detach() - targets
@@ -348,6 +371,49 @@ def test_regression_has_the_mean_squared_error() -> None:
     assert result.after["mae"] == pytest.approx(left.abs().mean().item(), abs=1e-6)
     assert result.after["rmse"] == pytest.approx(left.square().mean().sqrt().item(), abs=1e-6)
     assert result.after["rmse"] < result.before["rmse"] / 2
+
+
+def test_the_old_task_is_of_the_same_kind() -> None:
+    inputs, _ = data()
+    old = (inputs, inputs.sum(1, keepdim=True))
+    tuned = nn.Linear(6, 1).double()
+    expected = evaluate(tuned, old, task="regression", device="cpu")
+    result = finetune(
+        tuned, (inputs, inputs[:, :1]), task="regression", old=old, epochs=1, **QUIET,
+        strategy=FullFineTuningStrategy(),
+    )  # fmt: skip
+    assert result.old_before == expected
+    told = finetune(net(), data(), old=lambda net: {"any": 1.5}, epochs=1, **QUIET)
+    assert told.old_after == {"any": 1.5}
+
+
+def test_small_types_of_labels_mean_what_they_say() -> None:
+    """156 is -100 in eight bits."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(4, 200), torch.randn(8, 4)
+    labels = torch.full((8,), 156)
+    small = evaluate(layer, (inputs, labels.to(torch.uint8)), device="cpu")
+    assert small == evaluate(layer, (inputs, labels), device="cpu")
+    assert small["loss"] == pytest.approx(F.cross_entropy(layer(inputs), labels).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_one_cycle_of_few_steps(steps: int) -> None:
+    """A warm-up of a tenth of ten steps is a single one."""
+    result = finetune(
+        net(), data(), strategy=lora(), epochs=steps, batch_size=50, lr_schedule="onecycle",
+        lr=0.01, **QUIET,
+    )  # fmt: skip
+    assert max(row["lr"] for row in result.steps) <= 0.01 * (1 + 1e-9)
+
+
+def test_small_errors_are_not_rounded_away() -> None:
+    layer = nn.Linear(1, 1, bias=False).double()
+    inputs = torch.ones(4, 1, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.fill_(1 + 3e-9)
+    found = evaluate(layer, (inputs, inputs * (1 + 5e-9)), task="regression", device="cpu")
+    assert found["loss"] == pytest.approx(4e-18, rel=1e-6)
 
 
 def test_an_own_loss_and_pixels_with_classes() -> None:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import gift
 from gift.data import DataError
 from gift.data.examples import Examples
+from gift.schedules import FreezeUnfreeze
 from gift.strategies import FreezeStrategy, HeadReplacementStrategy, IA3AllFineTuningStrategy
 from gift.strategies.lora import LoRAAllFineTuningStrategy
-from gift.training import Settings, TrainingError, evaluate, finetune
+from gift.training import Settings, TrainingError, evaluate, finetune, loop
 from tests.common import picture
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False, "tensorboard": False, "epochs": 1}
@@ -39,6 +41,12 @@ class Damaged(Dataset[Any]):
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(zip(DATA, LABELS, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the runs; tests/test_training_report.py is about them."""
+    monkeypatch.setattr(loop, "write_report", lambda *_: None)
 
 
 def net() -> nn.Module:
@@ -100,6 +108,14 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         with_(LABELS, strategy=HeadReplacementStrategy(3, head_name="fc")), ValueError, "fc"),
     "a damaged example": ({"train": Damaged(0)}, DataError, "bee.jpg is damaged"),
     "a damaged example to validate on": (with_(LABELS, valid=Damaged(3)), DataError, "bee.jpg"),
+    "a label to validate on, late": (
+        with_(LABELS, valid=(DATA, one(19, 7)), batch_size=4), TrainingError, r"labels \[7\] are"),
+    "an old label, late": (with_(LABELS, old=(DATA, one(19, 7)), batch_size=4), TrainingError,
+        r"labels \[7\] are"),
+    "texts for numbers": (
+        with_(LABELS, lr="1e-3", seed="a", metrics="accuracy", batch_size=None), ValueError,
+        "batch_size is None.*lr is '1e-3'.*seed is 'a'.*metrics is 'accuracy'"),
+    "no schedule": (with_(LABELS, schedule="Freeze"), TypeError, "gift.schedules, got 'Freeze'"),
     "out of range": (
         with_(LABELS, epochs=0, lr=-1.0, precision="float8", warmup=2), ValueError,
         r"epochs is 0.*lr is -1.0.*warmup is 2.*precision is 'float8'"),
@@ -117,6 +133,37 @@ def test_what_does_not_fit_leaves_network_and_folder_alone(name: str, tmp_path: 
         finetune(network, given.pop("train"), folder=tmp_path / "run", **given)
     assert picture(network) == before
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_restart_leaves_the_run_that_was_there(tmp_path: Path) -> None:
+    """Also where the folder is no folder."""
+    strategy = LoRAAllFineTuningStrategy(rank=2)
+    finetune(net(), (DATA, LABELS), strategy=strategy, folder=tmp_path / "run", **QUIET)
+    (tmp_path / "file").write_text("")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    late = (DATA, one(19, 7))
+    for folder, valid in (("run", late), ("file", None), ("file/run", None)):
+        network = net()
+        untouched = picture(network)
+        with pytest.raises(TrainingError):
+            finetune(
+                network, (DATA, LABELS), valid, strategy=strategy, folder=tmp_path / folder,
+                restart=True, batch_size=4, **QUIET,
+            )  # fmt: skip
+        assert picture(network) == untouched
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_schedule_is_free_again_after_a_refusal() -> None:
+    schedule = FreezeUnfreeze(unfreeze_epoch=0)
+    with pytest.raises(TrainingError, match="out of range"):
+        finetune(net(), (DATA, one(0, 9)), schedule=schedule, **QUIET)
+    assert not schedule.is_attached
+
+
+def test_a_milestone_after_the_last_epoch_is_told() -> None:
+    with pytest.warns(gift.GiftWarning, match=r"in epochs \[5\].*there are only 1"):
+        finetune(net(), (DATA, LABELS), schedule=FreezeUnfreeze(unfreeze_epoch=5), **QUIET)
 
 
 LATER: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

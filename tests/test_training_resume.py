@@ -11,9 +11,10 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import gift
+from gift.data.examples import Examples
 from gift.strategies import HeadReplacementStrategy, merge_strategies
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from gift.training import TrainingError, finetune, loop
@@ -75,6 +76,12 @@ def run(name: str, network: nn.Module, **more: Any) -> Any:
     return finetune(network, make(), (DATA, LABELS), strategy=strategy, **options, **QUIET)
 
 
+@pytest.fixture(autouse=True)
+def _without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the runs; tests/test_training_report.py is about them."""
+    monkeypatch.setattr(loop, "write_report", lambda *_: None)
+
+
 class Killed(BaseException):
     """No error that anybody handles."""
 
@@ -121,7 +128,7 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path: Pa
         seconds = float(sys.argv[2])
         def kill():
             while not os.path.exists(sys.argv[1] + "/checkpoint.pt"):
-                pass
+                threading.Event().wait(0.002)
             threading.Event().wait(seconds)
             os.kill(os.getpid(), 9)
         threading.Thread(target=kill, daemon=True).start()
@@ -133,7 +140,7 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path: Pa
     expected = run("random examples", whole, epochs=8, lr_schedule="constant")
     code = script.replace("epochs=200", "epochs=8, lr_schedule='constant'")
     codes = []
-    for seconds in ("0", "0.01", "0.02"):
+    for seconds in ("0", "0.01"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path), seconds], check=False, cwd=Path.cwd()
         )
@@ -177,6 +184,36 @@ def test_the_checkpoint_of_another_run_is_refused(
         run("adamw", network, folder=tmp_path, **change)
     assert picture(network) == before
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ("b", "a", "c")}, "classes was .'a', 'b', 'c'"),
+        ({"loss": nn.L1Loss()}, "loss was '' and is 'L1Loss'"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_examples(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    def start(classes: Any = ("a", "b", "c"), loss: Any = None) -> Any:
+        examples = Examples(TensorDataset(DATA, LABELS), classes=classes)
+        strategy = LoRAAllFineTuningStrategy(rank=2)
+        return finetune(
+            net(), examples, strategy=strategy, loss=loss, folder=tmp_path, epochs=1, **QUIET
+        )
+
+    start()
+    with pytest.raises(TrainingError, match=message + r".*restart=True"):
+        start(**change)
+
+
+def test_a_run_does_not_go_on_with_another_base(tmp_path: Path) -> None:
+    run("adamw", net(), folder=tmp_path)
+    other = net()
+    nn.init.normal_(other[0].weight)
+    with pytest.raises(TrainingError, match=r"values of the base was.*restart=True"):
+        run("adamw", other, folder=tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

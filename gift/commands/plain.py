@@ -11,14 +11,10 @@ from typing import Any
 import typer
 
 from gift.enable import GiftWarning
+from gift.training.processes import rank
 
 TRACEBACK = "GIFT_TRACEBACK"
 _PLAIN = (FileNotFoundError, ImportError, ModuleNotFoundError, ValueError)
-
-
-def rank() -> int:
-    """The number of this process among those that torchrun started; the first prints and writes."""
-    return int(os.environ.get("RANK", 0))
 
 
 def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:

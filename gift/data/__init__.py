@@ -6,7 +6,7 @@ from gift.data.examples import Examples, Reader
 from gift.data.folders import class_folders
 from gift.data.hub import hugging_face
 from gift.data.language import language_text
-from gift.data.memory import tensors
+from gift.data.memory import labelled, tensors
 from gift.data.named import torchvision_dataset
 from gift.data.readers import DetectorReader, PictureReader, TextReader, reader_from_config
 from gift.data.tables import picture_table, text_table
@@ -21,6 +21,7 @@ __all__ = [
     "class_folders",
     "coco",
     "hugging_face",
+    "labelled",
     "language_text",
     "picture_table",
     "reader_from_config",

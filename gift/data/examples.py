@@ -3,14 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.utils.data import Dataset, Subset
 
 
 class Reader(Protocol):
-    """Makes the input of a network from a file, picture or text."""
+    """Makes the input of a network from a file, picture or text.
+
+    Its `stands_alone` says whether plain data describe it, without files beside them.
+    """
+
+    stands_alone: ClassVar[bool]
 
     def __call__(self, raw: Any) -> Any:
         """The input for one example, without anything random."""

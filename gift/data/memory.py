@@ -1,4 +1,4 @@
-"""Examples that are tensors already."""
+"""Examples that are in memory already."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from gift.data.classes import classes_of
-from gift.data.examples import Examples
+from gift.data.classes import classes_of, numbers_of
+from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
+from gift.data.reading import read_examples
 
 
 def tensors(
@@ -46,6 +47,42 @@ def tensors(
     refuse("tensors", problems)
     names = None if classes is None else classes_of((), classes)
     return Examples(TensorDataset(x, y), task=task, classes=names)
+
+
+def labelled(
+    inputs: Sequence[Any],
+    labels: Sequence[Any],
+    reader: Reader,
+    classes: Sequence[str] | None = None,
+    augment: bool = False,
+) -> Examples:
+    """Texts, pairs of texts, pictures of PIL or paths of pictures, and their labels.
+
+    Args:
+        inputs: what the reader reads.
+        labels: of each, any texts or numbers.
+        reader: makes what the network takes: `TextReader`, `PictureReader`, or that of a network.
+        classes: labels in the order of their numbers, `train.classes` for validation; names for
+            labels that are numbers; None takes labels in alphabetical order, numbers in theirs.
+        augment: crop and mirror pictures at random, for training.
+
+    Raises:
+        DataError: if there are none, their numbers differ, or labels are of no class.
+
+    Example:
+        >>> from gift.data import labelled
+        >>> examples = labelled(["a joy", "so deep"], ["good", "bad"], str.split)
+        >>> examples.dataset[0], examples.classes
+        ((['a', 'joy'], 1), ('bad', 'good'))
+    """
+    if not len(inputs) or len(inputs) != len(labels):
+        counts = f"{len(inputs)} inputs and {len(labels)} labels"
+        refuse("examples", [f"there are {counts}, expected as many"])
+    told = [str(label) for label in labels]
+    known = classes_of(told, classes)
+    numbers, unknown = numbers_of(told, known)
+    refuse("examples", [f"example {place}: {reason}" for place, reason in unknown])
+    return read_examples(list(zip(inputs, numbers, strict=True)), reader, known, augment)
 
 
 def _out_of_range(labels: Tensor, number: int | None) -> list[str]:

@@ -1,15 +1,14 @@
 """Pictures to learn from: scikit-learn's handwritten digits, or a folder of class folders."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gift.demo.network import Data
+from gift.extras import needed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 HELD_OUT = ("val", "valid", "validation", "test")
@@ -52,21 +51,9 @@ class Task:
         return Task([f"{90 * turns} degrees" for turns in range(4)], *parts)
 
 
-def needed(module: str) -> Any:
-    """A module that comes with ``gift[demo]``.
-
-    Raises:
-        ImportError: saying how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'the demo needs {module}: pip install "gift[demo]"') from error
-
-
 def digits() -> Task:
     """1,797 scans of handwritten digits, 8 x 8 pixels; a third of them is held out."""
-    scans = needed("sklearn.datasets").load_digits()
+    scans = needed("sklearn.datasets", "demo").load_digits()
     images = torch.from_numpy(scans.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(scans.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -144,10 +131,10 @@ STD = torch.tensor((0.229, 0.224, 0.225)).reshape(3, 1, 1)
 
 
 def _picture(file: Path, size: int) -> Tensor:
-    images, numpy = needed("PIL.Image"), needed("numpy")
+    images, numpy = needed("PIL.Image", "demo"), needed("numpy", "demo")
     try:
         with images.open(file) as image:
-            square = needed("PIL.ImageOps").fit(image.convert("RGB"), (size, size))
+            square = needed("PIL.ImageOps", "demo").fit(image.convert("RGB"), (size, size))
     except OSError as error:
         raise BadFolderError(f"{file} cannot be read as a picture: {error}") from error
     return (torch.from_numpy(numpy.array(square)).permute(2, 0, 1) / 255 - MEAN) / STD

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gift.demo.data import Task, needed, visible
+from gift.demo.data import Task, visible
+from gift.extras import needed
 
 
 def draw_predictions(task: Task, outputs: Tensor, out: Path, number: int = 12) -> list[Path]:
@@ -36,7 +37,8 @@ def draw_predictions(task: Task, outputs: Tensor, out: Path, number: int = 12) -
 def _draw(task: Task, said: Tensor, sureness: Tensor, places: list[int], file: Path) -> Path:
     columns = min(4, len(places))
     rows = -(-len(places) // columns)
-    figure = needed("matplotlib.figure").Figure((2.2 * columns, 2.6 * rows), layout="constrained")
+    make = needed("matplotlib.figure", "demo").Figure
+    figure = make((2.2 * columns, 2.6 * rows), layout="constrained")
     for number, place in enumerate(places):
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.imshow(visible(task.test.images[place]).numpy(), interpolation="nearest")

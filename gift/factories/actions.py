@@ -12,6 +12,7 @@ from gift.factories.recorded import Recorded, recorded
 from gift.generated import plain_class
 from gift.layers import LAYOUT_CHOICES, LayoutOptions
 from gift.methods import Method, method_of
+from gift.noted import forget_classes
 from gift.statistics import freeze_statistics
 
 
@@ -168,6 +169,7 @@ def ma_replace_head(num_classes: int) -> Action:
         def act(*place: Any) -> None:
             head = new_head(place[4], num_classes)
             _replace(place, head)
+            forget_classes(network)
             for module in network.modules():
                 if head in module.modules():
                     _tell_number_of_classes(module, num_classes)

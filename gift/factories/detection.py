@@ -10,6 +10,7 @@ from gift.factories.actions import Action
 from gift.factories.checks import Check
 from gift.factories.recorded import recorded
 from gift.generated import plain_class
+from gift.noted import forget_classes
 
 
 class Predictor(NamedTuple):
@@ -109,6 +110,7 @@ def ma_replace_detection_head(num_classes: int) -> Action:
             new = _like(old, num_classes, known[id(head)], row)
             new.train(old.training)
             parent._modules[name] = new
+            forget_classes(network)
             if row.attribute is not None:
                 setattr(head, row.attribute, num_classes)
 

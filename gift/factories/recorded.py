@@ -76,6 +76,8 @@ def describe(value: Any) -> str:
         return value.__name__
     code = getattr(value, "__code__", None)
     if code is not None:
-        file = code.co_filename.replace("\\", "/").rsplit("/", 1)[-1]
+        folder, _, file = code.co_filename.replace("\\", "/").rpartition("/")
+        if "/ipykernel_" in folder:  # whose names for cells say nothing
+            return f"{value.__name__} (line {code.co_firstlineno} of a cell)"
         return f"{value.__name__} ({file}:{code.co_firstlineno})"
     return repr(value)

@@ -11,6 +11,7 @@ from gift.extension import Extension
 from gift.factories.actions import CLASS_COUNTS, new_head
 from gift.generated import joined, plain_class, spec_of
 from gift.network import NetworkRecord, trained_in_place
+from gift.noted import NOTE
 from gift.strategies.resolved import ResolvedStrategy, group_of
 from gift.transaction import ModuleUndo
 
@@ -80,7 +81,7 @@ def resolve(network: Any) -> ResolvedStrategy:
 
 
 # What tells a network the number of its classes, which a new head changes; and its mode.
-_TOLD = {*CLASS_COUNTS, "config", "training"}
+_TOLD = {*CLASS_COUNTS, NOTE, "config", "training"}
 
 
 def _read_changes(undo: ModuleUndo, path: str, heads: dict[str, int], foreign: list[str]) -> None:

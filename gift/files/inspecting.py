@@ -28,6 +28,7 @@ class DeltaFile:
         deltas: for each method with its settings, what it changes: see `ResolvedStrategy`.
         trained: names of the parameters that are trained as they are.
         buffers: names of the buffers of the network that training changed.
+        inputs: the task, the names of the classes and how inputs are read, as far as was noted.
         base: for each tensor that is not in the file, its dtype, shape and digest.
         aliases: names of tied tensors, each with the name under which the tensor is.
         versions: of gift and torch.
@@ -42,6 +43,7 @@ class DeltaFile:
     deltas: list[dict[str, Any]]
     trained: list[str]
     buffers: list[str]
+    inputs: dict[str, Any]
     base: dict[str, list[Any]]
     aliases: dict[str, str]
     versions: dict[str, str]
@@ -74,6 +76,7 @@ class DeltaFile:
             ("tensors", f"{len(self.tensors)}, {self.parameters:,} numbers, {self.bytes:,} bytes"),
             ("trained as they are", some(self.trained, limit=4) or "-"),
             ("buffers that training changed", some(self.buffers, limit=4) or "-"),
+            ("classes", some(self.inputs["classes"] or [], limit=4) or "-"),
             ("base", f"{len(self.base)} tensors, by name, shape, dtype{self._digested}"),
             ("written by", versions),
         ]
@@ -177,6 +180,13 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(n, int) for n in value)
 
 
+def _is_note(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"task", "classes", "reader"}:
+        return False
+    known = value["classes"] is None or _is_texts(value["classes"])
+    return known and _is_text(value["task"]) and isinstance(value["reader"], dict | None)
+
+
 def _is_fingerprint(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(entry, list) and len(entry) == 3 and _is_text(entry[0])
@@ -193,6 +203,7 @@ _FIELDS = (
     ("deltas", lambda value: isinstance(value, list) and all(map(_is_group, value))),
     ("trained", _is_texts),
     ("buffers", _is_texts),
+    ("inputs", _is_note),
     ("base", _is_fingerprint),
     ("aliases", _is_names),
     ("versions", _is_names),

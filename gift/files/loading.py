@@ -24,6 +24,7 @@ from gift.guard import KeptValues
 from gift.in_place import train_in_place
 from gift.meanwhile import refuse_meanwhile
 from gift.network import delta_names, trained_in_place
+from gift.noted import Noted, put_note, read_note
 from gift.report import Report
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 
@@ -55,10 +56,11 @@ def load(
     file = inspect(path)
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
+    told = _note(file)
     if any(spec_of(part).network for part in net.modules()):
         if options:
             raise TypeError(f"{sorted(options)} are for a plain base; this is being fine-tuned")
-        return _load_onto_enabled(fine_tuned_part(net), file, check_base)
+        return _load_onto_enabled(fine_tuned_part(net), file, told, check_base)
     refuse_meanwhile(net, "merged", "computing rows")
     signature(enable_fine_tuning).bind(net, None, **options)  # a wrong option is no wrong file
     strategy = _strategy(file)
@@ -69,12 +71,13 @@ def load(
             if check_base:
                 _take_dtypes(net, file)
             _load_values(net, file.tensors, file.aliases, new=True)
+            put_note(net, told)
     except Exception as error:  # what only values or memory tell
         raise DeltaFileError(_UNFIT.format(file.path), [in_a_line(error)]) from error
     return report
 
 
-def _load_onto_enabled(network: Any, file: DeltaFile, check_base: bool) -> Report:
+def _load_onto_enabled(network: Any, file: DeltaFile, told: Noted, check_base: bool) -> Report:
     # Buffers may have moved since: what the file calls its base is compared with what they were.
     state = tensors_of(network)
     known = buffers_of_the_base(network)
@@ -85,6 +88,7 @@ def _load_onto_enabled(network: Any, file: DeltaFile, check_base: bool) -> Repor
     ]
     _refuse(file, problems)
     _load_values(network, kept | file.tensors, file.aliases)
+    put_note(network, told)
     return network._gift_network.report
 
 
@@ -94,6 +98,14 @@ _UNFIT = "{} does not fit this network, which is unchanged"
 def _refuse(file: DeltaFile, problems: list[str]) -> None:
     if problems:
         raise DeltaFileError(_UNFIT.format(file.path), problems)
+
+
+def _note(file: DeltaFile) -> Noted:
+    try:
+        return read_note(file.inputs)
+    except Exception as error:  # a file may say anything
+        problem = f"it does not say how inputs are read: {in_a_line(error)}"
+        raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error
 
 
 def _strategy(file: DeltaFile) -> FineTuningStrategy:

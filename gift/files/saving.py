@@ -16,6 +16,7 @@ from gift.files.digests import digest, digests
 from gift.generated import spec_of
 from gift.meanwhile import refuse_meanwhile
 from gift.network import NetworkRecord, delta_names, frozen_names, trained_in_place
+from gift.noted import noted
 from gift.quantised import quant_state_names
 from gift.tensors import dtype_name, is_finite
 from gift.version import __version__
@@ -26,9 +27,10 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
 
     The file has the trained tensors and the buffers that training changed; the strategy by its
     registered names, or, if it has lambdas, what it came to; the method and settings of each
-    tensor; and of the base the names, shapes, dtypes and digests, so that `gift.load` can tell
-    another one. It is written beside `path`, flushed to the disk and renamed: whatever happens, one
-    finds there the old file or the new one.
+    tensor; how inputs are read and what the classes are, if that is noted; and of the base the
+    names, shapes, dtypes and digests, so that `gift.load` can tell another one. It is written
+    beside `path`, flushed to the disk and renamed: whatever happens, one finds there the old file
+    or the new one.
 
     Args:
         net: a network that is being fine-tuned, or what wraps one (DDP, a compiled network, a
@@ -204,6 +206,7 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
         "deltas": describe_deltas(network),
         "trained": trained,
         "buffers": parts.buffers,
+        "inputs": noted(network).to_config(),
         "base": fingerprint(parts.base, digest_base),
         "versions": {"gift": __version__, "torch": str(torch.__version__)},
     }

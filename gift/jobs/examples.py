@@ -26,10 +26,7 @@ def job_examples(
     if data.valid is not None:
         valid = read_examples(data, data.valid, reader, train.classes)
     elif data.valid_share is not None:
-        # Those that are held out are not augmented.
-        whole = read_examples(data, data.train, reader, train.classes)
-        train, _ = train.split(data.valid_share, seed)
-        _, valid = whole.split(data.valid_share, seed)
+        train, valid = train.split(data.valid_share, seed)
     if data.old is not None:
         old = read_examples(data, data.old, reader, own_classes=True)
     return train, valid, old

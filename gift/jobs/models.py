@@ -82,10 +82,13 @@ class Network(_Section):
     def anchored(self, base: Path) -> Self:
         """With the files that it names as seen from a folder."""
         library, _, model = self.name.partition(":")
-        name = f"{library}:{anchored(model, base, always=False)}" if model else self.name
+        name = self.name
+        if library == "transformers":  # of which alone a name may be that of a folder
+            name = f"{library}:{anchored(model, base, always=False)}"
         weights = self.weights
         if weights not in (None, "default"):
-            weights = anchored(str(weights), base)
+            # The name of some weights of torchvision has no dot, that of a file has.
+            weights = anchored(str(weights), base, always="." in str(weights))
         return self.model_copy(update={"name": name, "weights": weights})
 
 

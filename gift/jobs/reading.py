@@ -1,7 +1,9 @@
 """Job files: YAML in, a job or one error that names everything out."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +105,7 @@ def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
         what = f"{change!r} changes nothing"
         raise JobError(what, ["expected the name of a setting and a value: training.epochs=3"])
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         raise JobError(f"{change!r} is no value in YAML", [_in_a_line(error)]) from error
     *sections, last = place = tuple(name.split("."))
@@ -118,6 +120,19 @@ def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
     return place
 
 
+@cache
+def _loader() -> Any:
+    """Reads plain data, and 1e-3 as the number that it is in YAML 1.2."""
+    yaml = needed("yaml", "yaml")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]  # a module of any type
+        pass
+
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
 def read_yaml(path: Path) -> tuple[Any, dict[Place, int]]:
     """The plain data in a YAML file, and in which line each setting is.
 
@@ -130,8 +145,8 @@ def read_yaml(path: Path) -> tuple[Any, dict[Place, int]]:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_loader())
+        data = yaml.load(text, Loader=_loader())
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise JobError(f"{path} cannot be read as YAML", [_in_a_line(error)]) from error
     lines: dict[Place, int] = {}

@@ -1,6 +1,5 @@
 """Running a job."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,8 +13,9 @@ from gift.jobs.networks import job_network
 from gift.jobs.reading import checked, read_yaml, write_job, write_text
 from gift.jobs.runs import INPUTS, JOB, inputs_text
 from gift.training import Result, finetune
+from gift.training.checkpoint import FILE
+from gift.training.processes import rank
 
-CHECKPOINT = "checkpoint.pt"
 _NOT_GIVEN = object()
 
 
@@ -38,8 +38,7 @@ def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
     """
     job = job.anchored(Path.cwd())
     folder = Path(job.folder)
-    goes_on = not restart and (folder / CHECKPOINT).is_file()
-    if goes_on:
+    if not restart and (folder / FILE).is_file():
         _refuse_another(job, folder)
     loaded = job_network(job, network)
     reader = job_reader(job.data, loaded.reader)
@@ -48,21 +47,16 @@ def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
     strategy = with_head(job.strategy, loaded, train, is_random)
     settings = {field.name: getattr(job.training, field.name) for field in fields(job.training)}
     schedule = None if job.schedule is None else job.schedule.made()
-    if not goes_on:
-        _write(job, reader, train, folder)
-    result = finetune(
+
+    def write() -> None:
+        if rank() == 0:  # of the processes of torchrun, the first writes
+            write_job(job, folder / JOB)
+            write_text(folder / INPUTS, inputs_text(train, reader, folder))
+
+    return finetune(
         loaded.net, train, valid, strategy=strategy, schedule=schedule, old=old,
-        folder=folder, restart=restart, **settings,
+        folder=folder, restart=restart, begin=write, **settings,
     )  # fmt: skip
-    if goes_on:  # which finetune has found to be the same run
-        _write(job, reader, train, folder)
-    return result
-
-
-def _write(job: Job, reader: Any, train: Any, folder: Path) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:  # of the processes of torchrun, the first writes
-        write_job(job, folder / JOB)
-        write_text(folder / INPUTS, inputs_text(train, reader, folder))
 
 
 def _refuse_another(job: Job, folder: Path) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from gift.data import Examples, reader_from_config
-from gift.data.noted import note
 from gift.files import load
 from gift.jobs.errors import JobError
-from gift.jobs.examples import read_examples
+from gift.jobs.examples import job_examples, read_examples
 from gift.jobs.kinds import KINDS
 from gift.jobs.models import Job
 from gift.jobs.networks import job_network
 from gift.jobs.reading import checked, read_yaml
+from gift.noted import note
 from gift.training import evaluate
 from gift.training.predicting import predict
 
@@ -95,6 +95,10 @@ class Run:
             JobError: if the job has none to validate on, or the place is none of its kind.
         """
         place = self.job.data.valid if place is None else place
+        if place is None and self.job.data.valid_share is not None:
+            held_out = job_examples(self.job.data, self.reader, self.job.training.seed or 0)[1]
+            assert held_out is not None
+            return held_out
         if place is None:
             raise JobError(
                 "the job has no validation examples", ["say where there are some: --data, place="]

@@ -143,12 +143,18 @@ def with_settings(method: Any, **settings: Any) -> Any:
     return replace(method, **settings)
 
 
+WHEN_REGISTERED: list[Callable[[type[Method]], None]] = []
+"""Called with each method that is registered from then on."""
+
+
 def register_method(cls: type[Method]) -> type[Method]:
     """Class decorator: makes a method known by its name."""
     known = METHODS.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise ValueError(f"method name {cls.name!r} is taken by {known.__qualname__}")
     METHODS[cls.name] = cls
+    for then in WHEN_REGISTERED:
+        then(cls)
     return cls
 
 

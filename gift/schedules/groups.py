@@ -231,7 +231,9 @@ def schedulers_of(optimizer: Optimizer) -> Iterator[LRScheduler]:
     for found in gc.get_objects():
         if type(found) in kinds:  # it may be of any class: this asks nothing of it
             own = vars(found).get("optimizer")
-            if own is not None and unwrapped(own) is optimizer:
+            while own is not None and own is not optimizer:  # what wraps it, or a foreign one
+                own = getattr(own, "optimizer", None)
+            if own is optimizer:
                 yield found
 
 

@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gift.factories import Check, ma_adapt, ma_freeze, mc_layer, mc_type
 from gift.methods import METHODS, Method
+from gift.methods.base import WHEN_REGISTERED
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
 # What a strategy takes besides the settings of its method.
@@ -99,6 +100,14 @@ def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
 
 # Typed as anything, since a type checker cannot know the settings of each.
 STRATEGIES: dict[str, Any] = {}
+
+
+def _add(method: type[Method]) -> None:
+    made = strategies_of(method)
+    STRATEGIES.update(made)
+    globals().update(made)  # where pickle looks for a class
+
+
 for _method in METHODS.values():
-    STRATEGIES |= strategies_of(_method)
-globals().update(STRATEGIES)  # where pickle looks for a class
+    _add(_method)
+WHEN_REGISTERED.append(_add)

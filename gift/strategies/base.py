@@ -173,6 +173,8 @@ class FineTuningStrategy:
 
 def _is_default(value: Any, default: Any) -> bool:
     """Whether they are the same; what is compared may be tensors, which give no single answer."""
+    if isinstance(default, tuple):
+        default = list(default)  # as arguments are kept
     return value is default or (type(value) is type(default) and repr(value) == repr(default))
 
 

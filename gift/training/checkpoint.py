@@ -1,5 +1,6 @@
 """The checkpoint of a run: all that a killed run needs to go on as if it had not been killed."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def write_checkpoint(run: Run) -> None:
     if run.folder is not None:
         replace_file(run.folder / FILE, lambda temporary: torch.save(state, temporary))
     run.processes.wait()
+
+
+def check_writable(folder: Path) -> None:
+    """That files can be written into a folder, or into one that can be made.
+
+    Raises:
+        TrainingError: if they cannot.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written into" if there.is_dir() else "is no folder"
+        raise TrainingError(f"nothing can be written into {folder}: {there} {what}")
 
 
 def forget(folder: Path) -> None:

@@ -54,14 +54,14 @@ def evaluate(
         0.75
     """
     settings = Settings(device=device, batch_size=batch_size)
-    with Processes(settings) as processes:
-        data = examples_of(examples, task)
-        work = task_of(data, task)
-        kinds = metrics_of(work.name, metrics)
-        net.to(processes.device)
-        batches = Batches(data, batch_size, processes)
-        rehearse(net, work, batches)
-        return judge(net, work, batches, kinds)[0]
+    processes = Processes(settings)
+    data = examples_of(examples, task)
+    work = task_of(data, task)
+    kinds = metrics_of(work.name, metrics)
+    net.to(processes.device)
+    batches = Batches(data, batch_size, processes)
+    rehearse(net, work, batches)
+    return judge(net, work, batches, kinds)[0]
 
 
 def task_of(data: Any, name: str | None, **options: Any) -> Task:
@@ -121,7 +121,7 @@ def judge(
             for metric in metrics.values():
                 metric.update(*task.shown(outputs, moved))
             if loss is not None:
-                total += loss.double().cpu()
+                total += loss.cpu().double()
     processes.reshard(net)
     found = {name: metric.compute() for name, metric in metrics.items()}
     matrix = found.pop("confusion", None)
@@ -130,5 +130,5 @@ def judge(
         # The mean average precision comes with many others.
         parts = {k: value[k] for k in ("map", "map_50")} if isinstance(value, Mapping) else {}
         # in float32, whose other digits say nothing
-        values |= {k: round(float(part), 7) for k, part in (parts or {name: value}).items()}
+        values |= {k: float(f"{float(part):.7g}") for k, part in (parts or {name: value}).items()}
     return values, None if matrix is None else matrix.tolist()

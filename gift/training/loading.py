@@ -54,8 +54,8 @@ class Batches:
     Args:
         data: what `examples_of` gives.
         batch_size: examples in a batch, over all processes; of a loader, its own counts.
-        shuffle: whether the order changes with the epoch, to learn from; a last batch of one
-            example joins the one before then.
+        shuffle: whether the order changes with the epoch, to learn from; a last batch with less
+            than two examples for each process joins the one before then.
         processes: who takes part.
         workers: processes that read.
         seed: of the order.
@@ -90,8 +90,9 @@ class Batches:
         """How many examples each batch has."""
         assert isinstance(self.data, Examples)
         full, left = divmod(len(self.data), self.batch_size)
-        if left == 1 and full and self.shuffle:  # norm layers cannot learn from one example
-            return [*[self.batch_size] * (full - 1), self.batch_size + 1]
+        if 0 < left < 2 * self.processes.number and full and self.shuffle:
+            # Norm layers cannot learn from one example.
+            return [*[self.batch_size] * (full - 1), self.batch_size + left]
         return [*[self.batch_size] * full, *([left] if left else [])]
 
     @property

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from gift.network import named_trainable
 from gift.schedules import Schedule
 from gift.statistics import kept_modes
 from gift.strategies import FineTuningStrategy
-from gift.training.checkpoint import random_states, restore_states, write_checkpoint
+from gift.training.checkpoint import FILE, random_states, restore_states, write_checkpoint
 from gift.training.errors import TrainingError
 from gift.training.judging import judge
 from gift.training.loading import windows
 from gift.training.preparing import prepare
 from gift.training.processes import Processes
+from gift.training.randomness import kept_random
 from gift.training.report import write_report
 from gift.training.result import Result
 from gift.training.run import Run, put_state, trained_state
@@ -40,6 +41,7 @@ def finetune(
     loss: Loss | None = None,
     folder: str | Path | None = None,
     restart: bool = False,
+    begin: Callable[[], None] | None = None,
     **settings: Any,
 ) -> Result:
     """Fine-tune a network on examples, on whatever device there is.
@@ -54,7 +56,8 @@ def finetune(
             data set of Hugging Face.
         valid: the same, to judge by.
         strategy: enabled on the network; None trains what `enable_fine_tuning` was told before, or
-            else what requires a gradient.
+            else what requires a gradient. The network is being fine-tuned afterwards: `gift.merge`
+            makes it a plain one with what it learnt, `disable_fine_tuning` the base that it was.
         schedule: when what is frozen; None leaves that to the strategy.
         old: examples of the old task, or a function that gives metrics of a network: the result
             tells what was forgotten. Where the head was replaced, the old one is used for that.
@@ -64,6 +67,8 @@ def finetune(
         folder: gets ``checkpoint.pt``, ``best.safetensors`` and ``last.safetensors`` (see
             `gift.load`), logs, plots and ``report.html``.
         restart: begin anew, whatever the folder has.
+        begin: called once all is found to fit, before anything is written or trained: to write
+            down what belongs to the run.
         settings: those of `Settings`: ``epochs``, ``lr``, ``batch_size``, ``device`` and so on.
 
     Raises:
@@ -89,23 +94,25 @@ def finetune(
         True
     """
     chosen = settings_of(settings)
-    with Processes(chosen) as processes:
-        path = None if folder is None else Path(folder)
-        run = prepare(
-            net, train, valid, strategy, schedule, old, task, loss, path, restart, chosen, processes
-        )
-        try:
-            while not run.finished:
-                train_epoch(run)
-                finish_epoch(run)
-        finally:
-            run.logs.close()
-        return conclude(run)
+    processes = Processes(chosen)
+    path = None if folder is None else Path(folder)
+    run = prepare(
+        net, train, valid, strategy, schedule, old, task, loss, path, restart, begin, chosen,
+        processes,
+    )  # fmt: skip
+    try:
+        while not run.finished:
+            train_epoch(run)
+            finish_epoch(run)
+    finally:
+        run.logs.close()
+    return conclude(run)
 
 
 def train_epoch(run: Run) -> None:
     """One pass over the examples, or what is left of it."""
     settings, processes = run.settings, run.processes
+    run.clock = time.monotonic()
     if not run.window:
         run.totals = (0.0, 0.0)
         run.random = random_states(run)
@@ -123,13 +130,14 @@ def train_epoch(run: Run) -> None:
         leave=False,
     )
     for number, window in bar:
-        mean, count = train_step(run, window)
+        mean, count, stepped = train_step(run, window)
         run.step, run.window = run.step + 1, number + 1
         run.totals = (run.totals[0] + mean * count, run.totals[1] + count)
         rates = {f"lr_{i}" if i else "lr": float(group["lr"])
                  for i, group in enumerate(run.optimizer.param_groups)}  # fmt: skip
+        if stepped:
+            run.rates.step()
         row = {"step": run.step, "loss": mean, **rates}
-        run.rates.step()
         run.result.steps.append(row)
         run.logs.step(row)
         bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
@@ -166,9 +174,9 @@ def start_schedule(run: Run) -> None:
 
 def all_take_part(run: Run) -> bool:
     """Whether a batch gives every trained parameter a gradient."""
-    batch, _ = next(iter(run.train.of()))
     trained = [p for _, p in named_trainable(run.net) if p.requires_grad]
-    with torch.random.fork_rng(), kept_modes(run.net), run.autocast():
+    with kept_random(run.train.generator), kept_modes(run.net), run.autocast():
+        batch, _ = next(iter(run.train.of()))
         run.net.eval()
         _, loss = run.task.judged(run.net, run.train.on_device(batch))
     if loss is None:
@@ -176,8 +184,11 @@ def all_take_part(run: Run) -> bool:
     return None not in torch.autograd.grad(loss, trained, allow_unused=True)
 
 
-def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float]:
-    """One step of the optimizer with the batches of a window; gives the mean loss, and of how many.
+def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float, bool]:
+    """One step of the optimizer with the batches of a window.
+
+    Gives the mean loss, of how many targets, and whether the step was made: it is left out where
+    float16 overflowed.
 
     The gradient is that of the mean over all targets in the window, however they are spread over
     batches and processes.
@@ -194,7 +205,7 @@ def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float]:
                 loss = task.training_loss(model, moved) * float(counts) / max(count, 1)
             # The gradients of all processes are averaged.
             run.scaler.scale(loss * processes.number).backward()
-        total += loss.detach().double().cpu()
+        total += loss.detach().cpu().double()
     mean = processes.sum(total)
     run.scaler.unscale_(run.optimizer)
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -204,10 +215,11 @@ def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float]:
     if not math.isfinite(mean) or not (run.scaler.is_enabled() or _is_finite(norm)):
         what = "loss" if not math.isfinite(mean) else "gradient"
         _stop(run, f"the {what} is not finite")
+    scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    return mean, count
+    return mean, count, run.scaler.get_scale() >= scale
 
 
 def _is_finite(norm: Any) -> bool:
@@ -216,7 +228,7 @@ def _is_finite(norm: Any) -> bool:
 
 def _stop(run: Run, what: str) -> None:
     kept = "there is no folder with a checkpoint"
-    if run.result.folder is not None:
+    if run.result.folder is not None and (run.result.folder / FILE).exists():
         kept = f"{run.result.folder} has the last good checkpoint"
     raise TrainingError(
         f"{what} in step {run.window + 1} of epoch {run.epoch + 1}: try a lower lr, a longer "
@@ -240,7 +252,6 @@ def finish_epoch(run: Run) -> None:
             run.waited += 1
     row["step"] = run.step
     row["seconds"] = time.monotonic() - run.clock
-    run.clock = time.monotonic()
     run.result.history.append(row)
     run.logs.epoch(row)
     run.epoch, run.window = run.epoch + 1, 0

@@ -1,5 +1,6 @@
 """Groups of parameters, the optimizer, and how the learning rate goes."""
 
+import inspect
 import math
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -32,7 +33,9 @@ def make_optimizer(net: nn.Module, settings: Settings) -> Optimizer:
             raise TrainingError(
                 f"torch.optim has no optimizer {settings.optimizer!r}, closest: {close}"
             )
-    options = {"weight_decay": settings.weight_decay, **(settings.optimizer_options or {})}
+    options = dict(settings.optimizer_options or {})
+    if isinstance(make, type) and "weight_decay" in inspect.signature(make).parameters:
+        options.setdefault("weight_decay", settings.weight_decay)
     return make(
         parameter_groups(net, settings.lr, settings.loraplus_ratio), lr=settings.lr, **options
     )
@@ -86,13 +89,16 @@ def make_rates(optimizer: Optimizer, settings: Settings, steps: int) -> LRSchedu
         return settings.lr_schedule(optimizer, steps)
     if settings.lr_schedule == "onecycle":
         highest = [group["lr"] for group in optimizer.param_groups]
-        # It moves momentum where the optimizer has one.
+        known = optimizer.defaults
+        # torch divides by zero where the warm-up is a single step.
+        warmup = settings.warmup + 1e-9 * (settings.warmup * max(steps, 2) == 1)
+        # It moves momentum where the optimizer has some.
         return OneCycleLR(
             optimizer,
             highest,
             total_steps=max(steps, 2),
-            pct_start=settings.warmup,
-            cycle_momentum=any(k in optimizer.defaults for k in ("momentum", "betas")),
+            pct_start=warmup,
+            cycle_momentum=bool(known.get("betas") or known.get("momentum")),
         )
     shape = SHAPES.get(settings.lr_schedule)
     if shape is None:

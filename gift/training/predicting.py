@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from gift.data.classes import distinct
 from gift.data.examples import Examples, Reader
-from gift.data.noted import note, noted
+from gift.noted import note, noted
 from gift.statistics import kept_modes
 from gift.training.errors import TrainingError
 from gift.training.processes import device_of
@@ -184,7 +184,7 @@ def _predicted(
             "predict(..., classes=...)"
         )
     labels: Sequence[str | int] = range(count) if names is None else names
-    rows = outputs.double().softmax(1).tolist()
+    rows = outputs.cpu().double().softmax(1).tolist()
     found = []
     for item, row in zip(part, rows, strict=True):
         share = max(row)

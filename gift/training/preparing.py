@@ -1,7 +1,11 @@
 """Everything that is looked at before a run begins; what does not fit leaves no trace."""
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,15 @@ import torch
 from torch import nn
 
 from gift.data.examples import Examples
-from gift.enable import enable_fine_tuning
+from gift.enable import GiftWarning, enable_fine_tuning
 from gift.extras import needed
 from gift.factories import pa_train
+from gift.files.saving import fingerprint, split
 from gift.generated import spec_of
 from gift.network import NetworkRecord
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
-from gift.training.checkpoint import forget, read_checkpoint, restore
+from gift.training.checkpoint import check_writable, forget, read_checkpoint, restore
 from gift.training.errors import TrainingError
 from gift.training.forgetting import old_heads
 from gift.training.judging import judge, rehearse, task_of
@@ -30,7 +35,7 @@ from gift.training.randomness import seed_all
 from gift.training.result import Result
 from gift.training.run import Old, Run
 from gift.training.settings import Settings
-from gift.training.tasks import Loss
+from gift.training.tasks import Loss, Task
 from gift.transaction import all_or_nothing
 
 _WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "device", "workers", "parallel", "compile",
@@ -49,12 +54,14 @@ def prepare(
     loss: Loss | None,
     folder: Path | None,
     restart: bool,
+    begin: Callable[[], None] | None,
     settings: Settings,
     processes: Processes,
 ) -> Run:
     """A run that can begin, or go on where its checkpoint was written; see `finetune`."""
-    if folder is not None:  # what the report needs, before hours of training
-        needed("matplotlib", "train"), needed("jinja2", "train")
+    _check_packages(settings, folder)
+    if not isinstance(schedule, Schedule | None):
+        raise TypeError(f"expected one of gift.schedules, got {schedule!r}")
     data = examples_of(train, task)
     held_out = None if valid is None else examples_of(valid, task)
     _same_classes(data, held_out)
@@ -67,25 +74,21 @@ def prepare(
         seed_all(seed)
 
     def batches(examples: Any, shuffle: bool = False) -> Batches:
-        return Batches(
-            examples,
-            settings.batch_size,
-            processes,
-            shuffle,
-            settings.workers,
-            seed if shuffle else 0,
-        )
+        size, workers = settings.batch_size, settings.workers
+        return Batches(examples, size, processes, shuffle, workers, seed)
 
-    with all_or_nothing(net):
+    with all_or_nothing(net), _released_if_refused(schedule):
         enabled = strategy is not None or spec_of(net).network
         told = _enable(net, strategy)
         if schedule is not None:
             schedule.attach(net)
+            _warn_of_late(schedule, settings)
         net.to(processes.device)
+        if processes.rank:  # what is drawn from now on is drawn for other examples
+            seed_all(seed + processes.rank)
         learning = batches(data, shuffle=True)
         rehearse(net, work, learning)
         optimizer = make_optimizer(net, settings)
-        metrics = metrics_of(work.name, settings.metrics)
         run = Run(
             net=net,
             task=work,
@@ -93,11 +96,11 @@ def prepare(
             processes=processes,
             train=learning,
             valid=None if held_out is None else batches(held_out),
-            old=None if old is None else _old(net, old, batches),
-            metrics=metrics,
+            old=None if old is None else _old(net, old, batches, work.name, settings.metrics),
+            metrics=metrics_of(work.name, settings.metrics),
             schedule=schedule,
             optimizer=optimizer,
-            rates=make_rates(optimizer, settings, 1),
+            rates=make_rates(optimizer, settings, _steps(learning, settings)),
             scaler=torch.amp.GradScaler(
                 processes.device.type, enabled=settings.precision == "float16"
             ),
@@ -110,36 +113,80 @@ def prepare(
                 classes=work.classes,
                 folder=folder,
             ),
-            identity=_identity(net, told, schedule, data, settings),
+            identity=_identity(net, told, schedule, [data, held_out], work, settings),
             seed=seed,
         )
         run.check_watch()
         if run.valid is not None:
             rehearse(net, work, run.valid)
         state = None if restart else read_checkpoint(folder, run.identity)
-    return _begun(run, data, state)
+        if state is None:
+            _judge_before(run)
+        if run.folder is not None:
+            check_writable(run.folder)
+    return _begun(run, data, state, begin)
 
 
-def _begun(run: Run, data: Any, state: dict[str, Any] | None) -> Run:
-    """The run with all that takes time, or that writes."""
+def _check_packages(settings: Settings, folder: Path | None) -> None:
+    """What is needed in the end, before hours of training."""
+    needed("torchmetrics", "train")
+    needed("tqdm", "train")
+    if folder is not None:
+        for module in ("matplotlib", "jinja2", *["tensorboard"] * settings.tensorboard):
+            needed(module, "train")
+
+
+def _steps(batches: Batches, settings: Settings) -> int:
+    return -(-len(batches) // settings.accumulate) * settings.epochs
+
+
+@contextmanager
+def _released_if_refused(schedule: Schedule | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if schedule is not None and schedule.is_attached:
+            schedule.detach()
+        raise
+
+
+def _warn_of_late(schedule: Schedule, settings: Settings) -> None:
+    if late := [epoch for epoch in schedule.milestones if epoch >= settings.epochs]:
+        warnings.warn(
+            f"{schedule!r} unfreezes in epochs {late}, counted from 0, but there are only "
+            f"{settings.epochs}",
+            GiftWarning,
+            stacklevel=4,
+        )
+
+
+def _judge_before(run: Run) -> None:
+    result = run.result
+    if run.valid is not None:
+        result.before, _ = judge(
+            run.net, run.task, run.valid, run.metrics, autocast=run.autocast()
+        )  # fmt: skip
+    if run.old is not None:
+        result.old_before = run.old()
+
+
+def _begun(
+    run: Run, data: Any, state: dict[str, Any] | None, begin: Callable[[], None] | None
+) -> Run:
+    """The run with all that writes, and what cannot be taken back."""
     settings, processes = run.settings, run.processes
     processes.shard(run.net)
     if processes.is_sharding:
         run.optimizer = make_optimizer(run.net, settings)
-    run.rates = make_rates(run.optimizer, settings, run.steps_per_epoch * settings.epochs)
+        run.rates = make_rates(run.optimizer, settings, _steps(run.train, settings))
     if isinstance(data, Examples):
         remember(run.net, data)
     if run.folder is not None and state is None:
         forget(run.folder)  # before anything new could be taken for a part of it
+    if begin is not None:
+        begin()
     if state is not None:
         restore(run, state)
-    else:
-        if run.valid is not None:
-            run.result.before, _ = judge(
-                run.net, run.task, run.valid, run.metrics, autocast=run.autocast()
-            )
-        if run.old is not None:
-            run.result.old_before = run.old()
     if run.folder is not None:
         run.logs = open_logs(run.folder, settings.tensorboard)
         run.logs.rewind(run.step, run.epoch)
@@ -167,17 +214,24 @@ def _same_classes(train: Any, valid: Any) -> None:
         )
 
 
-def _old(net: nn.Module, old: Any, batches: Callable[..., Batches]) -> Old:
+def _old(
+    net: nn.Module,
+    old: Any,
+    batches: Callable[..., Batches],
+    kind: str,
+    metrics: Sequence[str] | None,
+) -> Old:
     if callable(old):
         return lambda: dict(old(net))
-    data = examples_of(old)
-    task, given = task_of(data, None), batches(data)
+    data = examples_of(old, kind)
+    task, given = task_of(data, None if isinstance(data, Examples) else kind), batches(data)
+    kinds = metrics_of(task.name, metrics if task.name == kind else None)
     device = given.processes.device
 
     def judged() -> dict[str, float]:
         with old_heads(net, device):
             rehearse(net, task, given)
-            return judge(net, task, given, metrics_of(task.name, None))[0]
+            return judge(net, task, given, kinds)[0]
 
     with old_heads(net, device):
         rehearse(net, task, given)
@@ -185,22 +239,41 @@ def _old(net: nn.Module, old: Any, batches: Callable[..., Batches]) -> Old:
 
 
 def _identity(
-    net: nn.Module, told: Any, schedule: Schedule | None, data: Any, settings: Settings
+    net: nn.Module,
+    told: Any,
+    schedule: Schedule | None,
+    examples: Sequence[Any],
+    task: Task,
+    settings: Settings,
 ) -> dict[str, Any]:
     """What makes a run this run, as texts and numbers."""
-    record: NetworkRecord = net._gift_network  # type: ignore[assignment]
+    record: NetworkRecord = net._gift_network  # type: ignore[assignment]  # its record
     own = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)
         if field.name not in _WITHOUT_CONSEQUENCE
     }
-    named = {k: getattr(v, "__qualname__", repr(v)) if callable(v) else v for k, v in own.items()}
+    named = {k: _name_of(v) if callable(v) else v for k, v in own.items()}
     return {
         "network": told.network,
         # A strategy with lambdas is told by the lines of the script that they stand in.
         "strategy": told.strategy if record.recipe is not None else "",
         "trained tensors": {n: list(p.shape) for n, p in net.named_parameters() if p.requires_grad},
+        "values of the base": _digest_of_base(net),
         "schedule": "" if schedule is None else repr(schedule),
-        "number of examples": len(data),
+        "task": task.name,
+        "loss": "" if task.own_loss is None else _name_of(task.own_loss),
+        "classes": list(task.classes or ()),
+        "number of examples": [0 if data is None else len(data) for data in examples],
         **{k: list(v) if isinstance(v, tuple) else v for k, v in named.items()},
     }
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _digest_of_base(net: nn.Module) -> str:
+    """Of everything that is not trained; a network with other values there is another one."""
+    told = json.dumps(fingerprint(split(net).base, with_digests=True), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()

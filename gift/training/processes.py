@@ -1,5 +1,6 @@
 """One process, or several that torchrun started: who computes what, and who writes."""
 
+import atexit
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from gift.training.settings import Settings
 
 
 class Processes:
-    """The processes that train together; within ``with`` they can talk to each other.
+    """The processes that train together.
 
     Args:
         settings: ``device`` and ``parallel`` count.
@@ -29,23 +30,15 @@ class Processes:
 
     def __init__(self, settings: Settings) -> None:
         self.parallel = settings.parallel
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank = rank()
         self.number = int(os.environ.get("WORLD_SIZE", 1))
         self.device = device_of(settings.device, int(os.environ.get("LOCAL_RANK", 0)))
-        self._own = False
-
-    def __enter__(self) -> "Processes":
         if self.number > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self._own = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._own:
-            dist.destroy_process_group()
-            self._own = False
+            # What was dealt out needs it as long as there is a process.
+            atexit.register(dist.destroy_process_group)
 
     @property
     def first(self) -> bool:
@@ -115,7 +108,7 @@ class Processes:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, find_unused_parameters=not all_take_part()
+            model, device_ids=devices, find_unused_parameters=self.sum(not all_take_part()) > 0
         )
 
     @contextmanager
@@ -135,6 +128,11 @@ class Processes:
             for buffer in net.buffers():
                 if not is_sharded(buffer):
                     dist.broadcast(buffer, 0)
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", 0))
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:

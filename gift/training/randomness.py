@@ -2,6 +2,8 @@
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,16 @@ def restore_random(state: dict[str, Any], order: torch.Generator | None) -> None
         numpy.random.set_state(state["numpy"])
     if order is not None and "order" in state:
         order.set_state(state["order"])
+
+
+@contextmanager
+def kept_random(order: torch.Generator | None) -> Iterator[None]:
+    """Random numbers are afterwards where they were before."""
+    state = random_state(order)
+    try:
+        yield
+    finally:
+        restore_random(state, order)
 
 
 def _tuples(value: Any) -> Any:

@@ -2,15 +2,11 @@
 
 import copy
 import math
-import random
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -23,9 +19,10 @@ from gift.training.loading import windows
 from gift.training.loop import all_take_part, start_schedule, train_step
 from gift.training.preparing import prepare
 from gift.training.processes import Processes
+from gift.training.randomness import kept_random
 from gift.training.report.plots import LIGHT, Theme, panel, render
 from gift.training.run import Run
-from gift.training.settings import Settings
+from gift.training.settings import settings_of
 from gift.training.tasks import Loss
 
 SMOOTHING = 0.9
@@ -127,14 +124,16 @@ def find_lr(
             "above zero in three or more"
         )
     chosen = replace(
-        Settings(**settings), lr_schedule="constant", warmup=0.0, patience=None, watch=None
+        settings_of(settings), lr_schedule="constant", warmup=0.0, patience=None, watch=None
     )
-    with kept_random(train), Processes(chosen) as processes:
+    order = train.generator if isinstance(train, DataLoader) else None
+    with kept_random(order):
+        processes = Processes(chosen)
         # Without these two, what is frozen stays so.
         twin = _copied(net, sharing=strategy is None and schedule is None)
         run = prepare(
             twin, train, None, strategy, copy.deepcopy(schedule), None, task, loss, None,
-            False, chosen, processes,
+            False, None, chosen, processes,
         )  # fmt: skip
         rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
         losses = list(_sweep(run, rates))
@@ -158,7 +157,7 @@ def _sweep(run: Run, rates: list[float]) -> Iterator[float]:
             group.setdefault("at_1", group["lr"] / run.settings.lr)
             group["lr"] = group["at_1"] * rate
         try:
-            mean, _ = train_step(run, window)
+            mean, *_ = train_step(run, window)
         except TrainingError:
             if not losses:
                 raise
@@ -195,25 +194,6 @@ def _copied(net: nn.Module, sharing: bool) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
             memo[id(parameter)].__dict__.update(parameter.__dict__)
     return copy.deepcopy(net, memo)
-
-
-@contextmanager
-def kept_random(train: Any) -> Iterator[None]:
-    """Random numbers are afterwards where they were; of a data loader, its own too."""
-    own = train.generator if isinstance(train, DataLoader) else None
-    order = None if own is None else own.get_state()
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    of_numpy = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
-        if own is not None:
-            own.set_state(order)
 
 
 def _draw(found: LearningRates, theme: Theme) -> Any:

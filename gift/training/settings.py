@@ -15,7 +15,7 @@ class Settings:
     Args:
         epochs: passes over the training examples.
         batch_size: examples in a batch, over all processes. A single one that is left over joins
-            the last batch, as norm layers cannot learn from one.
+            the last batch, as norm layers cannot learn from one (likewise for each process).
         accumulate: how many batches one step of the optimizer takes together.
         optimizer: name of a class of ``torch.optim``; in code also what makes an optimizer of
             groups of parameters, called with ``lr`` and ``weight_decay``.
@@ -76,23 +76,33 @@ class Settings:
 
     def __post_init__(self) -> None:
         whole = {name: 1 for name in ("epochs", "batch_size", "accumulate")}
+        may_be_none = ("patience", "checkpoint_steps")
         whole |= {"workers": 0, "patience": 1, "checkpoint_steps": 1}
         problems = [
             f"{name} is {value!r}, expected a whole number of at least {least}"
             for name, least in whole.items()
-            if (value := getattr(self, name)) is not None
+            if not ((value := getattr(self, name)) is None and name in may_be_none)
             and (type(value) is not int or value < least)
         ]
         ranges = {
-            "lr": (self.lr > 0, "more than 0"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "clip": (self.clip is None or self.clip > 0, "more than 0, or None"),
-            "warmup": (0 <= self.warmup <= 1, "a share from 0 to 1"),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "a share from 0 to below 1"),
-            "loraplus_ratio": (
-                self.loraplus_ratio is None or self.loraplus_ratio > 0,
-                "more than 0, or None",
+            "lr": (_is_number(self.lr) and self.lr > 0, "a number above 0"),
+            "weight_decay": (_is_number(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
+            "clip": (
+                self.clip is None or (_is_number(self.clip) and self.clip > 0),
+                "a number above 0, or None",
             ),
+            "warmup": (_is_number(self.warmup) and 0 <= self.warmup <= 1, "a share from 0 to 1"),
+            "label_smoothing": (
+                _is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
+                "a share from 0 to below 1",
+            ),
+            "loraplus_ratio": (
+                self.loraplus_ratio is None
+                or (_is_number(self.loraplus_ratio) and self.loraplus_ratio > 0),
+                "a number above 0, or None",
+            ),
+            "seed": (self.seed is None or type(self.seed) is int, "a whole number, or None"),
+            "metrics": (not isinstance(self.metrics, str), "names in a list"),
             "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
             "parallel": (self.parallel in ("ddp", "fsdp"), "'ddp' or 'fsdp'"),
             "keep": (self.keep in ("best", "last"), "'best' or 'last'"),
@@ -104,6 +114,10 @@ class Settings:
         ]
         if problems:
             raise ValueError("; ".join(problems))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.report import some
-from gift.tensors import dtype_name, wide
+from gift.tensors import dtype_name
 from gift.training.errors import TrainingError
 
 IGNORED = -100
@@ -75,7 +75,10 @@ class Task:
     def targets(self, batch: Any) -> Any:
         """What it should give."""
         if isinstance(batch, Mapping):
-            return batch["labels"] if "labels" in batch else batch["label"]
+            for name in ("labels", "label"):
+                if name in batch:
+                    return batch[name]
+            raise TrainingError(f"the examples have no 'labels', but {sorted(batch)}")
         return batch[1]
 
     def training_loss(self, net: Any, batch: Any) -> Tensor:
@@ -155,6 +158,7 @@ class Classification(Task):
         targets, number = self.targets(batch), self.number_of_classes
         if targets.is_floating_point():
             return
+        targets = targets.long()  # as small types have no -100
         wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= number))]
         if len(wrong):
             raise TrainingError(
@@ -167,12 +171,12 @@ class Classification(Task):
         targets = self.targets(batch)
         if targets.is_floating_point():
             return targets.numel() // targets.shape[1]
-        return int((targets != IGNORED).sum())
+        return int((targets.long() != IGNORED).sum())
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         targets = targets if targets.is_floating_point() else targets.long()
         return F.cross_entropy(
-            wide(outputs), targets, reduction="sum", label_smoothing=self.smoothing
+            _wide(outputs), targets, reduction="sum", label_smoothing=self.smoothing
         )
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
@@ -216,7 +220,7 @@ class Language(Task):
 
     def check(self, batch: Any) -> None:
         """Tokens must be in the vocabulary."""
-        targets = self.targets(batch)
+        targets = self.targets(batch).long()
         known = targets[targets != IGNORED]
         if len(known) and not 0 <= known.min() <= known.max() < self.number_of_classes:
             raise TrainingError(
@@ -226,11 +230,11 @@ class Language(Task):
 
     def count(self, batch: Any) -> int:
         """The tokens that have one before them."""
-        return int((self.targets(batch) != IGNORED).sum())
+        return int((self.targets(batch).long() != IGNORED).sum())
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(
-            wide(outputs.flatten(0, 1)),
+            _wide(outputs.flatten(0, 1)),
             targets.flatten().long(),
             reduction="sum",
             label_smoothing=self.smoothing,
@@ -255,9 +259,9 @@ class Regression(Task):
             )
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        given = wide(outputs)
+        given = _wide(outputs)
         squares = F.mse_loss(given, targets.to(given).view_as(given), reduction="none")
-        return squares.mean(dim=tuple(range(1, squares.dim()))).sum()
+        return squares.flatten(1).mean(1).sum() if squares.dim() > 1 else squares.sum()
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
         """All numbers in one row."""
@@ -282,7 +286,7 @@ class Detection(Task):
                 f"the network gives {_told(losses)} in training, expected a dictionary of losses, "
                 "as torchvision's detectors give it"
             )
-        return torch.stack([wide(loss) for loss in losses.values()]).sum() * self.count(batch)
+        return torch.stack([_wide(loss) for loss in losses.values()]).sum() * self.count(batch)
 
     def judged(self, net: Any, batch: Any) -> tuple[Any, Tensor | None]:
         """Detections; detectors tell no loss then."""
@@ -296,6 +300,11 @@ class Detection(Task):
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Classification, Language, Regression, Detection)
 }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: sums of losses need it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _without_classes(outputs: Tensor) -> torch.Size:

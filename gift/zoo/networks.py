@@ -10,7 +10,7 @@ from torch import nn
 
 from gift.data.classes import distinct
 from gift.data.examples import Reader
-from gift.data.noted import note
+from gift.noted import note
 from gift.zoo.errors import NetworkError, unknown
 from gift.zoo.from_timm import from_timm
 from gift.zoo.from_torchvision import from_torchvision

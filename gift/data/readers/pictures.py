@@ -48,6 +48,7 @@ class PictureReader:
     """
 
     kind: ClassVar[str] = "picture"
+    stands_alone: ClassVar[bool] = True
 
     size: Size = 224
     resize: Size | None = None
@@ -145,6 +146,7 @@ class DetectorReader:
     """
 
     kind: ClassVar[str] = "detector"
+    stands_alone: ClassVar[bool] = True
 
     def __call__(self, raw: Any) -> Tensor:
         """The tensor of a picture, or of its file.

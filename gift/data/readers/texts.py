@@ -39,6 +39,7 @@ class TextReader:
     """
 
     kind: ClassVar[str] = "text"
+    stands_alone: ClassVar[bool] = False  # it needs the files of a tokenizer
 
     tokenizer: Any
     max_length: int = 128
