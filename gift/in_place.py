@@ -1,7 +1,7 @@
 """Training more or fewer of a fine-tuned network's own parameters while it is being fine-tuned."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 Place = tuple[set[str], nn.Module, str]
 
 
+def record_of(network: Any) -> "NetworkRecord":
+    """What fine-tuning keeps on a network that is being fine-tuned."""
+    return network._gift_network
+
+
 def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
     """Train these parameters of the network's own too, as they are, or those that waited.
 
@@ -35,7 +40,7 @@ def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
     Raises:
         AdaptationError: naming all that cannot be trained as they are; nothing is changed then.
     """
-    record: NetworkRecord = network._gift_network  # type: ignore[assignment]
+    record = record_of(network)
     wanted = set(names)
     if problems := [f"{n}: {why}" for n, why in untrainable(network).items() if n in wanted]:
         raise AdaptationError(
@@ -56,7 +61,7 @@ def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
 
 def let_wait(network: nn.Module, names: Iterable[str]) -> None:
     """Freeze these parameters until `train_in_place`; what is chosen stays so, and is saved."""
-    record: NetworkRecord = network._gift_network  # type: ignore[assignment]
+    record = record_of(network)
     places = _places(network, set(names))
     for names_of_it, *_ in places:
         record.waiting |= names_of_it & record.chosen
@@ -69,7 +74,7 @@ def train_no_more(network: nn.Module, names: Iterable[str]) -> None:
     Raises:
         RuntimeError: if these values were not kept; nothing is changed then.
     """
-    record: NetworkRecord = network._gift_network  # type: ignore[assignment]
+    record = record_of(network)
     late = set(names) & record.late
     if late and not record.keeps_base:
         raise RuntimeError(
@@ -103,7 +108,7 @@ def keep_values(
         frozen: names of the parameters that are not trained.
         deltas: names of what methods added.
     """
-    record: NetworkRecord = network._gift_network  # type: ignore[assignment]
+    record = record_of(network)
     trained = not deltas.isdisjoint(new) if deltas else record.chosen <= new.keys()
     late = frozen & new.keys()
     if not trained or late == frozen or not record.keeps_base:
@@ -119,7 +124,7 @@ def keep_values(
 
 def flags_of_the_base(network: nn.Module) -> dict[str, bool]:
     """For each parameter of a fine-tuned network, whether it was trainable before."""
-    record: NetworkRecord = network._gift_network  # type: ignore[assignment]
+    record = record_of(network)
     before = {
         id(parameter): flag
         for module, name, flag in record.undo.requires_grad

@@ -97,3 +97,4 @@ def read_note(config: Mapping[str, Any]) -> Noted:
 def put_note(net: nn.Module, told: Noted) -> None:
     """Note that; where it has no reader, that of the base stays."""
     vars(net)[NOTE] = replace(told, reader=told.reader or noted(net).reader)
+    drop_empty_note(net)

@@ -144,7 +144,9 @@ def test_the_base_and_the_merged_network_predict_too(tmp_path: Path) -> None:
         assert predict(net, given)[0].probabilities == pytest.approx(before.probabilities, rel=1e-4)
     with disabled(net):
         expected = formula(net, READER(given[0])[None])[0]
-        found = predict(net, given)[0].probabilities
+        with pytest.raises(TrainingError, match="give reader="):  # which was noted in training
+            predict(net, given)
+        found = predict(net, given, reader=READER)[0].probabilities
     assert list(found.values()) == pytest.approx(expected)
     assert found != before.probabilities
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from gift.generated import spec_of
+from gift.in_place import record_of
 from gift.statistics import release_statistics
 
 
@@ -38,4 +39,4 @@ def release(holder: nn.Module) -> None:
         if (parameter := module._parameters.get(name)) is not None:
             parameter.requires_grad = flag
     if spec_of(holder).network:
-        holder._gift_network.waiting.clear()  # type: ignore[union-attr,operator]
+        record_of(holder).waiting.clear()

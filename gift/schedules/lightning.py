@@ -18,7 +18,7 @@ def _lightning() -> Any:
     raise ImportError("this needs Lightning: pip install lightning")
 
 
-class ScheduleCallback(_lightning().Callback):  # type: ignore[misc]
+class ScheduleCallback(_lightning().Callback):  # type: ignore[misc]  # its module is found when it is used
     """Lets a schedule drive a Lightning run, with its checkpoints.
 
     The schedule is attached to the LightningModule, which is fine-tuned by a strategy or has a

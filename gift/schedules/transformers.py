@@ -103,7 +103,7 @@ def _trainer() -> Any:
     while frame is not None:
         if isinstance(found := frame.f_locals.get("self"), trainer):
             return found
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     return None
 
 

@@ -15,7 +15,9 @@ from gift.training.run import Run, put_state, trained_state
 
 FILE = "checkpoint.pt"
 _FORMAT = 1
-_COUNTERS = ("epoch", "window", "step", "totals", "best", "waited", "finished", "seed", "random")
+_COUNTERS = (
+    "epoch", "steps_done", "step", "totals", "best", "waited", "finished", "seed", "epoch_random",
+)  # fmt: skip
 _TOLD = ("history", "steps", "unfrozen", "before", "old_before", "best_epoch", "stopped")
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gift.network import NetworkRecord
+from gift.in_place import record_of
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def old_heads(net: nn.Module, device: torch.device) -> Iterator[None]:
         net: a network that is being fine-tuned.
         device: where it is; the old modules are moved there.
     """
-    record: NetworkRecord = net._gift_network  # type: ignore[assignment]
+    record = record_of(net)
     swapped = []
     for undo in record.undo.modules:
         for name, old in undo.entries.get("_modules", {}).items():

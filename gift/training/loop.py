@@ -113,25 +113,25 @@ def train_epoch(run: Run) -> None:
     """One pass over the examples, or what is left of it."""
     settings, processes = run.settings, run.processes
     run.clock = time.monotonic()
-    if not run.window:
+    if not run.steps_done:
         run.totals = (0.0, 0.0)
-        run.random = random_states(run)
+        run.epoch_random = random_states(run)
         start_schedule(run)
-    todo = enumerate(windows(remaining_batches(run), settings.accumulate), start=run.window)
+    todo = enumerate(windows(remaining_batches(run), settings.accumulate), start=run.steps_done)
     if run.model is None:
         run.model = processes.model(run.net, settings.compile, lambda: all_take_part(run))
     run.net.train()
     bar = needed("tqdm", "train").tqdm(
         todo,
         f"epoch {run.epoch + 1}/{settings.epochs}",
-        initial=run.window,
+        initial=run.steps_done,
         total=run.steps_per_epoch,
         disable=not (settings.progress and processes.first),
         leave=False,
     )
     for number, window in bar:
         mean, count, stepped = train_step(run, window)
-        run.step, run.window = run.step + 1, number + 1
+        run.step, run.steps_done = run.step + 1, number + 1
         run.totals = (run.totals[0] + mean * count, run.totals[1] + count)
         rates = {f"lr_{i}" if i else "lr": float(group["lr"])
                  for i, group in enumerate(run.optimizer.param_groups)}  # fmt: skip
@@ -142,19 +142,19 @@ def train_epoch(run: Run) -> None:
         run.logs.step(row)
         bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
         every = settings.checkpoint_steps
-        if every and run.step % every == 0 and run.window < run.steps_per_epoch:
+        if every and run.step % every == 0 and run.steps_done < run.steps_per_epoch:
             write_checkpoint(run)
 
 
 def remaining_batches(run: Run) -> Iterator[Any]:
     """The batches of the epoch that are left, where a run goes on within one."""
-    if not run.window:
+    if not run.steps_done:
         return run.train.of(run.epoch)
     # What was drawn for the others is drawn again, and then goes on from where the run was.
     now = random_states(run)
-    restore_states(run, run.random)
+    restore_states(run, run.epoch_random)
     batches = run.train.of(run.epoch)
-    for _ in range(run.window * run.settings.accumulate):
+    for _ in range(run.steps_done * run.settings.accumulate):
         next(batches)
     restore_states(run, now)
     return batches
@@ -231,7 +231,7 @@ def _stop(run: Run, what: str) -> None:
     if run.result.folder is not None and (run.result.folder / FILE).exists():
         kept = f"{run.result.folder} has the last good checkpoint"
     raise TrainingError(
-        f"{what} in step {run.window + 1} of epoch {run.epoch + 1}: try a lower lr, a longer "
+        f"{what} in step {run.steps_done + 1} of epoch {run.epoch + 1}: try a lower lr, a longer "
         f"warmup, precision='float32', or look for such numbers in the examples; {kept}"
     )
 
@@ -254,7 +254,7 @@ def finish_epoch(run: Run) -> None:
     row["seconds"] = time.monotonic() - run.clock
     run.result.history.append(row)
     run.logs.epoch(row)
-    run.epoch, run.window = run.epoch + 1, 0
+    run.epoch, run.steps_done = run.epoch + 1, 0
     patience = run.settings.patience
     if patience is not None and run.waited >= patience:
         run.result.stopped = f"no improvement in {patience} epochs"

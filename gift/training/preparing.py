@@ -18,7 +18,7 @@ from gift.extras import needed
 from gift.factories import pa_train
 from gift.files.saving import fingerprint, split
 from gift.generated import spec_of
-from gift.network import NetworkRecord
+from gift.in_place import record_of
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
 from gift.training.checkpoint import check_writable, forget, read_checkpoint, restore
@@ -197,7 +197,7 @@ def _enable(net: nn.Module, strategy: FineTuningStrategy | None) -> Any:
     """The report of enabling, which may have been done before."""
     if strategy is None:
         if spec_of(net).network:
-            return net._gift_network.report  # type: ignore[union-attr]  # its record
+            return record_of(net).report
         # A plain network is trained as its flags say.
         strategy = FineTuningStrategy(
             para_caps=[(lambda *place: place[6].requires_grad, pa_train())]
@@ -247,7 +247,7 @@ def _identity(
     settings: Settings,
 ) -> dict[str, Any]:
     """What makes a run this run, as texts and numbers."""
-    record: NetworkRecord = net._gift_network  # type: ignore[assignment]  # its record
+    record = record_of(net)
     own = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)

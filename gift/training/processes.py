@@ -185,7 +185,7 @@ def whole(state: Any) -> Any:
 
     def one(value: Any) -> Any:
         if isinstance(value, Tensor):
-            value = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+            value = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]  # a DTensor
             return value.detach().cpu().clone()
         return value
 

@@ -164,7 +164,7 @@ def _sweep(run: Run, rates: list[float]) -> Iterator[float]:
             return
         losses.append(mean)
         yield mean
-        run.window += 1
+        run.steps_done += 1
         smoothed = smooth(losses)
         if smoothed[-1] > DIVERGED * min(smoothed):
             return
@@ -174,7 +174,7 @@ def _forever(run: Run) -> Iterator[Any]:
     """The examples of each step, epoch after epoch."""
     while True:
         yield from windows(run.train.of(run.epoch), run.settings.accumulate)
-        run.epoch, run.window = run.epoch + 1, 0
+        run.epoch, run.steps_done = run.epoch + 1, 0
 
 
 def smooth(values: list[float]) -> list[float]:

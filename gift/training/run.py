@@ -49,14 +49,14 @@ class Run:
         identity: what a checkpoint must agree on, to go on from it.
         seed: of the order of the examples.
         epoch: those that are done.
-        window: steps that are done in the one that is not.
+        steps_done: steps that are done in the one that is not.
         step: steps of the optimizer that are done.
         totals: sum and count of the losses in the epoch.
         best: the best value of what is watched.
         best_state: the trained values then.
         waited: epochs since then.
         finished: whether nothing is left to do.
-        random: states of the random numbers at the start of the epoch, of all processes.
+        epoch_random: states of the random numbers at the start of the epoch, of all processes.
         model: what is called for training; None until it is made.
         clock: when the epoch began.
     """
@@ -78,14 +78,14 @@ class Run:
     identity: dict[str, Any]
     seed: int
     epoch: int = 0
-    window: int = 0
+    steps_done: int = 0
     step: int = 0
     totals: tuple[float, float] = (0.0, 0.0)
     best: float = math.nan
     best_state: dict[str, Tensor] = field(default_factory=dict)
     waited: int = 0
     finished: bool = False
-    random: list[Any] = field(default_factory=list)
+    epoch_random: list[Any] = field(default_factory=list)
     model: Any = None
     clock: float = field(default_factory=time.monotonic)
 
