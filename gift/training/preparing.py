@@ -113,7 +113,10 @@ def prepare(
                 classes=work.classes,
                 folder=folder,
             ),
-            identity=_identity(net, told, schedule, [data, held_out], work, settings),
+            # It reads the whole base, which only a checkpoint is worth.
+            identity={}
+            if folder is None
+            else _identity(net, told, schedule, [data, held_out], work, settings),
             seed=seed,
         )
         run.check_watch()
