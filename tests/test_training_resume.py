@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import gift
 from gift.data.examples import Examples
+from gift.schedules import UnfreezeMilestones
 from gift.strategies import HeadReplacementStrategy, merge_strategies
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from gift.training import TrainingError, finetune, loop
@@ -61,6 +63,10 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "random examples, read by others": (Noisy, {"workers": 1}),
     "own loader": (shuffled, {}),
     "float16": (lambda: (DATA, LABELS), {"precision": "float16"}),
+    "schedule": (
+        lambda: (DATA, LABELS),
+        {"schedule": partial(UnfreezeMilestones, (1, 3), num_layers=1, train_bn=None)},
+    ),
     "no seed": (lambda: (DATA, LABELS), {"seed": None}),
 }
 
@@ -72,6 +78,7 @@ def run(name: str, network: nn.Module, **more: Any) -> Any:
     strategy = merge_strategies(
         [HeadReplacementStrategy(num_classes=3), LoRAAllFineTuningStrategy(rank=2)]
     )
+    settings = {**settings, "schedule": settings.get("schedule", lambda: None)()}
     options = {"epochs": 5, "batch_size": 10, "lr": 0.05, "checkpoint_steps": 3} | settings | more
     return finetune(network, make(), (DATA, LABELS), strategy=strategy, **options, **QUIET)
 
