@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,14 @@ def fails(*args: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Ctrl+C interrupts also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "while writing": lambda patch: patch.setattr(container, "save_file", fails),
     "while flushing": lambda patch: patch.setattr(os, "fsync", fails),
@@ -125,6 +133,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_failure_leaves_the_old_file_and_no_other(
