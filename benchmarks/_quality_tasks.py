@@ -1,9 +1,11 @@
 """The tasks of ``quality.py``: real data, pretrained networks, and what is asked of them."""
 
+import argparse
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from gift.factories import ma_freeze, mc_type
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NEIGHBOURS = 10
+DATA = Path(__file__).parents[2] / "shared/data"
 
 
 class AbsentError(Exception):
@@ -308,3 +311,25 @@ def sst2(data: Path) -> Task:
 
 
 TASKS = {"ants_bees": ants_and_bees, "jpeg": jpeg_cifar, "sst2": sst2}
+
+
+def tasks_that_are_there(
+    parser: argparse.ArgumentParser, keys: Iterable[str], data: Path | None
+) -> Iterator[tuple[str, Task]]:
+    """The tasks, without those whose data are absent; an error if the folder was named.
+
+    Args:
+        parser: tells the error.
+        keys: of the tasks.
+        data: folder of data and weights, as named.
+    """
+    folder = data or Path(os.environ.get("GIFT_DATA", DATA))
+    for key in keys:
+        try:
+            task = TASKS[key](folder)
+        except AbsentError as absent:
+            if data:
+                parser.error(str(absent))
+            print(f"{key} is left out. {absent}", file=sys.stderr)
+            continue
+        yield key, task

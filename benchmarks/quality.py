@@ -36,8 +36,6 @@ from them.
 import argparse
 import json
 import math
-import os
-import sys
 import time
 from collections import Counter
 from itertools import chain, count, islice
@@ -48,7 +46,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from _common import machine
-from _quality_tasks import TASKS, AbsentError, Task
+from _quality_tasks import TASKS, Task, tasks_that_are_there
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -56,7 +54,6 @@ from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning, st
 from gift.factories import ma_train, mc_path
 
 RESULTS = Path(__file__).parent / "results"
-DATA = Path(__file__).parents[2] / "shared/data"
 ROUNDS = 5  # of timed steps
 FACTOR, MOST_RATES = 3, 4  # between learning rates that are tried, and how many at most
 
@@ -408,15 +405,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = args.data or Path(os.environ.get("GIFT_DATA", DATA))
-    for key in args.tasks:
-        try:
-            task = TASKS[key](folder)
-        except AbsentError as absent:
-            if args.data:
-                parser.error(str(absent))
-            print(f"{key} is left out. {absent}", file=sys.stderr)
-            continue
+    for key, task in tasks_that_are_there(parser, args.tasks, args.data):
         print(f"{task.title}: source at the start {task.start:.2f} %", flush=True)
         for name in args.only:
             settings = settings_of(name, task, args.seeds)

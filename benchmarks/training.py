@@ -30,8 +30,6 @@ Results are stored in ``results/training.json`` and ``.md`` after each task.
 import argparse
 import json
 import logging
-import os
-import sys
 import tempfile
 import time
 import warnings
@@ -49,7 +47,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from _common import machine
-from _quality_tasks import TASKS, AbsentError, Data, Task
+from _quality_tasks import Data, Task, tasks_that_are_there
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -63,7 +61,6 @@ from gift.strategies import LoRAAllFineTuningStrategy, merge_strategies
 from gift.training import finetune
 
 RESULTS = Path(__file__).parent / "results"
-DATA = Path(__file__).parents[2] / "shared/data"
 WARMUP = 0.1
 RATES = {"ants_bees": 3e-3, "sst2": 1e-3}
 EPOCHS = {"ants_bees": 5, "sst2": 2}
@@ -357,17 +354,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
     quiet()
-    folder = args.data or Path(os.environ.get("GIFT_DATA", DATA))
     told = {"title": "Two linear layers", "costs": costs(small_work(), args.rounds)}
     store(args.out, "small", told)
-    for key in args.tasks:
-        try:
-            task = TASKS[key](folder)
-        except AbsentError as absent:
-            if args.data:
-                parser.error(str(absent))
-            print(f"{key} is left out. {absent}", file=sys.stderr)
-            continue
+    for key, task in tasks_that_are_there(parser, args.tasks, args.data):
         work = replace(work_of(key, task, 0), epochs=1)
         told = {
             "title": task.title,

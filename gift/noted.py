@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,13 +31,20 @@ class Noted:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Noted":
         return self  # nothing in it changes
 
-    def to_config(self) -> dict[str, Any]:
-        """Itself as plain data. A reader that needs files, as of a tokenizer, is left out."""
+    def to_config(self, folder: Path | None = None) -> dict[str, Any]:
+        """Itself as plain data.
+
+        Args:
+            folder: gets the files that the reader needs, as of a tokenizer. Without one, such a
+                reader is left out.
+        """
         reader = self.reader
+        if folder is None and reader is not None and not reader.stands_alone:
+            reader = None
         return {
             "task": self.task,
             "classes": None if self.classes is None else list(self.classes),
-            "reader": reader.to_config() if reader is not None and reader.stands_alone else None,
+            "reader": None if reader is None else reader.to_config(folder),
         }
 
 

@@ -34,6 +34,12 @@ def register(maker: F) -> F:
     return maker
 
 
+def registered(base: type) -> dict[str, Any]:
+    """The registered classes of a kind, by name."""
+    classes = {name: made for name, made in REGISTRY.items() if isinstance(made, type)}
+    return {name: classes[name] for name in sorted(classes) if issubclass(classes[name], base)}
+
+
 def bound_arguments(maker: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name, defaults included; containers are copied."""
     signature = inspect.signature(maker)

@@ -293,7 +293,6 @@ def test_files_name_registered_schedules_only() -> None:
         assert load_schedule_from_config(config).start == 3  # type: ignore[attr-defined]
     finally:
         REGISTRY.pop("EveryOther")
-        gift.schedules.config.SCHEDULES.pop("EveryOther")
     for named, text in [
         (config, r"'EveryOther'; known: \['Freeze', 'FreezeUnfreeze', 'NoFreeze', 'Unfreeze"),
         ({"name": "LoRAAllFineTuningStrategy", "init_paras": {}}, "unknown schedule"),

@@ -33,7 +33,7 @@ def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             complain("stopped")
             raise typer.Exit(130) from None
-        except Exception as error:
+        except Exception as error:  # told instead of a traceback
             complain(message(error))
             raise typer.Exit(1) from None
 

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.utils.data import Dataset, Subset
 
+IGNORED = -100
+"""Targets with this value count for nothing."""
+
 
 class Reader(Protocol):
     """Makes the input of a network from a file, picture or text.

@@ -30,8 +30,7 @@ class Columns:
     def __getitem__(self, place: int) -> tuple[Any, int]:
         try:
             row = self.dataset[place]
-        # A damaged picture can make a decoder raise whatever there is.
-        except Exception as error:
+        except Exception as error:  # whatever a damaged picture makes a decoder raise
             raise DataError(f"row {place} cannot be read: {error}") from error
         values = tuple(row[name] for name in self.inputs)
         return values if len(values) > 1 else values[0], self.labels[place]

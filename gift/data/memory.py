@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from gift.data.classes import classes_of, numbers_of
-from gift.data.examples import Examples, Reader
+from gift.data.examples import IGNORED, Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
 
@@ -86,8 +86,8 @@ def labelled(
 
 
 def _out_of_range(labels: Tensor, number: int | None) -> list[str]:
-    """Problems with numbers of classes; -100 is for what is to be ignored."""
-    wrong = (labels < 0) & (labels != -100)
+    """Problems with numbers of classes."""
+    wrong = (labels < 0) & (labels != IGNORED)
     if number is not None:
         wrong |= labels >= number
     return [

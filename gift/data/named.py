@@ -32,8 +32,7 @@ class Pictures:
         try:
             picture, label = self.dataset[place]
             return picture, int(label)
-        # A damaged file can make a decoder raise whatever there is.
-        except Exception as error:
+        except Exception as error:  # whatever a damaged file makes a decoder raise
             raise DataError(f"{self._told(place)} cannot be read: {error}") from error
 
     def _told(self, place: int) -> str:

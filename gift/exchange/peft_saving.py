@@ -25,7 +25,7 @@ from gift.exchange.peft_names import PREFIX, ends_with, exactly, targeted
 from gift.exchange.peft_prompt import is_prompted, write_prompt
 from gift.exchange.peft_table import FORMS
 from gift.extension import named_extensions
-from gift.files.container import DeltaFileError, replace_file
+from gift.files.container import DeltaFileError, replace_file, write_text
 from gift.files.saving import fine_tuned_part
 from gift.layers import layout_of
 
@@ -63,11 +63,7 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     target = Path(folder)
     replace_file(target / WEIGHTS_NAME, lambda path: save_file(own, path, {"format": "pt"}))
-    replace_file(target / CONFIG_NAME, lambda path: _write_text(path, text))
-
-
-def _write_text(path: str, text: str) -> None:
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(target / CONFIG_NAME, text)
 
 
 def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:

@@ -262,11 +262,17 @@ def mc_last_linear() -> Check:
     """The last linear layer of the network in registration order: its head, as a rule."""
 
     def prepare(network: nn.Module) -> Test:
-        packed = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
-        layers = [m for m in network.modules() if _is_linear(m) and id(m) not in packed]
-        return lambda *place: bool(layers) and place[4] is layers[-1]
+        _, last = last_linear(network)
+        return lambda *place: last is not None and place[4] is last
 
     return Check(prepare=prepare)
+
+
+def last_linear(network: nn.Module) -> tuple[str, nn.Module | None]:
+    """The last linear layer in registration order, and its path; None where there is none."""
+    packed = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
+    layers = [(n, m) for n, m in network.named_modules() if _is_linear(m) and id(m) not in packed]
+    return layers[-1] if layers else ("", None)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -50,7 +50,17 @@ def write(
     replace_file(path, lambda temporary: save_file(own, temporary, metadata))
 
 
-def replace_file(path: str | os.PathLike[str], make: Callable[[str], None]) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    replace_file(path, lambda temporary: Path(temporary).write_bytes(content))
+
+
+def replace_file(path: str | os.PathLike[str], make: Callable[[str], object]) -> None:
     """Let `make` write a temporary file beside `path`, and put that in its place.
 
     What was written is on the disk before it gets the name, so that no crash leaves less than one
@@ -69,7 +79,7 @@ def replace_file(path: str | os.PathLike[str], make: Callable[[str], None]) -> N
         _flush(temporary)
         os.chmod(temporary, mode)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException:  # which is raised again
         os.unlink(temporary)
         raise
     if os.name == "posix":

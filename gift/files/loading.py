@@ -13,7 +13,6 @@ from gift.adapter import is_sharded
 from gift.choosing.rehearsal import on_meta
 from gift.delta import deltas_of, held
 from gift.enable import GiftWarning, enable_fine_tuning, enabling_trained
-from gift.factories import Action, ma_replace_detection_head, ma_replace_head
 from gift.files.container import DeltaFileError
 from gift.files.description import names_regex
 from gift.files.inspecting import DeltaFile, inspect
@@ -27,6 +26,7 @@ from gift.network import delta_names, trained_in_place
 from gift.noted import Noted, put_note, read_note
 from gift.report import Report
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
+from gift.strategies.classic import new_heads
 
 
 def load(
@@ -134,21 +134,9 @@ def _hazards(file: DeltaFile, strategy: FineTuningStrategy) -> Iterator[str]:
         yield "its strategy has regular expressions, which are not run from a file"
     sizes = (size for tensor in file.tensors.values() for size in tensor.shape)
     most = max([2**16, *sizes])
-    for classes in _new_heads(strategy):
+    for classes in new_heads(strategy):
         if classes > most:  # networks keep a text for each class
             yield f"its strategy makes a head of {classes} classes, it has none so large"
-
-
-_MAKE_HEADS = (ma_replace_head.__name__, ma_replace_detection_head.__name__)
-
-
-def _new_heads(strategy: FineTuningStrategy) -> Iterator[int]:
-    """The numbers of classes of the heads that a strategy makes."""
-    for cap in strategy.module_caps:
-        if isinstance(cap.action, FineTuningStrategy):
-            yield from _new_heads(cap.action)
-        elif isinstance(cap.action, Action) and cap.action.recipe[0] in _MAKE_HEADS:
-            yield cap.action.recipe[1]["num_classes"]
 
 
 def _rehearse(
@@ -166,7 +154,7 @@ def _rehearse(
         _train_as_there(twin, file)
         if check_base:
             _take_dtypes(twin, file)
-    except Exception as error:
+    except Exception as error:  # a file may say anything
         return [f"its strategy cannot be applied here: {in_a_line(error)}", *base]
     return [*misfits(twin, state, file, check_base), *(base or _too_much(net, twin, file))]
 
@@ -234,7 +222,7 @@ def _load_values(
     try:
         with kept:
             network.load_state_dict(state)
-    except BaseException:
+    except BaseException:  # which is raised again
         kept.restore()
         raise
 

@@ -92,7 +92,7 @@ def _write_in_one_process(
     try:
         if torch.distributed.get_rank() == 0:
             write(path, header, tensors)
-    except BaseException as error:
+    except BaseException as error:  # which is raised again
         failed = [f"{type(error).__name__}: {error}"]
         raise
     finally:

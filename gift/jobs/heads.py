@@ -1,11 +1,9 @@
 """A head that fits the classes."""
 
-from typing import Any
-
 from torch import nn
 
 from gift.data import Examples
-from gift.factories import ma_replace_detection_head, ma_replace_head, mc_last_linear
+from gift.factories.checks import last_linear
 from gift.jobs.errors import JobError
 from gift.jobs.models import Strategy
 from gift.strategies import (
@@ -14,6 +12,7 @@ from gift.strategies import (
     HeadReplacementStrategy,
     merge_strategies,
 )
+from gift.strategies.classic import new_heads
 from gift.zoo import LoadedNetwork
 
 
@@ -32,7 +31,7 @@ def with_head(
         JobError: if there shall be a new head but there are no classes.
     """
     made = strategy.made()
-    if strategy.head == "keep" or _makes_head(made):
+    if strategy.head == "keep" or any(new_heads(made)):
         return made
     if train.classes is None:
         if strategy.head == "new":
@@ -44,17 +43,6 @@ def with_head(
     if train.task == "detection":
         return merge_strategies([DetectionHeadStrategy(count), made])
     return merge_strategies([HeadReplacementStrategy(count), made])
-
-
-def _makes_head(strategy: FineTuningStrategy) -> bool:
-    """Whether a strategy replaces a head by itself."""
-    names = {maker.__name__ for maker in (ma_replace_head, ma_replace_detection_head)}
-
-    def replaces(action: Any) -> bool:
-        inner = isinstance(action, FineTuningStrategy)
-        return _makes_head(action) if inner else getattr(action, "recipe", ("",))[0] in names
-
-    return any(replaces(cap.action) for cap in strategy.module_caps)
 
 
 def _is_for(loaded: LoadedNetwork, classes: tuple[str, ...]) -> bool:
@@ -69,8 +57,5 @@ def _is_for(loaded: LoadedNetwork, classes: tuple[str, ...]) -> bool:
 
 def outputs_of(net: nn.Module) -> int | None:
     """How many classes the last linear layer of a network tells apart; None without one."""
-    is_head: Any = mc_last_linear().bind(net)
-    for path, module in net.named_modules():
-        if is_head(net, path.rpartition(".")[2], path, type(module).__name__, module):
-            return getattr(module, "out_features", getattr(module, "nf", None))
-    return None
+    _, head = last_linear(net)
+    return getattr(head, "out_features", getattr(head, "nf", None))

@@ -66,6 +66,6 @@ def _write_model(net: Any, out: Path, classes: Sequence[str] | None, reader: Any
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except BaseException:
+    except BaseException:  # which is raised again
         shutil.rmtree(temporary, ignore_errors=True)
         raise

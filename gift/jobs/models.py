@@ -16,7 +16,7 @@ from pydantic import (
 
 from gift.jobs.errors import closest, shown
 from gift.jobs.kinds import KINDS, anchored
-from gift.registry import REGISTRY
+from gift.registry import registered
 from gift.report import some
 from gift.schedules import Schedule as AnySchedule
 from gift.schedules import load_schedule_from_config
@@ -246,12 +246,6 @@ class Schedule(_Registered):
     def load(cls, config: dict[str, Any]) -> Any:
         """The schedule."""
         return load_schedule_from_config(config)
-
-
-def registered(base: type) -> dict[str, Any]:
-    """The registered classes of a kind, by name."""
-    classes = {name: made for name, made in REGISTRY.items() if isinstance(made, type)}
-    return {name: classes[name] for name in sorted(classes) if issubclass(classes[name], base)}
 
 
 class Job(_Section):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from gift.extras import needed
-from gift.files.container import replace_file
+from gift.files.container import write_text
 from gift.jobs import models
 from gift.jobs.errors import JobError, dotted, in_words
 from gift.jobs.models import Job
@@ -182,12 +182,3 @@ def write_job(job: Job, path: str | Path) -> None:
     """Write a job as YAML, whole or not at all."""
     text = needed("yaml", "yaml").safe_dump(job.to_config(), sort_keys=False, allow_unicode=True)
     write_text(path, text)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    replace_file(path, lambda temporary: _write(temporary, text))
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).write_text(text, encoding="utf-8")

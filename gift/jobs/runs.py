@@ -15,12 +15,12 @@ from gift.jobs.kinds import KINDS
 from gift.jobs.models import Job
 from gift.jobs.networks import job_network
 from gift.jobs.reading import checked, read_yaml
-from gift.noted import note
+from gift.noted import Noted, note
 from gift.training import evaluate
+from gift.training.checkpoint import DELTAS
 from gift.training.predicting import predict
 
 JOB, INPUTS = "job.yaml", "inputs.json"
-DELTAS = ("best", "last")
 
 
 class Run:
@@ -64,7 +64,7 @@ class Run:
             return Path(which)
         wanted = which or self.job.training.keep
         names = [wanted] if which else [wanted, *DELTAS]
-        found = [self.folder / f"{name}.safetensors" for name in names]
+        found = [self.folder / DELTAS[name] for name in names]
         for path in found:
             if path.is_file():
                 return path
@@ -151,9 +151,7 @@ class Run:
 
 def inputs_text(train: Examples, reader: Any, folder: Path) -> str:
     """What must be known to read more inputs, as JSON; the folder gets what is larger."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = reader.to_config(folder)
-    told = {"task": train.task, "classes": train.classes, "reader": config}
+    told = Noted(reader, train.classes, train.task).to_config(folder)
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.adapter import adapters_of
 from gift.delta import added_names, deltas_of
-from gift.factories import mc_last_linear
+from gift.factories.checks import last_linear
 from gift.generated import joined, plain_class
 
 Paths = str | Iterable[str] | None
@@ -102,14 +102,13 @@ def _with_deltas(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _heads(net: nn.Module, head: Paths) -> tuple[str, ...]:
     if head is None:
-        is_last = mc_last_linear().bind(net)
-        found = [path for path, m in net.named_modules() if is_last(None, "", path, "", m)]
-        if not found:
+        path, last = last_linear(net)
+        if last is None:
             raise ValueError(
                 f"{type(net).__name__} has no linear layer, which would be its head: say which "
                 "module it is, head=..."
             )
-        return tuple(found[:1])
+        return (path,)
     paths = tuple(_listed(head))
     known = dict(net.named_modules(remove_duplicate=False))
     wrong = [path for path in paths if path not in known]

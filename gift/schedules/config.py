@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gift.registry import decode, register
+from gift.registry import decode, register, registered
 from gift.schedules.base import Schedule
-
-SCHEDULES: dict[str, type[Schedule]] = {}
 
 
 def register_schedule(cls: type[Schedule]) -> type[Schedule]:
     """Class decorator: lets files name this schedule."""
-    SCHEDULES[cls.__name__] = cls
     return register(cls)
 
 
@@ -33,6 +30,7 @@ def load_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     if not isinstance(config, Mapping) or set(config) != {"name", "init_paras"}:
         found = sorted(map(str, config)) if isinstance(config, Mapping) else repr(config)
         raise ValueError(f"expected a mapping with 'name' and 'init_paras', found {found}")
-    if config["name"] not in SCHEDULES:
-        raise ValueError(f"unknown schedule {config['name']!r}; known: {sorted(SCHEDULES)}")
+    known = registered(Schedule)
+    if config["name"] not in known:
+        raise ValueError(f"unknown schedule {config['name']!r}; known: {[*known]}")
     return decode(dict(config))

@@ -1,6 +1,9 @@
 """The classic recipes: everything, nothing, or a new head."""
 
+from collections.abc import Iterator
+
 from gift.factories import (
+    Action,
     ma_freeze,
     ma_replace_detection_head,
     ma_replace_head,
@@ -80,3 +83,15 @@ class DetectionHeadStrategy(FineTuningStrategy):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__([(mc_detection_head(), ma_replace_detection_head(num_classes))])
+
+
+_MAKE_HEADS = (ma_replace_head.__name__, ma_replace_detection_head.__name__)
+
+
+def new_heads(strategy: FineTuningStrategy) -> Iterator[int]:
+    """The numbers of classes of the heads that a strategy makes."""
+    for cap in strategy.module_caps:
+        if isinstance(cap.action, FineTuningStrategy):
+            yield from new_heads(cap.action)
+        elif isinstance(cap.action, Action) and cap.action.recipe[0] in _MAKE_HEADS:
+            yield cap.action.recipe[1]["num_classes"]

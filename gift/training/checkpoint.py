@@ -14,6 +14,7 @@ from gift.training.randomness import random_state, restore_random
 from gift.training.run import Run, put_state, trained_state
 
 FILE = "checkpoint.pt"
+DELTAS = {"best": "best.safetensors", "last": "last.safetensors"}
 _FORMAT = 1
 _COUNTERS = (
     "epoch", "steps_done", "step", "totals", "best", "waited", "finished", "seed", "epoch_random",
@@ -25,7 +26,16 @@ def write_checkpoint(run: Run) -> None:
     """Write where the run is, whole or not at all; all processes call this."""
     if run.result.folder is None:
         return
-    state = {
+    random = random_states(run)  # which each process has to tell
+    if run.processes.has_part_in_files:
+        state = _state(run, random)
+        if run.folder is not None:
+            replace_file(run.folder / FILE, lambda temporary: torch.save(state, temporary))
+    run.processes.wait()
+
+
+def _state(run: Run, random: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "format": _FORMAT,
         "identity": run.identity,
         "counters": {name: getattr(run, name) for name in _COUNTERS},
@@ -36,11 +46,8 @@ def write_checkpoint(run: Run) -> None:
         "rates": run.rates.state_dict(),
         "scaler": run.scaler.state_dict(),
         "schedule": None if run.schedule is None else run.schedule.state_dict(),
-        "random": random_states(run),
+        "random": random,
     }
-    if run.folder is not None:
-        replace_file(run.folder / FILE, lambda temporary: torch.save(state, temporary))
-    run.processes.wait()
 
 
 def check_writable(folder: Path) -> None:
@@ -57,7 +64,7 @@ def check_writable(folder: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Remove what an earlier run left in a folder to go on from, or to use."""
-    for name in (FILE, "best.safetensors", "last.safetensors"):
+    for name in (FILE, *DELTAS.values()):
         (folder / name).unlink(missing_ok=True)
 
 

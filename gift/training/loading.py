@@ -86,6 +86,10 @@ class Batches:
             return len(self.data)
         return len(self._sizes())
 
+    def steps(self, accumulate: int) -> int:
+        """How many steps an epoch has that take so many batches each."""
+        return -(-len(self) // accumulate)
+
     def _sizes(self) -> list[int]:
         """How many examples each batch has."""
         assert isinstance(self.data, Examples)

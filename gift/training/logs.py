@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gift.extras import needed
-from gift.files.container import replace_file
+from gift.files.container import write_text
 
 Row = Mapping[str, float]
 
@@ -157,18 +157,13 @@ class _Table:
         if not columns:
             self.path.unlink(missing_ok=True)
             return
-        text = self._text([dict(zip(columns, columns, strict=True)), *rows])
-        replace_file(self.path, lambda file: _put(Path(file), text))
+        write_text(self.path, self._text([dict(zip(columns, columns, strict=True)), *rows]))
 
     def _text(self, rows: Sequence[Mapping[str, Any]]) -> str:
         out = io.StringIO(newline="")
         writer = csv.DictWriter(out, self.columns, lineterminator="\n", extrasaction="ignore")
         writer.writerows(rows)
         return out.getvalue()
-
-
-def _put(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", newline="")
 
 
 class TensorBoardLog:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,14 @@ from gift.network import named_trainable
 from gift.schedules import Schedule
 from gift.statistics import kept_modes
 from gift.strategies import FineTuningStrategy
-from gift.training.checkpoint import FILE, random_states, restore_states, write_checkpoint
-from gift.training.errors import TrainingError
+from gift.training.checkpoint import (
+    DELTAS,
+    FILE,
+    random_states,
+    restore_states,
+    write_checkpoint,
+)
+from gift.training.errors import NotFiniteError
 from gift.training.judging import judge
 from gift.training.loading import windows
 from gift.training.preparing import prepare
@@ -111,24 +117,16 @@ def finetune(
 
 def train_epoch(run: Run) -> None:
     """One pass over the examples, or what is left of it."""
-    settings, processes = run.settings, run.processes
+    settings = run.settings
     run.clock = time.monotonic()
     if not run.steps_done:
         run.totals = (0.0, 0.0)
         run.epoch_random = random_states(run)
         start_schedule(run)
     todo = enumerate(windows(remaining_batches(run), settings.accumulate), start=run.steps_done)
-    if run.model is None:
-        run.model = processes.model(run.net, settings.compile, lambda: all_take_part(run))
-    run.net.train()
-    bar = needed("tqdm", "train").tqdm(
-        todo,
-        f"epoch {run.epoch + 1}/{settings.epochs}",
-        initial=run.steps_done,
-        total=run.steps_per_epoch,
-        disable=not (settings.progress and processes.first),
-        leave=False,
-    )
+    make_model(run)
+    name = f"epoch {run.epoch + 1}/{settings.epochs}"
+    bar = progress(run, todo, name, initial=run.steps_done, total=run.steps_per_epoch)
     for number, window in bar:
         mean, count, stepped = train_step(run, window)
         run.step, run.steps_done = run.step + 1, number + 1
@@ -170,6 +168,19 @@ def start_schedule(run: Run) -> None:
         run.result.unfrozen[run.epoch + 1] = list(unfrozen)
         if run.best_state:  # in the best state, they are what they are now
             run.best_state = trained_state(run.net) | run.best_state
+
+
+def make_model(run: Run) -> None:
+    """Make what is called for training, if there is none yet; the network gets ready for that."""
+    if run.model is None:
+        run.model = run.processes.model(run.net, run.settings.compile, lambda: all_take_part(run))
+    run.net.train()
+
+
+def progress(run: Run, todo: Iterable[Any], name: str, **options: Any) -> Any:
+    """What is to be done, with a bar that shows how far that is."""
+    shown = run.settings.progress and run.processes.first
+    return needed("tqdm", "train").tqdm(todo, name, disable=not shown, leave=False, **options)
 
 
 def all_take_part(run: Run) -> bool:
@@ -230,7 +241,7 @@ def _stop(run: Run, what: str) -> None:
     kept = "there is no folder with a checkpoint"
     if run.result.folder is not None and (run.result.folder / FILE).exists():
         kept = f"{run.result.folder} has the last good checkpoint"
-    raise TrainingError(
+    raise NotFiniteError(
         f"{what} in step {run.steps_done + 1} of epoch {run.epoch + 1}: try a lower lr, a longer "
         f"warmup, precision='float32', or look for such numbers in the examples; {kept}"
     )
@@ -247,7 +258,7 @@ def finish_epoch(run: Run) -> None:
         if run.is_better(value):
             run.best, run.waited, run.result.best_epoch = value, 0, run.epoch + 1
             run.best_state = trained_state(run.net)
-            save_delta(run, "best.safetensors")
+            save_delta(run, "best")
         else:
             run.waited += 1
     row["step"] = run.step
@@ -262,19 +273,19 @@ def finish_epoch(run: Run) -> None:
     write_checkpoint(run)
 
 
-def save_delta(run: Run, name: str) -> None:
-    """Write the delta into the run's folder; all processes call this."""
+def save_delta(run: Run, which: str) -> None:
+    """Write the "best" or "last" delta into the run's folder; all processes call this."""
     if run.result.folder is None:
         return
-    if run.processes.first or run.processes.is_sharding:
-        save(run.net, run.result.folder / name)
+    if run.processes.has_part_in_files:
+        save(run.net, run.result.folder / DELTAS[which])
     run.processes.wait()
 
 
 def conclude(run: Run) -> Result:
     """Leave the network as it is to be kept, and tell what was done."""
     result = run.result
-    save_delta(run, "last.safetensors")
+    save_delta(run, "last")
     if run.settings.keep == "best" and run.best_state:
         put_state(run.net, run.best_state)
     if run.valid is not None:

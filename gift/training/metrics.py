@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from gift.data.examples import IGNORED
 from gift.extras import needed
 from gift.training.errors import TrainingError
 
@@ -28,7 +29,7 @@ def _classified(kind: str, **settings: Any) -> Callable[..., Any]:
     def make(classes: int, **options: Any) -> Any:
         metrics = needed("torchmetrics.classification", "train")
         return getattr(metrics, f"Multiclass{kind}")(
-            classes, ignore_index=-100, validate_args=False, **settings, **options
+            classes, ignore_index=IGNORED, validate_args=False, **settings, **options
         )
 
     return make
@@ -50,7 +51,7 @@ def _perplexity(classes: int, **options: Any) -> Any:
         def update(self, preds: Any, target: Any) -> None:
             super().update(preds[None], target[None])
 
-    return OfPlaces(ignore_index=-100, **options)
+    return OfPlaces(ignore_index=IGNORED, **options)
 
 
 def _detected(classes: int, **options: Any) -> Any:

@@ -89,6 +89,7 @@ def prepare(
         learning = batches(data, shuffle=True)
         rehearse(net, work, learning)
         optimizer = make_optimizer(net, settings)
+        steps = learning.steps(settings.accumulate) * settings.epochs
         run = Run(
             net=net,
             task=work,
@@ -100,7 +101,7 @@ def prepare(
             metrics=metrics_of(work.name, settings.metrics),
             schedule=schedule,
             optimizer=optimizer,
-            rates=make_rates(optimizer, settings, _steps(learning, settings)),
+            rates=make_rates(optimizer, settings, steps),
             scaler=torch.amp.GradScaler(
                 processes.device.type, enabled=settings.precision == "float16"
             ),
@@ -139,15 +140,11 @@ def _check_packages(settings: Settings, folder: Path | None) -> None:
             needed(module, "train")
 
 
-def _steps(batches: Batches, settings: Settings) -> int:
-    return -(-len(batches) // settings.accumulate) * settings.epochs
-
-
 @contextmanager
 def _released_if_refused(schedule: Schedule | None) -> Iterator[None]:
     try:
         yield
-    except BaseException:
+    except BaseException:  # which is raised again
         if schedule is not None and schedule.is_attached:
             schedule.detach()
         raise
@@ -181,7 +178,8 @@ def _begun(
     processes.shard(run.net)
     if processes.is_sharding:
         run.optimizer = make_optimizer(run.net, settings)
-        run.rates = make_rates(run.optimizer, settings, _steps(run.train, settings))
+        steps = run.steps_per_epoch * settings.epochs
+        run.rates = make_rates(run.optimizer, settings, steps)
     if isinstance(data, Examples):
         remember(run.net, data)
     if run.folder is not None and state is None:
@@ -233,7 +231,6 @@ def _old(
 
     def judged() -> dict[str, float]:
         with old_heads(net, device):
-            rehearse(net, task, given)
             return judge(net, task, given, kinds)[0]
 
     with old_heads(net, device):

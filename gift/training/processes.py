@@ -50,6 +50,11 @@ class Processes:
         """Whether each process has a part of the parameters."""
         return self.number > 1 and self.parallel == "fsdp"
 
+    @property
+    def has_part_in_files(self) -> bool:
+        """Whether this process is needed to write: it does so, or has a part of what is written."""
+        return self.first or self.is_sharding
+
     def share(self, places: list[int]) -> tuple[list[int], bool]:
         """The part of this process, of the places of a batch.
 

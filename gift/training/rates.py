@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gift.extras import needed
-from gift.files.container import replace_file
+from gift.files.container import write_bytes
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
-from gift.training.errors import TrainingError
+from gift.training.errors import NotFiniteError
 from gift.training.loading import windows
-from gift.training.loop import all_take_part, start_schedule, train_step
+from gift.training.loop import make_model, progress, start_schedule, train_step
 from gift.training.preparing import prepare
 from gift.training.processes import Processes
 from gift.training.randomness import kept_random
@@ -60,8 +59,7 @@ class LearningRates:
 
     def plot(self, path: str | Path) -> None:
         """Write a PNG picture of losses over rates, with the suggestion."""
-        png = render(_draw, self, LIGHT)
-        replace_file(path, lambda file: _put(Path(file), png or b""))
+        write_bytes(path, render(_draw, self, LIGHT) or b"")
 
     def __str__(self) -> str:
         tried = f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}"
@@ -143,22 +141,16 @@ def find_lr(
 def _sweep(run: Run, rates: list[float]) -> Iterator[float]:
     """The loss in a step at each rate, until it has diverged."""
     start_schedule(run)
-    run.model = run.processes.model(run.net, run.settings.compile, lambda: all_take_part(run))
-    run.net.train()
+    make_model(run)
     losses: list[float] = []
-    bar = needed("tqdm.auto", "train").tqdm
-    told = run.settings.progress and run.processes.first
-    for rate, window in zip(
-        bar(rates, "learning rates", disable=not told, leave=False), _forever(run), strict=False
-    ):
-        for batch, _ in window:
-            run.task.check(batch)  # so that whatever is wrong below is the loss
+    bar = progress(run, rates, "learning rates")
+    for rate, window in zip(bar, _forever(run), strict=False):
         for group in run.optimizer.param_groups:
             group.setdefault("at_1", group["lr"] / run.settings.lr)
             group["lr"] = group["at_1"] * rate
         try:
             mean, *_ = train_step(run, window)
-        except TrainingError:
+        except NotFiniteError:
             if not losses:
                 raise
             return
@@ -211,7 +203,3 @@ def _draw(found: LearningRates, theme: Theme) -> Any:
         axes.axvline(rate, color=mark, linestyle="--", label=f"suggested: {rate:.2g}")
     axes.legend()
     return figure
-
-
-def _put(file: Path, content: bytes) -> None:
-    file.write_bytes(content)

@@ -92,7 +92,7 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of the optimizer in an epoch."""
-        return -(-len(self.train) // self.settings.accumulate)
+        return self.train.steps(self.settings.accumulate)
 
     @property
     def folder(self) -> Path | None:

@@ -75,42 +75,11 @@ class Settings:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        whole = {name: 1 for name in ("epochs", "batch_size", "accumulate")}
-        may_be_none = ("patience", "checkpoint_steps")
-        whole |= {"workers": 0, "patience": 1, "checkpoint_steps": 1}
         problems = [
-            f"{name} is {value!r}, expected a whole number of at least {least}"
-            for name, least in whole.items()
-            if not ((value := getattr(self, name)) is None and name in may_be_none)
-            and (type(value) is not int or value < least)
-        ]
-        ranges = {
-            "lr": (_is_number(self.lr) and self.lr > 0, "a number above 0"),
-            "weight_decay": (_is_number(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
-            "clip": (
-                self.clip is None or (_is_number(self.clip) and self.clip > 0),
-                "a number above 0, or None",
-            ),
-            "warmup": (_is_number(self.warmup) and 0 <= self.warmup <= 1, "a share from 0 to 1"),
-            "label_smoothing": (
-                _is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
-                "a share from 0 to below 1",
-            ),
-            "loraplus_ratio": (
-                self.loraplus_ratio is None
-                or (_is_number(self.loraplus_ratio) and self.loraplus_ratio > 0),
-                "a number above 0, or None",
-            ),
-            "seed": (self.seed is None or type(self.seed) is int, "a whole number, or None"),
-            "metrics": (not isinstance(self.metrics, str), "names in a list"),
-            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
-            "parallel": (self.parallel in ("ddp", "fsdp"), "'ddp' or 'fsdp'"),
-            "keep": (self.keep in ("best", "last"), "'best' or 'last'"),
-        }
-        problems += [
-            f"{name} is {getattr(self, name)!r}, expected {expected}"
-            for name, (fits, expected) in ranges.items()
-            if not fits
+            f"{name} is {value!r}, expected {expected}"
+            for name, (fits, expected) in _BOUNDS.items()
+            if not ((value := getattr(self, name)) is None and name in _MAY_BE_NONE)
+            and not fits(value)
         ]
         if problems:
             raise ValueError("; ".join(problems))
@@ -118,6 +87,32 @@ class Settings:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+Bound = tuple[Callable[[Any], bool], str]
+_FROM_1: Bound = (lambda v: type(v) is int and v >= 1, "a whole number of at least 1")
+_POSITIVE_OR_NONE: Bound = (lambda v: _is_number(v) and v > 0, "a number above 0, or None")
+_BOUNDS: dict[str, Bound] = {
+    "epochs": _FROM_1,
+    "batch_size": _FROM_1,
+    "accumulate": _FROM_1,
+    "workers": (lambda v: type(v) is int and v >= 0, "a whole number of at least 0"),
+    "patience": _FROM_1,
+    "checkpoint_steps": _FROM_1,
+    "lr": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "weight_decay": (lambda v: _is_number(v) and v >= 0, "0 or more"),
+    "clip": _POSITIVE_OR_NONE,
+    "warmup": (lambda v: _is_number(v) and 0 <= v <= 1, "a share from 0 to 1"),
+    "label_smoothing": (lambda v: _is_number(v) and 0 <= v < 1, "a share from 0 to below 1"),
+    "loraplus_ratio": _POSITIVE_OR_NONE,
+    "seed": (lambda v: type(v) is int, "a whole number, or None"),
+    "metrics": (lambda v: not isinstance(v, str), "names in a list"),
+    "precision": (lambda v: v in PRECISIONS, f"one of {PRECISIONS}"),
+    "parallel": (lambda v: v in ("ddp", "fsdp"), "'ddp' or 'fsdp'"),
+    "keep": (lambda v: v in ("best", "last"), "'best' or 'last'"),
+}
+"""What each setting is, and how an error says so."""
+_MAY_BE_NONE = ("patience", "checkpoint_steps", "clip", "loraplus_ratio", "seed")
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

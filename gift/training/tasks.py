@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.data.examples import IGNORED
 from gift.report import some
 from gift.tensors import dtype_name
 from gift.training.errors import TrainingError
-
-IGNORED = -100
-"""Targets with this value count for nothing."""
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -158,7 +156,7 @@ class Classification(Task):
         targets, number = self.targets(batch), self.number_of_classes
         if targets.is_floating_point():
             return
-        targets = targets.long()  # as small types have no -100
+        targets = targets.long()  # as small types have no IGNORED
         wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= number))]
         if len(wrong):
             raise TrainingError(

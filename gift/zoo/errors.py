@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from gift.errors import first_line
+
 
 class NetworkError(ValueError):
     """A network that cannot be loaded; the message says what to do."""
@@ -17,8 +19,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> NetworkError:
 
 def unreachable(what: str, error: Exception) -> NetworkError:
     """The error for what can neither be found here nor fetched."""
-    reason = (str(error).strip().splitlines() or [""])[0]
     return NetworkError(
         f"{what} cannot be fetched: check the connection, or give weights=FILE, a file with the "
-        f"network's state, or weights=None for random ones ({type(error).__name__}: {reason})"
+        "network's state, or weights=None for random ones "
+        f"({type(error).__name__}: {first_line(error)})"
     )

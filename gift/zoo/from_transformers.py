@@ -8,6 +8,7 @@ from gift.data.errors import DataError
 from gift.data.examples import Reader
 from gift.data.readers import TextReader
 from gift.enable import GiftWarning
+from gift.errors import first_line
 from gift.extras import needed
 from gift.zoo.errors import NetworkError, unreachable
 from gift.zoo.loaded import LoadedNetwork
@@ -130,9 +131,9 @@ def _settings(processor: Any) -> dict[str, Any]:
 
 
 def _warn(name: str, error: Exception) -> None:
-    reason = (str(error).strip().splitlines() or [""])[0]
     warnings.warn(
-        f"nothing says how {name} reads its inputs: give load_network(..., reader=...) ({reason})",
+        f"nothing says how {name} reads its inputs: give load_network(..., reader=...) "
+        f"({first_line(error)})",
         GiftWarning,
         stacklevel=5,
     )

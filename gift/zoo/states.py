@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gift.errors import first_line
+from gift.report import some
 from gift.zoo.errors import NetworkError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -44,17 +46,13 @@ def put_state(net: nn.Module, path: str | Path) -> None:
             if name in state and state[name].shape != tensor.shape
         ],
     }
-    found = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
+    found = [f"{what}: {some(names, 3)}" for what, names in problems.items() if names]
     if found:
         raise NetworkError(
             f"{path} is no state of this {type(net).__name__}; " + "; ".join(found) + "; does it "
             "need other options, such as the number of classes?"
         )
     net.load_state_dict(state, strict=False)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -66,10 +64,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise NetworkError(
             f"{path} has no weights that can be read; expected what safetensors, or torch.save of "
-            f"net.state_dict(), wrote ({reason})"
+            f"net.state_dict(), wrote ({first_line(error)})"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):

@@ -184,8 +184,7 @@ def opened(raw: Any, mode: str) -> Any:
                 return opened(file, mode)
         except FileNotFoundError:
             reason = "there is no such file"
-        # A damaged file can make a decoder raise whatever there is.
-        except Exception as error:
+        except Exception as error:  # whatever a damaged file makes a decoder raise
             reason = str(error) or type(error).__name__
         raise DataError(f"{raw} cannot be read as a picture: {reason}")
     picture = ops.exif_transpose(raw)

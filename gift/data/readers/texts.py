@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gift.data.errors import DataError
+from gift.errors import first_line
 from gift.extras import needed
 
 _FOLDER = "tokenizer"
@@ -113,13 +114,9 @@ def load_tokenizer(name: str | Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"there is no tokenizer {str(name)!r} here, and it cannot be fetched: give a folder "
-            f"that save_pretrained wrote ({_first_line(error)})"
+            f"that save_pretrained wrote ({type(error).__name__}: {first_line(error)})"
         ) from error
     # transformers makes such a one where a folder has a network, but no tokenizer.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"{str(name)!r} has no tokenizer with a vocabulary: save one there")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gift.extras import needed
-from gift.files.container import replace_file
+from gift.files.container import write_bytes
 from gift.training.report import plots, tables
 from gift.training.result import Result
 
@@ -56,10 +56,10 @@ def write_report(result: Result, folder: Path) -> Path:
         if light is None or dark is None:
             file.unlink(missing_ok=True)
             continue
-        _write(file, light)
+        write_bytes(file, light)
         pictures.append(Picture(title, _alt(name, result), _address(light), _address(dark)))
     page = folder / "report.html"
-    _write(page, _page(result, pictures).encode(errors="replace"))
+    write_bytes(page, _page(result, pictures).encode(errors="replace"))
     return page
 
 
@@ -110,11 +110,3 @@ def _alt(name: str, result: Result) -> str:
 
 def _address(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _write(file: Path, content: bytes) -> None:
-    replace_file(file, lambda path: _put(path, content))
-
-
-def _put(path: str, content: bytes) -> None:
-    Path(path).write_bytes(content)
