@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.fast.linear import Product, linear_forwards
+from gift.fast.low_rank import CONVOLUTIONS, conv, linear, low_rank_product
 from gift.methods.base import dotted
 from gift.methods.lora import LoRA
 
@@ -58,13 +60,6 @@ class AnchoredLoRA(LoRA):
         start = f"{self.name}_B0"
         return super().multiplied(parameters, number) | {start: parameters[start] * number}
 
-    def side(self, x: Tensor, parameters: Mapping[str, Tensor], training: bool) -> Tensor:
-        r""":math:`s (B A - B_0 A_0)` times the input, which ``B A`` sees dropped while training."""
-        if not (self.lora_dropout and training):
-            return super().side(x, self.difference(parameters), training)
-        trained = super().side(x, parameters, training)
-        return trained - super().side(x, self.anchors(parameters), training=False)
-
     def anchors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``B0`` and ``A0`` under the names of ``B`` and ``A``."""
         b0, a0 = parameters[f"{self.name}_B0"], parameters[f"{self.name}_A0"]
@@ -77,11 +72,32 @@ class AnchoredLoRA(LoRA):
         return {"lora_B": torch.cat([b - b0, b0], -1), "lora_A": torch.cat([a, a - a0], -2)}
 
 
+def _linear(
+    method: AnchoredLoRA,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """``W0 x + bias + s B A dropout(x) - s B0 A0 x``."""
+    if not (method.lora_dropout and training):
+        return linear(method, parameters, x, product, bias, training)
+    trained, start = (
+        LoRA.factors(method, given) for given in (parameters, method.anchors(parameters))
+    )
+    dropped = F.dropout(x, method.lora_dropout)
+    output = low_rank_product(x, product, bias, trained, dropped)
+    left, right = start
+    side = F.linear(F.linear(x.to(right.dtype), right), left)
+    return (output - side).to(output.dtype)
+
+
 def _conv(self: Any, input: Tensor) -> Tensor:
     """While inputs are dropped: those of ``B A``, as in `AnchoredLoRA.side`."""
     adapter = self._gift_adapters["weight"]
     if not (adapter.method.lora_dropout and self.training):
-        return self._conv_forward(input, self.weight, self.bias)
+        return conv(self, input)
     method, parameters = adapter.delta_of(self)
     trained, start = (
         adapter.layout.to_weight(torch.matmul(*LoRA.factors(method, factors)))
@@ -93,7 +109,6 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     return (output + change - self._conv_forward(x, start, None)).to(output.dtype)
 
 
-AnchoredLoRA.forwards = {
-    **LoRA.forwards,
-    **{dotted(layer.forward): _conv for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+AnchoredLoRA.forwards = linear_forwards(_linear) | {
+    dotted(layer.forward): _conv for layer in CONVOLUTIONS
 }

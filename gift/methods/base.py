@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError
+from gift.fast.choice import Form
 from gift.methods.settings import Configured, at_least_32_bits, flag, whole
 
 METHODS: dict[str, type["Method"]] = {}
@@ -45,6 +46,9 @@ class Method(Configured):
 
     conv_layouts: ClassVar[tuple[Literal["balanced", "out_as_h"], ...]] = ("balanced", "out_as_h")
     """The layouts of convolutions that the method allows, its default first."""
+
+    conv_form: ClassVar[Form | None] = None
+    """How the fast path of convolutions computes; None chooses. A setting, where there is one."""
 
     rows_are_outputs: ClassVar[bool] = False
     """Whether rows must be output features also of embeddings, where they are tokens otherwise."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from gift.fast.linear import Product, linear_forwards
 from gift.methods.base import Method, register_method
-from gift.methods.linear import Product, linear_forwards
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
 

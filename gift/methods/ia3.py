@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gift.fast.linear import Product, linear_forwards
 from gift.methods.base import Method, register_method
-from gift.methods.linear import Product, linear_forwards
 from gift.methods.settings import flag
 
 

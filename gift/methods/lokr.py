@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.fast.linear import Product, linear_forwards
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
-from gift.methods.linear import Product, linear_forwards
 from gift.methods.settings import flag, is_integer, number, setting
 
 

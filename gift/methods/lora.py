@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from gift.methods.base import RankedMethod, dotted, register_method
+from gift.fast.choice import Form
+from gift.fast.low_rank import low_rank_forwards
+from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
-from gift.methods.linear import Product, linear_forwards
-from gift.methods.settings import flag, number, probability
+from gift.methods.settings import conv_form, flag, number, probability
 
 
 @register_method
@@ -35,6 +36,8 @@ class LoRA(RankedMethod):
             over the input features serves the whole batch.
         use_rslora: scale by :math:`\alpha / \sqrt{r}` (Kalajdzievski 2023,
             https://arxiv.org/abs/2312.03732).
+        conv_form: how convolutions of one group are computed: ``"merged"``, ``"side"`` or
+            ``"whole"``, which `gift.fast.choice` explains. None chooses the cheapest by shapes.
         clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
         dtype: of the factors, or its name; None means the weight's, but at least float32.
 
@@ -48,6 +51,7 @@ class LoRA(RankedMethod):
     lora_alpha: float | None = number(None)
     lora_dropout: float = probability()
     use_rslora: bool = flag()
+    conv_form: Form | None = conv_form()  # type: ignore[misc]  # noqa: RUF009 - gives a field, which others lack
 
     @property
     def dropout(self) -> float:  # type: ignore[override]
@@ -133,33 +137,4 @@ class RsLoRA(LoRA):
     use_rslora: bool = flag(True)
 
 
-# Fast paths.
-
-
-def _side_path(
-    method: LoRA,
-    parameters: Mapping[str, Tensor],
-    x: Tensor,
-    product: Product,
-    bias: Tensor | None,
-    training: bool,
-) -> Tensor:
-    """``W0 x + bias + s B A dropout(x)``, in the delta's dtype, rounded once."""
-    output = product(x, bias)
-    return (output + method.side(x, parameters, training)).to(output.dtype)
-
-
-def _conv(self: Any, input: Tensor) -> Tensor:
-    adapter = self._gift_adapters["weight"]
-    if not (adapter.method.lora_dropout and self.training):
-        return self._conv_forward(input, self.weight, self.bias)
-    method, parameters = adapter.delta_of(self)
-    delta = adapter.layout.to_weight(method.delta(parameters))
-    output = self._conv_forward(input, self._gift_frozen("weight"), self.bias)
-    dropped = F.dropout(input, method.lora_dropout).to(delta.dtype)
-    return (output + self._conv_forward(dropped, delta, None)).to(output.dtype)
-
-
-LoRA.forwards = linear_forwards(_side_path) | dict.fromkeys(
-    (dotted(layer.forward) for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d)), _conv
-)
+LoRA.forwards = low_rank_forwards()

@@ -8,8 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from gift.fast.linear import Product, linear_forwards
 from gift.methods.base import AdaptationError, Method, register_method, with_settings
-from gift.methods.linear import Product, linear_forwards
 from gift.methods.settings import flag, whole
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gift.fast.choice import FORMS
 from gift.tensors import dtype_name
 
 
@@ -69,11 +70,16 @@ def flag(default: bool = False, **options: Any) -> Any:
     return setting(default, "True or False", lambda value: isinstance(value, bool), **options)
 
 
-def choice(default: str, *others: str, **options: Any) -> Any:
+def choice(default: str | None, *others: str, **options: Any) -> Any:
     """One of some words."""
-    words = (default, *others)
+    words = [word for word in (default, *others) if word is not None]
     expected = " or ".join(repr(word) for word in words)
     return setting(default, expected, lambda value: value in words, **options)
+
+
+def conv_form() -> Any:
+    """How the fast path of convolutions computes."""
+    return choice(None, *FORMS, enters_weight=False, kw_only=True)
 
 
 def floating_dtype() -> Any:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.fast.linear import Product, linear_forwards
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import seeded_buffer
-from gift.methods.linear import Product, linear_forwards
 from gift.methods.settings import flag, number, probability, whole
 
 

@@ -1,0 +1,98 @@
+"""The choice, from shapes alone, of how a convolution with a low-rank delta is computed."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from gift.fast.geometry import Geometry
+
+Form = Literal["merged", "side", "whole"]
+FORMS: tuple[Form, ...] = ("merged", "side", "whole")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How it is computed.
+
+    Args:
+        form: ``"merged"`` convolves with ``W + left right``, which is made for the forward pass and
+            again for the backward pass, and takes the factors' gradients from the outputs of the
+            delta's filters. ``"side"`` adds the delta's output to that of the frozen weight, and
+            takes the gradients from the filters, too. ``"whole"`` is merged, and takes them from
+            the gradient of the whole weight.
+        as_product: whether filters are applied by products of matrices (see `gift.fast.thin`).
+    """
+
+    form: Form
+    as_product: bool
+
+
+# Nanoseconds, measured on two cores of a server's processor; only their ratios matter.
+CONV = 0.0138  # a multiplication in a convolution, or in the gradient of its input
+WHOLE = 0.0117  # in the gradient of its weight
+GEMM = 0.0145  # in a product of matrices
+SHIFT = 0.2  # an element of shifted pictures
+TOUCH = 0.2  # an element of activations that is read or written once more
+MERGE = 0.7  # an element of a weight that is made
+BLOCK = 16  # outputs that kernels for convolutions compute at once
+
+
+def plan(
+    geometry: Geometry,
+    rank: int,
+    cuts: int,
+    positions: int,
+    *,
+    trained: bool = True,
+    form: Form | None = None,
+    on_processor: bool = True,
+) -> Plan:
+    """The cheapest plan.
+
+    Args:
+        geometry: the convolution.
+        rank: of the delta.
+        cuts: rows of the delta's matrix for each output.
+        positions: that are computed, in the whole batch.
+        trained: whether there will be a backward pass.
+        form: take this one.
+        on_processor: whether many small operations are cheap, as on an accelerator they are not.
+
+    Example:
+        Many positions and a small weight, the reverse, and a rank that saves nothing:
+
+        >>> early = Geometry((64, 64, 3, 3), (1, 1), (1, 1), (1, 1))
+        >>> late = Geometry((512, 512, 3, 3), (1, 1), (1, 1), (1, 1))
+        >>> [plan(*case).form for case in ((early, 3, 1, 16384), (late, 3, 1, 256))]
+        ['merged', 'side']
+        >>> plan(early, 64, 1, 16384).form
+        'whole'
+    """
+    outputs, inputs, *_ = geometry.shape
+    filters, taps = rank * cuts, geometry.taps
+    size = outputs * inputs * taps
+    blocks = -(-filters // BLOCK) * BLOCK
+    by_conv = CONV * blocks * taps * inputs * positions
+    moved = 0 if geometry.pointwise else SHIFT
+    by_product = (GEMM * inputs / cuts + moved) * filters * taps * positions
+    shifts = on_processor and geometry.stride_one and by_product < by_conv
+    as_product = geometry.pointwise or shifts
+
+    # The filters on the input, or their gradient; their outputs to those of the layer, or back.
+    thin = by_product if as_product else by_conv
+    wide = (GEMM * filters + TOUCH) * outputs * positions
+    merging = (MERGE + GEMM * rank) * size
+    back = thin + TOUCH * inputs * positions
+    whole = WHOLE * size * positions + 2 * (GEMM * rank / cuts + TOUCH) * size
+    costs: dict[Form, float] = {"merged": merging, "side": thin + wide}
+    if trained:
+        costs = {
+            "merged": 2 * merging + 2 * thin + 2 * wide,
+            "side": 2 * thin + 3 * wide + back,
+            "whole": 2 * merging + whole,
+        }
+    cheapest = min(costs, key=lambda name: costs[name])
+    return Plan(form or cheapest, as_product)
+
+
+cached_plan = lru_cache(maxsize=4096)(plan)

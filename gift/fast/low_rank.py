@@ -1,0 +1,173 @@
+"""Fast paths for methods whose delta is a product of two factors."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.fast.choice import Form, cached_plan, plan
+from gift.fast.geometry import Geometry, Sizes
+from gift.fast.linear import Product, linear_forwards
+from gift.fast.low_rank_conv import LowRankConv
+from gift.fast.low_rank_linear import LowRankLinear
+from gift.methods.base import dotted
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def low_rank_forwards() -> dict[str, Callable[..., Any]]:
+    """Entries for `Method.forwards`, for methods with `Method.low_rank`."""
+    return linear_forwards(linear) | {dotted(layer.forward): conv for layer in CONVOLUTIONS}
+
+
+def low_rank_product(
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor],
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """``W0 x + bias + left right x``, in the dtype of the product.
+
+    Args:
+        x: ``(..., columns)``.
+        product: with the frozen matrix.
+        bias: of the layer, or None.
+        factors: `left` and `right`.
+        dropped: what the factors see in place of `x`.
+    """
+    left, right = factors
+    if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
+        output: Tensor = LowRankLinear.apply(*alike)
+        return output
+    output = product(x, bias)
+    hidden = F.linear((x if dropped is None else dropped).to(right.dtype), right)
+    return (output + F.linear(hidden, left)).to(output.dtype)
+
+
+def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | None:
+    """All of them in the dtype in which a layer computes; None where there is no fast path.
+
+    The fast paths' functions are neither for transforms nor for traces of TorchScript, and give no
+    gradient of the weight. A weight of 16 bits has factors of 32, which are rounded like all that
+    it meets.
+    """
+    given = [x, weight, *others]
+    if weight.requires_grad or not weight.is_floating_point() or x.dim() == 0:
+        return None
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    elif x.dtype != weight.dtype:
+        return None
+    else:
+        dtype = weight.dtype
+        wider = (t.dtype.itemsize > dtype.itemsize for t in others if t is not None)
+        if dtype.itemsize >= 4 and any(wider):
+            return None
+    return [None if tensor is None else tensor.to(dtype) for tensor in given]
+
+
+def linear(
+    method: Any,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """The product and the factors', which see inputs dropped while training."""
+    dropped = F.dropout(x, method.dropout) if method.dropout and training else None
+    return low_rank_product(x, product, bias, method.low_rank(parameters), dropped)
+
+
+def conv(self: Any, input: Tensor) -> Tensor:
+    """The convolution in the cheapest form; the general way where there is no fast one."""
+    adapter = self._gift_adapters["weight"]
+    method, parameters = adapter.delta_of(self)
+    dropped = F.dropout(input, method.dropout) if method.dropout and self.training else None
+    if adapter.layout is not None and adapter.reads_alike and self.groups == 1:
+        factors = method.low_rank(parameters)
+        output = low_rank_conv(self, input, factors, dropped, method.conv_form)
+        if output is not None:
+            return output
+    if dropped is None:
+        return self._conv_forward(input, self.weight, self.bias)
+    left, right = method.low_rank(parameters)
+    delta = adapter.layout.to_weight(left @ right)
+    output = self._conv_forward(input, self._gift_frozen("weight"), self.bias)
+    return (output + self._conv_forward(dropped.to(delta.dtype), delta, None)).to(output.dtype)
+
+
+def low_rank_conv(
+    layer: Any,
+    input: Tensor,
+    factors: tuple[Tensor, Tensor],
+    dropped: Tensor | None,
+    form: Form | None,
+) -> Tensor | None:
+    """What a convolution of one group gives with ``W0 + left right``; None where the way is barred.
+
+    Args:
+        layer: that holds the frozen weight.
+        input: with or without a batch.
+        factors: of a delta whose rows are pieces of the weight's rows, in order.
+        dropped: what the delta sees in place of the input.
+        form: see `gift.fast.choice`; None chooses.
+    """
+    weight = layer._gift_frozen("weight")
+    axes = weight.dim() - 2
+    if input.dim() not in (axes + 1, axes + 2) or _is_changed(layer):
+        return None
+    padding, pads = _padding(layer)
+    x = _as_batch(input, axes, pads, layer.padding_mode)
+    if dropped is not None:
+        dropped = _as_batch(dropped, axes, pads, layer.padding_mode)
+    alike = operands(x, weight, layer.bias, *factors, dropped)
+    if alike is None:
+        return None
+    (outputs, *_), (left, right) = weight.shape, factors
+    geometry = Geometry(tuple(weight.shape), layer.stride, padding, layer.dilation)
+    # What is rounded to 16 bits at the size of the weight would lose small deltas.
+    narrow = alike[0].dtype.itemsize < 4
+    chosen = (plan if torch.compiler.is_compiling() else cached_plan)(
+        geometry,
+        len(right),
+        len(left) // outputs,
+        len(x) * math.prod(geometry.positions(tuple(x.shape[2:]))),
+        trained=torch.is_grad_enabled(),
+        form="side" if dropped is not None or narrow else form,
+        on_processor=x.device.type == "cpu",
+    )
+    y: Tensor = LowRankConv.apply(*alike, geometry, chosen)
+    return y if input.dim() == axes + 2 else y[0]
+
+
+def _is_changed(layer: Any) -> bool:
+    """Whether a subclass computes something else."""
+    return all(type(layer)._conv_forward is not cls._conv_forward for cls in CONVOLUTIONS)
+
+
+def _padding(layer: Any) -> tuple[Sizes, list[int] | None]:
+    """The zeros on both sides of each axis, and what is to be put around the input before."""
+    none = (0,) * len(layer.kernel_size)
+    around = layer._reversed_padding_repeated_twice
+    if layer.padding_mode != "zeros":
+        return none, around
+    if layer.padding == "valid":
+        return none, None
+    if layer.padding == "same":
+        alike = around[::2] == around[1::2]
+        return (tuple(around[-2::-2]), None) if alike else (none, around)
+    return layer.padding, None
+
+
+def _as_batch(x: Tensor, axes: int, pads: list[int] | None, mode: str) -> Tensor:
+    """With a batch, and with the padding that the convolution itself does not do."""
+    x = x if x.dim() == axes + 2 else x[None]
+    return x if pads is None else F.pad(x, pads, "constant" if mode == "zeros" else mode)

@@ -1,0 +1,171 @@
+"""Convolutions with few filters, and their gradients, as products of matrices.
+
+Kernels for convolutions compute whole blocks of output channels, 16 as a rule, and a low-rank delta
+has fewer. Where the stride is one, the same numbers come from one product over the channels and a
+sum of shifted pictures (`fold`), or from shifted pictures (`unfold`) and one product:
+
+    h = fold(F x),    dF = unfold(dh) x^T,    dx = F^T unfold(dh)
+
+Activations are seen as ``(batch, channels, positions)``, which is a view in both memory formats.
+The matrix with few rows comes first in each product: the other way round takes several times as
+long.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gift.fast.geometry import Geometry, Sizes
+
+
+def product(matrix: Tensor, x: Tensor) -> Tensor:
+    """A matrix times the channels of ``(batch, channels, positions)``."""
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)
+
+
+def outer(few: Tensor, many: Tensor) -> Tensor:
+    """``(channels of few, channels of many)``: their products over batch and positions."""
+    return torch.bmm(few, many.mT).sum(0)
+
+
+def add_product(y: Tensor, matrix: Tensor, x: Tensor) -> None:
+    """To `y` is added ``matrix x``; both ``(batch, channels, *positions)``."""
+    target, x, rows = y.flatten(2), x.flatten(2), matrix.expand(len(x), -1, -1)
+    if y.is_contiguous():
+        target.baddbmm_(rows, x)
+    elif y.movedim(1, -1).is_contiguous():
+        target.mT.baddbmm_(x.mT, rows.mT)
+    else:  # what looks flat is a copy
+        y += torch.bmm(rows, x).view(y.shape)
+
+
+def fold(columns: Tensor, geometry: Geometry) -> Tensor:
+    """``h[p] = sum over taps t of columns[t, p + t]``, one axis after the other.
+
+    Args:
+        columns: ``(batch, filters, *taps, *positions of the input)``.
+        geometry: of stride one.
+    """
+    axes = len(geometry.kernel)
+    positions = geometry.positions(tuple(columns.shape[-axes:]))
+    for axis in range(-1, -axes - 1, -1):
+        parts = columns.unbind(-axes - 1)  # the last axis of taps that is left
+        shape = list(parts[0].shape)
+        size, shape[axis] = shape[axis], positions[axis]
+        columns = columns.new_zeros(shape)
+        for tap, part in enumerate(parts):
+            shift = tap * geometry.dilation[axis] - geometry.padding[axis]
+            first, last = max(0, -shift), min(positions[axis], size - shift)
+            if first < last:
+                there = part.narrow(axis, first + shift, last - first)
+                columns.narrow(axis, first, last - first).add_(there)
+    return columns
+
+
+def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
+    """The way back from `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
+    pads = [r - p for r, p in zip(geometry.reach, geometry.padding, strict=True)]
+    padded = F.pad(h, [pad for pad in reversed(pads) for _ in range(2)]).contiguous()
+    batch, filters, *steps = padded.stride()
+    taps = [d * step for d, step in zip(geometry.dilation, steps, strict=True)]
+    shape = (*h.shape[:2], *geometry.kernel, *sizes)
+    shifted = padded.as_strided(shape, (batch, filters, *taps, *steps))
+    return shifted.reshape(*h.shape[:2], geometry.taps, -1)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The filters of a low-rank delta, of whose outputs its own are combinations.
+
+    Args:
+        right: the factor ``(rank, columns)``.
+        cuts: into how many rows each output was cut: a filter is a row of `right` on one of as many
+            equal chunks of the flattened ``(in, *kernel)``, and zero elsewhere.
+        geometry: of the convolution.
+        as_product: whether to compute by products of matrices.
+    """
+
+    right: Tensor
+    cuts: int
+    geometry: Geometry
+    as_product: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Their outputs for ``x (batch, in, *positions)``."""
+        g = self.geometry
+        if not self.as_product:
+            return g.apply(x, self.weight())
+        if g.pointwise:
+            seen = self._seen(x)
+            return product(self.right, seen.flatten(2)).unflatten(2, seen.shape[2:])
+        flat, taps = x.flatten(2), self._taps()
+        parts = [product(taps[f, :, c].flatten(0, 1), flat[:, c]) for f, c in self._chunks()]
+        columns = parts[0] if self.cuts == 1 else torch.cat(parts, 1)
+        return fold(columns.view(len(x), -1, *g.kernel, *x.shape[2:]), g)
+
+    def gradient(self, gh: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of `right` from that of the outputs, and what `add_input_gradient` needs."""
+        g = self.geometry
+        if not self.as_product:
+            return self._of_right(g.gradient_of_weight(gh, x, self.weight())), gh
+        if g.pointwise:
+            return outer(gh.flatten(2), self._seen(x).flatten(2)), gh
+        columns, flat = unfold(gh, g, tuple(x.shape[2:])), x.flatten(2)
+        if self.cuts == 1:
+            found = outer(columns.flatten(1, 2), flat).view(-1, g.taps, flat.shape[1])
+        else:
+            found = flat.new_zeros(columns.shape[1], g.taps, flat.shape[1])
+            for f, c in self._chunks():
+                part = outer(columns[:, f].flatten(1, 2), flat[:, c])
+                found[f, :, c] = part.unflatten(0, (-1, g.taps))
+        return self._of_right(found.flip(1).mT), columns
+
+    def add_input_gradient(self, gx: Tensor, needed: Tensor, x: Tensor) -> None:
+        """To `gx`, the gradient of `x`, is added what goes through the filters."""
+        g = self.geometry
+        if not self.as_product:
+            gx += g.gradient_of_input(needed, x, self.weight())
+        elif g.pointwise and g.stride_one:
+            add_product(gx, self.right.mT, needed)
+        elif g.pointwise:
+            part = product(self.right.mT, needed.flatten(2))
+            self._seen(gx).add_(part.unflatten(2, needed.shape[2:]))
+        else:
+            turned = self._taps().flip(1).flatten(0, 1)
+            add_product(gx, turned.mT, needed.flatten(1, 2))
+
+    def weight(self) -> Tensor:
+        """All of them, ``(number, in, *kernel)``."""
+        right = self.right
+        if self.cuts > 1:
+            chunks = torch.eye(self.cuts, dtype=right.dtype, device=right.device)
+            right = chunks[:, None, :, None] * right[:, None, :]
+        return right.reshape(-1, *self.geometry.shape[1:])
+
+    def _of_right(self, gradient: Tensor) -> Tensor:
+        """The gradient of `right` from that of `weight`."""
+        if self.cuts == 1:
+            return gradient.reshape(self.right.shape)
+        chunks = gradient.reshape(self.cuts, len(self.right), self.cuts, -1)
+        return chunks.diagonal(dim1=0, dim2=2).sum(-1)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """The positions that a pointwise convolution looks at."""
+        for axis, step in enumerate(self.geometry.stride, 2):
+            if step > 1:
+                x = x[(slice(None),) * axis + (slice(None, None, step),)]
+        return x
+
+    def _taps(self) -> Tensor:
+        """The filters as ``(number, taps, in)``."""
+        return self.weight().flatten(2).mT
+
+    def _chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Which filters see which channels."""
+        channels, rank = self.geometry.shape[1], len(self.right)
+        for cut in range(self.cuts):
+            first, last = cut * channels // self.cuts, -(-(cut + 1) * channels // self.cuts)
+            yield slice(cut * rank, (cut + 1) * rank), slice(first, last)
