@@ -14,7 +14,7 @@ from gift.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
 from gift.generated import change_class, joined, plain_class
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import AdaptationError, Method
-from gift.quantised import dequantised, is_quantised, not_yet_quantised, shape_of, stand_in
+from gift.quantised import dequantised, is_quantised, not_yet_quantised, stand_in
 from gift.tensors import is_inexact
 
 
@@ -38,9 +38,9 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
         shape = _lazy_probe(method)
         values = method.fit(shape).init(torch.empty(shape, device="meta"))
     else:
-        adapter.layout = layout_of(module, tensor, shape_of(frozen), options)
-        adapter.method = method.fit(adapter.layout.matrix)
         readable = dequantised(frozen, module) if method.reads_weight else stand_in(frozen)
+        adapter.layout = layout_of(module, tensor, readable.shape, options)
+        adapter.method = method.fit(adapter.layout.matrix)
         values = adapter.initial(readable)
         _check_shape(adapter, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
@@ -84,7 +84,7 @@ def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
         raise AdaptationError(
             f"{tensor!r} is a {type(frozen).__name__} that is not quantised yet: {before} first"
         )
-    if not (is_quantised(frozen) or is_inexact(frozen)):
+    if not (is_inexact(frozen) or is_quantised(frozen)):
         raise AdaptationError(
             f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor, or one "
             "that torchao or bitsandbytes has quantised (what others have cannot be read as a "
@@ -134,11 +134,13 @@ def adapt_module(
     Raises:
         AdaptationError: naming each weight that cannot be adapted, or if there is none at all.
     """
-    for parameter in module.parameters():
-        parameter.requires_grad = False
     layers = [
         (path, part, row_of(plain_class(type(part)))) for path, part in module.named_modules()
     ]
+    for _, part, _ in layers:
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad = False
     weights = [
         (path, part, tensor)
         for path, part, row in layers

@@ -160,6 +160,9 @@ def present_tensor(module: nn.Module, tensor: str) -> Any:
     What a hook computes before each forward may be that of an earlier state: of what it is
     computed from, other values may have been loaded since.
     """
+    parameter = module._parameters.get(tensor)
+    if parameter is not None:
+        return parameter
     with looking(module), torch.no_grad():
         for hook in module._forward_pre_hooks.values():
             if getattr(hook, "name", None) == tensor and hasattr(hook, "compute_weight"):

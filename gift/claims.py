@@ -1,7 +1,7 @@
 """What became of the modules and parameters that caps took, told as `Claim`s."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -55,24 +55,22 @@ class Taken(NamedTuple):
             for tensor, adapter in adapters_of(part).items():
                 yield joined(path, tensor), part, adapter
 
-    def parameters(self) -> Iterator[nn.Parameter | None]:
+    def parameters(self) -> list[nn.Parameter | None]:
         """The parameters in what was taken, those that a method added included.
 
         Those of an open cap belong to it, and to no other.
         """
         if self.module is None:
-            return
+            return []
         if self.gained is not None:
-            yield from _parameters_of(self.gained)
-            return
-        if self.parameter is None:
-            others = {id(p) for p in _parameters_of(named_extensions(self.module))}
-            for part in self.module.modules():
-                yield from (p for p in part._parameters.values() if id(p) not in others)
-            return
-        yield self.module._parameters.get(self.parameter)
-        for _, module, adapter in self.adapters():
-            yield from (module._parameters.get(name) for name in adapter.names.values())
+            return _parameters_of(self.gained)
+        if self.parameter is not None:
+            own = self.module._parameters.get(self.parameter)
+            return [own, *_parameters_of(self.adapters())]
+        parts = list(self.module.modules())
+        extended = [part for part in parts if "_gift_extensions" in vars(part)]
+        others = {id(p) for part in extended for p in _parameters_of(named_extensions(part))}
+        return [p for part in parts for p in part._parameters.values() if id(p) not in others]
 
 
 def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[Placed]:
@@ -82,39 +80,55 @@ def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[Placed]:
             yield (joined(path, key) if isinstance(delta, Adapter) else path), part, delta
 
 
-def _parameters_of(placed: Iterable[Placed]) -> Iterator[nn.Parameter | None]:
-    for _, module, delta in placed:
-        yield from (module._parameters.get(name) for name in delta.names.values())
+def _parameters_of(placed: Iterable[Placed]) -> list[nn.Parameter | None]:
+    return [
+        module._parameters.get(name) for _, module, delta in placed for name in delta.names.values()
+    ]
 
 
 def claims_of(all_taken: Iterable[Taken]) -> list[Claim]:
     """The claims, once ties are settled: what is tied counts where it was taken first."""
     claims, counted = [], set[int]()
+    texts: dict[int, str] = {}  # by method, one object of which serves all layers that agree
     for taken in all_taken:
         trained = {id(p): p for p in taken.parameters() if p is not None and p.requires_grad}
-        trainable = size_of(p for key, p in trained.items() if key not in counted)
+        trainable = sum(_size(p) for key, p in trained.items() if key not in counted)
         counted.update(trained)
         adapters = list(taken.adapters())
+        texts |= {id(a.method): str(a.method) for *_, a in adapters if id(a.method) not in texts}
         larger = tuple(path for path, module, a in adapters if _is_larger(module, a))
-        what = _what(taken, adapters, bool(trained))
+        what = _what(taken, adapters, bool(trained), texts)
         claims.append(Claim(taken.cap, taken.path, taken.class_name, what, trainable, larger))
     return claims
 
 
 def size_of(parameters: Iterable[nn.Parameter]) -> int:
     """Number of elements, tied ones once; a lazy parameter has none yet."""
-    unique = {id(p): p for p in parameters}
-    return sum(0 if is_lazy(p) else shape_of(p).numel() for p in unique.values())
+    return sizes_of(parameters)[0]
+
+
+def sizes_of(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """The same, and that of the parameters among them that are trained."""
+    total = trained = 0
+    for parameter in {id(p): p for p in parameters}.values():
+        size = _size(parameter)
+        total += size
+        trained += size * parameter.requires_grad
+    return total, trained
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return 0 if is_lazy(parameter) else shape_of(parameter).numel()
 
 
 def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
     if adapter.owner is not None or adapter.layout is None:
         return False
     delta = (module._parameters.get(name) for name in adapter.names.values())
-    return size_of(p for p in delta if p is not None) > math.prod(adapter.layout.shape)
+    return sum(p.numel() for p in delta if p is not None) > math.prod(adapter.layout.shape)
 
 
-def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
+def _what(taken: Taken, adapters: list[Adapted], trained: bool, texts: Mapping[int, str]) -> str:
     if taken.module is None:
         return "removed"
     if taken.gained is not None:
@@ -123,7 +137,7 @@ def _what(taken: Taken, adapters: list[Adapted], trained: bool) -> str:
         return f"replaced by {plain_class(type(taken.module)).__name__}"
     adapted: dict[str, list[str]] = {}
     for path, _, adapter in adapters:
-        text = str(adapter.method) if adapter.owner is None else "the delta of a tied tensor"
+        text = texts[id(adapter.method)] if adapter.owner is None else "the delta of a tied tensor"
         adapted.setdefault(text, []).append(path.removeprefix(f"{taken.path}."))
     if not adapted:
         return "trained" if trained else "frozen"

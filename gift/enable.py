@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from gift.adapter import is_sharded
-from gift.claims import size_of
+from gift.claims import sizes_of
 from gift.delta import added_names, held
-from gift.generated import Spec, joined, spec_of
+from gift.generated import joined, spec_of
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
 from gift.network import NetworkRecord, install_record, named_trainable, remove_record
@@ -72,13 +72,12 @@ def enable_fine_tuning(
     _refuse(module, strategy)
     snapshot = Snapshot(module)
     try:
-        report = _apply(module, strategy, snapshot)
+        report, named = _apply(module, strategy, snapshot)
         if strategy.dry_run:
             snapshot.rollback()
             return report
         undo = snapshot.commit(keep_base)
         drop_empty_note(module)
-        named = dict(module.named_parameters(remove_duplicate=False))
         record = NetworkRecord(
             chosen={name for name, p in named.items() if p.requires_grad},
             report=report,
@@ -137,7 +136,7 @@ def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
     devices = {p.device.index for p in nn.Module.parameters(module) if p.is_cuda}
     with torch.random.fork_rng(sorted(d for d in devices if d is not None)):
         try:
-            return _apply(module, strategy, snapshot)
+            return _apply(module, strategy, snapshot)[0]
         finally:
             snapshot.rollback()
 
@@ -217,7 +216,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
             "enable fine-tuning before sharding"
         )
     for path, part in module.named_modules():
-        if spec_of(part) != Spec():
+        if any(spec_of(part)):
             raise RuntimeError(
                 f"{path or 'the network'} is being fine-tuned already: call disable_fine_tuning "
                 "for the base, or gift.merge to keep what was trained; to train by two strategies, "
@@ -245,15 +244,19 @@ _WRAPPERS = (
 )
 
 
-def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) -> Report:
+def _apply(
+    module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot
+) -> tuple[Report, dict[str, nn.Parameter]]:
+    """Apply the caps and freeze what none took; gives all parameters by all their names as well."""
     parameters = [p for _, _, p, *_ in snapshot.parameters]
+    total, trainable = sizes_of(parameters)
     report = Report(
         network=type(module).__name__,
         strategy=repr(strategy),
         caps=[f"module cap {i}: {cap}" for i, cap in enumerate(strategy.module_caps)]
         + [f"parameter cap {i}: {cap}" for i, cap in enumerate(strategy.para_caps)],
-        total_before=size_of(parameters),
-        trainable_before=size_of(p for p in parameters if p.requires_grad),
+        total_before=total,
+        trainable_before=trainable,
     )
     renew_note(module)
     walk = Walk(module, strategy, guard=lambda: snapshot.values)
@@ -265,14 +268,14 @@ def _apply(module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot) 
     report.claims = walk.claims
     if not walk.claims:
         raise ValueError(_nothing_matched(module, strategy, report))
-    named = dict(module.named_parameters())
+    named = dict(module.named_parameters(remove_duplicate=False))
     frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
     for parameter in frozen.values():
         parameter.requires_grad = False
-    report.frozen = [name for name, p in named.items() if id(p) in frozen]
-    report.total_after = size_of(named.values())
-    report.trainable_after = size_of(p for p in named.values() if p.requires_grad)
-    return report
+    # Of tied ones the first name.
+    report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]
+    report.total_after, report.trainable_after = sizes_of(named.values())
+    return report, named
 
 
 def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Report) -> str:

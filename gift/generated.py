@@ -29,6 +29,8 @@ class Spec(NamedTuple):
     extended: bool = False
 
 
+_PLAIN = Spec()
+
 Contribution = Callable[[type, Spec], tuple[list[type], dict[str, Any]]]
 _contributions: list[Contribution] = []
 _classes: WeakValueDictionary[tuple[type, Spec], type] = WeakValueDictionary()
@@ -109,7 +111,7 @@ def _rebuild(spec: Spec, rebuild: Any, args: tuple[Any, ...]) -> nn.Module:
 
 def generated_class(plain: type, spec: Spec) -> type:
     """The subclass of `plain` for that spec, the same one each time; `plain` itself for none."""
-    if spec == Spec():
+    if not any(spec):
         return plain
     key = (plain, spec)
     found = _classes.get(key)
@@ -140,23 +142,21 @@ def _generate(plain: type, spec: Spec) -> type:
 
 def joined(*names: str) -> str:
     """Names joined to a dotted path; the network's own name is empty."""
-    return ".".join(name for name in names if name)
+    return ".".join(filter(None, names))
 
 
 def plain_class(cls: type) -> type:
     """The class before any fine-tuning."""
-    for base in cls.__mro__:
-        if "_gift_plain" in vars(base):
-            return vars(base)["_gift_plain"]
-    return cls
+    return getattr(cls, "_gift_plain", cls)
 
 
 def spec_of(module: nn.Module) -> Spec:
     """What fine-tuning made of the module's class; an empty spec for a plain one."""
-    return getattr(type(module), "_gift_spec", Spec())
+    return getattr(type(module), "_gift_spec", _PLAIN)
 
 
 def change_class(module: nn.Module, **changes: Any) -> None:
     """Give `module` the generated class in which its spec has these values."""
     spec = spec_of(module)._replace(**changes)
-    module.__class__ = generated_class(plain_class(type(module)), spec)
+    # Past the module's own `__setattr__`, which looks for parameters in whatever is set.
+    object.__setattr__(module, "__class__", generated_class(plain_class(type(module)), spec))

@@ -61,6 +61,8 @@ class LayoutOptions:
                 f"conv_layout is {chosen!r}, which would cut outputs into several rows; this "
                 f"method needs {' or '.join(map(repr, conv_layouts))}"
             )
+        if (self.conv_layout, self.rows_are_outputs) == (chosen, rows_are_outputs):
+            return self  # settled already
         return replace(self, conv_layout=chosen, rows_are_outputs=rows_are_outputs)
 
 
@@ -251,11 +253,11 @@ class LayerRow:
         A tensor that is computed before it is used (by a parametrization, weight norm, pruning)
         is no parameter, but is read under its own name; what it is computed from is left alone.
         """
-        computed = [*getattr(module, "parametrizations", ())]
+        computed = list(getattr(module._modules.get("parametrizations"), "keys", list)())
         computed += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
         sources = {name + suffix for name in computed for suffix in ("_g", "_v", "_orig")}
         found = [n for n, p in module._parameters.items() if p is not None and n not in sources]
-        return [name for name in computed + found if any(fnmatchcase(name, p) for p in patterns)]
+        return [name for name in computed + found if _names(patterns, name)]
 
 
 LAYERS: tuple[LayerRow, ...] = (
@@ -280,6 +282,10 @@ LAYERS: tuple[LayerRow, ...] = (
 )
 
 FAMILIES = tuple(dict.fromkeys(row.family for row in LAYERS))
+
+
+def _names(patterns: tuple[str, ...], name: str) -> bool:
+    return name in patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def row_of(cls: type) -> LayerRow | None:
@@ -321,6 +327,6 @@ def bias_layout(size: int, weights: Sequence[Layout]) -> Layout:
 def layout_of(module: nn.Module, tensor: str, shape: torch.Size, options: LayoutOptions) -> Layout:
     """How the tensor of that name in `module` is read as a matrix."""
     row = row_of(type(module))
-    if row is not None and any(fnmatchcase(tensor, pattern) for pattern in row.weights):
+    if row is not None and _names(row.weights, tensor):
         return row.layout(module, tuple(shape), options)
     return raw_layout(tuple(shape))

@@ -31,7 +31,7 @@ def refuse_meanwhile(module: nn.Module, *states: str) -> None:
     Raises:
         RuntimeError: if `module`, or a part of it, is in one now.
     """
-    for path, part in module.named_modules():
+    for path, part in module.named_modules() if _now else ():
         state = _now.get(part)
         if state is not None and (not states or state in states):
             name = path or f"this {type(part).__name__}"

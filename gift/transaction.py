@@ -180,9 +180,8 @@ class Snapshot:
                 module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(state)
-            for key, value in state.items():
-                if isinstance(value, _CONTAINERS) and (value or key in contents):
-                    _refill(value, contents.get(key, ()))
+            for key, value in _filled(state, contents):
+                _refill(value, contents.get(key, ()))
         for _, _, parameter, requires_grad, grad, data in self.parameters:
             parameter.grad = None  # which must have the dtype that the parameter has
             if data is not None and _moved(parameter, data):
@@ -214,35 +213,34 @@ class Snapshot:
         data = {id(p): old for _, _, p, _, _, old in known if old is not None}
         seen: set[int] = set()
         for module, name, tensor in self._tensors():
-            if id(tensor) in seen or is_lazy(tensor):
+            trained = tensor.requires_grad or name in module._buffers
+            if not (trained or self._foreign) or id(tensor) in seen or is_lazy(tensor):
                 continue
             seen.add(id(tensor))
             before = data.get(id(tensor), tensor)
             changed = self.values.original(before) if self._foreign else None
             if changed is not None:
                 yield module, name, changed
-            elif tensor.requires_grad or name in module._buffers or _moved(tensor, before):
+            elif trained or _moved(tensor, before):
                 yield module, name, before.detach().clone()
 
     def _changes(self) -> Iterator[ModuleUndo]:
         for module, cls, state, contents in self.modules:
-            undo = ModuleUndo(module)
-            if plain_class(type(module)) is not cls:
-                undo.plain = cls
-            undo.attributes = _difference(state, module.__dict__, OWN)
+            plain = None if plain_class(type(module)) is cls else cls
+            attributes = _difference(state, module.__dict__, OWN)
             if "_gift_mode" in module.__dict__:
-                undo.attributes.pop("training", None)  # it knows the mode that was asked for last
-            own = added_names(module)
-            for key, value in state.items():
-                if not isinstance(value, _CONTAINERS) or key in undo.attributes:
+                attributes.pop("training", None)  # it knows the mode that was asked for last
+            undo = ModuleUndo(module, plain, attributes)
+            for key, value in _filled(state, contents):
+                if key in attributes:
                     continue
                 before = contents.get(key, type(value)())
                 if not isinstance(value, dict):
                     if _differ(before, value):
                         undo.contents[key] = before
-                elif (before or value) and (entries := _difference(before, value, own)):
+                elif entries := _difference(before, value, added_names(module)):
                     undo.entries[key], undo.order[key] = entries, list(before)
-            if undo.plain is not None or undo.attributes or undo.entries or undo.contents:
+            if plain is not None or attributes or undo.entries or undo.contents:
                 yield undo
 
 
@@ -268,8 +266,13 @@ _CONTAINERS = (dict, list, set)
 
 def _contents(module: nn.Module) -> dict[str, Any]:
     """Copies of the containers in a module; most are empty, and those are left out."""
-    items = module.__dict__.items()
-    return {key: value.copy() for key, value in items if isinstance(value, _CONTAINERS) and value}
+    return {key: value.copy() for key, value in _filled(module.__dict__)}
+
+
+def _filled(state: dict[str, Any], also: Container[str] = ()) -> list[tuple[str, Any]]:
+    """The containers in the state of a module that hold something, and those `also` named."""
+    items = state.items()
+    return [(k, v) for k, v in items if isinstance(v, _CONTAINERS) and (v or k in also)]
 
 
 def _difference(

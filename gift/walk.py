@@ -116,8 +116,9 @@ class Walk:
         now = module if parent is None else parent._modules.get(name)
         self.done[id(module)] = now
         if now is not None:
-            self.done |= {id(part): part for part in now.modules()}
-            self.kept |= {id(p) for part in now.modules() for p in part._parameters.values()}
+            for part in now.modules():
+                self.done[id(part)] = part
+                self.kept.update(map(id, part._parameters.values()))
         self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
 
     def _extend(self, cap: Cap, place: Place, number: int) -> None:
@@ -173,17 +174,18 @@ class Walk:
     def _tie(self) -> None:
         """One delta for each tensor: whoever else holds an adapted tensor reads the same delta."""
         owners: dict[int, tuple[nn.Module, str]] = {}
-        for module in self.network.modules():
+        parts = list(self.network.named_modules())
+        for _, module in parts:
             for name in adapters_of(module):
                 if (parameter := module._parameters.get(name)) is not None:
                     owners.setdefault(id(parameter), (module, name))
         if not owners:
             return
-        for path, module in self.network.named_modules():
+        for path, module in parts:
             for name, parameter in list(module._parameters.items()):
-                owner, tensor = owners.get(id(parameter), (module, name))
-                if (owner, tensor) != (module, name):
-                    self._share(owner, tensor, module, name, joined(path, name))
+                owner = owners.get(id(parameter))
+                if owner is not None and owner != (module, name):
+                    self._share(*owner, module, name, joined(path, name))
 
     def _share(
         self, owner: nn.Module, tensor: str, module: nn.Module, name: str, path: str

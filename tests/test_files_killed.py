@@ -70,6 +70,7 @@ def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
         for _ in range(15):  # stopped at random moments: the file is as a crash would leave it
             time.sleep(draw.uniform(0.001, 0.03))
             child.send_signal(signal.SIGSTOP)
+            os.waitpid(child.pid, os.WUNTRACED)  # it is told to stop, and does so a little later
             seen.append(version_of(own))
             child.send_signal(signal.SIGCONT)
         time.sleep(draw.uniform(0.001, 0.03))

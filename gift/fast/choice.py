@@ -72,14 +72,14 @@ def plan(
     filters, taps = rank * cuts, geometry.taps
     size = outputs * inputs * taps
     blocks = -(-filters // BLOCK) * BLOCK
-    by_conv = CONV * blocks * taps * inputs * positions
+    by_conv = CONV * blocks * taps * inputs
     moved = 0 if geometry.pointwise else SHIFT
-    by_product = (GEMM * inputs / cuts + moved) * filters * taps * positions
+    by_product = (GEMM * inputs / cuts + moved) * filters * taps
     shifts = on_processor and geometry.stride_one and by_product < by_conv
     as_product = geometry.pointwise or shifts
 
     # The filters on the input, or their gradient; their outputs to those of the layer, or back.
-    thin = by_product if as_product else by_conv
+    thin = (by_product if as_product else by_conv) * positions
     wide = (GEMM * filters + TOUCH) * outputs * positions
     merging = (MERGE + GEMM * rank) * size
     back = thin + TOUCH * inputs * positions
@@ -91,8 +91,12 @@ def plan(
             "side": 2 * thin + 3 * wide + back,
             "whole": 2 * merging + whole,
         }
-    cheapest = min(costs, key=lambda name: costs[name])
-    return Plan(form or cheapest, as_product)
+    if form is None:
+        form, *others = costs  # torch.compile has no `min` with a key for sizes that it leaves open
+        for other in others:
+            if costs[other] < costs[form]:
+                form = other
+    return Plan(form, as_product)
 
 
 cached_plan = lru_cache(maxsize=4096)(plan)

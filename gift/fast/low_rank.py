@@ -1,7 +1,7 @@
 """Fast paths for methods whose delta is a product of two factors."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from gift.fast.choice import Form, cached_plan, plan
 from gift.fast.geometry import Geometry, Sizes
 from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank_conv import LowRankConv
-from gift.fast.low_rank_linear import LowRankLinear
+from gift.fast.low_rank_linear import LowRankLinear, outputs
+from gift.fast.thin import scaled
 from gift.methods.base import dotted
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -27,10 +28,11 @@ def low_rank_product(
     x: Tensor,
     product: Product,
     bias: Tensor | None,
-    factors: tuple[Tensor, Tensor],
+    factors: Sequence[Tensor],
     dropped: Tensor | None = None,
+    scale: float = 1,
 ) -> Tensor:
-    """``W0 x + bias + left right x``, in the dtype of the product.
+    """``W0 x + bias + s left right x``, in the dtype of the product.
 
     Args:
         x: ``(..., columns)``.
@@ -38,14 +40,20 @@ def low_rank_product(
         bias: of the layer, or None.
         factors: `left` and `right`.
         dropped: what the factors see in place of `x`.
+        scale: `s`.
     """
     left, right = factors
     if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
-        output: Tensor = LowRankLinear.apply(*alike)
+        *alike, dropped = alike
+        if not torch.is_grad_enabled():  # what autograd would add takes longer than small layers
+            x, weight, bias, left, right = alike
+            seen = x if dropped is None else dropped
+            return outputs(x, seen, weight, bias, left, right, scale)[0]
+        output: Tensor = LowRankLinear.apply(*alike, scale, dropped)
         return output
     output = product(x, bias)
     hidden = F.linear((x if dropped is None else dropped).to(right.dtype), right)
-    return (output + F.linear(hidden, left)).to(output.dtype)
+    return (output + F.linear(hidden, scaled(left, scale))).to(output.dtype)
 
 
 def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | None:
@@ -60,6 +68,8 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
         return None
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return None
+    if torch.autograd.forward_ad._current_level >= 0:  # dual numbers, made by hand
+        return None
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -70,7 +80,8 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
         wider = (t.dtype.itemsize > dtype.itemsize for t in others if t is not None)
         if dtype.itemsize >= 4 and any(wider):
             return None
-    return [None if tensor is None else tensor.to(dtype) for tensor in given]
+    alike = all(tensor is None or tensor.dtype == dtype for tensor in given)
+    return given if alike else [None if t is None else t.to(dtype) for t in given]
 
 
 def linear(
@@ -83,7 +94,8 @@ def linear(
 ) -> Tensor:
     """The product and the factors', which see inputs dropped while training."""
     dropped = F.dropout(x, method.dropout) if method.dropout and training else None
-    return low_rank_product(x, product, bias, method.low_rank(parameters), dropped)
+    *factors, scale = method.scaled_low_rank(parameters)
+    return low_rank_product(x, product, bias, factors, dropped, scale)
 
 
 def conv(self: Any, input: Tensor) -> Tensor:
@@ -92,8 +104,8 @@ def conv(self: Any, input: Tensor) -> Tensor:
     method, parameters = adapter.delta_of(self)
     dropped = F.dropout(input, method.dropout) if method.dropout and self.training else None
     if adapter.layout is not None and adapter.reads_alike and self.groups == 1:
-        factors = method.low_rank(parameters)
-        output = low_rank_conv(self, input, factors, dropped, method.conv_form)
+        *factors, scale = method.scaled_low_rank(parameters)
+        output = low_rank_conv(self, input, factors, dropped, method.conv_form, scale)
         if output is not None:
             return output
     if dropped is None:
@@ -107,11 +119,12 @@ def conv(self: Any, input: Tensor) -> Tensor:
 def low_rank_conv(
     layer: Any,
     input: Tensor,
-    factors: tuple[Tensor, Tensor],
+    factors: Sequence[Tensor],
     dropped: Tensor | None,
     form: Form | None,
+    scale: float = 1,
 ) -> Tensor | None:
-    """What a convolution of one group gives with ``W0 + left right``; None where the way is barred.
+    """What a convolution of one group gives with ``W0 + s left right``; None where that is barred.
 
     Args:
         layer: that holds the frozen weight.
@@ -119,10 +132,11 @@ def low_rank_conv(
         factors: of a delta whose rows are pieces of the weight's rows, in order.
         dropped: what the delta sees in place of the input.
         form: see `gift.fast.choice`; None chooses.
+        scale: `s`.
     """
     weight = layer._gift_frozen("weight")
     axes = weight.dim() - 2
-    if input.dim() not in (axes + 1, axes + 2) or _is_changed(layer):
+    if input.dim() not in (axes + 1, axes + 2) or is_changed(layer):
         return None
     padding, pads = _padding(layer)
     x = _as_batch(input, axes, pads, layer.padding_mode)
@@ -132,39 +146,56 @@ def low_rank_conv(
     if alike is None:
         return None
     (outputs, *_), (left, right) = weight.shape, factors
-    geometry = Geometry(tuple(weight.shape), layer.stride, padding, layer.dilation)
-    # What is rounded to 16 bits at the size of the weight would lose small deltas.
+    stride, dilation = (_for_each(axes, given) for given in (layer.stride, layer.dilation))
+    geometry = Geometry(tuple(weight.shape), stride, padding, dilation)
+    # What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
+    # exported is for all sizes.
     narrow = alike[0].dtype.itemsize < 4
-    chosen = (plan if torch.compiler.is_compiling() else cached_plan)(
+    positions = x.shape[0] * math.prod(geometry.positions(tuple(x.shape[2:])))
+    known = type(positions) is int and not torch.compiler.is_compiling()
+    chosen = (cached_plan if known else plan)(
         geometry,
         len(right),
         len(left) // outputs,
-        len(x) * math.prod(geometry.positions(tuple(x.shape[2:]))),
+        positions,
         trained=torch.is_grad_enabled(),
-        form="side" if dropped is not None or narrow else form,
+        form="side" if dropped is not None or narrow or torch.compiler.is_exporting() else form,
         on_processor=x.device.type == "cpu",
     )
-    y: Tensor = LowRankConv.apply(*alike, geometry, chosen)
+    *alike, dropped = alike
+    y: Tensor = LowRankConv.apply(*alike, scale, dropped, geometry, chosen)
     return y if input.dim() == axes + 2 else y[0]
 
 
-def _is_changed(layer: Any) -> bool:
-    """Whether a subclass computes something else."""
+def is_changed(layer: Any) -> bool:
+    """Whether a subclass, or the instance itself, computes something else."""
+    if "_conv_forward" in vars(layer):  # as recipes for tileable pictures set it
+        return True
     return all(type(layer)._conv_forward is not cls._conv_forward for cls in CONVOLUTIONS)
 
 
 def _padding(layer: Any) -> tuple[Sizes, list[int] | None]:
     """The zeros on both sides of each axis, and what is to be put around the input before."""
-    none = (0,) * len(layer.kernel_size)
-    around = layer._reversed_padding_repeated_twice
+    kernel = layer._gift_frozen("weight").shape[2:]
+    none = (0,) * len(kernel)
     if layer.padding_mode != "zeros":
-        return none, around
+        return none, layer._reversed_padding_repeated_twice
     if layer.padding == "valid":
         return none, None
-    if layer.padding == "same":
-        alike = around[::2] == around[1::2]
-        return (tuple(around[-2::-2]), None) if alike else (none, around)
-    return layer.padding, None
+    if layer.padding != "same":
+        return _for_each(len(kernel), layer.padding), None
+    # From what the layer is now: its own list is of when it was made.
+    dilation = _for_each(len(kernel), layer.dilation)
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(total % 2 == 0 for total in totals):
+        return tuple(total // 2 for total in totals), None
+    return none, [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+
+
+def _for_each(axes: int, given: Any) -> Sizes:
+    """One number for each axis, of what torch's functions take: one for all, or a list."""
+    sizes = (given,) if isinstance(given, int) else tuple(given)
+    return sizes * axes if len(sizes) == 1 else sizes
 
 
 def _as_batch(x: Tensor, axes: int, pads: list[int] | None, mode: str) -> Tensor:

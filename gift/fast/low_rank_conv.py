@@ -1,5 +1,6 @@
 """A convolution with a low-rank delta, without a gradient of the size of its weight."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,20 +8,23 @@ from torch import Tensor
 
 from gift.fast.choice import Plan
 from gift.fast.geometry import Geometry
-from gift.fast.thin import Filters, add_product, outer, product
+from gift.fast.thin import Filters, add_product, outer, product, scaled
+
+SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept
 
 
 class LowRankConv(torch.autograd.Function):
-    """``conv(x, W + left right) + bias``, or ``conv(x, W) + conv(dropped, left right) + bias``.
+    """``conv(x, W + s left right) + bias``, also with other inputs for the delta.
 
     For the backward pass it keeps the inputs, which the layers before it keep as a rule, and at
-    most the outputs of the filters. Gradients are made of operations with gradients of their own.
+    most the outputs of few filters. Gradients are made of operations with gradients of their own.
 
     Args (of `apply`):
         x: ``(batch, in, *positions)``.
         weight: frozen, ``(out, in, *kernel)``.
         bias: or None.
         left, right: the factors; each output has as many rows of `left` as any other.
+        scale: `s`.
         dropped: what the delta sees in place of `x`, for the form "side"; or None.
         geometry, plan: what is convolved, and how.
     """
@@ -33,54 +37,58 @@ class LowRankConv(torch.autograd.Function):
         bias: Tensor | None,
         left: Tensor,
         right: Tensor,
+        scale: float,
         dropped: Tensor | None,
         geometry: Geometry,
         plan: Plan,
     ) -> Tensor:
-        ctx.rest = geometry, plan
+        ctx.rest = scale, geometry, plan
         hidden = None
         if plan.form == "side":
             y = geometry.apply(x, weight, bias)
             filters = filters_of(weight, left, right, geometry, plan)
             hidden = filters(x if dropped is None else dropped)
-            add_product(y, left.reshape(len(weight), -1), hidden)
+            add_product(y, left.reshape(len(weight), -1), hidden, scale)
+            if math.prod(hidden.shape[1:]) * SMALL > math.prod(x.shape[1:]):
+                hidden = None
         else:
-            y = geometry.apply(x, effective(weight, left, right), bias)
+            y = geometry.apply(x, effective(weight, left, right, scale), bias)
         ctx.save_for_backward(x, weight, left, right, dropped, hidden)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
         x, weight, left, right, dropped, hidden = ctx.saved_tensors
-        geometry, plan = ctx.rest
-        of_x, _, of_bias, of_left, of_right, of_dropped, *_ = ctx.needs_input_grad
+        scale, geometry, plan = ctx.rest
+        of_x, _, of_bias, of_left, of_right, _, of_dropped, *_ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
         side = plan.form == "side"
         seen = x if dropped is None else dropped
         if of_x:
-            used = weight if side else effective(weight, left, right)
+            used = weight if side else effective(weight, left, right, scale)
             gx = geometry.gradient_of_input(g, x, used)
         if of_bias:
             gb = g.flatten(2).sum((0, 2))
         if plan.form == "whole":
             whole = geometry.gradient_of_weight(g, x, weight).reshape(len(left), -1)
-            gl = whole @ right.mT if of_left else None
-            gr = left.mT @ whole if of_right else None
-            return gx, None, gb, gl, gr, None, None, None
+            gl = scaled(whole @ right.mT, scale) if of_left else None
+            gr = scaled(left.mT @ whole, scale) if of_right else None
+            return gx, None, gb, gl, gr, None, None, None, None
         filters, flat = filters_of(weight, left, right, geometry, plan), g.flatten(2)
         if of_left:
             if hidden is None or torch.is_grad_enabled():  # the one kept has no graph
                 hidden = filters(seen)
-            gl = outer(hidden.flatten(2), flat).mT.contiguous().view(left.shape)
+            gl = scaled(outer(hidden.flatten(2), flat).mT.contiguous(), scale).view(left.shape)
         target = gx if dropped is None else torch.zeros_like(dropped) if of_dropped else None
         if of_right or (side and target is not None):
-            rows = left.reshape(len(weight), -1).mT.contiguous()
+            rows = scaled(left.reshape(len(weight), -1).mT.contiguous(), scale)
             gh = product(rows, flat).unflatten(2, g.shape[2:])
-            gr, needed = filters.gradient(gh, seen)
+            prepared = filters.prepared(gh, seen)
+            gr = filters.gradient(prepared, seen) if of_right else None
             if side and target is not None:
-                filters.add_input_gradient(target, needed, seen)
+                filters.add_input_gradient(target, prepared, seen)
         gd = target if of_dropped else None
-        return gx, None, gb, gl, gr, gd, None, None
+        return gx, None, gb, gl, gr, None, gd, None, None
 
 
 def filters_of(
@@ -90,8 +98,8 @@ def filters_of(
     return Filters(right, len(left) // len(weight), geometry, plan.as_product)
 
 
-def effective(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``W + left right``: the rows of the product are pieces of the weight, in their order."""
+def effective(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``W + s left right``: the rows of the product are pieces of the weight, in their order."""
     if not weight.is_contiguous():  # channels last
-        return weight + (left @ right).reshape(weight.shape)
-    return torch.addmm(weight.reshape(len(left), -1), left, right).view(weight.shape)
+        return weight.add((left @ right).reshape(weight.shape), alpha=scale)
+    return torch.addmm(weight.reshape(len(left), -1), left, right, alpha=scale).view(weight.shape)

@@ -11,6 +11,7 @@ The matrix with few rows comes first in each product: the other way round takes 
 long.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from gift.fast.geometry import Geometry, Sizes
 
 def product(matrix: Tensor, x: Tensor) -> Tensor:
     """A matrix times the channels of ``(batch, channels, positions)``."""
-    return torch.bmm(matrix.expand(len(x), -1, -1), x)
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
 
 
 def outer(few: Tensor, many: Tensor) -> Tensor:
@@ -31,15 +32,20 @@ def outer(few: Tensor, many: Tensor) -> Tensor:
     return torch.bmm(few, many.mT).sum(0)
 
 
-def add_product(y: Tensor, matrix: Tensor, x: Tensor) -> None:
-    """To `y` is added ``matrix x``; both ``(batch, channels, *positions)``."""
-    target, x, rows = y.flatten(2), x.flatten(2), matrix.expand(len(x), -1, -1)
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """The tensor times a number that is often 1."""
+    return tensor if scale == 1 else tensor * scale
+
+
+def add_product(y: Tensor, matrix: Tensor, x: Tensor, scale: float = 1) -> None:
+    """To `y` is added ``scale matrix x``; both ``(batch, channels, *positions)``."""
+    target, x, rows = y.flatten(2), x.flatten(2), matrix.expand(x.shape[0], -1, -1)
     if y.is_contiguous():
-        target.baddbmm_(rows, x)
+        target.baddbmm_(rows, x, alpha=scale)
     elif y.movedim(1, -1).is_contiguous():
-        target.mT.baddbmm_(x.mT, rows.mT)
+        target.mT.baddbmm_(x.mT, rows.mT, alpha=scale)
     else:  # what looks flat is a copy
-        y += torch.bmm(rows, x).view(y.shape)
+        y.add_(torch.bmm(rows, x).view(y.shape), alpha=scale)
 
 
 def fold(columns: Tensor, geometry: Geometry) -> Tensor:
@@ -73,7 +79,7 @@ def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
     taps = [d * step for d, step in zip(geometry.dilation, steps, strict=True)]
     shape = (*h.shape[:2], *geometry.kernel, *sizes)
     shifted = padded.as_strided(shape, (batch, filters, *taps, *steps))
-    return shifted.reshape(*h.shape[:2], geometry.taps, -1)
+    return shifted.reshape(*h.shape[:2], geometry.taps, math.prod(sizes))
 
 
 @dataclass(frozen=True)
@@ -100,42 +106,48 @@ class Filters:
             return g.apply(x, self.weight())
         if g.pointwise:
             seen = self._seen(x)
-            return product(self.right, seen.flatten(2)).unflatten(2, seen.shape[2:])
+            return product(self._rows(), seen.flatten(2)).unflatten(2, seen.shape[2:])
         flat, taps = x.flatten(2), self._taps()
         parts = [product(taps[f, :, c].flatten(0, 1), flat[:, c]) for f, c in self._chunks()]
         columns = parts[0] if self.cuts == 1 else torch.cat(parts, 1)
-        return fold(columns.view(len(x), -1, *g.kernel, *x.shape[2:]), g)
+        filters = columns.shape[1] // g.taps
+        return fold(columns.view(x.shape[0], filters, *g.kernel, *x.shape[2:]), g)
 
-    def gradient(self, gh: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of `right` from that of the outputs, and what `add_input_gradient` needs."""
+    def prepared(self, gh: Tensor, x: Tensor) -> Tensor:
+        """The gradient of the outputs, as `gradient` and `add_input_gradient` take it."""
+        shifts = self.as_product and not self.geometry.pointwise
+        return unfold(gh, self.geometry, tuple(x.shape[2:])) if shifts else gh
+
+    def gradient(self, prepared: Tensor, x: Tensor) -> Tensor:
+        """The gradient of `right`."""
         g = self.geometry
         if not self.as_product:
-            return self._of_right(g.gradient_of_weight(gh, x, self.weight())), gh
+            return self._of_right(g.gradient_of_weight(prepared, x, self.weight()))
         if g.pointwise:
-            return outer(gh.flatten(2), self._seen(x).flatten(2)), gh
-        columns, flat = unfold(gh, g, tuple(x.shape[2:])), x.flatten(2)
+            return self._of_right(outer(prepared.flatten(2), self._seen(x).flatten(2)))
+        flat = x.flatten(2)
         if self.cuts == 1:
-            found = outer(columns.flatten(1, 2), flat).view(-1, g.taps, flat.shape[1])
+            found = outer(prepared.flatten(1, 2), flat).view(-1, g.taps, flat.shape[1])
         else:
-            found = flat.new_zeros(columns.shape[1], g.taps, flat.shape[1])
+            found = flat.new_zeros(prepared.shape[1], g.taps, flat.shape[1])
             for f, c in self._chunks():
-                part = outer(columns[:, f].flatten(1, 2), flat[:, c])
+                part = outer(prepared[:, f].flatten(1, 2), flat[:, c])
                 found[f, :, c] = part.unflatten(0, (-1, g.taps))
-        return self._of_right(found.flip(1).mT), columns
+        return self._of_right(found.flip(1).mT)
 
-    def add_input_gradient(self, gx: Tensor, needed: Tensor, x: Tensor) -> None:
+    def add_input_gradient(self, gx: Tensor, prepared: Tensor, x: Tensor) -> None:
         """To `gx`, the gradient of `x`, is added what goes through the filters."""
         g = self.geometry
         if not self.as_product:
-            gx += g.gradient_of_input(needed, x, self.weight())
+            gx += g.gradient_of_input(prepared, x, self.weight())
         elif g.pointwise and g.stride_one:
-            add_product(gx, self.right.mT, needed)
+            add_product(gx, self._rows().mT, prepared)
         elif g.pointwise:
-            part = product(self.right.mT, needed.flatten(2))
-            self._seen(gx).add_(part.unflatten(2, needed.shape[2:]))
+            part = product(self._rows().mT, prepared.flatten(2))
+            self._seen(gx).add_(part.unflatten(2, prepared.shape[2:]))
         else:
             turned = self._taps().flip(1).flatten(0, 1)
-            add_product(gx, turned.mT, needed.flatten(1, 2))
+            add_product(gx, turned.mT, prepared.flatten(1, 2))
 
     def weight(self) -> Tensor:
         """All of them, ``(number, in, *kernel)``."""
@@ -158,6 +170,10 @@ class Filters:
             if step > 1:
                 x = x[(slice(None),) * axis + (slice(None, None, step),)]
         return x
+
+    def _rows(self) -> Tensor:
+        """Pointwise filters as ``(number, in)``."""
+        return self.weight().flatten(1)
 
     def _taps(self) -> Tensor:
         """The filters as ``(number, taps, in)``."""

@@ -55,6 +55,11 @@ class AnchoredLoRA(LoRA):
         r"""Factors of :math:`s (B A - B_0 A_0)`, of rank ``2 r``."""
         return super().factors(self.difference(parameters))
 
+    def scaled_low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Factors of twice the rank and the scaling."""
+        b, a = self.difference(parameters).values()
+        return b, a, self.scaling
+
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
         """``B`` and ``B0`` times the number."""
         start = f"{self.name}_B0"

@@ -93,6 +93,13 @@ class Method(Configured):
         """Factors whose product is the delta, whatever the matrix is; None where there are none."""
         return None
 
+    def scaled_low_rank(
+        self, parameters: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float] | None:
+        """The same and a number before it, for a product that needs no copy of a factor."""
+        factors = self.low_rank(parameters)
+        return None if factors is None else (*factors, 1)
+
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
         """Parameters, of these names and shapes, whose delta is `number` times that of these.
 

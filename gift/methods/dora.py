@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.fast.linear import Product, linear_forwards
-from gift.methods.base import Method, register_method
+from gift.fast.low_rank import CONVOLUTIONS, low_rank_conv, low_rank_product
+from gift.fast.rescale import rescaled
+from gift.methods.base import Method, dotted, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
 
@@ -61,6 +64,9 @@ class DoRA(LoRA):
     def low_rank(self, parameters: Mapping[str, Tensor]) -> None:
         """None: the norms of the rows take part."""
 
+    def scaled_low_rank(self, parameters: Mapping[str, Tensor]) -> None:
+        """None, likewise."""
+
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
         """Refused, as there is none."""
         return Method.multiplied(self, parameters, number)
@@ -88,7 +94,7 @@ class DoRA(LoRA):
         return (crossed * b.conj()).sum(-1, keepdim=True).real
 
 
-def _scaled_side_path(
+def _linear(
     method: DoRA,
     parameters: Mapping[str, Tensor],
     x: Tensor,
@@ -96,13 +102,37 @@ def _scaled_side_path(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``W0 x + bias + (ratio - 1) W0 x + ratio s B A dropout(x)``: exact where the ratio is one."""
-    output = product(x, bias)
-    frozen = product.matrix.to(parameters["lora_A"].dtype)
-    ratio = method.ratio(frozen, parameters).squeeze(-1)
-    unbiased = output if bias is None else output - bias
-    change = (ratio - 1) * unbiased + ratio * method.side(x, parameters, training)
-    return (output + change).to(output.dtype)
+    """``ratio o (W0 x + s B A dropout(x)) + bias``: what LoRA gives, rescaled."""
+    dropped = F.dropout(x, method.lora_dropout) if method.lora_dropout and training else None
+    ratio = method.ratio(product.matrix.to(parameters["lora_A"].dtype), parameters)
+
+    def lora(
+        x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, dropped: Tensor | None
+    ) -> Tensor:
+        return low_rank_product(x, product, bias, (left, right), dropped)
+
+    inputs = (x, bias, *method.factors(parameters), dropped)
+    return rescaled(lora(*inputs), ratio, bias, lora, inputs)
 
 
-DoRA.forwards = linear_forwards(_scaled_side_path)
+def _conv(self: Any, input: Tensor) -> Tensor:
+    """The same for a convolution of one group; the general way where LoRA has no other."""
+    adapter = self._gift_adapters["weight"]
+    method, parameters = adapter.delta_of(self)
+
+    def lora(x: Tensor, left: Tensor, right: Tensor, dropped: Tensor | None) -> Any:
+        return low_rank_conv(self, x, (left, right), dropped, method.conv_form)
+
+    if adapter.layout is not None and adapter.reads_alike and self.groups == 1:
+        drops = method.lora_dropout and self.training
+        dropped = F.dropout(input, method.lora_dropout) if drops else None
+        inputs = (input, *method.factors(parameters), dropped)
+        output = lora(*inputs)
+        if output is not None:
+            frozen = adapter.layout.to_matrix(self._gift_frozen("weight"))
+            ratio = method.ratio(frozen.to(parameters["lora_A"].dtype), parameters)
+            return rescaled(output, ratio, self.bias, lora, inputs, -1 - len(self.kernel_size))
+    return self._conv_forward(input, self.weight, self.bias)
+
+
+DoRA.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gift.fast.linear import Product, linear_forwards
-from gift.methods.base import Method, register_method
+from gift.fast.low_rank import CONVOLUTIONS, is_changed
+from gift.fast.rescale import rescaled
+from gift.methods.base import Method, dotted, register_method
 from gift.methods.settings import flag
 
 
@@ -66,7 +68,7 @@ class IA3(Method):
         return {key: 1 + number * (factor - 1) for key, factor in parameters.items()}
 
 
-def _scaled(
+def _linear(
     method: IA3,
     parameters: Mapping[str, Tensor],
     x: Tensor,
@@ -78,9 +80,27 @@ def _scaled(
     factor = parameters["ia3_l"]
     if method.feedforward:
         return product((x * factor.squeeze(-2)).to(x.dtype), bias)
-    output = product(x, bias)
-    unbiased = output if bias is None else output - bias
-    return (output + (factor.squeeze(-1) - 1) * unbiased).to(output.dtype)
+    return rescaled(product(x, bias), factor, bias, product, (x, bias))
 
 
-IA3.forwards = linear_forwards(_scaled)
+def _conv(self: Any, input: Tensor) -> Tensor:
+    """The same for channels; the general way where each position in a kernel has a factor."""
+    adapter = self._gift_adapters["weight"]
+    method, parameters = adapter.delta_of(self)
+    axes = len(self.kernel_size)
+    one_position = all(size == 1 for size in self.kernel_size)
+    fast = adapter.layout is not None and adapter.reads_alike and not is_changed(self)
+    if not fast or (method.feedforward and not one_position):
+        return self._conv_forward(input, self.weight, self.bias)
+    factor, frozen, bias = parameters["ia3_l"], self._gift_frozen("weight"), self.bias
+    if method.feedforward:
+        seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
+        return self._conv_forward(seen, frozen, bias)
+
+    def compute(x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, frozen, bias)
+
+    return rescaled(compute(input, bias), factor, bias, compute, (input, bias), -1 - axes)
+
+
+IA3.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}

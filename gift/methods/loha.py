@@ -1,15 +1,16 @@
 """LoHa: the Hadamard product of two low-rank matrices."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gift.fast.linear import Product, linear_forwards
-from gift.methods.base import RankedMethod, register_method
+from gift.fast.low_rank import CONVOLUTIONS, conv, linear
+from gift.fast.whole import terms, through_weight
+from gift.methods.base import RankedMethod, dotted, register_method
 from gift.methods.settings import number
 
 
@@ -82,7 +83,7 @@ class LoHa(RankedMethod):
         return {**parameters, "loha_B2": parameters["loha_B2"] * number}
 
 
-def _side_path(
+def _linear(
     method: LoHa,
     parameters: Mapping[str, Tensor],
     x: Tensor,
@@ -90,31 +91,19 @@ def _side_path(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``W0 x + bias + s B A x``: the update is a product of factors of rank ``r^2``."""
-    rows, columns = len(parameters["loha_B1"]), parameters["loha_A1"].shape[1]
-    terms = parameters["loha_A1"].shape[0] * parameters["loha_A2"].shape[0]
-    # For each input the side path computes with the factors three times, forward and for the
-    # gradients of both sides; the effective weight costs a gradient of its own size.
-    if 3 * terms * (rows + columns) > rows * columns:
-        return _general_path(method, parameters, x, product, bias)
-    output = product(x, bias)
-    b, a = method.low_rank(parameters)
-    return (output + F.linear(F.linear(x.to(a.dtype), a), b)).to(output.dtype)
+    """By the factors of rank ``r^2``, or by the effective weight, which is cheaper for many."""
+    rows, rank = parameters["loha_B1"].shape
+    if terms(x, rows, rank**2).go_beside(torch.is_grad_enabled()):
+        return linear(method, parameters, x, product, bias, training)
+    return through_weight(method, parameters, x, product, bias)
 
 
-def _general_path(
-    method: LoHa,
-    parameters: Mapping[str, Tensor],
-    x: Tensor,
-    product: Product,
-    bias: Tensor | None,
-) -> Tensor:
-    """``W' x + bias``."""
-    matrix = product.matrix
-    dtype = method.working_dtype(matrix)
-    factors = {key: value.to(dtype) for key, value in parameters.items()}
-    weight = method.weight(matrix.to(dtype), factors).to(matrix.dtype)
-    return replace(product, weight=weight.mT if product.transposed else weight)(x, bias)
+def _conv(self: Any, input: Tensor) -> Tensor:
+    """The same, but that LoRA's way with a convolution keeps less even if it makes the weight."""
+    rank = self._gift_adapters["weight"].method.rank
+    if rank is None or rank > 8:  # to add up r^2 terms takes longer than two products and theirs
+        return self._conv_forward(input, self.weight, self.bias)
+    return conv(self, input)
 
 
-LoHa.forwards = linear_forwards(_side_path)
+LoHa.forwards = linear_forwards(_linear) | {dotted(layer.forward): _conv for layer in CONVOLUTIONS}

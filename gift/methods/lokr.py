@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.fast.kronecker_linear import KroneckerLinear
 from gift.fast.linear import Product, linear_forwards
-from gift.methods.base import RankedMethod, register_method
+from gift.fast.low_rank import CONVOLUTIONS, low_rank_conv, operands
+from gift.methods.base import RankedMethod, dotted, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, number, setting
 
@@ -163,7 +165,7 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
     return smaller, size // smaller
 
 
-def _side_path(
+def _linear(
     method: LoKr,
     parameters: Mapping[str, Tensor],
     x: Tensor,
@@ -175,8 +177,14 @@ def _side_path(
 
     The rank is the smallest size, so `w1` acts between the two factors of `w2`.
     """
-    output = product(x, bias)
     w1, w2 = method._w1(parameters), parameters.get("lokr_w2")
+    if w2 is None:
+        factors = w1, parameters["lokr_w2_a"], parameters["lokr_w2_b"]
+        alike = operands(x, product.matrix, bias, *factors) if type(product) is Product else None
+        if alike is not None:
+            fast: Tensor = KroneckerLinear.apply(*alike)
+            return fast
+    output = product(x, bias)
     right = parameters["lokr_w2_b"] if w2 is None else w2
     side = F.linear(x.to(w1.dtype).unflatten(-1, (w1.shape[1], -1)), right)  # (..., c, r)
     side = F.linear(side.transpose(-1, -2), w1).transpose(-1, -2)  # (..., a, r)
@@ -185,4 +193,24 @@ def _side_path(
     return (output + side.flatten(-2)).to(output.dtype)
 
 
-LoKr.forwards = linear_forwards(_side_path)
+def _conv(self: Any, input: Tensor) -> Tensor:
+    """As LoRA with a matrix whose rows are pieces of the weight's, `c` for each output.
+
+    Piece by piece, ``w1 (x) left right`` is a number of `w1` times a row of ``left right``. Each
+    piece has filters of its own, and to go from one to the next takes longer than they do: it pays
+    where few positions meet a large weight.
+    """
+    adapter = self._gift_adapters["weight"]
+    method, parameters = adapter.delta_of(self)
+    own = adapter.layout is not None and adapter.reads_alike and self.groups == 1
+    few = input.numel() < self.in_channels * self.out_channels
+    if own and few and not method.full_matrix:
+        w1, right = method._w1(parameters), parameters["lokr_w2_b"]
+        left = torch.kron(w1, parameters["lokr_w2_a"])  # (rows, c * r)
+        output = low_rank_conv(self, input, (left.reshape(-1, len(right)), right), None, None)
+        if output is not None:
+            return output
+    return self._conv_forward(input, self.weight, self.bias)
+
+
+LoKr.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}

@@ -97,6 +97,12 @@ class LoRA(RankedMethod):
         """The factors."""
         return self.factors(parameters)
 
+    def scaled_low_rank(
+        self, parameters: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float] | None:
+        """`B`, `A` and the scaling."""
+        return parameters["lora_B"], parameters["lora_A"], self.scaling
+
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
         """``B`` times the number."""
         return {**parameters, "lora_B": parameters["lora_B"] * number}

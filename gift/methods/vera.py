@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.fast.linear import Product, linear_forwards
+from gift.fast.low_rank import linear, low_rank_forwards
+from gift.fast.whole import terms, through_weight
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import seeded_buffer
 from gift.methods.settings import flag, number, probability, whole
@@ -92,9 +94,9 @@ class VeRA(RankedMethod):
         return matrix + left @ right
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``diag(b) B`` and ``diag(d) A``."""
-        left = parameters["vera_b"].unsqueeze(-1) * parameters["vera_B"]
-        return left, parameters["vera_d"].unsqueeze(-1) * parameters["vera_A"]
+        """``diag(b) B diag(d)`` and ``A``, which needs no gradient."""
+        scales = parameters["vera_b"].unsqueeze(-1) * parameters["vera_d"].unsqueeze(-2)
+        return parameters["vera_B"] * scales, parameters["vera_A"]
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
         """`b` times the number."""
@@ -129,7 +131,7 @@ def _scaled(draws: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ((2 * draws - 1) * math.sqrt(6 / shape[-1])).expand(shape).contiguous()
 
 
-def _side_path(
+def _linear(
     method: VeRA,
     parameters: Mapping[str, Tensor],
     x: Tensor,
@@ -137,13 +139,12 @@ def _side_path(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``W0 x + bias + b o (B (d o (A dropout(x))))``."""
-    output = product(x, bias)
-    if method.vera_dropout and training:
-        x = F.dropout(x, method.vera_dropout)
-    a, b = parameters["vera_A"], parameters["vera_B"]
-    hidden = F.linear(x.to(a.dtype), a) * parameters["vera_d"]
-    return (output + F.linear(hidden, b) * parameters["vera_b"]).to(output.dtype)
+    """By the factors or by the effective weight, which is cheaper for many terms."""
+    delta = terms(x, len(parameters["vera_b"]), len(parameters["vera_d"]))
+    beside = delta.go_beside(torch.is_grad_enabled(), both=False)
+    if beside or (method.vera_dropout and training):
+        return linear(method, parameters, x, product, bias, training)
+    return through_weight(method, parameters, x, product, bias)
 
 
-VeRA.forwards = linear_forwards(_side_path)
+VeRA.forwards = low_rank_forwards() | linear_forwards(_linear)

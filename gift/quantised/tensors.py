@@ -17,6 +17,8 @@ from gift.quantised.rows import QuantisedRow
 
 QUANTISED: tuple[QuantisedRow, ...] = (*torchao.ROWS, *bitsandbytes.ROWS)
 
+_MARKED = [row for row in QUANTISED if row.mark]
+
 _FAILURES = (RuntimeError, ImportError, AttributeError, AssertionError, ValueError, TypeError)
 """What packages raise where a format or device has no such function."""
 
@@ -167,7 +169,7 @@ def quant_state_names(network: Any) -> Iterator[str]:
 def _row_for(tensor: Any) -> QuantisedRow | None:
     cls: type = type(tensor)
     if cls is nn.Parameter:
-        row = next((r for r in QUANTISED if r.mark and hasattr(tensor, r.mark)), None)
+        row = next((r for r in _MARKED if hasattr(tensor, r.mark)), None)
     else:
         row = None if cls is Tensor or not isinstance(tensor, Tensor) else _row_of(cls)
     return row if row is not None and row.holds(tensor) else None
