@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import resource
 import sys
 from typing import Any
@@ -24,6 +25,13 @@ def linear_pattern(network: nn.Module) -> str:
     """
     names = {n.rpartition(".")[2] for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     return r"(.*\.)?(" + "|".join(sorted({r"\d+" if n.isdigit() else n for n in names})) + ")"
+
+
+def adaptable_pattern(network: nn.Module) -> str:
+    """A regular expression for the names of all linear layers and convolutions."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names = [re.escape(n) for n, m in network.named_modules() if isinstance(m, kinds)]
+    return "|".join(names)
 
 
 def llama_7b(layers: int = 32) -> nn.Module:

@@ -164,7 +164,7 @@ def test_gradients_of_gradients(method: str, layer: str) -> None:
         return net(x)
 
     assert gradcheck(call, (x, *trained.values()))
-    if method.startswith("vera") and layer == "linear":
+    if method == "vera" and layer == "linear":
         with pytest.raises(RuntimeError, match="keeps no inputs"):
             gradgradcheck(call, (x, *trained.values()))
     else:

@@ -99,18 +99,22 @@ def test_each_form_is_chosen_somewhere_in_a_resnet_50() -> None:
 
 @both
 def test_more_weight_never_turns_side_into_merged(trained: bool) -> None:
-    """At equal positions: what is merged costs the more, the larger it is."""
+    """At equal positions: what is merged costs the more, the larger it is.
+
+    That is, as long as filters are computed in the same way.
+    """
     failures = []
     for kernel, stride, rank, positions in itertools.product(KERNELS, (1, 2), RANKS, POSITIONS):
         for cuts in cuts_of(kernel):
             for few in CHANNELS:
                 for axis in (0, 1):
                     grown = [(few, many) if axis else (many, few) for many in CHANNELS]
-                    forms = [
+                    plans = [
                         plan(geometry(*sizes, kernel, stride), rank, cuts, positions,
-                             trained=trained).form
+                             trained=trained)
                         for sizes in grown
                     ]  # fmt: skip
+                    forms = [p.form for p in plans if p.as_product == plans[-1].as_product]
                     after = forms[forms.index("side") :] if "side" in forms else []
                     if "merged" in after:
                         failures.append(
@@ -138,10 +142,13 @@ def test_more_positions_never_turn_merged_into_side(trained: bool) -> None:
 def test_more_rank_never_turns_whole_back() -> None:
     """The gradient of the whole weight costs the same at every rank, that of factors more.
 
-    Kernels compute 16 filters at once: within such a block more rank costs nothing more.
+    Kernels compute 16 filters at once: within such a block more rank costs nothing more. And where
+    there are few positions, what is made of the weight costs more than all that is convolved.
     """
     failures = []
     for given, cuts, positions in cases():
+        if positions < 1024:
+            continue
         largest = min(given.shape[0] * cuts, given.shape[1] * given.taps // cuts)
         forms = [
             plan(given, rank, cuts, positions).form for rank in (16, 32, 64) if rank <= largest

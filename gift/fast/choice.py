@@ -29,11 +29,12 @@ class Plan:
 
 # Nanoseconds, measured on two cores of a server's processor; only their ratios matter.
 CONV = 0.0138  # a multiplication in a convolution, or in the gradient of its input
-WHOLE = 0.0117  # in the gradient of its weight
-GEMM = 0.0145  # in a product of matrices
-SHIFT = 0.2  # an element of shifted pictures
+WHOLE = 0.0108  # in the gradient of its weight
+GEMM = 0.02  # in a product of matrices
+SHIFT = 0.3  # an element of shifted pictures
 TOUCH = 0.2  # an element of activations that is read or written once more
-MERGE = 0.7  # an element of a weight that is made
+MERGE = 0.5  # an element of a weight that is made
+START = 1.5e4  # any operation, however small
 BLOCK = 16  # outputs that kernels for convolutions compute at once
 
 
@@ -72,23 +73,25 @@ def plan(
     filters, taps = rank * cuts, geometry.taps
     size = outputs * inputs * taps
     blocks = -(-filters // BLOCK) * BLOCK
-    by_conv = CONV * blocks * taps * inputs
+    by_conv = CONV * blocks * taps * inputs * positions
     moved = 0 if geometry.pointwise else SHIFT
-    by_product = (GEMM * inputs / cuts + moved) * filters * taps
+    by_product = (GEMM * inputs / cuts + moved * min(cuts, 2)) * filters * taps * positions
+    by_product += START * (3 + cuts)
     shifts = on_processor and geometry.stride_one and by_product < by_conv
     as_product = geometry.pointwise or shifts
 
     # The filters on the input, or their gradient; their outputs to those of the layer, or back.
-    thin = (by_product if as_product else by_conv) * positions
+    thin = by_product if as_product else by_conv
     wide = (GEMM * filters + TOUCH) * outputs * positions
     merging = (MERGE + GEMM * rank) * size
-    back = thin + TOUCH * inputs * positions
+    back = GEMM * inputs * filters * taps * positions if as_product else by_conv
+    back += TOUCH * inputs * positions
     whole = WHOLE * size * positions + 2 * (GEMM * rank / cuts + TOUCH) * size
     costs: dict[Form, float] = {"merged": merging, "side": thin + wide}
     if trained:
         costs = {
-            "merged": 2 * merging + 2 * thin + 2 * wide,
-            "side": 2 * thin + 3 * wide + back,
+            "merged": 2 * merging + 2 * thin + 2 * wide + 7 * START,
+            "side": 2 * thin + 3 * wide + back + 7 * START,
             "whole": 2 * merging + whole,
         }
     if form is None:

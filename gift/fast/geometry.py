@@ -71,6 +71,13 @@ class Geometry:
         found: Tensor = self._backward(g, x, weight, [False, True, False])[1]
         return found
 
+    def gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, of_input: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Those of the input, if asked for, and of the weight, which share some work."""
+        of_x, of_weight, _ = self._backward(g, x, weight, [of_input, True, False])
+        return of_x, of_weight
+
     def _backward(self, g: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
         none = [0] * len(self.kernel)
         return torch.ops.aten.convolution_backward(

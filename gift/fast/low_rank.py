@@ -151,6 +151,7 @@ def low_rank_conv(
     # What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
     # exported is for all sizes.
     narrow = alike[0].dtype.itemsize < 4
+    exporting = torch.compiler.is_exporting()
     positions = x.shape[0] * math.prod(geometry.positions(tuple(x.shape[2:])))
     known = type(positions) is int and not torch.compiler.is_compiling()
     chosen = (cached_plan if known else plan)(
@@ -159,8 +160,8 @@ def low_rank_conv(
         len(left) // outputs,
         positions,
         trained=torch.is_grad_enabled(),
-        form="side" if dropped is not None or narrow or torch.compiler.is_exporting() else form,
-        on_processor=x.device.type == "cpu",
+        form="side" if dropped is not None or narrow or exporting else form,
+        on_processor=x.device.type == "cpu" and not exporting,
     )
     *alike, dropped = alike
     y: Tensor = LowRankConv.apply(*alike, scale, dropped, geometry, chosen)

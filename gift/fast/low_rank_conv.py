@@ -64,16 +64,17 @@ class LowRankConv(torch.autograd.Function):
         gx = gb = gl = gr = gd = None
         side = plan.form == "side"
         seen = x if dropped is None else dropped
-        if of_x:
-            used = weight if side else effective(weight, left, right, scale)
-            gx = geometry.gradient_of_input(g, x, used)
         if of_bias:
             gb = g.flatten(2).sum((0, 2))
+        used = weight if side else effective(weight, left, right, scale)
         if plan.form == "whole":
-            whole = geometry.gradient_of_weight(g, x, weight).reshape(len(left), -1)
+            gx, whole = geometry.gradients(g, x, used, of_x)
+            whole = whole.reshape(len(left), -1)
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale) if of_right else None
             return gx, None, gb, gl, gr, None, None, None, None
+        if of_x:
+            gx = geometry.gradient_of_input(g, x, used)
         filters, flat = filters_of(weight, left, right, geometry, plan), g.flatten(2)
         if of_left:
             if hidden is None or torch.is_grad_enabled():  # the one kept has no graph

@@ -1,0 +1,92 @@
+"""Ways to train a network, from the least that there is to do to everything."""
+
+from collections.abc import Callable
+
+import torch
+from _common import adaptable_pattern
+from _networks import Case
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from gift import FineTuningStrategy, enable_fine_tuning
+from gift.factories import ma_adapt, mc_layer
+
+
+def bound(network: nn.Module, rank: int) -> nn.Module:
+    """Nothing is trained but one vector of the first layers: a bias where there are any.
+
+    Its gradient needs that of nearly all activations, and no gradient of a weight.
+    """
+    network.requires_grad_(False)
+    vectors = [(name, p) for name, p in network.named_parameters() if p.dim() == 1]
+    biases = [p for name, p in vectors if name.endswith("bias")]
+    (biases or [p for _, p in vectors])[0].requires_grad_(True)
+    return network
+
+
+def full(network: nn.Module, rank: int) -> nn.Module:
+    """Everything is trained."""
+    return network
+
+
+def gift_of(layout: str) -> Callable[[nn.Module, int], nn.Module]:
+    """LoRA on every convolution and linear layer, with a layout of the convolutions' weights."""
+
+    def adapt(network: nn.Module, rank: int) -> nn.Module:
+        action = ma_adapt("lora", rank=rank, clip_rank=True, conv_layout=layout)
+        strategy = FineTuningStrategy(module_caps=[(mc_layer("conv", "linear"), action)])
+        enable_fine_tuning(network, strategy)
+        return network
+
+    return adapt
+
+
+def peft(network: nn.Module, rank: int) -> nn.Module:
+    """The same by PEFT, which has the layout ``out_as_h``."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=adaptable_pattern(network))
+    return get_peft_model(network, config)
+
+
+CONTENDERS = {
+    "bound": bound,
+    "full": full,
+    "gift": gift_of("out_as_h"),
+    "gift, balanced": gift_of("balanced"),
+    "peft": peft,
+}
+DELTAS = ("gift", "gift, balanced", "peft")
+
+
+def taking_part(case: Case) -> list[str]:
+    """The names of all contenders; the layout matters for convolutions alone."""
+    return [name for name in CONTENDERS if case.pictures or name != "gift, balanced"]
+
+
+def adapted(name: str, case: Case, rank: int) -> nn.Module:
+    """The case's network as that contender trains it."""
+    network = case.laid_out(CONTENDERS[name](case.network(), rank))
+    if name in DELTAS:
+        as_after_a_step(network)
+    return network
+
+
+def as_after_a_step(network: nn.Module) -> None:
+    """Give all that is trained values, as zeros may be quicker."""
+    torch.manual_seed(2)
+    for _, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.01)
+
+
+def trained(network: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def networks(case: Case, rank: int, names: list[str]) -> dict[str, nn.Module]:
+    """Those of some contenders; gift and PEFT must train as much as each other."""
+    made = {name: adapted(name, case, rank) for name in names}
+    sizes = {name: trained(made[name]) for name in ("gift", "peft") if name in made}
+    if len(set(sizes.values())) > 1:
+        raise RuntimeError(f"gift and PEFT do not train the same layers: {sizes}")
+    return made

@@ -1,0 +1,104 @@
+"""Time, bytes that are kept, and peak memory."""
+
+import gc
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from _common import peak
+from _contenders import CONTENDERS
+from _networks import Case, loss, train
+from torch import Tensor, nn
+
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**29),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
+def keep_memory() -> None:
+    """Start again with an allocator that keeps what was freed, in large pages.
+
+    To touch fresh memory can take longer than all that is measured, and who of the contenders is
+    given memory that another one freed is chance.
+    """
+    if sys.platform == "linux" and not ALLOCATOR.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+
+
+def usual_environment() -> dict[str, str]:
+    """That of a process which gives memory back as it always does."""
+    return {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+
+
+def in_turn(actions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each took, in each round; two more rounds come first.
+
+    The order is another one in each round, so that nobody has the same predecessor always.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    order, chance = list(actions), random.Random(0)
+    gc.collect()
+    for number in range(rounds + 2):
+        chance.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            actions[name]()
+            if number > 1:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compared(seconds: dict[str, list[float]], reference: str) -> dict[str, Any]:
+    """Medians, their ratios to that of the reference, and the quartiles of each round's ratio."""
+    middle = {name: median(values) for name, values in seconds.items()}
+    quartiles = {}
+    for name, values in seconds.items():
+        pairs = zip(values, seconds[reference], strict=True)
+        ratios = [mine / other for mine, other in pairs]
+        low, _, high = quantiles(ratios) if len(ratios) > 1 else ratios * 3
+        quartiles[name] = [low, high]
+    return {
+        "ms": {name: value * 1e3 for name, value in middle.items()},
+        "ratio": {name: value / middle[reference] for name, value in middle.items()},
+        "quartiles": quartiles,
+    }
+
+
+def bytes_kept(network: nn.Module, batch: Tensor) -> int:
+    """What a forward pass keeps for its backward pass, and nobody holds anyway."""
+    held = [*dict(network.named_parameters(remove_duplicate=False)).values(), *network.buffers()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*held, batch]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss(network, batch)
+    sizes = {place: tensor.untyped_storage().nbytes() for place, tensor in kept.items()}
+    del value
+    return sum(size for place, size in sizes.items() if place not in own)
+
+
+def growth(name: str, case: Case, rank: int) -> int:
+    """By how much the peak memory of this process grows from a plain network to one that trained.
+
+    That is the deltas, gradients, what is kept and what comes and goes; an optimizer is not there.
+    """
+    network, batch = case.network(), case.batch()
+    with torch.no_grad():
+        loss(network, batch[:1])  # what is loaded on first use is no part of the growth
+    before = peak()
+    network = case.laid_out(CONTENDERS[name](network, rank))
+    for _ in range(3):
+        train(network, batch)
+    return peak() - before

@@ -1,0 +1,109 @@
+"""Networks with random weights, and a training step on one batch of random data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a batch.
+
+    Args:
+        make: makes the network.
+        shape: of the batch: pictures ``(batch, 3, height, width)`` or tokens ``(batch, length)``.
+        channels_last: whether pictures and weights are laid out with the channels last.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    channels_last: bool = False
+
+    def network(self) -> nn.Module:
+        """The network in training mode, with the same weights each time."""
+        torch.manual_seed(0)
+        return self.laid_out(self.make().train())
+
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        """The network with its weights, and filters that came to them, in the case's layout."""
+        return network.to(memory_format=torch.channels_last) if self.channels_last else network
+
+    def batch(self) -> Tensor:
+        """The same batch each time."""
+        torch.manual_seed(1)
+        if not self.pictures:
+            return torch.randint(0, 1000, self.shape)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.randn(self.shape).contiguous(memory_format=layout)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the network is a convolutional one."""
+        return len(self.shape) > 2
+
+    def of(self, batch: int) -> "Case":
+        """The same with so many examples in a batch."""
+        return replace(self, shape=(batch, *self.shape[1:]))
+
+
+def loss(network: nn.Module, batch: Tensor) -> Tensor:
+    """A loss in which every output takes part."""
+    out: Any = network(batch)
+    if isinstance(out, Tensor):
+        return F.cross_entropy(out, torch.arange(len(out)) % out.shape[1])
+    return out.last_hidden_state.square().mean()
+
+
+def train(network: nn.Module, batch: Tensor) -> None:
+    """One step without its optimizer."""
+    for parameter in network.parameters():
+        parameter.grad = None
+    loss(network, batch).backward()
+
+
+def bert(layers: int = 6) -> nn.Module:
+    """A small encoder, without dropout, which would be most of the noise."""
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def llama(layers: int = 6) -> nn.Module:
+    """A small decoder."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=8000,
+        use_cache=False,
+    )
+    return LlamaModel(config)
+
+
+PICTURES = (16, 3, 128, 128)
+
+CASES = {
+    "resnet18": Case(torchvision.models.resnet18, PICTURES),
+    "resnet18, channels_last": Case(torchvision.models.resnet18, PICTURES, channels_last=True),
+    "resnet50": Case(torchvision.models.resnet50, PICTURES),
+    "resnet50, channels_last": Case(torchvision.models.resnet50, PICTURES, channels_last=True),
+    "bert": Case(bert, (8, 128)),
+    "bert, 24 x 128": Case(bert, (24, 128)),
+    "bert, 2 layers": Case(partial(bert, layers=2), (8, 128)),
+    "bert, 12 layers": Case(partial(bert, layers=12), (8, 128)),
+    "llama": Case(llama, (4, 256)),
+}
