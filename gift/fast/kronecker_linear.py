@@ -47,7 +47,7 @@ class KroneckerLinear(torch.autograd.Function):
         flat = g.reshape(-1, g.shape[-1])
         rows = flat.reshape(-1, len(left))
         gb = flat.sum(0) if ctx.needs_input_grad[2] else None
-        gl = (_turned(F.linear(hidden, w1), rank).mT @ rows).mT
+        gl = (_turned(F.linear(hidden, w1), rank).mT @ rows).mT.contiguous()
         gh = _turned(F.linear(rows, left.mT.contiguous()), len(w1))  # (positions * rank, a)
         g1 = gh.mT @ hidden
         gp = _turned(gh @ w1, rank)  # (positions * c, rank)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.fast.choice import Form, cached_plan, plan
+from gift.fast.choice import Form, Plan, cached_plan, plan
 from gift.fast.geometry import Geometry, Sizes
 from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank_conv import LowRankConv
@@ -17,6 +17,9 @@ from gift.fast.thin import scaled
 from gift.methods.base import dotted
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+WATCHING: list[Callable[[nn.Module, Plan], None]] = []
+"""Called with each convolution and what was chosen for it: see `gift.utils.info.conv_forms`."""
 
 
 def low_rank_forwards() -> dict[str, Callable[..., Any]]:
@@ -163,6 +166,8 @@ def low_rank_conv(
         form="side" if dropped is not None or narrow or exporting else form,
         on_processor=x.device.type == "cpu" and not exporting,
     )
+    for told in WATCHING:
+        told(layer, chosen)
     *alike, dropped = alike
     y: Tensor = LowRankConv.apply(*alike, scale, dropped, geometry, chosen)
     return y if input.dim() == axes + 2 else y[0]

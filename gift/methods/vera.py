@@ -142,7 +142,8 @@ def _linear(
     """By the factors or by the effective weight, which is cheaper for many terms."""
     delta = terms(x, len(parameters["vera_b"]), len(parameters["vera_d"]))
     beside = delta.go_beside(torch.is_grad_enabled(), both=False)
-    if beside or (method.vera_dropout and training):
+    # What is rounded to 16 bits at the size of the weight would lose small deltas.
+    if beside or x.dtype.itemsize < 4 or (method.vera_dropout and training):
         return linear(method, parameters, x, product, bias, training)
     return through_weight(method, parameters, x, product, bias)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from tabulate import tabulate
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -11,9 +12,12 @@ from gift.adapter import adapters_of
 from gift.choosing import suggest
 from gift.choosing.rehearsal import cost_of, on_meta, rehearsed
 from gift.claims import size_of
+from gift.fast.choice import Plan
+from gift.fast.low_rank import WATCHING
 from gift.generated import spec_of
 from gift.methods import METHODS, AdaptationError, method_of
 from gift.network import named_trainable
+from gift.statistics import kept_modes
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,
@@ -109,6 +113,47 @@ _OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
     "norm": NormFineTuningStrategy,
     "full": FullFineTuningStrategy,
 }
+
+
+def conv_forms(net: nn.Module, *inputs: Any) -> dict[str, str]:
+    """How a training step computes each convolution with a low-rank delta, for inputs of this size.
+
+    That is chosen by shapes: see `gift.fast.choice`. The network is run once, in evaluation mode,
+    so that its statistics stay; while the delta's inputs are dropped the form is ``"side"``.
+
+    Args:
+        net: an enabled network.
+        *inputs: of its forward pass.
+
+    Returns:
+        The form by the path of the layer. A layer that is not told goes the general way, through
+        its effective weight.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import LoRAConvFineTuningStrategy
+        >>> from gift.utils.info import conv_forms
+        >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 512, 3, stride=16))
+        >>> report = enable_fine_tuning(net, LoRAConvFineTuningStrategy(rank=3))
+        >>> conv_forms(net, torch.randn(2, 3, 64, 64))
+        {'0': 'whole', '2': 'side'}
+    """
+    names = {module: name for name, module in net.named_modules()}
+    found: dict[str, str] = {}
+
+    def told(layer: nn.Module, plan: Plan) -> None:
+        found[names[layer]] = plan.form
+
+    WATCHING.append(told)
+    try:
+        with kept_modes(net), torch.enable_grad():
+            net.eval()
+            net(*inputs)
+    finally:
+        WATCHING.remove(told)
+    return found
 
 
 def compare_methods(
