@@ -33,6 +33,7 @@ WHOLE = 0.0108  # in the gradient of its weight
 GEMM = 0.02  # in a product of matrices
 SHIFT = 0.3  # an element of shifted pictures
 TOUCH = 0.2  # an element of activations that is read or written once more
+NARROW = 24  # positions more, for each picture, that products of matrices take the time of
 MERGE = 0.5  # an element of a weight that is made
 START = 1.5e4  # any operation, however small
 BLOCK = 16  # outputs that kernels for convolutions compute at once
@@ -44,6 +45,7 @@ def plan(
     cuts: int,
     positions: int,
     *,
+    pictures: int = 1,
     trained: bool = True,
     form: Form | None = None,
     on_processor: bool = True,
@@ -55,6 +57,7 @@ def plan(
         rank: of the delta.
         cuts: rows of the delta's matrix for each output.
         positions: that are computed, in the whole batch.
+        pictures: in the batch.
         trained: whether there will be a backward pass.
         form: take this one.
         on_processor: whether many small operations are cheap, as on an accelerator they are not.
@@ -73,10 +76,11 @@ def plan(
     filters, taps = rank * cuts, geometry.taps
     size = outputs * inputs * taps
     blocks = -(-filters // BLOCK) * BLOCK
-    by_conv = CONV * blocks * taps * inputs * positions
+    by_conv = CONV * blocks * taps * inputs * positions + 5 * START
     moved = 0 if geometry.pointwise else SHIFT
-    by_product = (GEMM * inputs / cuts + moved * min(cuts, 2)) * filters * taps * positions
-    by_product += START * (3 + cuts)
+    busy = positions + NARROW * pictures
+    by_product = GEMM * inputs / cuts * busy + moved * min(cuts, 2) * positions
+    by_product = by_product * filters * taps + START * (3 + cuts)
     shifts = on_processor and geometry.stride_one and by_product < by_conv
     as_product = geometry.pointwise or shifts
 
@@ -84,7 +88,7 @@ def plan(
     thin = by_product if as_product else by_conv
     wide = (GEMM * filters + TOUCH) * outputs * positions
     merging = (MERGE + GEMM * rank) * size
-    back = GEMM * inputs * filters * taps * positions if as_product else by_conv
+    back = GEMM * inputs * filters * taps * busy if as_product else by_conv
     back += TOUCH * inputs * positions
     whole = WHOLE * size * positions + 2 * (GEMM * rank / cuts + TOUCH) * size
     costs: dict[Form, float] = {"merged": merging, "side": thin + wide}

@@ -162,6 +162,7 @@ def low_rank_conv(
         len(right),
         len(left) // outputs,
         positions,
+        pictures=x.shape[0],
         trained=torch.is_grad_enabled(),
         form="side" if dropped is not None or narrow or exporting else form,
         on_processor=x.device.type == "cpu" and not exporting,
