@@ -14,6 +14,7 @@ from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank_conv import LowRankConv
 from gift.fast.low_rank_linear import LowRankLinear, outputs
 from gift.fast.thin import scaled
+from gift.fast.transforms import is_transformed
 from gift.methods.base import dotted
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,9 +70,7 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
     given = [x, weight, *others]
     if weight.requires_grad or not weight.is_floating_point() or x.dim() == 0:
         return None
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-        return None
-    if torch.autograd.forward_ad._current_level >= 0:  # dual numbers, made by hand
+    if is_transformed():
         return None
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -106,7 +105,7 @@ def conv(self: Any, input: Tensor) -> Tensor:
     adapter = self._gift_adapters["weight"]
     method, parameters = adapter.delta_of(self)
     dropped = F.dropout(input, method.dropout) if method.dropout and self.training else None
-    if adapter.layout is not None and adapter.reads_alike and self.groups == 1:
+    if is_usual(self) and self.groups == 1:
         *factors, scale = method.scaled_low_rank(parameters)
         output = low_rank_conv(self, input, factors, dropped, method.conv_form, scale)
         if output is not None:
@@ -130,7 +129,7 @@ def low_rank_conv(
     """What a convolution of one group gives with ``W0 + s left right``; None where that is barred.
 
     Args:
-        layer: that holds the frozen weight.
+        layer: that holds the frozen weight, and `is_usual`.
         input: with or without a batch.
         factors: of a delta whose rows are pieces of the weight's rows, in order.
         dropped: what the delta sees in place of the input.
@@ -139,7 +138,7 @@ def low_rank_conv(
     """
     weight = layer._gift_frozen("weight")
     axes = weight.dim() - 2
-    if input.dim() not in (axes + 1, axes + 2) or is_changed(layer):
+    if input.dim() not in (axes + 1, axes + 2):
         return None
     padding, pads = _padding(layer)
     x = _as_batch(input, axes, pads, layer.padding_mode)
@@ -174,11 +173,17 @@ def low_rank_conv(
     return y if input.dim() == axes + 2 else y[0]
 
 
-def is_changed(layer: Any) -> bool:
-    """Whether a subclass, or the instance itself, computes something else."""
+def is_usual(layer: Any) -> bool:
+    """Whether an adapted convolution computes as torch's, with a weight that it reads as its own.
+
+    A subclass may compute something else, or the instance itself; a lazy one has no shape yet.
+    """
+    adapter = layer._gift_adapters["weight"]
+    if adapter.layout is None or not adapter.reads_alike:
+        return False
     if "_conv_forward" in vars(layer):  # as recipes for tileable pictures set it
-        return True
-    return all(type(layer)._conv_forward is not cls._conv_forward for cls in CONVOLUTIONS)
+        return False
+    return any(type(layer)._conv_forward is cls._conv_forward for cls in CONVOLUTIONS)
 
 
 def _padding(layer: Any) -> tuple[Sizes, list[int] | None]:

@@ -66,7 +66,8 @@ class LowRankConv(torch.autograd.Function):
         seen = x if dropped is None else dropped
         if of_bias:
             gb = g.flatten(2).sum((0, 2))
-        used = weight if side else effective(weight, left, right, scale)
+        # Without a gradient of the input, the values of the weight do not matter.
+        used = weight if side or not of_x else effective(weight, left, right, scale)
         if plan.form == "whole":
             gx, whole = geometry.gradients(g, x, used, of_x)
             whole = whole.reshape(len(left), -1)

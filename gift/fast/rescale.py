@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gift.fast.transforms import is_transformed
+
 Compute = Callable[..., Tensor]
 
 
@@ -43,8 +45,7 @@ def _is_plain(z: Tensor, ratio: Tensor) -> bool:
         not (torch.is_grad_enabled() and ratio.requires_grad)
         or z.is_complex()
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or is_transformed()
         or torch.autograd.forward_ad._current_level >= 0
     )
 

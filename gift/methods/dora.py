@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import CONVOLUTIONS, low_rank_conv, low_rank_product
+from gift.fast.low_rank import CONVOLUTIONS, is_usual, low_rank_conv, low_rank_product
 from gift.fast.rescale import rescaled
+from gift.fast.thin import scaled
 from gift.methods.base import Method, dotted, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
@@ -89,7 +90,7 @@ class DoRA(LoRA):
 
     def _growth(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """By how much the squares of rows grow from ``W0`` to ``V``: zero where B is."""
-        b, a = self.scaled(parameters["lora_B"]), parameters["lora_A"]
+        b, a = scaled(parameters["lora_B"], self.scaling), parameters["lora_A"]
         crossed = 2 * (matrix @ a.mH) + b @ (a @ a.mH)
         return (crossed * b.conj()).sum(-1, keepdim=True).real
 
@@ -123,7 +124,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     def lora(x: Tensor, left: Tensor, right: Tensor, dropped: Tensor | None) -> Any:
         return low_rank_conv(self, x, (left, right), dropped, method.conv_form)
 
-    if adapter.layout is not None and adapter.reads_alike and self.groups == 1:
+    if is_usual(self) and self.groups == 1:
         drops = method.lora_dropout and self.training
         dropped = F.dropout(input, method.lora_dropout) if drops else None
         inputs = (input, *method.factors(parameters), dropped)

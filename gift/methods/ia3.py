@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import CONVOLUTIONS, is_changed
+from gift.fast.low_rank import CONVOLUTIONS, is_usual
 from gift.fast.rescale import rescaled
 from gift.methods.base import Method, dotted, register_method
 from gift.methods.settings import flag
@@ -89,8 +89,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     method, parameters = adapter.delta_of(self)
     axes = len(self.kernel_size)
     one_position = all(size == 1 for size in self.kernel_size)
-    fast = adapter.layout is not None and adapter.reads_alike and not is_changed(self)
-    if not fast or (method.feedforward and not one_position):
+    if not is_usual(self) or (method.feedforward and not one_position):
         return self._conv_forward(input, self.weight, self.bias)
     factor, frozen, bias = parameters["ia3_l"], self._gift_frozen("weight"), self.bias
     if method.feedforward:

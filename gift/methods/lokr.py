@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gift.fast.kronecker_linear import KroneckerLinear
 from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import CONVOLUTIONS, low_rank_conv, operands
+from gift.fast.low_rank import CONVOLUTIONS, is_usual, low_rank_conv, operands
 from gift.methods.base import RankedMethod, dotted, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, number, setting
@@ -202,9 +202,8 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     """
     adapter = self._gift_adapters["weight"]
     method, parameters = adapter.delta_of(self)
-    own = adapter.layout is not None and adapter.reads_alike and self.groups == 1
     few = input.numel() < self.in_channels * self.out_channels
-    if own and few and not method.full_matrix:
+    if is_usual(self) and self.groups == 1 and few and not method.full_matrix:
         w1, right = method._w1(parameters), parameters["lokr_w2_b"]
         left = torch.kron(w1, parameters["lokr_w2_a"])  # (rows, c * r)
         output = low_rank_conv(self, input, (left.reshape(-1, len(right)), right), None, None)

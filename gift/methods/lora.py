@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gift.fast.choice import Form
 from gift.fast.low_rank import low_rank_forwards
+from gift.fast.thin import scaled
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import conv_form, flag, number, probability
@@ -91,7 +92,7 @@ class LoRA(RankedMethod):
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """``s B`` and ``A``."""
-        return self.scaled(parameters["lora_B"]), parameters["lora_A"]
+        return scaled(parameters["lora_B"], self.scaling), parameters["lora_A"]
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """The factors."""
@@ -106,17 +107,6 @@ class LoRA(RankedMethod):
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
         """``B`` times the number."""
         return {**parameters, "lora_B": parameters["lora_B"] * number}
-
-    def side(self, x: Tensor, parameters: Mapping[str, Tensor], training: bool) -> Tensor:
-        r""":math:`s B A` times the input, which is dropped while training."""
-        if self.lora_dropout and training:
-            x = F.dropout(x, self.lora_dropout)
-        hidden = F.linear(x.to(parameters["lora_A"].dtype), parameters["lora_A"])
-        return F.linear(hidden, self.scaled(parameters["lora_B"]))
-
-    def scaled(self, tensor: Tensor) -> Tensor:
-        """`tensor` times the scaling, which is often 1."""
-        return tensor if self.scaling == 1 else tensor * self.scaling
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
         """Drop input features: columns of ``A``, or rows of ``B`` for looked-up rows."""
