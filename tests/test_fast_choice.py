@@ -1,4 +1,4 @@
-"""The choice of a convolution's form: a pure function of shapes, and what it must never do."""
+"""The choice of a layer's form: a pure function of shapes, and what it must never do."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
 from gift.fast import low_rank
-from gift.fast.choice import FORMS, Form, Plan, cached_plan, plan
+from gift.fast.choice import FORMS, Form, Plan, cached_plan, linear_form, plan
 from gift.fast.geometry import Geometry
 from gift.methods import METHODS
+from gift.strategies import LoRALinearFineTuningStrategy
+from gift.utils.info import forms
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64)
 CHANNELS = (3, 16, 64, 128, 256, 512, 1024)
@@ -188,13 +190,13 @@ def test_products_of_matrices_are_only_for_what_they_can_compute() -> None:
 @pytest.mark.parametrize("bad", ["both", "", "Merged", 1, True, ["side"]])
 def test_other_words_are_refused_with_those_that_are_allowed(bad: Any) -> None:
     for method in ("lora", "rslora", "lora_fa", "pissa", "olora"):
-        with pytest.raises(ValueError, match=r"conv_form is .*'merged' or 'side' or 'whole'"):
-            METHODS[method](conv_form=bad)
+        with pytest.raises(ValueError, match=r"form is .*'merged' or 'side' or 'whole'"):
+            METHODS[method](form=bad)
 
 
 def test_the_setting_is_no_part_of_what_a_delta_means() -> None:
     """What was saved under one form is read under another."""
-    plain, *others = (METHODS["lora"](rank=3, conv_form=form) for form in (None, *FORMS))
+    plain, *others = (METHODS["lora"](rank=3, form=form) for form in (None, *FORMS))
     assert all(other.meaning == plain.meaning for other in others)
     assert len({*others, plain}) == 4
 
@@ -219,7 +221,7 @@ def test_plans_of_a_layer_follow_the_setting_and_never_the_values(
     form: Form | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net: Any = nn.Conv2d(16, 16, 3)
-    adapt = ma_adapt("lora", rank=2, conv_form=form)
+    adapt = ma_adapt("lora", rank=2, form=form)
     enable_fine_tuning(net, FineTuningStrategy([(mc_any(), adapt)]))
     plans = set()
     for value in (0.0, 1.0, 1e30, float("nan")):
@@ -231,3 +233,54 @@ def test_plans_of_a_layer_follow_the_setting_and_never_the_values(
     (made,) = plans
     assert form is None or made.form == form
     assert made.form in FORMS
+
+
+def linear_cases() -> Iterator[tuple[tuple[int, int], int]]:
+    """Shapes and ranks."""
+    for outputs, inputs, rank in itertools.product(CHANNELS, CHANNELS, RANKS):
+        if rank <= min(outputs, inputs):
+            yield (outputs, inputs), rank
+
+
+def test_a_linear_layer_takes_the_form_with_the_fewest_multiplications() -> None:
+    """Counted product by product, as the forms are written."""
+    for (outputs, inputs), rank in linear_cases():
+        for rows in POSITIONS:
+            into, out_of = rank * rows * inputs, rank * rows * outputs
+            made, whole = rank * outputs * inputs, rows * outputs * inputs
+            counts = {
+                "side": [into, out_of, out_of, out_of, into, into],
+                "merged": [made, made, into, out_of, out_of, into],
+                "whole": [made, made, whole, made, made],
+            }
+            chosen = linear_form((outputs, inputs), rank, rows)
+            assert sum(counts[chosen]) == min(map(sum, counts.values())), (outputs, inputs, rank)
+            chosen = linear_form((outputs, inputs), rank, rows, trained=False)
+            assert chosen == ("side" if into + out_of < made else "merged")
+
+
+def test_more_rows_never_bring_a_linear_layer_back_to_its_side() -> None:
+    for shape, rank in linear_cases():
+        forms = [linear_form(shape, rank, rows) for rows in POSITIONS]
+        after = [form for form in forms if form != "side"]
+        assert forms == ["side"] * (len(forms) - len(after)) + after
+
+
+@both
+@pytest.mark.parametrize("form", FORMS)
+def test_a_linear_layer_takes_the_form_that_was_chosen(form: Form, trained: bool) -> None:
+    for shape, rank in linear_cases():
+        for rows in POSITIONS:
+            assert linear_form(shape, rank, rows, trained=trained, form=form) == form
+
+
+def test_forms_of_a_network_are_those_of_its_layers() -> None:
+    """Of few rows and many; while inputs are dropped, and in 16 bits, only one is right."""
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4096))
+    strategy = LoRALinearFineTuningStrategy(rank=2)
+    enable_fine_tuning(net, strategy)
+    assert forms(net, torch.zeros(32, 32)) == {"0": "merged", "1": "side"}
+    assert forms(net, torch.zeros(4, 9, 32)) == {"0": "merged", "1": "side"}
+    assert forms(net, torch.zeros(31, 32)) == {"0": "side", "1": "side"}
+    assert forms(net, torch.zeros(64, 32)) == {"0": "merged", "1": "merged"}
+    assert forms(net.bfloat16(), torch.zeros(64, 32).bfloat16()) == {"0": "side", "1": "side"}

@@ -409,7 +409,7 @@ def test_every_layer_in_every_form(form: Any, layout: str) -> None:
     failures = []
     for axes, options in LAYERS:
         base = layer_of(axes, **options)
-        net = adapted(base, rank=2, lora_alpha=3.0, conv_layout=layout, conv_form=form)
+        net = adapted(base, rank=2, lora_alpha=3.0, conv_layout=layout, form=form)
         for batch in ((2,), (1,), (), (0,)):
             if batch == (0,) and options.get("padding_mode", "zeros") != "zeros":
                 continue  # torch pads no empty batch
@@ -423,7 +423,7 @@ def test_every_layer_in_float32() -> None:
     failures = []
     for (axes, options), form in itertools.product(LAYERS, FORMS):
         base = layer_of(axes, **options).float()
-        net = adapted(base, rank=2, conv_form=form)
+        net = adapted(base, rank=2, form=form)
         if problems := compare(base, net, torch.randn(2, 4, *SIZES[axes])):
             failures.append(f"{axes} {options} {form}: {problems}")
     assert not failures, "\n".join(failures)
@@ -433,7 +433,7 @@ def test_every_layer_in_float32() -> None:
 def test_biases(bias: str) -> None:
     for form, layout in itertools.product(CHOICES, LAYOUTS):
         base = layer_of(2, kernel_size=3, bias=bias != "none")
-        options = {"conv_layout": layout, "conv_form": form, "train_bias": bias == "trained"}
+        options = {"conv_layout": layout, "form": form, "train_bias": bias == "trained"}
         net = adapted(base, rank=2, **options)
         assert bias == "none" or net.bias.requires_grad == (bias == "trained")
         assert not compare(base, net, torch.randn(2, 4, 6, 6, dtype=torch.float64)), (form, layout)
@@ -446,7 +446,7 @@ def test_memory_formats_of_layers() -> None:
     for of_x, of_w, form in itertools.product(MEMORY, ("contiguous", "channels_last"), FORMS):
         base = layer_of(2, kernel_size=3, padding=1)
         base.weight.data = MEMORY[of_w](base.weight.data)
-        net, seen = adapted(base, conv_form=form), MEMORY[of_x](x)
+        net, seen = adapted(base, form=form), MEMORY[of_x](x)
         problems = compare(base, net, seen)
         if net(seen).stride() != base(seen).stride():
             problems += [f"strides {net(seen).stride()}, of the plain layer {base(seen).stride()}"]
@@ -461,7 +461,7 @@ def test_a_gradient_that_is_expanded_or_channels_last(layout: str) -> None:
     base = layer_of(2, kernel_size=3, padding=1)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     for form in FORMS:
-        net = adapted(base, rank=2, conv_layout=layout, conv_form=form)
+        net = adapted(base, rank=2, conv_layout=layout, form=form)
         wanted = [x, net.lora_B, net.lora_A]
         like = net(x).detach()
         gradients = [torch.ones((), dtype=x.dtype).expand_as(like), channels_last(like), like.mT]
@@ -477,7 +477,7 @@ def test_methods_of_the_family(method: str, form: str) -> None:
     """Each by its own formula; the anchored ones subtract where they started."""
     for layout in LAYOUTS:
         base = layer_of(2, kernel_size=3, padding=1)
-        settings = {"rank": 4, "lora_alpha": 6.0, "conv_layout": layout, "conv_form": form}
+        settings = {"rank": 4, "lora_alpha": 6.0, "conv_layout": layout, "form": form}
         net = adapted(base, method, **settings)
         x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
         weight = base.weight.detach()
@@ -504,7 +504,7 @@ def test_dropout(layout: str, method: str) -> None:
     """With that mask the formula's output and gradients; none in eval."""
     for (axes, options), form in itertools.product([*ZEROS[::3], *LAYERS[-3:]], CHOICES):
         base = layer_of(axes, **options)
-        settings = {"conv_layout": layout, "conv_form": form, "lora_dropout": 0.4, "rank": 2}
+        settings = {"conv_layout": layout, "form": form, "lora_dropout": 0.4, "rank": 2}
         net = adapted(base, method, **settings)
         frozen, bias = net._parameters["weight"], net.bias
         x = torch.randn(2, 4, *SIZES[axes], dtype=torch.float64, requires_grad=True)
@@ -569,7 +569,7 @@ def patched(base: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("cls", [Standardised, Doubling, Quiet])
 def test_subclasses(cls: type[nn.Conv2d], form: Any) -> None:
     base = cls(4, 5, 3, padding=1, dtype=torch.float64)
-    net = adapted(base, rank=2, conv_form=form)
+    net = adapted(base, rank=2, form=form)
     assert not compare(base, net, torch.randn(2, 4, 6, 6, dtype=torch.float64), 1e-11)
 
 
@@ -578,7 +578,7 @@ def test_an_instance_whose_convolution_was_replaced(moment: str) -> None:
     base = layer_of(2, kernel_size=3, padding=1)
     if moment == "before":
         patched(base)
-    net = adapted(base, rank=2, conv_form="merged")
+    net = adapted(base, rank=2, form="merged")
     for module in (base, net):  # a copy of a bound method is bound to what it was copied from
         patched(module)
     assert not compare(base, net, torch.randn(2, 4, 6, 6, dtype=torch.float64))
@@ -627,7 +627,7 @@ def test_groups(options: dict[str, Any]) -> None:
 
 def test_complex_weights() -> None:
     base = nn.Conv2d(4, 5, 3, dtype=torch.complex128)
-    net = adapted(base, rank=2, conv_form="side")
+    net = adapted(base, rank=2, form="side")
     x = torch.randn(2, 4, 6, 6, dtype=torch.complex128)
 
     def formula() -> Tensor:
@@ -699,7 +699,7 @@ def trained(net: nn.Module) -> list[nn.Parameter]:
 
 def pair(form: Any = None, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[Any, Any]:
     base = Small(dtype)
-    return base, adapted(base, rank=2, conv_form=form, **settings)
+    return base, adapted(base, rank=2, form=form, **settings)
 
 
 def assert_same_step(call: Any, other: Any, x: Tensor, net: nn.Module, tolerance: float) -> None:
@@ -766,7 +766,7 @@ def test_a_small_delta_is_not_rounded_away_in_bfloat16(layout: str, form: Any) -
     base = nn.Conv2d(64, 64, 3, bias=False)
     base.weight.data = base.weight.data.sign() * (0.52 + torch.rand_like(base.weight))
     base = base.to(torch.bfloat16)
-    net = adapted(base, rank=1, conv_layout=layout, conv_form=form)
+    net = adapted(base, rank=1, conv_layout=layout, form=form)
     assert net.lora_A.dtype == torch.float32
     with torch.no_grad():
         net.lora_A.copy_(net.lora_A.sign())
@@ -796,7 +796,7 @@ def test_per_example_gradients_and_ensembles(form: Any) -> None:
         _, *expected = step(lambda: materialised(base, net)(one[None]), [*own.values()])
         assert not wrong([g[index] for g in found.values()], expected, 1e-12)
 
-    nets = [net, adapted(base, rank=2, conv_form=form), adapted(base, rank=2, conv_form=form)]
+    nets = [net, adapted(base, rank=2, form=form), adapted(base, rank=2, form=form)]
     stacked, buffers = stack_module_state(nets)
     together = vmap(lambda p, b: functional_call(net, (p, b), (x,)))(stacked, buffers)
     expected = [materialised(base, one)(x) for one in nets]
@@ -861,7 +861,7 @@ def test_training_after_inference(form: Any) -> None:
 @pytest.mark.parametrize("form", CHOICES)
 def test_a_weight_that_is_trained_under_its_delta(form: Any) -> None:
     base, x = layer_of(2, kernel_size=3, padding=1), picture(2).repeat(1, 2, 1, 1)[:, :4]
-    net = adapted(base, rank=2, conv_form=form)
+    net = adapted(base, rank=2, form=form)
     frozen = net._parameters["weight"]
     frozen.requires_grad = True
     assert not compare(base, net, x)
@@ -886,7 +886,7 @@ def test_a_factor_that_changed_before_backward_is_an_error(form: Any) -> None:
 def test_lora_fa_on_convolutions_trains_and_gives_second_derivatives() -> None:
     for form in CHOICES:
         base = layer_of(2, kernel_size=3)
-        net, x = adapted(base, "lora_fa", rank=2, conv_form=form), picture(2).repeat(1, 2, 1, 1)
+        net, x = adapted(base, "lora_fa", rank=2, form=form), picture(2).repeat(1, 2, 1, 1)
         x = x[:, :4].requires_grad_()
         results = []
         for call in (net, lambda x: call_with_delta(base, net, x)):
@@ -950,7 +950,7 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("form", ["side", None])
 def test_nothing_of_a_full_weights_size_is_made_in_a_late_layer(form: Any, layout: str) -> None:
     base, x = nn.Conv2d(256, 256, 3, padding=1, bias=False), torch.randn(1, 256, 4, 4)
-    net = adapted(base, rank=2, conv_layout=layout, conv_form=form)
+    net = adapted(base, rank=2, conv_layout=layout, form=form)
     x.requires_grad_()
     with Shapes() as shapes:
         net(x).sum().backward()
@@ -964,15 +964,15 @@ def test_the_other_forms_do_make_one() -> None:
     """So that the test above can tell."""
     base, x = nn.Conv2d(256, 256, 3, padding=1, bias=False), torch.randn(1, 256, 4, 4)
     for form in ("merged", "whole"):
-        net = adapted(base, rank=2, conv_form=form)
+        net = adapted(base, rank=2, form=form)
         with Shapes() as shapes:
             net(x).sum().backward()
         assert any(size == base.weight.numel() for _, size in shapes.made)
 
 
 def test_settings_refuse_other_forms() -> None:
-    with pytest.raises(ValueError, match=r"conv_form is 'both', expected 'merged' or 'side' or"):
-        ma_adapt("lora", conv_form="both")
+    with pytest.raises(ValueError, match=r"form is 'both', expected 'merged' or 'side' or"):
+        ma_adapt("lora", form="both")
 
 
 def test_the_form_of_a_setting_is_the_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -983,7 +983,7 @@ def test_the_form_of_a_setting_is_the_one_that_is_taken(monkeypatch: pytest.Monk
         LowRankConv, "apply", lambda *args: (seen.append(args[-1].form), apply(*args))[1]
     )
     base = layer_of(2, kernel_size=3)
-    nets = [adapted(base, rank=2, conv_form=form) for form in FORMS]
+    nets = [adapted(base, rank=2, form=form) for form in FORMS]
     for net in nets:
         net(torch.randn(2, 4, 6, 6, dtype=torch.float64))
         net.load_state_dict(nets[0].state_dict())

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any, mc_layer
+from gift.fast.choice import FORMS, Form
 from gift.fast.low_rank_linear import LowRankLinear
 from gift.strategies import LoRALinearFineTuningStrategy
 
@@ -95,6 +96,8 @@ def assert_same_step(layer: Any, x: Tensor) -> None:
     wanted = [x, *trained(layer)]
     results = [step(lambda: f(x), wanted) for f in (layer, lambda x: formula(layer, x))]
     assert_same(*results, TOLERANCE[x.dtype])
+    with torch.no_grad():
+        assert_same([layer(x)], results[1][:1], TOLERANCE[x.dtype])
 
 
 def linear(bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -109,6 +112,7 @@ def conv1d(bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {"Linear": linear, "Conv1D": conv1d}
 layers = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -134,6 +138,9 @@ SEEN: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
     "a row of all": lambda randn: randn(INPUTS).expand(2, 3, -1),
     "sliced": lambda randn: randn(2, 5, INPUTS)[:, 1:4],
     "channels last": lambda randn: randn(2, INPUTS, 3, 4).permute(0, 2, 3, 1),
+    "in parts": lambda randn: randn(4, 260, INPUTS),
+    "in parts, transposed": lambda randn: randn(130, 8, INPUTS).transpose(0, 1),
+    "many rows, but no parts": lambda randn: randn(1025, INPUTS),
 }
 
 
@@ -143,30 +150,33 @@ def seen(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SEEN)
+@forms
 @layers
-def test_inputs_of_every_shape_and_memory(build: Any, name: str) -> None:
+def test_inputs_of_every_shape_and_memory(build: Any, form: Form, name: str) -> None:
     for dtype, settings in itertools.product(
         TOLERANCE, ({"rank": 1}, {"rank": 5, "lora_alpha": 7.0}, {"rank": 3, "use_rslora": True})
     ):
-        assert_same_step(adapted(build(dtype=dtype), **settings), seen(name, dtype))
+        assert_same_step(adapted(build(dtype=dtype), form=form, **settings), seen(name, dtype))
 
 
 @pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
+@forms
 @layers
-def test_biases(build: Any, bias: str) -> None:
+def test_biases(build: Any, form: Form, bias: str) -> None:
     layer = build(bias=bias != "none")
     if bias == "none":
         layer.bias = None if isinstance(layer, nn.Linear) else layer.bias
-    layer = adapted(layer, train_bias=bias == "trained")
+    layer = adapted(layer, train_bias=bias == "trained", form=form)
     assert len(trained(layer)) == 2 + (bias == "trained")
-    for name in ("vector", "tokens", "no rows"):
+    for name in ("vector", "tokens", "no rows", "in parts"):
         assert_same_step(layer, seen(name))
 
 
+@forms
 @layers
-def test_any_tensor_may_be_frozen(build: Any) -> None:
+def test_any_tensor_may_be_frozen(build: Any, form: Form) -> None:
     """The gradients that are asked for are right, and no other is made."""
-    layer, x = adapted(build(), train_bias=True), seen("tokens")
+    layer, x = adapted(build(), train_bias=True, form=form), seen("tokens")
     tensors = [x, layer.lora_B, layer.lora_A, layer.bias]
     for flags in itertools.product((True, False), repeat=4):
         for tensor, flag in zip(tensors, flags, strict=True):
@@ -178,9 +188,13 @@ def test_any_tensor_may_be_frozen(build: Any) -> None:
         assert_same(step(lambda: layer(x), wanted), step(lambda: formula(layer, x), wanted))
 
 
+@forms
 @layers
-def test_gradients_that_are_expanded_or_transposed(build: Any) -> None:
-    layer, x = adapted(build()), torch.randn(2, 5, INPUTS, dtype=torch.float64, requires_grad=True)
+def test_gradients_that_are_expanded_or_transposed(build: Any, form: Form) -> None:
+    layer, x = (
+        adapted(build(), form=form),
+        torch.randn(2, 5, INPUTS, dtype=torch.float64, requires_grad=True),
+    )
     wanted = [x, *trained(layer)]
     shape = layer(x).shape
     one = torch.ones((), dtype=torch.float64)
@@ -190,11 +204,12 @@ def test_gradients_that_are_expanded_or_transposed(build: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "lora_fa", "pissa", "olora"])
+@forms
 @layers
-def test_methods_of_the_family(build: Any, method: str) -> None:
+def test_methods_of_the_family(build: Any, form: Form, method: str) -> None:
     """Each by its own formula; the anchored ones subtract where they started."""
     base = build()
-    layer = adapted(base, method, rank=4, lora_alpha=6.0)
+    layer = adapted(base, method, rank=4, lora_alpha=6.0, form=form)
     scale = 6.0 / (2 if method == "rslora" else 4)
 
     def by_hand(x: Tensor) -> Tensor:
@@ -244,14 +259,16 @@ def test_dropout(build: Any, method: str) -> None:
 # --- derivatives, checkpointing, precision -------------------------------------------------------
 
 
-@pytest.mark.parametrize("drops", [False, True])
-def test_first_and_second_derivatives_are_those_of_finite_differences(drops: bool) -> None:
+@pytest.mark.parametrize(("form", "drops"), [(form, False) for form in FORMS] + [("side", True)])
+def test_first_and_second_derivatives_are_those_of_finite_differences(
+    form: Form, drops: bool
+) -> None:
     weight = torch.randn(3, 4, dtype=torch.float64)
     shapes = [(2, 2, 4), (3,), (3, 2), (2, 4), *([(2, 2, 4)] if drops else [])]
     own = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def call(x: Tensor, bias: Any, left: Tensor, right: Tensor, dropped: Any = None) -> Tensor:
-        return LowRankLinear.apply(x, weight, bias, left, right, 1, dropped)
+        return LowRankLinear.apply(x, weight, bias, left, right, 1, dropped, form)
 
     assert torch.autograd.gradcheck(call, own)
     assert torch.autograd.gradgradcheck(call, own)
@@ -274,9 +291,10 @@ def rows(count: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(count, INPUTS, dtype=dtype)
 
 
-def test_gradients_of_gradients_through_a_network() -> None:
+@forms
+def test_gradients_of_gradients_through_a_network(form: Form) -> None:
     """In the input and in the deltas, whichever of them are trained."""
-    base, net = pair()
+    base, net = pair(form=form)
     for names in (("lora_A", "lora_B"), ("lora_A",)):
         for name, parameter in net.named_parameters():
             parameter.requires_grad = name.endswith(names)
@@ -289,10 +307,11 @@ def test_gradients_of_gradients_through_a_network() -> None:
         assert_same(*results, 1e-10)
 
 
+@forms
 @layers
-def test_lora_fa_keeps_no_input_and_says_so(build: Any) -> None:
+def test_lora_fa_keeps_no_input_and_says_so(build: Any, form: Form) -> None:
     """The gradient of its gradient would need one: that is refused in words."""
-    layer = adapted(build(), "lora_fa", rank=2)
+    layer = adapted(build(), "lora_fa", rank=2, form=form)
     x = torch.randn(50, INPUTS, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -469,13 +488,15 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compile(dynamo: None, dropout: float) -> None:
-    """In one graph, which serves every size of the batch; gradients as in eager."""
+@pytest.mark.parametrize(
+    ("dropout", "counts"), [(0.0, (3, 2, 4)), (0.0, (100, 7000, 400)), (0.5, (3, 700, 5))]
+)
+def test_compile(dynamo: None, dropout: float, counts: tuple[int, ...]) -> None:
+    """In one graph, which serves every size of the batch in one form; gradients as in eager."""
     _, net = pair(lora_dropout=dropout)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
-    for count in (3, 8, 5):
-        stance = "default" if count == 3 else "fail_on_recompile"
+    for count in counts:
+        stance = "default" if count == counts[0] else "fail_on_recompile"
         x, results = rows(count).requires_grad_(), []
         for call in (compiled, net):
             torch.manual_seed(3)
@@ -695,12 +716,13 @@ def test_bytes_kept_for_a_transformer_are_below_those_of_peft(rank: int, scale: 
     assert kept(ours, tokens) < kept(theirs, tokens)
 
 
-def test_a_layer_keeps_its_input_and_nothing_else() -> None:
+@pytest.mark.parametrize(("form", "factor"), [("merged", 0), ("whole", 0), ("side", 2)])
+def test_a_layer_keeps_its_input_and_at_most_that_of_its_factor(form: Form, factor: int) -> None:
     """Not even a copy of an input that lies in memory in another order."""
-    layer = adapted(nn.Linear(64, 48), rank=2)
+    layer = adapted(nn.Linear(64, 48), rank=2, form=form)
     hidden = torch.randn(3, 10, 64, requires_grad=True) + 1
     for x in (hidden, hidden.transpose(0, 1), hidden[:, ::2], hidden.expand(3, -1, -1)):
-        assert kept(layer, x) == 0, "the input itself is not counted"
+        assert kept(layer, x) == factor * x[..., 0].numel() * 4, "the input itself is not counted"
 
 
 def test_disabled_again_it_is_the_plain_layer() -> None:

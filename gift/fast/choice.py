@@ -1,4 +1,4 @@
-"""The choice, from shapes alone, of how a convolution with a low-rank delta is computed."""
+"""The choice, from shapes alone, of how a layer with a low-rank delta is computed."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,19 +7,57 @@ from typing import Literal
 from gift.fast.geometry import Geometry
 
 Form = Literal["merged", "side", "whole"]
+"""``"merged"`` computes with ``W + left right``, which is made for the forward pass and again for
+the backward pass, and takes the factors' gradients from ``right x`` and ``left^T g``, the outputs
+of the delta's filters and their gradients. ``"side"`` adds the delta's output to that of the frozen
+weight, and takes the gradients from the same. ``"whole"`` is merged, and takes them from the
+gradient of the whole weight."""
+
 FORMS: tuple[Form, ...] = ("merged", "side", "whole")
+
+
+def linear_form(
+    shape: tuple[int, int], rank: int, rows: int, *, trained: bool = True, form: Form | None = None
+) -> Form:
+    """The cheapest form of a linear layer on a processor, by the multiplications that it takes.
+
+    Each thin product, of a factor and what comes in or out, is one of ``rank rows inputs`` or
+    ``rank rows outputs``. While training all forms but "whole" take two of either for the factors'
+    gradients; "side" takes one more of either, and "merged" makes the weight twice.
+
+    Args:
+        shape: of the weight, ``(outputs, inputs)``.
+        rank: of the delta.
+        rows: that are computed.
+        trained: whether there will be a backward pass.
+        form: take this one.
+
+    Example:
+        Many rows and a small weight, the reverse, and a rank that saves nothing:
+
+        >>> [linear_form(*case) for case in (((384, 384), 3, 3072), ((4096, 4096), 3, 512))]
+        ['merged', 'side']
+        >>> linear_form((384, 384), 256, 3072)
+        'whole'
+    """
+    if form is not None:
+        return form
+    outputs, inputs = shape
+    size, thin = outputs * inputs, rank * rows * (outputs + inputs)
+    merging = rank * size
+    if not trained:
+        return "merged" if merging <= thin else "side"
+    best: Form = "merged" if 2 * merging <= thin else "side"
+    cost = 2 * thin + (2 * merging if best == "merged" else thin)
+    return "whole" if rows * size + 4 * merging < cost else best
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How it is computed.
+    """How a convolution is computed.
 
     Args:
-        form: ``"merged"`` convolves with ``W + left right``, which is made for the forward pass and
-            again for the backward pass, and takes the factors' gradients from the outputs of the
-            delta's filters. ``"side"`` adds the delta's output to that of the frozen weight, and
-            takes the gradients from the filters, too. ``"whole"`` is merged, and takes them from
-            the gradient of the whole weight.
+        form: see `Form`.
         as_product: whether filters are applied by products of matrices (see `gift.fast.thin`).
     """
 

@@ -19,10 +19,12 @@ class Product:
     """The product with a frozen matrix: called with ``(x, bias)`` it gives ``W0 x + bias``.
 
     Args:
-        weight: as the layer holds it.
+        layer: that holds the matrix.
+        weight: the matrix as the layer holds it.
         transposed: whether that is ``(in, out)``.
     """
 
+    layer: nn.Module
     weight: Tensor
     transposed: bool
 
@@ -42,13 +44,7 @@ class Product:
 
 @dataclass(frozen=True)
 class QuantisedProduct(Product):
-    """The product by the kernel of a quantised layer, which sees the packed matrix.
-
-    Args:
-        layer: that holds the weight.
-    """
-
-    layer: nn.Module
+    """The product by the kernel of a quantised layer, which sees the packed matrix."""
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``W0 x + bias``, also of a matrix that a method puts in place of the packed one."""
@@ -66,8 +62,8 @@ def product_of(layer: Any, transposed: bool) -> Product:
     """The product with the frozen matrix of an adapted layer."""
     frozen = layer._gift_frozen("weight")
     if is_quantised(frozen) and not transposed:
-        return QuantisedProduct(frozen, transposed, layer)
-    return Product(dequantised(frozen, layer), transposed)
+        return QuantisedProduct(layer, frozen, transposed)
+    return Product(layer, dequantised(frozen, layer), transposed)
 
 
 class LinearPath(Protocol):
@@ -96,7 +92,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
         adapter = self._gift_adapters["weight"]
         if not adapter.reads_alike:  # tied to a table that is read the other way round
-            return Product(self.weight, transposed)(x, self.bias)
+            return Product(self, self.weight, transposed)(x, self.bias)
         method, parameters = adapter.delta_of(self)
         product = product_of(self, transposed)
         return path(method, parameters, x, product, self.bias, self.training)

@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.fast.choice import Form, Plan, cached_plan, plan
+from gift.fast.choice import Form, cached_plan, linear_form, plan
 from gift.fast.geometry import Geometry, Sizes
 from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank_conv import LowRankConv
 from gift.fast.low_rank_linear import LowRankLinear, outputs
-from gift.fast.thin import scaled
+from gift.fast.products import scaled
 from gift.fast.transforms import is_transformed
 from gift.methods.base import dotted
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-WATCHING: list[Callable[[nn.Module, Plan], None]] = []
-"""Called with each convolution and what was chosen for it: see `gift.utils.info.conv_forms`."""
+WATCHING: list[Callable[[nn.Module, Form], None]] = []
+"""Called with each layer and what was chosen for it: see `gift.utils.info.forms`."""
 
 
 def low_rank_forwards() -> dict[str, Callable[..., Any]]:
@@ -35,6 +35,7 @@ def low_rank_product(
     factors: Sequence[Tensor],
     dropped: Tensor | None = None,
     scale: float = 1,
+    form: Form | None = None,
 ) -> Tensor:
     """``W0 x + bias + s left right x``, in the dtype of the product.
 
@@ -45,15 +46,26 @@ def low_rank_product(
         factors: `left` and `right`.
         dropped: what the factors see in place of `x`.
         scale: `s`.
+        form: see `gift.fast.choice`; None chooses.
     """
     left, right = factors
     if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
-        *alike, dropped = alike
-        if not torch.is_grad_enabled():  # what autograd would add takes longer than small layers
-            x, weight, bias, left, right = alike
-            seen = x if dropped is None else dropped
-            return outputs(x, seen, weight, bias, left, right, scale)[0]
-        output: Tensor = LowRankLinear.apply(*alike, scale, dropped)
+        x, weight, bias, left, right, dropped = alike
+        trained = torch.is_grad_enabled()
+        if form is None and x.device.type != "cpu":
+            form = "side"
+        chosen = linear_form(
+            tuple(weight.shape),
+            len(right),
+            x.numel() // max(1, x.shape[-1]),
+            trained=trained,
+            form="side" if _only_beside(x, dropped) else form,
+        )
+        for told in WATCHING:
+            told(product.layer, chosen)
+        if not trained:  # what autograd would add takes longer than small layers
+            return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
+        output: Tensor = LowRankLinear.apply(x, weight, bias, left, right, scale, dropped, chosen)
         return output
     output = product(x, bias)
     hidden = F.linear((x if dropped is None else dropped).to(right.dtype), right)
@@ -97,7 +109,16 @@ def linear(
     """The product and the factors', which see inputs dropped while training."""
     dropped = F.dropout(x, method.dropout) if method.dropout and training else None
     *factors, scale = method.scaled_low_rank(parameters)
-    return low_rank_product(x, product, bias, factors, dropped, scale)
+    return low_rank_product(x, product, bias, factors, dropped, scale, method.form)
+
+
+def _only_beside(x: Tensor, dropped: Tensor | None) -> bool:
+    """Whether the delta must go beside the frozen weight.
+
+    What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
+    exported is for all sizes.
+    """
+    return dropped is not None or x.dtype.itemsize < 4 or torch.compiler.is_exporting()
 
 
 def conv(self: Any, input: Tensor) -> Tensor:
@@ -107,7 +128,7 @@ def conv(self: Any, input: Tensor) -> Tensor:
     dropped = F.dropout(input, method.dropout) if method.dropout and self.training else None
     if is_usual(self) and self.groups == 1:
         *factors, scale = method.scaled_low_rank(parameters)
-        output = low_rank_conv(self, input, factors, dropped, method.conv_form, scale)
+        output = low_rank_conv(self, input, factors, dropped, method.form, scale)
         if output is not None:
             return output
     if dropped is None:
@@ -150,10 +171,6 @@ def low_rank_conv(
     (outputs, *_), (left, right) = weight.shape, factors
     stride, dilation = (_for_each(axes, given) for given in (layer.stride, layer.dilation))
     geometry = Geometry(tuple(weight.shape), stride, padding, dilation)
-    # What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
-    # exported is for all sizes.
-    narrow = alike[0].dtype.itemsize < 4
-    exporting = torch.compiler.is_exporting()
     positions = x.shape[0] * math.prod(geometry.positions(tuple(x.shape[2:])))
     known = type(positions) is int and not torch.compiler.is_compiling()
     chosen = (cached_plan if known else plan)(
@@ -163,11 +180,11 @@ def low_rank_conv(
         positions,
         pictures=x.shape[0],
         trained=torch.is_grad_enabled(),
-        form="side" if dropped is not None or narrow or exporting else form,
-        on_processor=x.device.type == "cpu" and not exporting,
+        form="side" if _only_beside(alike[0], dropped) else form,
+        on_processor=x.device.type == "cpu" and not torch.compiler.is_exporting(),
     )
     for told in WATCHING:
-        told(layer, chosen)
+        told(layer, chosen.form)
     *alike, dropped = alike
     y: Tensor = LowRankConv.apply(*alike, scale, dropped, geometry, chosen)
     return y if input.dim() == axes + 2 else y[0]

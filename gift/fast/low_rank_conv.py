@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gift.fast.choice import Plan
 from gift.fast.geometry import Geometry
-from gift.fast.thin import Filters, add_product, outer, product, scaled
+from gift.fast.products import effective, outer, product, scaled
+from gift.fast.thin import Filters, add_product
 
 SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept
 
@@ -98,10 +99,3 @@ def filters_of(
 ) -> Filters:
     """The filters of the delta."""
     return Filters(right, len(left) // len(weight), geometry, plan.as_product)
-
-
-def effective(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``W + s left right``: the rows of the product are pieces of the weight, in their order."""
-    if not weight.is_contiguous():  # channels last
-        return weight.add((left @ right).reshape(weight.shape), alpha=scale)
-    return torch.addmm(weight.reshape(len(left), -1), left, right, alpha=scale).view(weight.shape)

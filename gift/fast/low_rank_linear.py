@@ -7,14 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.fast.thin import outer, product, scaled
+from gift.fast.choice import Form
+from gift.fast.products import effective, for_each, outer, product, scaled
+
+MANY = 1024  # rows from which on they are computed in parts
 
 
 class LowRankLinear(torch.autograd.Function):
     """``W x + bias + s left right x``, or with ``dropped`` for the second `x`.
 
-    For the backward pass it keeps the inputs as they are given; if `right` is frozen, ``right x``
-    instead. Gradients are made of operations with gradients of their own.
+    For the backward pass it keeps the inputs as they are given and, in the form "side", ``right
+    x``; if `right` is frozen, ``right x`` alone. Gradients are made of operations with gradients
+    of their own.
 
     Args (of `apply`):
         x: ``(..., in)``.
@@ -22,7 +26,8 @@ class LowRankLinear(torch.autograd.Function):
         bias: or None.
         left, right: the factors ``(out, rank)`` and ``(rank, in)``.
         scale: `s`.
-        dropped: what the delta sees in place of `x`; or None.
+        dropped: what the delta sees in place of `x`, for the form "side"; or None.
+        form: how it is computed.
     """
 
     @staticmethod
@@ -35,77 +40,101 @@ class LowRankLinear(torch.autograd.Function):
         right: Tensor,
         scale: float,
         dropped: Tensor | None,
+        form: Form,
     ) -> Tensor:
-        seen = x if dropped is None else dropped
-        y, hidden = outputs(x, seen, weight, bias, left, right, scale)
-        ctx.shape, ctx.scale, ctx.drops = x.shape, scale, dropped is not None
         of_left, of_right = ctx.needs_input_grad[3:5]
-        kept = seen if of_right else hidden if of_left else None
-        ctx.save_for_backward(weight, left, right, kept)
+        seen = x if dropped is None else dropped
+        y, hidden = outputs(x, weight, bias, left, right, scale, dropped, form)
+        if hidden is None and not of_right:
+            hidden = product(right, _columns(seen))
+        ctx.rest = x.shape, scale, dropped is not None, form
+        kept = seen if of_right else None
+        ctx.save_for_backward(weight, left, right, kept, hidden if of_left else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
-        weight, left, right, kept = ctx.saved_tensors
-        of_x, _, of_bias, of_left, of_right, _, of_dropped = ctx.needs_input_grad
+        weight, left, right, seen, hidden = ctx.saved_tensors
+        shape, scale, drops, form = ctx.rest
+        of_x, _, of_bias, of_left, of_right, _, of_dropped, _ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
         g = g.contiguous()  # attention gives another one, which each use would copy
-        columns = _columns(g)
+        flat = g.reshape(-1, g.shape[-1])
+        side = form == "side"
         if of_bias:
-            gb = columns.sum((0, 2))
-        if of_left:
-            if not of_right and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "a delta whose first factor is frozen (lora_fa, vera) keeps no inputs, so that "
-                    "its gradient has none: train both factors, or differentiate by torch.func"
-                )
-            hidden = product(right, _columns(kept)) if of_right else kept
-            gl = scaled(outer(hidden, columns).mT.contiguous(), ctx.scale)
-        gh = product(scaled(left.mT.contiguous(), ctx.scale), columns)
-        if of_right:
-            gr = outer(gh, _columns(kept))
+            gb = flat.sum(0)
         if of_x:
-            gx = g @ weight
-            if not ctx.drops:
-                _rows(gx).baddbmm_(gh.mT, _for_each(right, gh))
-        if of_dropped:
-            gd = torch.bmm(gh.mT, _for_each(right, gh)).view(ctx.shape)
-        return gx, None, gb, gl, gr, None, gd
+            gx = flat @ (weight if side else effective(weight, left, right, scale))
+        if form == "whole" and of_right:
+            whole = flat.mT @ seen.reshape(-1, seen.shape[-1])
+            gl = scaled(whole @ right.mT, scale) if of_left else None
+            gr = scaled(left.mT @ whole, scale)
+            return _shaped(gx, shape), None, gb, gl, gr, None, None, None
+        columns = _columns(g)
+        if of_left:
+            if torch.is_grad_enabled():  # what was kept has no graph
+                _refuse_without_inputs(of_right)
+                hidden = None
+            hidden = product(right, _columns(seen)) if hidden is None else hidden
+            gl = scaled(outer(hidden, columns).mT.contiguous(), scale)
+        if of_right or side:
+            gh = product(scaled(left.mT.contiguous(), scale), columns)
+        if of_right:
+            gr = outer(gh, _columns(seen))
+        if side and of_dropped:
+            gd = gh.mT @ right if gh.dim() == 2 else torch.bmm(gh.mT, for_each(right, gh))
+        if side and gx is not None and not drops:
+            _add_product(gx, gh, right)
+        return _shaped(gx, shape), None, gb, gl, gr, None, _shaped(gd, shape), None
 
 
 def outputs(
     x: Tensor,
-    seen: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     left: Tensor,
     right: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The layer's output, and ``right x`` in parts."""
+    dropped: Tensor | None,
+    form: Form,
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's output, and ``right x`` where that was made on the way."""
+    if form != "side":
+        return F.linear(x, effective(weight, left, right, scale), bias), None
     y = F.linear(x, weight, bias)
-    hidden = product(right, _columns(seen))
-    _rows(y).baddbmm_(hidden.mT, _for_each(left.mT.contiguous(), hidden), alpha=scale)
+    hidden = product(right, _columns(x if dropped is None else dropped))
+    _add_product(y, hidden, left.mT.contiguous(), scale)
     return y, hidden
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``(parts, rows, features)``, a view of what is contiguous.
-
-    On a processor one product for each part is up to twice as fast as one for all: few rows are
-    not spread over its cores.
-    """
-    rows = x.numel() // max(1, x.shape[-1])
-    parts = 1
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # one graph for all sizes
-        parts = math.gcd(rows, 8 if rows >= 1024 else 2)
-    return x.reshape(parts, rows // parts, x.shape[-1])
+def _add_product(y: Tensor, few: Tensor, matrix: Tensor, scale: float = 1) -> None:
+    """To the rows of `y`, which is contiguous, is added ``scale few^T matrix``."""
+    if few.dim() == 2:
+        y.view(-1, y.shape[-1]).addmm_(few.mT, matrix, alpha=scale)
+    else:
+        parts = y.view(few.shape[0], -1, y.shape[-1])
+        parts.baddbmm_(few.mT, for_each(matrix, few), alpha=scale)
 
 
 def _columns(x: Tensor) -> Tensor:
-    """``(parts, features, rows)``."""
-    return _rows(x).mT
+    """``(features, rows)``, or parts of that, a view of what is contiguous."""
+    features = x.shape[-1]
+    rows = x.numel() // max(1, features)
+    parts = 1
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and rows >= MANY:
+        parts = math.gcd(rows, 8)  # compiled, there is one graph for all sizes
+    if parts == 1:
+        return x.reshape(rows, features).mT
+    return x.reshape(parts, rows // parts, features).mT
 
 
-def _for_each(matrix: Tensor, parts: Tensor) -> Tensor:
-    return matrix.expand(len(parts), -1, -1)
+def _shaped(tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(shape)
+
+
+def _refuse_without_inputs(kept: bool) -> None:
+    if not kept:
+        raise RuntimeError(
+            "a delta whose first factor is frozen (lora_fa, vera) keeps no inputs, so that "
+            "its gradient has none: train both factors, or differentiate by torch.func"
+        )

@@ -7,8 +7,6 @@ sum of shifted pictures (`fold`), or from shifted pictures (`unfold`) and one pr
     h = fold(F x),    dF = unfold(dh) x^T,    dx = F^T unfold(dh)
 
 Activations are seen as ``(batch, channels, positions)``, which is a view in both memory formats.
-The matrix with few rows comes first in each product: the other way round takes several times as
-long.
 """
 
 import math
@@ -20,26 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gift.fast.geometry import Geometry, Sizes
-
-
-def product(matrix: Tensor, x: Tensor) -> Tensor:
-    """A matrix times the channels of ``(batch, channels, positions)``."""
-    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
-
-
-def outer(few: Tensor, many: Tensor) -> Tensor:
-    """``(channels of few, channels of many)``: their products over batch and positions."""
-    return torch.bmm(few, many.mT).sum(0)
-
-
-def scaled(tensor: Tensor, scale: float) -> Tensor:
-    """The tensor times a number that is often 1."""
-    return tensor if scale == 1 else tensor * scale
+from gift.fast.products import for_each, outer, product
 
 
 def add_product(y: Tensor, matrix: Tensor, x: Tensor, scale: float = 1) -> None:
     """To `y` is added ``scale matrix x``; both ``(batch, channels, *positions)``."""
-    target, x, rows = y.flatten(2), x.flatten(2), matrix.expand(x.shape[0], -1, -1)
+    target, x, rows = y.flatten(2), x.flatten(2), for_each(matrix, x)
     if y.is_contiguous():
         target.baddbmm_(rows, x, alpha=scale)
     elif y.movedim(1, -1).is_contiguous():

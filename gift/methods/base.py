@@ -47,8 +47,8 @@ class Method(Configured):
     conv_layouts: ClassVar[tuple[Literal["balanced", "out_as_h"], ...]] = ("balanced", "out_as_h")
     """The layouts of convolutions that the method allows, its default first."""
 
-    conv_form: ClassVar[Form | None] = None
-    """How the fast path of convolutions computes; None chooses. A setting, where there is one."""
+    form: ClassVar[Form | None] = None
+    """How fast paths compute; None chooses by shapes. A setting, where there is one."""
 
     rows_are_outputs: ClassVar[bool] = False
     """Whether rows must be output features also of embeddings, where they are tokens otherwise."""

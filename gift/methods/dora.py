@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank import CONVOLUTIONS, is_usual, low_rank_conv, low_rank_product
+from gift.fast.products import scaled
 from gift.fast.rescale import rescaled
-from gift.fast.thin import scaled
 from gift.methods.base import Method, dotted, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
@@ -110,7 +110,7 @@ def _linear(
     def lora(
         x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, dropped: Tensor | None
     ) -> Tensor:
-        return low_rank_product(x, product, bias, (left, right), dropped)
+        return low_rank_product(x, product, bias, (left, right), dropped, form=method.form)
 
     inputs = (x, bias, *method.factors(parameters), dropped)
     return rescaled(lora(*inputs), ratio, bias, lora, inputs)
@@ -122,7 +122,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     method, parameters = adapter.delta_of(self)
 
     def lora(x: Tensor, left: Tensor, right: Tensor, dropped: Tensor | None) -> Any:
-        return low_rank_conv(self, x, (left, right), dropped, method.conv_form)
+        return low_rank_conv(self, x, (left, right), dropped, method.form)
 
     if is_usual(self) and self.groups == 1:
         drops = method.lora_dropout and self.training

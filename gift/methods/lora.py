@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gift.fast.choice import Form
 from gift.fast.low_rank import low_rank_forwards
-from gift.fast.thin import scaled
+from gift.fast.products import scaled
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
-from gift.methods.settings import conv_form, flag, number, probability
+from gift.methods.settings import flag, form_of_computing, number, probability
 
 
 @register_method
@@ -37,8 +37,9 @@ class LoRA(RankedMethod):
             over the input features serves the whole batch.
         use_rslora: scale by :math:`\alpha / \sqrt{r}` (Kalajdzievski 2023,
             https://arxiv.org/abs/2312.03732).
-        conv_form: how convolutions of one group are computed: ``"merged"``, ``"side"`` or
-            ``"whole"``, which `gift.fast.choice` explains. None chooses the cheapest by shapes.
+        form: how linear layers and convolutions of one group are computed: ``"merged"``,
+            ``"side"`` or ``"whole"``, which `gift.fast.choice` explains. None chooses the cheapest
+            by shapes.
         clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
         dtype: of the factors, or its name; None means the weight's, but at least float32.
 
@@ -52,7 +53,7 @@ class LoRA(RankedMethod):
     lora_alpha: float | None = number(None)
     lora_dropout: float = probability()
     use_rslora: bool = flag()
-    conv_form: Form | None = conv_form()  # type: ignore[misc]  # noqa: RUF009 - gives a field, which others lack
+    form: Form | None = form_of_computing()  # type: ignore[misc]  # noqa: RUF009 - gives a field, which others lack
 
     @property
     def dropout(self) -> float:  # type: ignore[override]

@@ -77,8 +77,8 @@ def choice(default: str | None, *others: str, **options: Any) -> Any:
     return setting(default, expected, lambda value: value in words, **options)
 
 
-def conv_form() -> Any:
-    """How the fast path of convolutions computes."""
+def form_of_computing() -> Any:
+    """How fast paths compute."""
     return choice(None, *FORMS, enters_weight=False, kw_only=True)
 
 

@@ -12,7 +12,7 @@ from gift.adapter import adapters_of
 from gift.choosing import suggest
 from gift.choosing.rehearsal import cost_of, on_meta, rehearsed
 from gift.claims import size_of
-from gift.fast.choice import Plan
+from gift.fast.choice import Form
 from gift.fast.low_rank import WATCHING
 from gift.generated import spec_of
 from gift.methods import METHODS, AdaptationError, method_of
@@ -115,8 +115,8 @@ _OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
 }
 
 
-def conv_forms(net: nn.Module, *inputs: Any) -> dict[str, str]:
-    """How a training step computes each convolution with a low-rank delta, for inputs of this size.
+def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
+    """How a training step computes each layer with a low-rank delta, for inputs of this size.
 
     That is chosen by shapes: see `gift.fast.choice`. The network is run once, in evaluation mode,
     so that its statistics stay; while the delta's inputs are dropped the form is ``"side"``.
@@ -134,17 +134,17 @@ def conv_forms(net: nn.Module, *inputs: Any) -> dict[str, str]:
         >>> from torch import nn
         >>> from gift import enable_fine_tuning
         >>> from gift.strategies import LoRAConvFineTuningStrategy
-        >>> from gift.utils.info import conv_forms
+        >>> from gift.utils.info import forms
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 512, 3, stride=16))
         >>> report = enable_fine_tuning(net, LoRAConvFineTuningStrategy(rank=3))
-        >>> conv_forms(net, torch.randn(2, 3, 64, 64))
+        >>> forms(net, torch.randn(2, 3, 64, 64))
         {'0': 'whole', '2': 'side'}
     """
     names = {module: name for name, module in net.named_modules()}
-    found: dict[str, str] = {}
+    found: dict[str, Form] = {}
 
-    def told(layer: nn.Module, plan: Plan) -> None:
-        found[names[layer]] = plan.form
+    def told(layer: nn.Module, form: Form) -> None:
+        found[names[layer]] = form
 
     WATCHING.append(told)
     try:
