@@ -23,6 +23,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
+from gift.fast import thin
 from gift.fast.choice import FORMS, Plan
 from gift.fast.geometry import Geometry
 from gift.fast.low_rank_conv import LowRankConv
@@ -239,6 +240,13 @@ FORMATS = [("contiguous",) * 2, ("channels_last",) * 2]
 ])  # fmt: skip
 def test_every_geometry_in_every_plan(dtype: torch.dtype, memories: Any, batch: int) -> None:
     failures = sweep(dtype, memories, batch)
+    assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:20])
+
+
+def test_every_geometry_as_if_pictures_were_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shifted pictures are added one after the other then, not in one operation."""
+    monkeypatch.setattr(thin, "FEW", 0)
+    failures = sweep(torch.float64, FORMATS[:1])
     assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:20])
 
 

@@ -1,7 +1,6 @@
 """The choice, from shapes alone, of how a layer with a low-rank delta is computed."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from gift.fast.geometry import Geometry
@@ -142,6 +141,3 @@ def plan(
             if costs[other] < costs[form]:
                 form = other
     return Plan(form, as_product)
-
-
-cached_plan = lru_cache(maxsize=4096)(plan)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.fast.choice import Form, cached_plan, linear_form, plan
+from gift.fast.choice import Form, Plan, linear_form, plan
 from gift.fast.geometry import Geometry, Sizes
 from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank_conv import LowRankConv
@@ -91,11 +92,12 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
         return None
     else:
         dtype = weight.dtype
+        if all(t is None or t.dtype == dtype for t in others):
+            return given
         wider = (t.dtype.itemsize > dtype.itemsize for t in others if t is not None)
         if dtype.itemsize >= 4 and any(wider):
             return None
-    alike = all(tensor is None or tensor.dtype == dtype for tensor in given)
-    return given if alike else [None if t is None else t.to(dtype) for t in given]
+    return [None if t is None else t.to(dtype) for t in given]
 
 
 def linear(
@@ -161,33 +163,82 @@ def low_rank_conv(
     axes = weight.dim() - 2
     if input.dim() not in (axes + 1, axes + 2):
         return None
-    padding, pads = _padding(layer)
-    x = _as_batch(input, axes, pads, layer.padding_mode)
-    if dropped is not None:
-        dropped = _as_batch(dropped, axes, pads, layer.padding_mode)
-    alike = operands(x, weight, layer.bias, *factors, dropped)
+    alike = operands(input, weight, layer.bias, *factors, dropped)
     if alike is None:
         return None
-    (outputs, *_), (left, right) = weight.shape, factors
-    stride, dilation = (_for_each(axes, given) for given in (layer.stride, layer.dilation))
-    geometry = Geometry(tuple(weight.shape), stride, padding, dilation)
-    positions = x.shape[0] * math.prod(geometry.positions(tuple(x.shape[2:])))
-    known = type(positions) is int and not torch.compiler.is_compiling()
-    chosen = (cached_plan if known else plan)(
-        geometry,
-        len(right),
-        len(left) // outputs,
-        positions,
-        pictures=x.shape[0],
-        trained=torch.is_grad_enabled(),
-        form="side" if _only_beside(alike[0], dropped) else form,
-        on_processor=x.device.type == "cpu" and not torch.compiler.is_exporting(),
+    x, weight, bias, left, right, dropped = alike
+    single = x.dim() == axes + 1
+    if single:
+        x, dropped = x[None], dropped if dropped is None else dropped[None]
+    around = None
+    if layer.padding_mode != "zeros":
+        around = tuple(layer._reversed_padding_repeated_twice)
+    compiling = torch.compiler.is_compiling() or type(x.numel()) is not int  # sizes without numbers
+    geometry, pads, chosen = (_settle if compiling else _settled)(
+        weight.shape,
+        _hashable(layer.stride),
+        _hashable(layer.padding),
+        _hashable(layer.dilation),
+        around,
+        x.shape,
+        right.shape[0],
+        left.shape[0] // weight.shape[0],
+        torch.is_grad_enabled(),
+        "side" if _only_beside(x, dropped) else form,
+        x.device.type == "cpu" and not torch.compiler.is_exporting(),
     )
+    if pads is not None:
+        mode = "constant" if around is None else layer.padding_mode
+        x = F.pad(x, pads, mode)
+        dropped = dropped if dropped is None else F.pad(dropped, pads, mode)
     for told in WATCHING:
         told(layer, chosen.form)
-    *alike, dropped = alike
-    y: Tensor = LowRankConv.apply(*alike, scale, dropped, geometry, chosen)
-    return y if input.dim() == axes + 2 else y[0]
+    y: Tensor = LowRankConv.apply(x, weight, bias, left, right, scale, dropped, geometry, chosen)
+    return y[0] if single else y
+
+
+def _settle(
+    shape: Sizes,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    around: Sizes | None,
+    sizes: Sizes,
+    rank: int,
+    cuts: int,
+    trained: bool,
+    form: Form | None,
+    on_processor: bool,
+) -> tuple[Geometry, Sizes | None, Plan]:
+    """What sizes alone decide: the convolution, what is put around its input before, the plan.
+
+    `shape` is that of the weight, `sizes` those of the batch. Where the layer puts something
+    `around` its input, that stands for its `padding`. The rest is as `plan` takes it.
+    """
+    axes = len(shape) - 2
+    stride, dilation = _for_each(axes, stride), _for_each(axes, dilation)
+    zeros, pads = (
+        _padding(tuple(shape[2:]), padding, dilation) if around is None else (None, around)
+    )
+    geometry = Geometry(tuple(shape), stride, zeros or (0,) * axes, dilation)
+    pictures, _, *inputs = sizes
+    if pads is not None:  # the last axis comes first
+        inputs = [n + pads[-2 * i - 2] + pads[-2 * i - 1] for i, n in enumerate(inputs)]
+    positions = pictures * math.prod(geometry.positions(tuple(inputs)))
+    chosen = plan(
+        geometry,
+        rank,
+        cuts,
+        positions,
+        pictures=pictures,
+        trained=trained,
+        form=form,
+        on_processor=on_processor,
+    )
+    return geometry, pads, chosen
+
+
+_settled = lru_cache(maxsize=4096)(_settle)
 
 
 def is_usual(layer: Any) -> bool:
@@ -203,22 +254,18 @@ def is_usual(layer: Any) -> bool:
     return any(type(layer)._conv_forward is cls._conv_forward for cls in CONVOLUTIONS)
 
 
-def _padding(layer: Any) -> tuple[Sizes, list[int] | None]:
-    """The zeros on both sides of each axis, and what is to be put around the input before."""
-    kernel = layer._gift_frozen("weight").shape[2:]
-    none = (0,) * len(kernel)
-    if layer.padding_mode != "zeros":
-        return none, layer._reversed_padding_repeated_twice
-    if layer.padding == "valid":
-        return none, None
-    if layer.padding != "same":
-        return _for_each(len(kernel), layer.padding), None
+def _padding(kernel: Sizes, padding: Any, dilation: Sizes) -> tuple[Sizes | None, Sizes | None]:
+    """The zeros on both sides of each axis, or those to be put around the input before."""
+    if padding == "valid":
+        return None, None
+    if padding != "same":
+        return _for_each(len(kernel), padding), None
     # From what the layer is now: its own list is of when it was made.
-    dilation = _for_each(len(kernel), layer.dilation)
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if all(total % 2 == 0 for total in totals):
         return tuple(total // 2 for total in totals), None
-    return none, [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    sides = [(total // 2, total - total // 2) for total in reversed(totals)]
+    return None, tuple(side for both in sides for side in both)
 
 
 def _for_each(axes: int, given: Any) -> Sizes:
@@ -227,7 +274,5 @@ def _for_each(axes: int, given: Any) -> Sizes:
     return sizes * axes if len(sizes) == 1 else sizes
 
 
-def _as_batch(x: Tensor, axes: int, pads: list[int] | None, mode: str) -> Tensor:
-    """With a batch, and with the padding that the convolution itself does not do."""
-    x = x if x.dim() == axes + 2 else x[None]
-    return x if pads is None else F.pad(x, pads, "constant" if mode == "zeros" else mode)
+def _hashable(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given

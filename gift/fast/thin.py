@@ -32,6 +32,9 @@ def add_product(y: Tensor, matrix: Tensor, x: Tensor, scale: float = 1) -> None:
         y.add_(torch.bmm(rows, x).view(y.shape), alpha=scale)
 
 
+FEW = 2**15  # elements, up to which one slow operation takes less than several fast ones
+
+
 def fold(columns: Tensor, geometry: Geometry) -> Tensor:
     """``h[p] = sum over taps t of columns[t, p + t]``, one axis after the other.
 
@@ -40,6 +43,12 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
         geometry: of stride one.
     """
     axes = len(geometry.kernel)
+    if axes == 2 and not torch.compiler.is_compiling() and columns.numel() < FEW:
+        pads = [r - p for r, p in zip(geometry.reach, geometry.padding, strict=True)]
+        if min(pads) >= 0:
+            turned = columns.flip(2, 3).flatten(4).flatten(1, 3)
+            sizes = geometry.positions(tuple(columns.shape[4:]))
+            return F.fold(turned, sizes, geometry.kernel, geometry.dilation, pads)
     positions = geometry.positions(tuple(columns.shape[-axes:]))
     for axis in range(-1, -axes - 1, -1):
         parts = columns.unbind(-axes - 1)  # the last axis of taps that is left
