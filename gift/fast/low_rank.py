@@ -188,9 +188,9 @@ def low_rank_conv(
         x.device.type == "cpu" and not torch.compiler.is_exporting(),
     )
     if pads is not None:
-        mode = "constant" if around is None else layer.padding_mode
-        x = F.pad(x, pads, mode)
-        dropped = dropped if dropped is None else F.pad(dropped, pads, mode)
+        mode, dtype = "constant" if around is None else layer.padding_mode, x.dtype
+        x = F.pad(x, pads, mode).to(dtype)  # under autocast some modes give 32 bits
+        dropped = dropped if dropped is None else F.pad(dropped, pads, mode).to(dtype)
     for told in WATCHING:
         told(layer, chosen.form)
     y: Tensor = LowRankConv.apply(x, weight, bias, left, right, scale, dropped, geometry, chosen)

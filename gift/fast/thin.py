@@ -44,7 +44,7 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
     """
     axes = len(geometry.kernel)
     if axes == 2 and not torch.compiler.is_compiling() and columns.numel() < FEW:
-        pads = [r - p for r, p in zip(geometry.reach, geometry.padding, strict=True)]
+        pads = tuple(r - p for r, p in zip(geometry.reach, geometry.padding, strict=True))
         if min(pads) >= 0:
             turned = columns.flip(2, 3).flatten(4).flatten(1, 3)
             sizes = geometry.positions(tuple(columns.shape[4:]))
