@@ -45,7 +45,15 @@ import torch
 import torch._dynamo.utils
 from _common import machine
 from _contenders import CONTENDERS, networks, taking_part, trained
-from _measuring import bytes_kept, compared, growth, in_turn, keep_memory, usual_environment
+from _measuring import (
+    bytes_kept,
+    compared,
+    growth,
+    in_turn,
+    keep_memory,
+    release_memory,
+    usual_environment,
+)
 from _networks import CASES, Case, loss, train
 from _steps_picture import draw
 from tabulate import tabulate
@@ -331,6 +339,7 @@ def main() -> None:
             print(f"{len(left) - number} are left: go on with --resume", file=sys.stderr)
             break
         result = measure(task, args.rounds)
+        release_memory()
         told = {name: round(value, 3) for name, value in result.get("ratio", {}).items()}
         print(*task, result.get("reason", told), file=sys.stderr, flush=True)
         results = added(results, result)

@@ -125,3 +125,22 @@ def assert_same_training(
             assert difference <= 1e-8 * (1 + gradient.abs().max()), f"{prefix}lora_{name}"
     assert adapted
     assert all(p.grad is None for p in nn.Module.parameters(net) if not p.requires_grad)
+
+
+def bytes_kept(net: nn.Module, *inputs: Tensor) -> int:
+    """Bytes of the storages saved for the backward pass, without parameters and the batch."""
+    parameters = list(nn.Module.parameters(net))
+    known = {t.untyped_storage().data_ptr() for t in (*parameters, *net.parameters(), *inputs)}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = net(*inputs)
+    result = result if isinstance(result, Tensor) else result[0]
+    assert result.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())

@@ -27,6 +27,7 @@ from gift.fast import thin
 from gift.fast.choice import FORMS, Plan
 from gift.fast.geometry import Geometry
 from gift.fast.low_rank_conv import LowRankConv
+from tests.common import bytes_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
@@ -907,24 +908,6 @@ def test_lora_fa_on_convolutions_trains_and_gives_second_derivatives() -> None:
 # --- what is kept and made -----------------------------------------------------------------------
 
 
-def kept(net: nn.Module, *inputs: Tensor) -> int:
-    """Bytes of the storages saved for the backward pass, without parameters and the batch."""
-    known = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *inputs)}
-    known |= {p.untyped_storage().data_ptr() for p in nn.Module.parameters(net)}
-    storages: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = net(*inputs)
-    assert result.requires_grad
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 @layouts
@@ -934,7 +917,7 @@ def test_bytes_kept_are_those_of_the_frozen_network(layout: str, rank: int, bloc
     bound = copy.deepcopy(base).requires_grad_(False)
     bound.bn1.bias.requires_grad = True
     net = adapted(base, rank=rank, conv_layout=layout, clip_rank=True)
-    assert 0 < kept(net, x) <= 1.02 * kept(bound, x)
+    assert 0 < bytes_kept(net, x) <= 1.02 * bytes_kept(bound, x)
 
 
 class Shapes(TorchDispatchMode):

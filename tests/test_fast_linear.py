@@ -26,6 +26,7 @@ from gift.factories import ma_adapt, mc_any, mc_layer
 from gift.fast.choice import FORMS, Form
 from gift.fast.low_rank_linear import LowRankLinear
 from gift.strategies import LoRALinearFineTuningStrategy
+from tests.common import bytes_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
@@ -670,25 +671,6 @@ def test_what_a_plain_layer_refuses_is_refused() -> None:
 # --- bytes ---------------------------------------------------------------------------------------
 
 
-def kept(net: nn.Module, *inputs: Tensor) -> int:
-    """Bytes of the storages saved for the backward pass, without parameters and the batch."""
-    parameters = list(nn.Module.parameters(net))
-    known = {t.untyped_storage().data_ptr() for t in (*parameters, *net.parameters(), *inputs)}
-    storages: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = net(*inputs)
-    result = result if isinstance(result, Tensor) else result[0]
-    assert result.requires_grad
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 def bert(dropout: float = 0.0) -> nn.Module:
     config = BertConfig(
         vocab_size=50, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -713,7 +695,7 @@ def test_bytes_kept_for_a_transformer_are_below_those_of_peft(rank: int, scale: 
     enable_fine_tuning(ours, LoRALinearFineTuningStrategy(rank=rank, **settings))
     sizes = [sum(p.numel() for p in trained(net)) for net in (ours, theirs)]
     assert sizes[0] == sizes[1], "the same layers"
-    assert kept(ours, tokens) < kept(theirs, tokens)
+    assert bytes_kept(ours, tokens) < bytes_kept(theirs, tokens)
 
 
 @pytest.mark.parametrize(("form", "factor"), [("merged", 0), ("whole", 0), ("side", 2)])
@@ -722,7 +704,9 @@ def test_a_layer_keeps_its_input_and_at_most_that_of_its_factor(form: Form, fact
     layer = adapted(nn.Linear(64, 48), rank=2, form=form)
     hidden = torch.randn(3, 10, 64, requires_grad=True) + 1
     for x in (hidden, hidden.transpose(0, 1), hidden[:, ::2], hidden.expand(3, -1, -1)):
-        assert kept(layer, x) == factor * x[..., 0].numel() * 4, "the input itself is not counted"
+        assert bytes_kept(layer, x) == factor * x[..., 0].numel() * 4, (
+            "the input itself is not counted"
+        )
 
 
 def test_disabled_again_it_is_the_plain_layer() -> None:

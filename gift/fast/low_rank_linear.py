@@ -45,7 +45,7 @@ class LowRankLinear(torch.autograd.Function):
         of_left, of_right = ctx.needs_input_grad[3:5]
         seen = x if dropped is None else dropped
         y, hidden = outputs(x, weight, bias, left, right, scale, dropped, form)
-        if hidden is None and not of_right:
+        if hidden is None and of_left and not of_right:
             hidden = product(right, _columns(seen))
         ctx.rest = x.shape, scale, dropped is not None, form
         kept = seen if of_right else None
