@@ -284,3 +284,12 @@ def test_forms_of_a_network_are_those_of_its_layers() -> None:
     assert forms(net, torch.zeros(31, 32)) == {"0": "side", "1": "side"}
     assert forms(net, torch.zeros(64, 32)) == {"0": "merged", "1": "merged"}
     assert forms(net.bfloat16(), torch.zeros(64, 32).bfloat16()) == {"0": "side", "1": "side"}
+
+
+def test_forms_are_told_of_the_networks_own_layers_alone() -> None:
+    """Others may run meanwhile: in another thread, or as here within the network."""
+    nets = [nn.Sequential(nn.Linear(32, 32)) for _ in range(2)]
+    for net in nets:
+        enable_fine_tuning(net, LoRALinearFineTuningStrategy(rank=2))
+    nets[0].register_forward_pre_hook(lambda _, inputs: print(nets[1](*inputs).shape))
+    assert forms(nets[0], torch.zeros(64, 32)) == {"0": "merged"}

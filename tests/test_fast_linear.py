@@ -381,6 +381,25 @@ def test_autocast_nested_in_another_and_switched_off(build: Any) -> None:
     assert_same([found], [formula(layer, x)], 1e-6)
 
 
+@forms
+@pytest.mark.parametrize("build", [linear, conv1d, lambda **_: nn.Conv2d(4, 5, 3).double()])
+def test_backward_under_another_autocast_than_forward(build: Any, form: Form) -> None:
+    """An island of full precision, whose gradient is asked for outside of it."""
+    base = build().float()
+    net = nn.Sequential(base)
+    enable_fine_tuning(net, FineTuningStrategy([(mc_any(), ma_adapt("lora", rank=2, form=form))]))
+    with torch.no_grad():
+        net.get_parameter("0.lora_B").normal_()
+    shape = (2, 4, 6, 6) if isinstance(base, nn.Conv2d) else (40, INPUTS)
+    x, results = torch.randn(shape, requires_grad=True), []
+    for outside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            with torch.autocast("cpu", enabled=False):
+                y = net(x)
+            results.append(torch.autograd.grad(weighted(y), [x, *trained(net)]))
+    assert_same(*results, 1e-5)
+
+
 @layers
 def test_a_small_delta_is_not_rounded_away_in_bfloat16(build: Any) -> None:
     """A thousandth of the weight is below what bfloat16 tells apart, but not in the output."""
@@ -504,6 +523,29 @@ def test_compile(dynamo: None, dropout: float, counts: tuple[int, ...]) -> None:
             with torch.compiler.set_stance(stance):
                 results.append(step(lambda: call(x), [x, *trained(net)]))
         assert_same(*results)
+
+
+@torch._dynamo.config.patch(compiled_autograd=True)
+def test_backward_compiled_alone(dynamo: None) -> None:
+    """Of a forward pass that was not compiled, and made what it kept in parts."""
+    base, net = pair(form="side")
+    x, results = rows(2048), []
+
+    @torch.compile(backend="eager")
+    def backward(y: Tensor) -> None:
+        y.backward()
+
+    for call, finish in ((net, backward), (materialised(base, net), Tensor.backward)):
+        net.zero_grad()
+        finish(weighted(call(x)))
+        results.append([p.grad for p in net.parameters()])
+    assert_same(*results)
+
+
+def test_on_the_meta_device() -> None:
+    """Shapes alone, without an autocast that this device has not."""
+    _, net = pair()
+    assert net.to("meta")(rows().to("meta")).shape == (4, 3)
 
 
 def test_compile_of_per_example_gradients(dynamo: None) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.fast.transforms import without_autocast
+
 
 class KroneckerLinear(torch.autograd.Function):
     """``W x + bias + (w1 (x) left right) x``.
@@ -39,6 +41,7 @@ class KroneckerLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
         x, weight, w1, left, right, hidden = ctx.saved_tensors
         rank = len(right)

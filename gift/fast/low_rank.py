@@ -15,7 +15,7 @@ from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank_conv import LowRankConv
 from gift.fast.low_rank_linear import LowRankLinear, outputs
 from gift.fast.products import scaled
-from gift.fast.transforms import is_transformed
+from gift.fast.transforms import autocasts, is_transformed
 from gift.methods.base import dotted
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -86,7 +86,7 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
     if is_transformed():
         return None
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if autocasts(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     elif x.dtype != weight.dtype:
         return None

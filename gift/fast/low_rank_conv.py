@@ -10,6 +10,7 @@ from gift.fast.choice import Plan
 from gift.fast.geometry import Geometry
 from gift.fast.products import effective, outer, product, scaled
 from gift.fast.thin import Filters, add_product
+from gift.fast.transforms import without_autocast
 
 SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept
 
@@ -58,6 +59,7 @@ class LowRankConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
         x, weight, left, right, dropped, hidden = ctx.saved_tensors
         scale, geometry, plan = ctx.rest

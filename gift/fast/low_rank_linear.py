@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gift.fast.choice import Form
 from gift.fast.products import effective, for_each, outer, product, scaled
+from gift.fast.transforms import without_autocast
 
 MANY = 1024  # rows from which on they are computed in parts
 
@@ -53,6 +54,7 @@ class LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
         weight, left, right, seen, hidden = ctx.saved_tensors
         shape, scale, drops, form = ctx.rest
@@ -72,10 +74,7 @@ class LowRankLinear(torch.autograd.Function):
             return _shaped(gx, shape), None, gb, gl, gr, None, None, None
         columns = _columns(g)
         if of_left:
-            if torch.is_grad_enabled():  # what was kept has no graph
-                _refuse_without_inputs(of_right)
-                hidden = None
-            hidden = product(right, _columns(seen)) if hidden is None else hidden
+            hidden = _hidden(hidden, right, seen, columns)
             gl = scaled(outer(hidden, columns).mT.contiguous(), scale)
         if of_right or side:
             gh = product(scaled(left.mT.contiguous(), scale), columns)
@@ -132,9 +131,15 @@ def _shaped(tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
     return None if tensor is None else tensor.reshape(shape)
 
 
-def _refuse_without_inputs(kept: bool) -> None:
-    if not kept:
-        raise RuntimeError(
-            "a delta whose first factor is frozen (lora_fa, vera) keeps no inputs, so that "
-            "its gradient has none: train both factors, or differentiate by torch.func"
-        )
+def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None, like: Tensor) -> Tensor:
+    """``right x`` as it was kept, or made anew where it was not, or its graph is needed."""
+    if kept is None or torch.is_grad_enabled():
+        if x is None:
+            raise RuntimeError(
+                "a delta whose first factor is frozen (lora_fa, vera) keeps no inputs, so that "
+                "its gradient has none: train both factors, or differentiate by torch.func"
+            )
+        return product(right, _columns(x))
+    if kept.dim() > like.dim():  # in parts, and compiled since
+        return kept.movedim(0, 1).flatten(1)
+    return kept

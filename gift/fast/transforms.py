@@ -1,6 +1,11 @@
 """Who else follows what is computed, and does not know autograd functions of one's own."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 def is_transformed() -> bool:
@@ -10,3 +15,24 @@ def is_transformed() -> bool:
         or torch.jit.is_tracing()
         or torch.autograd.forward_ad._current_level >= 0  # dual numbers, made by hand
     )
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for that kind of device; the meta device has none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """Decorator for a backward pass whose tensors have one dtype already.
+
+    It may run under another autocast than its forward pass did.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, g: Tensor) -> Any:
+        if not autocasts(g.device.type):
+            return backward(ctx, g)
+        with torch.autocast(g.device.type, enabled=False):
+            return backward(ctx, g)
+
+    return run

@@ -144,7 +144,8 @@ def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
     found: dict[str, Form] = {}
 
     def told(layer: nn.Module, form: Form) -> None:
-        found[names[layer]] = form
+        if layer in names:  # another thread may run another network
+            found[names[layer]] = form
 
     WATCHING.append(told)
     try:
