@@ -812,6 +812,22 @@ def test_per_example_gradients_and_ensembles(form: Any) -> None:
     assert not wrong(together, expected, 1e-12)
 
 
+@layouts
+@pytest.mark.parametrize("form", CHOICES)
+def test_gradients_of_a_batch_of_gradients(form: Any, layout: str) -> None:
+    """`is_grads_batched` runs the backward pass itself under vmap."""
+    for axes, options in LAYERS:
+        base = layer_of(axes, **options)
+        net = adapted(base, rank=2, form=form, conv_layout=layout, train_bias=True)
+        x = torch.randn(2, 4, *SIZES[axes], dtype=torch.float64, requires_grad=True)
+        y = net(x)
+        wanted, directions = [x, *trained(net)], torch.randn(3, *y.shape, dtype=y.dtype)
+        found = torch.autograd.grad(y, wanted, directions, True, is_grads_batched=True)
+        for index, direction in enumerate(directions):
+            expected = torch.autograd.grad(y, wanted, direction, True)
+            assert not wrong([g[index] for g in found], expected, 1e-12), (axes, options)
+
+
 @pytest.fixture
 def dynamo() -> Iterator[None]:
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ from gift.fast.choice import Plan
 from gift.fast.geometry import Geometry
 from gift.fast.products import effective, outer, product, scaled
 from gift.fast.thin import Filters, add_product
-from gift.fast.transforms import without_autocast
+from gift.fast.transforms import is_batched, without_autocast
 
 SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept
 
@@ -65,13 +65,14 @@ class LowRankConv(torch.autograd.Function):
         scale, geometry, plan = ctx.rest
         of_x, _, of_bias, of_left, of_right, _, of_dropped, *_ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
-        side = plan.form == "side"
+        form = "whole" if dropped is None and is_batched(g) else plan.form
+        side = form == "side"
         seen = x if dropped is None else dropped
         if of_bias:
-            gb = g.flatten(2).sum((0, 2))
+            gb = g.sum((0, *range(2, g.dim())))
         # Without a gradient of the input, the values of the weight do not matter.
         used = weight if side or not of_x else effective(weight, left, right, scale)
-        if plan.form == "whole":
+        if form == "whole":
             gx, whole = geometry.gradients(g, x, used, of_x)
             whole = whole.reshape(len(left), -1)
             gl = scaled(whole @ right.mT, scale) if of_left else None

@@ -17,6 +17,11 @@ def is_transformed() -> bool:
     )
 
 
+def is_batched(g: Tensor) -> bool:
+    """Whether a gradient stands for several (`is_grads_batched`): few operations allow that."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
+
+
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for that kind of device; the meta device has none."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
