@@ -1,5 +1,6 @@
 """What several benchmarks need: shapes, names of layers, the machine."""
 
+import json
 import os
 import platform
 import re
@@ -61,3 +62,9 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     } | {name: str(module.__version__) for name, module in modules.items()}
+
+
+def write_results(file: Path, results: dict[str, Any]) -> None:
+    """Store what was measured."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from _common import linear_pattern, llama_7b, machine, peak
+from _common import linear_pattern, llama_7b, machine, peak, write_results
 from peft import LoraConfig, get_peft_model
 from tabulate import tabulate
 from torch import nn
@@ -148,8 +148,7 @@ def main() -> None:
         "memory": compare_memory(args.rounds),
     }
     print(table(results))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(args.out, results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ medians are printed, everything is written to ``results/files.json``.
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import linear_pattern, llama_7b, machine
+from _common import linear_pattern, llama_7b, machine, write_results
 from peft import LoraConfig, PeftModel, get_peft_model
 from tabulate import tabulate
 from torch import nn
@@ -121,8 +120,7 @@ def main() -> None:
         found = rounds(args.rounds, args.rank, args.layers, Path(folder))
     print(table(found))
     results = {"machine": machine(), "rank": args.rank, "layers": args.layers, **found}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(args.out, results)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _common import machine
+from _common import machine, write_results
 from _quality_tasks import TASKS, Task, tasks_that_are_there
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -277,8 +277,7 @@ def store(file: Path, key: str, task: Task, name: str, result: dict[str, Any]) -
     of_task = results["tasks"].setdefault(key, {"contenders": {}})
     of_task |= {"title": task.title, "source": task.source, "source_at_start": task.start}
     of_task["contenders"][name] = result
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(file, results)
 
 
 def in_order(contenders: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo.utils
-from _common import machine
+from _common import machine, write_results
 from _contenders import CONTENDERS, networks, taking_part, trained
 from _measuring import (
     bytes_kept,
@@ -283,8 +283,7 @@ def added(results: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 
 def write(results: dict[str, Any], file: Path) -> None:
     """The results, tables, and picture."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(file, results)
     file.with_suffix(".md").write_text(document(results), encoding="utf-8")
     draw(results["results"], file.with_suffix(".png"))
 

@@ -16,7 +16,6 @@ leaves the base alone, makes copies of the weights in addition, but need not sub
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -27,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import adaptable_pattern, machine
+from _common import adaptable_pattern, machine, write_results
 from _contenders import as_after_a_step
 from _measuring import keep_memory
 from _networks import bert
@@ -176,8 +175,7 @@ def main() -> None:
         results[f"{batch} x {tokens}"] = {"median_s": medians, "rounds_s": rounds}
         print(f"{batch} x {tokens} tokens\n\n{table(medians)}\n")
     results = {"machine": machine()} | results
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(args.out, results)
 
 
 if __name__ == "__main__":

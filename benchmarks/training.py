@@ -46,7 +46,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 import transformers
-from _common import machine
+from _common import machine, write_results
 from _quality_tasks import Data, Task, tasks_that_are_there
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -374,8 +374,7 @@ def store(file: Path, key: str, told: dict[str, Any]) -> None:
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"tasks": {}}
     results["machine"] = machine() | {"lightning": lightning.__version__}
     results["tasks"][key] = told
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(file, results)
     parts = "\n".join(map(table, results["tasks"].values()))
     file.with_suffix(".md").write_text(f"# Training\n\n{parts}", encoding="utf-8")
 

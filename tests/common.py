@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
@@ -144,3 +145,20 @@ def bytes_kept(net: nn.Module, *inputs: Tensor) -> int:
     result = result if isinstance(result, Tensor) else result[0]
     assert result.requires_grad
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def weighted(y: Tensor) -> Tensor:
+    """A loss whose gradient differs from place to place and has no simple strides."""
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return (y * weights).sum() + y.square().sum() / 2
+
+
+def per_example_gradients(net: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """A function of the deltas and a batch, with the gradients of each example; and the deltas."""
+    own = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    fixed = {name: p.detach() for name, p in net.named_parameters() if not p.requires_grad}
+
+    def loss(deltas: dict[str, Tensor], one: Tensor) -> Tensor:
+        return weighted(functional_call(net, (deltas, fixed), (one[None],)))
+
+    return vmap(grad(loss), in_dims=(None, 0)), own

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -27,7 +27,7 @@ from gift.fast import thin
 from gift.fast.choice import FORMS, Plan
 from gift.fast.geometry import Geometry
 from gift.fast.low_rank_conv import LowRankConv
-from tests.common import bytes_kept
+from tests.common import bytes_kept, per_example_gradients, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
@@ -74,12 +74,6 @@ def call_with_delta(base: nn.Module, net: Any, x: Tensor, factors: Any = None) -
     )
     given = {"weight": weight} | ({} if net.bias is None else {"bias": net.bias})
     return functional_call(base, given, (x,))
-
-
-def weighted(y: Tensor) -> Tensor:
-    """A loss whose gradient differs from place to place and has no simple strides."""
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return (y * weights).sum() + y.square().sum() / 2
 
 
 def wrong(found: Iterable[Any], expected: Iterable[Any], tolerance: float) -> list[str]:
@@ -794,13 +788,8 @@ def test_a_small_delta_is_not_rounded_away_in_bfloat16(layout: str, form: Any) -
 def test_per_example_gradients_and_ensembles(form: Any) -> None:
     base, net = pair(form)
     x = picture(3)
-    own = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    fixed = {name: p.detach() for name, p in net.named_parameters() if not p.requires_grad}
-
-    def loss(deltas: dict[str, Tensor], one: Tensor) -> Tensor:
-        return weighted(functional_call(net, (deltas, fixed), (one[None],)))
-
-    found = vmap(grad(loss), in_dims=(None, 0))(own, x)
+    call, own = per_example_gradients(net)
+    found = call(own, x)
     for index, one in enumerate(x):
         _, *expected = step(lambda: materialised(base, net)(one[None]), [*own.values()])
         assert not wrong([g[index] for g in found.values()], expected, 1e-12)
@@ -826,13 +815,6 @@ def test_gradients_of_a_batch_of_gradients(form: Any, layout: str) -> None:
         for index, direction in enumerate(directions):
             expected = torch.autograd.grad(y, wanted, direction, True)
             assert not wrong([g[index] for g in found], expected, 1e-12), (axes, options)
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("form", ["side", None])

@@ -8,7 +8,7 @@ The reference is ``x (W + s B A)^T + b`` by torch's own product, differentiated 
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +26,7 @@ from gift.factories import ma_adapt, mc_any, mc_layer
 from gift.fast.choice import FORMS, Form
 from gift.fast.low_rank_linear import LowRankLinear
 from gift.strategies import LoRALinearFineTuningStrategy
-from tests.common import bytes_kept
+from tests.common import bytes_kept, per_example_gradients, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
@@ -66,12 +66,6 @@ def materialised(base: nn.Module, net: nn.Module) -> Callable[..., Tensor]:
             weight = effective(module)
             given[f"{path}.weight".lstrip(".")] = weight.T if isinstance(module, Conv1D) else weight
     return lambda *x: functional_call(base, given, x)
-
-
-def weighted(y: Tensor) -> Tensor:
-    """A loss whose gradient differs from place to place and has no simple strides."""
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return (y * weights).sum() + y.square().sum() / 2
 
 
 def step(call: Callable[[], Tensor], wanted: list[Tensor]) -> list[Tensor]:
@@ -453,13 +447,8 @@ def test_factors_of_more_digits_than_the_weight(build: Any) -> None:
 def test_per_example_gradients_and_ensembles() -> None:
     base, net = pair()
     x = rows()
-    own = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    fixed = {name: p.detach() for name, p in net.named_parameters() if not p.requires_grad}
-
-    def loss(deltas: dict[str, Tensor], one: Tensor) -> Tensor:
-        return weighted(functional_call(net, (deltas, fixed), (one[None],)))
-
-    found = vmap(grad(loss), in_dims=(None, 0))(own, x)
+    call, own = per_example_gradients(net)
+    found = call(own, x)
     for index, one in enumerate(x):
         _, *expected = step(lambda: materialised(base, net)(one[None]), [*own.values()])
         assert_same([g[index] for g in found.values()], expected)
@@ -499,13 +488,6 @@ def test_gradients_of_a_batch_of_gradients() -> None:
         wanted = [x, *trained(net)]
         results.append(torch.autograd.grad(y, wanted, directions, is_grads_batched=True))
     assert_same(*results)
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
@@ -550,13 +532,8 @@ def test_on_the_meta_device() -> None:
 
 def test_compile_of_per_example_gradients(dynamo: None) -> None:
     base, net = pair()
-    own = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    fixed = {name: p.detach() for name, p in net.named_parameters() if not p.requires_grad}
-
-    def loss(deltas: dict[str, Tensor], one: Tensor) -> Tensor:
-        return weighted(functional_call(net, (deltas, fixed), (one[None],)))
-
-    call, x = vmap(grad(loss), in_dims=(None, 0)), rows()
+    call, own = per_example_gradients(net)
+    x = rows()
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(own, x)
     for index, one in enumerate(x):
         _, *expected = step(lambda: materialised(base, net)(one[None]), [*own.values()])

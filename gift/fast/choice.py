@@ -16,9 +16,15 @@ FORMS: tuple[Form, ...] = ("merged", "side", "whole")
 
 
 def linear_form(
-    shape: tuple[int, int], rank: int, rows: int, *, trained: bool = True, form: Form | None = None
+    shape: tuple[int, int],
+    rank: int,
+    rows: int,
+    *,
+    trained: bool = True,
+    form: Form | None = None,
+    on_processor: bool = True,
 ) -> Form:
-    """The cheapest form of a linear layer on a processor, by the multiplications that it takes.
+    """The cheapest form of a linear layer, by the multiplications that it takes on a processor.
 
     Each thin product, of a factor and what comes in or out, is one of ``rank rows inputs`` or
     ``rank rows outputs``. While training all forms but "whole" take two of either for the factors'
@@ -30,6 +36,7 @@ def linear_form(
         rows: that are computed.
         trained: whether there will be a backward pass.
         form: take this one.
+        on_processor: elsewhere it is "side".
 
     Example:
         Many rows and a small weight, the reverse, and a rank that saves nothing:
@@ -39,8 +46,8 @@ def linear_form(
         >>> linear_form((384, 384), 256, 3072)
         'whole'
     """
-    if form is not None:
-        return form
+    if form is not None or not on_processor:
+        return form or "side"
     outputs, inputs = shape
     size, thin = outputs * inputs, rank * rows * (outputs + inputs)
     merging = rank * size

@@ -49,6 +49,11 @@ class Geometry:
         """By how much the last tap is apart from the first, for each axis."""
         return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True))
 
+    @property
+    def margins(self) -> Sizes:
+        """By how much the taps reach over the padding, for each axis: it may be less than zero."""
+        return tuple(r - p for r, p in zip(self.reach, self.padding, strict=True))
+
     def positions(self, sizes: Sizes) -> Sizes:
         """The sizes of the output for those of the input."""
         axes = zip(sizes, self.reach, self.stride, self.padding, strict=True)

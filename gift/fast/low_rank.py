@@ -53,14 +53,13 @@ def low_rank_product(
     if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
         x, weight, bias, left, right, dropped = alike
         trained = torch.is_grad_enabled()
-        if form is None and x.device.type != "cpu":
-            form = "side"
         chosen = linear_form(
             tuple(weight.shape),
             len(right),
             x.numel() // max(1, x.shape[-1]),
             trained=trained,
             form="side" if _only_beside(x, dropped) else form,
+            on_processor=x.device.type == "cpu",
         )
         for told in WATCHING:
             told(product.layer, chosen)
@@ -100,6 +99,11 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
     return [None if t is None else t.to(dtype) for t in given]
 
 
+def dropped_inputs(method: Any, x: Tensor, training: bool) -> Tensor | None:
+    """What a delta sees in place of `x`, while inputs are dropped."""
+    return F.dropout(x, method.dropout) if method.dropout and training else None
+
+
 def linear(
     method: Any,
     parameters: Mapping[str, Tensor],
@@ -109,7 +113,7 @@ def linear(
     training: bool,
 ) -> Tensor:
     """The product and the factors', which see inputs dropped while training."""
-    dropped = F.dropout(x, method.dropout) if method.dropout and training else None
+    dropped = dropped_inputs(method, x, training)
     *factors, scale = method.scaled_low_rank(parameters)
     return low_rank_product(x, product, bias, factors, dropped, scale, method.form)
 
@@ -127,7 +131,7 @@ def conv(self: Any, input: Tensor) -> Tensor:
     """The convolution in the cheapest form; the general way where there is no fast one."""
     adapter = self._gift_adapters["weight"]
     method, parameters = adapter.delta_of(self)
-    dropped = F.dropout(input, method.dropout) if method.dropout and self.training else None
+    dropped = dropped_inputs(method, input, self.training)
     if is_usual(self) and self.groups == 1:
         *factors, scale = method.scaled_low_rank(parameters)
         output = low_rank_conv(self, input, factors, dropped, method.form, scale)

@@ -66,12 +66,12 @@ class LowRankLinear(torch.autograd.Function):
         if of_bias:
             gb = flat.sum(0)
         if of_x:
-            gx = flat @ (weight if side else effective(weight, left, right, scale))
+            gx = (flat @ (weight if side else effective(weight, left, right, scale))).view(shape)
         if form == "whole" and of_right:
             whole = flat.mT @ seen.reshape(-1, seen.shape[-1])
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale)
-            return _shaped(gx, shape), None, gb, gl, gr, None, None, None
+            return gx, None, gb, gl, gr, None, None, None
         columns = _columns(g)
         if of_left:
             hidden = _hidden(hidden, right, seen, columns)
@@ -82,9 +82,10 @@ class LowRankLinear(torch.autograd.Function):
             gr = outer(gh, _columns(seen))
         if side and of_dropped:
             gd = gh.mT @ right if gh.dim() == 2 else torch.bmm(gh.mT, for_each(right, gh))
+            gd = gd.view(shape)
         if side and gx is not None and not drops:
             _add_product(gx, gh, right)
-        return _shaped(gx, shape), None, gb, gl, gr, None, _shaped(gd, shape), None
+        return gx, None, gb, gl, gr, None, gd, None
 
 
 def outputs(
@@ -125,10 +126,6 @@ def _columns(x: Tensor) -> Tensor:
     if parts == 1:
         return x.reshape(rows, features).mT
     return x.reshape(parts, rows // parts, features).mT
-
-
-def _shaped(tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(shape)
 
 
 def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None, like: Tensor) -> Tensor:

@@ -46,7 +46,6 @@ def _is_plain(z: Tensor, ratio: Tensor) -> bool:
         or z.is_complex()
         or torch.compiler.is_compiling()
         or is_transformed()
-        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

@@ -43,13 +43,11 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
         geometry: of stride one.
     """
     axes = len(geometry.kernel)
-    if axes == 2 and not torch.compiler.is_compiling() and columns.numel() < FEW:
-        pads = tuple(r - p for r, p in zip(geometry.reach, geometry.padding, strict=True))
-        if min(pads) >= 0:
-            turned = columns.flip(2, 3).flatten(4).flatten(1, 3)
-            sizes = geometry.positions(tuple(columns.shape[4:]))
-            return F.fold(turned, sizes, geometry.kernel, geometry.dilation, pads)
     positions = geometry.positions(tuple(columns.shape[-axes:]))
+    few = not torch.compiler.is_compiling() and columns.numel() < FEW
+    if few and axes == 2 and min(geometry.margins) >= 0:
+        turned = columns.flip(2, 3).flatten(4).flatten(1, 3)
+        return F.fold(turned, positions, geometry.kernel, geometry.dilation, geometry.margins)
     for axis in range(-1, -axes - 1, -1):
         parts = columns.unbind(-axes - 1)  # the last axis of taps that is left
         shape = list(parts[0].shape)
@@ -66,8 +64,8 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
 
 def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
     """The way back from `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
-    pads = [r - p for r, p in zip(geometry.reach, geometry.padding, strict=True)]
-    padded = F.pad(h, [pad for pad in reversed(pads) for _ in range(2)]).contiguous()
+    pads = [pad for pad in reversed(geometry.margins) for _ in range(2)]
+    padded = F.pad(h, pads).contiguous()
     batch, filters, *steps = padded.stride()
     taps = [d * step for d, step in zip(geometry.dilation, steps, strict=True)]
     shape = (*h.shape[:2], *geometry.kernel, *sizes)

@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import CONVOLUTIONS, is_usual, low_rank_conv, low_rank_product
+from gift.fast.low_rank import (
+    CONVOLUTIONS,
+    dropped_inputs,
+    is_usual,
+    low_rank_conv,
+    low_rank_product,
+)
 from gift.fast.products import scaled
 from gift.fast.rescale import rescaled
 from gift.methods.base import Method, dotted, register_method
@@ -104,7 +109,7 @@ def _linear(
     training: bool,
 ) -> Tensor:
     """``ratio o (W0 x + s B A dropout(x)) + bias``: what LoRA gives, rescaled."""
-    dropped = F.dropout(x, method.lora_dropout) if method.lora_dropout and training else None
+    dropped = dropped_inputs(method, x, training)
     ratio = method.ratio(product.matrix.to(parameters["lora_A"].dtype), parameters)
 
     def lora(
@@ -125,8 +130,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         return low_rank_conv(self, x, (left, right), dropped, method.form)
 
     if is_usual(self) and self.groups == 1:
-        drops = method.lora_dropout and self.training
-        dropped = F.dropout(input, method.lora_dropout) if drops else None
+        dropped = dropped_inputs(method, input, self.training)
         inputs = (input, *method.factors(parameters), dropped)
         output = lora(*inputs)
         if output is not None:
