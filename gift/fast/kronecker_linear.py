@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.fast.gemm import matmul
 from gift.fast.transforms import without_autocast
 
 
@@ -57,7 +58,7 @@ class KroneckerLinear(torch.autograd.Function):
         gr = gp.mT @ x.reshape(-1, right.shape[1])
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = (flat @ weight).view(-1, right.shape[1]).addmm_(gp, right).view(x.shape)
+            gx = matmul(flat, weight).view(-1, right.shape[1]).addmm_(gp, right).view(x.shape)
         return gx, None, gb, g1, gl, gr
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gift.fast.choice import Form
+from gift.fast.gemm import matmul
 from gift.fast.products import effective, for_each, outer, product, scaled
 from gift.fast.transforms import without_autocast
 
@@ -66,7 +67,8 @@ class LowRankLinear(torch.autograd.Function):
         if of_bias:
             gb = flat.sum(0)
         if of_x:
-            gx = (flat @ (weight if side else effective(weight, left, right, scale))).view(shape)
+            used = weight if side else effective(weight, left, right, scale)
+            gx = matmul(flat, used).view(shape)
         if form == "whole" and of_right:
             whole = flat.mT @ seen.reshape(-1, seen.shape[-1])
             gl = scaled(whole @ right.mT, scale) if of_left else None
