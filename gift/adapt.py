@@ -12,6 +12,7 @@ import gift.quantised.layers  # noqa: F401 - and what those of bitsandbytes do
 from gift.adapter import Adapter, adapters_of, present_tensor
 from gift.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
 from gift.generated import change_class, joined, plain_class
+from gift.iterator import named_parts
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import AdaptationError, Method
 from gift.quantised import dequantised, is_quantised, not_yet_quantised, stand_in
@@ -134,9 +135,7 @@ def adapt_module(
     Raises:
         AdaptationError: naming each weight that cannot be adapted, or if there is none at all.
     """
-    layers = [
-        (path, part, row_of(plain_class(type(part)))) for path, part in module.named_modules()
-    ]
+    layers = [(path, part, row_of(plain_class(type(part)))) for path, part in named_parts(module)]
     for _, part, _ in layers:
         for parameter in part._parameters.values():
             if parameter is not None:

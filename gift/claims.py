@@ -11,6 +11,7 @@ from gift.adapter import Adapter, adapters_of
 from gift.delta import deltas_of
 from gift.extension import named_extensions
 from gift.generated import joined, plain_class
+from gift.iterator import named_parts
 from gift.quantised import shape_of
 from gift.report import Claim, some
 
@@ -51,7 +52,7 @@ class Taken(NamedTuple):
             if adapter := adapters_of(self.module).get(self.parameter):
                 yield self.path, self.module, adapter
             return
-        for path, part in self.module.named_modules(prefix=self.path):
+        for path, part in named_parts(self.module, self.path):
             for tensor, adapter in adapters_of(part).items():
                 yield joined(path, tensor), part, adapter
 
@@ -67,7 +68,7 @@ class Taken(NamedTuple):
         if self.parameter is not None:
             own = self.module._parameters.get(self.parameter)
             return [own, *_parameters_of(self.adapters())]
-        parts = list(self.module.modules())
+        parts = [part for _, part in named_parts(self.module)]
         extended = [part for part in parts if "_gift_extensions" in vars(part)]
         others = {id(p) for part in extended for p in _parameters_of(named_extensions(part))}
         return [p for part in parts for p in part._parameters.values() if id(p) not in others]

@@ -45,3 +45,8 @@ class ModuleIterator:
                 path = joined(self.parent_name, name)
                 has_children = any(c is not None for c in child._modules.values())
                 yield name, path, plain_class(type(child)).__name__, child, has_children
+
+
+def named_parts(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """What `named_modules` gives, at once for a module that has none inside."""
+    return list(module.named_modules(prefix=prefix)) if module._modules else [(prefix, module)]

@@ -279,8 +279,8 @@ def _difference(
     before: dict[Any, Any], after: dict[Any, Any], own: Container[str]
 ) -> dict[Any, Any]:  # fmt: skip
     """What `before` had otherwise than `after`, where `own` keys are not counted as new."""
-    changed = {k: v for k, v in before.items() if k not in after or after[k] is not v}
-    return changed | {k: _Missing for k in after if k not in before and k not in own}
+    changed = {k: v for k, v in before.items() if after.get(k, _Missing) is not v}
+    return changed | {k: _Missing for k in after.keys() - before.keys() if k not in own}
 
 
 def _differ(before: Any, after: Any) -> bool:

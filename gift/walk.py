@@ -18,7 +18,7 @@ from gift.extension import settle_encoders
 from gift.factories import Action
 from gift.factories.recorded import Recorded, bind
 from gift.generated import joined, plain_class
-from gift.iterator import ModuleIterator
+from gift.iterator import ModuleIterator, named_parts
 from gift.layers import layout_of
 from gift.methods import AdaptationError
 from gift.strategies.base import Cap, FineTuningStrategy
@@ -116,7 +116,7 @@ class Walk:
         now = module if parent is None else parent._modules.get(name)
         self.done[id(module)] = now
         if now is not None:
-            for part in now.modules():
+            for _, part in named_parts(now):
                 self.done[id(part)] = part
                 self.kept.update(map(id, part._parameters.values()))
         self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))

@@ -168,10 +168,13 @@ def quant_state_names(network: Any) -> Iterator[str]:
 
 def _row_for(tensor: Any) -> QuantisedRow | None:
     cls: type = type(tensor)
+    row = None
     if cls is nn.Parameter:
-        row = next((r for r in _MARKED if hasattr(tensor, r.mark)), None)
-    else:
-        row = None if cls is Tensor or not isinstance(tensor, Tensor) else _row_of(cls)
+        for marked in _MARKED:
+            if hasattr(tensor, marked.mark):
+                row = marked
+    elif cls is not Tensor and isinstance(tensor, Tensor):
+        row = _row_of(cls)
     return row if row is not None and row.holds(tensor) else None
 
 
