@@ -507,6 +507,18 @@ def test_compile(dynamo: None, dropout: float, counts: tuple[int, ...]) -> None:
         assert_same(*results)
 
 
+@pytest.mark.parametrize("count", [2048, 1028, 1025])
+@forms
+def test_compile_for_many_rows_alone(dynamo: None, form: Form, count: int) -> None:
+    """Of a size that is settled, products are made in as many parts as it has."""
+    base, net = pair(form=form)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=False)
+    x = rows(count).requires_grad_()
+    wanted = [x, *trained(net)]
+    plain = materialised(base, net)
+    assert_same(*(step(lambda: call(x), wanted) for call in (compiled, plain)))
+
+
 @torch._dynamo.config.patch(compiled_autograd=True)
 def test_backward_compiled_alone(dynamo: None) -> None:
     """Of a forward pass that was not compiled, and made what it kept in parts."""

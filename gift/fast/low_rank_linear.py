@@ -1,6 +1,5 @@
 """A linear layer with a low-rank delta, in the products that are fast for few rows."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from gift.fast.choice import Form
 from gift.fast.gemm import matmul
 from gift.fast.products import effective, for_each, outer, product, scaled
-from gift.fast.transforms import without_autocast
+from gift.fast.transforms import is_known, without_autocast
 
 MANY = 1024  # rows from which on they are computed in parts
 
@@ -123,8 +122,8 @@ def _columns(x: Tensor) -> Tensor:
     features = x.shape[-1]
     rows = x.numel() // max(1, features)
     parts = 1
-    if not torch.compiler.is_compiling() and x.device.type == "cpu" and rows >= MANY:
-        parts = math.gcd(rows, 8)  # compiled, there is one graph for all sizes
+    if x.device.type == "cpu" and is_known(rows >= MANY):
+        parts = next(n for n in (8, 4, 2, 1) if is_known(rows % n == 0))
     if parts == 1:
         return x.reshape(rows, features).mT
     return x.reshape(parts, rows // parts, features).mT

@@ -22,6 +22,15 @@ def is_batched(g: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
 
 
+def is_known(condition: bool) -> bool:
+    """Whether it holds; compiled, whether it does for all sizes that the graph serves."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second
+
+    return statically_known_true(condition)
+
+
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for that kind of device; the meta device has none."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
