@@ -2,9 +2,10 @@
 
 The bound is the same network, everything frozen but one bias of its first layers: a forward pass
 and the gradient of the activations, without any gradient of a weight. No way to train deltas
-throughout a network can be faster. Full fine-tuning trains everything; gift and PEFT train LoRA of
-the same rank on every convolution and linear layer, with the same number of parameters. "Balanced"
-is the layout that gift's convolutions have by default, which has more parameters or fewer; it has
+throughout a network does with fewer multiplications. Full fine-tuning trains everything; gift and
+PEFT train LoRA of the same rank on every convolution and linear layer, with the same number of
+parameters. "Balanced" is the layout that gift's convolutions have by default, which has more
+parameters or fewer; it has
 no counterpart in PEFT. There is no optimizer in a step.
 
 Contenders take turns within one run, in another order each round, after two rounds that do not
@@ -93,14 +94,14 @@ PLAN = [
     *tasks("step", "bert", (3, 64), 1, 4),
     *tasks("step", "resnet18", (3,), 64),
     *tasks("step", "bert", (3,), 16, 64),
-    *tasks("inference", "resnet18", (3,), 1, 16),
-    *tasks("inference", "resnet50", (3,)),
+    *tasks("inference", "resnet18", (3,), 1, 16, 64),
+    *tasks("inference", "resnet50", (3,), 16, 64),
     *tasks("inference", "bert", (3,), 1, 8),
     *tasks("inference", "bert, 24 x 128", (3,)),
     *tasks("inference", "llama", (3,)),
     *tasks("memory", "resnet18", (3,)),
     *tasks("memory", "bert, 24 x 128", (3,)),
-    *tasks("compiled", "resnet18", (3,)),
+    *tasks("compiled", "resnet18", (3, 64)),
     *tasks("compiled", "bert", (3,)),
 ]
 QUICK = [
