@@ -5,8 +5,7 @@ and the gradient of the activations, without any gradient of a weight. No way to
 throughout a network does with fewer multiplications. Full fine-tuning trains everything; gift and
 PEFT train LoRA of the same rank on every convolution and linear layer, with the same number of
 parameters. "Balanced" is the layout that gift's convolutions have by default, which has more
-parameters or fewer; it has
-no counterpart in PEFT. There is no optimizer in a step.
+parameters or fewer; it has no counterpart in PEFT. There is no optimizer in a step.
 
 Contenders take turns within one run, in another order each round, after two rounds that do not
 count. Ratios are those of medians. Float32, random weights and data, training mode, no dropout.
