@@ -253,8 +253,7 @@ class LayerRow:
         A tensor that is computed before it is used (by a parametrization, weight norm, pruning)
         is no parameter, but is read under its own name; what it is computed from is left alone.
         """
-        parametrizations: Any = module._modules.get("parametrizations")
-        computed = [] if parametrizations is None else list(parametrizations.keys())
+        computed = list(getattr(module._modules.get("parametrizations"), "keys", list)())
         computed += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
         sources = {name + suffix for name in computed for suffix in ("_g", "_v", "_orig")}
         found = [n for n, p in module._parameters.items() if p is not None and n not in sources]

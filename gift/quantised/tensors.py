@@ -173,6 +173,7 @@ def _row_for(tensor: Any) -> QuantisedRow | None:
         for marked in _MARKED:
             if hasattr(tensor, marked.mark):
                 row = marked
+                break
     elif cls is not Tensor and isinstance(tensor, Tensor):
         row = _row_of(cls)
     return row if row is not None and row.holds(tensor) else None
