@@ -21,16 +21,10 @@ from _measuring import in_turn, keep_memory
 from tabulate import tabulate
 from torch import Tensor
 
-from gift.fast.gemm import prefers_onednn
+from gift.fast.gemm import by_onednn, prefers_onednn
 
 SIZES = ((384, 384), (384, 1536), (1536, 384), (768, 3072), (1376, 512), (4096, 4096))
 ROWS = (8, 128, 1024)
-
-
-def onednn(a: Tensor, weight: Tensor) -> Tensor:
-    """``a weight^T``."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
-    return product
 
 
 def pair(rows: int, outputs: int, inputs: int) -> dict[str, Callable[[], Tensor]]:
@@ -42,9 +36,9 @@ def pair(rows: int, outputs: int, inputs: int) -> dict[str, Callable[[], Tensor]
     )
     return {
         "gradient by MKL": lambda: g @ weight,
-        "gradient by oneDNN": lambda: onednn(g, weight.mT),
+        "gradient by oneDNN": lambda: by_onednn(g, weight),
         "output by MKL": lambda: F.linear(x, weight),
-        "output by oneDNN": lambda: onednn(x, weight),
+        "output by oneDNN": lambda: by_onednn(x, weight.mT),
     }
 
 

@@ -95,10 +95,7 @@ class Adapter(Delta):
     def initial(self, frozen: Tensor) -> dict[str, Tensor]:
         """What the method makes for the frozen tensor, by its names on the module."""
         assert self.layout is not None
-        if torch.is_inference_mode_enabled():  # whose tensors cannot be trained
-            with torch.inference_mode(False):
-                return self.initial(frozen)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             made = self.method.init(self.layout.to_matrix(frozen.detach()))
         return {self.names.get(key, key): value for key, value in made.items()}
 

@@ -19,10 +19,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         a: a matrix.
         b: another one, not a thin one: for those there is `gift.fast.products`.
     """
-    if _is_for_onednn(a, b):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
-        return product
-    return a @ b
+    return by_onednn(a, b) if _is_for_onednn(a, b) else a @ b
+
+
+def by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, where torch has oneDNN; autograd and tracers know nothing of it."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+    return product
+
+
+def has_onednn() -> bool:
+    """Whether torch was built with it."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @lru_cache(maxsize=1)
@@ -32,9 +40,7 @@ def prefers_onednn() -> bool:
     There it takes 0.75 to 0.95 of the time of MKL, which torch takes for all products of 32 bits:
     see ``benchmarks/gemm.py``.
     """
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not (torch.backends.mkl.is_available() and has_onednn()):
         return False
     # Older versions of torch do not tell.
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
