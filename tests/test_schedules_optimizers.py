@@ -17,7 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.schedules import FreezeUnfreeze, NoFreeze, Schedule, UnfreezeMilestones
-from gift.strategies import HeadReplacementStrategy, LoRAAllFineTuningStrategy
+from gift.strategies import (
+    HeadReplacementStrategy,
+    LoRAAllFineTuningStrategy,
+    merge_strategies,
+)
+from gift.training import finetune
 from tests.common import enabled
 
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
@@ -121,6 +126,85 @@ def test_new_biases_get_the_settings_of_the_biases_of_the_head() -> None:
     schedule.step(0, optimizer)
     told = [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in optimizer.param_groups]
     assert told == [(0.1, {2}), (0, {1}), (0.1, {2}), (0, {1})]
+
+
+def plus(net: nn.Module, make: Any, flipped: bool) -> optim.Optimizer:
+    """LoRA+: `lora_B` at 16 times the rate, and nothing decays that is a vector."""
+    own = {id(p) for p in net.parameters()}  # those that wait too, where they are deltas
+    named = {n: p for n, p in net.named_parameters() if id(p) in own}
+    groups = [
+        {"params": [p for n, p in named.items() if ("lora_B" in n) == b and (p.ndim > 1) == m],
+         "lr": 1.6e-3 if b else 1e-4, "weight_decay": 0.1 if m else 0.0}
+        for b in (False, True) for m in (True, False)
+    ]  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    return make(groups[::-1] if flipped else groups, lr=1e-4)
+
+
+@pytest.mark.parametrize("flipped", [False, True], ids=["in order", "flipped"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "NAdam"])
+@pytest.mark.parametrize("head", ["lora", "new head", "trained biases"])
+def test_each_group_follows_the_group_of_the_head_that_it_resembles(
+    head: str, name: str, flipped: bool
+) -> None:
+    """`lora_B` that of `lora_B`; weights and biases of the base never the raised one."""
+    strategy = {
+        "lora": LoRAAllFineTuningStrategy(rank=1),
+        "new head": merge_strategies(
+            [HeadReplacementStrategy(3), LoRAAllFineTuningStrategy(rank=1)]
+        ),
+        "trained biases": LoRAAllFineTuningStrategy(rank=1, train_bias=True),
+    }[head]
+    net, schedule = enabled(network(), strategy), FreezeUnfreeze(1, unfreezes="all", lr_ratio=0.5)
+    schedule.attach(net)
+    first = {id(p) for p in net.parameters() if p.requires_grad}  # the head, and norm layers
+    optimizer = plus(net, getattr(optim, name), flipped)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    schedule.step(1, optimizer)
+    for expected in (1.0, 0.5, 1 / 3):
+        train(net, optimizer, steps=1)
+        names = {id(p): n for n, p in net.named_parameters()}
+        seen = {}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                raised = 16 if "lora_B" in names[id(p)] else 1
+                ratio = 1 if id(p) in first else 0.5
+                assert group["lr"] == pytest.approx(1e-4 * raised * ratio * expected), names[id(p)]
+                seen[names[id(p)]] = group["weight_decay"]
+        assert {"0.weight", "0.bias", "0.lora_A", "0.lora_B", "3.weight"} <= set(seen)
+        decayed = {n for n, decay in seen.items() if decay}
+        assert {"0.weight", "0.lora_A", "0.lora_B"} <= decayed
+        if head != "lora":  # the head has a bias of its own to resemble
+            assert "0.bias" not in decayed
+        scheduler.step()
+
+
+def test_rates_decay_with_depth_from_the_group_that_is_resembled() -> None:
+    net = enabled(network(), LoRAAllFineTuningStrategy(rank=1))
+    schedule = UnfreezeMilestones((1, 2, 3), num_layers=1, depth_decay=0.5, lr_ratio=1.0)
+    schedule.attach(net)
+    optimizer = plus(net, optim.AdamW, flipped=False)
+    for epoch in range(4):
+        schedule.step(epoch, optimizer)
+        train(net, optimizer)
+    names = {id(p): n for n, p in net.named_parameters()}
+    found = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    rated = {n: found[n] for n in ("5.weight", "3.weight", "0.weight", "7.lora_B", "0.lora_B")}
+    assert rated == pytest.approx({
+        "5.weight": 1e-4, "3.weight": 5e-5, "0.weight": 2.5e-5,
+        "7.lora_B": 1.6e-3, "0.lora_B": 1.6e-3,
+    })  # fmt: skip
+
+
+def test_finetune_with_loraplus_unfreezes_at_the_plain_rate() -> None:
+    net = network()
+    result = finetune(
+        net, (X, Y), strategy=LoRAAllFineTuningStrategy(rank=1), schedule=FreezeUnfreeze(1),
+        epochs=2, lr=1e-3, loraplus_ratio=16, lr_schedule="constant", warmup=0.0, device="cpu",
+        progress=False,
+    )  # fmt: skip
+    last = result.steps[-1]
+    assert {last[k] for k in last if k.startswith("lr")} == {1e-3, 16e-3, 1e-4}
 
 
 def test_names_of_parameters_in_an_optimizer_follow_them() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gift.claims import size_of
+from gift.delta import deltas_of
 from gift.errors import AdaptationError
 from gift.generated import joined, plain_class, spec_of
 from gift.in_place import flags_of_the_base, let_wait, train_in_place, train_no_more, untrainable
@@ -87,6 +88,16 @@ class Attached:
         parameter = self.net.get_submodule(path)._parameters[own]
         assert parameter is not None
         return parameter
+
+    def roles(self) -> dict[str, str]:
+        """What each parameter of a delta is for the method that added it, by its whole name."""
+        return {
+            joined(path, name): key
+            for path, module in self.net.named_modules(remove_duplicate=False)
+            for delta in deltas_of(module).values()
+            if delta.owner is None
+            for key, name in delta.names.items()
+        }
 
     def check(self) -> None:
         """That the network is as it was attached to.

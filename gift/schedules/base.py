@@ -127,7 +127,8 @@ class Schedule:
         epochs = self._epochs(attached)
         attached.freeze()
         self._attached, self._trained, self._epoch = attached, [], None
-        self._groups = Groups(attached.parameter, attached.division.head_parameters)
+        head = attached.division.head_parameters
+        self._groups = Groups(attached.parameter, head, attached.roles())
         return attached.report(repr(self), epochs)
 
     def detach(self) -> None:
@@ -146,8 +147,10 @@ class Schedule:
 
         Args:
             epoch: from 0; those that were left out are made up for.
-            optimizer: gets a new group for what is unfrozen, with the settings of the head's group
-                and a learning rate that stays in its ratio to the head's, whoever changes that.
+            optimizer: gets new groups for what is unfrozen, each with the settings of the head's
+                group that has the most similar parameters (that of `lora_B` for `lora_B`, of biases
+                for biases) and a learning rate that stays in its ratio to that group's, whoever
+                changes it.
                 Wrappers of accelerate and Lightning will do. Given later, or another one, it gets
                 all groups then.
 

@@ -20,7 +20,7 @@ class Group(NamedTuple):
 
     Args:
         names: of the parameters.
-        ratio: of their learning rate to that of the head.
+        ratio: of their learning rate to that of the head's parameters that are like them.
     """
 
     names: tuple[str, ...]
@@ -48,33 +48,39 @@ def by_rate(
 class OptimizerGroups:
     """The groups that a schedule added to one optimizer.
 
-    Just before each step of the optimizer their learning rates become those of the head's group
-    times their ratios, whoever changed them meanwhile.
+    Each follows the group of the head that its parameters resemble most: `lora_B` that of `lora_B`,
+    which LoRA+ raises, biases that of biases, weights of the base that of the head's own weights,
+    or else the one with the lowest rate. Just before each step of the optimizer its learning rate
+    becomes that of the group that it follows times its ratio, whoever changed either meanwhile.
 
     Args:
         optimizer: the optimizer, without wrappers.
-        head: parameters of the head; the first of them that is in the optimizer tells the group.
+        head: trained parameters of the head, by name.
+        roles: what parameters are for the method that added them, "lora_A" for instance, by name;
+            those of the base have none.
 
     Raises:
         ValueError: if the optimizer has none of them, or takes no groups.
     """
 
-    def __init__(self, optimizer: Optimizer, head: list[Tensor]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, head: Mapping[str, Tensor], roles: Mapping[str, str]
+    ) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("LBFGS takes no groups of parameters, so a schedule cannot drive it")
         places = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        found = [places[id(p)] for p in head if id(p) in places]
-        if not found:
+        self._roles = roles
+        # Biases and the like may have a group of their own, without weight decay.
+        self.heads: dict[tuple[str, bool], int] = {}
+        for name, parameter in head.items():
+            if id(parameter) in places:
+                self.heads.setdefault(self._kind(name, parameter), places[id(parameter)])
+        if not self.heads:
             raise ValueError(
                 "the optimizer has no trained parameter of the head: make it from the parameters "
                 "of the network that the schedule was attached to"
             )
-        self.head = found[0]
-        # Biases and the like may have a group of their own, without weight decay.
-        self.like: dict[bool, int] = {}
-        for parameter in (p for p in head if id(p) in places):
-            self.like.setdefault(parameter.ndim > 1, places[id(parameter)])
-        self.ratios: dict[int, float] = {}
+        self.follows: dict[int, tuple[int, float]] = {}
         self._optimizer = weakref.ref(optimizer)
         optimizer.register_step_pre_hook(self)
 
@@ -92,8 +98,8 @@ class OptimizerGroups:
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         """Set the rates: a hook before a step of the optimizer."""
         groups = optimizer.param_groups
-        for index, ratio in self.ratios.items():
-            _set_rate(groups[index], "lr", groups[self.head]["lr"] * ratio)
+        for index, (followed, ratio) in self.follows.items():
+            _set_rate(groups[index], "lr", groups[followed]["lr"] * ratio)
 
     def add(
         self, group: Group, parameters: Mapping[str, Tensor], schedulers: Iterable[LRScheduler]
@@ -102,38 +108,79 @@ class OptimizerGroups:
 
         Parameters that the optimizer has already are taken out of their groups, with their states.
         They keep the settings that they had there (no weight decay for some, say), so that those of
-        different groups stay apart; others get those of the head's group, or of its biases'.
+        different groups stay apart; others get those of the group that they follow.
         """
         optimizer = self.optimizer
         groups = optimizer.param_groups
         places = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
-        parts: dict[int, list[str]] = {}
+        own_rates = {n: _first_rate(groups[places[id(p)]]) for n, p in parameters.items()
+                     if id(p) in places}  # fmt: skip
+        parts: dict[tuple[int, int, float], list[str]] = {}
         for name in group.names:
             parameter = parameters[name]
-            like = self.like.get(parameter.ndim > 1, self.head)
-            parts.setdefault(places.get(id(parameter), like), []).append(name)
+            followed = self._resembled(name, parameter)
+            template = places.get(id(parameter), followed)
+            ratio = group.ratio * self._raised(name, own_rates)
+            parts.setdefault((template, followed, ratio), []).append(name)
         made = []
-        for template, names in parts.items():
+        for (template, followed, ratio), names in parts.items():
             own = {id(parameters[name]) for name in names}
-            if template != self.head and own == {id(p) for p in groups[template]["params"]}:
+            if template != followed and own == {id(p) for p in groups[template]["params"]}:
                 index = template  # a group of its own already, as in a copy of the optimizer
             else:
                 index = len(groups)
-                self._new(groups[template], {n: parameters[n] for n in names}, group.ratio)
+                named = {name: parameters[name] for name in names}
+                self._new(groups[template], groups[followed], named, ratio)
                 for scheduler in schedulers:
-                    _lengthen(scheduler, index, self.head, group.ratio)
-            self.ratios[index] = group.ratio
-            rate = groups[self.head]["lr"] * group.ratio
-            _set_rate(groups[index], "lr", rate)
+                    _lengthen(scheduler, index, followed, ratio)
+            self.follows[index] = (followed, ratio)
+            _set_rate(groups[index], "lr", groups[followed]["lr"] * ratio)
             made.append(Group(tuple(names), group.ratio))
         return made
 
-    def _new(self, old: dict[str, Any], parameters: dict[str, Tensor], ratio: float) -> None:
-        head = self.optimizer.param_groups[self.head]
+    def _kind(self, name: str, parameter: Tensor) -> tuple[str, bool]:
+        """What a parameter is for its method, and whether it is more than a vector."""
+        return self._roles.get(name, ""), parameter.ndim > 1
+
+    def _resembled(self, name: str, parameter: Tensor) -> int:
+        """The group of the head that has what is most like a parameter."""
+        role, is_matrix = self._kind(name, parameter)
+        groups = self.optimizer.param_groups
+
+        def likeness(kind: tuple[str, bool]) -> tuple[bool, bool, bool, float]:
+            same_role = role != "" and kind[0] == role
+            rate = _first_rate(groups[self.heads[kind]])
+            return same_role, kind[1] == is_matrix, (not kind[0]) == (not role), -rate
+
+        return self.heads[max(self.heads, key=likeness)]
+
+    def _raised(self, name: str, rates: Mapping[str, float]) -> float:
+        """By how much the rate of a delta is raised over others of its layer, as by LoRA+.
+
+        It is 1 where the head has such deltas, since the group that is followed is raised then.
+        """
+        role = self._roles.get(name, "")
+        if not role or name not in rates or any(role == known for known, _ in self.heads):
+            return 1.0
+        layer = name.rpartition(".")[0]
+        lowest = min(
+            rate
+            for other, rate in rates.items()
+            if other in self._roles and other.rpartition(".")[0] == layer
+        )
+        return rates[name] / lowest if lowest > 0 else 1.0
+
+    def _new(
+        self,
+        old: dict[str, Any],
+        followed: dict[str, Any],
+        parameters: dict[str, Tensor],
+        ratio: float,
+    ) -> None:
         new = {key: copy.deepcopy(v) for key, v in old.items() if key not in _LISTS}
         for key in new:
             if key == "lr" or key.endswith("_lr"):
-                new[key] = copy.deepcopy(head.get(key, new[key])) * ratio
+                new[key] = copy.deepcopy(followed.get(key, new[key])) * ratio
         own = {id(p): name for name, p in parameters.items()}
         named = "param_names" in old
         names = dict(zip(map(id, old["params"]), old["param_names"], strict=True)) if named else {}
@@ -156,11 +203,17 @@ class Groups:
     Args:
         parameter: gives the parameter of a name.
         head: names of the parameters of the head.
+        roles: what parameters are for their methods; see `OptimizerGroups`.
     """
 
-    def __init__(self, parameter: Callable[[str], Tensor], head: Iterable[str]) -> None:
+    def __init__(
+        self,
+        parameter: Callable[[str], Tensor],
+        head: Iterable[str],
+        roles: Mapping[str, str],
+    ) -> None:
         self.records: list[Group] = []
-        self._parameter = parameter
+        self._parameter, self._roles = parameter, roles
         self._head = tuple(head)
         self._known: OptimizerGroups | None = None
         self._done: list[Group] = []  # of the records, those that are groups of that optimizer
@@ -179,8 +232,9 @@ class Groups:
             return None
         inner = unwrapped(optimizer)
         if self._known is None or not self._known.is_of(inner):
-            head = [self._parameter(name) for name in self._head]
-            return OptimizerGroups(inner, [p for p in head if p.requires_grad])
+            head = {name: self._parameter(name) for name in self._head}
+            trained = {name: p for name, p in head.items() if p.requires_grad}
+            return OptimizerGroups(inner, trained, self._roles)
         if records is not None and records[: len(self._done)] != self._done:
             raise ValueError(
                 "the optimizer has groups of what was unfrozen later: make a new one to go back"
@@ -237,15 +291,20 @@ def schedulers_of(optimizer: Optimizer) -> Iterator[LRScheduler]:
                 yield found
 
 
-def _lengthen(scheduler: LRScheduler, count: int, head: int, ratio: float) -> None:
+def _lengthen(scheduler: LRScheduler, count: int, followed: int, ratio: float) -> None:
     """Let the lists that have an entry for each group have one for the new group."""
     for name, value in vars(scheduler).items():
         if not isinstance(value, list) or len(value) != count:
             continue
         if name.endswith(_RATES):
-            value.append(copy.deepcopy(value[head]) * ratio)
+            value.append(copy.deepcopy(value[followed]) * ratio)
         elif name.endswith(_OTHERS):
-            value.append(value[head])
+            value.append(value[followed])
+
+
+def _first_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate that a group began with, which no warm-up has lowered."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def _set_rate(group: dict[str, Any], key: str, value: Any) -> None:
