@@ -13,5 +13,7 @@ def main() -> None:
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] == "gift":
             raise
-        sys.exit(f'the command line needs {error.name}: pip install "gift[cli]"')
+        from gift.extras import install
+
+        sys.exit(f"the command line needs {error.name}: {install('cli')}")
     app(prog_name="gift")

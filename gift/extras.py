@@ -3,13 +3,15 @@
 import importlib
 from typing import Any
 
+from gift.version import DISTRIBUTION
+
 
 def needed(module: str, extra: str) -> Any:
     """Import a module that comes with one of gift's extras.
 
     Args:
         module: its dotted name.
-        extra: the extra, as in ``pip install "gift[extra]"``.
+        extra: the extra, as in ``pip install "gift-torch[extra]"``.
 
     Raises:
         ImportError: if it is not installed, saying how to get it.
@@ -19,4 +21,13 @@ def needed(module: str, extra: str) -> Any:
     except ImportError as error:
         if error.name is None or not module.startswith(error.name):
             raise  # it is there, but broken
-        raise ImportError(f'this needs {error.name}: pip install "gift[{extra}]"') from error
+        raise ImportError(f"this needs {error.name}: {install(extra)}") from error
+
+
+def install(extra: str) -> str:
+    """The command that installs gift with an extra.
+
+    >>> install("cli")
+    'pip install "gift-torch[cli]"'
+    """
+    return f'pip install "{DISTRIBUTION}[{extra}]"'

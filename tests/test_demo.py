@@ -229,7 +229,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # as if it were not installed
     with pytest.raises(SystemExit):
         main([])
-    assert 'sklearn.datasets: pip install "gift[demo]"' in capsys.readouterr().err
+    assert 'sklearn.datasets: pip install "gift-torch[demo]"' in capsys.readouterr().err
 
 
 def test_as_a_command_it_ends_well(

@@ -197,5 +197,5 @@ def test_without_tensorboard_the_message_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ImportError, match=r'pip install "gift\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install "gift-torch\[train\]"'):
         open_logs(tmp_path)

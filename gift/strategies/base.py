@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
+from gift.extras import needed
 from gift.factories.recorded import describe
 from gift.registry import bound_arguments, decode, encode, register
 
@@ -157,7 +158,7 @@ class FineTuningStrategy:
             ValueError: naming what no file can hold, such as a lambda; nothing is written then.
             ImportError: without PyYAML.
         """
-        text = _yaml().safe_dump(self.to_config(), sort_keys=False)
+        text = needed("yaml", "yaml").safe_dump(self.to_config(), sort_keys=False)
         Path(path).write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
@@ -257,7 +258,7 @@ def load_strategy_from_config(config: str | Path | Mapping[str, Any]) -> FineTun
     if isinstance(config, Mapping):
         data: Any = dict(config)
     else:
-        yaml = _yaml()
+        yaml = needed("yaml", "yaml")
         try:
             data = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -269,11 +270,3 @@ def load_strategy_from_config(config: str | Path | Mapping[str, Any]) -> FineTun
     if not isinstance(strategy, FineTuningStrategy):
         raise ValueError(f"{data['name']!r} is a {type(strategy).__name__}, expected a strategy")
     return strategy
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError('strategies as files need PyYAML: pip install "gift[yaml]"') from error
-    return yaml
