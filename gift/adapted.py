@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gift.adapter import Adapter, adapters_of, plain_tensor
 from gift.delta import DeltaModule, added_names, held
-from gift.generated import Generated, Spec, contributes, generated_class, plain_class
+from gift.generated import Generated, Spec, contributes, generated_class, plain_class, set_class
 from gift.layers import row_of
 from gift.methods import METHODS
 from gift.methods.base import dotted
@@ -149,10 +149,10 @@ def as_plain(module: nn.Module) -> Iterator[None]:
     adapted = type(module)
     deltas = [(holder := held(module, n), n, holder.pop(n)) for n in added_names(module)]
     if "_gift_plain" in vars(adapted):
-        module.__class__ = plain_class(adapted)
+        set_class(module, plain_class(adapted))
     try:
         yield
     finally:
-        module.__class__ = adapted
+        set_class(module, adapted)
         for holder, name, tensor in deltas:
             holder[name] = tensor

@@ -129,6 +129,9 @@ def named_deltas(network: nn.Module) -> Iterator[tuple[nn.Module, str, Delta]]:
 class DeltaModule(Generated):
     """What every module that gained tensors gains."""
 
+    def _gift_added(self) -> list[str]:
+        return added_names(self)  # type: ignore[arg-type]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `to_empty` gives a network from the meta device memory without values: fill the delta's.
         own = deltas_of(self)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from gift.adapter import adapters_of
 from gift.delta import added_names, held
 from gift.enable import check_undoable
-from gift.generated import Spec, generated_class, plain_class, spec_of
+from gift.generated import Spec, generated_class, plain_class, set_class, spec_of
 from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
 from gift.quantised import as_packed
@@ -130,7 +130,7 @@ class _Frame:
 
     def apply(self) -> None:
         module = self.module
-        module.__class__ = generated_class(plain_class(type(module)), self.spec)
+        set_class(module, generated_class(plain_class(type(module)), self.spec))
         module.__dict__.update(self.own)
         if spec_of(module).statistics:  # they stand still again, in the mode that was asked for
             module.__dict__["_gift_mode"] = module.training

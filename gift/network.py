@@ -57,6 +57,10 @@ class FineTunedNetwork(Generated):
 
     _gift_network: NetworkRecord
 
+    def _gift_copied(self) -> None:
+        if _loaded not in self._load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+            self.register_load_state_dict_post_hook(_loaded)  # type: ignore[attr-defined]
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The trained parameters; ``named_parameters()`` gives all."""
         if self._gift_network.only_trainable_parameters and not _is_averaging():

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from gift.adapt import release_tensors
 from gift.delta import added_names
 from gift.extension import release_extensions
-from gift.generated import plain_class
+from gift.generated import plain_class, set_class
 from gift.guard import KeptValues
 from gift.statistics import release_statistics
 
@@ -53,7 +53,7 @@ class ModuleUndo:
     def apply(self) -> None:
         """Put back what stood there before."""
         if self.plain is not None:
-            self.module.__class__ = self.plain
+            set_class(self.module, self.plain)
         state = self.module.__dict__
         _put_back(state, self.attributes)
         for key, entries in self.entries.items():
@@ -177,7 +177,7 @@ class Snapshot:
         """Restore everything, exactly."""
         for module, cls, state, contents in self.modules:
             if type(module) is not cls:
-                module.__class__ = cls
+                set_class(module, cls)
             module.__dict__.clear()
             module.__dict__.update(state)
             for key, value in _filled(state, contents):

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.adapt import release_tensors
 from gift.adapter import adapters_of
+from gift.generated import set_class, subclass_with
 from gift.meanwhile import meanwhile
 from gift.merging.possible import check, refuse, without_values
 from gift.merging.weights import effective
@@ -51,7 +52,7 @@ def merged(net: nn.Module) -> Iterator[nn.Module]:
         shared = {p: p._version for p in names if id(p) in own and not p.is_inference()}
         for parameter in names:
             parameter.requires_grad = False
-        net.__class__ = _merged_class(type(net))
+        set_class(net, _merged_class(type(net)))
         with meanwhile(net.modules(), "merged"):
             yield net
     finally:
@@ -130,6 +131,9 @@ class _Merged:
 
     _gift_unmerged: type
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass  # as for `gift.generated.Generated`
+
     def _load_from_state_dict(self, *args: Any) -> None:
         raise RuntimeError("the network is merged for a while: load after the with block")
 
@@ -146,14 +150,13 @@ class _Merged:
 def _as_unmerged(network: Any) -> Iterator[None]:
     """Within it, the class is the one that copies have."""
     cls = type(network)
-    network.__class__ = cls._gift_unmerged
+    set_class(network, cls._gift_unmerged)
     try:
         yield
     finally:
-        network.__class__ = cls
+        set_class(network, cls)
 
 
 def _merged_class(cls: type) -> type:
     """The class of a merged network, which takes no state."""
-    names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (_Merged, cls), {**names, "_gift_unmerged": cls})
+    return subclass_with([_Merged], cls, {"_gift_unmerged": cls})

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from gift.adapter import adapters_of, is_sharded, present_tensor
 from gift.enable import check_undoable
 from gift.extension import named_extensions
-from gift.generated import joined, plain_class
+from gift.generated import joined, plain_class, set_class
 from gift.merging.weights import effective, write
 from gift.methods import AdaptationError
 from gift.quantised import dequantised, is_quantised, requantised
@@ -122,7 +122,7 @@ def _plain_twin(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module, memo)
     for key in OWN:
         vars(twin).pop(key, None)
-    twin.__class__ = plain_class(type(module))
+    set_class(twin, plain_class(type(module)))
     return twin.double()
 
 
