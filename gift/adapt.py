@@ -34,14 +34,14 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     frozen = present_tensor(module, tensor)
     _check(module, tensor, frozen)
     options = options.settled(method.conv_layouts, method.rows_are_outputs)
-    adapter = Adapter(method=method, options=options)
+    adapter = Adapter(method=method, options=options, asked=method)
     if is_lazy(frozen):
         shape = _lazy_probe(method)
-        values = method.fit(shape).init(torch.empty(shape, device="meta"))
+        values = method.nearest(shape).init(torch.empty(shape, device="meta"))
     else:
         readable = dequantised(frozen, module) if method.reads_weight else stand_in(frozen)
         adapter.layout = layout_of(module, tensor, readable.shape, options)
-        adapter.method = method.fit(adapter.layout.matrix)
+        adapter.method = method.nearest(adapter.layout.matrix)
         values = adapter.initial(readable)
         _check_shape(adapter, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"

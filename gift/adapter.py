@@ -1,5 +1,6 @@
 """What a module knows of a tensor that was adapted, and how the two make the effective weight."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.delta import Delta, put_values
+from gift.errors import AdaptationError, GiftWarning
 from gift.generated import plain_class
 from gift.layers import Layout, LayoutOptions, bias_layout, layout_of
 from gift.methods import Method
@@ -23,6 +25,7 @@ class Adapter(Delta):
     Args:
         method: the method, fitted to the tensor's shape once that is known.
         options: the choice of layouts.
+        asked: the method as it was asked for, before it was fitted; None for what is not fitted.
         layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
         follows: for a bias, the weights of the module to whose outputs it is added; its delta is
             theirs, and the module its owner.
@@ -31,6 +34,7 @@ class Adapter(Delta):
 
     method: Method = field(kw_only=True)
     options: LayoutOptions = field(kw_only=True)
+    asked: Method | None = None
     layout: Layout | None = None
     follows: tuple[str, ...] = ()
     reads_alike: bool = True
@@ -60,6 +64,24 @@ class Adapter(Delta):
         matrix = list(self.layout.matrix)
         return {"method": self.method.name, "matrix": matrix} | self.method.meaning
 
+    @property
+    def clipped(self) -> bool:
+        """Whether the tensor got another size than was asked for, without anybody's consent."""
+        asked = self.asked
+        if asked is None or asked.clips is not None or self.layout is None:
+            return False
+        return asked.size not in (None, self.method.size)
+
+    def refusal(self) -> str:
+        """What is wrong with the size that was asked for, where it was clipped."""
+        assert self.asked is not None
+        assert self.layout is not None
+        try:
+            self.asked.fit(self.layout.matrix)
+        except AdaptationError as error:
+            return str(error)
+        return ""
+
     def reset(self, module: Any, key: str) -> None:
         """Give the delta its initial values, and a shape where it had none yet."""
         if self.follows:
@@ -74,7 +96,11 @@ class Adapter(Delta):
         unknown = self.layout is None
         if self.layout is None:
             layout = layout_of(module, key, frozen.shape, self.options)
-            self.method, self.layout = self.method.fit(layout.matrix), layout
+            self.method, self.layout = self.method.nearest(layout.matrix), layout
+            if self.clipped:  # no other layer is known yet that can have the size
+                refused = f"{type(module).__name__}, {key}: {self.refusal()}"
+                message = f"{refused}; it got {self.method.size}"
+                warnings.warn(message, GiftWarning, stacklevel=2)
         # Where a state was loaded before the first forward, its values stay.
         put_values(module, self.initial(frozen), only_lazy=unknown)
 

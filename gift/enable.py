@@ -11,6 +11,7 @@ from torch import nn
 from gift.adapter import is_sharded
 from gift.claims import sizes_of
 from gift.delta import added_names, held
+from gift.errors import GiftWarning
 from gift.generated import joined, spec_of
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
@@ -20,10 +21,6 @@ from gift.report import Report, some
 from gift.strategies.base import Cap, FineTuningStrategy
 from gift.transaction import Snapshot, all_or_nothing
 from gift.walk import Walk, closest_names
-
-
-class GiftWarning(UserWarning):
-    """Something that was asked for had no effect, or an effect that surprises."""
 
 
 def enable_fine_tuning(
@@ -266,6 +263,7 @@ def _apply(
             + "\n  ".join(walk.problems)
         )
     report.claims = walk.claims
+    report.clipped = walk.clipped
     if not walk.claims:
         raise ValueError(_nothing_matched(module, strategy, report))
     named = dict(module.named_parameters(remove_duplicate=False))
@@ -304,6 +302,15 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
     for text in report.unmatched:
         hint = _hint(caps[text], module)
         warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
+    if report.clipped:
+        settings = dict.fromkeys(f"clip_{setting}" for setting, _ in report.clipped.values())
+        warnings.warn(
+            "these cannot have the size that was asked for, and got what they can have: "
+            f"{some(report.clipped_texts, limit=20)} ({' or '.join(settings)}=True says that this "
+            "is meant, False refuses it)",
+            GiftWarning,
+            stacklevel=3,
+        )
     if report.larger_than_weight:
         names = report.larger_than_weight
         shown = some(names)

@@ -1,4 +1,8 @@
-"""What is raised where a network cannot be changed as asked, and how errors are told."""
+"""Errors and warnings: what cannot be done as asked, what surprises, and how errors are told."""
+
+
+class GiftWarning(UserWarning):
+    """Something that was asked for had no effect, or an effect that surprises."""
 
 
 class AdaptationError(ValueError):

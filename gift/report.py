@@ -44,6 +44,8 @@ class Report:
         caps: what each cap is: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``.
         claims: what the caps took, in the order in which they took it.
         frozen: names of the parameters that were frozen because nothing matched them.
+        clipped: for the paths of weights that cannot have the size which was asked for, the setting
+            and what they got: ``("rank", 2)``.
         total_before, trainable_before, total_after, trainable_after: elements of all parameters.
     """
 
@@ -52,6 +54,7 @@ class Report:
     caps: list[str] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
+    clipped: dict[str, tuple[str, int]] = field(default_factory=dict)
     total_before: int = 0
     trainable_before: int = 0
     total_after: int = 0
@@ -67,6 +70,11 @@ class Report:
     def larger_than_weight(self) -> list[str]:
         """Paths of the weights whose delta has more parameters than they have."""
         return [path for claim in self.claims for path in claim.larger]
+
+    @property
+    def clipped_texts(self) -> list[str]:
+        """The weights that cannot have the size which was asked for: ``"fc.weight (rank 2)"``."""
+        return [f"{path} ({setting} {size})" for path, (setting, size) in self.clipped.items()]
 
     def summary(self) -> str:
         """Totals, and what each cap took."""
@@ -98,5 +106,7 @@ class Report:
         if self.frozen:
             shown = ", ".join(self.frozen[:6]) + (", ..." if len(self.frozen) > 6 else "")
             parts.append(f"frozen, as no cap took them: {len(self.frozen)} parameters ({shown})")
+        if self.clipped:
+            parts.append(f"clipped, as they cannot have the size: {some(self.clipped_texts, 6)}")
         parts += [f"took nothing: {text}" for text in self.unmatched]
         return "\n\n".join(parts)

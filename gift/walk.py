@@ -20,7 +20,7 @@ from gift.factories.recorded import Recorded, bind
 from gift.generated import joined, plain_class
 from gift.iterator import ModuleIterator, named_parts
 from gift.layers import layout_of
-from gift.methods import AdaptationError
+from gift.methods import AdaptationError, Method
 from gift.strategies.base import Cap, FineTuningStrategy
 
 Place = tuple[nn.Module | None, str, str, str, nn.Module]
@@ -54,6 +54,8 @@ class Walk:
         self._tie()
         if self.extended:
             settle_encoders(network)
+        self.clipped: dict[str, tuple[str, int]] = {}  # for weights that cannot have their size
+        self._settle_sizes()
         self.claims = claims_of(self.taken)
 
     def _caps_for(self, strategy: FineTuningStrategy, module: nn.Module) -> Caps:
@@ -186,6 +188,30 @@ class Walk:
                 owner = owners.get(id(parameter))
                 if owner is not None and owner != (module, name):
                     self._share(*owner, module, name, joined(path, name))
+
+    def _settle_sizes(self) -> None:
+        """A size that some weights cannot have is clipped there; one that none can have is refused.
+
+        Those count together that are adapted by the same method of the same settings.
+        """
+        asked: dict[Method, list[tuple[Taken, str, Adapter]]] = {}
+        for taken in self.taken:
+            for path, _, adapter in taken.adapters():
+                if adapter.asked is not None and adapter.owner is None:
+                    asked.setdefault(adapter.asked, []).append((taken, path, adapter))
+        refused: dict[str, list[str]] = {}
+        for weights in asked.values():
+            clipped = [weight for weight in weights if weight[2].clipped]
+            if len(clipped) < len(weights):
+                for _, path, adapter in clipped:
+                    method = adapter.method
+                    self.clipped[path] = str(method.size_setting), method.size or 0
+                continue
+            for taken, path, adapter in clipped:
+                place = f"{taken.path or 'the network'} ({taken.class_name})"
+                texts = path.removeprefix(taken.path).lstrip("."), adapter.refusal()
+                refused.setdefault(place, []).append(": ".join(filter(None, texts)))
+        self.problems += [f"{place}: {'; '.join(texts)}" for place, texts in refused.items()]
 
     def _share(
         self, owner: nn.Module, tensor: str, module: nn.Module, name: str, path: str

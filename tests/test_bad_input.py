@@ -19,6 +19,7 @@ from gift import (
     merge_strategies,
     plan_fine_tuning,
 )
+from gift.adapter import adapters_of
 from gift.factories import (
     ma_adapt,
     ma_freeze,
@@ -156,7 +157,7 @@ REFUSALS: dict[str, Refusal] = {
     # weights
     "rank of several layers": (
         lambda: nn.Sequential(*(nn.Linear(4 + i, 4) for i in range(3)), nn.Linear(64, 64)),
-        LORA(rank=8), ValueError,
+        LORA(rank=8, clip_rank=False), ValueError,
         ["the network is unchanged", "rank 8 is above 4", "4 x 4", "4 x 5", "4 x 6", "0", "1", "2",
          "clip_rank=True"]),
     "rank of a parameter and a layer": (
@@ -469,3 +470,63 @@ def test_classes_with_demands_on_their_subclasses_can_be_enabled() -> None:
     net = enabled(Net())
     assert isinstance(net, Net)
     assert known == {"mlp": Net}
+
+
+# --- sizes that some layers cannot have --------------------------------------------------------
+
+SIZES: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, int]]]] = {
+    "lora": ("lora", {"rank": 6}, {"1.weight": ("rank", 4), "2.weight": ("rank", 2)}),
+    "hra": ("hra", {"rank": 10}, {"1.weight": ("rank", 8)}),
+    "lokr": ("lokr", {"rank": 3, "factor": 2},
+             {"1.weight": ("rank", 2), "2.weight": ("rank", 2)}),
+    "fourierft": ("fourierft", {"n_frequency": 33}, {"1.weight": ("n_frequency", 32)}),
+    "oft": ("oft", {"block_size": 7}, {"1.weight": ("block_size", 8),
+                                       "2.weight": ("block_size", 6)}),
+}  # fmt: skip
+
+
+def of_three_sizes() -> nn.Module:
+    return nn.Sequential(nn.Linear(14, 16), nn.Linear(8, 4), nn.Linear(24, 2))
+
+
+@pytest.mark.filterwarnings("ignore:the delta has more parameters:gift.GiftWarning")
+@pytest.mark.parametrize(("method", "settings", "clipped"), SIZES.values(), ids=SIZES)
+def test_a_size_fits_the_network_if_not_each_layer(
+    method: str, settings: dict[str, Any], clipped: dict[str, tuple[str, int]]
+) -> None:
+    net = of_three_sizes()
+    with pytest.warns(GiftWarning) as told:
+        report = enable_fine_tuning(net, caps((mc_layer(), ma_adapt(method, **settings))))
+    (text,) = [str(w.message) for w in told if "cannot have the size" in str(w.message)]
+    assert report.clipped == clipped
+    for path, (setting, size) in clipped.items():
+        assert f"{path} ({setting} {size})" in text
+        adapter = adapters_of(net[int(path[0])])["weight"]
+        assert getattr(adapter.method, setting) == size
+    assert plan_fine_tuning(of_three_sizes(), caps((mc_layer(), ma_adapt(method, **settings)))
+                            ).clipped == clipped  # fmt: skip
+    (setting,) = {f"clip_{setting}" for setting, _ in clipped.values()}
+    for clip in (False, True):
+        strategy = caps((mc_layer(), ma_adapt(method, **settings, **{setting: clip})))
+        if clip:  # asked for: without a word
+            assert enable_fine_tuning(of_three_sizes(), strategy).clipped == {}
+        else:
+            with pytest.raises(ValueError, match=f"(?s)1 .Linear.*{setting}=True"):
+                enable_fine_tuning(of_three_sizes(), strategy)
+
+
+def test_a_rank_counts_for_the_layers_that_it_is_asked_for() -> None:
+    """A head that cannot have its own rank is refused, though the body could have it."""
+    net = of_three_sizes()
+    strategy = caps((mc_name("2"), ma_adapt(rank=5)), (mc_layer(), ma_adapt(rank=4)))
+    with pytest.raises(ValueError, match=r"2 \(Linear\): weight: rank 5 is above 2") as caught:
+        enable_fine_tuning(net, strategy)
+    assert "1 (Linear)" not in str(caught.value)
+
+
+def test_a_strategy_file_of_old_still_refuses() -> None:
+    """It says ``clip_rank: false``, which was the default when it was written."""
+    old = LORA(rank=6).to_config()
+    old["init_paras"]["clip_rank"] = False
+    with pytest.raises(ValueError, match="rank 6 is above 4"):
+        enable_fine_tuning(of_three_sizes(), load_strategy_from_config(old))

@@ -275,7 +275,7 @@ STRATEGIES: dict[str, tuple[Any, str]] = {
     "wrong values": (LORA().to_config() | {"init_paras": {"rank": -1}}, "rank is -1"),
     "of another rank": (LORA(rank=1).to_config(), r"0.lora_B is .*here it is"),
     "that changes less": (LoRALinearFineTuningStrategy(2).to_config(), "0.weight.*not fine-tuned"),
-    "that cannot be applied": (LORA(rank=7).to_config(), "rank 7 is above 6"),
+    "that cannot be applied": (LORA(rank=10).to_config(), "rank 10 is above 6"),
     "that changes nothing": (DebugStrategy(LORA(rank=2)).to_config(), "DebugStrategy, changes"),
     "of nothing": (FineTuningStrategy().to_config(), "has no caps"),
     "a huge head": (HeadReplacementStrategy(10**12).to_config(), f"a head of {10**12} classes"),

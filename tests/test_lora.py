@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift import FineTuningStrategy, enable_fine_tuning
+from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
 from gift.methods import METHODS, LoRA
 from gift.methods.base import dotted
@@ -171,7 +171,7 @@ def test_complex_weights_are_adapted() -> None:
     assert net.lora_B.grad.is_complex()
 
 
-def test_default_rank_fits_small_weights_and_a_given_one_is_refused() -> None:
+def test_a_rank_fits_each_weight_and_is_refused_where_none_can_have_it() -> None:
     def net() -> nn.Module:
         return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2), nn.Linear(2, 9))
 
@@ -181,8 +181,19 @@ def test_default_rank_fits_small_weights_and_a_given_one_is_refused() -> None:
     clipped = net()
     enable_fine_tuning(clipped, LoRAAllFineTuningStrategy(rank=8, clip_rank=True))
     assert [layer.lora_A.shape[0] for layer in clipped] == [8, 2, 2]
-    with pytest.raises(ValueError, match=r"(?s)1 \(Linear\).*above 2.*2 x 16.*\n.*2 \(Linear\)"):
-        enable_fine_tuning(net(), LoRAAllFineTuningStrategy(rank=8))
+    given = net()
+    with pytest.warns(GiftWarning, match=r"1.weight \(rank 2\), 2.weight \(rank 2\)") as told:
+        report = enable_fine_tuning(given, LoRAAllFineTuningStrategy(rank=8))
+    (text,) = [str(w.message) for w in told if "cannot have" in str(w.message)]
+    assert "0.weight" not in text
+    assert [layer.lora_A.shape[0] for layer in given] == [8, 2, 2]
+    assert report.clipped == {"1.weight": ("rank", 2), "2.weight": ("rank", 2)}
+    assert "1.weight (rank 2)" in str(report)
+    for refused in ({"rank": 8, "clip_rank": False}, {"rank": 17}):
+        with pytest.raises(
+            ValueError, match=r"(?s)1 \(Linear\).*above 2.*2 x 16.*\n.*2 \(Linear\)"
+        ):
+            enable_fine_tuning(net(), LoRAAllFineTuningStrategy(**refused))
 
 
 @pytest.mark.parametrize("training", [True, False])

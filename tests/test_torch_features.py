@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from gift import disable_fine_tuning, enable_fine_tuning
+from gift import GiftWarning, disable_fine_tuning, enable_fine_tuning
 from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import delta, enabled
 
@@ -1041,8 +1041,10 @@ def test_disabling_a_network_that_is_still_lazy() -> None:
 
 
 def test_a_rank_that_a_lazy_module_cannot_have() -> None:
-    """It is refused at the first forward, and at each one after it, until it is disabled."""
-    net = lazily_adapted(rank=6)
+    """It is clipped with a warning; or refused, at each forward until it is disabled."""
+    with pytest.warns(GiftWarning, match=r"rank 6 is above 5.*5 x 64.*got 5"):
+        assert lazily_adapted(rank=6)(PICTURES).shape == (2, 5)
+    net = lazily_adapted(rank=6, clip_rank=False)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"rank 6 is above 5.*5 x 64"):
             net(PICTURES)

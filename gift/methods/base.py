@@ -60,15 +60,58 @@ class Method(Configured):
     """Whether the initial parameters depend on the values of the weight."""
 
     size_setting: ClassVar[str | None] = None
-    """The setting, an integer, that decides how many parameters are added."""
+    """The setting, an integer, that decides how many parameters are added. A method with a setting
+    ``clip_<size_setting>`` settles in `fit` by `settled` what becomes of a matrix that cannot have
+    the size."""
 
     def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with settings for a matrix of that shape.
+        """The method with settings for a matrix of that shape; see also `nearest`.
 
         Raises:
             AdaptationError: if no such matrix can be adapted with these settings.
         """
         return self
+
+    @property
+    def size(self) -> int | None:
+        """The value of `size_setting`; None where there is none."""
+        return None if self.size_setting is None else getattr(self, self.size_setting)
+
+    @property
+    def clips(self) -> bool | None:
+        """Whether a matrix that cannot have the size gets the nearest one; None: with a warning,
+        as long as some matrix has the size.
+        """
+        return getattr(self, f"clip_{self.size_setting}", True)
+
+    def exact(self) -> Self:
+        """The method that refuses a matrix which cannot have its size."""
+        clip = f"clip_{self.size_setting}"
+        return with_settings(self, **{clip: False}) if hasattr(self, clip) else self
+
+    def nearest(self, shape: tuple[int, ...]) -> Self:
+        """As `fit`, but for a matrix of many: one that cannot have the size is refused where
+        `clips` is False alone.
+        """
+        if self.clips is not None or self.size is None:
+            return self.fit(shape)
+        clip = f"clip_{self.size_setting}"
+        return with_settings(with_settings(self, **{clip: True}).fit(shape), **{clip: None})
+
+    def settled(self, possible: int, refusal: str) -> Self:
+        """The method with the size that a matrix can have.
+
+        Args:
+            possible: the nearest to the one asked for.
+            refusal: what is wrong with the one asked for, where it is another.
+
+        Raises:
+            AdaptationError: if another size was asked for, and is not to be clipped.
+        """
+        assert self.size_setting is not None
+        if not self.clips and self.size not in (None, possible):
+            raise AdaptationError(refusal)
+        return with_settings(self, **{self.size_setting: possible})
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """New tensors for a frozen matrix, in the order in which they are listed.
@@ -119,7 +162,9 @@ class RankedMethod(Method):
 
     Args:
         rank: of the update. None means `default_rank`, or less where a matrix is smaller.
-        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        clip_rank: whether a matrix that cannot have the rank gets its largest one. None means yes,
+            with a warning that names it, unless no matrix can have the rank: that is refused. False
+            refuses every such matrix; True asks for no warning.
         dtype: of the new parameters, or its name; None means the weight's, but at least float32.
     """
 
@@ -127,7 +172,7 @@ class RankedMethod(Method):
     size_setting: ClassVar[str | None] = "rank"
 
     rank: int | None = whole(None)
-    clip_rank: bool = flag(enters_weight=False, kw_only=True)
+    clip_rank: bool | None = flag(None, enters_weight=False, kw_only=True)
 
     def largest_rank(self, shape: tuple[int, ...]) -> int:
         """The largest rank that a matrix ``(..., rows, columns)`` can have."""
@@ -137,15 +182,12 @@ class RankedMethod(Method):
         """The method with its rank settled for a matrix ``(..., rows, columns)``."""
         largest = self.largest_rank(shape)
         rank = self.default_rank if self.rank is None else self.rank
-        if rank > largest:
-            if self.rank is not None and not self.clip_rank:
-                rows, columns = shape[-2:]
-                raise AdaptationError(
-                    f"rank {rank} is above {largest}, the largest that a matrix of "
-                    f"{rows} x {columns} can have (a smaller rank, or clip_rank=True, would work)"
-                )
-            rank = largest
-        return with_settings(self, rank=rank)
+        rows, columns = shape[-2:]
+        return self.settled(
+            min(rank, largest),
+            f"rank {rank} is above {largest}, the largest that a matrix of {rows} x {columns} can "
+            "have (a smaller rank, or clip_rank=True, would work)",
+        )
 
 
 @lru_cache(maxsize=512)

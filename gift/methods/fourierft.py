@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from gift.methods.base import AdaptationError, Method, register_method, with_settings
+from gift.methods.base import Method, register_method
 from gift.methods.draws import entries, seeded_buffer
 from gift.methods.settings import flag, number, whole
 
@@ -50,18 +50,17 @@ class FourierFT(Method):
     n_frequency: int | None = whole(None)
     scaling: float = number(150.0)
     seed: int = whole(777, least=0)
-    clip_n_frequency: bool = flag(enters_weight=False, kw_only=True)
+    clip_n_frequency: bool | None = flag(None, enters_weight=False, kw_only=True)
 
     def fit(self, shape: tuple[int, ...]) -> Self:
         """The method with its number of coefficients settled."""
         rows, columns = shape[-2:]
         wanted = self.default_n_frequency if self.n_frequency is None else self.n_frequency
-        if wanted > rows * columns and self.n_frequency is not None and not self.clip_n_frequency:
-            raise AdaptationError(
-                f"n_frequency {wanted} is above {rows * columns}, the entries of a matrix of "
-                f"{rows} x {columns} (a smaller one, or clip_n_frequency=True, would work)"
-            )
-        return with_settings(self, n_frequency=min(wanted, rows * columns))
+        return self.settled(
+            min(wanted, rows * columns),
+            f"n_frequency {wanted} is above {rows * columns}, the entries of a matrix of "
+            f"{rows} x {columns} (a smaller one, or clip_n_frequency=True, would work)",
+        )
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """No coefficients, at seeded entries."""

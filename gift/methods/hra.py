@@ -42,7 +42,8 @@ class HRA(RankedMethod):
     Args:
         rank: `r`, the number of reflections; even, and at most that of columns. None means 8, or
             less where a matrix has fewer columns.
-        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        clip_rank: whether a matrix that cannot have the rank gets its largest one; see
+            `RankedMethod`.
         dtype: of the vectors, or its name; None means the weight's, but at least float32.
     """
 

@@ -31,7 +31,8 @@ class LoHa(RankedMethod):
     Args:
         rank: `r`. None means 3, or less where a matrix is smaller.
         alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
-        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        clip_rank: whether a matrix that cannot have the rank gets its largest one; see
+            `RankedMethod`.
         dtype: of the factors, or its name; None means the weight's, but at least float32.
     """
 

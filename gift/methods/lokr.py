@@ -49,7 +49,8 @@ class LoKr(RankedMethod):
         column_factor: the same for the columns; None means `factor`.
         decompose_both: let `w1` be a product of two factors as well.
         full_matrix: let `w2` be one matrix; there is no rank, then.
-        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        clip_rank: whether a matrix that cannot have the rank gets its largest one; see
+            `RankedMethod`.
         dtype: of the factors, or its name; None means the weight's, but at least float32.
 
     Raises:

@@ -40,7 +40,8 @@ class LoRA(RankedMethod):
         form: how linear layers and convolutions of one group are computed: ``"merged"``,
             ``"side"`` or ``"whole"``, which `gift.fast.choice` explains. None chooses the cheapest
             by shapes.
-        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        clip_rank: whether a matrix that cannot have the rank gets its largest one; see
+            `RankedMethod`.
         dtype: of the factors, or its name; None means the weight's, but at least float32.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gift.fast.linear import Product, linear_forwards
-from gift.methods.base import AdaptationError, Method, register_method, with_settings
+from gift.methods.base import AdaptationError, Method, register_method
 from gift.methods.settings import flag, whole
 
 
@@ -35,7 +35,10 @@ class OFT(Method):
     Args:
         block_size: `b`, which must divide the columns. None means the divisor nearest to 32.
         block_share: one rotation for all blocks: ``b (b-1) / 2`` parameters.
-        clip_block_size: take the divisor nearest to `block_size` instead of refusing.
+        clip_block_size: whether a matrix whose columns `block_size` does not divide gets the
+            nearest divisor. None means yes, with a warning that names it, unless it divides the
+            columns of none: that is refused. False refuses every such matrix; True asks for no
+            warning.
         dtype: of `Q`, or its name; None means the weight's, but at least float32.
     """
 
@@ -47,7 +50,7 @@ class OFT(Method):
 
     block_size: int | None = whole(None, least=2)
     block_share: bool = flag()
-    clip_block_size: bool = flag(enters_weight=False, kw_only=True)
+    clip_block_size: bool | None = flag(None, enters_weight=False, kw_only=True)
 
     def fit(self, shape: tuple[int, ...]) -> Self:
         """The method with its block size settled for a matrix ``(..., rows, columns)``."""
@@ -60,13 +63,12 @@ class OFT(Method):
         sizes = sorted({*small, *(columns // n for n in small)} - {1})
         wanted = self.block_size or self.default_block_size
         nearest = min(sizes, key=lambda size: (abs(size - wanted), size))
-        if self.block_size not in (None, nearest) and not self.clip_block_size:
-            near = [*[n for n in sizes if n < wanted][-1:], *[n for n in sizes if n > wanted][:1]]
-            raise AdaptationError(
-                f"block_size {wanted} does not divide the {columns} columns of its matrix "
-                f"({' or '.join(map(str, near))} would, or clip_block_size=True)"
-            )
-        return with_settings(self, block_size=nearest)
+        near = [*[n for n in sizes if n < wanted][-1:], *[n for n in sizes if n > wanted][:1]]
+        return self.settled(
+            nearest,
+            f"block_size {wanted} does not divide the {columns} columns of its matrix "
+            f"({' or '.join(map(str, near))} would, or clip_block_size=True)",
+        )
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """``Q`` zero, so that each rotation is none."""

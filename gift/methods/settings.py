@@ -65,7 +65,7 @@ def probability(default: float = 0.0) -> Any:
     return setting(default, "a number in [0, 1)", check, enters_weight=False)
 
 
-def flag(default: bool = False, **options: Any) -> Any:
+def flag(default: bool | None = False, **options: Any) -> Any:
     """True or False."""
     return setting(default, "True or False", lambda value: isinstance(value, bool), **options)
 

@@ -34,7 +34,8 @@ class SHiRA(RankedMethod):
             saved. ``"magnitude"`` takes those of largest absolute value. These are saved with the
             delta, since another base, or another order of equal values, would give others.
         seed: of the random mask.
-        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        clip_rank: whether a matrix that cannot have the rank gets its largest one; see
+            `RankedMethod`.
         dtype: of the values, or its name; None means the weight's, but at least float32.
     """
 

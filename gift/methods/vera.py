@@ -46,7 +46,8 @@ class VeRA(RankedMethod):
         seed: of the random pair.
         save_projection: save the pair with the delta, ``r * (rows + columns)`` numbers that are not
             trained.
-        clip_rank: give a matrix that cannot have the rank its largest one instead of refusing.
+        clip_rank: whether a matrix that cannot have the rank gets its largest one; see
+            `RankedMethod`.
         dtype: of vectors and matrices, or its name; None means the weight's, but at least float32.
     """
 

@@ -140,6 +140,8 @@ def _read(group: Mapping[str, Any], work: dict[str, _Work]) -> None:
             work.setdefault(path, _Work()).calls.append(call)
         return
     method, options = method_of(group["method"], settings), LayoutOptions(**group["layout"])
+    if f"clip_{method.size_setting}" not in settings:
+        method = method.exact()  # each tensor has the size that it says
     for name in group.get("tensors", ()):
         path, _, tensor = name.rpartition(".")
         work.setdefault(path, _Work()).tensors.append((tensor, method, options))
