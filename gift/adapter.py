@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from gift.delta import Delta, put_values
 from gift.errors import AdaptationError, GiftWarning
 from gift.generated import plain_class
-from gift.layers import Layout, LayoutOptions, bias_layout, layout_of
+from gift.layers import Layout, LayoutOptions, bias_layout, layout_of, raw_layout
 from gift.methods import Method
 from gift.quantised import dequantised
 
@@ -81,6 +81,23 @@ class Adapter(Delta):
         except AdaptationError as error:
             return str(error)
         return ""
+
+    def hidden_settings(self, module: nn.Module) -> dict[str, Any]:
+        """What differs from the method with its defaults, and a layout that was chosen."""
+        if self.layout is None:
+            return {}
+        hidden = self.method.hidden_settings
+        default = LayoutOptions().settled(self.method.conv_layouts, self.method.rows_are_outputs)
+        if self.options != default and self.layout != raw_layout(self.layout.shape):
+            hidden |= {"matrix": list(self.layout.matrix)}
+        return hidden and {"method": self.method.name} | hidden
+
+    def has_effect(self, module: nn.Module, key: str) -> bool:
+        """Whether the effective tensor differs from the frozen one."""
+        frozen = present_tensor(module, key)
+        if self.layout is None or frozen.is_meta or is_sharded(frozen) or self.is_on_meta(module):
+            return False
+        return not torch.equal(trained_value(self, module, frozen), dequantised(frozen, module))
 
     def reset(self, module: Any, key: str) -> None:
         """Give the delta its initial values, and a shape where it had none yet."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from gift.generated import Generated
+from gift.state_settings import KEY, decoded, encoded
 
 
 @dataclass
@@ -40,6 +41,17 @@ class Delta:
     @property
     def settings(self) -> dict[str, Any]:
         """What a saved delta and this one must agree on; empty while that is unknown."""
+        raise NotImplementedError
+
+    def hidden_settings(self, module: nn.Module) -> dict[str, Any]:
+        """Those among the settings that the names and shapes of the tensors do not show.
+
+        Empty where all are the defaults of the method, for tensors of these shapes.
+        """
+        raise NotImplementedError
+
+    def has_effect(self, module: nn.Module, key: str) -> bool:
+        """Whether the network computes something else than it would without this delta."""
         raise NotImplementedError
 
 
@@ -111,12 +123,44 @@ def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     return {key: delta.settings for key, delta in deltas_of(module).items()}
 
 
-def settings_misfits(module: nn.Module, path: str, metadata: Mapping[str, Any]) -> list[str]:
-    """What a state's metadata says of deltas, where it is not what `module` has."""
+def hidden_settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of each delta that `module` holds, the settings that no shape shows, if there are any."""
+    own = {key: delta for key, delta in deltas_of(module).items() if delta.owner is None}
+    found = {key: delta.hidden_settings(module) for key, delta in own.items()}
+    return {key: settings for key, settings in found.items() if settings}
+
+
+def settings_misfits(
+    module: nn.Module, path: str, metadata: Mapping[str, Any], state: Mapping[str, Any]
+) -> list[str]:
+    """Where a state was trained with settings that `module` does not have.
+
+    Args:
+        module: one that has deltas.
+        path: its path, for messages.
+        metadata: what torch keeps of the module beside its state.
+        state: of the module, by its own names.
+    """
     here, there = settings_of(module), metadata.get("gift")
-    if there is None or not here or not all(here.values()) or here == there:
+    if not here or not all(here.values()):
         return []
-    return [f"{path or 'the network'} was trained with {there}, here it has {here}"]
+    if there is None:  # the metadata is lost, as in a plain dictionary
+        if KEY not in state and not any(name in state for name in added_names(module)):
+            return []
+        here = hidden_settings_of(module)
+        there = decoded(state[KEY]) if KEY in state else {}
+    if here == there:
+        return []
+    where = path or "the network"
+    if there is None:
+        return [f"the settings of {where} in the state cannot be read: {KEY} is damaged"]
+    if there:
+        return [f"{where} was trained with {there}, here it has {here or 'the defaults'}"]
+    return [
+        f"{where} was trained with the defaults of its method, or the state was made by a gift "
+        f"that kept no settings in it; here it has {here} (if these are right: "
+        "net.load_state_dict(net.state_dict() | state))"
+    ]
 
 
 def named_deltas(network: nn.Module) -> Iterator[tuple[nn.Module, str, Delta]]:
@@ -141,11 +185,26 @@ class DeltaModule(Generated):
             own[key].reset(self, key)
         return self
 
+    @property
+    def gift_settings(self) -> Tensor:
+        """The value of the state's entry of that name, which torch's distributed checkpoints ask
+        the module for.
+        """
+        return encoded(hidden_settings_of(self))  # type: ignore[arg-type]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if hidden := hidden_settings_of(self):  # type: ignore[arg-type]
+            own = (held(self, name)[name] for name in added_names(self))  # type: ignore[arg-type]
+            destination[prefix + KEY] = encoded(hidden, next((t.device for t in own), None))
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, *rest: Any
     ) -> None:
         *_, errors = rest
-        problems = settings_misfits(self, prefix.rstrip("."), metadata)  # type: ignore[arg-type]
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        problems = settings_misfits(self, prefix.rstrip("."), metadata, own)  # type: ignore[arg-type]
+        state_dict.pop(prefix + KEY, None)  # which would be unexpected
         errors += problems
         if not problems:
             super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[misc]

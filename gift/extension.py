@@ -77,6 +77,10 @@ class CallMethod(Configured):
         """What the extended module gives; `forward` is what it would have called without it."""
         raise NotImplementedError
 
+    def has_effect(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether the extended module gives something else than the plain one."""
+        return bool(parameters)
+
     def beside(self, weight: Tensor | None) -> dict[str, Any]:
         """Dtype and device of new parameters in a module that may have none, as keywords."""
         return {"dtype": dtype_of(self.dtype)} if weight is None else self.like(weight)
@@ -113,6 +117,15 @@ class Extension(Delta):
     def settings(self) -> dict[str, Any]:
         """The method and its settings."""
         return {"method": self.method.name} | self.method.meaning
+
+    def hidden_settings(self, module: nn.Module) -> dict[str, Any]:
+        """What differs from the method with its defaults."""
+        hidden = self.method.hidden_settings
+        return hidden and {"method": self.method.name} | hidden
+
+    def has_effect(self, module: nn.Module, key: str) -> bool:
+        """Whether its parameters say so."""
+        return not self.is_on_meta(module) and self.method.has_effect(self.tensors(module))
 
     def reset(self, module: Any, key: str) -> None:
         """Give the parameters their initial values."""

@@ -1,6 +1,7 @@
 """What a network gains while it is being fine-tuned: it shows its trained parameters only."""
 
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -13,10 +14,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from gift.adapter import adapters_of
 from gift.delta import added_names, named_deltas, settings_of
+from gift.errors import GiftWarning
 from gift.generated import Generated, Spec, change_class, contributes, joined
 from gift.in_place import keep_values
+from gift.incoming import Incoming
+from gift.pretrained import saving_methods
 from gift.quantised import quant_state_names
 from gift.report import Report
+from gift.state_settings import without_settings
 from gift.transaction import Undo
 
 
@@ -37,6 +42,7 @@ class NetworkRecord:
         recipe: the strategy as plain data, None where a file cannot name it.
         loading: of the state that is being loaded, the prefix and the keys.
         rehearsing: whether that is only tried.
+        refusing: whether nothing of it is loaded.
     """
 
     chosen: set[str]
@@ -50,6 +56,7 @@ class NetworkRecord:
     recipe: dict[str, Any] | None = None
     loading: tuple[str, Set[str]] = ("", frozenset())
     rehearsing: bool = False
+    refusing: bool = False
 
 
 class FineTunedNetwork(Generated):
@@ -91,11 +98,11 @@ class FineTunedNetwork(Generated):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters and the persistent buffers, under any prefix."""
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
-            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
             for name in (*frozen_names(self), *quant_state_names(self)):
                 state.pop(prefix + name, None)
-            _describe_deltas(self, state, prefix)
+        _describe_deltas(self, state, prefix)
         return state
 
     def load_state_dict(
@@ -121,10 +128,31 @@ class FineTunedNetwork(Generated):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Also called when a bigger module loads its state, which passes `load_state_dict` by.
         keys: Set[str] = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        self._gift_network.loading = (prefix, keys)
-        if not self._gift_network.rehearsing:
+        record = self._gift_network
+        record.loading, record.refusing = (prefix, keys), False
+        if not record.rehearsing:
             coming = {key: state_dict[prefix + key] for key in keys}
-            keep_values(self, coming, set(frozen_names(self)), delta_names(self))  # type: ignore[arg-type]
+            frozen, deltas = set(frozen_names(self)), delta_names(self)
+            _, strict, *_, errors = rest
+            incoming = Incoming(
+                self,  # type: ignore[arg-type]
+                coming,
+                whole_state(self),  # type: ignore[arg-type]
+                frozen,
+                deltas,
+                record.chosen,
+                strict,
+                alone=not prefix,
+            )
+            if problems := list(incoming.problems()):
+                errors += [f"{problem}. Nothing of it was loaded" for problem in problems]
+                record.refusing = True
+                for key in keys:  # so that no part of the network finds anything to load
+                    del state_dict[prefix + key]
+                return
+            for surprise in incoming.surprises():
+                warnings.warn(surprise, GiftWarning, stacklevel=2)
+            keep_values(self, coming, frozen, deltas)  # type: ignore[arg-type]
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 
@@ -144,7 +172,7 @@ def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
     """
     if not isinstance(state_dict, Mapping):
         return state_dict  # torch says what it expected
-    own = nn.Module.state_dict(network)
+    own = whole_state(network)
     rehearsal = OrderedDict(state_dict)
     for key, value in rehearsal.items():
         mine = own.get(key)
@@ -157,6 +185,11 @@ def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
     return rehearsal
 
 
+def whole_state(network: nn.Module) -> dict[str, Any]:
+    """All that the state of a network has, frozen parameters too, without settings of deltas."""
+    return without_settings(nn.Module.state_dict(network))
+
+
 def _shape(value: Any) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) and not is_lazy(value) else None
 
@@ -167,6 +200,10 @@ def _loaded(network: Any, incompatible: Any) -> None:
     """
     record: NetworkRecord = network._gift_network
     prefix, keys = record.loading
+    if record.refusing:  # there is an error already
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(prefix)]
+        return
     frozen, deltas = set(frozen_names(network)), delta_names(network)
     is_base = bool(frozen & keys) and not deltas & keys
     absent = deltas if is_base else frozen
@@ -193,6 +230,7 @@ def _network_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
     }
     if hasattr(plain, "resize_token_embeddings"):
         namespace["resize_token_embeddings"] = _refuse_to_resize
+    namespace |= saving_methods(plain)
     return [FineTunedNetwork], namespace
 
 

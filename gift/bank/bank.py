@@ -19,7 +19,7 @@ from gift.enable import GiftWarning, check_undoable, enable_fine_tuning, enablin
 from gift.files import load, resolve
 from gift.generated import spec_of
 from gift.meanwhile import meanwhile, refuse_meanwhile
-from gift.network import NetworkRecord, delta_names, frozen_names
+from gift.network import NetworkRecord, delta_names, frozen_names, whole_state
 from gift.quantised import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.tensors import is_finite
@@ -320,7 +320,7 @@ def _without_base(net: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         RuntimeError: if they have other values there.
     """
-    present, frozen = nn.Module.state_dict(net), {*frozen_names(net)}
+    present, frozen = whole_state(net), {*frozen_names(net)}
     others = [name for name in state if name in frozen and not _same(present[name], state[name])]
     if others:
         raise RuntimeError(f"nothing was loaded: of {others}, the base has other values")

@@ -63,6 +63,7 @@ class Bottleneck(CallMethod):
     """
 
     name: ClassVar[str] = "bottleneck"
+    size_setting: ClassVar[str | None] = "size"
 
     size: int = whole(16)
     activation: str = choice(*ACTIVATIONS)
@@ -107,6 +108,10 @@ class Bottleneck(CallMethod):
             "up_weight": torch.zeros(features.outputs, self.size, **like),
             "up_bias": torch.zeros(features.outputs, **like),
         }
+
+    def has_effect(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether `W_up` or its bias is no longer zero."""
+        return any(bool(parameters[key].any()) for key in ("up_weight", "up_bias"))
 
     def call(
         self,

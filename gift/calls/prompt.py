@@ -52,6 +52,7 @@ class Prompt(CallMethod):
     """
 
     name: ClassVar[str] = "prompt"
+    size_setting: ClassVar[str | None] = "num_virtual_tokens"
 
     num_virtual_tokens: int = whole(8)
     dim: int | None = whole(None, enters_weight=False, kw_only=True)

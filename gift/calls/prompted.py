@@ -21,6 +21,7 @@ class OfModel(CallMethod):
     """What the parts of a prompted language model have in common."""
 
     name: ClassVar[str] = "prompt"
+    size_setting: ClassVar[str | None] = "num_virtual_tokens"
 
     num_virtual_tokens: int = whole(8)
 

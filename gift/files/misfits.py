@@ -13,6 +13,7 @@ from gift.files.digests import digest
 from gift.files.inspecting import DeltaFile
 from gift.files.saving import fingerprint, split
 from gift.methods import method_of
+from gift.network import whole_state
 from gift.quantised import tells_packing
 from gift.report import some
 from gift.strategies.resolved import PLACES
@@ -143,7 +144,7 @@ def _told_of_base(
 
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     """All tensors in the state of a network, frozen ones too."""
-    state = nn.Module.state_dict(net)
+    state = whole_state(net)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -15,7 +15,13 @@ from gift.files.description import describe_deltas, names_regex, resolve
 from gift.files.digests import digest, digests
 from gift.generated import spec_of
 from gift.meanwhile import refuse_meanwhile
-from gift.network import NetworkRecord, delta_names, frozen_names, trained_in_place
+from gift.network import (
+    NetworkRecord,
+    delta_names,
+    frozen_names,
+    trained_in_place,
+    whole_state,
+)
 from gift.noted import noted
 from gift.quantised import quant_state_names
 from gift.tensors import dtype_name, is_finite
@@ -139,7 +145,7 @@ class Parts:
 
 def split(network: Any) -> Parts:
     """Sort the state of a fine-tuned network."""
-    state: dict[str, Any] = nn.Module.state_dict(network)
+    state = whole_state(network)
     foreign = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     tensors = {name: value for name, value in state.items() if name not in foreign}
     still = {

@@ -131,6 +131,7 @@ class RsLoRA(LoRA):
 
     name: ClassVar[str] = "rslora"
     title: ClassVar[str] = "RsLoRA"
+    shares_names: ClassVar[bool] = True
 
     use_rslora: bool = flag(True)
 

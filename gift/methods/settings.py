@@ -138,6 +138,13 @@ class Configured:
 
     name: ClassVar[str]
 
+    size_setting: ClassVar[str | None] = None
+    """The setting, an integer, that decides how many parameters are added."""
+
+    shares_names: ClassVar[bool] = False
+    """Whether another method gives its parameters the same names, so that only the settings of a
+    saved delta tell the two apart."""
+
     dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
 
     def __post_init__(self) -> None:
@@ -158,6 +165,25 @@ class Configured:
         """What a saved delta and a network must agree on: the settings that enter the result."""
         entering = {f.name for f in fields(self) if f.metadata.get("enters_weight", True)}
         return {name: value for name, value in self.settings.items() if name in entering}
+
+    @property
+    def hidden_settings(self) -> dict[str, Any]:
+        """Of `meaning` what differs from the defaults, and neither names nor shapes of the
+        parameters show.
+        """
+        if self.shares_names:
+            return dict(self.meaning)
+        shown = {self.size_setting, *(f.name for f in fields(self) if f.metadata.get("found"))}
+        entering = [f for f in fields(self) if f.metadata.get("enters_weight", True)]
+        if all(f.name in shown or getattr(self, f.name) == f.default for f in entering):
+            return {}
+        size = {k: v for k, v in self.settings.items() if k == self.size_setting}
+        default = type(self)(**size).meaning
+        return {
+            name: value
+            for name, value in self.meaning.items()
+            if name not in shown and default.get(name) != value
+        }
 
     def __str__(self) -> str:
         chosen = [field for field in fields(self) if not field.metadata.get("found")]
