@@ -32,7 +32,7 @@ class Incoming:
         deltas: names of what methods added.
         trained: names of all that is trained.
         strict: whether torch refuses missing and unexpected keys.
-        alone: whether the network itself was asked to load, not a bigger module.
+        prefix: before the names in the state of a bigger module.
     """
 
     network: nn.Module
@@ -42,12 +42,15 @@ class Incoming:
     deltas: Set[str]
     trained: Set[str]
     strict: bool
-    alone: bool
+    prefix: str
 
     def problems(self) -> Iterator[str]:
         """Why nothing of it may be loaded."""
         if found := self._renamed():
-            pairs = [f"{theirs!r} (here {ours!r})" for theirs, ours in found.items()]
+            pairs = [
+                f"{self.prefix + theirs} (here {self.prefix + ours})"
+                for theirs, ours in found.items()
+            ]
             yield (
                 f"{len(found)} trained tensors have other names in the state: {some(pairs, 3)}. "
                 "The library that wrote it renamed them, or they are of another network: give "
@@ -80,7 +83,7 @@ class Incoming:
     @property
     def _is_for_it(self) -> bool:
         """Whether it is for this network at all, not for other parts of a bigger module."""
-        return bool(self.state) or self.alone
+        return bool(self.state) or not self.prefix
 
     def _surprises_of_a_base(self) -> Iterator[str]:
         changed = self._changed()
@@ -111,8 +114,8 @@ class Incoming:
         """Unexpected keys that can only be trained tensors of the network under other names."""
         missing = (self.own_deltas | (self.trained & self.own.keys())) - self.state.keys()
         unexpected = [key for key in self.state if key not in self.own and not is_settings(key)]
-        if self.strict or not missing or not unexpected:
-            return {}  # if strict, torch names both
+        if not missing or not unexpected:
+            return {}
         kinds: dict[Any, list[str]] = {}
         for name in self.own:
             if name in missing:

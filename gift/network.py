@@ -43,6 +43,8 @@ class NetworkRecord:
         loading: of the state that is being loaded, the prefix and the keys.
         rehearsing: whether that is only tried.
         refusing: whether nothing of it is loaded.
+        strict: whether missing keys are errors, as far as that is known: torch does not tell parts
+            of a bigger module.
     """
 
     chosen: set[str]
@@ -57,6 +59,7 @@ class NetworkRecord:
     loading: tuple[str, Set[str]] = ("", frozenset())
     rehearsing: bool = False
     refusing: bool = False
+    strict: bool = True
 
 
 class FineTunedNetwork(Generated):
@@ -123,7 +126,11 @@ class FineTunedNetwork(Generated):
         finally:
             record.rehearsing = False
         options = {"assign": True} if assign else {}  # which an own override may not know
-        return super().load_state_dict(state_dict, strict, **options)  # type: ignore[misc]
+        record.strict = bool(strict)
+        try:
+            return super().load_state_dict(state_dict, strict, **options)  # type: ignore[misc]
+        finally:
+            record.strict = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Also called when a bigger module loads its state, which passes `load_state_dict` by.
@@ -133,7 +140,7 @@ class FineTunedNetwork(Generated):
         if not record.rehearsing:
             coming = {key: state_dict[prefix + key] for key in keys}
             frozen, deltas = set(frozen_names(self)), delta_names(self)
-            _, strict, *_, errors = rest
+            *_, errors = rest
             incoming = Incoming(
                 self,  # type: ignore[arg-type]
                 coming,
@@ -141,8 +148,8 @@ class FineTunedNetwork(Generated):
                 frozen,
                 deltas,
                 record.chosen,
-                strict,
-                alone=not prefix,
+                record.strict,
+                prefix,
             )
             if problems := list(incoming.problems()):
                 errors += [f"{problem}. Nothing of it was loaded" for problem in problems]
