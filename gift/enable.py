@@ -245,7 +245,7 @@ def _apply(
     module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot
 ) -> tuple[Report, dict[str, nn.Parameter]]:
     """Apply the caps and freeze what none took; gives all parameters by all their names as well."""
-    parameters = [p for _, _, p, *_ in snapshot.parameters]
+    parameters: list[Any] = [kept.tensor for _, _, kept in snapshot.parameters]
     total, trainable = sizes_of(parameters)
     report = Report(
         network=type(module).__name__,

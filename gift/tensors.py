@@ -26,3 +26,42 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.element_size() == 1:  # float8 has few operations of its own
         tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
+
+
+def set_flag(tensor: Tensor, flag: bool) -> None:
+    """Set ``requires_grad``, also where torch asks for inference mode."""
+    if tensor.requires_grad != flag:
+        with torch.inference_mode(tensor.is_inference()):
+            tensor.requires_grad = flag
+
+
+def set_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other memory, also where torch asks for inference mode."""
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.data = data
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit, as far as that can be told."""
+    if type(one.data) is not Tensor or type(other.data) is not Tensor:
+        return False
+    if (one.shape, one.dtype, one.device, one.layout) != (
+        other.shape, other.dtype, other.device, other.layout
+    ):  # fmt: skip
+        return False
+    if one.is_meta or one.layout is not torch.strided:
+        return False
+    if one.is_complex():
+        one, other = (torch.view_as_real(t.detach().resolve_conj()) for t in (one, other))
+    bits = _BITS.get(one.element_size())
+    return bits is not None and torch.equal(one.detach().view(bits), other.detach().view(bits))
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several of its elements share memory, so that torch refuses to write to it."""
+    return tensor.layout is torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )

@@ -4,12 +4,17 @@ A `Snapshot` is taken before any action runs. If something goes wrong, `rollback
 network exactly, whatever foreign actions did to it. If all goes well, `commit` keeps only what
 differs, as an `Undo`, which `disable_fine_tuning` applies. An `Undo` refers to modules and tensors
 by object, so copies and pickles of the network carry a working one.
+
+Both ways back compare first and write only what differs: what nobody changed belongs to its author
+and may refuse. Their steps allocate nothing that is large, call no code of an author, and can be
+repeated, so what an interrupt leaves behind is completed by a second pass.
 """
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -17,17 +22,44 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapt import release_tensors
+from gift.containers import (
+    Missing,
+    copied,
+    differ,
+    difference,
+    filled,
+    put_entries,
+    put_order,
+    refill,
+    restore,
+)
 from gift.delta import added_names
 from gift.extension import release_extensions
 from gift.generated import plain_class, set_class
 from gift.guard import KeptValues
 from gift.statistics import release_statistics
+from gift.tensors import is_expanded, same_bits, set_data, set_flag
 
 OWN = ("_gift_adapters", "_gift_extensions", "_gift_network", "_gift_schedule", "_gift_mode")
 
 
-class _Missing:
-    """In an undo: nothing stood here. A class, so that copies and pickles keep its identity."""
+_Missing = Missing  # under which pickles know it
+_ATTRIBUTES: Any = vars(nn.Module)["__dict__"]
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The real ``__dict__`` of a module, whatever its class shows under that name."""
+    return _ATTRIBUTES.__get__(module)
+
+
+def completed(step: Callable[[], None], passes: int = 4) -> None:
+    """Run a step that can be repeated again if it was interrupted, and raise that afterwards."""
+    try:
+        step()
+    except BaseException:
+        if passes > 1:
+            completed(step, passes - 1)
+        raise
 
 
 @dataclass
@@ -54,26 +86,26 @@ class ModuleUndo:
         """Put back what stood there before."""
         if self.plain is not None:
             set_class(self.module, self.plain)
-        state = self.module.__dict__
-        _put_back(state, self.attributes)
+        state = attributes_of(self.module)
+        put_entries(state, self.attributes)
         for key, entries in self.entries.items():
             if key == "_modules":
                 self._follow_modes(entries)
-            _put_back(state[key], entries)
-            _reorder(state[key], self.order[key])
+            put_entries(state[key], entries)
+            put_order(state[key], self.order[key])
         for key, content in self.contents.items():
-            _refill(state[key], content)
+            refill(state[key], content)
 
     def present(self) -> "ModuleUndo":
         """The same with what stands now where something was changed: the way forth again."""
-        state = self.module.__dict__
+        state = attributes_of(self.module)
         return ModuleUndo(
             self.module,
             plain=None if self.plain is None else type(self.module),
             attributes=_as_now(state, self.attributes),
-            entries={key: _as_now(state[key], entries) for key, entries in self.entries.items()},
-            order={key: list(state[key]) for key in self.order},
-            contents={key: type(old)(state[key]) for key, old in self.contents.items()},
+            entries={k: _as_now(copied(state[k]), entries) for k, entries in self.entries.items()},
+            order={key: list(copied(state[key])) for key in self.order},
+            contents={key: copied(state[key]) for key in self.contents},
         )
 
     def _follow_modes(self, originals: dict[Any, Any]) -> None:
@@ -115,7 +147,7 @@ class Undo:
                 put_value(tensor_of(module, name), value)
         for module, name, flag in self.requires_grad:
             if (parameter := module._parameters.get(name)) is not None:
-                parameter.requires_grad = flag
+                set_flag(parameter, flag)
         for left in nn.Module.parameters(network):
             left.grad = None
 
@@ -129,67 +161,102 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
 
 
 def put_value(tensor: Tensor, value: Tensor) -> None:
-    """Give a tensor in place another value, and its shape and dtype."""
-    if value.is_meta:
-        return  # there was no value when it was kept
-    if tensor.shape == value.shape and tensor.dtype == value.dtype:
-        tensor.copy_(value)
+    """Give a tensor in place another value, and its shape and dtype.
+
+    It is written only where it differs, as memory that nobody wrote may refuse it (a mapped file).
+    """
+    if value.is_meta or same_bits(tensor, value):
+        return  # there was no value when it was kept, or it is the present one
+    alike = (tensor.shape, tensor.dtype, tensor.device) == (value.shape, value.dtype, value.device)
+    if alike and not is_expanded(tensor):
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(value)
     else:
-        tensor.data = value.clone()
+        set_data(tensor, value.clone())
+
+
+class _Kept:
+    """A parameter or buffer as it was found: its flag, memory and gradient."""
+
+    __slots__ = ("data", "flag", "grad", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.flag = tensor.requires_grad
+        self.data = None if is_lazy(tensor) else tensor.data
+        # A module that changes dtype or device changes the gradient in place.
+        grad = tensor.grad if tensor.is_leaf else None
+        self.grad = None if grad is None else (grad, grad.data)
+
+    def restore(self) -> None:
+        tensor, grad = self.tensor, self.grad
+        moved = self.data is not None and _moved(tensor, self.data)
+        if moved:
+            tensor.grad = None  # which must have the dtype that the tensor has
+            set_data(tensor, self.data)  # type: ignore[arg-type]
+        set_flag(tensor, self.flag)
+        if grad is None:
+            if tensor.is_leaf and tensor.grad is not None:
+                tensor.grad = None
+            return
+        if _moved(*grad):
+            grad[0].data = grad[1]
+        if tensor.grad is not grad[0]:
+            tensor.grad = grad[0]
 
 
 class Snapshot:
     """The structure of a network, and the state of its parameters, before anything changes."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.modules = [(m, type(m), dict(m.__dict__), _contents(m)) for m in network.modules()]
-        named = [
-            (m, name, p)
+        states = [(m, type(m), dict(attributes_of(m))) for m in network.modules()]
+        self.modules = [(m, cls, state, _contents(state)) for m, cls, state in states]
+        slots = {cls: _slots(cls) for _, cls, _ in states}
+        self.slots = [(slot, m, _value(slot, m)) for m, cls, _ in states for slot in slots[cls]]
+        self.parameters = [
+            (m, name, _Kept(p))
             for m, _, _, contents in self.modules
             for name, p in contents.get("_parameters", {}).items()
             if p is not None
         ]
-        self.parameters = [
-            (m, name, p, p.requires_grad, _kept_grad(p), None if is_lazy(p) else p.data)
-            for m, name, p in named
+        self.buffers = [
+            (m, name, _Kept(buffer))
+            for m, _, _, contents in self.modules
+            for name, buffer in contents.get("_buffers", {}).items()
+            if buffer is not None
         ]
 
     @cached_property
     def values(self) -> KeptValues:
         """Within it, an action may write into the tensors of the network."""
-        return KeptValues(tensor for _, _, tensor in self._tensors())
+        return KeptValues(kept.tensor for _, _, kept in self._tensors())
 
     @property
     def _foreign(self) -> bool:
         """Whether a foreign action ran, which may have changed values."""
         return "values" in vars(self)
 
-    def _tensors(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def _tensors(self) -> Iterator[tuple[nn.Module, str, _Kept]]:
         """Parameters and buffers as they were found; tied ones once for each name."""
-        for module, name, parameter, *_ in self.parameters:
-            yield module, name, parameter
-        for module, _, _, contents in self.modules:
-            for name, buffer in contents.get("_buffers", {}).items():
-                if buffer is not None:
-                    yield module, name, buffer
+        yield from self.parameters
+        yield from self.buffers
 
     def rollback(self) -> None:
         """Restore everything, exactly."""
+        completed(self._restore)
+
+    def _restore(self) -> None:
         for module, cls, state, contents in self.modules:
             if type(module) is not cls:
                 set_class(module, cls)
-            module.__dict__.clear()
-            module.__dict__.update(state)
-            for key, value in _filled(state, contents):
-                _refill(value, contents.get(key, ()))
-        for _, _, parameter, requires_grad, grad, data in self.parameters:
-            parameter.grad = None  # which must have the dtype that the parameter has
-            if data is not None and _moved(parameter, data):
-                parameter.data = data
-            parameter.requires_grad = requires_grad
-            if grad is not None:
-                grad[0].data = grad[1]
-                parameter.grad = grad[0]
+            restore(attributes_of(module), state)
+            for key, value in filled(state, contents):
+                restore(value, contents.get(key) or copied(value).__class__())
+        for slot, module, value in self.slots:
+            if _value(slot, module) is not value:
+                slot.__delete__(module) if value is Missing else slot.__set__(module, value)
+        for _, _, kept in self._tensors():
+            kept.restore()
         if self._foreign:
             self.values.restore()
 
@@ -201,7 +268,9 @@ class Snapshot:
         """
         undo = Undo(modules=list(self._changes()))
         undo.requires_grad = [
-            (m, name, flag) for m, name, p, flag, _, _ in self.parameters if p.requires_grad != flag
+            (m, name, kept.flag)
+            for m, name, kept in self.parameters
+            if kept.tensor.requires_grad != kept.flag
         ]
         if keep_values:
             undo.values = list(self._values())
@@ -209,15 +278,14 @@ class Snapshot:
 
     def _values(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Copies of what training will change, or foreign actions have changed."""
-        known = self.parameters if self._foreign else []
-        data = {id(p): old for _, _, p, _, _, old in known if old is not None}
         seen: set[int] = set()
-        for module, name, tensor in self._tensors():
+        for module, name, kept in self._tensors():
+            tensor = kept.tensor
             trained = tensor.requires_grad or name in module._buffers
             if not (trained or self._foreign) or id(tensor) in seen or is_lazy(tensor):
                 continue
             seen.add(id(tensor))
-            before = data.get(id(tensor), tensor)
+            before = tensor if kept.data is None else kept.data
             changed = self.values.original(before) if self._foreign else None
             if changed is not None:
                 yield module, name, changed
@@ -227,18 +295,20 @@ class Snapshot:
     def _changes(self) -> Iterator[ModuleUndo]:
         for module, cls, state, contents in self.modules:
             plain = None if plain_class(type(module)) is cls else cls
-            attributes = _difference(state, module.__dict__, OWN)
-            if "_gift_mode" in module.__dict__:
+            now = attributes_of(module)
+            attributes = difference(state, now, OWN)
+            if "_gift_mode" in now:
                 attributes.pop("training", None)  # it knows the mode that was asked for last
             undo = ModuleUndo(module, plain, attributes)
-            for key, value in _filled(state, contents):
+            for key, value in filled(state, contents):
                 if key in attributes:
                     continue
-                before = contents.get(key, type(value)())
-                if not isinstance(value, dict):
-                    if _differ(before, value):
+                present = copied(value)
+                before = contents.get(key) or type(present)()
+                if not isinstance(before, dict):
+                    if differ(before, value):
                         undo.contents[key] = before
-                elif entries := _difference(before, value, added_names(module)):
+                elif entries := difference(before, present, added_names(module)):
                     undo.entries[key], undo.order[key] = entries, list(before)
             if plain is not None or attributes or undo.entries or undo.contents:
                 yield undo
@@ -255,63 +325,26 @@ def all_or_nothing(network: nn.Module) -> Iterator[None]:
         raise
 
 
-def _kept_grad(parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
-    """The gradient, and its memory: a module that changes dtype or device changes it in place."""
-    grad = parameter.grad
-    return None if grad is None else (grad, grad.data)
-
-
-_CONTAINERS = (dict, list, set)
-
-
-def _contents(module: nn.Module) -> dict[str, Any]:
+def _contents(state: dict[str, Any]) -> dict[str, Any]:
     """Copies of the containers in a module; most are empty, and those are left out."""
-    return {key: value.copy() for key, value in _filled(module.__dict__)}
+    return {key: copied(value) for key, value in filled(state)}
 
 
-def _filled(state: dict[str, Any], also: Container[str] = ()) -> list[tuple[str, Any]]:
-    """The containers in the state of a module that hold something, and those `also` named."""
-    items = state.items()
-    return [(k, v) for k, v in items if isinstance(v, _CONTAINERS) and (v or k in also)]
+def _slots(cls: type) -> list[MemberDescriptorType]:
+    """Where instances of a class have attributes outside of their ``__dict__``."""
+    own = [value for base in cls.__mro__[:-1] for value in vars(base).values()]
+    return [value for value in own if isinstance(value, MemberDescriptorType)]
 
 
-def _difference(
-    before: dict[Any, Any], after: dict[Any, Any], own: Container[str]
-) -> dict[Any, Any]:  # fmt: skip
-    """What `before` had otherwise than `after`, where `own` keys are not counted as new."""
-    changed = {k: v for k, v in before.items() if after.get(k, _Missing) is not v}
-    return changed | {k: _Missing for k in after.keys() - before.keys() if k not in own}
+def _value(slot: MemberDescriptorType, module: nn.Module) -> Any:
+    try:
+        return slot.__get__(module)
+    except AttributeError:
+        return Missing
 
 
-def _differ(before: Any, after: Any) -> bool:
-    """Whether two lists or sets hold other objects; what they hold may not compare (tensors)."""
-    if isinstance(before, set):
-        return before != after
-    return len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True))
-
-
-def _as_now(state: dict[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
-    return {key: state.get(key, _Missing) for key in keys}
-
-
-def _put_back(target: dict[Any, Any], entries: dict[Any, Any]) -> None:
-    for key, value in entries.items():
-        if value is _Missing:
-            target.pop(key, None)
-        else:
-            target[key] = value
-
-
-def _reorder(target: dict[Any, Any], order: list[Any]) -> None:
-    known = [(key, target.pop(key)) for key in order if key in target]
-    late = list(target.items())
-    target.clear()
-    target.update(known + late)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
+def _as_now(state: dict[str, Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    return {key: state.get(key, Missing) for key in keys}
 
 
 def _moved(parameter: Tensor, data: Tensor) -> bool:

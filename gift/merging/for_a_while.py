@@ -48,7 +48,7 @@ def merged(net: nn.Module) -> Iterator[nn.Module]:
         remove_record(net)
         _merge_copies(net)
         names = {p: name for name, p in net.named_parameters()}
-        own = {id(p) for _, _, p, *_ in snapshot.parameters}
+        own = {id(kept.tensor) for _, _, kept in snapshot.parameters}
         shared = {p: p._version for p in names if id(p) in own and not p.is_inference()}
         for parameter in names:
             parameter.requires_grad = False

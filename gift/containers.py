@@ -1,0 +1,114 @@
+"""Containers in the state of a module: what they hold, and how they are given that again.
+
+Authors put containers of their own into modules, which may refuse to be written (`FrozenDict`), or
+do more than that. Those that derive from a built-in one are read and written by the methods of the
+built-in one, and written only where they differ; all others are left to their authors. No step
+calls code of an author, but for hashes and comparisons of keys, and all can be repeated.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any
+
+_KINDS = (OrderedDict, dict, list, set, deque)
+_EXACT = frozenset(_KINDS)
+
+
+class Missing:
+    """Nothing stood here. A class, so that copies and pickles keep its identity."""
+
+
+def kind_of(value: Any) -> Any:
+    """The built-in class of which `value` is an instance, the most derived; None for others."""
+    return next(kind for kind in _KINDS if issubclass(type(value), kind))
+
+
+def filled(state: Mapping[str, Any], also: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    """The containers in the state of a module that hold something, and those `also` named."""
+    for key, value in state.items():
+        cls = type(value)
+        if cls in _EXACT:
+            if value or key in also:
+                yield key, value
+        elif issubclass(cls, _KINDS) and (key in also or kind_of(value).__len__(value)):
+            yield key, value
+
+
+def copied(container: Any) -> Any:
+    """What a container holds, as a plain dictionary, list or set."""
+    kind = kind_of(container)
+    if issubclass(kind, dict):
+        return dict(kind.items(container))
+    return set(set.__iter__(container)) if kind is set else list(kind.__iter__(container))
+
+
+def difference(
+    before: Mapping[Any, Any], after: Mapping[Any, Any], own: Container[str]
+) -> dict[Any, Any]:
+    """What `before` had otherwise than `after`, where `own` keys are not counted as new."""
+    changed = {k: v for k, v in before.items() if after.get(k, Missing) is not v}
+    return changed | {k: Missing for k in after.keys() - before.keys() if k not in own}
+
+
+def differ(before: Any, container: Any) -> bool:
+    """Whether a list or set holds other objects; what it holds may not compare (tensors)."""
+    now = copied(container)
+    if isinstance(before, set):
+        return set(map(id, before)) != set(map(id, now))
+    return len(before) != len(now) or any(a is not b for a, b in zip(before, now, strict=True))
+
+
+def restore(container: Any, before: Any) -> None:
+    """Let a container hold exactly what it held, in that order."""
+    if isinstance(before, dict):
+        put_entries(container, difference(before, copied(container), ()))
+        put_order(container, list(before))
+    else:
+        refill(container, before)
+
+
+def put_entries(container: Any, entries: Mapping[Any, Any]) -> None:
+    """Give a dictionary these values; what is `Missing` is removed."""
+    kind = kind_of(container)
+    for key, value in entries.items():
+        now = kind.get(container, key, Missing)
+        if now is value:
+            continue
+        if value is Missing:
+            kind.__delitem__(container, key)
+        else:
+            kind.__setitem__(container, key, value)
+
+
+def put_order(container: Any, order: Iterable[Any]) -> None:
+    """Order a dictionary; keys that `order` does not name come last."""
+    kind, now = kind_of(container), copied(container)
+    wanted = {key: now[key] for key in order if key in now}
+    wanted |= now
+    if list(wanted) == list(now):
+        return
+    try:
+        for key, value in wanted.items():
+            kind.__delitem__(container, key)
+            kind.__setitem__(container, key, value)
+    finally:  # nothing is lost if that is interrupted
+        for key, value in wanted.items():
+            kind.__setitem__(container, key, value)
+
+
+def refill(container: Any, before: Any) -> None:
+    """Let a list or set hold these objects."""
+    if not differ(before, container):
+        return
+    kind = kind_of(container)
+    if kind is set:
+        for item in copied(container):
+            if not any(item is one for one in before):
+                set.discard(container, item)
+        for item in before:
+            set.add(container, item)
+    elif kind is list:
+        list.__setitem__(container, slice(None), before)
+    else:
+        deque.clear(container)
+        deque.extend(container, before)
