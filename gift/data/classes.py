@@ -8,13 +8,16 @@ from gift.data.errors import DataError
 from gift.report import some
 
 _NUMBER = re.compile(r"-?\d{1,18}")  # longer ones are names
+_DECIMAL = re.compile(r"[-+]?(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][-+]?\d{1,3})?")
+_MISSING = ("nan", "na", "n/a", "none", "null", "inf", "-inf", "<na>")
 
 
 def classes_of(labels: Iterable[str], classes: Sequence[str] | None = None) -> tuple[str, ...]:
     """The classes in numerical or alphabetical order, or those that are given.
 
     Raises:
-        DataError: if there are fewer than two, or one is given twice.
+        DataError: if there are fewer than two, one is given twice, or labels that shall tell what
+            classes there are look like measured numbers.
 
     Example:
         >>> classes_of(["10", "9", "9"])
@@ -28,14 +31,38 @@ def classes_of(labels: Iterable[str], classes: Sequence[str] | None = None) -> t
             raise DataError(f"classes are given twice: {some(twice)}")
         return given
     found = set(labels)
-    numbers = all(_NUMBER.fullmatch(name) for name in found)
-    names = tuple(sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
+    numbers = all(_DECIMAL.fullmatch(name) for name in found)
+    whole = all(_NUMBER.fullmatch(name) for name in found)
+    if not whole:
+        _refuse_measured(found)
+    value = int if whole else float
+    names = tuple(sorted(found, key=lambda name: (value(name) if numbers else 0, name)))
     if len(names) < 2:
         raise DataError(
             f"there is no more than one class, {some(names) or 'none'}: nothing to tell apart; "
             "where other classes are to be known, give classes=train.classes"
         )
     return names
+
+
+def _refuse_measured(labels: set[str]) -> None:
+    """Raise an error for labels that are numbers, but no numbers of classes."""
+    missing = {name for name in labels if name.lower() in _MISSING}
+    numbers = sorted(labels - missing, key=lambda name: (len(name), name))
+    if not numbers or not all(_DECIMAL.fullmatch(name) for name in numbers):
+        return
+    advice = "where each of them is a class all the same, give their names, classes=[...]"
+    if missing:
+        raise DataError(f"labels are numbers and {some(sorted(missing))}: is one missing? {advice}")
+    if broken := [name for name in numbers if not float(name).is_integer()]:
+        raise DataError(
+            f"labels such as {some(broken, 4)} are measured numbers, {len(numbers)} different ones,"
+            " and no classes: for a regression give tensors of inputs and targets, "
+            f"gift.data.tensors(..., task='regression'); {advice}"
+        )
+    twice = Counter(float(name) for name in numbers)
+    if same := [name for name in numbers if twice[float(name)] > 1]:
+        raise DataError(f"labels {some(same, 4)} are one number written in several ways; {advice}")
 
 
 def distinct(names: Iterable[str]) -> tuple[str, ...]:

@@ -44,14 +44,15 @@ class Examples:
     Args:
         dataset: with a length and an item for each number: a pair of input and target, or a
             dictionary of tensors with "labels" (what transformers takes).
-        task: "classification", "language" (predict the next token), "detection" or "regression".
+        task: "classification", "language" (predict the next token), "detection" or "regression";
+            None leaves "classification" or "regression" to targets and network.
         classes: names of the classes, by their numbers; None where there are none.
         collate: makes a batch of items; None is torch's own.
         reader: makes inputs of files or texts, for `predict`; None where examples are tensors.
     """
 
     dataset: Dataset[Any]
-    task: str = "classification"
+    task: str | None = None
     classes: tuple[str, ...] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     reader: Reader | None = None

@@ -1,5 +1,6 @@
 """Plain texts for language models."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def language_text(
         length: tokens in a row.
 
     Raises:
-        DataError: naming all files that cannot be read, or if there is not enough text for a row.
+        DataError: naming all files that cannot be read or hold records (chats in JSON lines,
+            tables) instead of text, or if there is not enough text for a row.
     """
     if length < 2:
         refuse("language_text", [f"length is {length}, expected at least 2"])
@@ -59,6 +61,9 @@ def language_text(
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{file}: {_reason(file, error)}")
             continue
+        if told := _records(file, text):
+            problems.append(f"{file}: {told}")
+            continue
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
@@ -70,6 +75,41 @@ def language_text(
         )
     rows = torch.tensor(tokens[: number * length]).view(number, length)
     return Examples(PackedTexts(rows), task="language", reader=reader)
+
+
+_TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".yaml", ".yml")
+_KEYS = {"messages", "conversations", "conversation", "prompt", "completion", "instruction",
+         "response", "chosen", "rejected", "text", "input", "output"}  # fmt: skip
+
+
+def _records(file: Path, text: str) -> str:
+    """What is wrong with a text that is records rather than text: chats, or a table."""
+    keys = _keys(text)
+    if file.suffix.lower() not in _TABLES and not keys & _KEYS:
+        return ""
+    if not keys:
+        return f"{file.suffix} files hold records; plain text is read here, as .txt"
+    return (
+        f"these are records with {sorted(keys)}, whose braces and names would be learnt as text: "
+        "make texts of them first, for chats by tokenizer.apply_chat_template(messages, "
+        "tokenize=False), and write these to a .txt file; or give gift.data.Examples(rows, "
+        "task='language') with 'input_ids' and 'labels'"
+    )
+
+
+def _keys(text: str) -> set[str]:
+    """The names in the first record of a text, in lines of JSON or one list; else none."""
+    first = text.lstrip()[:1_000_000]
+    candidates = [first.partition("\n")[0], first] if first[:1] in ("{", "[") else []
+    for candidate in candidates:
+        try:
+            found = json.JSONDecoder().raw_decode(candidate)[0]
+        except (ValueError, RecursionError):
+            continue
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, dict):
+            return {str(key) for key in found}
+    return set()
 
 
 def _reason(file: Path, error: Exception) -> str:

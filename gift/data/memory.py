@@ -17,7 +17,7 @@ def tensors(
     inputs: Any,
     targets: Any,
     classes: Sequence[str] | None = None,
-    task: str = "classification",
+    task: str | None = None,
 ) -> Examples:
     """Examples that are tensors, or arrays, already.
 
@@ -25,7 +25,7 @@ def tensors(
         inputs: one row for each example.
         targets: numbers of classes, or what the task has.
         classes: names of the classes.
-        task: "classification", "language" or "regression".
+        task: "classification", "language" or "regression"; None leaves it to targets and network.
 
     Raises:
         DataError: if there are none, their numbers differ, or labels are out of range.
@@ -41,7 +41,9 @@ def tensors(
     problems = []
     if 0 in counts or counts[0] != counts[1]:
         problems.append(f"there are {counts[0]} inputs and {counts[1]} targets, expected as many")
-    elif task == "classification" and not (y.is_floating_point() or y.is_complex()):
+    task = task or (None if classes is None else "classification")
+    whole = not (y.is_floating_point() or y.is_complex())
+    if not problems and task in (None, "classification") and whole:
         problems += _out_of_range(y, None if classes is None else len(classes))
         y = y.long()
     refuse("tensors", problems)
@@ -78,7 +80,10 @@ def labelled(
     if not len(inputs) or len(inputs) != len(labels):
         counts = f"{len(inputs)} inputs and {len(labels)} labels"
         refuse("examples", [f"there are {counts}, expected as many"])
-    told = [str(label) for label in labels]
+    values = [label.item() if hasattr(label, "item") else label for label in labels]
+    missing = [place for place, v in enumerate(values) if v is None or v != v]
+    refuse("examples", [f"example {place}: it has no label" for place in missing])
+    told = [str(value) for value in values]
     known = classes_of(told, classes)
     numbers, unknown = numbers_of(told, known)
     refuse("examples", [f"example {place}: {reason}" for place, reason in unknown])

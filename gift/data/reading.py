@@ -78,6 +78,7 @@ def read_examples(
         )
     return Examples(
         ReadDataset(source, reader, augment),
+        "classification",
         classes=None if classes is None else tuple(classes),
         collate=Collate(reader),
         reader=reader,

@@ -13,6 +13,7 @@ from gift.data.errors import DataError
 from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
+from gift.report import some
 
 Column = str | int
 _LIMIT = threading.Lock()
@@ -75,14 +76,16 @@ def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | Non
 
 def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
     """The rows that are not empty, and the lines where they end."""
-    lines, rows = [], []
+    lines, rows, start = [], [], 1
     try:
         with _any_length(), path.open(encoding="utf-8-sig", newline="") as file:
             if delimiter == "\t":
                 reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
             else:
-                reader = csv.reader(file, delimiter=delimiter)
+                # Else a quote that is not closed would swallow the rest of the file.
+                reader = csv.reader(file, delimiter=delimiter, strict=True)
             for row in reader:
+                start = reader.line_num + 1
                 if any(cell.strip() for cell in row):
                     lines.append(reader.line_num)
                     rows.append(row)
@@ -91,8 +94,13 @@ def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
     except UnicodeDecodeError as error:
         refuse(str(path), [f"this is no text in UTF-8, save it as such: {error}"])
     except (OSError, csv.Error, TypeError) as error:
-        where = f"line {lines[-1] + 1}: " if lines else ""
-        refuse(str(path), [f"{where}this cannot be read as a table: {error}"])
+        reason = f"{error}"
+        if "unexpected end of data" in reason or "expected after" in reason:
+            reason = (
+                f"a quote is not closed, or stands within a field ({error}): write the field in "
+                'quotes, and each quote in it twice ("")'
+            )
+        refuse(str(path), [f"line {start}: this cannot be read as a table: {reason}"])
     return lines, rows
 
 
@@ -111,6 +119,9 @@ def _place(column: Column, first: list[str]) -> int | str:
     """Where a column is, or what is wrong with it."""
     if isinstance(column, str):
         names = [name.strip() for name in first]
+        if names.count(column) > 1:
+            places = [str(place) for place, name in enumerate(names) if name == column]
+            return f"line 1: {len(places)} columns are called {column!r}, {some(places)} from 0"
         if column in names:
             return names.index(column)
         shown = [name if len(name) < 30 else f"{name[:27]}..." for name in names]

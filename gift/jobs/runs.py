@@ -151,7 +151,7 @@ class Run:
 
 def inputs_text(train: Examples, reader: Any, folder: Path) -> str:
     """What must be known to read more inputs, as JSON; the folder gets what is larger."""
-    told = Noted(reader, train.classes, train.task).to_config(folder)
+    told = Noted(reader, train.classes, train.task or "classification").to_config(folder)
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 
 

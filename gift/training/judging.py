@@ -1,5 +1,7 @@
 """How good a network is: loss and metrics on examples."""
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,13 +10,15 @@ import torch
 from torch import nn
 
 from gift.data.examples import Examples
+from gift.enable import GiftWarning
 from gift.statistics import kept_modes
 from gift.training.errors import TrainingError
+from gift.training.finite import rows_not_finite, told_not_finite
 from gift.training.loading import Batches, examples_of
 from gift.training.metrics import MetricKind, confusion_matrix, metrics_of
 from gift.training.processes import Processes
 from gift.training.settings import Settings
-from gift.training.tasks import TASKS, Task
+from gift.training.tasks import TASKS, Task, Undecided
 
 LARGEST_CONFUSION = 1000
 
@@ -57,28 +61,34 @@ def evaluate(
     processes = Processes(settings)
     data = examples_of(examples, task)
     work = task_of(data, task)
-    kinds = metrics_of(work.name, metrics)
     net.to(processes.device)
     batches = Batches(data, batch_size, processes)
-    rehearse(net, work, batches)
+    work = rehearse(net, work, batches)
+    kinds = metrics_of(work.name, metrics)
     return judge(net, work, batches, kinds)[0]
 
 
 def task_of(data: Any, name: str | None, **options: Any) -> Task:
-    """The task that examples are for, or the one of that name.
+    """The task that examples are for, or the one of that name; else `Undecided`.
 
     Raises:
         TrainingError: if there is no such task.
     """
     own = isinstance(data, Examples)
-    name = name or (data.task if own else "classification")
-    if name not in TASKS:
+    if own and name is None:
+        name = data.task or (None if data.classes is None else "classification")
+    if name is not None and name not in TASKS:
         raise TrainingError(f"the task is {name!r}, expected one of {sorted(TASKS)}")
-    return TASKS[name](classes=data.classes if own else None, **options)
+    return (Undecided if name is None else TASKS[name])(
+        classes=data.classes if own else None, **options
+    )
 
 
-def rehearse(net: nn.Module, task: Task, batches: Batches) -> None:
+def rehearse(net: nn.Module, task: Task, batches: Batches, what: str = "the examples") -> Task:
     """Let the task look at a first batch, and at what the network makes of it.
+
+    Gives the task, which may have been undecided before. Of tensors, examples with numbers that are
+    not finite are tried as well.
 
     Raises:
         TrainingError: if they do not fit.
@@ -86,7 +96,16 @@ def rehearse(net: nn.Module, task: Task, batches: Batches) -> None:
     batch, _ = next(iter(batches.of()))
     with kept_modes(net), torch.no_grad():
         net.eval()
-        task.fit(net, batches.on_device(batch))
+        task = task.fit(net, batches.on_device(batch))
+        # A loss of one's own may leave out what is missing.
+        odd = rows_not_finite(batches.data)[: batches.batch_size] if not task.own_loss else []
+        if odd:
+            batch = batches.collated(odd)
+            task.check(batch)
+            _, loss = task.judged(net, batches.on_device(batch))
+            if loss is None or not bool(loss.isfinite()):
+                raise TrainingError(f"{what}: {told_not_finite(batch, odd)}")
+    return task
 
 
 def judge(
@@ -96,8 +115,14 @@ def judge(
     kinds: Mapping[str, MetricKind],
     confusion: bool = False,
     autocast: AbstractContextManager[Any] | None = None,
+    what: str = "the examples",
 ) -> tuple[dict[str, float], list[list[int]] | None]:
-    """Loss and metrics on batches, and the confusion matrix if asked for."""
+    """Loss and metrics on batches, and the confusion matrix if asked for.
+
+    Raises:
+        TrainingError: naming the first examples with numbers that are not finite, where the loss
+            is not either.
+    """
     processes, number = batches.processes, task.number_of_classes
     makers = {name: kind.make for name, kind in kinds.items()}
     if confusion and task.name == "classification" and number <= LARGEST_CONFUSION:
@@ -110,11 +135,15 @@ def judge(
     processes.agree_on_buffers(net)
     with kept_modes(net), torch.no_grad(), autocast or nullcontext():
         net.eval()
-        for batch, counts in batches.of():
+        for number, (batch, counts) in enumerate(batches.of()):
             task.check(batch)
             moved = batches.on_device(batch)
             outputs, loss = task.judged(net, moved)
             has_loss = loss is not None
+            if loss is None or not math.isfinite(loss):
+                reason = told_not_finite(batch, batches.places()[number], number)
+                if reason:
+                    raise TrainingError(f"{what}: {reason}")
             if not counts:
                 continue
             count += task.count(batch)
@@ -126,6 +155,13 @@ def judge(
     found = {name: metric.compute() for name, metric in metrics.items()}
     matrix = found.pop("confusion", None)
     values = {"loss": processes.sum(total) / max(processes.sum(count), 1)} if has_loss else {}
+    if has_loss and not math.isfinite(values["loss"]):
+        warnings.warn(
+            f"the loss on {what} is not finite, though their numbers are: the network's are not, "
+            "or too large for its precision",
+            GiftWarning,
+            stacklevel=2,
+        )
     for name, value in found.items():
         # The mean average precision comes with many others.
         parts = {k: value[k] for k in ("map", "map_50")} if isinstance(value, Mapping) else {}

@@ -38,7 +38,7 @@ def examples_of(data: Any, task: str | None = None) -> Examples | DataLoader[Any
                 f"expected gift.data.Examples, a dataset, a data loader or a pair of tensors, got "
                 f"a {type(data).__name__}"
             )
-        data = Examples(data, task or "classification")
+        data = Examples(data, task)
     try:
         number = len(data)
     except TypeError:
@@ -104,16 +104,35 @@ class Batches:
         """That of the loader, if it has one of its own."""
         return self.data.generator if isinstance(self.data, DataLoader) else None
 
-    def of(self, epoch: int = 0) -> Iterator[tuple[Any, bool]]:
-        """The batches of an epoch, still on the CPU, and whether they count."""
+    def collated(self, places: list[int]) -> Any:
+        """A batch of these examples."""
+        assert isinstance(self.data, Examples)
+        return (self.data.collate or default_collate)([self.data.dataset[n] for n in places])
+
+    def places(self, epoch: int = 0) -> list[list[int] | None]:
+        """The examples of each batch of an epoch, as `of` gives them; a loader does not tell."""
         if isinstance(self.data, DataLoader):
-            return ((batch, True) for batch in self.data)
+            return [None] * len(self.data)
+        return [places for places, _ in self._parts(epoch)[0]]
+
+    def _parts(self, epoch: int) -> tuple[list[tuple[list[int], bool]], torch.Generator]:
+        """The examples of each batch, whether they count, and where other random numbers are from.
+
+        The generator is their own, so that neither the global state counts nor what a resumed run
+        has drawn.
+        """
         order = torch.arange(len(self.data))
-        # Of its own, so that neither the global state counts nor what a resumed run has drawn.
         generator = torch.Generator().manual_seed(self.seed + epoch)
         if self.shuffle:
             order = torch.randperm(len(self.data), generator=generator)
         parts = [self.processes.share(part.tolist()) for part in order.split(self._sizes())]
+        return parts, generator
+
+    def of(self, epoch: int = 0) -> Iterator[tuple[Any, bool]]:
+        """The batches of an epoch, still on the CPU, and whether they count."""
+        if isinstance(self.data, DataLoader):
+            return ((batch, True) for batch in self.data)
+        parts, generator = self._parts(epoch)
         loader: DataLoader[Any] = DataLoader(
             self.data.dataset,
             batch_sampler=[places for places, _ in parts],

@@ -23,6 +23,7 @@ from gift.training.checkpoint import (
     write_checkpoint,
 )
 from gift.training.errors import NotFiniteError
+from gift.training.finite import told_not_finite
 from gift.training.judging import judge
 from gift.training.loading import windows
 from gift.training.preparing import prepare
@@ -30,7 +31,7 @@ from gift.training.processes import Processes
 from gift.training.randomness import kept_random
 from gift.training.report import write_report
 from gift.training.result import Result
-from gift.training.run import Run, put_state, trained_state
+from gift.training.run import TRAIN, VALID, Run, put_state, trained_state
 from gift.training.settings import settings_of
 from gift.training.tasks import Loss
 
@@ -68,7 +69,8 @@ def finetune(
         old: examples of the old task, or a function that gives metrics of a network: the result
             tells what was forgotten. Where the head was replaced, the old one is used for that.
         task: "classification", "language", "regression" or "detection", if the examples do not
-            say so.
+            say so. Where neither does, targets that are not whole numbers, for a network that gives
+            one number for each, are those of a regression; all others are classes.
         loss: called with outputs and targets, gives a mean; None is the task's own.
         folder: gets ``checkpoint.pt``, ``best.safetensors`` and ``last.safetensors`` (see
             `gift.load`), logs, plots and ``report.html``.
@@ -225,7 +227,7 @@ def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float, 
         nn.utils.clip_grads_with_norm_(trained, run.settings.clip, norm)
     if not math.isfinite(mean) or not (run.scaler.is_enabled() or _is_finite(norm)):
         what = "loss" if not math.isfinite(mean) else "gradient"
-        _stop(run, f"the {what} is not finite")
+        _stop(run, f"the {what} is not finite", _reason(run, window))
     scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -237,13 +239,22 @@ def _is_finite(norm: Any) -> bool:
     return math.isfinite((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
 
 
-def _stop(run: Run, what: str) -> None:
+def _reason(run: Run, window: list[tuple[Any, bool]]) -> str:
+    """Which examples have numbers that are not finite, or what else may have been wrong."""
+    places = run.train.places(run.epoch)
+    first = run.steps_done * run.settings.accumulate
+    for number, (batch, _) in enumerate(window, start=first):
+        if told := told_not_finite(batch, places[number], number):
+            return f"{TRAIN} have {told}"
+    return "try a lower lr, a longer warmup or precision='float32'"
+
+
+def _stop(run: Run, what: str, reason: str) -> None:
     kept = "there is no folder with a checkpoint"
     if run.result.folder is not None and (run.result.folder / FILE).exists():
         kept = f"{run.result.folder} has the last good checkpoint"
     raise NotFiniteError(
-        f"{what} in step {run.steps_done + 1} of epoch {run.epoch + 1}: try a lower lr, a longer "
-        f"warmup, precision='float32', or look for such numbers in the examples; {kept}"
+        f"{what} in step {run.steps_done + 1} of epoch {run.epoch + 1}: {reason}; {kept}"
     )
 
 
@@ -252,7 +263,9 @@ def finish_epoch(run: Run) -> None:
     total, count = run.totals
     row = {"epoch": run.epoch + 1, "train_loss": total / max(count, 1)}
     if run.valid is not None:
-        values, _ = judge(run.net, run.task, run.valid, run.metrics, autocast=run.autocast())
+        values, _ = judge(
+            run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
+        )
         row |= {f"valid_{name}": value for name, value in values.items()}
         value = run.watched(row)
         if run.is_better(value):
@@ -290,7 +303,7 @@ def conclude(run: Run) -> Result:
         put_state(run.net, run.best_state)
     if run.valid is not None:
         result.after, result.confusion = judge(
-            run.net, run.task, run.valid, run.metrics, True, run.autocast()
+            run.net, run.task, run.valid, run.metrics, True, run.autocast(), VALID
         )
     if run.old is not None:
         result.old_after = run.old()

@@ -54,6 +54,18 @@ def _perplexity(classes: int, **options: Any) -> Any:
     return OfPlaces(ignore_index=IGNORED, **options)
 
 
+def _determined(classes: int, **options: Any) -> Any:
+    plain: Any = needed("torchmetrics.regression", "train").R2Score
+
+    class Determined(plain):
+        """Not a number where a single one is, of which no variance can be explained."""
+
+        def compute(self) -> Any:
+            return super().compute() if self.total > 1 else self.residual * float("nan")
+
+    return Determined(**options)
+
+
 def _detected(classes: int, **options: Any) -> Any:
     needed("pycocotools", "detection")
     return needed("torchmetrics.detection", "train").MeanAveragePrecision(**options)
@@ -75,6 +87,7 @@ METRICS = {
     "token_accuracy": MetricKind("language", _classified("Accuracy", average="micro")),
     "mae": MetricKind("regression", _regressed("MeanAbsoluteError"), higher=False),
     "rmse": MetricKind("regression", _regressed("MeanSquaredError", squared=False), higher=False),
+    "r2": MetricKind("regression", _determined),
     "map": MetricKind("detection", _detected),
 }
 """Every metric that `finetune` can be asked for, by its name. F1, precision and recall are means

@@ -69,9 +69,9 @@ class Detected:
         return "\n".join([f"{_told(self.input)}:", *(lines or ["  nothing"])])
 
 
-def remember(net: nn.Module, examples: Examples) -> None:
+def remember(net: nn.Module, examples: Examples, task: str) -> None:
     """Note on a network how its inputs are read and what its classes are, for `predict`."""
-    note(net, examples.reader, examples.classes, examples.task)
+    note(net, examples.reader, examples.classes, task)
 
 
 def predict(

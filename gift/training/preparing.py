@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from gift.data.examples import Examples
 from gift.enable import GiftWarning, enable_fine_tuning
@@ -33,7 +34,7 @@ from gift.training.predicting import remember
 from gift.training.processes import Processes
 from gift.training.randomness import seed_all
 from gift.training.result import Result
-from gift.training.run import Old, Run
+from gift.training.run import TRAIN, VALID, Old, Run
 from gift.training.settings import Settings
 from gift.training.tasks import Loss, Task
 from gift.transaction import all_or_nothing
@@ -87,7 +88,8 @@ def prepare(
         if processes.rank:  # what is drawn from now on is drawn for other examples
             seed_all(seed + processes.rank)
         learning = batches(data, shuffle=True)
-        rehearse(net, work, learning)
+        work = rehearse(net, work, learning, TRAIN)
+        _warn_of_one_class(data, work)
         optimizer = make_optimizer(net, settings)
         steps = learning.steps(settings.accumulate) * settings.epochs
         run = Run(
@@ -122,7 +124,7 @@ def prepare(
         )
         run.check_watch()
         if run.valid is not None:
-            rehearse(net, work, run.valid)
+            rehearse(net, work, run.valid, VALID)
         state = None if restart else read_checkpoint(folder, run.identity)
         if state is None:
             _judge_before(run)
@@ -164,8 +166,8 @@ def _judge_before(run: Run) -> None:
     result = run.result
     if run.valid is not None:
         result.before, _ = judge(
-            run.net, run.task, run.valid, run.metrics, autocast=run.autocast()
-        )  # fmt: skip
+            run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
+        )
     if run.old is not None:
         result.old_before = run.old()
 
@@ -181,7 +183,7 @@ def _begun(
         steps = run.steps_per_epoch * settings.epochs
         run.rates = make_rates(run.optimizer, settings, steps)
     if isinstance(data, Examples):
-        remember(run.net, data)
+        remember(run.net, data, run.task.name)
     if run.folder is not None and state is None:
         forget(run.folder)  # before anything new could be taken for a part of it
     if begin is not None:
@@ -225,17 +227,33 @@ def _old(
     if callable(old):
         return lambda: dict(old(net))
     data = examples_of(old, kind)
-    task, given = task_of(data, None if isinstance(data, Examples) else kind), batches(data)
-    kinds = metrics_of(task.name, metrics if task.name == kind else None)
+    own = isinstance(data, Examples) and data.task is not None
+    given, what = batches(data), "the examples of the old task"
     device = given.processes.device
+    with old_heads(net, device):
+        task = rehearse(net, task_of(data, None if own else kind), given, what)
+    kinds = metrics_of(task.name, metrics if task.name == kind else None)
 
     def judged() -> dict[str, float]:
         with old_heads(net, device):
-            return judge(net, task, given, kinds)[0]
+            return judge(net, task, given, kinds, what=what)[0]
 
-    with old_heads(net, device):
-        rehearse(net, task, given)
     return judged
+
+
+def _warn_of_one_class(data: Any, task: Task) -> None:
+    """Tell of labels, where they are in memory, that are all the same."""
+    dataset = data.dataset if isinstance(data, Examples) else None
+    if task.name != "classification" or not isinstance(dataset, TensorDataset):
+        return
+    labels = dataset.tensors[1]
+    if not labels.is_floating_point() and bool((labels == labels.flatten()[0]).all()):
+        warnings.warn(
+            f"all {len(labels)} examples to learn from are of class {labels.flatten()[0].item()}: "
+            "there is nothing to tell apart",
+            GiftWarning,
+            stacklevel=4,
+        )
 
 
 def _identity(

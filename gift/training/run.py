@@ -25,6 +25,7 @@ from gift.training.settings import Settings
 from gift.training.tasks import Task
 
 Old = Callable[[], dict[str, float]]
+TRAIN, VALID = "the training examples", "the validation examples"
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What a batch is for each task: its loss, its metrics, and what can be wrong with it."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.data.examples import IGNORED
+from gift.enable import GiftWarning
 from gift.report import some
 from gift.tensors import dtype_name
 from gift.training.errors import TrainingError
@@ -40,14 +42,15 @@ class Task:
         self.number_of_classes = len(classes) if classes else 0
         self.keywords: set[str] | None = None
 
-    def fit(self, net: nn.Module, batch: Any) -> None:
-        """Try a batch, see what the network takes and gives.
+    def fit(self, net: nn.Module, batch: Any) -> "Task":
+        """Try a batch, see what the network takes and gives; gives the task that it is.
 
         Raises:
             TrainingError: if the two do not fit each other.
         """
         self.keywords = keywords_of(net)
         self._fit(self.outputs(net, batch), batch)
+        return self
 
     def _fit(self, outputs: Any, batch: Any) -> None:
         """See whether the outputs fit the targets."""
@@ -141,6 +144,12 @@ class Classification(Task):
                 f"({some(self.classes)}): give it another head, strategy=merge_strategies(["
                 f"HeadReplacementStrategy(num_classes={count}), ...])"
             )
+        if number < 2:
+            raise TrainingError(
+                f"the network gives {_told(outputs)}, one number where classes need one for each "
+                "of them: give it a head with at least 2 outputs (for yes and no as well, with "
+                "targets 0 and 1); where the targets are numbers, choose task='regression'"
+            )
         self.number_of_classes = number
         expected = outputs.shape if targets.is_floating_point() else _without_classes(outputs)
         if targets.shape != expected:
@@ -148,13 +157,16 @@ class Classification(Task):
                 f"the targets are {_told(targets)} for outputs {_told(outputs)}: expected numbers "
                 f"of classes {list(_without_classes(outputs))}, or probabilities "
                 f"{list(outputs.shape)}; for other numbers choose task='regression'"
+                + _advice(targets)
             )
         self.check(batch)
 
     def check(self, batch: Any) -> None:
-        """Numbers of classes must be in range."""
+        """Numbers of classes must be in range, and probabilities add up to 1."""
         targets, number = self.targets(batch), self.number_of_classes
         if targets.is_floating_point():
+            if self.own_loss is None:
+                _check_probabilities(targets)
             return
         targets = targets.long()  # as small types have no IGNORED
         wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= number))]
@@ -250,11 +262,23 @@ class Regression(Task):
 
     def _fit(self, outputs: Any, batch: Any) -> None:
         targets = self.targets(batch)
-        if not isinstance(outputs, Tensor) or outputs.numel() != targets.numel():
+        if not isinstance(outputs, Tensor) or _sides(outputs) != _sides(targets):
             raise TrainingError(
                 f"the network gives {_told(outputs)}, the targets are {_told(targets)}: expected "
-                "as many"
+                "as many, in the same order"
             )
+        if outputs.is_complex() or targets.is_complex():
+            raise TrainingError(
+                f"the network gives {_told(outputs)}, the targets are {_told(targets)}: expected "
+                "real numbers; torch.view_as_real makes two of a complex one"
+            )
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """The loss; a column of targets and a row of them are the same."""
+        if self.own_loss is not None:
+            targets = self.targets(batch).view_as(outputs)
+            return self.own_loss(outputs, targets) * self.count(batch)
+        return super().loss(outputs, batch)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         given = _wide(outputs)
@@ -264,6 +288,30 @@ class Regression(Task):
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
         """All numbers in one row."""
         return outputs.float().flatten(), self.targets(batch).float().flatten()
+
+
+class Undecided(Task):
+    """Classification or regression: the targets and what the network gives decide.
+
+    Numbers that are not whole, for a network that gives one for each, are those of a regression.
+    """
+
+    name = "undecided"
+
+    def fit(self, net: nn.Module, batch: Any) -> Task:
+        """The task that fits, which has seen the batch."""
+        self.keywords = keywords_of(net)
+        outputs, targets = self.outputs(net, batch), self.targets(batch)
+        kind = Regression if _is_regression(outputs, targets) else Classification
+        if kind is Regression and bool(((targets == 0) | (targets == 1)).all()):
+            warnings.warn(
+                f"the targets, {_told(targets)}, are taken for numbers to come near to, though "
+                "they are all 0 or 1: for two classes give a head with 2 outputs, and whole "
+                "numbers (targets.long()); task='regression' says that they are numbers",
+                GiftWarning,
+                stacklevel=5,
+            )
+        return kind(self.own_loss, self.smoothing, self.classes).fit(net, batch)
 
 
 class Detection(Task):
@@ -303,6 +351,37 @@ TASKS: dict[str, type[Task]] = {
 def _wide(tensor: Tensor) -> Tensor:
     """In float32 at least: sums of losses need it."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _is_regression(outputs: Any, targets: Any) -> bool:
+    """Whether there is one number for each target, and targets are no numbers of classes."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    single = outputs.dim() == 1 or (outputs.dim() > 1 and outputs.shape[1] == 1)
+    return single and targets.is_floating_point() and outputs.numel() == targets.numel()
+
+
+def _sides(tensor: Tensor) -> list[int]:
+    """The batch, and the sides of what belongs to each example."""
+    return [*tensor.shape[:1], *(side for side in tensor.shape[1:] if side != 1)]
+
+
+def _advice(targets: Tensor) -> str:
+    if targets.is_floating_point() and bool((targets == targets.round()).all()):
+        return "; for classes that are written as 1.0, give targets.long()"
+    return ""
+
+
+def _check_probabilities(targets: Tensor) -> None:
+    sums = targets.double().sum(1)
+    fits = bool((targets >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
+    if not fits and bool(targets.isfinite().all()):
+        raise TrainingError(
+            f"the targets are {_told(targets)}, with sums from {sums.min():.4g} to "
+            f"{sums.max():.4g} for an example: expected probabilities of classes, which add up to "
+            "1. For numbers choose task='regression'; for several classes at once, that and "
+            "loss=torch.nn.functional.binary_cross_entropy_with_logits"
+        )
 
 
 def _without_classes(outputs: Tensor) -> torch.Size:
