@@ -83,6 +83,9 @@ def _loaded(dataset: Any, split: str | None, subset: str | None) -> Any:
         return dataset
     datasets = needed("datasets", "datasets")
     marks = ("dataset_info.json", "dataset_dict.json")
+    script = Path(dataset) / f"{Path(dataset).name}.py"
+    if Path(dataset).suffix == ".py" or script.is_file():
+        raise DataError(f"the data set {str(dataset)!r} is a script, which is not run")
     try:
         if any((Path(dataset) / mark).is_file() for mark in marks):
             return datasets.load_from_disk(str(dataset))

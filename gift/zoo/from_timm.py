@@ -8,12 +8,17 @@ from gift.data.readers import PictureReader
 from gift.extras import needed
 from gift.zoo.errors import NetworkError, unknown, unreachable
 from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.options import TIMM, refuse_unknown
 from gift.zoo.states import put_state
 from gift.zoo.transforms import reader_like
 
 
 def from_timm(
-    name: str, weights: str | Path | None, task: str | None, options: dict[str, Any]
+    name: str,
+    weights: str | Path | None,
+    task: str | None,
+    options: dict[str, Any],
+    allow_import: bool = False,
 ) -> LoadedNetwork:
     """A classifier of timm."""
     timm = needed("timm", "timm")
@@ -28,6 +33,8 @@ def from_timm(
         raise unknown("set of weights of timm", name, trained)
     if weights == "default" and not elsewhere and not trained:
         raise NetworkError(f"timm has no weights for {name}: give weights=FILE or weights=None")
+    if not allow_import:
+        refuse_unknown(name, options, TIMM)
     try:
         net = timm.create_model(name, pretrained=weights == "default", **options)
     except OSError as error:

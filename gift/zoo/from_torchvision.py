@@ -7,12 +7,17 @@ from gift.data.readers import DetectorReader
 from gift.extras import needed
 from gift.zoo.errors import NetworkError, unknown, unreachable
 from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.options import TORCHVISION, refuse_unknown
 from gift.zoo.states import put_state
 from gift.zoo.transforms import reader_like
 
 
 def from_torchvision(
-    name: str, weights: str | Path | None, task: str | None, options: dict[str, Any]
+    name: str,
+    weights: str | Path | None,
+    task: str | None,
+    options: dict[str, Any],
+    allow_import: bool = False,
 ) -> LoadedNetwork:
     """A classifier or detector of torchvision; `weights` may also be a name it has for them."""
     models = needed("torchvision.models", "vision")
@@ -23,6 +28,8 @@ def from_torchvision(
     kind = "detection" if name in detectors else "classification"
     if task not in (None, kind):
         raise NetworkError(f"{name} is for {kind}, not for {task!r}")
+    if not allow_import:
+        refuse_unknown(name, options, TORCHVISION)
     its = models.get_model_weights(name)
     chosen = its.DEFAULT if weights == "default" else its.__members__.get(str(weights))
     if chosen is None and kind == "detection":

@@ -12,6 +12,15 @@ from gift.errors import first_line
 from gift.extras import needed
 from gift.zoo.errors import NetworkError, unreachable
 from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.options import (
+    NUMBERS,
+    TRANSFORMERS,
+    TRANSFORMERS_CONFIG,
+    TRANSFORMERS_HUB,
+    numbers_of_config,
+    refuse_kernels,
+    refuse_unknown,
+)
 from gift.zoo.states import put_state
 from gift.zoo.transforms import reader_like
 
@@ -23,21 +32,26 @@ _RESAMPLINGS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  
 
 
 def from_transformers(
-    name: str, weights: str | Path | None, task: str | None, options: dict[str, Any]
+    name: str,
+    weights: str | Path | None,
+    task: str | None,
+    options: dict[str, Any],
+    allow_import: bool = False,
 ) -> LoadedNetwork:
     """A network for classes of texts or pictures, or for language; a hub's name or a folder."""
     transformers = needed("transformers", "text")
-    options = {"trust_remote_code": False, **options}
+    options = {"trust_remote_code": False, "weights_only": True, **options}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **options)
+        config = _config(transformers, name, options, allow_import)
         task = task or _task_of(config)
         kind = _kind(config, task, name)
         maker = getattr(transformers, f"AutoModelFor{kind}")
         if weights == "default":
-            net = maker.from_pretrained(name, **options)
+            own = {} if allow_import else {"config": config}
+            net = maker.from_pretrained(name, **own, **options)
         else:
-            trusted = options["trust_remote_code"]
-            net = maker.from_config(config, trust_remote_code=trusted)
+            kept = ("trust_remote_code", "attn_implementation", "dtype", "torch_dtype")
+            net = maker.from_config(config, **{k: options[k] for k in kept if k in options})
     except NetworkError:
         raise
     except OSError as error:
@@ -49,6 +63,23 @@ def from_transformers(
         put_state(net, str(weights))
     reader = _pictures(transformers, name) if "Image" in kind else _texts(net, name)
     return LoadedNetwork(net, reader, task, _classes(net.config, task, weights))
+
+
+def _config(transformers: Any, name: str, options: dict[str, Any], allow_import: bool) -> Any:
+    """The configuration, with what the options change in it, which are left without that then."""
+    auto = transformers.AutoConfig
+    if allow_import:
+        return auto.from_pretrained(name, **options)
+    own = TRANSFORMERS | TRANSFORMERS_CONFIG
+    # Before anything is fetched; which numbers there are, the configuration tells.
+    refuse_unknown(name, options, dict.fromkeys(options, NUMBERS) | own)
+    where = {key: value for key, value in options.items() if key in TRANSFORMERS_HUB}
+    config = auto.from_pretrained(name, trust_remote_code=False, **where)
+    refuse_kernels(name, config)
+    refuse_unknown(name, options, numbers_of_config(config) | own)
+    for key in [key for key in options if key not in TRANSFORMERS]:
+        setattr(config, key, options.pop(key))
+    return config
 
 
 def _task_of(config: Any) -> str:

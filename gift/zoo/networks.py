@@ -46,7 +46,8 @@ def load_network(
         reader: another reader, or some of its settings; None takes that of the weights.
         task: "classification" or "language", for networks of transformers that can be either.
         allow_import: whether the name, or an option, may make foreign code run.
-        options: for what makes the network, ``num_classes`` for instance.
+        options: for what makes the network, ``num_classes`` for instance. Unless `allow_import`,
+            those alone that neither run code nor read other files; see `gift.zoo.options`.
 
     Raises:
         NetworkError: if there is no such network, or its weights cannot be had.
@@ -70,26 +71,13 @@ def load_network(
             raise NetworkError(f"{name!r} runs foreign code, which only allow_import=True permits")
         loaded = _imported(model, weights, task, options)
     elif library in LIBRARIES:
-        if not allow_import:
-            _refuse_code(options)
-        loaded = LIBRARIES[library](model, weights, task, options)
+        loaded = LIBRARIES[library](model, weights, task, options, allow_import)
     else:
         raise unknown("library", library, [*LIBRARIES, "import"])
     classes = None if loaded.classes is None else distinct(loaded.classes)
     loaded = dataclasses.replace(loaded, reader=_chosen(reader, loaded.reader), classes=classes)
     note(loaded.net, loaded.reader, loaded.classes, loaded.task)
     return loaded
-
-
-def _refuse_code(options: Mapping[str, Any]) -> None:
-    """Options of transformers that fetch code and run it; a job file might name them."""
-    wanted = [name for name in ("trust_remote_code", "use_kernels") if options.get(name)]
-    if "/" in str(options.get("attn_implementation", "")):
-        wanted.append("attn_implementation")
-    if wanted:
-        raise NetworkError(
-            f"{' and '.join(wanted)} may run foreign code, which only allow_import=True permits"
-        )
 
 
 def _chosen(given: Any, default: Any) -> Any:

@@ -1,0 +1,202 @@
+"""Which options a network may be made with where a file, or its name alone, says so.
+
+Libraries take options that unpickle files, fetch code or read any path. What is not known here to
+be harmless is refused; whoever writes code may permit the rest, ``allow_import=True``.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from gift.zoo.errors import NetworkError
+
+LARGEST = 2**24
+"""No number among options is larger: some become sizes of tensors."""
+
+_WORD = re.compile(r"[A-Za-z0-9_]{0,64}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
+
+class Allowed(NamedTuple):
+    """What values an option may have.
+
+    Args:
+        fits: tells of a value whether it may be.
+        expected: the same in words.
+    """
+
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, true or false: none of them names code or a file."""
+    if isinstance(value, bool):
+        return True
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= 64 and all(map(_is_plain, value))
+    return value is None or _is_number(value)
+
+
+def _is_path_below(value: Any) -> bool:
+    return isinstance(value, str) and bool(_REVISION.fullmatch(value))
+
+
+def one_of(*values: Any) -> Allowed:
+    """One of these values, of the same type."""
+    known = {(type(value), value) for value in values}
+    return Allowed(
+        lambda v: isinstance(v, str | bool) and (type(v), v) in known,
+        f"one of {list(values)}",
+    )
+
+
+COUNT = Allowed(
+    lambda v: type(v) is int and 1 <= v <= LARGEST, f"a whole number from 1 to {LARGEST}"
+)
+NUMBERS = Allowed(_is_plain, f"numbers up to {LARGEST}, true or false, or a list of them")
+WORD = Allowed(
+    lambda v: v is None or isinstance(v, bool) or (isinstance(v, str) and bool(_WORD.fullmatch(v))),
+    "a word of letters and digits",
+)
+SWITCH = Allowed(lambda v: isinstance(v, bool), "true or false")
+NAMES = Allowed(
+    lambda v: (
+        isinstance(v, Mapping)
+        and all(isinstance(one, str | int) for pair in v.items() for one in pair)
+    ),
+    "names and numbers",
+)
+BELOW = Allowed(_is_path_below, "a name, or names with / between them, without ..")
+DTYPE = one_of("float32", "float16", "bfloat16", "float64", "auto")
+
+
+def _all(kind: Allowed, names: str) -> dict[str, Allowed]:
+    return dict.fromkeys(names.split(), kind)
+
+
+TORCHVISION = {
+    **_all(COUNT, "num_classes"),
+    **_all(WORD, "weights_backbone"),
+    **_all(NUMBERS, """
+        aux_logits aux_loss attention_dropout bbox_reg_weights box_batch_size_per_image
+        box_bg_iou_thresh box_detections_per_img box_fg_iou_thresh box_nms_thresh
+        box_positive_fraction box_score_thresh center_sampling_radius detections_per_img
+        dropout fg_iou_thresh bg_iou_thresh groups image_mean image_std image_size init_weights
+        iou_thresh max_size min_size memory_efficient neg_to_pos_ratio nms_thresh positive_fraction
+        progress replace_stride_with_dilation rpn_batch_size_per_image rpn_bg_iou_thresh
+        rpn_fg_iou_thresh rpn_nms_thresh rpn_positive_fraction rpn_post_nms_top_n_test
+        rpn_post_nms_top_n_train rpn_pre_nms_top_n_test rpn_pre_nms_top_n_train rpn_score_thresh
+        score_thresh size stochastic_depth_prob topk_candidates trainable_backbone_layers
+        transform_input width_mult width_per_group zero_init_residual bn_size drop_rate
+    """),
+}  # fmt: skip
+
+TIMM = {
+    **_all(COUNT, "num_classes in_chans"),
+    **_all(WORD, "global_pool act_layer norm_layer class_token fc_norm pool_type"),
+    **_all(NUMBERS, """
+        attn_drop_rate base_width block_dpr cardinality depth depths dims drop_block_rate
+        drop_connect_rate drop_path_rate drop_rate dynamic_img_pad dynamic_img_size embed_dim
+        fix_group_width head_dropout head_init_scale img_size init_values kernel_size layers
+        ls_init_value mlp_ratio num_features num_heads output_stride patch_drop_rate patch_size
+        pos_drop_rate proj_drop_rate qk_norm qkv_bias reg_tokens stem_width strict_img_size
+        window_size zero_init_last
+    """),
+}  # fmt: skip
+
+TRANSFORMERS_HUB = {
+    **_all(BELOW, "revision subfolder"),
+    **_all(SWITCH, "local_files_only force_download"),
+}
+"""Where the files of a network are."""
+
+TRANSFORMERS = {
+    **TRANSFORMERS_HUB,
+    **_all(DTYPE, "dtype torch_dtype"),
+    # Others may be fetched as compiled code, also by the name of "flash_attention_2".
+    "attn_implementation": one_of("eager", "sdpa", "flex_attention"),
+    "use_safetensors": one_of(True),
+    "weights_only": one_of(True),
+    "trust_remote_code": one_of(False),
+    **_all(WORD, "variant"),
+    **_all(SWITCH, "ignore_mismatched_sizes low_cpu_mem_usage"),
+}
+"""What `from_pretrained` takes beside attributes of the configuration."""
+
+TRANSFORMERS_CONFIG = {
+    "num_labels": COUNT,
+    **_all(NAMES, "id2label label2id"),
+    "problem_type": one_of(
+        "regression", "single_label_classification", "multi_label_classification"
+    ),
+    **_all(WORD, "hidden_act hidden_activation activation activation_function "
+           "position_embedding_type classifier_pooling"),
+}  # fmt: skip
+"""Attributes of the configuration that are no numbers; all that are numbers may be set."""
+
+
+def refuse_unknown(
+    name: str, options: Mapping[str, Any], known: Mapping[str, Allowed]
+) -> None:  # fmt: skip
+    """Raise an error that names all options which are not known, or have other values.
+
+    Args:
+        name: of the network.
+        options: for what makes it.
+        known: by name, what they may be.
+
+    Raises:
+        NetworkError: if there are any.
+    """
+    if problems := list(_problems(options, known)):
+        raise NetworkError(
+            f"{name!r} cannot be made with these options, {'; '.join(problems)}: others may run "
+            "foreign code or read other files, which only allow_import=True permits, in your code"
+        )
+
+
+def _problems(options: Mapping[str, Any], known: Mapping[str, Allowed]) -> Iterator[str]:
+    for option, value in options.items():
+        if option not in known:
+            close = get_close_matches(str(option), list(known), n=3)
+            yield f"{option} (not known, closest: {close})"
+        elif not known[option].fits(value):
+            yield f"{option}={value!r:.60} (expected {known[option].expected})"
+
+
+def numbers_of_config(config: Any) -> dict[str, Allowed]:
+    """The attributes that are numbers in each configuration of that class of transformers.
+
+    A configuration that came with a network may have any others, so it is not asked.
+    """
+    try:
+        defaults = type(config)().to_dict()
+    except Exception:  # some cannot be made of nothing
+        return {}
+    return {
+        key: NUMBERS
+        for key, value in defaults.items()
+        if not key.startswith("_") and key not in TRANSFORMERS and _is_plain(value)
+    }
+
+
+def refuse_kernels(name: str, config: Any, seen: frozenset[int] = frozenset()) -> None:
+    """Refuse a configuration of transformers that names code to fetch.
+
+    Raises:
+        NetworkError: if it does.
+    """
+    for key, value in list(vars(config).items()):
+        if key.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
+            raise NetworkError(
+                f"the configuration of {name!r} asks for {value!r} as {key.strip('_')}, which is "
+                "foreign code: only allow_import=True permits it"
+            )
+        if hasattr(value, "to_dict") and id(value) not in seen:
+            refuse_kernels(name, value, seen | {id(config)})
