@@ -66,20 +66,26 @@ def own_copy(value: Any) -> Any:
     return value
 
 
-def encode(value: Any, where: str = "") -> Any:
-    """A value as plain data; `where` says in errors where it stands.
+DEEPEST = 100
+"""Levels of strategies, lists and mappings in each other, of which each strategy takes two."""
+
+
+def encode(value: Any, where: str = "", depth: int = 0) -> Any:
+    """A value as plain data; `where` says in errors where it stands, below how many levels `depth`.
 
     Raises:
-        ValueError: for what no file can hold, such as a lambda.
+        ValueError: for what no file can hold, such as a lambda, or what is nested too deeply.
     """
+    if depth > DEEPEST:
+        raise ValueError(f"the strategy is nested deeper than {DEEPEST} levels")
     if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     if isinstance(value, Mapping):
-        return {str(key): encode(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [encode(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     name, init_paras = getattr(value, "recipe", (None, None))
     if name is None or name not in REGISTRY:
         raise ValueError(
@@ -87,21 +93,28 @@ def encode(value: Any, where: str = "") -> Any:
             "the checks and actions of gift.factories, and strategies decorated with "
             "gift.strategies.register_strategy"
         )
-    return {"name": name, "init_paras": encode(init_paras, f"{where}{name}")}
+    return {"name": name, "init_paras": encode(init_paras, name, depth)}
 
 
-def decode(data: Any) -> Any:
+def decode(data: Any, depth: int = 0) -> Any:
     """The value that `encode` made plain.
 
+    Args:
+        data: plain data.
+        depth: how many levels are around it.
+
     Raises:
-        ValueError: for names that are not registered, or arguments that do not fit.
+        ValueError: for names that are not registered, arguments that do not fit, or data that are
+            nested too deeply.
     """
+    if depth > DEEPEST:
+        raise ValueError(f"this is nested deeper than {DEEPEST} levels")
     if isinstance(data, list):
-        return [decode(item) for item in data]
+        return [decode(item, depth + 1) for item in data]
     if not isinstance(data, dict):
         return data
     if set(data) != {"name", "init_paras"}:
-        return {key: decode(item) for key, item in data.items()}
+        return {key: decode(item, depth + 1) for key, item in data.items()}
     name, init_paras = data["name"], data["init_paras"]
     if not isinstance(name, str) or name not in REGISTRY:
         close = get_close_matches(str(name), REGISTRY, n=3)
@@ -111,7 +124,7 @@ def decode(data: Any) -> Any:
         )
     if not isinstance(init_paras, dict):
         raise ValueError(f"init_paras of {name} is {init_paras!r}, expected a mapping")
-    keywords = {str(key): decode(item) for key, item in init_paras.items()}
+    keywords = {str(key): decode(item, depth + 1) for key, item in init_paras.items()}
     positional = keywords.pop("*", [])
     try:
         inspect.signature(REGISTRY[name]).bind(*positional, **keywords)

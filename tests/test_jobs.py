@@ -178,7 +178,7 @@ NO_JOB = {
         "lines 3 and 6: data is given twice",
     ),
     "code": (b"data: !!python/object/apply:os.system [ls]", "python/object/apply:os.system"),
-    "a file within itself": (b"&all [*all]", "expected lines 'name: value'"),
+    "a file within itself": (b"&all [*all]", "line 1: this contains itself"),
     "too deep": (b"[" * 5000, "cannot be read as YAML"),
 }
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from inspect import Parameter
 from typing import Any
 
-from gift.extras import needed
 from gift.jobs.documented import described_arguments, first_sentence, parameters_of
 from gift.jobs.errors import JobError, closest
 from gift.jobs.kinds import KINDS, Kind
 from gift.jobs.models import Data, Job, Network, Schedule, Strategy
 from gift.registry import REGISTRY
 from gift.training.settings import Settings
+from gift.yaml_files import dump
 
 _WIDTH = 100
 
@@ -108,10 +108,9 @@ def _heading(name: str, about: dict[str, str], more: str = "", value: str = "") 
 
 def _settings(values: dict[str, Any], about: dict[str, str], indent: str = "  ") -> Iterator[str]:
     """Lines with the values; the comment stands behind, or above where it is long."""
-    yaml = needed("yaml", "yaml")
     for name, value in values.items():
         plain = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump({name: plain}, sort_keys=False, width=_WIDTH)
+        text = dump({name: plain}, width=_WIDTH)
         lines = textwrap.indent(text, indent).splitlines()
         comment = _as_yaml(about.get(name, ""))
         if len(lines) == 1 and len(lines[0]) + len(comment) + 4 <= _WIDTH:

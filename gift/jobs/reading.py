@@ -1,20 +1,19 @@
 """Job files: YAML in, a job or one error that names everything out."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from gift.extras import needed
+from gift import yaml_files
 from gift.files.container import write_text
 from gift.jobs import models
 from gift.jobs.errors import JobError, dotted, in_words
 from gift.jobs.models import Job
 from gift.training.settings import Settings
+from gift.yaml_files import YamlError
 
 Place = tuple[Any, ...]
 M = TypeVar("M", bound=BaseModel)
@@ -99,15 +98,14 @@ def changed(data: dict[str, Any], changes: Iterable[str]) -> list[Place]:
 
 def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
     """Make one change in plain data; gives its place."""
-    yaml = needed("yaml", "yaml")
     name, equals, text = change.partition("=")
     if not equals or not all(name.split(".")):
         what = f"{change!r} changes nothing"
         raise JobError(what, ["expected the name of a setting and a value: training.epochs=3"])
     try:
-        value = yaml.load(text, Loader=_loader())
-    except yaml.YAMLError as error:
-        raise JobError(f"{change!r} is no value in YAML", [_in_a_line(error)]) from error
+        value, _ = yaml_files.load(text)
+    except YamlError as error:
+        raise JobError(f"{change!r} is no value in YAML", error.problems) from error
     *sections, last = place = tuple(name.split("."))
     for section in sections:
         inner = data.get(section)
@@ -120,65 +118,31 @@ def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
     return place
 
 
-@cache
-def _loader() -> Any:
-    """Reads plain data, and 1e-3 as the number that it is in YAML 1.2."""
-    yaml = needed("yaml", "yaml")
-
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]  # a module of any type
-        pass
-
-    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    return Loader
-
-
 def read_yaml(path: Path) -> tuple[Any, dict[Place, int]]:
     """The plain data in a YAML file, and in which line each setting is.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        JobError: if it is no YAML, or says something twice.
+        JobError: if it is no YAML, says something twice, or stands for more than its size.
     """
-    yaml = needed("yaml", "yaml")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_loader())
-        data = yaml.load(text, Loader=_loader())
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise JobError(f"{path} cannot be read as YAML", [_in_a_line(error)]) from error
-    lines: dict[Place, int] = {}
-    twice = []
-    for place, line in _entries(node, (), set()):
-        if place in lines:
-            twice.append(f"lines {lines[place]} and {line}: {dotted(place)} is given twice")
-        lines[place] = line
-    if twice:
-        raise JobError(f"{path} contradicts itself", twice)
-    return data, lines
+        data, node = yaml_files.load(yaml_files.read_text(path))
+    except YamlError as error:
+        raise JobError(f"{path} cannot be read as YAML", error.problems) from error
+    return data, {} if node is None else dict(_entries(node, (), set()))
 
 
 def _entries(node: Any, place: Place, seen: set[int]) -> Iterator[tuple[Place, int]]:
     """The place and line of each setting; what aliases repeat is looked at once."""
-    if getattr(node, "id", None) != "mapping" or id(node) in seen:
+    if node.id != "mapping" or id(node) in seen:
         return
     seen.add(id(node))
-    for key, value in node.value:
+    for key, value in yaml_files.children(node):
         inner = (*place, key.value if isinstance(key.value, str) else "?")
         yield inner, key.start_mark.line + 1
         yield from _entries(value, inner, seen)
 
 
-def _in_a_line(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    text = getattr(error, "problem", None) or f"{error}"
-    return where + " ".join(f"{text}".split())
-
-
 def write_job(job: Job, path: str | Path) -> None:
     """Write a job as YAML, whole or not at all."""
-    text = needed("yaml", "yaml").safe_dump(job.to_config(), sort_keys=False, allow_unicode=True)
-    write_text(path, text)
+    write_text(path, yaml_files.dump(job.to_config()))

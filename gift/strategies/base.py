@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
-from gift.extras import needed
+from gift import yaml_files
 from gift.factories.recorded import describe
 from gift.registry import bound_arguments, decode, encode, register
 
@@ -158,7 +158,7 @@ class FineTuningStrategy:
             ValueError: naming what no file can hold, such as a lambda; nothing is written then.
             ImportError: without PyYAML.
         """
-        text = needed("yaml", "yaml").safe_dump(self.to_config(), sort_keys=False)
+        text = yaml_files.dump(self.to_config())
         Path(path).write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
@@ -173,9 +173,17 @@ class FineTuningStrategy:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    """Whether they are the same; what is compared may be tensors, which give no single answer."""
+    """Whether they are the same; what is compared may be tensors, which give no single answer.
+
+    No strategy within is described for that: each level would describe what is below it twice.
+    """
     if isinstance(default, tuple):
         default = list(default)  # as arguments are kept
+    if isinstance(value, list) and isinstance(default, list):
+        pairs = zip(value, default, strict=False)
+        return len(value) == len(default) and all(_is_default(*pair) for pair in pairs)
+    if isinstance(value, FineTuningStrategy | nn.Module) or callable(value):
+        return value is default
     return value is default or (type(value) is type(default) and repr(value) == repr(default))
 
 
@@ -258,10 +266,9 @@ def load_strategy_from_config(config: str | Path | Mapping[str, Any]) -> FineTun
     if isinstance(config, Mapping):
         data: Any = dict(config)
     else:
-        yaml = needed("yaml", "yaml")
         try:
-            data = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+            data, _ = yaml_files.load(yaml_files.read_text(Path(config)))
+        except yaml_files.YamlError as error:
             raise ValueError(f"{config} is not plain YAML: {error}") from error
     if not isinstance(data, dict) or set(data) != {"name", "init_paras"}:
         keys = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
