@@ -256,6 +256,18 @@ def test_texts_are_packed_one_after_the_other(tmp_path: Path) -> None:
     assert torch.equal(batch["input_ids"], batch["labels"])
 
 
+def test_the_mark_of_a_text_in_utf_8_is_no_part_of_it(tmp_path: Path) -> None:
+    """Some editors begin a file with U+FEFF."""
+    (tmp_path / "plain.txt").write_text("a good film")
+    (tmp_path / "marked.txt").write_text("a good film", encoding="utf-8-sig")
+    reader = TextReader(word_tokenizer())
+    rows = [
+        language_text(tmp_path / name, reader, length=3).dataset[0]["input_ids"].tolist()
+        for name in ("plain.txt", "marked.txt")
+    ]
+    assert rows[0] == rows[1] == word_tokenizer()("a good film")["input_ids"]
+
+
 def test_texts_that_cannot_be_packed_are_refused(tmp_path: Path) -> None:
     reader = TextReader(word_tokenizer())
     (tmp_path / "empty").mkdir()

@@ -339,6 +339,19 @@ def test_a_pipeline_has_one_file(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(x), tuned["lora_te1_"](x))
 
 
+def test_of_prefixes_that_overlap_the_longest_is_meant(tmp_path: Path) -> None:
+    """`lora_te_` of the one encoder begins as an own prefix of the other does."""
+    nets = {
+        prefix: nn.Sequential(nn.Linear(8, 8)).double() for prefix in ("lora_te_", "lora_te_b_")
+    }
+    tuned = {prefix: adapted(net, "lora") for prefix, net in nets.items()}
+    path, x = tmp_path / "lora.safetensors", torch.randn(3, 8).double()
+    save_kohya(tuned, path)
+    report = load_kohya(nets["lora_te_b_"], path, prefix="lora_te_b_")
+    assert report.left == {"lora_te_": 3}
+    torch.testing.assert_close(nets["lora_te_b_"](x), tuned["lora_te_b_"](x))
+
+
 def test_layers_with_other_names_are_renamed(tmp_path: Path) -> None:
     """Dotted or not; without `rename`, names of the original layout are an error that says so."""
     base, path = UNet().double(), tmp_path / "lora.safetensors"

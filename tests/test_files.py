@@ -140,6 +140,26 @@ def test_the_trips_are_about_everything() -> None:
             strategy.to_config()
 
 
+def frozen_bias(head: Any) -> nn.Module:
+    new = nn.Linear(head.in_features, 3)
+    new.bias.requires_grad = False
+    return new
+
+
+def test_a_new_head_with_a_frozen_part_is_not_taken_for_one_that_is_trained_whole(
+    path: Path,
+) -> None:
+    """No file can say how it was made: this is told; the file goes onto a network that has it."""
+    strategy = FineTuningStrategy([(mc_path("head"), ma_replace(frozen_bias))])
+    net, fresh = tuned(strategy), enable(base(), strategy)
+    gift.save(net, path)
+    with pytest.raises(DeltaFileError, match="head was replaced by a Linear"):
+        gift.load(base(), path)
+    gift.load(fresh, path)
+    assert torch.equal(fresh.head.weight, net.head.weight)
+    assert [p.requires_grad for p in fresh.head.parameters()] == [True, False]
+
+
 # --- strategies that no file can name ------------------------------------------------------------
 
 

@@ -110,6 +110,20 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def test_a_shape_in_the_header_is_part_of_what_is_checked(path: Path) -> None:
+    """The same numbers in another shape are another tensor, though the file is well-formed."""
+    data = path.read_bytes()
+    end = header_end(data)
+    header = json.loads(data[8:end])
+    name, shape = next((k, v["shape"]) for k, v in header.items() if k.endswith("3.lora_A"))
+    text = json.dumps(shape, separators=(",", ":")).encode()
+    place = data.index(text, data.index(f'"{name}":{{"dtype"'.encode()))
+    assert place < end
+    turned = json.dumps(shape[::-1], separators=(",", ":")).encode()
+    path.write_bytes(data[:place] + turned + data[place + len(text) :])
+    refused_everywhere(path, "cannot be read")
+
+
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_damage_is_found(broken: Callable[[bytes], bytes], path: Path) -> None:
     data = path.read_bytes()

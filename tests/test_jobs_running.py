@@ -155,6 +155,26 @@ def test_another_job_in_the_folder_is_refused(tmp_path: Path) -> None:
     assert Run(tmp_path / "run", Stops(0)).job.strategy.init_paras == paras
 
 
+@pytest.mark.parametrize("part", ["network", "data", "strategy", "schedule"])
+def test_a_change_in_any_part_of_a_job_is_told(part: str, tmp_path: Path) -> None:
+    schedule = {"name": "FreezeUnfreeze", "init_paras": {"unfreeze_epoch": 1}}
+    job = own_network(tmp_path, schedule=schedule)
+    run_job(job, Stops(0))
+    before, config = _content(tmp_path / "run"), job.to_config()
+    other = {
+        "network": {"name": "torchvision:resnet18"},
+        "data": config["data"] | {"valid": "data/train"},
+        "strategy": config["strategy"] | {"init_paras": {"rank": 2}},
+        "schedule": schedule | {"init_paras": {"unfreeze_epoch": 2}},
+    }[part]
+    changed = Job.model_validate(config | {part: other})
+    with pytest.raises(JobError) as error:
+        run_job(changed.model_copy(update={"folder": job.folder}), Stops(0))
+    assert error.value.problems
+    assert all(problem.startswith(part) for problem in error.value.problems)
+    assert _content(tmp_path / "run") == before
+
+
 def test_a_job_that_never_began_may_be_corrected(tmp_path: Path) -> None:
     job = own_network(tmp_path)
     wrong = job.model_copy(

@@ -608,6 +608,19 @@ def test_no_training_for_a_while(within: Any) -> None:
     optimizer.step()
 
 
+def test_frozen_statistics_stand_still_while_merged() -> None:
+    """A training loop that calls ``train()`` before the block does not move them."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net = enabled(net, LoRA(rank=1, freeze_statistics=True)).train()
+    x, plain = 3 + torch.randn(8, 3, 5, 5), nn.BatchNorm2d(4).eval()
+    output = net(x)
+    torch.testing.assert_close(output, plain(net[0](x)))
+    with merged(net):
+        torch.testing.assert_close(net(x), output)
+        assert torch.equal(net[1].running_mean, torch.zeros(4))
+        assert net[1].num_batches_tracked == 0
+
+
 @pytest.mark.parametrize("train", [torch.optim.SGD, torch.optim.AdamW])
 def test_writing_to_the_base_while_merged_is_told(train: Any) -> None:
     """Biases have no delta here, so they are those of the base."""

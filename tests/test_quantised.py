@@ -657,6 +657,18 @@ def test_four_bits_that_the_layer_has_packed_for_its_cpu() -> None:
     assert_near(dequantised(new), matrix, bf16)
 
 
+def test_scales_that_were_quantised_twice_are_so_again() -> None:
+    """Where the kernel for the CPU has flattened them, the state tells what they were."""
+    layer = KINDS["bitsandbytes nf4"].linear(64, 128)
+    state, matrix = layer.weight.quant_state, matrix_of_4_bits(layer)
+    assert state.nested
+    assert requantised(layer.weight, matrix).quant_state.nested
+    state.original_nested, state.nested = True, False
+    assert requantised(layer.weight, matrix).quant_state.nested
+    state.original_nested = False
+    assert not requantised(layer.weight, matrix).quant_state.nested
+
+
 def llama() -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -5,11 +5,12 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torchvision.models import resnet18
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
-from gift import FineTuningStrategy, disable_fine_tuning
+from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_freeze, mc_type
 from gift.schedules import (
     Freeze,
@@ -157,6 +158,33 @@ def test_freezing_clears_gradients_that_an_optimizer_would_follow() -> None:
     assert [name for name, p in net.named_parameters() if p.grad is not None] == [
         "9.weight", "9.bias"
     ]  # fmt: skip
+
+
+def test_a_delta_that_waits_does_not_move_by_an_old_gradient() -> None:
+    """Momentum and all: the optimizer was made, and has stepped, before the schedule came."""
+    net = network()
+    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(X).sum().backward()
+    FreezeUnfreeze(1, unfreezes="deltas").attach(net)
+    waiting = {name: p.detach().clone() for name, p in net.named_parameters() if "0.lora" in name}
+    optimizer.step()
+    named = dict(net.named_parameters())
+    assert waiting.keys() == {"0.lora_A", "0.lora_B"}
+    assert all(torch.equal(named[name], value) for name, value in waiting.items())
+
+
+def test_what_was_detached_waits_no_more() -> None:
+    net, schedule = network(), FreezeUnfreeze(1, unfreezes="deltas")
+    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    before = trainable(net)
+    schedule.attach(net)
+    assert trainable(net) != before
+    schedule.detach()
+    assert trainable(net) == before
+    net.requires_grad_(False)
+    net.requires_grad_(True)
+    assert trainable(net) == before
 
 
 def test_blocks_that_are_named_leave_the_rest_frozen() -> None:

@@ -672,6 +672,15 @@ def test_a_plan_is_the_report_of_enabling_and_touches_nothing(
 
 
 @pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+def test_a_tied_tensor_counts_for_the_cap_that_took_it_first() -> None:
+    net = nn.ModuleDict({"words": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    net["head"].weight = net["words"].weight
+    caps = [(mc_name("words"), ma_train()), (mc_name("head"), ma_train())]
+    report = enable_fine_tuning(net, FineTuningStrategy(caps))
+    assert [(c.name, c.trainable) for c in report.claims] == [("words", 28), ("head", 0)]
+    assert report.trainable_after == 28
+
+
 @pytest.mark.parametrize("make", PLANNED.values(), ids=PLANNED)
 def test_a_report_says_what_is_so(make: Callable[[], FineTuningStrategy]) -> None:
     net = resnet18(num_classes=10)

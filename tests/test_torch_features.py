@@ -334,6 +334,25 @@ def test_graph_modules_can_be_fine_tuned(name: str) -> None:
     assert_bitwise(disable_fine_tuning(net)(x), base(x))
 
 
+def test_a_copy_that_fails_leaves_the_network_fine_tuned() -> None:
+    """Of a class with its own ``__deepcopy__``, which is called as that of a plain module."""
+
+    class CopiesItself(nn.Linear):
+        def __deepcopy__(self, memo: dict) -> nn.Module:
+            raise MemoryError
+
+    net = nn.Sequential(CopiesItself(8, 8), nn.ReLU())
+    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=2))
+    cls, x = type(net[0]), torch.randn(2, 8)
+    nn.init.normal_(net[0].lora_B)
+    before = net(x)
+    with pytest.raises(MemoryError):
+        copy.deepcopy(net)
+    assert type(net[0]) is cls
+    assert torch.equal(net(x), before)
+    assert list(net.state_dict()) == ["0.lora_B", "0.lora_A"]
+
+
 # --- precision, checkpointing --------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gift
 from gift.data.examples import Examples
+from gift.schedules import Freeze, FreezeUnfreeze
 from gift.strategies import (
     FullFineTuningStrategy,
     HeadReplacementStrategy,
@@ -230,6 +231,21 @@ def test_autocast_computes_in_the_precision_that_was_asked_for(precision: str) -
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] * 0.8
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_gradients_are_clipped_in_their_own_scale(precision: str) -> None:
+    """A step of plain SGD then moves all parameters together by ``lr * clip``."""
+    tuned, lr, clip = net().float(), 0.5, 1e-2
+    inputs, labels = data(16)
+    start = {name: p.detach().clone() for name, p in tuned.named_parameters()}
+    finetune(
+        tuned, (inputs.float(), labels), strategy=FullFineTuningStrategy(), epochs=1, batch_size=16,
+        optimizer="SGD", weight_decay=0.0, lr=lr, lr_schedule="constant", warmup=0.0, clip=clip,
+        precision=precision, **QUIET,
+    )  # fmt: skip
+    moved = torch.stack([(p - start[name]).norm() for name, p in tuned.named_parameters()]).norm()
+    assert moved.item() == pytest.approx(lr * clip, rel=1e-3)
+
+
 def test_a_compiled_network_trains_the_same() -> None:
     runs = []
     for compile in (False, True):
@@ -286,6 +302,48 @@ def test_the_best_epoch_is_kept_and_its_file_gives_the_same_network(tmp_path: Pa
     gift.load(last, tmp_path / "last.safetensors")
     ended = evaluate(last, valid, device="cpu")
     assert ended["loss"] == pytest.approx(result.history[-1]["valid_loss"], rel=1e-12)
+
+
+def test_a_block_that_is_unfrozen_after_the_best_epoch_is_that_of_the_base() -> None:
+    """Nobody had trained it when the network was at its best: the first epoch is all there is."""
+    inputs, labels = data()
+    worse = (inputs, (labels + 1) % 3)  # the more is learnt, the more of it is wrong
+    runs = []
+    for epochs, schedule in ((1, Freeze(head="2")), (4, FreezeUnfreeze(2, head="2"))):
+        tuned = net()
+        result = finetune(
+            tuned, (inputs, labels), worse, strategy=lora(), epochs=epochs, lr=0.05,
+            lr_schedule="constant", warmup=0.0, schedule=schedule, **QUIET,
+        )  # fmt: skip
+        assert result.best_epoch == 1
+        runs.append(tuned)
+    assert result.unfrozen == {3: ["0"]}
+    for name, parameter in runs[0].named_parameters():
+        assert torch.equal(parameter, dict(runs[1].named_parameters())[name]), name
+
+
+def test_a_value_that_is_not_a_number_is_never_the_best() -> None:
+    """Neither the first one, nor one after others."""
+    inputs, labels = data()
+
+    class Breaks(nn.Module):
+        """Gives numbers while it is trained; when it is judged, in one of four epochs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.steps = net(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += self.training  # one in each epoch
+            y = self.body(x)
+            return y * torch.nan if not self.training and self.steps in (1, 3, 4) else y
+
+    data_of_one_batch = (inputs[:32], labels[:32])
+    result = finetune(
+        Breaks(), data_of_one_batch, data_of_one_batch, strategy=lora(), epochs=4, **QUIET
+    )
+    finite = [math.isfinite(row["valid_loss"]) for row in result.history]
+    assert (finite, result.best_epoch) == ([False, True, False, False], 2)
 
 
 def test_training_stops_when_nothing_gets_better() -> None:
