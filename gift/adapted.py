@@ -7,15 +7,13 @@ which the tensor's name is a property that gives the effective weight; the froze
 modules and user code alike.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from gift.adapter import Adapter, adapters_of, plain_tensor
-from gift.delta import DeltaModule, added_names, held
-from gift.generated import Generated, Spec, contributes, generated_class, plain_class, set_class
+from gift.delta import DeltaModule, as_plain
+from gift.generated import Generated, Spec, contributes, generated_class
 from gift.layers import row_of
 from gift.methods import METHODS
 from gift.methods.base import dotted
@@ -141,18 +139,3 @@ def _fast_forward(plain: type, spec: Spec) -> type | None:
         raise ValueError(f"unknown method {method!r}: import the file that registers it first")
     fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
     return None if fast is None else type("FastForward", (Generated,), {"forward": fast})
-
-
-@contextmanager
-def as_plain(module: nn.Module) -> Iterator[None]:
-    """Within it, `module` is as if it had never been adapted: plain class, no deltas."""
-    adapted = type(module)
-    deltas = [(holder := held(module, n), n, holder.pop(n)) for n in added_names(module)]
-    if "_gift_plain" in vars(adapted):
-        set_class(module, plain_class(adapted))
-    try:
-        yield
-    finally:
-        set_class(module, adapted)
-        for holder, name, tensor in deltas:
-            holder[name] = tensor

@@ -1,6 +1,7 @@
 """Deltas: the tensors that a module gained, trained parameters and what belongs to them."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
-from gift.generated import Generated
+from gift.containers import put_order
+from gift.generated import Generated, Spec, bare, contributes, plain_class, set_class
 from gift.state_settings import KEY, decoded, encoded
 
 
@@ -176,14 +178,14 @@ class DeltaModule(Generated):
     def _gift_added(self) -> list[str]:
         return added_names(self)  # type: ignore[arg-type]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # `to_empty` gives a network from the meta device memory without values: fill the delta's.
         own = deltas_of(self)  # type: ignore[arg-type]
         waiting = [key for key, delta in own.items() if delta.is_on_meta(self)]  # type: ignore[arg-type]
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
         for key in waiting:
             own[key].reset(self, key)
-        return self
+        return result
 
     @property
     def gift_settings(self) -> Tensor:
@@ -208,3 +210,78 @@ class DeltaModule(Generated):
         errors += problems
         if not problems:
             super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[misc]
+
+
+class OwnState(Generated):
+    """What a module gains whose author says what is written into its state, and read from it.
+
+    The author's code sees the module as it was, so it writes the frozen tensors and not the
+    effective ones, and takes no delta for an unknown key. The deltas are written and read here.
+    """
+
+    _gift_innermost = True
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        added = self._gift_added()
+        _plain_twin(self, added)._save_to_state_dict(destination, prefix, keep_vars)
+        for name in added:
+            tensor = held(self, name).get(name)  # type: ignore[arg-type]
+            if tensor is not None and name not in self._non_persistent_buffers_set:  # type: ignore[attr-defined]
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        module: Any = self
+        added = [name for name in self._gift_added() if name in held(module, name)]
+        coming = {key: state_dict.pop(key) for n in added if (key := prefix + n) in state_dict}
+        own = nn.Module()
+        for name in added:
+            holder = own._buffers if name in module._buffers else own._parameters
+            holder[name] = held(module, name)[name]
+        own._non_persistent_buffers_set = module._non_persistent_buffers_set & {*added}
+        with as_plain(module):
+            module._load_from_state_dict(state_dict, prefix, *rest)
+        own._load_from_state_dict(coming, prefix, *rest)
+        for name in added:  # which may be others, if they were to be assigned
+            held(module, name)[name] = held(own, name)[name]
+        state_dict.update(coming)
+
+
+def _plain_twin(module: Any, added: list[str]) -> Any:
+    """An object of the plain class with the same attributes, to be looked at only."""
+    state = vars(module)
+    own = {**state, "_parameters": dict(state["_parameters"]), "_buffers": dict(state["_buffers"])}
+    for name in added:
+        own["_parameters"].pop(name, None)
+        own["_buffers"].pop(name, None)
+    own["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"].difference(added)
+    return bare(plain_class(type(module)), own)
+
+
+@contextmanager
+def as_plain(module: nn.Module) -> Iterator[None]:
+    """Within it, `module` is as if it had never been adapted: plain class, no deltas."""
+    adapted = type(module)
+    deltas = [(h, n, h[n]) for n in added_names(module) if n in (h := held(module, n))]
+    orders = [(holder, list(holder)) for holder in (module._parameters, module._buffers)]
+    try:
+        for holder, name, _ in deltas:
+            del holder[name]
+        if "_gift_plain" in vars(adapted):
+            set_class(module, plain_class(adapted))
+        yield
+    finally:
+        set_class(module, adapted)
+        for holder, name, tensor in deltas:
+            holder[name] = tensor
+        for holder, order in orders:
+            put_order(holder, order)
+
+
+@contributes
+def _state_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    # Torch's own (of lazy modules, say) take whatever tensors a module has.
+    own = any(not getattr(plain, name).__module__.startswith("torch.nn.") for name in _STATE)
+    return ([OwnState] if own and (spec.tensors or spec.extended) else []), {}
+
+
+_STATE = ("_save_to_state_dict", "_load_from_state_dict")

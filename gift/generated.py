@@ -272,6 +272,7 @@ def _generate(plain: type, spec: Spec) -> type:
         more_mixins, attributes = contribution(plain, spec)
         mixins += more_mixins
         namespace |= attributes
+    mixins.sort(key=lambda mixin: getattr(mixin, "_gift_innermost", False))
     return subclass_with(mixins, plain, namespace)
 
 
@@ -338,3 +339,12 @@ def change_class(module: nn.Module, **changes: Any) -> None:
 def set_class(module: Any, cls: type) -> None:
     """Give `module` a class, past its own ``__setattr__``, whose author may refuse."""
     object.__setattr__(module, "__class__", cls)
+
+
+def bare(cls: type, state: dict[str, Any]) -> Any:
+    """An object of that class with these attributes, which no code of its author made."""
+    heap = 1 << 9  # Py_TPFLAGS_HEAPTYPE: what is left are `object` and the like of `dict`
+    base: Any = next(base for base in cls.__mro__ if not base.__flags__ & heap)
+    made = base.__new__(cls)
+    object.__setattr__(made, "__dict__", state)
+    return made

@@ -79,6 +79,14 @@ def parts_of(tensor: Any) -> Iterator[Any]:
         yield tensor
 
 
+def memory_of(tensor: Tensor) -> Any:
+    """What is the same for all tensors that show the same memory in the same way."""
+    parts = [t for t in parts_of(tensor) if isinstance(t, Tensor)]
+    if any(is_lazy(t) or t.layout is not torch.strided for t in parts):
+        return id(tensor)
+    return tuple((_key(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in parts)
+
+
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 

@@ -1,9 +1,11 @@
 """What a network gains while it is being fine-tuned: it shows its trained parameters only."""
 
+import functools
+import inspect
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 from gift.adapter import adapters_of
 from gift.delta import added_names, named_deltas, settings_of
 from gift.errors import GiftWarning
-from gift.generated import Generated, Spec, change_class, contributes, joined
+from gift.generated import Generated, Spec, change_class, contributes, joined, plain_class, spec_of
+from gift.guard import memory_of
 from gift.in_place import keep_values
 from gift.incoming import Incoming
 from gift.pretrained import saving_methods
@@ -71,11 +74,13 @@ class FineTunedNetwork(Generated):
         if _loaded not in self._load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
             self.register_load_state_dict_post_hook(_loaded)  # type: ignore[attr-defined]
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+    def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
         """The trained parameters; ``named_parameters()`` gives all."""
-        if self._gift_network.only_trainable_parameters and not _is_averaging():
-            return (p for _, p in named_trainable(self, recurse))  # type: ignore[arg-type]
-        return super().parameters(recurse)  # type: ignore[misc]
+        if not self._gift_network.only_trainable_parameters or _is_averaging():
+            return super().parameters(*args, **kwargs)  # type: ignore[misc]
+        if _overrides(self, "parameters"):
+            return _trained_among(self, super().parameters(*args, **kwargs))  # type: ignore[misc]
+        return (p for _, p in named_trainable(self, *args, **kwargs))  # type: ignore[arg-type]
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze the trained parameters, or train them again; no frozen one comes to life."""
@@ -85,7 +90,7 @@ class FineTunedNetwork(Generated):
             parameter.requires_grad = requires_grad and name not in record.waiting
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         # Buffers that layers share stay shared where they are moved.
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -96,41 +101,32 @@ class FineTunedNetwork(Generated):
                 moved[id(tensor)] = tensor, fn(tensor)
             return moved[id(tensor)][1]
 
-        return super()._apply(once, recurse)  # type: ignore[misc]
+        return super()._apply(once, *args, **kwargs)  # type: ignore[misc]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters and the persistent buffers, under any prefix."""
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(state, MutableMapping):  # which only its author understands
+            return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
             for name in (*frozen_names(self), *quant_state_names(self)):
                 state.pop(prefix + name, None)
+            if _overrides(self, "state_dict"):
+                _drop_frozen(self, state)
+        _complete(self, state, prefix, kwargs.get("keep_vars", args[2] if len(args) > 2 else False))
         _describe_deltas(self, state, prefix)
         return state
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load trained parameters and buffers, or a whole checkpoint of the base.
 
         Raises:
             RuntimeError: naming every key that is missing, unknown, of another shape, or trained
                 with other settings; nothing is loaded then.
         """
-        record = self._gift_network
-        record.rehearsing = True
-        try:
-            super().load_state_dict(_rehearsal(self, state_dict), strict)  # type: ignore[misc]
-        except RuntimeError as error:
-            raise RuntimeError(f"nothing was loaded. {error}") from None
-        finally:
-            record.rehearsing = False
-        options = {"assign": True} if assign else {}  # which an own override may not know
-        record.strict = bool(strict)
-        try:
-            return super().load_state_dict(state_dict, strict, **options)  # type: ignore[misc]
-        finally:
-            record.strict = True
+        strict = bool(_given(self, args, kwargs).get("strict", True))
+        return _load(self, super().load_state_dict, args, kwargs, strict)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Also called when a bigger module loads its state, which passes `load_state_dict` by.
@@ -173,6 +169,120 @@ def _is_averaging() -> bool:
     return sys._getframe(2).f_code is AveragedModel.update_parameters.__code__
 
 
+def _overrides(network: Any, name: str) -> bool:
+    """Whether the author of a network has a method of that name instead of torch's."""
+    return getattr(plain_class(type(network)), name) is not getattr(nn.Module, name)
+
+
+def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
+    """What the author's ``parameters()`` gives, but for what is frozen; then what it left out."""
+    trained = {id(p): p for _, p in named_trainable(network)}
+    frozen = {id(p) for p in nn.Module.parameters(network)} - trained.keys()
+    for one in given:
+        trained.pop(id(one), None)
+        if id(one) not in frozen:
+            yield one
+    yield from trained.values()
+
+
+def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:
+    """Drop frozen tensors to which the author of a network gave other names."""
+    trained = {id(p) for _, p in named_trainable(network)}
+    frozen = {memory_of(p) for p in nn.Module.parameters(network) if id(p) not in trained}
+    frozen -= {memory_of(p) for p in nn.Module.parameters(network) if id(p) in trained}
+    for key, value in list(state.items()):
+        if isinstance(value, Tensor) and memory_of(value) in frozen:
+            del state[key]
+
+
+def _complete(network: Any, state: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+    """Add what is trained and is not in a state under any name, as an author's code left it out."""
+    wanted = trained_tensors(network)
+    missing = {name: t for name, t in wanted.items() if prefix + name not in state}
+    if missing:
+        there = {memory_of(value) for value in state.values() if isinstance(value, Tensor)}
+        for name, tensor in missing.items():
+            if memory_of(tensor) not in there:
+                state[prefix + name] = tensor if keep_vars else tensor.detach()
+
+
+def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """All that a state of a fine-tuned network must have: trained parameters, persistent buffers of
+    methods; tied ones under their first name.
+    """
+    wanted: dict[str, Tensor] = dict(named_trainable(network))
+    for path, module in network.named_modules():
+        for name in added_names(module):
+            tensor = module._buffers.get(name)
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                wanted[joined(path, name)] = tensor
+    return wanted
+
+
+def own_state(network: Any) -> dict[str, Any]:
+    """What ``state_dict()`` gives, by torch's names whatever names the author has for it."""
+    state = nn.Module.state_dict(network)
+    for name in (*frozen_names(network), *quant_state_names(network)):
+        state.pop(name, None)
+    _complete(network, state, "", False)
+    _describe_deltas(network, state, "")
+    return state
+
+
+def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
+    """Load what `own_state` gave, by torch's own code.
+
+    Raises:
+        RuntimeError: as ``load_state_dict``.
+    """
+    _load(network, functools.partial(nn.Module.load_state_dict, network), (state,), {}, True)
+
+
+def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: bool) -> Any:
+    """Call `load` once to see whether it can be done, and then to do it."""
+    record: NetworkRecord = network._gift_network
+    record.rehearsing = True
+    try:
+        _rehearse(network, load, args, kwargs)
+    except RuntimeError as error:
+        raise RuntimeError(f"nothing was loaded. {error}") from None
+    finally:
+        record.rehearsing = False
+    record.strict = strict
+    try:
+        return load(*args, **kwargs)
+    finally:
+        record.strict = True
+
+
+def _given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``load_state_dict`` by the names that the author of a network gave them."""
+    load: Any = plain_class(type(network)).load_state_dict  # type: ignore[attr-defined]
+    try:
+        bound = inspect.signature(load).bind(network, *args, **kwargs)
+    except TypeError:
+        return kwargs  # the call will tell what is wrong with it
+    variable = (p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD)
+    return dict(bound.arguments) | bound.arguments.get(next(variable, ""), {})
+
+
+def _rehearse(network: Any, load: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call `load` with the network's own values in the place of those in the state.
+
+    Never with ``assign=True``, which would put those into it.
+    """
+    if args:
+        args = (_rehearsal(network, args[0]), *args[1:])
+        if not _overrides(network, "load_state_dict"):
+            args = args[:2]
+    else:
+        kwargs = {
+            key: _rehearsal(network, value) if isinstance(value, Mapping) else value
+            for key, value in kwargs.items()
+        }
+    load(*args, **{key: value for key, value in kwargs.items() if key != "assign"})
+
+
 def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state with the network's own values: loading it tells all that is wrong with the keys and
     shapes, in torch's own way with its hooks and old versions, and changes nothing.
@@ -180,6 +290,9 @@ def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
     if not isinstance(state_dict, Mapping):
         return state_dict  # torch says what it expected
     own = whole_state(network)
+    if _overrides(network, "load_state_dict"):  # which may know the tensors by other names
+        theirs = network.state_dict()
+        own |= theirs if isinstance(theirs, Mapping) else {}
     rehearsal = OrderedDict(state_dict)
     for key, value in rehearsal.items():
         mine = own.get(key)
@@ -194,7 +307,10 @@ def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
 
 def whole_state(network: nn.Module) -> dict[str, Any]:
     """All that the state of a network has, frozen parameters too, without settings of deltas."""
-    return without_settings(nn.Module.state_dict(network))
+    state = nn.Module.state_dict(network)
+    if spec_of(network).network:
+        _complete(network, state, "", False)
+    return without_settings(state)
 
 
 def _shape(value: Any) -> torch.Size | None:
@@ -272,7 +388,7 @@ def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[
     """Names and parameters that are trained: chosen by the strategy, or unfrozen since."""
     record = network.__dict__.get("_gift_network")
     chosen = record.chosen if record is not None else ()
-    for name, parameter in network.named_parameters(recurse=recurse):
+    for name, parameter in nn.Module.named_parameters(network, recurse=recurse):
         if parameter.requires_grad or name in chosen:
             yield name, parameter
 
@@ -312,7 +428,7 @@ def frozen_names(network: Any) -> list[str]:
     chosen = network._gift_network.chosen
     return [
         name
-        for name, p in network.named_parameters(remove_duplicate=False)
+        for name, p in nn.Module.named_parameters(network, remove_duplicate=False)
         if not p.requires_grad and name not in chosen
     ]
 

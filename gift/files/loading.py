@@ -22,7 +22,7 @@ from gift.generated import joined, spec_of
 from gift.guard import KeptValues
 from gift.in_place import train_in_place
 from gift.meanwhile import refuse_meanwhile
-from gift.network import delta_names, trained_in_place
+from gift.network import delta_names, load_own_state, own_state, trained_in_place
 from gift.noted import Noted, put_note, read_note
 from gift.report import Report
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
@@ -211,7 +211,7 @@ def _load_values(
         aliases: of further names, those under which the values are.
         new: whether its deltas are new, so that nobody wants their values back.
     """
-    state = network.state_dict()
+    state = own_state(network)
     own = {**tensors, **{name: tensors[first] for name, first in (aliases or {}).items()}}
     worthless = delta_names(network) if new else set()
     kept = KeptValues(t for n, t in state.items() if n not in worthless and not is_sharded(t))
@@ -221,7 +221,7 @@ def _load_values(
         state[name] = value
     try:
         with kept:
-            network.load_state_dict(state)
+            load_own_state(network, state)
     except BaseException:  # which is raised again
         kept.restore()
         raise

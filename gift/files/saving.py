@@ -20,6 +20,7 @@ from gift.network import (
     delta_names,
     frozen_names,
     trained_in_place,
+    trained_tensors,
     whole_state,
 )
 from gift.noted import noted
@@ -68,6 +69,11 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
     _refuse(
         f"{name} is a {type(value).__name__}, which no safetensors file can hold"
         for name, value in parts.foreign.items()
+    )
+    _refuse(
+        f"{name} is trained, but is not in the network's state under its own name"
+        for name in trained_tensors(network)
+        if name not in parts.saved
     )
     lazy = [name for name, tensor in parts.base.items() if is_lazy(tensor)]
     empty = [name for name, tensor in parts.saved.items() if is_lazy(tensor) or tensor.is_meta]
