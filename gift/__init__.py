@@ -8,6 +8,7 @@ from gift.exchange import load_kohya, load_peft, save_kohya, save_peft
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
 from gift.iterator import ModuleIterator
 from gift.merging import merge, merged
+from gift.reference import reference
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
 
@@ -30,6 +31,7 @@ __all__ = [
     "merge_strategies",
     "merged",
     "plan_fine_tuning",
+    "reference",
     "save",
     "save_kohya",
     "save_peft",

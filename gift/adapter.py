@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from gift.delta import Delta, put_values
 from gift.errors import AdaptationError, GiftWarning
 from gift.generated import plain_class
-from gift.layers import Layout, LayoutOptions, bias_layout, layout_of, raw_layout
+from gift.layers import Layout, LayoutOptions, bias_layout, layout_of
 from gift.methods import Method
 from gift.quantised import dequantised
 
@@ -82,15 +82,22 @@ class Adapter(Delta):
             return str(error)
         return ""
 
-    def hidden_settings(self, module: nn.Module) -> dict[str, Any]:
+    def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
         """What differs from the method with its defaults, and a layout that was chosen."""
         if self.layout is None:
             return {}
         hidden = self.method.hidden_settings
-        default = LayoutOptions().settled(self.method.conv_layouts, self.method.rows_are_outputs)
-        if self.options != default and self.layout != raw_layout(self.layout.shape):
+        if not self.method.shows_matrix and self._has_chosen_layout(module, key):
             hidden |= {"matrix": list(self.layout.matrix)}
         return hidden and {"method": self.method.name} | hidden
+
+    def _has_chosen_layout(self, module: nn.Module, key: str) -> bool:
+        """Whether the tensor is read in another way than the method's own choice."""
+        assert self.layout is not None
+        own = LayoutOptions().settled(self.method.conv_layouts, self.method.rows_are_outputs)
+        if self.options == own:
+            return False
+        return layout_of(module, key, torch.Size(self.layout.shape), own) != self.layout
 
     def has_effect(self, module: nn.Module, key: str) -> bool:
         """Whether the effective tensor differs from the frozen one."""

@@ -45,7 +45,7 @@ class Delta:
         """What a saved delta and this one must agree on; empty while that is unknown."""
         raise NotImplementedError
 
-    def hidden_settings(self, module: nn.Module) -> dict[str, Any]:
+    def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
         """Those among the settings that the names and shapes of the tensors do not show.
 
         Empty where all are the defaults of the method, for tensors of these shapes.
@@ -128,7 +128,7 @@ def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
 def hidden_settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Of each delta that `module` holds, the settings that no shape shows, if there are any."""
     own = {key: delta for key, delta in deltas_of(module).items() if delta.owner is None}
-    found = {key: delta.hidden_settings(module) for key, delta in own.items()}
+    found = {key: delta.hidden_settings(module, key) for key, delta in own.items()}
     return {key: settings for key, settings in found.items() if settings}
 
 

@@ -118,7 +118,7 @@ class Extension(Delta):
         """The method and its settings."""
         return {"method": self.method.name} | self.method.meaning
 
-    def hidden_settings(self, module: nn.Module) -> dict[str, Any]:
+    def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
         """What differs from the method with its defaults."""
         hidden = self.method.hidden_settings
         return hidden and {"method": self.method.name} | hidden

@@ -219,6 +219,27 @@ def test_layouts_that_no_shape_shows() -> None:
     made("out_as_h").load_state_dict(dict(whole.state_dict()))
 
 
+CHOOSING = [name for name, method in METHODS.items() if len(method.conv_layouts) > 1]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_layouts_of_convolutions_are_shown_by_shapes_or_settings(name: str) -> None:
+    """The method's own choice adds no key; another one is told where shapes may agree."""
+    own, other = METHODS[name].conv_layouts[:2]
+    confused = nn.Conv2d(2, 6, 3)  # 18 x 6 or 6 x 18
+    for conv in (nn.Conv2d(4, 6, 3), confused):
+        told = []
+        for layout in (own, other):
+            caps = [(mc_any(), ma_adapt(name, conv_layout=layout))]
+            net = tuned(FineTuningStrategy(caps), make=lambda conv=conv: copy.deepcopy(conv))
+            state = net.state_dict()
+            told.append({k: v.tolist() if is_settings(k) else v.shape for k, v in state.items()})
+        assert told[0] != told[1]
+        if not METHODS[name].shares_names:
+            assert KEY not in told[0]
+            assert METHODS[name].shows_matrix == (KEY not in told[1])
+
+
 def test_bottlenecks_and_prompts() -> None:
     one = tuned(BottleneckFineTuningStrategy(size=4, scaling=2.0))
     two = tuned(BottleneckFineTuningStrategy(size=4))

@@ -59,6 +59,10 @@ class Method(Configured):
     reads_weight: ClassVar[bool] = False
     """Whether the initial parameters depend on the values of the weight."""
 
+    shows_matrix: ClassVar[bool] = False
+    """Whether the shapes of the parameters differ wherever those of two matrices do, so that a
+    saved delta need not tell how the weight was read."""
+
     size_setting: ClassVar[str | None] = None
     """The setting, an integer, that decides how many parameters are added. A method with a setting
     ``clip_<size_setting>`` settles in `fit` by `settled` what becomes of a matrix that cannot have

@@ -41,6 +41,7 @@ class IA3(Method):
 
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "IA3"
+    shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
 

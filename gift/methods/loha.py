@@ -38,6 +38,7 @@ class LoHa(RankedMethod):
 
     name: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
+    shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h", "balanced")
 
     alpha: float | None = number(None)

@@ -60,6 +60,7 @@ class LoKr(RankedMethod):
 
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h", "balanced")
 
     alpha: float | None = number(None)

@@ -50,6 +50,7 @@ class LoRA(RankedMethod):
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
+    shows_matrix: ClassVar[bool] = True
 
     lora_alpha: float | None = number(None)
     lora_dropout: float = probability()

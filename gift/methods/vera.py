@@ -53,6 +53,7 @@ class VeRA(RankedMethod):
 
     name: ClassVar[str] = "vera"
     title: ClassVar[str] = "VeRA"
+    shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
     default_rank: ClassVar[int] = 256
