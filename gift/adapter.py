@@ -218,8 +218,10 @@ def present_tensor(module: nn.Module, tensor: str) -> Any:
             if getattr(hook, "name", None) == tensor and hasattr(hook, "compute_weight"):
                 still = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
                 return hook.compute_weight(module, **still)
-            if getattr(hook, "_tensor_name", None) == tensor and hasattr(hook, "apply_mask"):
-                return hook.apply_mask(module)
+            mask = getattr(module, f"{tensor}_mask", None)
+            if mask is not None and hasattr(hook, "apply_mask"):  # pruned
+                whole = getattr(module, f"{tensor}_orig")
+                return mask.to(whole.dtype) * whole
         return plain_tensor(module, tensor)
 
 

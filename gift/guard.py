@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from gift.private.torch import BeforeWrites, storage_key
 
 
-class KeptValues(TorchDispatchMode):
+class KeptValues(BeforeWrites):
     """While it is active, copies the memory of a tensor before an operation writes into it.
 
     Only the tensors that it was made for are looked after; nothing is copied until it must be.
@@ -21,24 +21,23 @@ class KeptValues(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        inner = [part for tensor in tensors for part in parts_of(tensor)]
-        self.storages = {_key(t): t.untyped_storage() for t in inner if _has_memory(t)}
+        self.tensors = list(tensors)
+        inner = [part for tensor in self.tensors for part in parts_of(tensor)]
+        self.storages = {storage_key(t): t.untyped_storage() for t in inner if _has_memory(t)}
         self.kept: dict[int, torch.UntypedStorage] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Keep what `func` is about to write into, then run it."""
-        kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else kwargs.get(argument.name)
-                for tensor in tree_leaves(value):
-                    for part in parts_of(tensor):
-                        self._keep(part)
-        return func(*args, **kwargs)
+    def watched(self) -> Iterable[Tensor]:
+        """The tensors that it was made for."""
+        return self.tensors
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Keep what is about to be written into."""
+        for part in parts_of(tensor):
+            self._keep(part)
 
     def _keep(self, tensor: Any) -> None:
         if isinstance(tensor, Tensor) and _has_memory(tensor):
-            key = _key(tensor)
+            key = storage_key(tensor)
             if key in self.storages and key not in self.kept:
                 self.kept[key] = self.storages[key].clone()
 
@@ -51,7 +50,7 @@ class KeptValues(TorchDispatchMode):
         """What `tensor` was, if it was written into."""
         if hasattr(tensor, "__tensor_flatten__"):
             return self._rebuilt(tensor)
-        storage = self.kept.get(_key(tensor)) if _has_memory(tensor) else None
+        storage = self.kept.get(storage_key(tensor)) if _has_memory(tensor) else None
         if storage is None:
             return None
         place = (tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -84,11 +83,7 @@ def memory_of(tensor: Tensor) -> Any:
     parts = [t for t in parts_of(tensor) if isinstance(t, Tensor)]
     if any(is_lazy(t) or t.layout is not torch.strided for t in parts):
         return id(tensor)
-    return tuple((_key(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in parts)
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tuple((storage_key(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in parts)
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from gift.errors import AdaptationError
+from gift.private.torch import CONV, CONV_TRANSPOSE, FlatWeights, knows_recurrent
 
 ConvLayout = Literal["balanced", "out_as_h"]
 
@@ -163,7 +165,7 @@ def _conv(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout
     into_rows, into_columns = math.prod(kernel[:n_rows]), math.prod(kernel[n_rows:])
     rows, columns = first // groups, second
     order = list(range(3 + len(kernel)))
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, CONV_TRANSPOSE):
         rows, columns = columns, rows
         order[1], order[2] = 2, 1
     matrix: tuple[int, ...] = (rows * into_rows, columns * into_columns)
@@ -172,35 +174,13 @@ def _conv(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout
     return Layout(shape, (groups, first // groups, second, *kernel), tuple(order), matrix)
 
 
-class FlatWeights:
-    """Recurrent layers hand a list of their weights to one kernel: here it is made when asked
-    for, so that it holds the effective weights, and never stored.
-    """
-
-    # Their own one would also store what it sets in the list.
-    __setattr__ = nn.Module.__setattr__
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[attr-defined]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: Any) -> None:
-        pass
-
-    def _init_flat_weights(self) -> None:
-        pass
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    def flatten_parameters(self) -> None:
-        """Nothing to do: the effective weights are new tensors each time."""
-
-    @staticmethod
-    def restored(module: nn.RNNBase) -> None:
-        """Called once the layer is its plain self again: point the list at its weights."""
-        module._init_flat_weights()
+def _recurrent(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
+    if not knows_recurrent():
+        raise AdaptationError(
+            f"the recurrent layers of torch {torch.__version__} hold their weights in a way that "
+            "gift does not know: they cannot be adapted"
+        )
+    return _matrix(module, shape, options)
 
 
 class DenseGradient:
@@ -263,11 +243,11 @@ class LayerRow:
 LAYERS: tuple[LayerRow, ...] = (
     LayerRow(nn.Linear, ("weight",), _matrix, "linear"),
     LayerRow("transformers.pytorch_utils.Conv1D", ("weight",), _transposed, "linear"),
-    LayerRow(_ConvNd, ("weight",), _conv, "conv"),
+    LayerRow(CONV, ("weight",), _conv, "conv"),
     LayerRow(nn.Embedding, ("weight",), _lookup, "embedding", biases=(), mixin=DenseGradient),
     LayerRow(nn.EmbeddingBag, ("weight",), _lookup, "embedding", biases=(), mixin=DenseGradient),
     LayerRow(nn.Bilinear, ("weight",), _matrix, "bilinear"),
-    LayerRow(nn.RNNBase, ("weight_*",), _matrix, "recurrent", ("bias_*",), mixin=FlatWeights),
+    LayerRow(nn.RNNBase, ("weight_*",), _recurrent, "recurrent", ("bias_*",), mixin=FlatWeights),
     LayerRow(nn.RNNCellBase, ("weight_*",), _matrix, "recurrent", ("bias_*",)),
     LayerRow(
         nn.MultiheadAttention,

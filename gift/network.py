@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-import sys
+import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
@@ -22,6 +22,7 @@ from gift.guard import memory_of
 from gift.in_place import keep_values
 from gift.incoming import Incoming
 from gift.pretrained import saving_methods
+from gift.private.torch import callers
 from gift.quantised import quant_state_names
 from gift.report import Report
 from gift.state_settings import without_settings
@@ -166,7 +167,8 @@ def _is_averaging() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return sys._getframe(2).f_code is AveragedModel.update_parameters.__code__
+    asking = next(itertools.islice(callers(), 1, None), None)
+    return asking is not None and asking.f_code is AveragedModel.update_parameters.__code__
 
 
 def _overrides(network: Any, name: str) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from gift.private.torch import COMPILED
+
 if TYPE_CHECKING:
     from gift.data.examples import Reader
 
@@ -61,7 +63,7 @@ def note(
 
 def noted(net: nn.Module) -> Noted:
     """What is noted on a network, also where DDP or ``torch.compile`` wraps it."""
-    for name in ("_orig_mod", "module"):
+    for name in (COMPILED, "module"):
         inner = net._modules.get(name)
         if NOTE not in vars(net) and inner is not None:
             return noted(inner)

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from gift.generated import Generated, Spec, change_class, contributes
+from gift.private.torch import NORM_WITH_STATISTICS
 
 
 class FrozenStatistics(Generated):
@@ -26,7 +26,8 @@ def _statistics_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, An
 
 def freeze_statistics(module: nn.Module) -> int:
     """Freeze the running statistics of all norm layers in `module`; gives their number."""
-    layers = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, NORM_WITH_STATISTICS)]
+    layers = [norm for norm in norms if norm.track_running_stats]
     for layer in layers:
         mode = layer.training
         change_class(layer, statistics=True)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gift.private.torch import unfollowed
+
 # fmt: off
 PERMUTING = (
     "transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "T", "mT", "H",
@@ -182,6 +184,6 @@ def permuted(func: Any, args: Any, kwargs: Any, axis: int | None) -> int | None:
     """Where a function that permutes the axes of its first argument leaves this one."""
     if axis is None or not args:
         return None
-    with torch._C.DisableTorchFunction():
+    with unfollowed():
         probe = torch.empty([2 + i for i in range(args[0].ndim)], device="meta")
         return list(func(probe, *args[1:], **kwargs).shape).index(2 + axis)

@@ -17,6 +17,7 @@ from gift.generated import plain_class
 from gift.layers import CONV1D_FORWARD, Layout, reader_of
 from gift.methods import AdaptationError
 from gift.methods.base import dotted
+from gift.private.torch import convolve, unfollowed
 from gift.quantised import LINEAR_FORWARDS
 
 Factors = tuple[Tensor, Tensor]
@@ -138,7 +139,7 @@ class _Rows:
                 f"{self.path} gets {tuple(x.shape)}, where axis {dim} is not the batch of "
                 f"{len(self.rows)} rows, as far as can be told: rows cannot differ there"
             )
-        with torch._C.DisableTorchFunction():  # what follows need not be followed
+        with unfollowed():  # what follows need not be followed
             for name, index in self._places(x.shape[dim], x.device).items():
                 taken = output.index_select(dim, index)
                 change = side(module, x.index_select(dim, index), self.by_name[name])
@@ -195,7 +196,7 @@ def _conv1d_of_transformers(layer: Any, x: Tensor, factors: Factors) -> Tensor:
 
 
 def _conv(layer: Any, x: Tensor, factors: Factors) -> Tensor:
-    return layer._conv_forward(x.to(factors[0].dtype), factors[0], None)
+    return convolve(layer, x.to(factors[0].dtype), factors[0], None)
 
 
 def _embedding(layer: Any, ids: Tensor, factors: Factors) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gift.calls.arguments import in_order
 from gift.calls.features import Features, features_of, weight_beside
@@ -16,6 +15,7 @@ from gift.calls.tensors import first_tensor, with_first_changed
 from gift.extension import CallMethod, Forward, where
 from gift.methods import AdaptationError
 from gift.methods.settings import choice, flag, is_integer, number, probability, setting, whole
+from gift.private.torch import CONV, CONV_TRANSPOSE
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -76,7 +76,7 @@ class Bottleneck(CallMethod):
     def fit(self, module: nn.Module) -> Self:
         """The same with the axis of the module's features."""
         features = self._features(module)
-        if self.parallel and isinstance(module, _ConvNd) and _changes_size(module):
+        if self.parallel and isinstance(module, CONV) and _changes_size(module):
             raise AdaptationError(
                 "what it takes and what it gives differ in more than their channels (stride, "
                 "padding): a parallel bottleneck cannot be added, a sequential one can"
@@ -188,6 +188,6 @@ def _changes_size(conv: Any) -> bool:
     if conv.padding == "same":
         return False
     padding = [0] * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
-    extra = conv.output_padding if isinstance(conv, _ConvTransposeNd) else [0] * len(padding)
+    extra = conv.output_padding if isinstance(conv, CONV_TRANSPOSE) else [0] * len(padding)
     rows = zip(conv.kernel_size, conv.stride, conv.dilation, padding, extra, strict=True)
     return any(s != 1 or 2 * p != d * (k - 1) + e for k, s, d, p, e in rows)

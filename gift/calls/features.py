@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gift.generated import plain_class
 from gift.methods import AdaptationError
+from gift.private.torch import CONV, NORM_WITH_STATISTICS
 from gift.tensors import is_inexact
 
 
@@ -46,11 +45,11 @@ _KNOWN: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
 _KNOWN = (
     (nn.Linear, lambda m: Features(m.in_features, m.out_features)),
     (nn.Bilinear, lambda m: Features(m.in1_features, m.out_features)),
-    (_ConvNd, _conv),
+    (CONV, _conv),
     ((nn.Embedding, nn.EmbeddingBag), lambda m: Features(None, m.embedding_dim)),
     ((nn.RNNBase, nn.RNNCellBase), _recurrent),
     (nn.MultiheadAttention, lambda m: Features(m.embed_dim, m.embed_dim)),
-    (_NormBase, _norm),
+    (NORM_WITH_STATISTICS, _norm),
     (nn.GroupNorm, lambda m: Features(m.num_channels, m.num_channels, 1)),
     ((nn.LayerNorm, nn.RMSNorm),
      lambda m: Features(m.normalized_shape[-1], m.normalized_shape[-1])),

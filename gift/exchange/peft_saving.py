@@ -28,6 +28,7 @@ from gift.extension import named_extensions
 from gift.files.container import DeltaFileError, replace_file, write_text
 from gift.files.saving import fine_tuned_part
 from gift.layers import layout_of
+from gift.private.diffusers import source_of
 
 DUMMY_TARGETS = "dummy-target-modules"  # PEFT's word for a configuration that adapts nothing
 
@@ -87,8 +88,7 @@ def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]
     config: Config = {
         "peft_type": form.peft_type,
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(getattr(network, "config", None), "_name_or_path", None)
-        or None,
+        "base_model_name_or_path": source_of(network),
         "revision": None,
         "task_type": None,
         "inference_mode": True,

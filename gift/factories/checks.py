@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -18,6 +17,7 @@ from gift.factories.recorded import Recorded, bind, recorded
 from gift.generated import joined, plain_class
 from gift.iterator import ModuleIterator
 from gift.layers import FAMILIES, LAYERS, row_of
+from gift.private.torch import NORM_WITH_STATISTICS
 
 Names = str | Iterable[str] | None
 Test = Callable[..., bool]
@@ -203,7 +203,7 @@ def mc_norm() -> Check:
     return Check(_is_norm)
 
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (NORM_WITH_STATISTICS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAME = re.compile(r"[Nn]orm(?!al(?!i[sz]))")  # as in "Normalize", but not in "Normal"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.fast.transforms import is_batched
+from gift.private.torch import by_onednn, has_onednn, is_batched, is_followed
 
 MANY = 2**20  # multiplications, below which starting the other library takes longer
 PLAIN = (Tensor, nn.Parameter)
@@ -20,17 +20,6 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         b: another one, not a thin one: for those there is `gift.fast.products`.
     """
     return by_onednn(a, b) if _is_for_onednn(a, b) else a @ b
-
-
-def by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, where torch has oneDNN; autograd and tracers know nothing of it."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
-    return product
-
-
-def has_onednn() -> bool:
-    """Whether torch was built with it."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @lru_cache(maxsize=1)
@@ -60,7 +49,6 @@ def _is_for_onednn(a: Tensor, b: Tensor) -> bool:
         and a.is_contiguous()
         and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
+        and not is_followed()
         and not is_batched(a)
     )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gift.fast.gemm import matmul
-from gift.fast.transforms import without_autocast
+from gift.fast.transforms import gives_no_view, without_autocast
 
 
 class KroneckerLinear(torch.autograd.Function):
@@ -26,6 +26,7 @@ class KroneckerLinear(torch.autograd.Function):
     """
 
     @staticmethod
+    @gives_no_view
     def forward(  # noqa: D102 - as the class says
         ctx: Any,
         x: Tensor,

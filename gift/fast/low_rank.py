@@ -15,8 +15,9 @@ from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank_conv import LowRankConv
 from gift.fast.low_rank_linear import LowRankLinear, outputs
 from gift.fast.products import scaled
-from gift.fast.transforms import autocasts, is_transformed
+from gift.fast.transforms import autocasts
 from gift.methods.base import dotted
+from gift.private.torch import convolve, convolves_as, is_exporting, is_transformed, padding_around
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -124,7 +125,7 @@ def _only_beside(x: Tensor, dropped: Tensor | None) -> bool:
     What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
     exported is for all sizes.
     """
-    return dropped is not None or x.dtype.itemsize < 4 or torch.compiler.is_exporting()
+    return dropped is not None or x.dtype.itemsize < 4 or is_exporting()
 
 
 def conv(self: Any, input: Tensor) -> Tensor:
@@ -138,11 +139,11 @@ def conv(self: Any, input: Tensor) -> Tensor:
         if output is not None:
             return output
     if dropped is None:
-        return self._conv_forward(input, self.weight, self.bias)
+        return convolve(self, input, self.weight, self.bias)
     left, right = method.low_rank(parameters)
     delta = adapter.layout.to_weight(left @ right)
-    output = self._conv_forward(input, self._gift_frozen("weight"), self.bias)
-    return (output + self._conv_forward(dropped.to(delta.dtype), delta, None)).to(output.dtype)
+    output = convolve(self, input, self._gift_frozen("weight"), self.bias)
+    return (output + convolve(self, dropped.to(delta.dtype), delta, None)).to(output.dtype)
 
 
 def low_rank_conv(
@@ -176,7 +177,7 @@ def low_rank_conv(
         x, dropped = x[None], dropped if dropped is None else dropped[None]
     around = None
     if layer.padding_mode != "zeros":
-        around = tuple(layer._reversed_padding_repeated_twice)
+        around = padding_around(layer)
     compiling = torch.compiler.is_compiling() or type(x.numel()) is not int  # sizes without numbers
     geometry, pads, chosen = (_settle if compiling else _settled)(
         weight.shape,
@@ -189,7 +190,7 @@ def low_rank_conv(
         left.shape[0] // weight.shape[0],
         torch.is_grad_enabled(),
         "side" if _only_beside(x, dropped) else form,
-        x.device.type == "cpu" and not torch.compiler.is_exporting(),
+        x.device.type == "cpu" and not is_exporting(),
     )
     if pads is not None:
         mode, dtype = "constant" if around is None else layer.padding_mode, x.dtype
@@ -253,9 +254,7 @@ def is_usual(layer: Any) -> bool:
     adapter = layer._gift_adapters["weight"]
     if adapter.layout is None or not adapter.reads_alike:
         return False
-    if "_conv_forward" in vars(layer):  # as recipes for tileable pictures set it
-        return False
-    return any(type(layer)._conv_forward is cls._conv_forward for cls in CONVOLUTIONS)
+    return convolves_as(layer, CONVOLUTIONS)
 
 
 def _padding(kernel: Sizes, padding: Any, dilation: Sizes) -> tuple[Sizes | None, Sizes | None]:

@@ -10,7 +10,8 @@ from gift.fast.choice import Plan
 from gift.fast.geometry import Geometry
 from gift.fast.products import effective, outer, product, scaled
 from gift.fast.thin import Filters, add_product
-from gift.fast.transforms import is_batched, without_autocast
+from gift.fast.transforms import gives_no_view, without_autocast
+from gift.private.torch import is_batched
 
 SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept
 
@@ -32,6 +33,7 @@ class LowRankConv(torch.autograd.Function):
     """
 
     @staticmethod
+    @gives_no_view
     def forward(  # noqa: D102 - as the class says
         ctx: Any,
         x: Tensor,

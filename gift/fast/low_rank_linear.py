@@ -9,7 +9,8 @@ from torch import Tensor
 from gift.fast.choice import Form
 from gift.fast.gemm import matmul
 from gift.fast.products import effective, for_each, outer, product, scaled
-from gift.fast.transforms import is_known, without_autocast
+from gift.fast.transforms import gives_no_view, without_autocast
+from gift.private.torch import is_known
 
 MANY = 1024  # rows from which on they are computed in parts
 
@@ -32,6 +33,7 @@ class LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
+    @gives_no_view
     def forward(  # noqa: D102 - as the class says
         ctx: Any,
         x: Tensor,

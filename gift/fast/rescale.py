@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.fast.transforms import is_transformed
+from gift.fast.transforms import gives_no_view
+from gift.private.torch import is_transformed, writes_of
 
 Compute = Callable[..., Tensor]
 
@@ -63,6 +64,7 @@ class Rescaled(torch.autograd.Function):
     """
 
     @staticmethod
+    @gives_no_view
     def forward(  # noqa: D102 - as the class says
         ctx: Any,
         z: Tensor,
@@ -115,8 +117,8 @@ class Writes:
     def __init__(self, tensor: Tensor) -> None:
         self.alias = tensor.detach()  # counts writes together with the tensor
         self.alias.data = tensor.new_empty(0)
-        self.before = self.alias._version
+        self.before = writes_of(self.alias)
 
     def happened(self) -> bool:
-        """Whether it was."""
-        return self.alias._version != self.before
+        """Whether it was, or may have been."""
+        return self.before is None or writes_of(self.alias) != self.before

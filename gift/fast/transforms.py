@@ -8,32 +8,23 @@ import torch
 from torch import Tensor
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func, dual numbers or a trace of TorchScript follows."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0  # dual numbers, made by hand
-    )
-
-
-def is_batched(g: Tensor) -> bool:
-    """Whether a gradient stands for several (`is_grads_batched`): few operations allow that."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
-
-
-def is_known(condition: bool) -> bool:
-    """Whether it holds; compiled, whether it does for all sizes that the graph serves."""
-    if not torch.compiler.is_compiling():
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second
-
-    return statically_known_true(condition)
-
-
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for that kind of device; the meta device has none."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def gives_no_view(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator for the forward pass of an autograd function: what it gives is no view.
+
+    Views that are made in there must not be written into later, as autograd could not follow. For
+    some shapes ``F.linear`` makes one, which of them is a matter of torch's version.
+    """
+
+    @functools.wraps(forward)
+    def run(ctx: Any, *args: Any) -> Tensor:
+        return forward(ctx, *args).detach()  # the same memory and count of writes, no view
+
+    return run
 
 
 def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:

@@ -1,7 +1,7 @@
 """Folding deltas into the weights for a while."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from gift.meanwhile import meanwhile
 from gift.merging.possible import check, refuse, without_values
 from gift.merging.weights import effective
 from gift.network import remove_record
+from gift.private.torch import written_since
 from gift.quantised import is_quantised
 from gift.statistics import release_statistics
 from gift.transaction import Snapshot
@@ -43,20 +44,20 @@ def merged(net: nn.Module) -> Iterator[nn.Module]:
     snapshot = Snapshot(net)
     for parameter in nn.Module.parameters(net):
         parameter.grad = None  # so an optimizer that steps meanwhile passes it by
-    shared: dict[nn.Parameter, int] = {}
+    shared: dict[nn.Parameter, Callable[[], bool]] = {}
     try:
         remove_record(net)
         _merge_copies(net)
         names = {p: name for name, p in net.named_parameters()}
         own = {id(kept.tensor) for _, _, kept in snapshot.parameters}
-        shared = {p: p._version for p in names if id(p) in own and not p.is_inference()}
+        shared = {p: written_since(p) for p in names if id(p) in own}
         for parameter in names:
             parameter.requires_grad = False
         set_class(net, _merged_class(type(net)))
         with meanwhile(net.modules(), "merged"):
             yield net
     finally:
-        written = [names[p] for p, version in shared.items() if p._version != version]
+        written = [names[p] for p, was_written in shared.items() if was_written()]
         snapshot.rollback()
         if written:
             raise RuntimeError(

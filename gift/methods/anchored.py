@@ -12,6 +12,7 @@ from gift.fast.linear import Product, linear_forwards
 from gift.fast.low_rank import CONVOLUTIONS, conv, linear, low_rank_product
 from gift.methods.base import dotted
 from gift.methods.lora import LoRA
+from gift.private.torch import convolve
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,10 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         adapter.layout.to_weight(torch.matmul(*LoRA.factors(method, factors)))
         for factors in (parameters, method.anchors(parameters))
     )
-    output = self._conv_forward(input, self._gift_frozen("weight"), self.bias)
+    output = convolve(self, input, self._gift_frozen("weight"), self.bias)
     x = input.to(trained.dtype)
-    change = self._conv_forward(F.dropout(x, method.lora_dropout), trained, None)
-    return (output + change - self._conv_forward(x, start, None)).to(output.dtype)
+    change = convolve(self, F.dropout(x, method.lora_dropout), trained, None)
+    return (output + change - convolve(self, x, start, None)).to(output.dtype)
 
 
 AnchoredLoRA.forwards = linear_forwards(_linear) | {

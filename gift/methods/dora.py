@@ -20,6 +20,7 @@ from gift.fast.rescale import rescaled
 from gift.methods.base import Method, dotted, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
+from gift.private.torch import convolve
 
 
 @register_method
@@ -137,7 +138,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
             frozen = adapter.layout.to_matrix(self._gift_frozen("weight"))
             ratio = method.ratio(frozen.to(parameters["lora_A"].dtype), parameters)
             return rescaled(output, ratio, self.bias, lora, inputs, -1 - len(self.kernel_size))
-    return self._conv_forward(input, self.weight, self.bias)
+    return convolve(self, input, self.weight, self.bias)
 
 
 DoRA.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}

@@ -12,6 +12,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from gift.private.torch import writes_of
+
 _buffers: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
@@ -51,7 +53,7 @@ def seeded_buffer(
     """
     key = (draw, seed, shape, more, dtype, device)
     buffer = _buffers.get(key)
-    if buffer is None or buffer._version or buffer.device != device:
+    if buffer is None or writes_of(buffer) != 0 or buffer.device != device:
         if device.type == "meta":
             values = torch.empty(shape, dtype=dtype, device=device)
         else:

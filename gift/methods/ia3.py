@@ -12,6 +12,7 @@ from gift.fast.low_rank import CONVOLUTIONS, is_usual
 from gift.fast.rescale import rescaled
 from gift.methods.base import Method, dotted, register_method
 from gift.methods.settings import flag
+from gift.private.torch import convolve
 
 
 @register_method
@@ -91,14 +92,14 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     axes = len(self.kernel_size)
     one_position = all(size == 1 for size in self.kernel_size)
     if not is_usual(self) or (method.feedforward and not one_position):
-        return self._conv_forward(input, self.weight, self.bias)
+        return convolve(self, input, self.weight, self.bias)
     factor, frozen, bias = parameters["ia3_l"], self._gift_frozen("weight"), self.bias
     if method.feedforward:
         seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
-        return self._conv_forward(seen, frozen, bias)
+        return convolve(self, seen, frozen, bias)
 
     def compute(x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, frozen, bias)
+        return convolve(self, x, frozen, bias)
 
     return rescaled(compute(input, bias), factor, bias, compute, (input, bias), -1 - axes)
 

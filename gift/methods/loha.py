@@ -12,6 +12,7 @@ from gift.fast.low_rank import CONVOLUTIONS, conv, linear
 from gift.fast.whole import terms, through_weight
 from gift.methods.base import RankedMethod, dotted, register_method
 from gift.methods.settings import number
+from gift.private.torch import convolve
 
 
 @register_method
@@ -104,7 +105,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     """The same, but that LoRA's way with a convolution keeps less even if it makes the weight."""
     rank = self._gift_adapters["weight"].method.rank
     if rank is None or rank > 8:  # to add up r^2 terms takes longer than two products and theirs
-        return self._conv_forward(input, self.weight, self.bias)
+        return convolve(self, input, self.weight, self.bias)
     return conv(self, input)
 
 

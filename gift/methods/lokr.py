@@ -15,6 +15,7 @@ from gift.fast.low_rank import CONVOLUTIONS, is_usual, low_rank_conv, operands
 from gift.methods.base import RankedMethod, dotted, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, number, setting
+from gift.private.torch import convolve
 
 
 def _is_factor(value: Any) -> bool:
@@ -211,7 +212,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         output = low_rank_conv(self, input, (left.reshape(-1, len(right)), right), None, None)
         if output is not None:
             return output
-    return self._conv_forward(input, self.weight, self.bias)
+    return convolve(self, input, self.weight, self.bias)
 
 
 LoKr.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}

@@ -123,7 +123,7 @@ class _Product(torch.autograd.Function):
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         row = _row_for(tensor)
         assert row is not None
-        return row.product(tensor, module, x, bias)
+        return row.product(tensor, module, x, bias).detach()  # a view would bar writes into it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -13,6 +13,7 @@ from gift.generated import joined, plain_class, spec_of
 from gift.in_place import flags_of_the_base, let_wait, train_in_place, train_no_more, untrainable
 from gift.meanwhile import refuse_meanwhile
 from gift.network import delta_names
+from gift.private.torch import COMPILED
 from gift.quantised import is_quantised
 from gift.report import some
 from gift.schedules.blocks import Block, Division, divide
@@ -23,7 +24,7 @@ from gift.tensors import is_inexact
 
 Unfreezes = Literal["weights", "deltas", "all"]
 _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module",
-             "OptimizedModule": "_orig_mod"}  # fmt: skip
+             "OptimizedModule": COMPILED}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from gift.adapter import adapters_of
 from gift.delta import added_names, deltas_of
 from gift.factories.checks import last_linear
 from gift.generated import joined, plain_class
+from gift.private.torch import NORM_WITH_STATISTICS
 
 Paths = str | Iterable[str] | None
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -133,7 +133,7 @@ def _closest(wrong: Iterable[str], known: Iterable[str]) -> str:
 def _norms(module: nn.Module, path: str, heads: tuple[str, ...]) -> Iterator[str]:
     for name, part in module.named_modules(prefix=path):
         inside = any(name == head or name.startswith(f"{head}.") for head in heads)
-        if isinstance(part, _NormBase) and part.track_running_stats and not inside:
+        if isinstance(part, NORM_WITH_STATISTICS) and part.track_running_stats and not inside:
             yield name
 
 

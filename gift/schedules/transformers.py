@@ -2,11 +2,11 @@
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from gift.extras import needed
+from gift.private.torch import callers
 from gift.schedules.base import Schedule
 from gift.schedules.config import load_schedule_from_config
 
@@ -99,12 +99,9 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
 
 def _trainer() -> Any:
     """The Trainer that is being constructed: callbacks are not told whose they are."""
-    trainer, frame = needed("transformers", "text").Trainer, sys._getframe(1)
-    while frame is not None:
-        if isinstance(found := frame.f_locals.get("self"), trainer):
-            return found
-        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
-    return None
+    trainer = needed("transformers", "text").Trainer
+    found = (frame.f_locals.get("self") for frame in callers())
+    return next((caller for caller in found if isinstance(caller, trainer)), None)
 
 
 def _saved(callbacks: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,11 +3,10 @@
 import inspect
 from typing import Any
 
-from torch.nn.modules.batchnorm import _NormBase
-
 from gift.factories import Check, ma_adapt, ma_freeze, mc_layer, mc_type
 from gift.methods import METHODS, Method
 from gift.methods.base import WHEN_REGISTERED
+from gift.private.torch import NORM_WITH_STATISTICS
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
 # What a strategy takes besides the settings of its method.
@@ -53,7 +52,7 @@ class _AdaptingStrategy(FineTuningStrategy):
         freeze_statistics = settings.pop("freeze_statistics", False)
         caps: list[CapLike] = [(self.layers, ma_adapt(self.method.name, **settings))]
         if freeze_statistics:
-            caps.append((mc_type(_NormBase), ma_freeze(statistics=True)))
+            caps.append((mc_type(NORM_WITH_STATISTICS), ma_freeze(statistics=True)))
         super().__init__(caps)
 
 

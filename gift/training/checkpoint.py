@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from gift.files.container import replace_file
+from gift.private.torch import tree_map
 from gift.training.errors import TrainingError
 from gift.training.processes import sharded_like, whole
 from gift.training.randomness import random_state, restore_random

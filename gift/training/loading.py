@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from gift.data.examples import Examples
+from gift.private.torch import tree_map
 from gift.training.errors import TrainingError
 from gift.training.processes import Processes
 

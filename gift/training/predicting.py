@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from gift.data.classes import distinct
 from gift.data.examples import Examples, Reader
 from gift.noted import note, noted
+from gift.private.torch import tree_map
 from gift.statistics import kept_modes
 from gift.training.errors import TrainingError
 from gift.training.processes import device_of

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from gift.adapter import is_sharded
+from gift.private.torch import tree_map
 from gift.schedules.blocks import divide
 from gift.training.errors import TrainingError
 from gift.training.settings import Settings

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gift.errors import first_line
+from gift.private.torch import COMPILED
 from gift.report import some
 from gift.zoo.errors import NetworkError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.")
+_PREFIXES = ("module.", f"{COMPILED}.")
 
 
 def put_state(net: nn.Module, path: str | Path) -> None:
