@@ -8,9 +8,9 @@ that has no row is reached by a parameter cap, with the layout of a raw paramete
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -89,10 +89,12 @@ class Layout:
     order: tuple[int, ...]
     matrix: tuple[int, ...]
     input_axis: int = -1
+    _is_trivial: bool = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def _is_trivial(self) -> bool:
-        return self.shape == self.matrix and list(self.order) == sorted(self.order)
+    def __post_init__(self) -> None:
+        # At once: torch.compile cannot look into a cached property's first time.
+        trivial = self.shape == self.matrix and list(self.order) == sorted(self.order)
+        object.__setattr__(self, "_is_trivial", trivial)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as matrix or matrices."""

@@ -165,8 +165,10 @@ class Bottleneck(CallMethod):
         last = x if axis == -1 else x.movedim(axis, -1)
         hidden = F.linear(last.to(down.dtype), down, parameters["down_bias"])
         hidden = ACTIVATIONS[self.activation](hidden)
-        # Zero times infinity is not zero: let the rest of what is not finite alone.
-        hidden = torch.nan_to_num(hidden, nan=0.0, posinf=0.0, neginf=0.0)
+        # Zero times infinity is not zero: let the rest of what is not finite alone. Only that: what
+        # the bottleneck itself makes infinite must show.
+        finite = last.detach().sum(-1, keepdim=True, dtype=hidden.dtype).isfinite()
+        hidden = torch.where(finite, hidden, 0)
         hidden = F.dropout(hidden, self.dropout, module.training)
         delta = F.linear(hidden, up, parameters["up_bias"])
         return delta if axis == -1 else delta.movedim(-1, axis)

@@ -25,7 +25,10 @@ from gift.methods.anchored import AnchoredLoRA
 from gift.methods.dora import DoRA
 from gift.methods.lora import LoRA
 
-_NO_DIRECTION = "it has rows of zeros, of which gift and PEFT make different things in DoRA"
+_NO_DIRECTION = (
+    "it has rows of infinite norm, or rows of zeros, of which gift and PEFT make different things "
+    "in DoRA"
+)
 OUT_PROJ = "base_layer.out_proj."  # inside an attention that PEFT wraps
 
 
@@ -40,7 +43,8 @@ def write_lora(places: list[Place]) -> Written:
         if place.is_layer and place.attention is None:
             b, a = _as_outputs_by_inputs(place)
             written.add(place.path, _keys(place, b, a))
-            if "dora_squares" in place.values and not place.values["dora_squares"].all():
+            method: Any = place.adapter.method
+            if "dora_squares" in place.values and not method.directed(place.values).all():
                 written.problems.append(f"{place.name}: {_NO_DIRECTION}")
             found[place.path] = len(a), _alpha(place, len(a), stabilised)
     for path in dict.fromkeys(p.attention for p in places if p.attention is not None):

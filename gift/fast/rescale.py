@@ -1,5 +1,6 @@
 """Outputs times a factor each, for methods that scale what a layer gives."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,11 @@ def rescaled(
     shape = [1] * z.dim()
     shape[channel] = -1
     ratio = ratio.view(shape)
-    bias = None if bias is None else bias.view(shape)
+    if bias is not None:
+        bias = bias.view(shape)
+        finite = bias.abs() < math.inf
+        # Nothing takes infinity off an output again: it passes as it is.
+        ratio, bias = torch.where(finite, ratio, 1), torch.where(finite, bias, 0)
     if _is_plain(z, ratio):
         return _scale(z, ratio, bias)
     y: Tensor = Rescaled.apply(z, ratio, bias, channel, compute, *inputs)

@@ -1,5 +1,6 @@
 """DoRA: magnitude and direction of each output apart."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -38,7 +39,8 @@ class DoRA(LoRA):
 
     The norm costs no forward pass and no second weight: with the squares of ``W0`` at hand
     (``dora_squares``, never saved), its square is theirs plus ``2 s <W0 A^T, B> + s^2 B A A^T B^T``
-    for each row. A row of zeros has no direction; it is trained as LoRA does, without magnitude.
+    for each row. A row of zeros has no direction, nor has one whose norm is infinite, by its
+    values or since their squares overflow; it is trained as LoRA does, without magnitude.
 
     Args:
         detach_norm: treat the norm of ``V`` as a constant in the gradient, as the paper proposes in
@@ -83,15 +85,22 @@ class DoRA(LoRA):
         return parameters | {"dropped_A": super().drop(parameters, input_axis)["lora_A"]}
 
     def ratio(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``m / |V|`` for each row; one where the frozen row is zero."""
-        squares = parameters["dora_squares"]
+        """``m / |V|`` for each row; one where the frozen row has no direction."""
+        squares, directed = parameters["dora_squares"], self.directed(parameters)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             norm = (squares + self._growth(matrix, parameters)).clamp_min(0).sqrt()
-        magnitude = self.magnitude(parameters)
-        return torch.where(squares == 0, 1, magnitude / torch.where(norm == 0, 1, norm))
+        if self.detach_norm:
+            norm = norm.detach()  # a constant to forward-mode differentiation as well
+        ratio = self.magnitude(parameters) / torch.where(norm == 0, 1, norm)
+        return torch.where(directed, ratio, 1)
+
+    def directed(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Which frozen rows have a direction: those whose norm is a number, and not zero."""
+        squares = parameters["dora_squares"]
+        return (squares > 0) & (squares < math.inf)
 
     def magnitude(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """`m` for each row; it has no meaning where the frozen row is zero."""
+        """`m` for each row; it has no meaning where the frozen row has no direction."""
         return parameters["dora_squares"].sqrt() + parameters["dora_delta_m"]
 
     def _growth(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -55,6 +55,7 @@ class SVDiff(Method):
         """``W0 + U diag(ReLU(sigma + delta) - sigma) V^T``."""
         sigma = parameters["svdiff_sigma"]
         shifted = sigma + parameters["svdiff_delta"]
-        change = torch.where(shifted >= 0, shifted, 0) - sigma
+        raised = torch.where(shifted < 0, 0, shifted)  # where NaN stays NaN
+        change = raised - sigma
         scaled = parameters["svdiff_U"] * change.unsqueeze(-2)
         return matrix + scaled @ parameters["svdiff_Vh"]

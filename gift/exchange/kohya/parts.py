@@ -61,8 +61,8 @@ def _lora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]
 
 
 def _dora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
-    """LoRA with ``dora_scale``, the magnitudes of the rows; a row of zeros keeps that of its
-    update, which has none of its own.
+    """LoRA with ``dora_scale``, the magnitudes of the rows; a row without direction keeps that
+    of its update, which has none of its own.
     """
     parts = _lora(adapter, values, target)
     method: Any = adapter.method
@@ -70,7 +70,7 @@ def _dora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]
     size = method.delta({key: value.double() for key, value in values.items()}).norm(
         dim=-1, keepdim=True
     )
-    magnitude = torch.where(values["dora_squares"] == 0, size.to(magnitude), magnitude)
+    magnitude = torch.where(method.directed(values), magnitude, size.to(magnitude))
     return parts | {"dora_scale": magnitude.reshape(-1, 1, *[1] * len(target.kernel))}
 
 
