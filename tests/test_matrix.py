@@ -369,6 +369,91 @@ def test_autocast_gives_the_dtype_of_the_plain_layer(method: MethodCase, layer: 
     assert all(p.grad is not None for p in net.parameters())
 
 
+@everywhere
+def test_a_delta_that_is_no_number_shows(method: MethodCase, layer: LayerCase) -> None:
+    net = enabled(method, layer).eval()
+    inputs = layer.inputs()
+    for parameter in net.parameters():
+        randomise(net)
+        assert run(net, layer, inputs).isfinite().all()
+        with torch.no_grad():
+            parameter.fill_(torch.nan)
+        assert run(net, layer, inputs).isnan().any()
+
+
+def write_into(output: Tensor) -> None:
+    """What others write into outputs, as ``nn.ReLU(inplace=True)`` does."""
+    output.add_(1)
+    output[..., 0].zero_()
+    output.relu_()
+
+
+def shapes_of(inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The inputs, the same without their first axis, and with one more."""
+    if not all(isinstance(value, Tensor) for value in inputs):
+        return [inputs]
+    return [inputs, tuple(value[0] for value in inputs), tuple(value[None] for value in inputs)]
+
+
+def is_taken(layer: LayerCase, inputs: tuple[Any, ...]) -> bool:
+    """Whether the plain layer takes such inputs and lets its output be written into."""
+    try:
+        output = run(layer.make().double(), layer, inputs)
+        write_into(output)
+        output.sum().backward()
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
+
+
+@everywhere
+def test_outputs_may_be_written_into(method: MethodCase, layer: LayerCase) -> None:
+    """Value and gradients are those of the same writes into a copy."""
+    net = enabled(method, layer, torch.float64)
+    randomise(net)
+    tried = 0
+    for inputs in shapes_of(as_dtype(layer.inputs(), torch.float64)):
+        for mode in (True, False) if is_taken(layer, inputs) else ():
+            net.train(mode and "train" not in layer.differs)
+            got = []
+            for copies in (True, False):
+                output = run(net, layer, inputs)
+                output = output.clone() if copies else output
+                write_into(output)
+                weights = torch.linspace(1, 2, output.numel(), dtype=output.dtype)
+                gradients = torch.autograd.grad(
+                    weights @ output.flatten(), list(net.parameters()), allow_unused=True
+                )
+                got.append((output.detach(), *(g for g in gradients if g is not None)))
+            torch.testing.assert_close(got[1], got[0], rtol=1e-10, atol=1e-10)
+            tried += 1
+    assert bool(tried) != ("written" in layer.differs)
+
+
+@everywhere
+def test_inputs_that_are_written_into_later_never_give_wrong_gradients(
+    method: MethodCase, layer: LayerCase
+) -> None:
+    """Where the gradient needs what was there, autograd says so, as for a layer that is trained."""
+    net = enabled(method, layer, torch.float64)
+    randomise(net)
+    inputs = as_dtype(layer.inputs(), torch.float64)
+    if not all(isinstance(value, Tensor) for value in inputs):
+        return
+    written = [value.clone() for value in inputs]
+    expected = torch.autograd.grad(run(net, layer, inputs).sum(), list(net.parameters()))
+    output = run(net, layer, tuple(written))
+    for value in written:
+        value.zero_()
+    try:
+        found = torch.autograd.grad(output.sum(), list(net.parameters()))
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(("method", "layer", "reason"), IMPOSSIBLE)
 def test_what_is_impossible_says_why_and_changes_nothing(
     method: MethodCase, layer: LayerCase, reason: str

@@ -271,9 +271,15 @@ NORM_WITH_STATISTICS: Any = part("torch.nn.modules.batchnorm._NormBase") or (
     nn.BatchNorm2d,
     nn.BatchNorm3d,
     nn.SyncBatchNorm,
+    nn.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d,
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
+    nn.LazyInstanceNorm1d,
+    nn.LazyInstanceNorm2d,
+    nn.LazyInstanceNorm3d,
 )
 """The base of norm layers that keep running statistics, or all of torch's."""
 

@@ -195,6 +195,7 @@ def conv1d_of_transformers(outputs: int = 5) -> nn.Module:
 RAW = {"para_caps": [(pc_ndim(at_least=1), pa_adapt)]}
 # Properties that a plain torch layer lacks as well.
 PICKLE = {"pickle": "torch pickles no parametrized module, adapted or not"}
+WRITTEN = {"written": "tanh keeps its output, which nobody may write into, adapted or not"}
 torch_nn = nn.utils
 norms = nn.utils.parametrizations
 
@@ -301,7 +302,10 @@ LAYERS: dict[str, LayerCase] = {
         output=lambda result: result[0].data,
     ),
     "rnn_cell": LayerCase(
-        lambda: nn.RNNCell(4, 6), with_hidden_state, weights=("weight_ih", "weight_hh")
+        lambda: nn.RNNCell(4, 6),
+        with_hidden_state,
+        weights=("weight_ih", "weight_hh"),
+        differs=WRITTEN,
     ),
     "gru_cell": LayerCase(
         lambda: nn.GRUCell(4, 6), with_hidden_state, weights=("weight_ih", "weight_hh")
@@ -342,7 +346,9 @@ LAYERS: dict[str, LayerCase] = {
         randn(3, 6),
         differs=PICKLE | {"train": "each reading in training mode is a power iteration"},
     ),
-    "raw_matrix_of_the_root": LayerCase(Raw, randn(3, 4), weights=("kernel",), caps=RAW),
+    "raw_matrix_of_the_root": LayerCase(
+        Raw, randn(3, 4), weights=("kernel",), caps=RAW, differs=WRITTEN
+    ),
     "raw_expert_weights": LayerCase(Experts, randn(3, 4), experts, weights=("experts",), caps=RAW),
     "raw_vector": LayerCase(Vector, randn(3, 6), column, weights=("gain",), caps=RAW),
     "norm_weight": LayerCase(lambda: nn.LayerNorm(6, bias=False), randn(3, 6), column, caps=RAW),

@@ -1,0 +1,145 @@
+"""Forward-mode differentiation, infinities and what is no number, in every method."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gift import FineTuningStrategy, enable_fine_tuning
+from gift.factories import ma_adapt, ma_bottleneck, mc_any, mc_layer
+from gift.methods import METHODS
+from gift.methods.dora import DoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 5), (3, 6)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 5, 5)),
+    "embedding": (lambda: nn.Embedding(7, 6), (4,)),
+}
+layers = pytest.mark.parametrize("layer", LAYERS)
+
+
+def adapt(net: nn.Module, method: str, **settings: Any) -> nn.Module:
+    enable_fine_tuning(net, FineTuningStrategy([(mc_layer(), ma_adapt(method, **settings))]))
+    return net
+
+
+def moved(net: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.3)
+    return net
+
+
+def inputs(layer: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    shape = LAYERS[layer][1]
+    return torch.randint(0, 7, shape) if layer == "embedding" else torch.randn(shape, dtype=dtype)
+
+
+@layers
+@pytest.mark.parametrize("settings", [{}, {"detach_norm": False}])
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_mode_gives_the_derivative_along_a_direction(
+    method: str, layer: str, settings: dict[str, Any]
+) -> None:
+    """The gradient by backward passes times the direction; what is a constant there is one here."""
+    if settings and method != "dora":
+        return
+    net = moved(adapt(LAYERS[layer][0]().double(), method, **settings))
+    x = inputs(layer, torch.float64)
+    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(net, given, (x,)).square().sum()
+
+    gradients = torch.autograd.grad(loss(dict(parameters)), list(parameters.values()))
+    pairs = zip(gradients, direction.values(), strict=True)
+    expected = sum((g * d).sum() for g, d in pairs)
+    _, by_jvp = torch.func.jvp(loss, (dict(parameters),), (direction,))
+    torch.testing.assert_close(by_jvp, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = {
+            name: torch.autograd.forward_ad.make_dual(p.detach(), direction[name])
+            for name, p in parameters.items()
+        }
+        by_hand = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+    torch.testing.assert_close(by_hand, expected)
+
+
+@layers
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e25, 1e-25, 0.0])
+def test_dora_leaves_a_base_of_any_norm_as_it_is(layer: str, value: float) -> None:
+    """Rows whose norm is no finite number are trained as LoRA does."""
+    net: Any = LAYERS[layer][0]()
+    x = inputs(layer).abs()
+    with torch.no_grad():
+        net.weight.select(1, 0).fill_(0)
+        if layer == "embedding":
+            net.weight[:, 0] = value
+        else:
+            net.weight[0] = value
+    before = net(x)
+    adapt(net, "dora")
+    for mode in (True, False):
+        torch.testing.assert_close(
+            net.train(mode)(x), before, rtol=0 if math.isinf(value) else 1e-6, atol=0,
+            equal_nan=True,
+        )  # fmt: skip
+        assert torch.equal(net(x).isinf(), before.isinf())
+    net(x).nan_to_num(0, 0, 0).sum().backward()
+
+
+def test_dora_rows_of_infinite_norm_move_as_those_of_lora() -> None:
+    method = DoRA(rank=2)
+    frozen = torch.randn(4, 6)
+    frozen[0], frozen[1, 2] = 0, math.inf
+    parameters = {k: v.clone().requires_grad_() for k, v in method.init(frozen).items()}
+    with torch.no_grad():
+        for name in ("lora_A", "lora_B", "dora_delta_m"):
+            parameters[name].normal_()
+    got = method.weight(frozen, parameters)
+    update = parameters["lora_B"] @ parameters["lora_A"]
+    torch.testing.assert_close(got[:2], (frozen + update)[:2])
+    v = (frozen + update)[2:]
+    magnitude = frozen[2:].norm(dim=1, keepdim=True) + parameters["dora_delta_m"][2:]
+    torch.testing.assert_close(got[2:], magnitude * v / v.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_output_that_is_barred_by_an_infinite_bias_stays_so(method: str, layer: str) -> None:
+    """As classes are that must not be chosen; the others are trained, by finite gradients."""
+    net: Any = LAYERS[layer][0]()
+    x = inputs(layer)
+    with torch.no_grad():
+        net.bias[1] = -math.inf
+    before = net(x)
+    adapt(net, method)
+    assert torch.equal(net(x), before)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    after = net(x)
+    assert torch.equal(after[:, 1], before[:, 1])
+    assert not torch.equal(after[:, 0], before[:, 0])
+    if method != "ia3":  # which trains a factor of the infinite bias itself
+        after.softmax(1).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_bottleneck_that_is_no_number_shows(parallel: bool) -> None:
+    """Infinite activations pass it by, row by row."""
+    base, x = nn.Linear(6, 6), torch.randn(3, 6)
+    enable_fine_tuning(base, FineTuningStrategy([(mc_any(), ma_bottleneck(parallel=parallel))]))
+    for parameter in base.parameters():
+        moved(base)
+        assert base(x).isfinite().all()
+        with torch.no_grad():
+            parameter.fill_(math.nan)
+        assert base(x).isnan().any()
