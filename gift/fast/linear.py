@@ -16,7 +16,10 @@ from gift.quantised import product as quantised_product
 
 @dataclass(frozen=True)
 class Product:
-    """The product with a frozen matrix: called with ``(x, bias)`` it gives ``W0 x + bias``.
+    """The product with a frozen matrix.
+
+    Its `output` is a method, since the compiler of torch 2.6 does not call an object that is made
+    while it traces.
 
     Args:
         layer: that holds the matrix.
@@ -28,7 +31,7 @@ class Product:
     weight: Tensor
     transposed: bool
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``W0 x + bias``."""
         if not self.transposed:
             return F.linear(x, self.weight, bias)
@@ -46,7 +49,7 @@ class Product:
 class QuantisedProduct(Product):
     """The product by the kernel of a quantised layer, which sees the packed matrix."""
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``W0 x + bias``, also of a matrix that a method puts in place of the packed one."""
         if is_quantised(self.weight):
             return quantised_product(self.weight, self.layer, x, bias)
@@ -92,7 +95,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
         adapter = self._gift_adapters["weight"]
         if not adapter.reads_alike:  # tied to a table that is read the other way round
-            return Product(self, self.weight, transposed)(x, self.bias)
+            return Product(self, self.weight, transposed).output(x, self.bias)
         method, parameters = adapter.delta_of(self)
         product = product_of(self, transposed)
         return path(method, parameters, x, product, self.bias, self.training)

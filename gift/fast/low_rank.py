@@ -17,7 +17,8 @@ from gift.fast.low_rank_linear import LowRankLinear, outputs
 from gift.fast.products import scaled
 from gift.fast.transforms import autocasts
 from gift.methods.base import dotted
-from gift.private.torch import convolve, convolves_as, is_exporting, is_transformed, padding_around
+from gift.private.torch import convolve, convolves_as,
+    is_compiled_by_old, is_exporting, is_transformed, padding_around
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -68,7 +69,7 @@ def low_rank_product(
             return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
         output: Tensor = LowRankLinear.apply(x, weight, bias, left, right, scale, dropped, chosen)
         return output
-    output = product(x, bias)
+    output = product.output(x, bias)
     hidden = F.linear((x if dropped is None else dropped).to(right.dtype), right)
     return (output + F.linear(hidden, scaled(left, scale))).to(output.dtype)
 
@@ -83,7 +84,7 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
     given = [x, weight, *others]
     if weight.requires_grad or not weight.is_floating_point() or x.dim() == 0:
         return None
-    if is_transformed():
+    if is_transformed() or is_compiled_by_old():
         return None
     kind = x.device.type
     if autocasts(kind) and x.dtype != torch.float64:

@@ -67,4 +67,5 @@ def through_weight(
     dtype = method.working_dtype(matrix)
     factors = {key: value.to(dtype) for key, value in parameters.items()}
     weight = method.weight(matrix.to(dtype), factors).to(matrix.dtype)
-    return replace(product, weight=weight.mT if product.transposed else weight)(x, bias)
+    instead = replace(product, weight=weight.mT if product.transposed else weight)
+    return instead.output(x, bias)

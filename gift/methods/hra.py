@@ -112,7 +112,7 @@ def _turned(
     """``W0 (x + L (I - N)^{-1} R x) + bias``."""
     left, right = method.factors(parameters)
     change = F.linear(F.linear(x.to(right.dtype), right), left)
-    return product((x + change).to(x.dtype), bias)
+    return product.output((x + change).to(x.dtype), bias)
 
 
 HRA.forwards = linear_forwards(_turned)

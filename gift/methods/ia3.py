@@ -81,8 +81,8 @@ def _linear(
     """Activations times their factors, so that no gradient of the weight's size is made."""
     factor = parameters["ia3_l"]
     if method.feedforward:
-        return product((x * factor.squeeze(-2)).to(x.dtype), bias)
-    return rescaled(product(x, bias), factor, bias, product, (x, bias))
+        return product.output((x * factor.squeeze(-2)).to(x.dtype), bias)
+    return rescaled(product.output(x, bias), factor, bias, product.output, (x, bias))
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:

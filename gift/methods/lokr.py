@@ -187,7 +187,7 @@ def _linear(
         if alike is not None:
             fast: Tensor = KroneckerLinear.apply(*alike)
             return fast
-    output = product(x, bias)
+    output = product.output(x, bias)
     right = parameters["lokr_w2_b"] if w2 is None else w2
     side = F.linear(x.to(w1.dtype).unflatten(-1, (w1.shape[1], -1)), right)  # (..., c, r)
     side = F.linear(side.transpose(-1, -2), w1).transpose(-1, -2)  # (..., a, r)

@@ -113,7 +113,7 @@ def _rotated(
     """``W0 (R^T x) + bias``."""
     blocks = method.change(parameters).mT
     change = method.times(x.reshape(-1, x.shape[-1]).to(blocks.dtype), blocks)
-    return product((x + change.view(x.shape)).to(x.dtype), bias)
+    return product.output((x + change.view(x.shape)).to(x.dtype), bias)
 
 
 OFT.forwards = linear_forwards(_rotated)

@@ -61,6 +61,7 @@ _is_legacy_batched = part("torch._C._functorch.is_legacy_batchedtensor")
 _dispatch_modes = part("torch._C._len_torch_dispatch_stack")
 _function_modes = part("torch._C._len_torch_function_stack")
 _exporting = getattr(torch.compiler, "is_exporting", None)
+_old_compiler = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9)
 
 
 def is_transformed() -> bool:
@@ -74,6 +75,14 @@ def is_transformed() -> bool:
     # Dual numbers can be made by hand, with no transform around them.
     level = getattr(torch.autograd.forward_ad, "_current_level", 0)
     return _functorch_is_active() or torch.jit.is_tracing() or level >= 0
+
+
+def is_compiled_by_old() -> bool:
+    """Whether a compiler traces that does not follow autograd functions where sizes are left open.
+
+    That of torch 2.6 fails to export them, that of 2.14 does not; no version between was tried.
+    """
+    return _old_compiler and torch.compiler.is_compiling()
 
 
 def is_batched(gradient: Tensor) -> bool:
@@ -113,6 +122,8 @@ def is_known(condition: Any) -> bool:
     """
     if not torch.compiler.is_compiling():
         return bool(condition)
+    if _old_compiler:  # that of 2.6 does not let them be asked at all
+        return False
     try:
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second
     except ImportError:
