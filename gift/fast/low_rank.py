@@ -17,8 +17,14 @@ from gift.fast.low_rank_linear import LowRankLinear, outputs
 from gift.fast.products import scaled
 from gift.fast.transforms import autocasts
 from gift.methods.base import dotted
-from gift.private.torch import convolve, convolves_as,
-    is_compiled_by_old, is_exporting, is_transformed, padding_around
+from gift.private.torch import (
+    convolve,
+    convolves_as,
+    is_compiled_by_old,
+    is_exporting,
+    is_transformed,
+    padding_around,
+)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
