@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from gift.data.examples import Examples
+from gift.private.torch import tree_leaves
 from gift.report import some
 
 _NAMED = ("inputs", "targets")
