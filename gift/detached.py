@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -16,7 +17,8 @@ from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
 from gift.quantised import as_packed
 from gift.statistics import kept_modes
-from gift.transaction import OWN, ModuleUndo, tensor_of
+from gift.tensors import set_data, set_flag, with_data
+from gift.transaction import OWN, ModuleUndo, place_of, tensor_of
 
 
 class Detached:
@@ -49,15 +51,17 @@ class Detached:
         ]
         tensors = [tensor_of(m, name) for m, name, _ in undo.values]
         self.values = [(t, t.data, t.requires_grad, t.grad) for t in tensors]
+        undo.values = [(m, name, undo.value(m, name, value)) for m, name, value in undo.values]
         self.dtypes = [value.dtype for _, _, value in undo.values]
         remove_record(network)
         replace(undo, values=[]).apply(network)
         self.plain = [type(frame.module) for frame in self.frames]
         replaced = _replaced(undo.modules, self.changes)
-        self.replaced = [(base, new, _place(base)) for base, new in replaced]
+        self.replaced = [(base, new, place_of(base)) for base, new in replaced]
         # Tensors change their memory: writing to it would spoil graphs that wait for `backward`.
         for module, name, value in undo.values:
-            tensor_of(module, name).data = value
+            if not value.is_meta or tensor_of(module, name).is_meta:
+                set_data(tensor_of(module, name), value)
 
     def attach(self) -> None:
         """Put it back, onto the base as it is now.
@@ -75,7 +79,7 @@ class Detached:
         undo = self.record.undo
         undo.values = [(m, name, tensor_of(m, name).data) for m, name, _ in undo.values]
         for base, new, place in self.replaced:
-            if moved := {k: v for k, v in _place(base).items() if place.get(k) != v}:
+            if moved := {k: v for k, v in place_of(base).items() if place.get(k) != v}:
                 new.to(**moved)
         for change in self.changes:
             change.apply()
@@ -92,9 +96,9 @@ class Detached:
                 "dtype": data.dtype if now.dtype == dtype else now.dtype,
             }
             tensor.grad = None  # which must have the dtype that the tensor has
-            tensor.data = data.to(**to)
+            tensor = with_data(tensor, data.to(**to))
             tensor.grad = None if grad is None else grad.to(**to)
-            tensor.requires_grad = flag
+            set_flag(tensor, flag)
             held(module, name)[name] = tensor
 
 
@@ -107,11 +111,6 @@ def _replaced(
             new = change.entries["_modules"][name]
             if isinstance(base, nn.Module) and isinstance(new, nn.Module):
                 yield base, new
-
-
-def _place(module: nn.Module) -> dict[str, Any]:
-    parameter = next(nn.Module.parameters(module), None)
-    return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
 
 
 class _Frame:
@@ -127,6 +126,7 @@ class _Frame:
         self.buffers = dict(module._buffers)
         self.hooks = dict(module._load_state_dict_post_hooks)
         self.not_saved = set(module._non_persistent_buffers_set)
+        self.place = _place_of_base(module)
 
     def apply(self) -> None:
         module = self.module
@@ -135,17 +135,28 @@ class _Frame:
         if spec_of(module).statistics:  # they stand still again, in the mode that was asked for
             module.__dict__["_gift_mode"] = module.training
             module.training = False
-        holders = [*module._parameters.values(), *module._buffers.values()]
-        device = next((tensor.device for tensor in holders if tensor is not None), None)
+        device, dtype = _place_of_base(module)
         # Base tensors are what they are now: they may have been moved, and deltas follow.
         _put_among(module._parameters, self.parameters)
         _put_among(module._buffers, self.buffers)
         _put_among(module._load_state_dict_post_hooks, self.hooks)
         for name in added_names(module) if device is not None else ():
             delta = held(module, name)[name]
-            if delta.device != device:
-                delta.data = delta.data.to(device)
+            cast = dtype != self.place[1] and delta.is_floating_point()
+            data = delta.data.to(device=device, dtype=dtype if cast else None)
+            if data is not delta.data and (delta.device, delta.dtype) != (data.device, data.dtype):
+                delta.grad = None  # which must have the dtype that the tensor has
+                held(module, name)[name] = with_data(delta, data)
         module._non_persistent_buffers_set.update(self.not_saved)
+
+
+def _place_of_base(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where the module's own tensors are, and of which dtype its first floating-point one is."""
+    added = added_names(module)
+    named = [*module._parameters.items(), *module._buffers.items()]
+    own = [tensor for name, tensor in named if tensor is not None and name not in added]
+    dtypes = (tensor.dtype for tensor in own if tensor.is_floating_point())
+    return next((tensor.device for tensor in own), None), next(dtypes, None)
 
 
 def _put_among(now: dict[Any, Any], then: dict[Any, Any]) -> None:
@@ -171,7 +182,8 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
 
     Example:
         >>> import gift, torch
-        >>> from torch import nn
+        >>> import torch
+    from torch import nn
         >>> net, x = nn.Linear(64, 10), torch.randn(2, 64)
         >>> before = net(x)
         >>> report = gift.enable_fine_tuning(net, gift.strategies.LoRAAllFineTuningStrategy())

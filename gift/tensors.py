@@ -1,7 +1,7 @@
 """What several parts ask of tensors."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -39,6 +39,17 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
     """Give a tensor other memory, also where torch asks for inference mode."""
     with torch.inference_mode(tensor.is_inference()):
         tensor.data = data
+
+
+def with_data(tensor: Tensor, data: Tensor) -> Tensor:
+    """The tensor with other memory; another tensor where torch cannot do that (the meta device)."""
+    try:
+        set_data(tensor, data)
+    except RuntimeError:
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(data, tensor.requires_grad)
+        return data
+    return tensor
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

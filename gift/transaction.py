@@ -73,6 +73,7 @@ class ModuleUndo:
         entries: for each dictionary in it (parameters, submodules, hooks ...) entries of that.
         order: for each of those, the order of its keys.
         contents: of lists and sets in it, all that they held.
+        places: of new submodules, their dtype and device: originals follow where these change.
     """
 
     module: nn.Module
@@ -81,6 +82,7 @@ class ModuleUndo:
     entries: dict[str, dict[Any, Any]] = field(default_factory=dict)
     order: dict[str, list[Any]] = field(default_factory=dict)
     contents: dict[str, list[Any] | set[Any]] = field(default_factory=dict)
+    places: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def apply(self) -> None:
         """Put back what stood there before."""
@@ -90,7 +92,7 @@ class ModuleUndo:
         put_entries(state, self.attributes)
         for key, entries in self.entries.items():
             if key == "_modules":
-                self._follow_modes(entries)
+                self._follow(entries)
             put_entries(state[key], entries)
             put_order(state[key], self.order[key])
         for key, content in self.contents.items():
@@ -108,12 +110,18 @@ class ModuleUndo:
             contents={key: copied(state[key]) for key in self.contents},
         )
 
-    def _follow_modes(self, originals: dict[Any, Any]) -> None:
-        """Modules that come back take the mode of what stood in their place."""
+    def _follow(self, originals: dict[Any, Any]) -> None:
+        """Modules that come back take the mode of what stood in their place, and are cast and
+        moved as that was.
+        """
         for name, original in originals.items():
             instead = self.module._modules.get(name)
-            if isinstance(original, nn.Module) and instead is not None:
+            if isinstance(original, nn.Module) and instead is not None and instead is not original:
                 original.train(instead.training)
+                was = vars(self).get("places", {}).get(name, {})
+                if moved := {k: v for k, v in place_of(instead).items() if was.get(k, v) != v}:
+                    original.to(**moved)
+                    self.places[name] = place_of(instead)
 
 
 @dataclass
@@ -124,11 +132,20 @@ class Undo:
         modules: what changed on modules.
         requires_grad: the flags of the parameters, where they changed.
         values: for each module, values of parameters that are trained in place and of buffers.
+        recast: those among them of which an action changed dtype or device.
     """
 
     modules: list[ModuleUndo] = field(default_factory=list)
     requires_grad: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
     values: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    recast: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def value(self, module: nn.Module, name: str, kept: Tensor) -> Tensor:
+        """A kept value with the dtype and device to which its tensor was brought since."""
+        tensor = tensor_of(module, name)
+        if kept.is_meta or any(m is module and n == name for m, n in vars(self).get("recast", ())):
+            return kept
+        return kept.to(device=tensor.device, dtype=tensor.dtype)
 
     def refresh_values(self) -> None:
         """Take the values that the tensors in `values` have now for those of the base."""
@@ -144,12 +161,18 @@ class Undo:
             undo.apply()
         with torch.no_grad():
             for module, name, value in self.values:
-                put_value(tensor_of(module, name), value)
+                put_value(tensor_of(module, name), self.value(module, name, value))
         for module, name, flag in self.requires_grad:
             if (parameter := module._parameters.get(name)) is not None:
                 set_flag(parameter, flag)
         for left in nn.Module.parameters(network):
             left.grad = None
+
+
+def place_of(module: nn.Module) -> dict[str, Any]:
+    """Dtype and device of the first parameter of a module, as keywords of ``to``."""
+    parameter = next(nn.Module.parameters(module), None)
+    return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
@@ -274,6 +297,11 @@ class Snapshot:
         ]
         if keep_values:
             undo.values = list(self._values())
+            undo.recast = [
+                (m, name)
+                for m, name, value in undo.values
+                if (now := tensor_of(m, name)).dtype != value.dtype or now.device != value.device
+            ]
         return undo
 
     def _values(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -310,6 +338,9 @@ class Snapshot:
                         undo.contents[key] = before
                 elif entries := difference(before, present, added_names(module)):
                     undo.entries[key], undo.order[key] = entries, list(before)
+                    if key == "_modules":
+                        new = {name: module._modules.get(name) for name in entries}
+                        undo.places = {n: place_of(m) for n, m in new.items() if m is not None}
             if plain is not None or attributes or undo.entries or undo.contents:
                 yield undo
 
