@@ -297,10 +297,11 @@ class Snapshot:
         ]
         if keep_values:
             undo.values = list(self._values())
+            now = {(m, name): kept.tensor for m, name, kept in self._tensors()}
             undo.recast = [
                 (m, name)
                 for m, name, value in undo.values
-                if (now := tensor_of(m, name)).dtype != value.dtype or now.device != value.device
+                if (value.dtype, value.device) != (now[m, name].dtype, now[m, name].device)
             ]
         return undo
 
