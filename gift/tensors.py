@@ -76,3 +76,20 @@ def is_expanded(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
+
+
+def cast_misfit(value: Tensor, dtype: torch.dtype) -> str:
+    """Why a tensor cannot become one of another type with its numbers; empty where it can."""
+    if value.dtype == dtype:
+        return ""
+    told = f"is {dtype_name(value.dtype)}, expected {dtype_name(dtype)}"
+    if value.is_complex() and not dtype.is_complex:
+        return f"{told}: its imaginary part would be lost"
+    if not (dtype.is_floating_point or dtype.is_complex):
+        kept = value.to(dtype).to(value.dtype) if not value.is_floating_point() else None
+        return "" if kept is not None and torch.equal(kept, value) else told
+    if not (value.is_floating_point() or value.is_complex()):
+        return told
+    if not is_finite(value.to(dtype)) and is_finite(value):
+        return f"{told}: some of its numbers are too large for that"
+    return ""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from gift.data.errors import DataError
 from gift.data.examples import Examples
 from gift.data.problems import refuse
 from gift.data.readers import DetectorReader
+from gift.data.readers.pictures import LARGEST_PICTURE
 from gift.extras import needed
 
 BACKGROUND = "__background__"
@@ -166,13 +167,43 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
         twice: dict[Any, int] = defaultdict(int)
         for place, entry in enumerate(entries):
             missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            wrong = [] if missing else list(_wrong(entry, keys))
             if missing:
                 problems.append(f"{part}[{place}] has no {', '.join(missing)}")
+            elif wrong:
+                problems += [f"{part}[{place}]: {problem}" for problem in wrong]
             else:
                 twice[str(entry["id"])] += 1
         problems += [f"{part}: there are {n} with id {i}" for i, n in twice.items() if n > 1]
     refuse(str(path), problems)
     return data
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int or isinstance(value, str)
+
+
+def _is_side(value: Any) -> bool:
+    whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+    return whole and 1 <= value <= LARGEST_PICTURE
+
+
+_TYPES = {
+    **dict.fromkeys(("id", "image_id", "category_id"), (_is_id, "a whole number or a text")),
+    **dict.fromkeys(("file_name", "name"), (lambda v: isinstance(v, str) and v, "a text")),
+    **dict.fromkeys(("width", "height"), (_is_side, "a whole number of pixels")),
+}
+
+
+def _wrong(entry: dict[str, Any], keys: Sequence[str]) -> Iterator[str]:
+    """Values of an entry that are of other types than COCO has."""
+    for key in (key for key in keys if key in _TYPES):
+        fits, expected = _TYPES[key]
+        if not fits(entry[key]):
+            yield f"{key} is {entry[key]!r:.60}, expected {expected}"
+    sides = [entry[key] for key in ("width", "height") if key in keys and _is_side(entry[key])]
+    if math.prod(sides) > LARGEST_PICTURE:
+        yield f"it has {sides[0]:,} x {sides[1]:,} pixels, expected at most {LARGEST_PICTURE:,}"
 
 
 def _add(
@@ -192,10 +223,12 @@ def _add(
         return f"{name!r} is none of the classes {', '.join(list(numbers)[1:])}"
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
-        return f"the box is {box!r}, expected left, top, width and height"
+        return f"the box is {box!r:.80}, expected left, top, width and height"
     shape = entry.get("segmentation")
     if masks and not shape:
         return "there is no segmentation, which masks need"
+    if masks and (problem := _shape_misfit(shape, *picture.size)):
+        return f"the segmentation {problem}"
     (left, top, wide, high), (width, height) = box, picture.size
     corners = [max(left, 0), max(top, 0), min(left + wide, width), min(top + high, height)]
     if corners[2] > corners[0] and corners[3] > corners[1]:
@@ -205,8 +238,51 @@ def _add(
     return ""
 
 
+def _shape_misfit(shape: Any, width: int, height: int) -> str:
+    """What is wrong with an outline; pycocotools trusts what it is given."""
+    if isinstance(shape, list):
+        far = 4 * max(width, height)
+        for part in shape:
+            if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+                return "has a polygon that is no list of 3 points or more, x and y of each"
+            if not all(_is_finite(value) and abs(value) <= far for value in part):
+                return f"has points that are no numbers up to {far}, or far from the picture"
+        return ""
+    if not isinstance(shape, dict) or shape.get("size") != [height, width]:
+        found = shape.get("size") if isinstance(shape, dict) else type(shape).__name__
+        return f"has the size {found!r:.60}, the picture {[height, width]}"
+    runs = shape.get("counts")
+    if isinstance(runs, str):
+        runs = _runs(runs)
+    whole = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
+    if not whole or sum(runs or ()) != width * height:
+        return f"has runs that do not add up to the {width * height:,} pixels of the picture"
+    return ""
+
+
+def _runs(text: str) -> list[int] | None:
+    """The lengths of runs that COCO's letters stand for; None if they stand for none.
+
+    A letter has five bits, and one that says whether more follow. From the fourth number on, they
+    are differences to the one before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            value -= (1 << shift) if bits & 0x10 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return None if shift else runs
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e15 and math.isfinite(value)
 
 
 def masks_of(shapes: Sequence[Any], height: int, width: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The files of PEFT, read with suspicion: plain data and tensors, and no code."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gift.exchange.peft_forms import Config, Tensors
 from gift.exchange.peft_prompt import PROMPT_OPTIONS, PROMPT_TUNING
 from gift.exchange.peft_table import FORMS
-from gift.files.container import DeltaFileError
+from gift.files.container import DeltaFileError, read_tensors
 from gift.methods.settings import is_integer, is_number
 from gift.tensors import is_finite
 
@@ -38,6 +38,32 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[Config, Tensors]:
         DeltaFileError: if a file is not there, or not what its name says.
     """
     path = Path(folder).expanduser()
+    for _ in range(_TRIES):  # a writer may exchange the two files meanwhile
+        config, (metadata, tensors) = _config(path), _tensors(path)
+        if metadata.get(CONFIG_DIGEST) in (None, config_digest(config)):
+            return config, tensors
+    problem = (
+        f"{CONFIG_NAME} is not the one that was written with {WEIGHTS_NAME}: another settings file "
+        "was put there, or settings were changed in it; write both anew"
+    )
+    raise _unreadable(path, problem)
+
+
+_TRIES = 3
+LARGEST_ALPHA = 3.4e38
+CONFIG_DIGEST = "gift_config"
+"""In the metadata of weights that gift wrote: a digest of the configuration beside them."""
+_MAY_CHANGE = {"base_model_name_or_path", "revision", "task_type", "inference_mode",
+               "peft_version", "auto_mapping", "runtime_config"}  # fmt: skip
+
+
+def config_digest(config: Config) -> str:
+    """A digest of what in a configuration says how the weights are to be read."""
+    told = {key: value for key, value in config.items() if key not in _MAY_CHANGE}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _config(path: Path) -> Config:
     try:
         config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,24 +73,27 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[Config, Tensors]:
     if not isinstance(config, dict):
         problem = f"it holds a {type(config).__name__}, expected an object"
         raise _unreadable(path / CONFIG_NAME, problem)
-    return config, _tensors(path)
+    return config
 
 
-def _tensors(path: Path) -> Tensors:
+def _tensors(path: Path) -> tuple[dict[str, str], Tensors]:
+    """Metadata and tensors of the weights."""
     weights = path / WEIGHTS_NAME
     try:
         if weights.exists():
-            return load_file(weights)
+            return read_tensors(weights)
         weights = path / OLD_WEIGHTS_NAME
         loaded = torch.load(weights, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         problem = f"it has neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}"
         raise _unreadable(path, problem) from None
+    except DeltaFileError:
+        raise
     except Exception as error:  # whatever hostile bytes provoke
         raise _unreadable(weights, f"{type(error).__name__}: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise _unreadable(weights, "it holds something else than tensors by name")
-    return {str(key): value for key, value in loaded.items()}
+    return {}, {str(key): value for key, value in loaded.items()}
 
 
 def _unreadable(path: Path, problem: str) -> DeltaFileError:
@@ -101,17 +130,17 @@ def _option_misfits(config: Config, understood: frozenset[str]) -> Iterator[str]
 def _value_misfits(config: Config) -> Iterator[str]:
     checks = {
         "r": (_is_size, "an integer of at least 1"),
-        "lora_alpha": (is_number, "a finite number"),
-        "alpha": (is_number, "a finite number"),
+        "lora_alpha": (_is_alpha, f"a number from -{LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}"),
+        "alpha": (_is_alpha, f"a number from -{LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}"),
         "lora_dropout": (_is_probability, "a number in [0, 1)"),
         "vera_dropout": (_is_probability, "a number in [0, 1)"),
         "rank_pattern": (_maps_to(_is_size), "patterns to integers of at least 1"),
-        "alpha_pattern": (_maps_to(is_number), "patterns to finite numbers"),
+        "alpha_pattern": (_maps_to(_is_alpha), f"patterns to numbers up to {LARGEST_ALPHA:g}"),
         "target_modules": (_is_targets, "a regular expression or a list of names"),
         "exclude_modules": (_is_targets, "a regular expression or a list of names"),
         "feedforward_modules": (_is_targets, "a regular expression or a list of names"),
-        "layers_pattern": (_is_targets, "a regular expression or a list of them"),
-        "modules_to_save": (_is_names, "a list of names"),
+        "layers_pattern": (_is_patterns, "a regular expression or a list of them"),
+        "modules_to_save": (_is_list_of_patterns, "a list of names, which PEFT reads as patterns"),
         "target_parameters": (_is_names, "a list of names"),
         "layers_to_transform": (_is_layers, "an integer or a list of them"),
     }
@@ -148,10 +177,21 @@ def _is_pattern(value: Any) -> bool:
     return True
 
 
+def _is_alpha(value: Any) -> bool:
+    """What float32 holds: gift and PEFT compute with it."""
+    return is_number(value) and abs(value) <= LARGEST_ALPHA
+
+
 def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(name, str) and _is_pattern(name) for name in value
-    )
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_list_of_patterns(value: Any) -> bool:
+    return _is_names(value) and all(map(_is_pattern, value))
+
+
+def _is_patterns(value: Any) -> bool:
+    return _is_pattern(value) if isinstance(value, str) else _is_list_of_patterns(value)
 
 
 def _is_targets(value: Any) -> bool:

@@ -18,6 +18,7 @@ from gift.factories import ma_prompt, mc_path
 from gift.generated import plain_class
 from gift.methods.settings import is_integer
 from gift.strategies.base import FineTuningStrategy
+from gift.tensors import cast_misfit
 
 PROMPT_TUNING = "PROMPT_TUNING"
 _KEY = "prompt_embeddings"
@@ -76,6 +77,8 @@ def prompt_misfits(network: Any, config: Config, tensors: Tensors) -> Iterator[s
         expected = (count, network.get_input_embeddings().weight.shape[1])
         if not is_integer(count) or tuple(tokens.shape) != expected:
             yield f"{_KEY} is {tuple(tokens.shape)}, expected {expected}"
+        if problem := cast_misfit(tokens, network.get_input_embeddings().weight.dtype):
+            yield f"{_KEY} {problem}"
 
 
 def prompt_strategy(config: Config) -> FineTuningStrategy:

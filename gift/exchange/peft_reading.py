@@ -16,6 +16,7 @@ from gift.factories.actions import method_and_options
 from gift.generated import joined
 from gift.layers import layout_of
 from gift.methods import AdaptationError
+from gift.tensors import cast_misfit, dtype_name
 
 _WRAPPED = ".base_layer"
 
@@ -114,6 +115,7 @@ class Reading:
         problems: list[str] = []
         if not layer.single:
             problems += layer_misfits(layer.module, self.form.peft_type, self.form.kinds)
+        problems += _kind_misfits(layer)
         problems += context_misfits(self.network, path)
         if len(self.paths[id(layer.module)]) > 1:
             problems.append(
@@ -174,6 +176,8 @@ class Reading:
             self.problems.append(f"{name}: there is no such tensor in the network")
         elif base.shape != value.shape:
             self.problems.append(f"{name} is {tuple(value.shape)}, here {tuple(base.shape)}")
+        elif problem := cast_misfit(value, base.dtype):
+            self.problems.append(f"{name} {problem}")
         else:
             self.in_place[name] = value
 
@@ -225,6 +229,14 @@ class Reading:
                     )
 
 
+def _kind_misfits(layer: Layer) -> Iterator[str]:
+    """Factors that are whole or complex numbers, before anything is computed of them."""
+    for suffix, tensor in layer.tensors.items():
+        if not tensor.is_floating_point():
+            kind = dtype_name(tensor.dtype)
+            yield f"{suffix} is {kind}, expected real numbers with fractions"
+
+
 def _paths(network: nn.Module) -> dict[int, list[str]]:
     paths: dict[int, list[str]] = {}
     for path, module in network.named_modules(remove_duplicate=False):
@@ -261,6 +273,9 @@ def _shape_misfits(read: Read) -> Iterator[str]:
     except AdaptationError as error:
         yield str(error)
         return
+    for key, value in read.values.items():
+        if problem := cast_misfit(value, made[key].dtype if key in made else weight.dtype):
+            yield f"{key} {problem}"
     for key, expected in made.items():
         if key in read.values and read.values[key].shape != expected.shape:
             found = tuple(read.values[key].shape)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gift.adapter import adapters_of, is_sharded
-from gift.exchange.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from gift.exchange.peft_folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.exchange.peft_forms import Config, Form, Tensors, Written
 from gift.exchange.peft_inplace import InPlace
 from gift.exchange.peft_layers import (
@@ -25,7 +26,7 @@ from gift.exchange.peft_names import PREFIX, ends_with, exactly, targeted
 from gift.exchange.peft_prompt import is_prompted, write_prompt
 from gift.exchange.peft_table import FORMS
 from gift.extension import named_extensions
-from gift.files.container import DeltaFileError, replace_file, write_text
+from gift.files.container import DeltaFileError, replace_files
 from gift.files.saving import fine_tuned_part
 from gift.layers import layout_of
 from gift.private.diffusers import source_of
@@ -48,7 +49,8 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         net: a network that is being fine-tuned, or a module that has one inside.
-        folder: where the two files are written; each is replaced as a whole, the weights first.
+        folder: where the two files are written. Whatever happens, one finds there the old two, the
+            new two, or weights without a configuration, which nobody loads.
 
     Raises:
         RuntimeError: if nothing in `net` is being fine-tuned.
@@ -63,8 +65,11 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
     own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     target = Path(folder)
-    replace_file(target / WEIGHTS_NAME, lambda path: save_file(own, path, {"format": "pt"}))
-    write_text(target / CONFIG_NAME, text)
+    metadata = {"format": "pt", CONFIG_DIGEST: config_digest(config)}
+    replace_files({
+        target / WEIGHTS_NAME: lambda path: save_file(own, path, metadata),
+        target / CONFIG_NAME: lambda path: Path(path).write_text(text, encoding="utf-8"),
+    })  # fmt: skip
 
 
 def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
@@ -97,6 +102,12 @@ def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]
         **written.config,
     }
     names = [name for name, _ in network.named_modules()]
+    if odd := [name for name in in_place.whole if not _means_itself(name)]:
+        problems += [
+            f"{name} is trained whole, and PEFT would read its name as a regular expression"
+            for name in odd
+        ]
+        return {}, {}
     config["target_modules"] = exactly(written.targets, names)
     if not places:
         config["target_modules"] = DUMMY_TARGETS
@@ -104,6 +115,14 @@ def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]
     tensors = written.tensors | in_place.tensors
     problems += [f"{key} is complex" for key, tensor in tensors.items() if tensor.is_complex()]
     return config, {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()} | written.shared
+
+
+def _means_itself(name: str) -> bool:
+    """Whether a name, read as a regular expression, is just that name."""
+    try:
+        return re.fullmatch(name, name) is not None
+    except re.error:
+        return False
 
 
 def _places(network: nn.Module, problems: list[str]) -> Iterator[Place]:

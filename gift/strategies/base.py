@@ -159,7 +159,9 @@ class FineTuningStrategy:
             ImportError: without PyYAML.
         """
         text = yaml_files.dump(self.to_config())
-        Path(path).write_text(text, encoding="utf-8")
+        from gift.files.container import write_text  # which needs strategies itself
+
+        write_text(path, text)
 
     def __repr__(self) -> str:
         known = inspect.signature(type(self)).parameters

@@ -105,7 +105,9 @@ class PictureReader:
             DataError: if it cannot be read.
         """
         f = _functional()
-        scaled = f.resize(self._opened(raw), self._scaled(), self._mode(), antialias=True)
+        picture = self._opened(raw)
+        _refuse_thin(picture.size, self._scaled(), raw)
+        scaled = f.resize(picture, self._scaled(), self._mode(), antialias=True)
         return self._normalised(f.center_crop(scaled, list(self._size)))
 
     def augmented(self, raw: Any) -> Tensor:
@@ -169,6 +171,35 @@ class DetectorReader:
         return {"kind": self.kind}
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What files of pictures may be, whatever their names say; PIL would start programs for others."""
+LARGEST_PICTURE = 1024**3 // 4 // 3
+"""Pixels of a picture, in a file or after it was scaled; above it, PIL warns of a bomb."""
+
+
+def _too_large(picture: Any) -> str:
+    """What is wrong with the size that the header of a file tells; no pixels exist yet."""
+    width, height = picture.size
+    if width * height > LARGEST_PICTURE:
+        return f"it has {width:,} x {height:,} pixels, expected at most {LARGEST_PICTURE:,}"
+    return ""
+
+
+def _refuse_thin(size: tuple[int, int], scaled: Sequence[int], raw: Any) -> None:
+    """Refuse a picture that scaling its shorter side would make larger than any may be."""
+    shorter, longer = sorted(size)
+    if len(scaled) == 1 and shorter and scaled[0] ** 2 * longer > LARGEST_PICTURE * shorter:
+        raise DataError(
+            f"{_shown(raw)} has {size[0]:,} x {size[1]:,} pixels: with a shorter side of "
+            f"{scaled[0]} it would have more than {LARGEST_PICTURE:,}; resize=(height, width) "
+            "scales both sides"
+        )
+
+
+def _shown(raw: Any) -> str:
+    return str(raw) if isinstance(raw, str | Path) else "the picture"
+
+
 def opened(raw: Any, mode: str) -> Any:
     """A picture in a mode of PIL, of a file or a picture.
 
@@ -180,10 +211,15 @@ def opened(raw: Any, mode: str) -> Any:
         if not isinstance(raw, str | Path):
             raise DataError(f"expected a picture of PIL or the path of one, got {_told(raw)}")
         try:
-            with images.open(raw) as file:
+            images.init()  # which only then knows all formats
+            with images.open(raw, formats=[f for f in FORMATS if f in images.OPEN]) as file:
+                if reason := _too_large(file):
+                    raise DataError(reason)
                 return opened(file, mode)
         except FileNotFoundError:
             reason = "there is no such file"
+        except images.UnidentifiedImageError:
+            reason = f"it is none of the formats {', '.join(FORMATS)}, or damaged"
         except Exception as error:  # whatever a damaged file makes a decoder raise
             reason = str(error) or type(error).__name__
         raise DataError(f"{raw} cannot be read as a picture: {reason}")
