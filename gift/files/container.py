@@ -146,13 +146,18 @@ def _fill(target: Path, temporary: str, make: Callable[[str], object]) -> None:
 
 
 def _exchange(ready: Mapping[Path, str]) -> None:
-    """Give the temporary files their names; an interrupt waits until they belong together."""
+    """Give the temporary files their names; an interrupt waits until they belong together.
+
+    Where not even the first can be given its name, the file that was away comes back.
+    """
     held: BaseException | None = None
+    last = list(ready)[-1]
+    content = last.read_bytes() if len(ready) > 1 and last.exists() else None
     is_away = len(ready) == 1
-    while ready:
+    while True:
         try:
             if not is_away:
-                list(ready)[-1].unlink(missing_ok=True)
+                last.unlink(missing_ok=True)
                 is_away = True
             for target, temporary in ready.items():
                 if os.path.lexists(temporary):
@@ -160,6 +165,10 @@ def _exchange(ready: Mapping[Path, str]) -> None:
             break
         except KeyboardInterrupt as error:
             held = error
+        except OSError:
+            if content is not None and all(map(os.path.lexists, ready.values())):
+                last.write_bytes(content)
+            raise
     if held is not None:
         raise held
 
