@@ -28,12 +28,14 @@ class Spec(NamedTuple):
         network: whether the module is a whole network that is being fine-tuned.
         statistics: whether the running statistics of a norm layer are frozen.
         extended: whether the module's call is extended.
+        part: whether it is a part of such a network, and has a method to save itself as a model.
     """
 
     tensors: tuple[tuple[str, str], ...] = ()
     network: bool = False
     statistics: bool = False
     extended: bool = False
+    part: bool = False
 
 
 _PLAIN = Spec()

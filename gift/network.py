@@ -21,7 +21,7 @@ from gift.generated import Generated, Spec, change_class, contributes, joined, p
 from gift.guard import memory_of
 from gift.in_place import keep_values
 from gift.incoming import Incoming
-from gift.pretrained import saving_methods
+from gift.pretrained import parts_that_save, saving_methods
 from gift.private.torch import callers
 from gift.quantised import quant_state_names
 from gift.report import Report
@@ -457,6 +457,8 @@ def install_record(network: nn.Module, record: NetworkRecord) -> None:
     """Make `network` show its trained parameters only."""
     network.__dict__["_gift_network"] = record
     change_class(network, network=True)
+    for part in parts_that_save(network):
+        change_class(part, part=True)
     network.register_load_state_dict_post_hook(_loaded)
 
 
@@ -465,6 +467,8 @@ def remove_record(network: nn.Module) -> NetworkRecord:
     record: NetworkRecord = network.__dict__.pop("_gift_network")
     network.__dict__.pop("_gift_schedule", None)
     change_class(network, network=False)
+    for part in parts_that_save(network):
+        change_class(part, part=False)
     for key, hook in list(network._load_state_dict_post_hooks.items()):
         if hook is _loaded:
             del network._load_state_dict_post_hooks[key]

@@ -11,11 +11,14 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch import nn
 
 from gift.delta import named_deltas
 from gift.errors import GiftWarning
+from gift.generated import Generated, Spec, contributes
 
 
 def saving_methods(plain: type) -> dict[str, Any]:
@@ -25,6 +28,34 @@ def saving_methods(plain: type) -> dict[str, Any]:
     names = ("save_pretrained", "save")
     found = {name: getattr(plain, name, None) for name in names}
     return {name: _saving(method) for name, method in found.items() if inspect.isfunction(method)}
+
+
+def parts_that_save(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside `network` that can save themselves as models."""
+    return (m for m in network.modules() if m is not network and hasattr(m, "save_pretrained"))
+
+
+@contributes
+def _part(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    if not spec.part or spec.network:
+        return [], {}
+    return [Generated], {"save_pretrained": _warning(plain.save_pretrained)}  # type: ignore[attr-defined]
+
+
+def _warning(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if any(delta.names for _, _, delta in named_deltas(self)):
+            warnings.warn(
+                "what was saved is a part of a network that is being fine-tuned: from_pretrained "
+                "takes its base and leaves the deltas out. Save it within gift.merged(network)",
+                GiftWarning,
+                stacklevel=2,
+            )
+        return result
+
+    return save
 
 
 def _saving(method: Callable[..., Any]) -> Callable[..., Any]:
