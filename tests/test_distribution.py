@@ -112,3 +112,22 @@ def test_every_claim_has_a_lower_bound_that_can_be_installed() -> None:
             assert "." in bound.version, needs
             version = Version(bound.version)
             assert bounds.setdefault(canonicalize_name(needs.name), version) == version, needs
+
+
+def test_the_table_of_versions_is_what_the_lanes_install() -> None:
+    """Its first column are the lower bounds, its second one the constraints."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| ([\w-]+) \| ([\d.]+|\(.*?\)) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE
+    )
+    table = {name: versions for name, *versions in rows}
+    assert {*table} >= {"Python", "torch", "torchvision", "transformers", "peft", "torchao"}
+    bounds = {"Python": PROJECT["requires-python"].removeprefix(">=")}
+    for needs in claimed():
+        for bound in needs.specifier:
+            bounds.setdefault(needs.name, bound.version)
+    pins = {one.name: one.specifier for one in lines("constraints.txt")}
+    for name, (oldest, usual, newest) in table.items():
+        assert oldest.startswith("(") or oldest == bounds[name], name
+        assert name == "Python" or pins[name].contains(usual), name
+        assert Version(newest) >= Version(usual), name
