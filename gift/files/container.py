@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -113,14 +114,23 @@ def replace_files(makes: Mapping[str | os.PathLike[str], Callable[[str], object]
 def _regular(path: str | os.PathLike[str]) -> Path:
     """The file at a path, of a link that to which it leads; refuses all but files."""
     target = Path(path).expanduser().resolve()
-    if target.is_dir():
+    mode = _mode(target)
+    if mode is None or stat.S_ISREG(mode):
+        return target
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{target} is a directory, expected the path of a file")
-    if target.exists() and not target.is_file():
-        raise OSError(
-            f"{target} is a device, pipe or socket, which a file would replace: expected the path "
-            "of a file"
-        )
-    return target
+    raise OSError(
+        f"{target} is a device, pipe or socket, which a file would replace: expected the path "
+        "of a file"
+    )
+
+
+def _mode(target: Path) -> int | None:
+    """What kind of file there is and who may use it; None where there is none."""
+    try:
+        return target.stat().st_mode
+    except FileNotFoundError:
+        return None
 
 
 def _new_file(target: Path) -> str:
@@ -133,10 +143,11 @@ def _new_file(target: Path) -> str:
 
 def _fill(target: Path, temporary: str, make: Callable[[str], object]) -> None:
     try:
-        mode = (target if target.exists() else Path(temporary)).stat().st_mode & 0o777
+        mode = _mode(target)  # another writer may exchange it meanwhile
+        mode = Path(temporary).stat().st_mode if mode is None else mode
         make(temporary)
         _flush(temporary)
-        os.chmod(temporary, mode)
+        os.chmod(temporary, mode & 0o777)
     except (OSError, SafetensorError, RuntimeError) as error:  # which name another file, or none
         number = getattr(error, "errno", None)
         told = getattr(error, "strerror", None) or str(error).replace(temporary, str(target))
