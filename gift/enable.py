@@ -13,6 +13,7 @@ from gift.claims import sizes_of
 from gift.delta import added_names, held
 from gift.errors import GiftWarning
 from gift.generated import joined, spec_of
+from gift.in_place import misfits_in_place
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
 from gift.network import NetworkRecord, install_record, named_trainable, remove_record
@@ -250,8 +251,7 @@ def _apply(
     report = Report(
         network=type(module).__name__,
         strategy=repr(strategy),
-        caps=[f"module cap {i}: {cap}" for i, cap in enumerate(strategy.module_caps)]
-        + [f"parameter cap {i}: {cap}" for i, cap in enumerate(strategy.para_caps)],
+        caps=strategy.cap_texts,
         total_before=total,
         trainable_before=trainable,
     )
@@ -270,6 +270,11 @@ def _apply(
     frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
     for parameter in frozen.values():
         parameter.requires_grad = False
+    if wrong := misfits_in_place(module, [p for p in parameters if p.requires_grad]):
+        raise AdaptationError(
+            f"{type(strategy).__name__} cannot be applied, the network is unchanged, as it trains "
+            "what must stay frozen:\n  " + "\n  ".join(wrong)
+        )
     # Of tied ones the first name.
     report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]
     report.total_after, report.trainable_after = sizes_of(named.values())

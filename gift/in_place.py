@@ -10,7 +10,8 @@ from torch.nn.parameter import is_lazy
 from gift.adapter import adapters_of
 from gift.delta import added_names
 from gift.errors import AdaptationError
-from gift.generated import joined
+from gift.generated import joined, plain_class
+from gift.layers import row_of
 from gift.quantised import is_quantised
 from gift.tensors import is_inexact
 from gift.transaction import put_value, tensor_of
@@ -135,30 +136,48 @@ def flags_of_the_base(network: nn.Module) -> dict[str, bool]:
 
 
 def untrainable(network: nn.Module) -> Mapping[str, str]:
-    """The network's own parameters that cannot be trained as they are, each with the reason."""
-    return {
-        joined(path, name): why
-        for path, module in network.named_modules(remove_duplicate=False)
-        for name, why in _untrainable(module)
-    }
+    """The network's own parameters that cannot be trained as they are, each with the reason.
+
+    Under all of their names, wherever a tensor is held.
+    """
+    parts = list(network.named_modules(remove_duplicate=False))
+    read = {id(p): method for _, module in parts for p, method in _read(module)}
+    found: dict[str, str] = {}
+    for path, module in parts:
+        added = added_names(module)
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in added:
+                continue
+            if id(parameter) in read:
+                found[joined(path, name)] = _READ.format(read[id(parameter)])
+            elif why := _unfit(parameter):
+                found[joined(path, name)] = why
+    return found
 
 
-def _untrainable(module: nn.Module) -> Iterator[tuple[str, str]]:
+def misfits_in_place(network: nn.Module, trained: Iterable[nn.Parameter]) -> list[str]:
+    """For each name of those that must not be trained, as a delta is made from them: the reason."""
+    read = {id(p): method for module in network.modules() for p, method in _read(module)}
+    wrong = {id(p) for p in trained} & read.keys() if read else set()
+    named = network.named_parameters(remove_duplicate=False) if wrong else ()
+    return [f"{name}: {_READ.format(read[id(p)])}" for name, p in named if id(p) in wrong]
+
+
+def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
+    """The parameters of which the values made a delta, and the method that made it."""
     reading = {t: a for t, a in adapters_of(module).items() if a.method.reads_weight}
-    added = added_names(module)
-    for name, parameter in module._parameters.items():
-        if parameter is None or name in added:
-            continue
-        if why := _unfit(parameter):
-            yield name, why
-        for tensor, adapter in reading.items():
-            # A computed tensor has no parameter of its own: any here may be what it is made from.
-            if name == tensor or tensor not in module._parameters:
-                yield name, _READ.format(adapter.method.name)
-    computing = module._modules.get("parametrizations")
-    for name, _ in computing.named_parameters() if computing is not None else ():
+    row = row_of(plain_class(type(module))) if reading else None
+    apart = {*added_names(module), *(row.names(module, row.biases) if row is not None else ())}
+    for tensor, adapter in reading.items():
+        # A computed tensor has no parameter of its own: any here may be what it is made from.
+        own = [tensor] if tensor in module._parameters else module._parameters.keys() - apart
+        for name in own:
+            if (parameter := module._parameters[name]) is not None:
+                yield parameter, adapter.method.name
+    computing = module._modules.get("parametrizations") if reading else None
+    for name, parameter in computing.named_parameters() if computing is not None else ():
         if (tensor := name.partition(".")[0]) in reading:
-            yield f"parametrizations.{name}", _READ.format(reading[tensor].method.name)
+            yield parameter, reading[tensor].method.name
 
 
 _READ = (

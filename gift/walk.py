@@ -22,10 +22,12 @@ from gift.iterator import ModuleIterator, named_parts
 from gift.layers import layout_of
 from gift.methods import AdaptationError, Method
 from gift.strategies.base import Cap, FineTuningStrategy
+from gift.ties import Ties
 
 Place = tuple[nn.Module | None, str, str, str, nn.Module]
 Caps = tuple[list[Cap], list[Cap]]
 Guard = Callable[[], AbstractContextManager[Any]]
+Visit = Callable[[Caps, Place, int | None], None]
 
 
 class Walk:
@@ -49,8 +51,11 @@ class Walk:
         self.kept: set[int] = set()  # parameters that caps took, by identity
         self.done: dict[int, nn.Module | None] = {}  # claimed modules, and what stands there now
         self.extended: dict[int, str] = {}  # modules that open actions acted on, and their paths
+        self.ties = Ties(network)
+        self.caps = strategy.cap_texts if self.ties else []
         caps = self._caps_for(strategy, network)
         self._visit(caps, (None, "", "", _class_name(network), network), None)
+        self.problems += self.ties.settle(self.caps)
         self._tie()
         if self.extended:
             settle_encoders(network)
@@ -78,6 +83,7 @@ class Walk:
         """One module and all below it; `top` is the cap to which nested claims are credited."""
         parent, name, _, _, module = place
         if id(module) in self.done:
+            self._look_again(caps, place, top)
             self._put_replacement(parent, name, module)
             return
         extending: list[tuple[Cap, int]] = []
@@ -94,15 +100,33 @@ class Walk:
         for cap, credited in extending:
             self._extend(cap, place, credited)
 
-    def _descend(self, caps: Caps, place: Place, top: int | None) -> None:
+    def _descend(
+        self, caps: Caps, place: Place, top: int | None, visit: Visit | None = None
+    ) -> None:
         """The parameters of a module that no cap claimed, then its children."""
         module_caps, para_caps = caps
         module = place[4]
         for parameter_name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) not in self.kept:
+            if parameter is not None:
                 self._offer(para_caps, len(module_caps), (*place, parameter_name, parameter), top)
         for child_name, path, class_name, child, _ in list(ModuleIterator(module, place[2])):
-            self._visit(caps, (module, child_name, path, class_name, child), top)
+            (visit or self._visit)(caps, (module, child_name, path, class_name, child), top)
+
+    def _look_again(self, caps: Caps, place: Place, top: int | None) -> None:
+        """A claimed module under another name: no other cap may claim it, or what is in it."""
+        module = place[4]
+        for number, cap in enumerate(caps[0]):
+            if getattr(cap.action, "open", False) is True:
+                continue
+            if not self._matches(cap, f"module cap {number}", place):
+                continue
+            credited = number if top is None else top
+            if isinstance(cap.action, FineTuningStrategy):
+                self._look_again(self._caps_for(cap.action, module), place, credited)
+            elif self.ties.takes_anew(cap, module):
+                self.ties.contradict(module, credited, place[2], self.caps)
+            return
+        self._descend(caps, place, top, self._look_again)
 
     def _put_replacement(self, parent: nn.Module | None, name: str, module: nn.Module) -> None:
         replacement = self.done[id(module)]
@@ -114,6 +138,10 @@ class Walk:
         if isinstance(cap.action, FineTuningStrategy):
             self._visit(self._caps_for(cap.action, module), place, number)
             return
+        if self.ties:
+            if self.ties.contradicts(cap, module, number, path, self.caps):
+                return
+            self.ties.forget_flags(nn.Module.parameters(module))
         self._run(cap, place, path)
         now = module if parent is None else parent._modules.get(name)
         self.done[id(module)] = now
@@ -122,6 +150,8 @@ class Walk:
                 self.done[id(part)] = part
                 self.kept.update(map(id, part._parameters.values()))
         self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
+        if self.ties:
+            self.ties.note_module(cap, self.taken[-1])
 
     def _extend(self, cap: Cap, place: Place, number: int) -> None:
         """Run an open action on what stands at `place` once all else is done there."""
@@ -150,10 +180,26 @@ class Walk:
             if isinstance(cap.action, FineTuningStrategy):
                 self._offer(self._caps_for(cap.action, module)[1], 0, place, number)
                 return
+            if id(parameter) in self.kept:
+                self._offer_again(cap, place, path, number)
+                return
             self.kept.add(id(parameter))
             self._run(cap, place, path)
+            self.ties.note_parameter(cap, number, module, name, path)
             self.taken.append(Taken(number, path, place[3], module, parameter=name))
             return
+
+    def _offer_again(self, cap: Cap, place: tuple[Any, ...], path: str, number: int) -> None:
+        """A parameter that was taken under another name."""
+        *_, module, name, parameter = place
+        if id(parameter) not in self.ties.tensors or not self.ties.takes_anew(cap, parameter):
+            return
+        if name in adapters_of(module):
+            self.ties.contradict(module, number, path, self.caps, name)
+            return
+        self.ties.forget_flags([parameter])
+        self._run(cap, place, path)
+        self.ties.note_parameter(cap, number, module, name, path)
 
     def _matches(self, cap: Cap, label: str, place: tuple[Any, ...]) -> bool:
         try:
@@ -218,6 +264,8 @@ class Walk:
     ) -> None:  # fmt: skip
         adapter, second = adapters_of(owner)[tensor], adapters_of(module).get(name)
         if second is not None:
+            if id(owner._parameters[tensor]) in self.ties.contradicted:
+                return  # which is told already
             if second.method != adapter.method:
                 self.problems.append(
                     f"{path} is tied to a tensor that is adapted by {adapter.method}, and was to "

@@ -14,6 +14,7 @@ from gift.files.container import DeltaFileError, write
 from gift.files.description import describe_deltas, names_regex, resolve
 from gift.files.digests import digest, digests
 from gift.generated import spec_of
+from gift.in_place import misfits_in_place
 from gift.meanwhile import refuse_meanwhile
 from gift.network import (
     NetworkRecord,
@@ -48,7 +49,8 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
 
     Raises:
         RuntimeError: if nothing in `net` is being fine-tuned.
-        DeltaFileError: if trained numbers are not finite, or the network's state has what no
+        DeltaFileError: if trained numbers are not finite, if what a delta was made from is trained
+            as well (which `gift.load` would refuse), or the network's state has what no
             safetensors file can hold; nothing is written then.
 
     Example:
@@ -78,6 +80,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
     lazy = [name for name, tensor in parts.base.items() if is_lazy(tensor)]
     empty = [name for name, tensor in parts.saved.items() if is_lazy(tensor) or tensor.is_meta]
     _refuse(f"{name} has no values yet" for name in (*lazy, *empty))
+    _refuse(misfits_in_place(network, [p for _, p in trained_in_place(network)]))
     sharded = any(is_sharded(t) for t in (*parts.saved.values(), *parts.base.values()))
     saved, aliases = _once(network, parts.saved)
     own = {name: _whole(tensor) for name, tensor in saved.items()}

@@ -124,6 +124,12 @@ class FineTuningStrategy:
         """All caps, those for modules first."""
         return [*self.module_caps, *self.para_caps]
 
+    @property
+    def cap_texts(self) -> list[str]:
+        """What each cap is: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``."""
+        kinds = {"module": self.module_caps, "parameter": self.para_caps}
+        return [f"{k} cap {i}: {cap}" for k, caps in kinds.items() for i, cap in enumerate(caps)]
+
     def _register(self, kind: str, cap: CapLike) -> None:
         problems: list[str] = []
         caps = _caps(kind, [cap], problems)
