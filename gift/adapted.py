@@ -9,9 +9,9 @@ modules and user code alike.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from gift.adapter import Adapter, adapters_of, plain_tensor
+from gift.adapter import Adapter, plain_tensor
 from gift.delta import DeltaModule, as_plain
 from gift.generated import Generated, Spec, contributes, generated_class
 from gift.layers import row_of
@@ -28,15 +28,6 @@ class AdaptedModule(DeltaModule):
     def _gift_frozen(self, tensor: str) -> Tensor:
         """The frozen tensor: a parameter, or what a parametrization or hook computed."""
         return plain_tensor(self, tensor)  # type: ignore[arg-type]
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze or train the deltas; the frozen tensors stay frozen."""
-        modules = list(self.modules())  # type: ignore[attr-defined]
-        frozen = {id(m._parameters.get(name)) for m in modules for name in adapters_of(m)}
-        for parameter in nn.Module.parameters(self):  # type: ignore[arg-type]
-            if id(parameter) not in frozen:
-                parameter.requires_grad = requires_grad
-        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         adapted = name in self.__dict__.get("_gift_adapters", ())

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from gift.adapter import adapters_of
 from gift.delta import added_names, held
 from gift.enable import check_undoable
+from gift.frozen import HELD, hold_flags
 from gift.generated import Spec, generated_class, plain_class, set_class, spec_of
 from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
@@ -46,13 +47,13 @@ class Detached:
         self.changes = [change.present() for change in undo.modules]
         for change in self.changes:
             change.plain = None if change.plain is None else plain_class(change.plain)
-        self.flags = [
-            (m, name, tensor_of(m, name).requires_grad) for m, name, _ in undo.requires_grad
-        ]
+        # Of all parameters: the base may have other flags when this is put back.
+        self.flags = [(m, name, p.requires_grad) for m, name, p in _parameters(network)]
         tensors = [tensor_of(m, name) for m, name, _ in undo.values]
         self.values = [(t, t.data, t.requires_grad, t.grad) for t in tensors]
         undo.values = [(m, name, undo.value(m, name, value)) for m, name, value in undo.values]
         self.dtypes = [value.dtype for _, _, value in undo.values]
+        self.held = [(m, vars(m)[HELD]) for m in network.modules() if HELD in vars(m)]
         remove_record(network)
         replace(undo, values=[]).apply(network)
         self.plain = [type(frame.module) for frame in self.frames]
@@ -86,7 +87,8 @@ class Detached:
         for frame in self.frames:
             frame.apply()
         for module, name, flag in self.flags:
-            tensor_of(module, name).requires_grad = flag
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad = flag
         for (module, name, now), dtype, (tensor, data, flag, grad) in zip(
             undo.values, self.dtypes, self.values, strict=True
         ):
@@ -100,6 +102,9 @@ class Detached:
             tensor.grad = None if grad is None else grad.to(**to)
             set_flag(tensor, flag)
             held(module, name)[name] = tensor
+        for module, flags in self.held:
+            vars(module).setdefault(HELD, flags)
+        hold_flags(self.network)
 
 
 def _replaced(

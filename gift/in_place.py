@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from gift.adapter import adapters_of
 from gift.delta import added_names
 from gift.errors import AdaptationError
+from gift.frozen import hold_flags
 from gift.generated import joined, plain_class
 from gift.layers import row_of
 from gift.quantised import is_quantised
@@ -58,6 +59,7 @@ def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
             record.late |= names_of_it
         record.waiting -= names_of_it
     _set_flags(record, places, True)
+    hold_flags(network)
 
 
 def let_wait(network: nn.Module, names: Iterable[str]) -> None:
@@ -67,6 +69,7 @@ def let_wait(network: nn.Module, names: Iterable[str]) -> None:
     for names_of_it, *_ in places:
         record.waiting |= names_of_it & record.chosen
     _set_flags(record, places, False)
+    hold_flags(network)
 
 
 def train_no_more(network: nn.Module, names: Iterable[str]) -> None:
@@ -90,6 +93,7 @@ def train_no_more(network: nn.Module, names: Iterable[str]) -> None:
         record.chosen -= names_of_it
         record.late -= names_of_it
         record.waiting -= names_of_it
+    hold_flags(network)
     record.undo.values = [
         entry for entry in record.undo.values if id(tensor_of(*entry[:2])) in values
     ]

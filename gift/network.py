@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from gift.adapter import adapters_of
 from gift.delta import added_names, named_deltas, settings_of
 from gift.errors import GiftWarning
+from gift.frozen import HeldFlags, hold_flags, release_flags, tell_unfrozen
 from gift.generated import Generated, Spec, change_class, contributes, joined, plain_class, spec_of
 from gift.guard import memory_of
 from gift.in_place import keep_values
@@ -40,6 +41,8 @@ class NetworkRecord:
         undo: the way back.
         late: those among them that were chosen later, see `gift.in_place`.
         waiting: those that stay frozen until they are due, whatever ``requires_grad_`` says.
+        held: what keeps frozen parameters frozen, module by module.
+        told_unfrozen: whether somebody was warned that flags of them were set.
         keeps_base: whether the way back has the values of what is trained in place.
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
         only_trainable_state: whether ``state_dict()`` gives these and buffers only.
@@ -56,6 +59,8 @@ class NetworkRecord:
     undo: Undo
     late: set[str] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
+    held: list[HeldFlags] = field(default_factory=list)
+    told_unfrozen: bool = False
     keeps_base: bool = True
     only_trainable_parameters: bool = True
     only_trainable_state: bool = True
@@ -71,25 +76,27 @@ class FineTunedNetwork(Generated):
 
     _gift_network: NetworkRecord
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network; before a training step it is seen whether its base is still frozen."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tell_unfrozen(self)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def _gift_copied(self) -> None:
         if _loaded not in self._load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
             self.register_load_state_dict_post_hook(_loaded)  # type: ignore[attr-defined]
 
     def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
-        """The trained parameters; ``named_parameters()`` gives all."""
+        """The trained parameters; ``named_parameters()`` gives all.
+
+        Among them are those of the base of which somebody has set the flag since, with a warning.
+        """
         if not self._gift_network.only_trainable_parameters or _is_averaging():
             return super().parameters(*args, **kwargs)  # type: ignore[misc]
+        tell_unfrozen(self)
         if _overrides(self, "parameters"):
             return _trained_among(self, super().parameters(*args, **kwargs))  # type: ignore[misc]
         return (p for _, p in named_trainable(self, *args, **kwargs))  # type: ignore[arg-type]
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze the trained parameters, or train them again; no frozen one comes to life."""
-        record, trained = self._gift_network, dict(named_trainable(self))  # type: ignore[arg-type]
-        record.chosen.update(trained)
-        for name, parameter in trained.items():
-            parameter.requires_grad = requires_grad and name not in record.waiting
-        return self
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         # Buffers that layers share stay shared where they are moved.
@@ -459,6 +466,7 @@ def install_record(network: nn.Module, record: NetworkRecord) -> None:
     change_class(network, network=True)
     for part in parts_that_save(network):
         change_class(part, part=True)
+    hold_flags(network)
     network.register_load_state_dict_post_hook(_loaded)
 
 
@@ -466,6 +474,7 @@ def remove_record(network: nn.Module) -> NetworkRecord:
     """Undo `install_record`."""
     record: NetworkRecord = network.__dict__.pop("_gift_network")
     network.__dict__.pop("_gift_schedule", None)
+    release_flags(network)
     change_class(network, network=False)
     for part in parts_that_save(network):
         change_class(part, part=False)

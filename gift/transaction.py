@@ -35,12 +35,13 @@ from gift.containers import (
 )
 from gift.delta import added_names
 from gift.extension import release_extensions
+from gift.frozen import HELD
 from gift.generated import plain_class, set_class
 from gift.guard import KeptValues
 from gift.statistics import release_statistics
 from gift.tensors import is_expanded, same_bits, set_data, set_flag
 
-OWN = ("_gift_adapters", "_gift_extensions", "_gift_network", "_gift_schedule", "_gift_mode")
+OWN = (HELD, "_gift_adapters", "_gift_extensions", "_gift_network", "_gift_schedule", "_gift_mode")
 
 
 _Missing = Missing  # under which pickles know it

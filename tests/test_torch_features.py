@@ -793,6 +793,8 @@ def test_flags_set_from_a_bigger_network() -> None:
     net.requires_grad_(True)
     assert set(deltas(net)) == chosen
     outer.requires_grad_(True)
+    with pytest.warns(GiftWarning, match=r"4 parameters were frozen.*: 0.weight, 0.bias, 2.wei"):
+        net.parameters()
     everything = {name for name, _ in net.named_parameters()}
     assert set(deltas(net)) == set(net.state_dict()) == everything
     outer(torch.randn(3, 8)).sum().backward()

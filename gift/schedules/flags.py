@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from gift.frozen import hold_flags
 from gift.generated import spec_of
 from gift.in_place import record_of
 from gift.statistics import release_statistics
@@ -40,3 +41,4 @@ def release(holder: nn.Module) -> None:
             parameter.requires_grad = flag
     if spec_of(holder).network:
         record_of(holder).waiting.clear()
+        hold_flags(holder)
