@@ -187,6 +187,16 @@ def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
             f"{gone} were pruned or parametrised since: undo that first (prune.remove, "
             "remove_parametrizations)"
         )
+    changed = [
+        path
+        for path, part in module.named_modules()
+        if any(spec_of(part)) and "_gift_spec" not in vars(type(part))
+    ]
+    if changed:
+        raise RuntimeError(
+            f"{changed} were given another class since (a tensor was parametrised?): undo that "
+            "first (remove_parametrizations with leave_parametrized=False)"
+        )
     record: NetworkRecord = module._gift_network  # type: ignore[assignment]
     if not needs_base:
         return
@@ -213,6 +223,13 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
             f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
             "enable fine-tuning before sharding"
         )
+    offloaded = [path for path, part in module.named_modules() if _is_offloaded(part)]
+    if offloaded:
+        raise ValueError(
+            f"the weights of {len(offloaded)} modules are offloaded by accelerate, the first is "
+            f"{offloaded[0] or 'the network'!r}: their hooks fetch each tensor by its name and "
+            "know of no deltas. Load the network without offloading to fine-tune it"
+        )
     for path, part in module.named_modules():
         if any(spec_of(part)):
             raise RuntimeError(
@@ -225,6 +242,12 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
                 f"{path or 'the network'} is a {type(part).__name__}: enable fine-tuning on the "
                 "network inside first, then wrap, compile or script it"
             )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", None) or [hook]  # several, in a sequence
+    return any(getattr(one, "offload", False) is True for one in hooks)
 
 
 def _recipe(strategy: FineTuningStrategy) -> dict[str, Any] | None:

@@ -175,6 +175,9 @@ def _extended_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]
     # The signature stays: trainers look into it to see which columns of a data set are used.
     @functools.wraps(plain.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "_gift_extensions" not in self.__dict__:
+            # Somebody kept this method, and the module is a plain one again.
+            return type(self).forward(self, *args, **kwargs)
         return self._gift_call(super(generated.cell_contents, self).forward, args, kwargs)
 
     nesting = [NestingEncoder] if issubclass(plain, nn.TransformerEncoder) else []

@@ -93,7 +93,10 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
     """Entries for `Method.forwards`: ``nn.Linear``, and the ``Conv1D`` of transformers."""
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
-        adapter = self._gift_adapters["weight"]
+        try:
+            adapter = self._gift_adapters["weight"]
+        except AttributeError:  # somebody kept this method, and the layer is a plain one again
+            return type(self).forward(self, x)
         if not adapter.reads_alike:  # tied to a table that is read the other way round
             return Product(self, self.weight, transposed).output(x, self.bias)
         method, parameters = adapter.delta_of(self)

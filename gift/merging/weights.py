@@ -6,6 +6,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gift.adapter import adapters_of, present_tensor, trained_value
+from gift.tensors import set_data
 
 
 def effective(module: nn.Module) -> dict[str, Tensor]:
@@ -23,7 +24,9 @@ def write(module: nn.Module, tensor: str, value: Tensor) -> None:
     with torch.no_grad():
         parameter = module._parameters.get(tensor)
         if parameter is not None:
-            parameter.copy_(value)
+            # Memory of its own, as the present one may be nobody's to write: expanded, or a file
+            # that is mapped to be read.
+            set_data(parameter, torch.empty_like(parameter.data).copy_(value))
         elif parametrize.is_parametrized(module, tensor):
             setattr(module, tensor, value)
         else:
