@@ -7,17 +7,25 @@ which the tensor's name is a property that gives the effective weight; the froze
 modules and user code alike.
 """
 
+import inspect
+from types import FrameType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.weak import TensorWeakRef
 
-from gift.adapter import Adapter, plain_tensor
+from gift.adapter import Adapter, is_sharded, plain_tensor
 from gift.delta import DeltaModule, as_plain
-from gift.generated import Generated, Spec, contributes, generated_class
+from gift.effective import EffectiveWeight, plain, refused
+from gift.generated import Generated, Spec, contributes, generated_class, plain_class
 from gift.layers import row_of
 from gift.methods import METHODS
 from gift.methods.base import dotted
+from gift.private.torch import is_transformed
 from gift.quantised import is_quantised, same_values
+from gift.reading import one_call
 
 
 class AdaptedModule(DeltaModule):
@@ -29,14 +37,50 @@ class AdaptedModule(DeltaModule):
         """The frozen tensor: a parameter, or what a parametrization or hook computed."""
         return plain_tensor(self, tensor)  # type: ignore[arg-type]
 
+    def _gift_weight(self, tensor: str) -> Any:
+        """What the module itself computes with: the effective weight, if the tensor is adapted."""
+        if tensor not in self._gift_adapters:
+            return getattr(self, tensor, None)
+        weight = getattr(self, tensor)
+        return plain(weight) if type(weight) is EffectiveWeight else weight
+
     def __setattr__(self, name: str, value: Any) -> None:
-        adapted = name in self.__dict__.get("_gift_adapters", ())
-        if adapted and is_quantised(value) and not is_quantised(self._gift_frozen(name)):
+        if name == "__class__" and value is self._gift_plain and _is_parametrized(value):
+            # The last parametrization was removed: torch gives the module the base of the class
+            # that it had made for it, which it takes for the module's own.
+            value = generated_class(value.__bases__[0], self._gift_spec)
+        if name in self.__dict__.get("_gift_adapters", ()):
+            self._gift_check_new(name, value)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Register a parameter as `nn.Module` does, unless its values are a delta's already."""
+        source = name.removesuffix("_g")  # what the old `weight_norm` begins with
+        if type(param) is EffectiveWeight or (
+            source != name and source in self._gift_adapters and _put_back(self, source)
+        ):
+            raise _reparametrised(source.removesuffix("_orig"))  # with that, pruning begins
+        if name in self._gift_adapters:
+            self._gift_check_new(name, param)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _gift_check_new(self, tensor: str, value: Any) -> None:
+        """Refuse what is assigned to an adapted tensor.
+
+        Unless it is the frozen tensor itself, or another one that a state brings; and FSDP2
+        exchanges parts of a parameter for the whole of it, and back.
+        """
+        now = self._gift_frozen(tensor)
+        if is_quantised(value) and not is_quantised(now):
             raise RuntimeError(
-                f"{name!r} is adapted: quantise it before enable_fine_tuning, for what is "
+                f"{tensor!r} is adapted: quantise it before enable_fine_tuning, for what is "
                 "quantised now is the effective weight, delta and all"
             )
-        super().__setattr__(name, value)
+        is_new = value is None or isinstance(value, nn.Parameter)
+        may = value is now or is_sharded(now) or is_sharded(value) or is_quantised(value)
+        if is_new and not may and "_gift_loading" not in vars(self):
+            name = f"{plain_class(type(self)).__name__}.{tensor}"
+            raise refused(name, "assigning to it")
 
     def __delattr__(self, name: str) -> None:
         if name in self._gift_adapters:  # what reparametrises a weight begins like this
@@ -45,7 +89,11 @@ class AdaptedModule(DeltaModule):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         changed = [t for t in self._gift_adapters if self._gift_changes(t, state_dict, prefix)]
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        vars(self)["_gift_loading"] = True  # which may assign to parameters
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        finally:
+            del vars(self)["_gift_loading"]
         for tensor in changed:
             self._gift_adapters[tensor].follow(self, tensor)
 
@@ -65,6 +113,30 @@ def _reparametrised(tensor: str) -> RuntimeError:
     )
 
 
+def _put_back(module: Any, tensor: str) -> bool:
+    """Put a frozen tensor back that was just taken out by one who holds the effective weight."""
+    reader = module._gift_adapters[tensor].memory.reader()
+    if tensor in module._parameters or reader is None:
+        return False
+    parameters = module._parameters
+    now, order = {**parameters, tensor: reader._gift_frozen}, reader._gift_order
+    parameters.clear()
+    parameters.update({name: now.pop(name) for name in order if name in now} | now)
+    return True
+
+
+def _is_parametrized(cls: type) -> bool:
+    """Whether it is a class that torch made for one module, with properties for its tensors."""
+    return cls.__module__ == parametrize.__name__
+
+
+def _take_property(cls: Any, name: str) -> None:
+    """Torch takes the property from the module's class where it removes a parametrization."""
+    if name in dict(cls._gift_spec.tensors):
+        raise _reparametrised(name)
+    delattr(cls._gift_plain, name)
+
+
 def _reset_parameters(self: Any) -> None:
     """Reset the layer as its own class does, then the delta."""
     with as_plain(self):
@@ -82,16 +154,40 @@ def _initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
             adapter.reset(self, tensor)
 
 
+_REPARAMETRISING = frozenset(
+    function.__code__
+    for function in (parametrize.register_parametrization, parametrize.remove_parametrizations)
+)  # which read a tensor before they change it
+
+
+def _asks_to_reparametrise(reader: FrameType | None) -> bool:
+    """Whether what reads a property is about to change what the tensor is computed from."""
+    caller = None if reader is None else reader.f_back
+    return caller is not None and caller.f_code in _REPARAMETRISING
+
+
 def _effective(tensor: str) -> property:
     def read(self: Any) -> Any:
+        if not torch.compiler.is_compiling() and _asks_to_reparametrise(inspect.currentframe()):
+            raise _reparametrised(tensor)
         frozen = self._gift_frozen(tensor)
         if frozen is None:
             return frozen
+        adapter = self._gift_adapters[tensor]
         try:
-            return self._gift_adapters[tensor].weight(self, frozen)
+            weight = adapter.read(self, frozen)
         except AttributeError as error:
             # nn.Module would answer an AttributeError with the frozen tensor, silently.
             raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
+        if torch.compiler.is_compiling() or type(weight) is not Tensor or is_transformed():
+            return weight
+        guarded: Any = EffectiveWeight.of(weight, f"{plain_class(type(self)).__name__}.{tensor}")
+        if tensor in self._parameters and guarded is not weight:
+            guarded._gift_frozen, guarded._gift_order = frozen, tuple(self._parameters)
+            adapter.memory.reader = TensorWeakRef(guarded)
+            if weight.requires_grad:
+                guarded._gift_slices = adapter.slices(self, frozen)
+        return guarded
 
     def write(self: Any, value: Any) -> None:
         # Only values that are no parameters come here: a hook that recomputes the tensor.
@@ -100,6 +196,33 @@ def _effective(tensor: str) -> property:
         self.__dict__[tensor] = value
 
     return property(read, write, doc=f"The effective `{tensor}`: frozen tensor and delta.")
+
+
+class Called(Generated):
+    """What a network gains, and each module that may read an adapted tensor many times."""
+
+    _gift_reads_often = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module as its own class does."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with one_call(self, self._gift_reads_often):  # type: ignore[arg-type]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class ReadsOften(Called):
+    """A module whose forward is not torch's, so that it may read a weight in a loop."""
+
+    _gift_reads_often = True
+
+
+@contributes
+def _called_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    forward = getattr(plain, "forward", None)
+    if spec.tensors and not getattr(forward, "__module__", "").startswith("torch.nn."):
+        return [ReadsOften], {}
+    return ([Called], {}) if spec.network else ([], {})
 
 
 @contributes
@@ -113,6 +236,8 @@ def _adapted_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
     if fast := _fast_forward(plain, spec):
         mixins.append(fast)
     namespace: dict[str, Any] = {tensor: _effective(tensor) for tensor, _ in spec.tensors}
+    if _is_parametrized(plain):
+        namespace["_gift_delete"] = _take_property
     if hasattr(plain, "reset_parameters"):
         namespace["reset_parameters"] = _reset_parameters
     if hasattr(plain, "initialize_parameters"):

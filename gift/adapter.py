@@ -1,7 +1,7 @@
 """What a module knows of a tensor that was adapted, and how the two make the effective weight."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,8 @@ from gift.errors import AdaptationError, GiftWarning
 from gift.generated import plain_class
 from gift.layers import Layout, LayoutOptions, bias_layout, layout_of
 from gift.methods import Method
-from gift.quantised import dequantised
+from gift.quantised import dequantised, is_quantised
+from gift.reading import Memory, Slices, made_once, product_parts
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Adapter(Delta):
         follows: for a bias, the weights of the module to whose outputs it is added; its delta is
             theirs, and the module its owner.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
+        memory: where the effective weight was when it was read last.
     """
 
     method: Method = field(kw_only=True)
@@ -38,6 +40,7 @@ class Adapter(Delta):
     layout: Layout | None = None
     follows: tuple[str, ...] = ()
     reads_alike: bool = True
+    memory: Memory = field(default_factory=Memory, compare=False, repr=False)
 
     def delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
         """The method and its parameters for the adapted tensor of `module`."""
@@ -47,14 +50,35 @@ class Adapter(Delta):
         """The effective weight, in the frozen one's dtype, rounded once."""
         if self.layout is None or is_sharded(frozen):
             return frozen
-        frozen = dequantised(frozen, module)
         method, parameters = self.delta_of(module)
         if method.dropout and module.training:
             parameters = method.drop(parameters, self.layout.input_axis)
-        dtype = method.working_dtype(frozen)
-        parameters = {key: _in_precision_of(value, dtype) for key, value in parameters.items()}
-        matrix = self.layout.to_matrix(frozen).to(dtype)
-        return self.layout.to_weight(method.weight(matrix, parameters)).to(frozen.dtype)
+        making = _Making(self.layout, method, tuple(parameters))
+        return making(dequantised(frozen, module), *parameters.values())
+
+    def read(self, module: nn.Module, frozen: Tensor) -> Tensor:
+        """The same, made once where it is read many times: see `gift.reading`."""
+        if self.layout is None or is_sharded(frozen) or is_quantised(frozen):
+            return self.weight(module, frozen)
+        method, parameters = self.delta_of(module)
+        if method.dropout and module.training:  # each reading draws
+            return self.weight(module, frozen)
+        making = _Making(self.layout, method, tuple(parameters))
+        of = id(self.layout), id(method)
+        return made_once(module, making, (frozen, *parameters.values()), self.memory, of)
+
+    def slices(self, module: nn.Module, frozen: Tensor) -> Slices | None:
+        """The matrices of a weight that is a batch of them; None where it is read as a whole."""
+        if self.layout is None or len(self.layout.matrix) != 3 or not self.layout.is_trivial:
+            return None
+        method, parameters = self.delta_of(module)
+        if (method.dropout and module.training) or frozen.requires_grad or is_quantised(frozen):
+            return None
+        making = _Making(self.layout, method, tuple(parameters))
+        factors = making.factors((frozen, *parameters.values()))
+        if factors is None or not any(factor.requires_grad for factor in factors):
+            return None
+        return Slices(*factors, frozen)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,6 +193,49 @@ class Adapter(Delta):
 
     def _frozen(self, module: Any, tensor: str) -> Tensor:
         return dequantised(present_tensor(module, tensor), module)
+
+
+@dataclass(frozen=True, eq=False)
+class _Making:
+    """How an effective weight is made from the frozen one and the tensors of a delta.
+
+    Args:
+        layout: how the weight is read as a matrix.
+        method: what becomes of the matrix.
+        keys: the names that the method has for the tensors.
+    """
+
+    layout: Layout
+    method: Any
+    keys: tuple[str, ...]
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The effective weight, in the frozen one's dtype."""
+        frozen, parameters = self._precise(tensors)
+        dtype = self.method.working_dtype(frozen)
+        matrix = self.layout.to_matrix(frozen).to(dtype)
+        return self.layout.to_weight(self.method.weight(matrix, parameters)).to(frozen.dtype)
+
+    def parts(self, tensors: Sequence[Tensor], g: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Of a low-rank delta the factors, and the frozen tensor itself."""
+        factors = self.factors(tensors)
+        if factors is None:
+            return None
+        return [(tensors[0], g), *product_parts(*factors, self.layout.to_matrix(g))]
+
+    def factors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Of a low-rank delta; None for others."""
+        if not self.method.low_rank_is_cheap:
+            return None
+        factors: tuple[Tensor, Tensor] | None = self.method.low_rank(self._precise(tensors)[1])
+        return factors
+
+    def _precise(self, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The frozen tensor, and the others in the precision of computing."""
+        frozen, *others = tensors
+        dtype = self.method.working_dtype(frozen)
+        named = zip(self.keys, others, strict=True)
+        return frozen, {key: _in_precision_of(value, dtype) for key, value in named}
 
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}

@@ -312,7 +312,12 @@ def _mixing(metaclass: type) -> type:
             plain = cls.__bases__[0].__mro__
             return [cls, *(base for base in order[1:] if base not in plain), *plain]
 
-        made = type(metaclass.__name__, (metaclass,), {"mro": mro})
+        def delete(cls: Any, name: str) -> None:
+            # A feature may stand in for a class of which torch expects to have made it.
+            instead = vars(cls).get("_gift_delete")
+            super(made, cls).__delattr__(name) if instead is None else instead(cls, name)  # type: ignore[arg-type]
+
+        made = type(metaclass.__name__, (metaclass,), {"mro": mro, "__delattr__": delete})
         found = _metaclasses.setdefault(metaclass, made)
     return found
 

@@ -89,22 +89,22 @@ class Layout:
     order: tuple[int, ...]
     matrix: tuple[int, ...]
     input_axis: int = -1
-    _is_trivial: bool = field(init=False, repr=False, compare=False)
+    is_trivial: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # At once: torch.compile cannot look into a cached property's first time.
         trivial = self.shape == self.matrix and list(self.order) == sorted(self.order)
-        object.__setattr__(self, "_is_trivial", trivial)
+        object.__setattr__(self, "is_trivial", trivial)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as matrix or matrices."""
-        if self._is_trivial:
+        if self.is_trivial:
             return weight
         return weight.reshape(self.view).permute(self.order).reshape(self.matrix)
 
     def to_weight(self, matrix: Tensor) -> Tensor:
         """The matrix or matrices as a weight."""
-        if self._is_trivial:
+        if self.is_trivial:
             return matrix
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         permuted = [self.view[axis] for axis in self.order]

@@ -63,6 +63,9 @@ class Method(Configured):
     """Whether the shapes of the parameters differ wherever those of two matrices do, so that a
     saved delta need not tell how the weight was read."""
 
+    low_rank_is_cheap: ClassVar[bool] = True
+    """Whether gradients are cheaper through the factors of `low_rank` than through the matrix."""
+
     size_setting: ClassVar[str | None] = None
     """The setting, an integer, that decides how many parameters are added. A method with a setting
     ``clip_<size_setting>`` settles in `fit` by `settled` what becomes of a matrix that cannot have

@@ -40,6 +40,7 @@ class LoHa(RankedMethod):
     name: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
     shows_matrix: ClassVar[bool] = True
+    low_rank_is_cheap: ClassVar[bool] = False
     conv_layouts = ("out_as_h", "balanced")
 
     alpha: float | None = number(None)

@@ -24,6 +24,8 @@ PARTS = (
     "torch._C._len_torch_dispatch_stack",
     "torch._C._len_torch_function_stack",
     "torch._C.DisableTorchFunction",
+    "torch._C.DisableTorchFunctionSubclass",
+    "torch._C._disabled_torch_function_impl",
     "torch.fx.experimental.symbolic_shapes.statically_known_true",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._pytree.tree_map",
@@ -139,6 +141,26 @@ def unfollowed() -> AbstractContextManager[Any]:
     """
     disable = part("torch._C.DisableTorchFunction")
     return contextlib.nullcontext() if disable is None else disable()
+
+
+OVERRIDES_NOTHING: Any = part("torch._C._disabled_torch_function_impl")
+"""The ``__torch_function__`` of a class of tensors that overrides no function; torch's notes on
+extending it name this and the next, in private places. None if it is gone."""
+
+_as_plain = part("torch._C.DisableTorchFunctionSubclass")
+
+
+def can_guard() -> bool:
+    """Whether a class of tensors can look at the functions that it is given to, and then let them
+    be as for plain tensors. Otherwise there is no such class, and nothing is guarded.
+    """
+    return OVERRIDES_NOTHING is not None and _as_plain is not None
+
+
+def as_plain_tensors() -> AbstractContextManager[Any]:
+    """A context in which no class of tensors overrides functions."""
+    context: AbstractContextManager[Any] = _as_plain()
+    return context
 
 
 def has_onednn() -> bool:
@@ -350,7 +372,7 @@ class FlatWeights:
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[attr-defined]
+        return [self._gift_weight(name) for name in self._flat_weights_names]  # type: ignore[attr-defined]
 
     @_flat_weights.setter
     def _flat_weights(self, value: Any) -> None:

@@ -1,0 +1,247 @@
+"""What others read as the weight of an adapted layer: a tensor that tells whoever writes to it.
+
+An effective weight is made from a frozen tensor and a delta. What is written into it would be gone
+when the weight is made again, without a word; so it is refused where it is tried. In all else the
+tensor is one like others: what is computed from it is a plain tensor.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.private.torch import OVERRIDES_NOTHING, as_plain_tensors, can_guard, writes_of
+
+# Torch's encoder layers ask their weights whether these override functions, and compute in another
+# way then. They write into none, so they get no for an answer.
+_ASKING: frozenset[CodeType] = frozenset(
+    cls.forward.__code__
+    for cls in (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
+)
+
+# To the compiler, a weight that is an argument of a function is a tensor like others.
+_COMPILER = ("torch._dynamo", "torch._subclasses", "torch._functorch")
+
+_ASSIGNED = frozenset(  # as by `weight += 1` and `weight[0] = 1`
+    {f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "div", "truediv", "floordiv")}
+    | {f"__i{name}__" for name in ("mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+    | {"__setitem__"}
+)
+
+
+class _Overriding:
+    """``__torch_function__``: a descriptor, since the answer depends on who asks."""
+
+    def __get__(self, tensor: Any, cls: type) -> Any:
+        here = inspect.currentframe()
+        frame = None if here is None else here.f_back
+        if (
+            frame is None
+            or frame.f_code in _ASKING
+            or frame.f_globals.get("__name__", "").startswith(_COMPILER)
+        ):
+            return OVERRIDES_NOTHING
+        return _answer
+
+
+class EffectiveWeight(Tensor):
+    """An effective weight, or a view of one, which refuses to be written to.
+
+    Its detached copies (``clone()``, ``nn.Parameter(weight)``, deep copies, pickles) are plain.
+    """
+
+    __torch_function__ = _Overriding()
+
+    _gift_name: str
+    _gift_whole: bool
+    _gift_frozen: Tensor
+    _gift_order: tuple[str, ...]
+    _gift_slices: Callable[[Tensor, int], Tensor] | None = None
+
+    @staticmethod
+    def of(tensor: Tensor, name: str, whole: bool = True) -> Any:
+        """The tensor, guarded; itself where torch does not allow that.
+
+        Args:
+            tensor: an effective weight, or a view of one.
+            name: as errors say it.
+            whole: whether it is the weight itself.
+        """
+        if not can_guard():
+            return tensor
+        guarded: Any = tensor.as_subclass(EffectiveWeight)
+        guarded._gift_name, guarded._gift_whole = name, whole
+        return guarded
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":  # the last thing that `nn.Parameter(weight)` does
+            _become_parameter(self)
+        elif name == "__class__":  # `torch.utils.swap_tensors`
+            raise refused(self._gift_name, "swapping it")
+        else:
+            super().__setattr__(name, value)
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused as other writes; torch calls no ``__torch_function__`` for it."""
+        raise refused(self._gift_name, "`set_`")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(plain(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)
+
+
+def refused(name: str, what: str) -> RuntimeError:
+    """The error for a write that would have no effect.
+
+    Args:
+        name: of the weight.
+        what: was tried.
+    """
+    # No TypeError: `weight += 1` would take that for "not implemented", and add to a copy.
+    return RuntimeError(
+        f"{name} is adapted: what is read under this name is made from the frozen tensor and the "
+        f"delta, so {what} has no effect on the layer. Call gift.merge(network) first and write "
+        "into the plain weight; gift.merged(network) merges for a while, as for inference, and "
+        "gift.disable_fine_tuning(network) gives back the base"
+    )
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same tensor without its guard."""
+    with as_plain_tensors():
+        return tensor.as_subclass(Tensor)
+
+
+def _become_parameter(tensor: Any) -> None:
+    """Make a parameter of what ``nn.Parameter`` detached, with memory of its own."""
+    with as_plain_tensors():
+        tensor.data = tensor.detach().clone()
+    vars(tensor).clear()
+    object.__setattr__(tensor, "__class__", nn.Parameter)
+
+
+def _answer(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """What an effective weight does with a function of torch that it is given to."""
+    kwargs = kwargs or {}
+    if torch.compiler.is_compiling():
+        with as_plain_tensors():
+            return func(*args, **kwargs)
+    guarded = list(_guarded((*args, *kwargs.values())))
+    what = getattr(func, "__name__", "").partition(".")[0]
+    if (flag := _flag_for(func, what, args, kwargs)) is not None:
+        _check_flag(args[0], flag)
+        return args[0]
+    if _writes(func, what, args, kwargs):
+        raise refused(guarded[0]._gift_name, f"`{_told(func, what)}`")
+    if not all(issubclass(EffectiveWeight, cls) for cls in types):  # tensors of other libraries
+        return func(*_unguarded(args), **_unguarded(kwargs))
+    with as_plain_tensors():
+        return _computed(func, what, args, kwargs, guarded)
+
+
+def _computed(func: Any, what: str, args: Any, kwargs: dict[str, Any], guarded: list[Any]) -> Any:
+    """What a function of torch gives that only reads effective weights."""
+    if func in (F.embedding, F.embedding_bag) and kwargs.get("max_norm") is not None:
+        args, kwargs = _copied(args), _copied(kwargs)  # the rows that are looked up are scaled
+    if what == "__getitem__" and (matrix := _matrix(*args)) is not None:
+        return matrix
+    versions = [writes_of(tensor) for tensor in guarded]
+    result = func(*args, **kwargs) if what != "__iter__" else args[0].unbind()
+    if versions != [writes_of(tensor) for tensor in guarded]:
+        raise refused(guarded[0]._gift_name, f"`{_told(func, what)}`")
+    if what in ("numpy", "__array__"):
+        result.flags.writeable = False
+    if what != "__get__" or func.__self__.__name__ != "_base":
+        result = _guard_views(result, guarded)
+    return iter(result) if what == "__iter__" else result
+
+
+def _writes(func: Any, what: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the function is about to write into an effective weight."""
+    if what == "__set__":
+        attribute, value = func.__self__.__name__, args[1]
+        return attribute != "requires_grad" and not (attribute == "grad" and value is None)
+    written = [kwargs.get("out")]
+    in_place = what.endswith("_") and not what.endswith("__") and what != "requires_grad_"
+    if in_place or what in _ASSIGNED or kwargs.get("inplace"):
+        written.append(args[0] if args else next(iter(kwargs.values())))
+    return next(_guarded(written), None) is not None
+
+
+def _flag_for(func: Any, what: str, args: Any, kwargs: dict[str, Any]) -> bool | None:
+    """The ``requires_grad`` that an effective weight itself is about to be given, if it is."""
+    if what == "requires_grad_":
+        flag = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    elif what == "__set__" and func.__self__.__name__ == "requires_grad":
+        flag = args[1]
+    else:
+        return None
+    return bool(flag) if args[0]._gift_whole else None
+
+
+def _check_flag(tensor: Any, requires_grad: bool) -> None:
+    if tensor.requires_grad != requires_grad:
+        raise RuntimeError(
+            f"{tensor._gift_name} is adapted: its frozen tensor stays frozen, and whether its "
+            "delta is trained is said by the delta's parameters: use `requires_grad_` of the module"
+        )
+
+
+def _matrix(weight: Any, index: Any) -> EffectiveWeight | None:
+    """One of a batch of matrices, where that is read in another way than as part of the whole."""
+    slices = weight._gift_slices if type(weight) is EffectiveWeight else None
+    if isinstance(index, Tensor) and index.dim() == 0 and index.dtype == torch.int64:
+        index = int(index)
+    if slices is None or type(index) is not int:
+        return None
+    return EffectiveWeight.of(slices(weight, index), weight._gift_name, whole=False)
+
+
+def _told(func: Any, what: str) -> str:
+    return f"{func.__self__.__name__} = ..." if what == "__set__" else what
+
+
+def _guarded(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if type(value) is EffectiveWeight:
+            yield value
+        elif type(value) in (list, tuple):
+            yield from _guarded(value)
+
+
+def _mapped(change: Any, values: Any) -> Any:
+    """The change of each effective weight among arguments."""
+    if type(values) is EffectiveWeight:
+        return change(values)
+    if type(values) in (list, tuple):
+        return type(values)(_mapped(change, value) for value in values)
+    if type(values) is dict:
+        return {key: _mapped(change, value) for key, value in values.items()}
+    return values
+
+
+def _unguarded(values: Any) -> Any:
+    return _mapped(plain, values)
+
+
+def _copied(values: Any) -> Any:
+    return _mapped(lambda tensor: tensor.as_subclass(Tensor).clone(), values)
+
+
+def _guard_views(result: Any, guarded: list[Any]) -> Any:
+    """What a function gave, guarded where it has the memory of an effective weight."""
+    if type(result) is Tensor and result.layout is torch.strided:
+        memory = result.untyped_storage().data_ptr()
+        for tensor in guarded if memory else ():
+            if tensor.untyped_storage().data_ptr() == memory:
+                return EffectiveWeight.of(result, tensor._gift_name, whole=False)
+    elif type(result) in (list, tuple):
+        return type(result)(_guard_views(one, guarded) for one in result)
+    return result
