@@ -4,15 +4,20 @@
 """
 
 import copy
+import json
 import re
+import tempfile
 import textwrap
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from packaging.requirements import Requirement
 from torch import nn
 
 import gift
@@ -22,6 +27,8 @@ from gift.methods import METHODS
 from gift.registry import REGISTRY
 from gift.strategies import STRATEGIES
 from gift.utils.info import table_methods
+from noxfile import requirements
+from tests.isolated import closure, environment, python
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -33,13 +40,27 @@ each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
 def executed(notebook: NotebookNode) -> NotebookNode:
-    """A copy that a fresh kernel has filled with outputs, with nothing of this machine in it."""
+    """A copy that a fresh kernel has filled with outputs, with nothing of this machine in it.
+
+    The kernel has the packages of the extras that the first cell names, and no other.
+    """
     fresh = copy.deepcopy(notebook)
-    resources = {"metadata": {"path": str(FOLDER)}}
-    client = NotebookClient(
-        fresh, timeout=300, kernel_name="python3", record_timing=False, resources=resources
-    )
-    client.execute()
+    (extras,) = re.findall(r'pip install "gift-torch\[([a-z,]+)\]"', notebook.cells[0].source)
+    needs = [one for extra in extras.split(",") for one in requirements(extra)]
+    with tempfile.TemporaryDirectory() as folder:
+        home, kernels = Path(folder) / "environment", Path(folder) / "kernels"
+        site = environment(home, closure([*requirements(), *needs, Requirement("ipykernel")]))
+        (site / "gift").symlink_to(Path(gift.__file__).parent)
+        (kernels / "python3").mkdir(parents=True)
+        start = [str(python(home)), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        about = {"argv": start, "display_name": "Python 3", "language": "python"}
+        (kernels / "python3" / "kernel.json").write_text(json.dumps(about), encoding="utf-8")
+        found = KernelSpecManager(kernel_dirs=[str(kernels)], ensure_native_kernel=False)
+        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=found)
+        resources = {"metadata": {"path": str(FOLDER)}}
+        NotebookClient(
+            fresh, timeout=300, km=manager, record_timing=False, resources=resources
+        ).execute()
     fresh.metadata = nbformat.from_dict(METADATA)
     return fresh
 
@@ -60,6 +81,7 @@ def test_a_notebook_prints_what_is_stored_in_it(
 ) -> None:
     """Cells that are tagged "varies" print accuracies, which differ between machines."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # packages come from the extras alone
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # what is there is enough
     stored = nbformat.read(file, as_version=4)
     for old, new in zip(code_cells(stored), code_cells(executed(stored)), strict=True):
