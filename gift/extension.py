@@ -9,7 +9,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import CellType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -80,6 +79,17 @@ class CallMethod(Configured):
     def has_effect(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether the extended module gives something else than the plain one."""
         return bool(parameters)
+
+    def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
+        """Called before ``generate()`` of the extended module, or of one around it.
+
+        Args:
+            module: the extended module.
+            named: the keywords of ``generate()``.
+
+        Raises:
+            AdaptationError: if the module could not be called as it will be.
+        """
 
     def beside(self, weight: Tensor | None) -> dict[str, Any]:
         """Dtype and device of new parameters in a module that may have none, as keywords."""
@@ -170,7 +180,7 @@ def _extended(
 def _extended_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
     if not spec.extended:
         return [], {}
-    generated = CellType()  # the class that is being made, as for the compiler's own `super()`
+    generated: Any = None  # the class that is being made: Python puts it into this variable's cell
 
     # The signature stays: trainers look into it to see which columns of a data set are used.
     @functools.wraps(plain.forward)  # type: ignore[attr-defined]
@@ -178,11 +188,33 @@ def _extended_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]
         if "_gift_extensions" not in self.__dict__:
             # Somebody kept this method, and the module is a plain one again.
             return type(self).forward(self, *args, **kwargs)
-        return self._gift_call(super(generated.cell_contents, self).forward, args, kwargs)
+        return self._gift_call(super(generated, self).forward, args, kwargs)
 
+    made: Any = forward
+    cells = dict(zip(made.__code__.co_freevars, made.__closure__, strict=True))
+    namespace = {
+        "forward": forward,
+        "_gift_arguments": _argument_names(plain),
+        "__classcell__": cells["generated"],
+    }
+    if _generates(plain):
+
+        @functools.wraps(plain.generate)  # type: ignore[attr-defined]
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if "_gift_extensions" not in self.__dict__:
+                return type(self).generate(self, *args, **kwargs)
+            for _, module, extension in named_extensions(self):
+                extension.method.before_generate(module, kwargs)
+            return super(generated, self).generate(*args, **kwargs)
+
+        namespace["generate"] = generate
     nesting = [NestingEncoder] if issubclass(plain, nn.TransformerEncoder) else []
-    namespace = {"forward": forward, "_gift_arguments": _argument_names(plain)}
-    return [ExtendedModule, *nesting], namespace | {"__classcell__": generated}
+    return [ExtendedModule, *nesting], namespace
+
+
+def _generates(plain: type) -> bool:
+    """Whether it is a class that writes texts, as models of transformers do."""
+    return callable(getattr(plain, "generate", None))
 
 
 def _argument_names(plain: Any) -> tuple[str, ...]:
@@ -257,12 +289,11 @@ def named_extensions(
             yield path, part, extension
 
 
-def settle_encoders(network: nn.Module) -> None:
-    """Let encoders around extended modules know; see `NestingEncoder`."""
+def settle_modules_around(network: nn.Module) -> None:
+    """Let modules around extended ones know: `NestingEncoder`, and those that generate."""
     for module in network.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            True for _ in named_extensions(module)
-        ):
+        concerned = isinstance(module, nn.TransformerEncoder) or _generates(type(module))
+        if concerned and any(True for _ in named_extensions(module)):
             module.__dict__.setdefault("_gift_extensions", {})
             change_class(module, extended=True)
 

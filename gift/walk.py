@@ -14,7 +14,7 @@ from gift.adapt import install, uninstall
 from gift.adapter import Adapter, adapters_of
 from gift.claims import Taken, claims_of, placed_deltas
 from gift.delta import remove_tensor
-from gift.extension import settle_encoders
+from gift.extension import settle_modules_around
 from gift.factories import Action
 from gift.factories.recorded import Recorded, bind
 from gift.generated import joined, plain_class
@@ -58,7 +58,7 @@ class Walk:
         self.problems += self.ties.settle(self.caps)
         self._tie()
         if self.extended:
-            settle_encoders(network)
+            settle_modules_around(network)
         self.clipped: dict[str, tuple[str, int]] = {}  # for weights that cannot have their size
         self._settle_sizes()
         self.claims = claims_of(self.taken)

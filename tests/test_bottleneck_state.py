@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
@@ -221,3 +223,32 @@ def test_from_the_meta_device() -> None:
     net.to_empty(device="cpu").load_state_dict(base.state_dict())
     assert torch.equal(net(x), base(x))
     assert 0 < net[2].bottleneck_down_weight.abs().max() <= 8**-0.5
+
+
+# --- exporting -----------------------------------------------------------------------------------
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.Conv1d(3, 4, 3, padding=1), (2, 3, 7)),
+    "2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), (2, 3, 6, 5)),
+    "3d": (lambda: nn.Conv3d(3, 4, 3, padding=1), (2, 3, 4, 5, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3, padding=1), (2, 3, 6, 5)),
+    "batch norm": (lambda: nn.BatchNorm2d(3), (2, 3, 6, 5)),
+    "group norm": (lambda: nn.GroupNorm(1, 3), (2, 3, 6, 5)),
+    "linear": (lambda: nn.Linear(5, 4), (2, 3, 5)),
+}
+
+
+@both_ways
+@pytest.mark.parametrize(("make", "shape"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_older_exporter_to_onnx(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], parallel: bool
+) -> None:
+    """It writes the axes of permutations as they stand, and ONNX knows no negative ones."""
+    net, x, file = make().eval(), torch.randn(shape), io.BytesIO()
+    enable_fine_tuning(net, Bottlenecks(4, parallel=parallel, after=""))
+    fill(net)
+    torch.onnx.export(net, (x,), file, dynamo=False)
+    session = InferenceSession(file.getvalue())
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), net(x).detach(), rtol=1e-4, atol=1e-4)

@@ -33,7 +33,8 @@ from gift.strategies import PromptFineTuningStrategy as Prompts
 from tests.cases.prompts import PAD, WORDS, N, batch, made, prompted, tokens_of
 from tests.common import all_bits, bits, picture, trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = [pytest.mark.usefixtures("double"),
+              pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")]  # fmt: skip
 
 
 def writer() -> GPT2LMHeadModel:
@@ -228,7 +229,8 @@ def test_a_saved_delta() -> None:
 
 def test_compiled_as_one_graph() -> None:
     net, ids = prompted(writer()), batch("none")["input_ids"]
-    compiled: Any = torch.compile(net, fullgraph=True, backend="aot_eager")
+    one = torch.__version__ >= "2.7"  # before, the compiler does not follow `copy.copy` of outputs
+    compiled: Any = torch.compile(net, fullgraph=one, backend="aot_eager")
     torch.testing.assert_close(compiled(ids).logits, net(ids).logits)
 
 

@@ -33,7 +33,7 @@ class Arguments:
                 f"but its forward has names for {list(names)} only"
             )
         self.positional = names[: len(args)]
-        self.named = dict(zip(self.positional, args, strict=True)) | dict(kwargs)
+        self.named = {**dict(zip(self.positional, args, strict=True)), **kwargs}
 
     def passed_to(self, forward: Forward) -> Any:
         """What `forward` gives for them, each given in the way in which it came."""

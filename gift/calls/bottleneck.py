@@ -161,8 +161,10 @@ class Bottleneck(CallMethod):
             return torch.nested.as_nested_tensor(parts)
         down, up = parameters["down_weight"], parameters["up_weight"]
         size = parameters[key].shape[1 if key == "down_weight" else 0]
-        axis = self._checked_axis(module, x, size, verb)
-        last = x if axis == -1 else x.movedim(axis, -1)
+        # Counted from the front: the older exporter to ONNX writes axes as they are given, and ONNX
+        # permutes by no negative ones.
+        axis, end = self._checked_axis(module, x, size, verb) % x.ndim, x.ndim - 1
+        last = x if axis == end else x.movedim(axis, end)
         hidden = F.linear(last.to(down.dtype), down, parameters["down_bias"])
         hidden = ACTIVATIONS[self.activation](hidden)
         # Zero times infinity is not zero: let the rest of what is not finite alone. Only that: what
@@ -171,7 +173,7 @@ class Bottleneck(CallMethod):
         hidden = torch.where(finite, hidden, 0)
         hidden = F.dropout(hidden, self.dropout, module.training)
         delta = F.linear(hidden, up, parameters["up_bias"])
-        return delta if axis == -1 else delta.movedim(-1, axis)
+        return delta if axis == end else delta.movedim(end, axis)
 
     def _checked_axis(self, module: nn.Module, x: Tensor, size: int, verb: str) -> int:
         axis = self.axis

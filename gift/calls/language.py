@@ -12,8 +12,12 @@ head around it: heads, losses and ``generate()`` see the tokens that they gave, 
   keeps its meaning. PEFT lets it read the first virtual token.
 * A loss over next tokens counts those that it counted before. PEFT counts one more, the first
   given token as predicted by the last virtual one.
-* With a cache, the virtual tokens come with the first step only. A cache from an earlier
-  ``generate()`` cannot be continued, and one of fixed length cannot be used: both are errors.
+* With a cache, the virtual tokens come with the first step only: where the cache is empty. What
+  it holds must agree with the mask and the positions that are given, and a cache that holds
+  tokens must have been filled by this model; see `gift.calls.understood`. A cache from an earlier
+  ``generate()`` cannot be continued by another, one of fixed length cannot be used, and an argument
+  that is not known may hold states of earlier tokens: all three are errors.
+* Where padding stands on the left, the virtual tokens stand before it, as in PEFT.
 * Of an encoder and a decoder, the encoder gets the virtual tokens, as in the paper, and the decoder
   attends to their states: these are left in what the encoder gives.
 """
@@ -24,7 +28,7 @@ from typing import Any
 
 from torch import nn
 
-from gift.calls.prompted import PromptedMemory, PromptedModel, VirtualTokens
+from gift.calls.prompted import PromptedMemory, PromptedModel, VirtualTokens, embedding_of
 from gift.extension import CallMethod, extend_module
 from gift.generated import joined, plain_class
 from gift.methods import AdaptationError
@@ -32,21 +36,11 @@ from gift.methods import AdaptationError
 
 def takes_token_ids(module: Any) -> bool:
     """Whether it is a model that embeds token ids, as those of transformers do."""
-    return _embedding(module) is not None and "input_ids" in _arguments(module)
+    return embedding_of(module) is not None and "input_ids" in _arguments(module)
 
 
 def _arguments(module: nn.Module) -> Mapping[str, Any]:
     return inspect.signature(module.forward).parameters
-
-
-def _embedding(module: Any) -> nn.Embedding | None:
-    if not hasattr(module, "get_input_embeddings"):
-        return None
-    try:
-        found = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Embedding) else None
 
 
 def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> None:
@@ -62,9 +56,9 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
     """
     encoder, decoder = _two_parts(model)
     reader = encoder if decoder is not None else model
-    embedding = _embedding(reader)
+    embedding = embedding_of(reader)
     inner = [part for part in reader.modules() if takes_token_ids(part)
-             and _embedding(part) is embedding]  # fmt: skip
+             and embedding_of(part) is embedding]  # fmt: skip
     if embedding is None or not inner:
         raise AdaptationError("its encoder embeds no token ids")
     reader, n = inner[-1], method.num_virtual_tokens

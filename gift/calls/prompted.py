@@ -9,11 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.calls.arguments import Arguments
+from gift.calls.caches import is_tuples
 from gift.calls.prompt import in_front
 from gift.calls.tensors import with_all_changed, with_items
+from gift.calls.understood import Understood, continuing
 from gift.extension import CallMethod, Forward, where
 from gift.methods import AdaptationError
 from gift.methods.settings import flag, whole
+
+
+def embedding_of(module: Any) -> nn.Embedding | None:
+    """The embedding of token ids of a model as those of transformers are; None if it has none."""
+    if not hasattr(module, "get_input_embeddings"):
+        return None
+    try:
+        found = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = getattr(module, "embed_tokens", None)  # encoders of old versions tell it so
+    return found if isinstance(found, nn.Embedding) else None
 
 
 @dataclass(frozen=True)
@@ -97,104 +110,48 @@ class PromptedModel(OfModel):
         x = named.get("inputs_embeds") if x is None else x
         if not isinstance(x, Tensor):
             return given.passed_to(forward)  # which says what it expected
-        shape, past = x.shape[:2], self._past(module, named, x.shape[1])
-        self._extend(module, named, shape[1], past)
-        if past:
-            return given.passed_to(forward)
-        self._extend_others(module, named, shape)
+        names = module._gift_arguments
+        call = Understood(named, names, x, n, self.first_position, self.positions)
+        self._refuse(module, call.problems)
+        call.extend()
+        if not call.continues:
+            self._put_in_front(module, named, x)
+        output = given.passed_to(forward)
+        call.note_caches(output)
+        if call.continues or not self.strip:
+            return output
+        return self._stripped(module, output, *call.shape)
+
+    def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
+        """Refuse to go on with a cache."""
+        if self.strip:  # the cache of an encoder and a decoder holds no virtual tokens
+            self._refuse(module, continuing(self.num_virtual_tokens, named))
+
+    def _refuse(self, module: nn.Module, problems: list[str]) -> None:
+        if problems:
+            raise AdaptationError(f"{where(module, self.name)} {'; it '.join(problems)}")
+
+    def _put_in_front(self, module: Any, named: dict[str, Any], x: Tensor) -> None:
+        n = self.num_virtual_tokens
         if x.is_floating_point():
-            rows = module.get_input_embeddings()
+            rows: Any = embedding_of(module)
             tokens = rows._gift_extensions[self.name].tensors(rows)["tokens"]
             named["inputs_embeds"] = in_front(tokens, x, 1)
         else:
             ids = torch.arange(-1, -n - 1, -1, dtype=x.dtype, device=x.device)
             named["input_ids"] = torch.cat([ids.expand(len(x), n), x], 1)
-        output = given.passed_to(forward)
-        return self._stripped(module, output, n + shape[1]) if self.strip else output
 
-    def _past(self, module: nn.Module, named: Mapping[str, Any], time: int) -> int:
-        """How many positions a cache holds, the virtual ones among them; 0 at the beginning."""
-        cache = named.get("past_key_values")
-        cache = named.get("cache_params") if cache is None else cache
-        if cache is None:
-            return 0
-        if isinstance(cache, tuple):
-            past = cache[0][0].shape[-2] if cache else 0
-        else:
-            try:
-                past = int(cache.get_seq_length())
-            except ValueError:  # a model without attention has a state instead of positions
-                return int(cache.has_previous_state())
-        if getattr(cache, "is_compileable", False):
-            raise AdaptationError(
-                f"{where(module, self.name)} was given a {type(cache).__name__} of fixed length, "
-                "which was made without the virtual tokens: use a dynamic cache"
-            )
-        told = self._told(named)
-        if past and told not in (None, past + time - self.num_virtual_tokens):
-            raise AdaptationError(
-                f"{where(module, self.name)} was given {time} tokens and a cache of {past} "
-                f"positions, {self.num_virtual_tokens} of them for virtual tokens, but mask or "
-                f"positions for {told} tokens: begin anew, without past_key_values"
-            )
-        return past
-
-    def _told(self, named: Mapping[str, Any]) -> int | None:
-        """How many tokens there are by now, as the mask or the positions say."""
-        mask, positions = named.get("attention_mask"), named.get("position_ids")
-        if isinstance(mask, Tensor):
-            return mask.shape[-1]
-        if isinstance(positions, Tensor) and positions.ndim == 2:
-            # `generate` drops a mask without padding, and cuts what it gives by a cache's length.
-            return None if torch.compiler.is_compiling() else int(positions[:, -1].max()) + 1
-        return None
-
-    def _extend(self, module: nn.Module, named: dict[str, Any], time: int, past: int) -> None:
-        """The mask and the positions."""
-        n, first, limit = self.num_virtual_tokens, self.first_position, self.positions
-        total = time + (past or n)
-        if limit is not None and total - n <= limit < total:
-            raise AdaptationError(
-                f"{where(module, self.name)} has {limit} positions: {n} virtual tokens leave room "
-                f"for {limit - n} others, {total - n} were given"
-            )
-        mask, positions = named.get("attention_mask"), named.get("position_ids")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            named["attention_mask"] = F.pad(mask, (n, 0), value=1)
-        elif mask is not None:
-            raise AdaptationError(
-                f"{where(module, self.name)} was given an attention_mask that is not (batch, time)"
-                ": gift does not know what it is for virtual tokens"
-            )
-        if isinstance(positions, Tensor):
-            own = torch.arange(first, first + n, dtype=positions.dtype, device=positions.device)
-            own = own.expand(*positions.shape[:-1], n)
-            named["position_ids"] = positions + n if past else torch.cat([own, positions + n], -1)
-
-    def _extend_others(self, module: nn.Module, named: dict[str, Any], shape: torch.Size) -> None:
-        """Types of tokens and labels; what else goes with the tokens is not known."""
-        for name, value in named.items():
-            if not isinstance(value, Tensor) or name.startswith(_OF_OTHERS):
-                continue
-            if value.shape[:2] != shape or value.ndim > 3:
-                continue
-            if name.endswith("token_type_ids") or name == "labels":
-                fill = -100 if name == "labels" else 0
-                named[name] = F.pad(value, (self.num_virtual_tokens, 0), value=fill)
-            else:
-                raise AdaptationError(
-                    f"{where(module, self.name)} was given {name} {tuple(value.shape)}, which goes "
-                    "with the tokens: gift does not know what it is for virtual ones"
-                )
-
-    def _stripped(self, module: Any, output: Any, length: int) -> Any:
-        n = self.num_virtual_tokens
+    def _stripped(self, module: Any, output: Any, batch: int, time: int) -> Any:
+        n, length = self.num_virtual_tokens, self.num_virtual_tokens + time
 
         def without(result: Tensor) -> Tensor:
-            is_sequence = result.ndim == 3 and result.shape[1] == length
-            return result[:, n:] if is_sequence else result
+            if result.ndim == 3 and result.shape[1] == length:
+                return result[:, n:]
+            if result.ndim == 2 and len(result) == batch * length:  # scores of experts
+                return result.unflatten(0, (batch, length))[:, n:].flatten(0, 1)
+            return result
 
-        stripped = with_all_changed(output, without)
+        stripped = with_all_changed(output, without, kept=is_tuples)
         pooler = getattr(module, "pooler", None)
         key = 1 if isinstance(stripped, tuple) else "pooler_output"
         there = len(stripped) > 1 if key == 1 else key in stripped
@@ -202,11 +159,6 @@ class PromptedModel(OfModel):
             return stripped
         # It reads the first position, where a virtual token stood: let it read the first token.
         return with_items(stripped, {key: _pooled(module, pooler, stripped[0])})
-
-
-# Extended already, or of something else than these tokens.
-_OF_OTHERS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "encoder_",
-              "head_mask", "cross_attn_head_mask")  # fmt: skip
 
 
 def _pooled(module: Any, pooler: nn.Module, hidden: Tensor) -> Tensor:
@@ -233,6 +185,11 @@ class PromptedMemory(OfModel):
         mask, memory = map(given.named.get, ("encoder_attention_mask", "encoder_hidden_states"))
         n = self.num_virtual_tokens
         if mask is not None and memory is not None and mask.shape[-1] + n == memory.shape[1]:
+            if mask.ndim != 2:
+                raise AdaptationError(
+                    f"{where(module, self.name)} was given an encoder_attention_mask that is not "
+                    "(batch, time): gift does not know what it is for virtual tokens"
+                )
             given.named["encoder_attention_mask"] = F.pad(mask, (n, 0), value=1)
         return given.passed_to(forward)
 
@@ -242,7 +199,7 @@ def _positions(module: Any) -> tuple[int, int | None]:
     limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:  # XLNet says -1
         return 0, None
-    words = module.get_input_embeddings()
+    words = embedding_of(module)
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     padding = [table.padding_idx for table in tables
                if table.num_embeddings == limit and table is not words]  # fmt: skip

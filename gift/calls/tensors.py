@@ -36,19 +36,30 @@ def with_first_changed(output: Any, change: Change) -> Any:
     return None
 
 
-def with_all_changed(output: Any, change: Change) -> Any:
-    """`output` with all its tensors changed, of the same type."""
+def with_all_changed(
+    output: Any, change: Change, kept: Callable[[Any], bool] = lambda item: False
+) -> Any:
+    """`output` with all its tensors changed, of the same type; items that are `kept` stay."""
+    changed = _all_changed(output, change, kept)
+    return output if changed is None else changed
+
+
+def _all_changed(output: Any, change: Change, kept: Callable[[Any], bool]) -> Any:
+    """The same, or None where nothing changes."""
     if isinstance(output, Tensor):
-        return change(output)
-    changed = {key: with_all_changed(item, change) for key, item in _items(output)}
-    if all(changed[key] is item for key, item in _items(output)):
-        return output
-    return with_items(output, changed)
+        tensor = change(output)
+        return None if tensor is output else tensor
+    items = {}
+    for key, item in _items(output):
+        changed = None if kept(item) else _all_changed(item, change, kept)
+        if changed is not None:
+            items[key] = changed
+    return with_items(output, items) if items else None
 
 
 def _items(output: Any) -> list[tuple[Any, Any]]:
     """The items of a tuple, list, mapping or dataclass."""
-    if isinstance(output, tuple | list):
+    if isinstance(output, (tuple, list)):
         return list(enumerate(output))
     if isinstance(output, Mapping):
         return list(output.items())
@@ -64,7 +75,7 @@ def with_items(output: Any, items: Mapping[Any, Any]) -> Any:
         return output._make(values) if hasattr(output, "_make") else type(output)(values)
     new = copy.copy(output)
     for key, item in items.items():
-        if isinstance(new, list | Mapping):
+        if isinstance(new, (list, Mapping)):
             new[key] = item  # type: ignore[index]
         else:
             object.__setattr__(new, key, item)  # also where the dataclass is frozen

@@ -7,6 +7,7 @@ at the beginning of every sequence. It knows nothing of what is tested.
 import copy
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -15,16 +16,16 @@ from gift import enable_fine_tuning
 from gift.strategies import PromptFineTuningStrategy
 from tests.common import trainable
 
-N, WORDS, PAD = 3, 20, 1
+N, WORDS, PAD, END = 3, 20, 1, 2
 
 SIZES = {"vocab_size": WORDS, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "intermediate_size": 12, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2,
+         "intermediate_size": 12, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END,
          "max_position_embeddings": 24, "use_cache": True, "hidden_dropout_prob": 0.0,
          "attention_probs_dropout_prob": 0.0}  # fmt: skip
 PARTS = {"vocab_size": WORDS, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1,
          "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 12,
          "decoder_ffn_dim": 12, "max_position_embeddings": 24, "pad_token_id": PAD,
-         "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
+         "bos_token_id": 0, "eos_token_id": END, "decoder_start_token_id": 0,
          "forced_eos_token_id": None, "scale_embedding": True}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 24},
@@ -38,17 +39,34 @@ OWN: dict[str, dict[str, Any]] = {
            "decoder_start_token_id": 0},
     "CLIPText": {"projection_dim": 8},
     "Mamba": {"state_size": 4, "pad_token_id": 0},
+    "Qwen2": {"num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 4,
+              "max_window_layers": 1},
+    "Gemma3": {"num_key_value_heads": 1, "head_dim": 4, "sliding_window": 4},
+    "Mistral": {"num_key_value_heads": 1, "sliding_window": 4},
+    "Mixtral": {"num_key_value_heads": 1, "num_local_experts": 2},
+    "GPTNeoX": {"rotary_pct": 0.5},
+    "Falcon": {"alibi": True, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "Phi": {"partial_rotary_factor": 0.5},
+    "Mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 4, "n_groups": 2, "chunk_size": 4},
+    "Jamba": {"num_key_value_heads": 1, "use_mamba_kernels": False, "attn_layer_period": 2,
+              "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2,
+              "mamba_d_state": 4, "mamba_dt_rank": 2, "num_hidden_layers": 4},
     **dict.fromkeys(("Bart", "Marian", "Pegasus"), PARTS),
 }  # fmt: skip
 
 
-def made(kind: str, head: str) -> Any:
-    """A small model with values like those of a trained one."""
+def made(kind: str, head: str, **more: Any) -> Any:
+    """A small model with values like those of a trained one; `more` settings."""
     settings = OWN[kind] if OWN.get(kind) is PARTS else SIZES | OWN.get(kind, {})
-    config = getattr(transformers, f"{kind}Config")(**settings)
+    text = "TextConfig" if kind == "Gemma3" else "Config"
+    if not hasattr(transformers, f"{kind}{text}"):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    config = getattr(transformers, f"{kind}{text}")(**settings | more)
     net = getattr(transformers, f"{kind}{head}")(config).double().eval()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.4)
+    if hasattr(net, "set_experts_implementation"):
+        net.set_experts_implementation("eager")  # others know no float64
     return net
 
 
@@ -66,11 +84,16 @@ def prompted(base: Any, n: int = N, **settings: Any) -> Any:
     return net
 
 
+def words_of(model: Any) -> nn.Embedding:
+    """The embedding of a model; encoders of old versions of transformers tell it so."""
+    return getattr(model, "embed_tokens", None) or model.get_input_embeddings()
+
+
 def with_more_words(base: Any, tokens: Tensor) -> Any:
     """The plain model, whose last words are the virtual tokens."""
     plain = copy.deepcopy(base)
     parts = getattr(base.config, "is_encoder_decoder", False)
-    words = (plain.get_encoder() if parts else plain).get_input_embeddings()
+    words = words_of(plain.get_encoder() if parts else plain)
     # A virtual token is what the embedding gives, which some scale.
     tokens = tokens / getattr(words, "embed_scale", 1.0)
     words.weight = nn.Parameter(torch.cat([words.weight, tokens]).detach())
@@ -111,3 +134,7 @@ EACH_SEQUENCE = [
     ("T5", "ForConditionalGeneration"), ("Bart", "ForConditionalGeneration"),
     ("Marian", "MTModel"), ("Pegasus", "ForConditionalGeneration"),
 ]  # fmt: skip
+# Other families, of which some keep windows of the last tokens, states, or both.
+NEIGHBOURS = [(kind, "ForCausalLM") for kind in (
+    "Qwen2", "Gemma3", "Mistral", "Mixtral", "GPTNeoX", "Falcon", "Phi", "Mamba2", "Jamba",
+)]  # fmt: skip
