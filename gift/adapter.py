@@ -17,6 +17,7 @@ from gift.layers import Layout, LayoutOptions, bias_layout, layout_of
 from gift.methods import Method
 from gift.quantised import dequantised, is_quantised
 from gift.reading import Memory, Slices, made_once, product_parts
+from gift.tensors import is_finite
 
 
 @dataclass
@@ -124,11 +125,15 @@ class Adapter(Delta):
         return layout_of(module, key, torch.Size(self.layout.shape), own) != self.layout
 
     def has_effect(self, module: nn.Module, key: str) -> bool:
-        """Whether the effective tensor differs from the frozen one."""
+        """Whether the effective tensor differs from the frozen one.
+
+        A frozen tensor that is not finite, as memory without values may be, tells nothing.
+        """
         frozen = present_tensor(module, key)
         if self.layout is None or frozen.is_meta or is_sharded(frozen) or self.is_on_meta(module):
             return False
-        return not torch.equal(trained_value(self, module, frozen), dequantised(frozen, module))
+        frozen = dequantised(frozen, module)
+        return is_finite(frozen) and not torch.equal(trained_value(self, module, frozen), frozen)
 
     def reset(self, module: Any, key: str) -> None:
         """Give the delta its initial values, and a shape where it had none yet."""

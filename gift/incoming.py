@@ -157,7 +157,9 @@ class Incoming:
 
     def _has_effect(self) -> bool:
         """Whether a delta changes what the network computes."""
-        return any(delta.has_effect(m, key) for m, key, delta in named_deltas(self.network))
+        found = named_deltas(self.network)
+        # Those of tied tensors, and of biases that follow their weights, are told where they stand.
+        return any(delta.owner is None and delta.has_effect(m, key) for m, key, delta in found)
 
 
 def _kind(name: str, value: Any) -> tuple[str, Any]:
