@@ -14,6 +14,7 @@ from gift.delta import added_names, held
 from gift.errors import GiftWarning
 from gift.generated import joined, spec_of
 from gift.in_place import misfits_in_place
+from gift.leftover import hints_for_strangers, told_leftover
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
 from gift.network import NetworkRecord, install_record, named_trainable, remove_record
@@ -275,6 +276,7 @@ def _apply(
         network=type(module).__name__,
         strategy=repr(strategy),
         caps=strategy.cap_texts,
+        optional={n for n, c in enumerate(strategy.caps) if getattr(c.check, "optional", False)},
         total_before=total,
         trainable_before=trainable,
     )
@@ -289,6 +291,8 @@ def _apply(
     report.clipped = walk.clipped
     if not walk.claims:
         raise ValueError(_nothing_matched(module, strategy, report))
+    own = {id(parameter) for parameter in parameters}
+    report.leftover = told_leftover(module, strategy, walk.kept, own, total)
     named = dict(module.named_parameters(remove_duplicate=False))
     frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
     for parameter in frozen.values():
@@ -315,6 +319,7 @@ def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Re
         text + _hint(cap, module) for text, cap in zip(report.caps, strategy.caps, strict=True)
     ]
     classes = sorted({type(part).__name__ for part in module.modules()})
+    lines += hints_for_strangers(module, strategy)
     lines.append(f"the network has modules of these classes: {classes}")
     return "\n  ".join(lines)
 
@@ -330,6 +335,8 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
     for text in report.unmatched:
         hint = _hint(caps[text], module)
         warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
+    if report.leftover:
+        warnings.warn(report.leftover, GiftWarning, stacklevel=3)
     if report.clipped:
         settings = dict.fromkeys(f"clip_{setting}" for setting, _ in report.clipped.values())
         warnings.warn(
@@ -339,8 +346,8 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
             GiftWarning,
             stacklevel=3,
         )
-    if report.larger_than_weight:
-        names = report.larger_than_weight
+    # Of what was clipped it is told already.
+    if names := [name for name in report.larger_than_weight if name not in report.clipped]:
         shown = some(names)
         warnings.warn(
             f"the delta has more parameters than the weight that it changes in: {shown} "

@@ -126,6 +126,7 @@ def decode(data: Any, depth: int = 0) -> Any:
         raise ValueError(f"init_paras of {name} is {init_paras!r}, expected a mapping")
     keywords = {str(key): decode(item, depth + 1) for key, item in init_paras.items()}
     positional = keywords.pop("*", [])
+    keywords = getattr(REGISTRY[name], "of_file", dict)(keywords)
     try:
         inspect.signature(REGISTRY[name]).bind(*positional, **keywords)
     except TypeError as error:

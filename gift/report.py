@@ -42,19 +42,23 @@ class Report:
         network: class of the network.
         strategy: the strategy, with its arguments.
         caps: what each cap is: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``.
+        optional: numbers of caps of which nobody need be told where they take nothing.
         claims: what the caps took, in the order in which they took it.
         frozen: names of the parameters that were frozen because nothing matched them.
         clipped: for the paths of weights that cannot have the size which was asked for, the setting
             and what they got: ``("rank", 2)``.
+        leftover: what is to be told of raw weights that a strategy for all layers leaves out.
         total_before, trainable_before, total_after, trainable_after: elements of all parameters.
     """
 
     network: str
     strategy: str
     caps: list[str] = field(default_factory=list)
+    optional: set[int] = field(default_factory=set)
     claims: list[Claim] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     clipped: dict[str, tuple[str, int]] = field(default_factory=dict)
+    leftover: str = ""
     total_before: int = 0
     trainable_before: int = 0
     total_after: int = 0
@@ -64,7 +68,13 @@ class Report:
     def unmatched(self) -> list[str]:
         """The caps that took nothing."""
         taken = {claim.cap for claim in self.claims}
-        return [text for number, text in enumerate(self.caps) if number not in taken]
+        return [self.caps[number] for number in self._shown if number not in taken]
+
+    @property
+    def _shown(self) -> list[int]:
+        """The numbers of the caps that somebody wants to know of."""
+        taken = {claim.cap for claim in self.claims}
+        return [n for n in range(len(self.caps)) if n in taken or n not in self.optional]
 
     @property
     def larger_than_weight(self) -> list[str]:
@@ -83,7 +93,7 @@ class Report:
         trainable: Counter[int] = Counter()
         for claim in self.claims:
             trainable[claim.cap] += claim.trainable
-        rows = [[text, taken[n], f"{trainable[n]:,}"] for n, text in enumerate(self.caps)]
+        rows = [[self.caps[n], taken[n], f"{trainable[n]:,}"] for n in self._shown]
         return (
             f"{self.network}: {self.trainable_after:,} of {self.total_after:,} parameters are "
             f"trainable ({share:.3%}); before, {self.trainable_before:,} of {self.total_before:,}\n"
@@ -108,5 +118,6 @@ class Report:
             parts.append(f"frozen, as no cap took them: {len(self.frozen)} parameters ({shown})")
         if self.clipped:
             parts.append(f"clipped, as they cannot have the size: {some(self.clipped_texts, 6)}")
+        parts += [self.leftover] if self.leftover else []
         parts += [f"took nothing: {text}" for text in self.unmatched]
         return "\n\n".join(parts)

@@ -18,6 +18,7 @@ from gift.generated import joined, plain_class
 from gift.iterator import ModuleIterator
 from gift.layers import FAMILIES, LAYERS, row_of
 from gift.private.torch import NORM_WITH_STATISTICS
+from gift.raw import is_experts
 
 Names = str | Iterable[str] | None
 Test = Callable[..., bool]
@@ -30,6 +31,9 @@ class Check(Recorded):
         test: takes what the cap's check takes, gives whether it matches.
         prepare: where a check must know the whole network, gives the test for it.
     """
+
+    optional = False
+    """Whether nobody need be told where a cap with the check takes nothing."""
 
     def __init__(
         self, test: Test | None = None, prepare: Callable[[nn.Module], Test] | None = None
@@ -313,6 +317,20 @@ def pc_path(
     """Parameters by their dotted path from the network, ``layer4.0.bn1.bias``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
     return _parameter_test(lambda place: test(joined(place[2], place[5])))
+
+
+@recorded
+def pc_experts() -> Check:
+    """The weights of a mixture's experts in one parameter, ``(experts, rows, columns)``.
+
+    That is a raw parameter of three axes, each longer than one, of a module whose weights gift
+    does not know otherwise: ``gate_up_proj`` and ``down_proj`` of Mixtral, Qwen3-MoE, DeepSeek,
+    GPT-OSS, Llama 4. Tables of positions, tokens and biases are not. A strategy in which it takes
+    nothing is not warned about.
+    """
+    check = _parameter_test(lambda place: is_experts(*place[4:]))
+    check.optional = True
+    return check
 
 
 @recorded

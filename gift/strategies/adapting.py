@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from gift.factories import Check, ma_adapt, ma_freeze, mc_layer, mc_type
+from gift.factories import Check, ma_adapt, ma_freeze, mc_layer, mc_type, pa_adapt, pc_experts
 from gift.methods import METHODS, Method
 from gift.methods.base import WHEN_REGISTERED
 from gift.private.torch import NORM_WITH_STATISTICS
@@ -17,6 +17,9 @@ _OPTIONS: dict[str, Any] = {
     "freeze_statistics": False,
 }
 
+# And what one for all layers takes.
+_FOR_ALL: dict[str, Any] = {"experts": True}
+
 _DOC = """{title} on {layers}; see `gift.methods.{method}`, whose settings these are.
 
 The network's output stays bit for bit what it was until the first training step. All other
@@ -29,7 +32,7 @@ Args:
         first.
     split_qkv: read query, key and value of ``nn.MultiheadAttention`` as three matrices.
     freeze_statistics: keep norm layers in evaluation mode, so that running statistics stand still.
-
+{experts}
 Raises:
     ValueError: for settings out of range.
 """
@@ -50,18 +53,36 @@ class _AdaptingStrategy(FineTuningStrategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = inspect.signature(type(self)).bind(*args, **kwargs).arguments
         freeze_statistics = settings.pop("freeze_statistics", False)
+        experts = settings.pop("experts", "experts" in inspect.signature(type(self)).parameters)
         caps: list[CapLike] = [(self.layers, ma_adapt(self.method.name, **settings))]
         if freeze_statistics:
             caps.append((mc_type(NORM_WITH_STATISTICS), ma_freeze(statistics=True)))
-        super().__init__(caps)
+        super().__init__(
+            caps, [(pc_experts(), pa_adapt(self.method.name, **settings))] if experts else []
+        )
+
+    @classmethod
+    def of_file(cls, init_paras: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that a file means: one that lists all others was written before there was
+        `experts`, and left experts out.
+        """
+        known = set(inspect.signature(cls).parameters)
+        written = "experts" in known and known - {"experts"} <= init_paras.keys()
+        return init_paras | {"experts": init_paras.get("experts", False)} if written else init_paras
 
 
-def _signature(method: type[Method]) -> inspect.Signature:
+_EXPERTS = """\
+    experts: also adapt the weights of a mixture's experts, which a module holds as one parameter
+        of three axes; see `pc_experts`.
+"""
+
+
+def _signature(method: type[Method], more: dict[str, Any]) -> inspect.Signature:
     """The settings of the method as a dataclass takes them, then what all strategies take."""
     settings = list(inspect.signature(method).parameters.values())
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in _OPTIONS.items()
+        for name, default in (_OPTIONS | more).items()
     ]
     return inspect.Signature([*settings, *options])
 
@@ -84,12 +105,13 @@ def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
             title=method.title,
             layers=described,
             method=method.__name__,
+            experts=_EXPERTS if kind == "All" else "",
             conv_layouts=" or ".join(f'``"{layout}"``' for layout in method.conv_layouts),
         )
         namespace = {
             "__doc__": doc,
             "__module__": __name__,
-            "__signature__": _signature(method),
+            "__signature__": _signature(method, _FOR_ALL if kind == "All" else {}),
             "method": method,
             "layers": layers,
         }
