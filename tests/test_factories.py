@@ -471,7 +471,8 @@ def test_checks_and_actions_print_as_they_were_written() -> None:
     assert repr(ma_replace_head(4)) == "ma_replace_head(num_classes=4)"
 
 
-ELSEWHERE = {"pc_experts", 
+ELSEWHERE = {
+    "pc_experts",  # tests/test_leftover.py
     "ma_bottleneck", "ma_prompt",  # tests/test_extending.py
     "mc_detection_head", "ma_replace_detection_head",  # tests/test_zoo.py
 }  # fmt: skip
