@@ -132,7 +132,15 @@ def _only_beside(x: Tensor, dropped: Tensor | None) -> bool:
     What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
     exported is for all sizes.
     """
-    return dropped is not None or x.dtype.itemsize < 4 or is_exporting()
+    return dropped is not None or x.dtype.itemsize < 4 or is_exporting() or _is_open(x)
+
+
+def _is_open(x: Tensor) -> bool:
+    """Whether sizes are no numbers: a tracer computes with them that does not look in here.
+
+    That of torch 2.6 does so with layers that say that they are torch's own.
+    """
+    return not torch.compiler.is_compiling() and type(x.numel()) is not int
 
 
 def conv(self: Any, input: Tensor) -> Tensor:
@@ -188,7 +196,7 @@ def low_rank_conv(
     around = None
     if layer.padding_mode != "zeros":
         around = padding_around(layer)
-    compiling = torch.compiler.is_compiling() or type(x.numel()) is not int  # sizes without numbers
+    compiling = torch.compiler.is_compiling() or _is_open(x)
     geometry, pads, chosen = (_settle if compiling else _settled)(
         weight.shape,
         _hashable(layer.stride),

@@ -122,9 +122,10 @@ def is_known(condition: Any) -> bool:
     To ask a size that is left open as such would fix it. Where that cannot be asked otherwise, no
     condition is known to hold.
     """
-    if not torch.compiler.is_compiling():
-        return bool(condition)
-    if _old_compiler:  # that of 2.6 does not let them be asked at all
+    compiling = torch.compiler.is_compiling()
+    if not compiling and type(condition) is bool:
+        return condition
+    if compiling and _old_compiler:  # that of 2.6 does not let them be asked at all
         return False
     try:
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second
@@ -337,7 +338,7 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 def convolves_as(layer: Any, kinds: Iterable[type[nn.Module]]) -> bool:
     """Whether a layer convolves as one of these types does: see `convolve`."""
-    if "_conv_forward" in vars(layer):  # as recipes for tileable pictures set it
+    if "_conv_forward" in layer.__dict__:  # as recipes for tileable pictures set it
         return False
     own = getattr(type(layer), "_conv_forward", None)
     return any(own is getattr(kind, "_conv_forward", None) for kind in kinds)
