@@ -82,7 +82,7 @@ class DoRA(LoRA):
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
         """Drop input features of the update, but not in its norm."""
-        return parameters | {"dropped_A": super().drop(parameters, input_axis)["lora_A"]}
+        return {**parameters, "dropped_A": super().drop(parameters, input_axis)["lora_A"]}
 
     def ratio(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``m / |V|`` for each row; one where the frozen row has no direction."""

@@ -117,7 +117,7 @@ class LoRA(RankedMethod):
         factor = parameters[key]
         features = factor.shape[input_axis]
         mask = F.dropout(factor.new_ones(features), self.lora_dropout)
-        return parameters | {key: factor * (mask if input_axis == -1 else mask[:, None])}
+        return {**parameters, key: factor * (mask if input_axis == -1 else mask[:, None])}
 
 
 @register_method

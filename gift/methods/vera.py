@@ -108,7 +108,7 @@ class VeRA(RankedMethod):
         """Drop columns of ``A``: rows are outputs in every layer."""
         a = parameters["vera_A"]
         mask = F.dropout(a.new_ones(a.shape[-1]), self.vera_dropout)
-        return parameters | {"vera_A": a * mask}
+        return {**parameters, "vera_A": a * mask}
 
 
 def _draw_a(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
