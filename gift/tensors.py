@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -31,7 +32,8 @@ def is_finite(tensor: Tensor) -> bool:
 def set_flag(tensor: Tensor, flag: bool) -> None:
     """Set ``requires_grad``, also where torch asks for inference mode."""
     if tensor.requires_grad != flag:
-        with torch.inference_mode(tensor.is_inference()):
+        # torch 2.6 does not answer for a parameter that has no shape yet.
+        with torch.inference_mode(not is_lazy(tensor) and tensor.is_inference()):
             tensor.requires_grad = flag
 
 

@@ -86,11 +86,12 @@ class DoRA(LoRA):
 
     def ratio(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``m / |V|`` for each row; one where the frozen row has no direction."""
-        squares, directed = parameters["dora_squares"], self.directed(parameters)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-            norm = (squares + self._growth(matrix, parameters)).clamp_min(0).sqrt()
+        directed, seen = self.directed(parameters), parameters
         if self.detach_norm:
-            norm = norm.detach()  # a constant to forward-mode differentiation as well
+            # Not by torch.no_grad: forward-mode differentiation goes on in there, and autocast of
+            # older versions of torch keeps what it casts in there, without a graph, for later.
+            matrix, seen = matrix.detach(), {k: v.detach() for k, v in parameters.items()}
+        norm = (seen["dora_squares"] + self._growth(matrix, seen)).clamp_min(0).sqrt()
         ratio = self.magnitude(parameters) / torch.where(norm == 0, 1, norm)
         return torch.where(directed, ratio, 1)
 
