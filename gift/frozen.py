@@ -9,8 +9,11 @@ Nobody can be kept from setting the flag of a parameter itself; that is noticed,
 
 import warnings
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gift.errors import GiftWarning
 from gift.generated import plain_class
@@ -75,6 +78,7 @@ def hold_flags(network: Any) -> None:
 
     Called whenever that changes.
     """
+    watch(network)
     record = network._gift_network
     trained = record.chosen - record.waiting
     named = nn.Module.named_parameters(network, remove_duplicate=False)
@@ -124,8 +128,35 @@ def tell_unfrozen(network: Any) -> None:
     )
 
 
+_WATCHED: WeakSet[nn.Module] = WeakSet()
+_hooks: list[Any] = []
+
+
+def watch(network: nn.Module) -> None:
+    """Let every optimizer say what `unfrozen` finds in `network` before it moves that.
+
+    Calls of a network are not enough: others call its methods, or its parts.
+    """
+    _WATCHED.add(network)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for network in tuple(_WATCHED):
+        record: Any = getattr(network, "_gift_network", None)
+        if record is None or record.told_unfrozen or not (found := unfrozen(network)):
+            continue
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not moved.isdisjoint(map(id, found)):
+            tell_unfrozen(network)
+
+
 def release_flags(network: nn.Module) -> None:
     """Undo `hold_flags`."""
+    _WATCHED.discard(network)
     for module in network.modules():
         if isinstance(module.__dict__.get(HELD), HeldFlags):
             del module.__dict__[HELD]

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from gift.adapter import adapters_of
 from gift.delta import added_names, named_deltas, settings_of
 from gift.errors import GiftWarning
-from gift.frozen import HeldFlags, hold_flags, release_flags, tell_unfrozen
+from gift.frozen import HeldFlags, hold_flags, release_flags, tell_unfrozen, watch
 from gift.generated import Generated, Spec, change_class, contributes, joined, plain_class, spec_of
 from gift.guard import memory_of
 from gift.in_place import keep_values
@@ -82,7 +82,12 @@ class FineTunedNetwork(Generated):
             tell_unfrozen(self)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        watch(self)  # type: ignore[arg-type]
+
     def _gift_copied(self) -> None:
+        watch(self)  # type: ignore[arg-type]
         if _loaded not in self._load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
             self.register_load_state_dict_post_hook(_loaded)  # type: ignore[attr-defined]
 

@@ -208,6 +208,29 @@ def test_flags_that_a_loop_sets_are_told_before_a_step(part: str) -> None:
         assert told_of(lambda net=net: net(torch.randn(3, 8)).sum().backward()) == []
 
 
+def test_flags_are_told_before_a_step_where_the_network_is_never_called() -> None:
+    """As by sentence-transformers, which calls ``net.forward``, or by loops that call parts."""
+    net = Net()
+    enable_fine_tuning(net, lora())
+    for copied in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        set_each(copied)
+        before = {name: p.detach().clone() for name, p in copied.named_parameters()}
+        other = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)
+        optimizer = torch.optim.SGD([p for _, p in copied.named_parameters()], 0.1)
+        assert (
+            told_of(lambda c=copied: c.forward(torch.randn(3, 8)).square().sum().backward()) == []
+        )
+        assert told_of(other.step) == []
+        with pytest.raises(GiftWarning, match=r"enc\.0\.weight"):
+            optimizer.step()
+        assert all(torch.equal(p, before[name]) for name, p in copied.named_parameters())
+        assert told_of(optimizer.step) == []
+    net = Net()
+    enable_fine_tuning(net, lora())
+    disable_fine_tuning(net)
+    assert told_of(lambda: torch.optim.SGD(net.parameters(), 0.1).step()) == []
+
+
 def test_flags_in_inference_are_nobodys_business() -> None:
     net = Net()
     enable_fine_tuning(net, lora())

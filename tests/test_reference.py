@@ -1,8 +1,7 @@
-"""`gift.reference`: a frozen copy that shares the base, alone and as the reference model of TRL."""
+"""`gift.reference`: a frozen copy that shares the base."""
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,97 +163,7 @@ def test_its_digest_tells_one_base_from_another() -> None:
     assert hashed(gift.reference(one)) != hashed(gift.reference(other))
 
 
-# --- TRL -----------------------------------------------------------------------------------------
-
-
-def policy(folder: Path) -> Any:
-    """A language model on the disk, fine-tuned for a while as by supervised training."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
-    net = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
-    enable_fine_tuning(net, LoRALinearFineTuningStrategy(rank=2))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return net
-
-
-def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    words = ["<pad>", "<unk>", "<eos>", *(f"w{i}" for i in range(61))]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
-
-
-def preferences() -> Any:
-    datasets = pytest.importorskip("datasets")
-    return datasets.Dataset.from_list(
-        [
-            {"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2} w{i + 3}", "rejected": f" w{i + 20}"}
-            for i in range(8)
-        ]
-    )
-
-
-def dpo(net: Any, ref_model: Any, folder: Path, steps: int = 1, **settings: Any) -> Any:
-    trl = pytest.importorskip("trl")
-    arguments = trl.DPOConfig(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2,
-        report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, save_strategy="no",
-        gradient_checkpointing=False, bf16=False, seed=1, **settings,
-    )  # fmt: skip
-    trainer = trl.DPOTrainer(
-        net, ref_model, args=arguments, train_dataset=preferences(), processing_class=tokenizer()
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return trainer, losses
-
-
-@pytest.mark.parametrize("precomputed", [False, True])
-def test_dpo_starts_at_log_2_after_supervised_fine_tuning(
-    precomputed: bool, tmp_path: Path
-) -> None:
-    """Policy and reference are equal, so each preference has the probability one half."""
-    net = policy(tmp_path)
-    base = {n: p.clone() for n, p in net.named_parameters() if not p.requires_grad}
-    reference = gift.reference(net)
-    _, losses = dpo(net, reference, tmp_path / "run", steps=3, precompute_ref_log_probs=precomputed)
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert losses[-1] < losses[0] - 1e-3
-    now = dict(net.named_parameters())
-    assert all(torch.equal(now[name], value) for name, value in base.items())
-
-
-def test_without_a_reference_trl_takes_the_base_from_the_disk(tmp_path: Path) -> None:
-    """That is what the recipe is for: the delta of the supervised training is not in it."""
-    net = policy(tmp_path)
-    _, losses = dpo(net, None, tmp_path / "run")
-    assert abs(losses[0] - math.log(2)) > 1e-3
-
-
-def test_trl_keeps_a_reference_in_step(tmp_path: Path) -> None:
-    """`sync_ref_model` pairs ``parameters()`` of both, and moves the reference towards the net."""
-    net = policy(tmp_path)
-    reference = gift.reference(net)
-    start = [p.clone() for p in reference.parameters()]
-    dpo(
-        net, reference, tmp_path / "run", steps=1,
-        sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.25,
-    )  # fmt: skip
-    for now, before, trained in zip(reference.parameters(), start, net.parameters(), strict=True):
-        torch.testing.assert_close(now, before * 0.75 + trained.detach() * 0.25)
+# --- averages of diffusers ----------------------------------------------------------------------
 
 
 def test_ema_of_diffusers_pairs_deltas() -> None:
