@@ -361,7 +361,11 @@ def test_autocast(name: str) -> None:
     """The plain network's output dtype, a bfloat16 error, gradients in the deltas' own dtype."""
     base, net, x = case(name, torch.float32, train=False)
     with torch.autocast("cpu", torch.bfloat16):
-        plain, found = output(base, x), output(net, x)
+        try:
+            plain = output(base, x)
+        except RuntimeError as error:  # an LSTM, where oneDNN has no such kernel
+            pytest.skip(f"torch cannot run the plain network in bfloat16 here: {error}")
+        found = output(net, x)
     assert found.dtype == plain.dtype
     exact = reference(base, net, x)
     assert (found - exact).norm() < 0.05 * exact.norm()
