@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +73,43 @@ def test_only_files_are_replaced(name: str, tmp_path: Path) -> None:
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
-FULL = """
-import resource, signal, sys, torch
-from pathlib import Path
-from tests.faults.test_files import WRITERS, tuned
-import gift
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import gift.files.container as container
-from gift.exchange import save_peft
-kind, path = sys.argv[1:]
-large = torch.nn.Sequential(torch.nn.Linear(300, 300))
-gift.enable_fine_tuning(large, gift.strategies.LoRAAllFineTuningStrategy(rank=200))
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-try:
-    if kind == "save":
-        gift.save(large, path)
-    elif kind == "peft":
-        save_peft(large, Path(path).parent)
-    elif kind == "checkpoint":
-        container.replace_file(path, lambda name: torch.save(large.state_dict(), name))
-    else:
-        container.write_text(path, "x" * 100_000)
-except OSError as error:
-    print(error)
-"""
+def in_a_child(act: Callable[[], Any]) -> tuple[int, str]:
+    """The exit code of a process that does this, and what it gives as text; a fork is quick."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(act()).encode())
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        told = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told
+
+
+def write_to_a_full_disk(kind: str, path: Path) -> str:
+    """What is said where no file may be larger than 4 kB."""
+    import resource
+
+    large = nn.Sequential(nn.Linear(300, 300))
+    gift.enable_fine_tuning(large, LoRAAllFineTuningStrategy(rank=64))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    try:
+        if kind == "save":
+            gift.save(large, path)
+        elif kind == "peft":
+            save_peft(large, path.parent)
+        elif kind == "checkpoint":
+            container.replace_file(path, lambda name: torch.save(large.state_dict(), name))
+        else:
+            write_text(path, "x" * 100_000)
+    except OSError as error:
+        return str(error)
+    return "written"
 
 
 @posix
@@ -108,35 +122,30 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(kind: str, tmp_path: 
     else:
         path.write_bytes(b"old")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, kind, str(path)], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert f"{path} was not written, what was there is as it was" in done.stdout, done.stderr
+    _, told = in_a_child(lambda: write_to_a_full_disk(kind, path))
+    assert f"{path} was not written, what was there is as it was" in told
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import gift.files.container as container
-from gift.exchange import save_peft
-from tests.faults.test_files import tuned
-count, place = 0, int(sys.argv[2])
-def dying(function):
-    def call(*args, **kwargs):
-        global count
-        if count == place:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-        return function(*args, **kwargs)
-    return call
-for name in ("replace", "fsync", "chmod", "unlink"):
-    setattr(os, name, dying(getattr(os, name)))
-Path.unlink = dying(Path.unlink)
-save_peft(tuned(2.0, rank=3, alpha=12.0), sys.argv[1])
-print("done")
-"""
+def save_until_killed(net: nn.Module, folder: Path, place: int) -> str:
+    """Save, and be killed before the step of that number, if there are as many."""
+    count = 0
+
+    def dying(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if count == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "fsync", "chmod", "unlink"):
+        setattr(os, name, dying(getattr(os, name)))
+    Path.unlink = dying(Path.unlink)  # type: ignore[method-assign]
+    save_peft(net, folder)
+    return "done"
 
 
 @posix
@@ -148,14 +157,10 @@ def test_a_writer_of_two_files_may_be_killed_at_any_step(tmp_path: Path) -> None
     while True:
         folder = tmp_path / str(place)
         save_peft(old, folder)
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(folder), str(place)],
-            capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
-        if done.stdout == "done\n":
+        code, told = in_a_child(lambda: save_until_killed(new, folder, place))  # noqa: B023
+        if told == "done":
             break
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert code == -signal.SIGKILL, told
         net = base()
         try:
             load_peft(net, folder)
