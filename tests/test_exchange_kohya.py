@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,6 +31,11 @@ from gift.factories import (
 from gift.network import moved_buffers
 from tests.common import picture
 
+lycoris = pytest.importorskip("lycoris.wrapper")  # of which every version asks for its own torch
+LycorisNetwork, create_lycoris_from_weights = (
+    lycoris.LycorisNetwork,
+    lycoris.create_lycoris_from_weights,
+)
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
 X = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -12,6 +12,8 @@ from gift.schedules.config import load_schedule_from_config
 
 _callbacks: Any = needed("transformers.trainer_callback", "text")
 
+_KEY = "gift_schedule"  # among what optimizers save, who ignore what they do not know
+
 
 class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
     """Lets a schedule drive a run of the transformers Trainer, with its checkpoints.
@@ -35,7 +37,7 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
             schedule = load_schedule_from_config(schedule)
         self.schedule: Schedule = schedule
         self.resumed: dict[str, Any] | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
     def state(self) -> dict[str, Any]:
         """The schedule and its state, for ``trainer_state.json``."""
@@ -57,18 +59,27 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
         @functools.wraps(create)
         def create_optimizer(*arguments: Any, **named: Any) -> Any:
             optimizer = create(*arguments, **named)
-            hook = functools.partial(self._before_state, trainer)
-            handle = optimizer.register_load_state_dict_pre_hook(hook)
-            if self._handle is not None:
-                self._handle.remove()
-            self._handle = handle
+            for handle in self._handles:
+                handle.remove()
+            before = functools.partial(self._before_state, trainer)
+            self._handles = [
+                optimizer.register_state_dict_post_hook(self._with_state),
+                optimizer.register_load_state_dict_pre_hook(before),
+            ]
             return optimizer
 
         trainer.create_optimizer = create_optimizer
 
+    def _with_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        """The optimizer is saved: say which groups it must have when that is loaded."""
+        if self.schedule.is_attached:
+            state[_KEY] = self.schedule.state_dict()
+
     def _before_state(self, trainer: Any, optimizer: Any, state: dict[str, Any]) -> None:
         """A state is about to be loaded: give the optimizer the groups that it had."""
-        saved = _saved(trainer.state.stateful_callbacks)
+        # Before transformers 5 the Trainer reads its own state after that of the optimizer. What
+        # gift wrote before it wrote the key has it there alone.
+        saved = state.get(_KEY) or _saved(trainer.state.stateful_callbacks)
         # accelerate loads the optimizer's own state before.
         if saved is not None and len(state["param_groups"]) > len(optimizer.param_groups):
             self.schedule.load_state_dict(saved, optimizer)
