@@ -34,7 +34,6 @@ from gift.strategies import (
 from gift.utils.network_tool import trainable_parameters
 from tests.common import all_bits, picture, trainable
 
-
 # The network of these tests is small, so its one raw parameter is a large share of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the base is in raw parameters")
 
