@@ -38,13 +38,9 @@ class _Overriding:
     """``__torch_function__``: a descriptor, since the answer depends on who asks."""
 
     def __get__(self, tensor: Any, cls: type) -> Any:
-        here = inspect.currentframe()
-        frame = None if here is None else here.f_back
-        if (
-            frame is None
-            or frame.f_code in _ASKING
-            or frame.f_globals.get("__name__", "").startswith(_COMPILER)
-        ):
+        # In one go: a frame that holds itself would hold the tensor until garbage is collected.
+        frame: Any = inspect.currentframe().f_back  # type: ignore[union-attr]
+        if frame.f_code in _ASKING or frame.f_globals.get("__name__", "").startswith(_COMPILER):
             return OVERRIDES_NOTHING
         return _answer
 
