@@ -221,12 +221,18 @@ class _Making:
         matrix = self.layout.to_matrix(frozen).to(dtype)
         return self.layout.to_weight(self.method.weight(matrix, parameters)).to(frozen.dtype)
 
-    def parts(self, tensors: Sequence[Tensor], g: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    def parts(
+        self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
+    ) -> list[tuple[Tensor, Tensor]] | None:
         """Of a low-rank delta the factors, and the frozen tensor itself."""
-        factors = self.factors(tensors)
+        if not self.method.low_rank_is_cheap:
+            return None
+        factors = self.method.scaled_low_rank(self._precise(tensors)[1])
         if factors is None:
             return None
-        return [(tensors[0], g), *product_parts(*factors, self.layout.to_matrix(g))]
+        left, right, scale = factors
+        matrix = self.layout.to_matrix(g)
+        return [(tensors[0], g), *product_parts(left, right, matrix, scale, differentiable)]
 
     def factors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Of a low-rank delta; None for others."""

@@ -42,9 +42,12 @@ class Making(Protocol):
         """The weight."""
         ...
 
-    def parts(self, tensors: Sequence[Tensor], g: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    def parts(
+        self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
+    ) -> list[tuple[Tensor, Tensor]] | None:
         """For a gradient `g` of the weight, that of each part of which it is made, where there are
-        parts that are cheaper than the weight; None where there are none.
+        parts that are cheaper than the weight; None where there are none. Only a `differentiable`
+        one has a graph.
         """
         ...
 
@@ -212,15 +215,20 @@ class _Sum:
         frozen, left, right = tensors
         return (frozen.to(left.dtype) + left @ right).to(frozen.dtype)
 
-    def parts(self, tensors: Sequence[Tensor], g: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def parts(
+        self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
+    ) -> list[tuple[Tensor, Tensor]]:
         frozen, left, right = tensors
-        return [(frozen, g), *product_parts(left, right, g)]
+        return [(frozen, g), *product_parts(left, right, g, 1, differentiable)]
 
 
-def product_parts(left: Tensor, right: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The factors of a product, each with its gradient for one of the product."""
-    g = g.to(left.dtype)
-    return [(left, g @ right.mH), (right, left.mH @ g)]
+def product_parts(
+    left: Tensor, right: Tensor, g: Tensor, scale: float, differentiable: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """The factors of a product and a number, each with its gradient for one of the product."""
+    with torch.set_grad_enabled(differentiable):
+        g = g.to(left.dtype) if scale == 1 else g.to(left.dtype) * scale
+        return [(left, g @ right.mH), (right, left.mH @ g)]
 
 
 def _graph(making: Making, value: Tensor, tensors: tuple[Tensor, ...]) -> Tensor | None:
@@ -313,22 +321,31 @@ class _Made(torch.autograd.Function):
                 for tensor, needs in zip(ctx.tensors, wanted, strict=True)
             ]
             with _autocast(g.device.type, None):
-                parts = ctx.making.parts(tensors, g)
+                parts: Any = ctx.making.parts(tensors, g, differentiable)
             _check_unchanged(ctx, from_parts=parts is not None)
             if parts is None:
                 with _autocast(g.device.type, ctx.cast):
                     parts = [(ctx.making(*tensors), g)]
-        parts = [(part, gradient) for part, gradient in parts if part.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [part for part, _ in parts],
-                [tensor for tensor, needs in zip(tensors, wanted, strict=True) if needs],
-                [gradient for _, gradient in parts],
-                create_graph=differentiable,
-                allow_unused=True,
-            )
-        )
+        asked = [tensor for tensor, needs in zip(tensors, wanted, strict=True) if needs]
+        found = iter(_gradients(parts, asked, differentiable))
         return (None, None, *(next(found) if needs else None for needs in wanted))
+
+
+def _gradients(
+    parts: list[tuple[Tensor, Tensor]], asked: list[Tensor], differentiable: bool
+) -> list[Tensor | None]:
+    """The gradients of the tensors that are asked for, from those of parts made of them."""
+    known = {id(part): gradient for part, gradient in parts}
+    are_parts = len({*map(id, asked)} & known.keys()) == len(asked)
+    if are_parts and not differentiable and all(part.grad_fn is None for part, _ in parts):
+        return [known[id(tensor)] for tensor in asked]  # nothing else is made of them
+    trained = [(part, gradient) for part, gradient in parts if part.requires_grad]
+    outputs, gradients = [part for part, _ in trained], [gradient for _, gradient in trained]
+    return list(
+        torch.autograd.grad(
+            outputs, asked, gradients, create_graph=differentiable, allow_unused=True
+        )
+    )
 
 
 def _check_unchanged(ctx: Any, from_parts: bool) -> None:

@@ -110,9 +110,13 @@ def makings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return made
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("method", ["lora", "loha"])
-def test_experts_in_a_loop(method: str) -> None:
+def test_experts_in_a_loop(method: str, whole: bool) -> None:
     base, net, x = experts(method)
+    if whole:  # read by products of all matrices
+        for one in (base, net):
+            one.forward = lambda x, one=one: torch.einsum("eor,eri,bi->bo", one.down, one.up, x)
     found, expected = net(x), formula(base, net, x)
     close(found, expected)
     close(gradients(found, net, x), gradients(expected, net, x))
@@ -352,6 +356,7 @@ def test_checkpointing_of_a_shared_layer(method: str, reentrant: bool) -> None:
     close(found, expected)
     found.square().sum().backward()
     close([p.grad for p in net.parameters()], list(gradients(expected, net)))
+    assert not any(p.grad.requires_grad for p in net.parameters())
 
 
 def test_offloading_what_is_saved() -> None:
