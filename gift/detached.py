@@ -187,8 +187,7 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
 
     Example:
         >>> import gift, torch
-        >>> import torch
-    from torch import nn
+        >>> from torch import nn
         >>> net, x = nn.Linear(64, 10), torch.randn(2, 64)
         >>> before = net(x)
         >>> report = gift.enable_fine_tuning(net, gift.strategies.LoRAAllFineTuningStrategy())

@@ -45,7 +45,19 @@ class _Overriding:
         return _answer
 
 
-class EffectiveWeight(Tensor):
+class _RelatedToAll(type(Tensor)):  # type: ignore[misc]
+    """Metaclass: every tensor counts as an instance.
+
+    `torch.testing.assert_close` compares two tensors only where one is an instance of the other's
+    class. An effective weight is compared with parameters as a plain tensor is. Whether a tensor is
+    one is asked by ``type(tensor) is EffectiveWeight``.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Tensor)
+
+
+class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
     """An effective weight, or a view of one, which refuses to be written to.
 
     Its detached copies (``clone()``, ``nn.Parameter(weight)``, deep copies, pickles) are plain.

@@ -34,8 +34,20 @@ def raw_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+# Raw parameters of three axes may mean other things: those of XLNet's attention are (features,
+# heads, size of a head). So a name must say that there are experts.
+_EXPERTS = re.compile(r"expert|moe(?![a-z])|mixture", re.IGNORECASE)
+
+
 def is_experts(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the weights of several experts in one: three axes, all above one."""
+    """Whether a parameter is the weights of several experts in one: three axes, all above one.
+
+    The class of the module, the parameter or an attribute with the number of experts says so.
+    """
     if parameter.ndim != 3 or is_lazy(parameter) or min(parameter.shape) < 2:
         return False
-    return is_inexact(parameter) and name in dict(raw_weights(module))
+    if not is_inexact(parameter) or name not in dict(raw_weights(module)):
+        return False
+    numbers = (key for key, n in vars(module).items() if n == parameter.shape[0] and type(n) is int)
+    names = (plain_class(type(module)).__name__, name, *numbers)
+    return any(_EXPERTS.search(text) for text in names)

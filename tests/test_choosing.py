@@ -47,6 +47,7 @@ from gift.factories import (
     pc_name,
 )
 from gift.methods import METHODS, LoRA
+from gift.state_settings import without_settings
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,
@@ -91,7 +92,9 @@ def trained(net: nn.Module) -> int:
 
 
 def saved_bytes(net: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    """Of what is trained, and of buffers; not of the few bytes that describe settings."""
+    state = without_settings(net.state_dict())
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def meta_resnet() -> nn.Module:

@@ -69,9 +69,15 @@ class Detected:
         return "\n".join([f"{_told(self.input)}:", *(lines or ["  nothing"])])
 
 
-def remember(net: nn.Module, examples: Examples, task: str) -> None:
-    """Note on a network how its inputs are read and what its classes are, for `predict`."""
-    note(net, examples.reader, examples.classes, task)
+def remember(net: nn.Module, examples: Examples, task: str | None = None) -> None:
+    """Note on a network how its inputs are read and what its classes are, for `predict`.
+
+    Args:
+        net: the network.
+        examples: what it is trained on.
+        task: what it is trained for; None is the task of the examples, or "classification".
+    """
+    note(net, examples.reader, examples.classes, task or examples.task or "classification")
 
 
 def predict(
