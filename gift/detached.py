@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.adapter import adapters_of
@@ -14,12 +14,13 @@ from gift.delta import added_names, held
 from gift.enable import check_undoable
 from gift.frozen import HELD, hold_flags
 from gift.generated import Spec, generated_class, plain_class, set_class, spec_of
+from gift.interrupts import switching
 from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
 from gift.quantised import as_packed
 from gift.statistics import kept_modes
 from gift.tensors import set_data, set_flag, with_data
-from gift.transaction import OWN, ModuleUndo, place_of, tensor_of
+from gift.transaction import OWN, ModuleUndo, completed, place_of, tensor_of, transaction
 
 
 class Detached:
@@ -63,6 +64,11 @@ class Detached:
         for module, name, value in undo.values:
             if not value.is_meta or tensor_of(module, name).is_meta:
                 set_data(tensor_of(module, name), value)
+
+    def exchanged(self) -> list[tuple[Tensor, Tensor]]:
+        """The memory that was taken from the base, with what the base has instead."""
+        values = [value for *_, value in self.record.undo.values]
+        return [(kept[1], value) for kept, value in zip(self.values, values, strict=True)]
 
     def attach(self) -> None:
         """Put it back, onto the base as it is now.
@@ -172,7 +178,7 @@ def _put_among(now: dict[Any, Any], then: dict[Any, Any]) -> None:
     now.update(present)
 
 
-@contextmanager
+@switching
 def disabled(net: nn.Module) -> Iterator[nn.Module]:
     """Within it, the network is the base, with all parameters frozen: to compare with, say.
 
@@ -205,24 +211,30 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _disabled(net: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
-    detached = Detached(net)
-    for parameter, _ in gradients:
-        parameter.grad = None  # so an optimizer that steps meanwhile passes it by
-    frozen = [(m, name, p, p.requires_grad) for m, name, p in _parameters(net)]
-    for _, _, parameter, _ in frozen:
-        parameter.requires_grad = False
+    with transaction(net):
+        detached = Detached(net)
+        for parameter, _ in gradients:
+            parameter.grad = None  # so an optimizer that steps meanwhile passes it by
+        frozen = [(m, name, p, p.requires_grad) for m, name, p in _parameters(net)]
+        for _, _, parameter, _ in frozen:
+            parameter.requires_grad = False
+
+    def put_back() -> None:
+        with transaction(net):
+            for part in [part for part in net.modules() if spec_of(part).network]:
+                remove_record(part).undo.apply(part)  # enabled by another strategy inside
+            for module, name, parameter, flag in frozen:
+                now = module._parameters.get(name)  # another one, if a state was assigned
+                (parameter if now is None else now).requires_grad = flag
+            detached.attach()
+            for parameter, gradient in gradients:
+                parameter.grad = None if gradient is None else gradient.to(parameter)
+
     try:
         with meanwhile([net], "disabled"), as_packed(p for *_, p, _ in frozen):
             yield
     finally:
-        for part in [part for part in net.modules() if spec_of(part).network]:
-            remove_record(part).undo.apply(part)  # enabled by another strategy inside
-        for module, name, parameter, flag in frozen:
-            now = module._parameters.get(name)  # another one, if a state was assigned
-            (parameter if now is None else now).requires_grad = flag
-        detached.attach()
-        for parameter, gradient in gradients:
-            parameter.grad = None if gradient is None else gradient.to(parameter)
+        completed(put_back)
 
 
 def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

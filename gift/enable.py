@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gift.adapter import is_sharded
 from gift.claims import sizes_of
@@ -17,11 +18,17 @@ from gift.in_place import misfits_in_place
 from gift.leftover import hints_for_strangers, told_leftover
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
-from gift.network import NetworkRecord, install_record, named_trainable, remove_record
+from gift.network import (
+    NetworkRecord,
+    install_record,
+    named_trainable,
+    remove_record,
+    trained_in_place,
+)
 from gift.noted import drop_empty_note, renew_note
 from gift.report import Report, some
 from gift.strategies.base import Cap, FineTuningStrategy
-from gift.transaction import Snapshot, all_or_nothing
+from gift.transaction import Snapshot, all_or_nothing, tensor_of, transaction
 from gift.walk import Walk, closest_names
 
 
@@ -69,8 +76,8 @@ def enable_fine_tuning(
         ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
     """
     _refuse(module, strategy)
-    snapshot = Snapshot(module)
-    try:
+    with all_or_nothing(module) as change:
+        snapshot = change.before
         report, named = _apply(module, strategy, snapshot)
         if strategy.dry_run:
             snapshot.rollback()
@@ -88,11 +95,8 @@ def enable_fine_tuning(
         )
         install_record(module, record)
         _warn(report, strategy, module)  # which raises, where warnings are errors
-    except BaseException:
-        snapshot.rollback()
-        raise
-    for parameter in named.values():
-        parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
+        for parameter in named.values():
+            parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
     return report
 
 
@@ -105,11 +109,21 @@ def enabling_trained(
     Whatever goes wrong in it, the network is as it was before. What is surprising about the
     strategy was told when it was enabled first.
     """
-    with all_or_nothing(module):
+    with all_or_nothing(module) as change:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GiftWarning)
             report = enable_fine_tuning(module, strategy, **options)
+        change.before.written += values_of_the_base(module)
         yield report
+
+
+def values_of_the_base(module: Any) -> list[tuple[Tensor, Tensor]]:
+    """What a trained state is about to write into, and the values that it has in the base."""
+    record: NetworkRecord = module._gift_network
+    if record.keeps_base:
+        return [(tensor_of(m, name), value) for m, name, value in record.undo.values]
+    written = [p for _, p in trained_in_place(module)] + [*module.buffers()]
+    return [(tensor, tensor.detach().clone()) for tensor in written if not is_lazy(tensor)]
 
 
 def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
@@ -131,13 +145,12 @@ def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
         222
     """
     _refuse(module, strategy)
-    snapshot = Snapshot(module)
     devices = {p.device.index for p in nn.Module.parameters(module) if p.is_cuda}
-    with torch.random.fork_rng(sorted(d for d in devices if d is not None)):
-        try:
-            return _apply(module, strategy, snapshot)[0]
-        finally:
-            snapshot.rollback()
+    generators = torch.random.fork_rng(sorted(d for d in devices if d is not None))
+    with generators, all_or_nothing(module) as change:
+        report, _ = _apply(module, strategy, change.before)
+        change.before.rollback()
+    return report
 
 
 def disable_fine_tuning(module: nn.Module) -> nn.Module:
@@ -155,7 +168,11 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
         RuntimeError: if it is not being fine-tuned, or the values of the base were not kept.
     """
     check_undoable(module)
-    remove_record(module).undo.apply(module)
+    with transaction(module) as change:
+        undo = remove_record(module).undo
+        undo.put_structure(module)
+        values = undo.present_values()
+        change.finish(lambda: undo.put_values(values))
     return module
 
 

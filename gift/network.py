@@ -27,7 +27,7 @@ from gift.private.torch import callers
 from gift.quantised import quant_state_names
 from gift.report import Report
 from gift.state_settings import without_settings
-from gift.transaction import Undo
+from gift.transaction import Undo, transaction
 
 
 @dataclass
@@ -262,11 +262,24 @@ def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: b
         raise RuntimeError(f"nothing was loaded. {error}") from None
     finally:
         record.rehearsing = False
-    record.strict = strict
-    try:
-        return load(*args, **kwargs)
-    finally:
+    with transaction(network, writes=_overwritten(network, args, kwargs)):
+        record.strict = strict
+        result = load(*args, **kwargs)
         record.strict = True
+    return result
+
+
+def _overwritten(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a network that a state has, and those that are made from these."""
+    given = {
+        key for state in (*args, *kwargs.values()) if isinstance(state, Mapping) for key in state
+    }
+    named = [*nn.Module.named_parameters(network, remove_duplicate=False),
+             *network.named_buffers(remove_duplicate=False)]  # fmt: skip
+    known, deltas = {name for name, _ in named}, delta_names(network)
+    everything = not given <= known  # the author of a network may have other names for them
+    found = {id(t): t for name, t in named if everything or name in given or name in deltas}
+    yield from (tensor for tensor in found.values() if not is_lazy(tensor))
 
 
 def _given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,10 @@ repeated, so what an interrupt leaves behind is completed by a second pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MemberDescriptorType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from gift.extension import release_extensions
 from gift.frozen import HELD
 from gift.generated import plain_class, set_class
 from gift.guard import KeptValues
+from gift.interrupts import held_interrupts
 from gift.statistics import release_statistics
 from gift.tensors import is_expanded, same_bits, set_data, set_flag
 
@@ -154,20 +154,33 @@ class Undo:
 
     def apply(self, network: nn.Module) -> None:
         """Undo everything."""
+        self.put_structure(network)
+        self.put_values(self.present_values())
+
+    def put_structure(self, network: nn.Module) -> None:
+        """Undo all but values."""
         for module in network.modules():
             release_tensors(module)
             release_extensions(module)
             release_statistics(module)
         for undo in self.modules:
             undo.apply()
-        with torch.no_grad():
-            for module, name, value in self.values:
-                put_value(tensor_of(module, name), self.value(module, name, value))
         for module, name, flag in self.requires_grad:
             if (parameter := module._parameters.get(name)) is not None:
                 set_flag(parameter, flag)
         for left in nn.Module.parameters(network):
             left.grad = None
+
+    def present_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that have other values in the base, and these, where the tensors are."""
+        return [(tensor_of(m, name), self.value(m, name, kept)) for m, name, kept in self.values]
+
+    @staticmethod
+    def put_values(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Undo the values; it can be repeated."""
+        with torch.no_grad():
+            for tensor, value in values:
+                put_value(tensor, value)
 
 
 def place_of(module: nn.Module) -> dict[str, Any]:
@@ -230,9 +243,17 @@ class _Kept:
 
 
 class Snapshot:
-    """The structure of a network, and the state of its parameters, before anything changes."""
+    """The structure of a network, and the state of its parameters, before anything changes.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: the network; what it knows of its fine-tuning is kept as well.
+        objects: others whose attributes may change, and the containers among these.
+        writes: tensors that may be written to, of which the values are kept.
+    """
+
+    def __init__(
+        self, network: nn.Module, objects: Iterable[Any] = (), writes: Iterable[Tensor] = ()
+    ) -> None:
         states = [(m, type(m), dict(attributes_of(m))) for m in network.modules()]
         self.modules = [(m, cls, state, _contents(state)) for m, cls, state in states]
         slots = {cls: _slots(cls) for _, cls, _ in states}
@@ -249,6 +270,10 @@ class Snapshot:
             for name, buffer in contents.get("_buffers", {}).items()
             if buffer is not None
         ]
+        records = [state["_gift_network"] for *_, state in states if "_gift_network" in state]
+        known = [vars(one) for r in records for one in (r, r.undo)] + [vars(o) for o in objects]
+        self.objects = [(state, dict(state), _contents(state)) for state in known]
+        self.written = [(t, t.detach().clone()) for t in writes if not is_lazy(t)]
 
     @cached_property
     def values(self) -> KeptValues:
@@ -273,9 +298,9 @@ class Snapshot:
         for module, cls, state, contents in self.modules:
             if type(module) is not cls:
                 set_class(module, cls)
-            restore(attributes_of(module), state)
-            for key, value in filled(state, contents):
-                restore(value, contents.get(key) or copied(value).__class__())
+            _restore_state(attributes_of(module), state, contents)
+        for now, state, contents in self.objects:
+            _restore_state(now, state, contents)
         for slot, module, value in self.slots:
             if _value(slot, module) is not value:
                 slot.__delete__(module) if value is Missing else slot.__set__(module, value)
@@ -283,6 +308,8 @@ class Snapshot:
             kept.restore()
         if self._foreign:
             self.values.restore()
+        for tensor, value in self.written:
+            put_value(tensor, value)
 
     def commit(self, keep_values: bool) -> Undo:
         """What the actions changed, to be undone later.
@@ -347,15 +374,66 @@ class Snapshot:
                 yield undo
 
 
-@contextmanager
-def all_or_nothing(network: nn.Module) -> Iterator[None]:
-    """Whatever goes wrong within it, the network is as it was before."""
-    snapshot = Snapshot(network)
-    try:
-        yield
-    except BaseException:
-        snapshot.rollback()
-        raise
+class transaction(held_interrupts):
+    """Whatever goes wrong within it, the network is as it was before.
+
+    Signals wait until it is done, or undone. In another thread none arrive.
+
+    Args:
+        network, objects, writes: as of a `Snapshot`.
+        open: let signals through, which undo it: for what may take long.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *objects: Any,
+        writes: Iterable[Tensor] = (),
+        open: bool = False,
+    ) -> None:
+        super().__init__(open)
+        self._of = network, objects, writes
+        self._before: Snapshot | None = None
+        self._is_decided = False
+        self._with_gradients = torch.is_grad_enabled()
+
+    def __enter__(self) -> Self:
+        try:
+            super().__enter__()
+            self._before = Snapshot(*self._of)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    @property
+    def before(self) -> Snapshot:
+        """What the network was."""
+        assert self._before is not None
+        return self._before
+
+    def finish(self, step: Callable[[], None]) -> None:
+        """Do the last step, which can be repeated: from now on, all is completed, not undone."""
+        self._is_decided = True
+        completed(step)
+
+    def ending(self, *error: Any) -> None:
+        """Undo all, if it was not completed."""
+        if error[0] is not None and self._before is not None and not self._is_decided:
+            self._before.rollback()
+        if error[0] is not None:  # a signal may keep torch's own blocks from being left
+            torch.set_grad_enabled(self._with_gradients)
+
+
+def all_or_nothing(network: nn.Module) -> transaction:
+    """A transaction that a signal may interrupt, and so undoes: for what may take long."""
+    return transaction(network, open=True)
+
+
+def _restore_state(now: dict[str, Any], state: dict[str, Any], contents: dict[str, Any]) -> None:
+    restore(now, state)
+    for key, value in filled(state, contents):
+        restore(value, contents.get(key) or copied(value).__class__())
 
 
 def _contents(state: dict[str, Any]) -> dict[str, Any]:

@@ -15,15 +15,22 @@ from gift.bank.combining import Combination, combine
 from gift.bank.rows import rows_added
 from gift.bank.scaling import scale
 from gift.detached import Detached
-from gift.enable import GiftWarning, check_undoable, enable_fine_tuning, enabling_trained
+from gift.enable import (
+    GiftWarning,
+    check_undoable,
+    enable_fine_tuning,
+    enabling_trained,
+    values_of_the_base,
+)
 from gift.files import load, resolve
 from gift.generated import spec_of
+from gift.interrupts import held_interrupts, switching
 from gift.meanwhile import meanwhile, refuse_meanwhile
 from gift.network import NetworkRecord, delta_names, frozen_names, whole_state
 from gift.quantised import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.tensors import is_finite
-from gift.transaction import all_or_nothing
+from gift.transaction import all_or_nothing, completed, transaction
 
 
 class DeltaBank:
@@ -108,20 +115,22 @@ class DeltaBank:
             if self._active is not None or not spec_of(self.net).network:
                 raise ValueError("nothing to add: give a file, a state or a strategy")
             check_undoable(self.net)
-            self._wears(name)
+            with held_interrupts():
+                self._wears(name)
             return
         if isinstance(source, Mapping) and strategy is None:
             strategy = self._present_strategy()
-        with self._base():
-            self._deltas[name] = self._made(source, strategy, check_base)
+        with self._changing() as change:
+            self._take(name, self._made(source, strategy, check_base), change)
 
     def _made(self, source: Any, strategy: FineTuningStrategy | None, check_base: bool) -> Detached:
         is_file = source is not None and not isinstance(source, Mapping)
         if is_file and strategy is not None:
             raise ValueError("a file has its strategy: give none with it")
-        with all_or_nothing(self.net):
+        with all_or_nothing(self.net) as change:
             if is_file:
                 load(self.net, source, check_base=check_base)
+                change.before.written += values_of_the_base(self.net)
                 return Detached(self.net)
             assert strategy is not None
             if source is None:
@@ -129,7 +138,7 @@ class DeltaBank:
                 return Detached(self.net)
             with enabling_trained(self.net, strategy):
                 self.net.load_state_dict(_without_base(self.net, source))
-            return Detached(self.net)
+                return Detached(self.net)
 
     def _present_strategy(self) -> FineTuningStrategy:
         if not spec_of(self.net).network:
@@ -149,17 +158,19 @@ class DeltaBank:
         self._check()
         if name == self._active:
             return
-        self._take_off()
-        if name is not None:
-            self._put_on(name)
+        with transaction(self.net, self):
+            self._take_off()
+            if name is not None:
+                self._put_on(name)
 
     def remove(self, name: str) -> None:
         """Forget a delta; if the network wears it, it is the base then."""
         self._known(name)
         self._check(may_wear=True)
-        if name == self._active:
-            self.activate(None)
-        del self._deltas[name]
+        with transaction(self.net, self):
+            if name == self._active:
+                self._take_off()
+            del self._deltas[name]
 
     def scale(self, name: str, factor: float) -> None:
         """Make a delta `factor` times as strong as it is, exactly.
@@ -195,13 +206,14 @@ class DeltaBank:
             raise TypeError(f"expected numbers by the names of deltas, got {weights!r}")
         for given in weights:
             self._known(given)
-        with self._base():
-            self._deltas[name], told = combine(
+        with self._changing() as change:
+            made, told = combine(
                 self.net, {given: self._deltas[given] for given in weights}, weights, rank
             )
+            self._take(name, made, change)
         return told
 
-    @contextmanager
+    @switching
     def rows(self, names: Sequence[str | None], dim: int = 0) -> Iterator[nn.Module]:
         """Within it, each row of a batch is computed with a delta of its own, for inference.
 
@@ -286,31 +298,58 @@ class DeltaBank:
         delta.attach()
         self._wears(name)
 
+    def _take(self, name: str, delta: Detached, change: transaction) -> None:
+        change.before.written += delta.exchanged()
+        self._deltas[name] = delta
+
+    def _uncover(self) -> Detached | str | None:
+        """Let the network be the base; gives what it wore, which may have no name."""
+        if self._active is None and spec_of(self.net).network:
+            return Detached(self.net)
+        name = self._active
+        self._take_off()
+        return name
+
+    def _cover(self, worn: Detached | str | None) -> None:
+        """Undo `_uncover`."""
+        if isinstance(worn, Detached):
+            worn.attach()
+        elif worn is not None:
+            self._put_on(worn)
+
     @contextmanager
     def _base(self) -> Iterator[None]:
         """Within it the network is the base; then it wears again what it wore."""
         self._check(may_wear=True)
-        unnamed = self._active is None and spec_of(self.net).network
-        worn = Detached(self.net) if unnamed else None
-        name = self._active
-        self._take_off()
+        with transaction(self.net, self):
+            worn = self._uncover()
+
+        def put_back() -> None:
+            with transaction(self.net, self):
+                self._cover(worn)
+
         try:
             yield
         finally:
-            if worn is not None:
-                worn.attach()
-            elif name is not None:
-                self._put_on(name)
+            completed(put_back)
+
+    @contextmanager
+    def _changing(self) -> Iterator[transaction]:
+        """The same for a change of the bank, which is undone where something goes wrong."""
+        self._check(may_wear=True)
+        with transaction(self.net, self) as change:
+            worn = self._uncover()
+            yield change
+            self._cover(worn)
 
     @contextmanager
     def _wearing(self, name: str) -> Iterator[None]:
         """Within it the network wears that delta; then again what it wore."""
         self._known(name)
-        before = self._active
-        self.activate(name)
-        try:
+        with transaction(self.net, self):
+            before = self._active
+            self.activate(name)
             yield
-        finally:
             self.activate(before)
 
 

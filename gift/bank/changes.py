@@ -15,7 +15,7 @@ from gift.layers import Layout, LayoutOptions
 from gift.network import NetworkRecord
 from gift.quantised import dequantised
 from gift.tensors import is_inexact, wide
-from gift.transaction import tensor_of
+from gift.transaction import tensor_of, transaction
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def changes_of(net: Any, delta: Detached, dense: bool) -> Changes:
         delta: the delta.
         dense: also make the whole change of weights that have no factors.
     """
-    delta.attach()
-    try:
-        return _read(net, dense)
-    finally:
+    with transaction(net):
+        delta.attach()
+        found = _read(net, dense)
         Detached(net)  # is what `delta` was: nothing has changed
+    return found
 
 
 def _read(net: Any, dense: bool) -> Changes:

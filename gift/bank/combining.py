@@ -73,7 +73,8 @@ def combine(
     strategy = ResolvedStrategy([_group(path, made) for path, made in sums.items()], trained)
     with enabling_trained(net, strategy):
         _fill(net, sums, values)
-    return Detached(net), _told(sums)
+        told = _told(sums)
+        return Detached(net), told
 
 
 def _check(weights: Mapping[str, float], rank: int | None) -> None:

@@ -1,6 +1,6 @@
 """A delta as many times as strong."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from gift.methods import AdaptationError
 from gift.methods.settings import is_number
 from gift.network import NetworkRecord
 from gift.tensors import is_finite, wide
-from gift.transaction import tensor_of
+from gift.transaction import completed, tensor_of
 
 
 def scale(net: Any, factor: float) -> None:
@@ -46,10 +46,13 @@ def scale(net: Any, factor: float) -> None:
                  for _, name, value in trained if not is_finite(value)]  # fmt: skip
     if problems:
         raise AdaptationError("nothing was scaled:\n  " + "\n  ".join(problems))
-    for module, values in work:
-        put_values(module, values)
-    for module, name, value in trained:
-        put_values(module, {name: value})
+    values = [*work, *((module, {name: value}) for module, name, value in trained)]
+    completed(lambda: _put(values))
+
+
+def _put(values: Iterable[tuple[nn.Module, Mapping[str, Tensor]]]) -> None:
+    for module, own in values:
+        put_values(module, own)
 
 
 def _trained(record: NetworkRecord, factor: float) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from gift.adapt import release_tensors
 from gift.adapter import adapters_of
 from gift.generated import set_class, subclass_with
+from gift.interrupts import switching
 from gift.meanwhile import meanwhile
 from gift.merging.possible import check, refuse, without_values
 from gift.merging.weights import effective
@@ -21,7 +22,7 @@ from gift.statistics import release_statistics
 from gift.transaction import Snapshot
 
 
-@contextmanager
+@switching
 def merged(net: nn.Module) -> Iterator[nn.Module]:
     """Within it, the deltas are folded into the weights, for inference at the speed of the base.
 
@@ -42,10 +43,10 @@ def merged(net: nn.Module) -> Iterator[nn.Module]:
     """
     check(net)
     snapshot = Snapshot(net)
-    for parameter in nn.Module.parameters(net):
-        parameter.grad = None  # so an optimizer that steps meanwhile passes it by
     shared: dict[nn.Parameter, Callable[[], bool]] = {}
     try:
+        for parameter in nn.Module.parameters(net):
+            parameter.grad = None  # so an optimizer that steps meanwhile passes it by
         remove_record(net)
         _merge_copies(net)
         names = {p: name for name, p in net.named_parameters()}

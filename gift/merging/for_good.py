@@ -1,10 +1,11 @@
 """Folding deltas into the weights for good."""
 
 import warnings
+from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gift.adapt import release_tensors
 from gift.adapter import adapters_of
@@ -14,6 +15,7 @@ from gift.merging.weights import effective, write
 from gift.network import remove_record
 from gift.quantised import is_quantised, requantised
 from gift.statistics import release_statistics
+from gift.transaction import transaction
 
 
 def merge(net: nn.Module) -> nn.Module:
@@ -50,8 +52,14 @@ def merge(net: nn.Module) -> nn.Module:
     """
     check(net)
     losses: dict[str, float] = {}
-    refuse(list(unmergeable(net, losses)))
-    _warn(losses)  # which raises, where warnings are errors
+    with transaction(net, writes=_written(net)):
+        refuse(list(unmergeable(net, losses)))
+        _warn(losses)  # which raises, where warnings are errors
+        _merge(net)
+    return net
+
+
+def _merge(net: nn.Module) -> None:
     record = remove_record(net)
     instead: dict[int, nn.Parameter] = {}
     _separate(net)
@@ -74,7 +82,6 @@ def merge(net: nn.Module) -> nn.Module:
             parameter.requires_grad = flag
     for parameter in net.parameters():
         parameter.grad = None
-    return net
 
 
 def _warn(losses: dict[str, float]) -> None:
@@ -87,6 +94,13 @@ def _warn(losses: dict[str, float]) -> None:
             GiftWarning,
             stacklevel=3,
         )
+
+
+def _written(net: nn.Module) -> Iterator[Tensor]:
+    """Tensors from which an adapted weight is computed; others get new memory."""
+    for module in net.modules():
+        if any(module._parameters.get(tensor) is None for tensor in adapters_of(module)):
+            yield from (*nn.Module.parameters(module), *module.buffers())
 
 
 def _separate(net: nn.Module) -> None:

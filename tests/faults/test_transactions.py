@@ -1,0 +1,290 @@
+"""Every operation that changes a network leaves it as it was, or complete: whatever fails within.
+
+Memory runs out at each tensor operation, once or twice in a row, and signals arrive at random
+moments. Afterwards a network is compared with what it was before and with what the operation makes
+of it: structure, bits, flags and outputs.
+"""
+
+import copy
+import gc
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gift
+from gift import DeltaBank
+from gift.strategies import (
+    DoRAAllFineTuningStrategy,
+    HeadReplacementStrategy,
+    LoRAAllFineTuningStrategy,
+    NormFineTuningStrategy,
+    PiSSAAllFineTuningStrategy,
+)
+from tests.common import all_bits, bits, picture
+
+pytestmark = pytest.mark.filterwarnings("ignore::gift.GiftWarning", "ignore::FutureWarning")
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Statistics, a tied weight, a computed one and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.first.weight
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.computed(self.tied(self.norm(self.first(x))))))
+
+
+def base() -> nn.Module:
+    torch.manual_seed(3)
+    return Net()
+
+
+def trained(net: nn.Module, strategy: gift.FineTuningStrategy) -> Any:
+    """Fine-tuned, with values and gradients as after some training."""
+    gift.enable_fine_tuning(net, strategy)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    net(X).sum().backward()
+    return net
+
+
+def lora() -> gift.FineTuningStrategy:
+    return gift.merge_strategies([LoRAAllFineTuningStrategy(rank=2), NormFineTuningStrategy()])
+
+
+def tuned() -> dict[str, Any]:
+    return {"net": trained(base(), lora())}
+
+
+def bank() -> dict[str, Any]:
+    net = trained(base(), lora())
+    made = DeltaBank(net)
+    made.add("a")
+    made.activate(None)
+    names = {"b": LoRAAllFineTuningStrategy(rank=1), "c": NormFineTuningStrategy(),
+             "d": HeadReplacementStrategy(2, "head")}  # fmt: skip
+    for name, strategy in names.items():
+        trained(net, strategy)
+        made.add(name)
+        made.activate(None)
+    made.activate("a")
+    return {"net": net, "bank": made}
+
+
+def rowed() -> dict[str, Any]:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    made = DeltaBank(net)
+    for name in "ab":
+        trained(net, LoRAAllFineTuningStrategy(rank=2))
+        made.add(name)
+        made.activate(None)
+    made.activate("a")
+    return {"net": net, "bank": made}
+
+
+def with_state(strategy: Callable[[], Any] = lora) -> dict[str, Any]:
+    net = trained(base(), strategy())
+    state = {k: v + 0.5 if v.is_floating_point() else v + 1 for k, v in net.state_dict().items()}
+    return {"net": net, "state": state}
+
+
+def with_base() -> dict[str, Any]:
+    net = trained(base(), DoRAAllFineTuningStrategy(rank=2))
+    new = base().state_dict()
+    state = {k: v + 0.5 if v.is_floating_point() else v + 1 for k, v in new.items()}
+    return {"net": net, "state": state}
+
+
+def _within(block: Any) -> None:
+    with block:
+        pass
+
+
+Made = dict[str, Any]
+# fmt: off
+OPERATIONS: dict[str, tuple[Callable[[], Made], Callable[[Made], Any]]] = {
+    "enable": (lambda: {"net": base()}, lambda m: gift.enable_fine_tuning(m["net"], lora())),
+    "enable_pissa": (lambda: {"net": base()}, lambda m: gift.enable_fine_tuning(
+        m["net"], PiSSAAllFineTuningStrategy(rank=2))),
+    "disable": (tuned, lambda m: gift.disable_fine_tuning(m["net"])),
+    "merge": (tuned, lambda m: gift.merge(m["net"])),
+    "merged": (tuned, lambda m: _within(gift.merged(m["net"]))),
+    "disabled": (tuned, lambda m: _within(gift.disabled(m["net"]))),
+    "activate": (bank, lambda m: m["bank"].activate("b")),
+    "activate_head": (bank, lambda m: m["bank"].activate("d")),
+    "activate_none": (bank, lambda m: m["bank"].activate(None)),
+    "add": (bank, lambda m: m["bank"].add("new", strategy=LoRAAllFineTuningStrategy(rank=1))),
+    "remove": (bank, lambda m: m["bank"].remove("a")),
+    "scale": (bank, lambda m: m["bank"].scale("b", 2.0)),
+    "scale_active": (bank, lambda m: m["bank"].scale("a", 2.0)),
+    "combine": (bank, lambda m: m["bank"].combine({"a": 0.5, "b": 2.0})),
+    "rows": (rowed, lambda m: _within(m["bank"].rows(["a", None, "b"]))),
+    "load_state_dict": (with_state, lambda m: m["net"].load_state_dict(m["state"])),
+    "load_state_dict_assign": (with_state,
+                               lambda m: m["net"].load_state_dict(m["state"], assign=True)),
+    "load_base": (with_base, lambda m: m["net"].load_state_dict(m["state"])),
+}
+# fmt: on
+
+
+def look(made: Made) -> Any:
+    """All that can be seen: structure, bits, flags, outputs; each delta of a bank as well."""
+    net = made["net"]
+    seen: dict[str, Any] = {
+        path: ((cls.__name__, getattr(cls, "_gift_spec", None)), _without_ids(state))
+        for path, (cls, state) in picture(net).items()
+    }
+    seen["bits"] = all_bits(net)
+    seen["kept"] = _kept(net)
+    with torch.no_grad():
+        twin = copy.deepcopy(net).eval()
+        seen["output"] = bits(twin(X))
+    if "bank" in made:
+        own = copy.deepcopy(made["bank"])
+        seen["active"], seen["names"] = own.active, own.names
+        for name in [*own.names, None]:
+            own.activate(name)
+            with torch.no_grad():
+                seen[f"output of {name}"] = bits(own.net.eval()(X))
+            seen[f"bits of {name}"] = all_bits(own.net)
+            seen[f"flags of {name}"] = {n: p.requires_grad for n, p in own.net.named_parameters()}
+    return seen
+
+
+def _kept(net: Any) -> Any:
+    record = vars(net).get("_gift_network")
+    return record and (
+        sorted(record.chosen), [(name, bits(v)) for _, name, v in record.undo.values]
+    )  # fmt: skip
+
+
+def _without_ids(state: dict[str, Any]) -> Any:
+    """Tensors of a second network have other identities, and its modules too."""
+    return {
+        key: [(name, _plain(v)) for name, v in value] if isinstance(value, list) else None
+        for key, value in state.items()
+        if key in ("_parameters", "_buffers", "_modules", "training")
+    }
+
+
+def _plain(look: Any) -> Any:
+    return (look[1], look[3]) if isinstance(look, tuple) and len(look) == 4 else look is not None
+
+
+class Failing(TorchDispatchMode):
+    """Memory runs out at the operations with these numbers."""
+
+    def __init__(self, *numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count - 1 in self.numbers:
+            raise torch.OutOfMemoryError(f"operation {self.count - 1}, {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def outcomes(name: str) -> tuple[Any, Any, int]:
+    """What there is before and after, and how many operations there are between."""
+    make, operate = OPERATIONS[name]
+    made = make()
+    before = look(made)
+    torch.manual_seed(11)
+    with Failing() as counting:
+        operate(made)
+    return before, look(made), counting.count
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_memory_runs_out_at_each_operation(name: str, failures: int) -> None:
+    make, operate = OPERATIONS[name]
+    before, after, count = outcomes(name)
+    corrupted, step = [], 1 if LONG else max(1, count // 12)
+    for number in range(0, count, step):
+        made = make()
+        torch.manual_seed(11)
+        try:
+            with Failing(*range(number, number + failures)):
+                operate(made)
+        except Exception as error:
+            if "operation" not in str(error):
+                raise
+        if (now := look(made)) not in (before, after):
+            corrupted.append((number, difference(now, before)))
+    print(f"\nRESULT {name}: {len(corrupted)} of {len(range(0, count, step))} corrupted, {count}")
+    assert not corrupted, corrupted[:3]
+
+
+LONG = os.environ.get("GIFT_FAULTS") == "long"
+
+
+def difference(one: Any, other: Any) -> list[str]:
+    return [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+
+
+class Arrived(Exception):
+    """A signal."""
+
+
+@contextmanager
+def alarms() -> Iterator[None]:
+    def raises(*_: Any) -> None:
+        raise Arrived
+
+    before = signal.signal(signal.SIGALRM, raises)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_signals_at_random_moments(name: str) -> None:
+    make, operate = OPERATIONS[name]
+    before, after, _ = outcomes(name)
+    made = make()
+    began = time.perf_counter()
+    operate(made)
+    lasts = time.perf_counter() - began
+    moments, corrupted, arrived = random.Random(0), [], 0
+    for _ in range(500 if LONG else 30):
+        made = make()
+        torch.manual_seed(11)
+        gc.collect(0)
+        with alarms():
+            handler = signal.getsignal(signal.SIGALRM)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-6, moments.random() * lasts))
+                operate(made)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Arrived:
+                arrived += 1
+            assert signal.getsignal(signal.SIGALRM) is handler
+        if (now := look(made)) not in (before, after):
+            corrupted.append(difference(now, before))
+    print(f"\nRESULT {name}: {len(corrupted)} of {arrived} corrupted")
+    assert not corrupted, corrupted[:3]
