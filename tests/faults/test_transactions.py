@@ -245,8 +245,8 @@ def difference(one: Any, other: Any) -> list[str]:
     return [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
 
 
-class Arrived(Exception):
-    """A signal."""
+class Arrived(BaseException):
+    """A signal: as `KeyboardInterrupt`, nothing that code which handles errors expects."""
 
 
 @contextmanager
@@ -262,6 +262,7 @@ def alarms() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.skipif(not LONG, reason="moments that no run repeats: a lane, GIFT_FAULTS=long")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_signals_at_random_moments(name: str) -> None:
     make, operate = OPERATIONS[name]
@@ -271,7 +272,7 @@ def test_signals_at_random_moments(name: str) -> None:
     operate(made)
     lasts = time.perf_counter() - began
     moments, corrupted, arrived = random.Random(0), [], 0
-    for _ in range(500 if LONG else 30):
+    for _ in range(500):
         made = make()
         torch.manual_seed(11)
         gc.collect(0)
@@ -283,6 +284,8 @@ def test_signals_at_random_moments(name: str) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Arrived:
                 arrived += 1
+                # It may have come as torch entered or left a block of its own in the test.
+                torch.set_grad_enabled(True)
             assert signal.getsignal(signal.SIGALRM) is handler
         if (now := look(made)) not in (before, after):
             corrupted.append(difference(now, before))
