@@ -96,6 +96,14 @@ def clients(session: nox.Session) -> None:
     run_tests(session, "tests/clients")
 
 
+@nox.session(default=False)
+def faults(session: nox.Session) -> None:
+    """Run out of memory at every operation, and be interrupted at 500 random moments of each."""
+    session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
+    session.env["GIFT_FAULTS"] = "long"
+    run_tests(session, "tests/faults")
+
+
 @nox.session(venv_backend="none")
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt: today's version of everything that `dev` and `clients` need.
