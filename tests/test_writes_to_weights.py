@@ -438,6 +438,10 @@ def test_optimizers_refuse_a_weight() -> None:
         torch.optim.SGD([layer().weight], lr=0.1)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6"),
+    reason="the compiler of torch 2.6 refuses classes of tensors whose functions depend on who asks",
+)
 def test_a_compiled_function_of_a_weight() -> None:
     net, x = layer(), torch.randn(3, 8)
     compiled = torch.compile(lambda x, weight: x @ weight.T, backend="eager", fullgraph=True)
