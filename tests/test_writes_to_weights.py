@@ -440,7 +440,7 @@ def test_optimizers_refuse_a_weight() -> None:
 
 @pytest.mark.skipif(
     torch.__version__.startswith("2.6"),
-    reason="the compiler of torch 2.6 refuses classes of tensors whose functions depend on who asks",
+    reason="the compiler of torch 2.6 refuses such classes of tensors",
 )
 def test_a_compiled_function_of_a_weight() -> None:
     net, x = layer(), torch.randn(3, 8)
