@@ -91,6 +91,17 @@ def test_it_writes_what_the_model_with_more_words_writes(
         assert torch.equal(written[:, :start], rows)
 
 
+@pytest.mark.parametrize("side", ["left", "none"])
+def test_a_model_whose_positions_begin_after_that_of_padding(side: str) -> None:
+    """New versions of `generate` give it positions that begin at zero."""
+    base = made("Roberta", "ForCausalLM", is_decoder=True)
+    net, given = prompted(base), given_to(side)
+    plain = with_more_words(base, tokens_of(net))
+    for asked in ({}, {"use_cache": False}):
+        expected = writes(plain, longer(**given), **asked)
+        assert torch.equal(writes(net, given, **asked)[:, 6:], expected[:, 6 + N :])
+
+
 def caches_are_right(base: Any) -> bool:
     """Whether the plain model computes the same with a cache; Mamba 2 in 4.48 does not."""
     asked = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -232,6 +243,28 @@ def test_a_copy_and_a_cache_that_begins_again() -> None:
     assert fresh.get_seq_length() == 6 + N
 
 
+class Hybrid(transformers.DynamicCache):
+    """One that holds states, and says nothing of its length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def test_a_cache_that_seems_empty() -> None:
+    """Filled by somebody else: the states tell of it."""
+    net, ids = prompted(made("Llama", "ForCausalLM")), torch.full((2, 6), 5)
+    filled = Hybrid()
+    net(ids, past_key_values=filled)  # zeros alone are an empty cache
+    other = Hybrid()
+    other.state += 1
+    with pytest.raises(ValueError, match=r"a Hybrid that it did not fill.*begin anew"):
+        net(ids, past_key_values=other)
+
+
 class Memory:
     """States of earlier tokens in a form of somebody's own."""
 
@@ -299,9 +332,10 @@ def test_other_ways_are_right_or_refused(kind: str, way: Callable[[Any, Any], An
     base = made(kind, "ForCausalLM")
     ids = torch.tensor([[5, 6, 7, 5, 6, 7]])
     writer, asked = way(prompted(base), base)
-    expected = writer.generate(ids, do_sample=False, **QUIET)
+    few = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD}
+    expected = writer.generate(ids, **few)
     try:
-        written = writer.generate(ids, do_sample=False, **QUIET, **asked)
+        written = writer.generate(ids, **few, **asked)
     except AdaptationError as problem:
         told = str(problem)
     else:

@@ -81,13 +81,13 @@ def length_of(cache: Any) -> int | None:
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether no token is in a cache."""
+    """Whether no token is in a cache: all of its answers say so, and it holds zeros at most."""
     length, state = length_of(cache), _has_state(cache)
-    answers = set() if length is None else {length == 0}
-    answers |= set() if state is None else {not state}
-    if len(answers) == 1:
-        return answers.pop()
-    # Neither answers, or one of a hybrid's two kinds of layers is wrong about the whole.
+    if state is None and length:
+        return False
+    if length is None and state:
+        return False
+    # The length may be that of one layer, or of a batch, where others hold states.
     return not any(bool(tensor.any()) for tensor in _tensors_in(cache))
 
 

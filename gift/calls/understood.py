@@ -98,7 +98,8 @@ class Understood:
                 f"was given a cache{of}, a {kind} that it did not fill, so that the {self.virtual} "
                 f"virtual tokens are not in it: begin anew, without {self.cache_name}"
             )
-        return note.length if length is None and note is not None else length
+        # Where the first layer holds a state, its length is none.
+        return note.length if not length and note is not None else length
 
     def _check_limit(self, limit: int | None) -> None:
         n = self.virtual
@@ -213,7 +214,7 @@ class Understood:
         mask = named.get("attention_mask")
         if isinstance(mask, Tensor):
             named["attention_mask"] = F.pad(mask, (n, 0), value=1)
-        self._shift("position_ids", self.first)
+        self._shift("position_ids", self._begin())
         if self.has_positions:
             self._shift("cache_position", 0)
         for name, value in named.items():
@@ -221,6 +222,17 @@ class Understood:
                 continue
             if name == "labels" or name.endswith(_TYPES):
                 named[name] = F.pad(value, (n, 0), value=-100 if name == "labels" else 0)
+
+    def _begin(self) -> int:
+        """Where given positions begin: ``generate()`` counts from zero, whatever the model does."""
+        positions, mask = self.named.get("position_ids"), self.named.get("attention_mask")
+        if not self.first or self.continues or not isinstance(positions, Tensor):
+            return self.first
+        if isinstance(mask, Tensor):  # extended already
+            mask = mask[:, self.virtual :].expand(positions.shape).bool()
+            positions = positions[mask]
+        begins = torch.compiler.is_compiling() or bool((positions >= self.first).all())
+        return self.first if begins else 0
 
     def _shift(self, name: str, first: int) -> None:
         positions = self.named.get(name)
