@@ -133,6 +133,8 @@ def _calls() -> Iterator[tuple[str, Trip]]:
 
 def _prompts() -> Iterator[tuple[str, Trip]]:
     for kind, head in prompts.EACH_TOKEN + prompts.EACH_SEQUENCE:
+        if prompts.config_of(kind) is None:
+            continue
 
         def make(kind: str = kind, head: str = head) -> nn.Module:
             return prompts.made(kind, head)
@@ -141,7 +143,13 @@ def _prompts() -> Iterator[tuple[str, Trip]]:
             given = prompts.batch("right")
             if net.config.is_encoder_decoder:
                 given["decoder_input_ids"] = given["input_ids"]
-            return net(**given).logits
+            net.config.use_cache = False  # some old models make one for the words alone
+            # Old versions of transformers make their masks of the default dtype.
+            torch.set_default_dtype(torch.float64)
+            try:
+                return net(**given).logits
+            finally:
+                torch.set_default_dtype(torch.float32)
 
         yield f"prompt-{kind}-{head}", Trip(make, PromptFineTuningStrategy(3), outputs)
 

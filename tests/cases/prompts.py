@@ -55,13 +55,17 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def config_of(kind: str) -> Any:
+    """The class of a family's configuration, or None if transformers is older than the family."""
+    return getattr(transformers, f"{kind}{'TextConfig' if kind == 'Gemma3' else 'Config'}", None)
+
+
 def made(kind: str, head: str, **more: Any) -> Any:
     """A small model with values like those of a trained one; `more` settings."""
     settings = OWN[kind] if OWN.get(kind) is PARTS else SIZES | OWN.get(kind, {})
-    text = "TextConfig" if kind == "Gemma3" else "Config"
-    if not hasattr(transformers, f"{kind}{text}"):
+    if (config_class := config_of(kind)) is None:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    config = getattr(transformers, f"{kind}{text}")(**settings | more)
+    config = config_class(**settings | more)
     net = getattr(transformers, f"{kind}{head}")(config).double().eval()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.4)
