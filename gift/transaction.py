@@ -36,7 +36,7 @@ from gift.delta import added_names
 from gift.extension import release_extensions
 from gift.frozen import HELD
 from gift.generated import plain_class, set_class
-from gift.guard import KeptValues
+from gift.guard import KeptValues, parts_of
 from gift.interrupts import held_interrupts
 from gift.statistics import release_statistics
 from gift.tensors import is_expanded, same_bits, set_data, set_flag
@@ -273,7 +273,9 @@ class Snapshot:
         records = [state["_gift_network"] for *_, state in states if "_gift_network" in state]
         known = [vars(one) for r in records for one in (r, r.undo)] + [vars(o) for o in objects]
         self.objects = [(state, dict(state), _contents(state)) for state in known]
-        self.written = [(t, t.detach().clone()) for t in writes if not is_lazy(t)]
+        # Of quantised tensors the parts, since a clone of some kinds would quantise again.
+        written = [part for t in writes if not is_lazy(t) for part in parts_of(t)]
+        self.written = [(part, part.detach().clone()) for part in written]
 
     @cached_property
     def values(self) -> KeptValues:

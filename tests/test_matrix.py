@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gift import FineTuningStrategy, GiftWarning, disable_fine_tuning, enable_fine_tuning
 from gift.adapter import adapters_of
 from gift.factories import ma_adapt
+from gift.methods import METHODS as KNOWN
 from gift.state_settings import is_settings
 from tests.cases.layers import ANY_LAYER, LAYERS, LayerCase
 from tests.cases.methods import METHODS, MethodCase
@@ -460,6 +461,11 @@ def test_inputs_that_are_written_into_later_never_give_wrong_gradients(
 def test_what_is_impossible_says_why_and_changes_nothing(
     method: MethodCase, layer: LayerCase, reason: str
 ) -> None:
+    # A size that fits some weights of a layer is clipped for the others, unless that is refused.
+    clips = [f"clip_{name}" for name in ("rank", "block_size", "n_frequency")]
+    own = {f.name for f in dataclasses.fields(KNOWN[method.method])}
+    settings = method.settings | {name: False for name in clips if name in own}
+    method = dataclasses.replace(method, settings=settings)
     net = layer.make()
     before = picture(net)
     with pytest.raises(ValueError, match=reason):
