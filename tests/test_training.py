@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import gift
+from gift import GiftWarning
 from gift.data.examples import Examples
 from gift.schedules import Freeze, FreezeUnfreeze
 from gift.strategies import (
@@ -339,9 +340,10 @@ def test_a_value_that_is_not_a_number_is_never_the_best() -> None:
             return y * torch.nan if not self.training and self.steps in (1, 3, 4) else y
 
     data_of_one_batch = (inputs[:32], labels[:32])
-    result = finetune(
-        Breaks(), data_of_one_batch, data_of_one_batch, strategy=lora(), epochs=4, **QUIET
-    )
+    with pytest.warns(GiftWarning, match="loss on the validation examples is not finite"):
+        result = finetune(
+            Breaks(), data_of_one_batch, data_of_one_batch, strategy=lora(), epochs=4, **QUIET
+        )
     finite = [math.isfinite(row["valid_loss"]) for row in result.history]
     assert (finite, result.best_epoch) == ([False, True, False, False], 2)
 
