@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from gift.adapter import Adapter, is_sharded, plain_tensor
 from gift.delta import DeltaModule, as_plain
-from gift.effective import EffectiveWeight, plain, refused
+from gift.effective import EffectiveWeight, refused
 from gift.generated import Generated, Spec, contributes, generated_class, plain_class
 from gift.layers import row_of
 from gift.methods import METHODS
@@ -39,10 +39,19 @@ class AdaptedModule(DeltaModule):
 
     def _gift_weight(self, tensor: str) -> Any:
         """What the module itself computes with: the effective weight, if the tensor is adapted."""
-        if tensor not in self._gift_adapters:
+        adapter = self._gift_adapters.get(tensor)
+        if adapter is None:
             return getattr(self, tensor, None)
-        weight = getattr(self, tensor)
-        return plain(weight) if type(weight) is EffectiveWeight else weight
+        frozen = self._gift_frozen(tensor)
+        return None if frozen is None else adapter.read(self, frozen)  # type: ignore[arg-type]
+
+    def _gift_bias(self) -> Any:
+        """The bias that a fast forward computes with, which reads it once: it costs no guard."""
+        adapter = self._gift_adapters.get("bias")
+        if adapter is None:
+            return self.bias  # type: ignore[attr-defined]
+        frozen = self._gift_frozen("bias")
+        return None if frozen is None else adapter.weight(self, frozen)  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and value is self._gift_plain and _is_parametrized(value):

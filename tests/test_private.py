@@ -4,6 +4,8 @@ import ast
 import collections
 import importlib.util
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -503,3 +505,24 @@ class FakeModel(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+
+def test_nothing_that_gift_does_imports_the_compiler() -> None:
+    """It takes torch seconds; who compiles imports it anyway."""
+    program = (
+        "import copy, sys, tempfile, torch, gift\n"
+        "from gift.strategies import LoRALinearFineTuningStrategy as LoRA\n"
+        "base = torch.nn.Linear(16, 16); net = copy.deepcopy(base)\n"
+        "gift.enable_fine_tuning(net, LoRA(rank=2)); net(torch.ones(1, 16)).sum().backward()\n"
+        "path = tempfile.mkdtemp() + '/delta.safetensors'\n"
+        "gift.save(net, path); gift.load(base, path); gift.merge(base)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT.parent,
+    )
+    assert done.stdout.strip() == "False", done.stderr

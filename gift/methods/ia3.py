@@ -93,7 +93,11 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     one_position = all(size == 1 for size in self.kernel_size)
     if not is_usual(self) or (method.feedforward and not one_position):
         return convolve(self, input, self.weight, self.bias)
-    factor, frozen, bias = parameters["ia3_l"], self._gift_frozen("weight"), self.bias
+    factor, frozen, bias = (
+        parameters["ia3_l"],
+        self._gift_frozen("weight"),
+        self._gift_bias(),
+    )
     if method.feedforward:
         seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
         return convolve(self, seen, frozen, bias)

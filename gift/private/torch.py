@@ -223,6 +223,12 @@ class BeforeWrites(_Dispatching):
     documented, but both under such names. Otherwise it is taken that all is written into.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # To keep its compiler away from what runs in a mode, torch would import it: two seconds in
+        # the first `gift.load` of a process. Nothing is compiled here.
+        return False
+
     def watched(self) -> Iterable[Tensor]:
         """The tensors that matter."""
         raise NotImplementedError
