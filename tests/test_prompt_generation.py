@@ -248,7 +248,7 @@ class Hybrid(transformers.DynamicCache):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = torch.zeros(2)
+        self.state = torch.zeros(2, 4)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -88,7 +88,7 @@ def is_empty(cache: Any) -> bool:
     if length is None and state:
         return False
     # The length may be that of one layer, or of a batch, where others hold states.
-    return not any(bool(tensor.any()) for tensor in _tensors_in(cache))
+    return not any(bool(tensor.any()) for tensor in _states_in(cache))
 
 
 def _has_state(cache: Any) -> bool | None:
@@ -100,9 +100,11 @@ def _has_state(cache: Any) -> bool | None:
     return told if isinstance(told, bool) else None
 
 
-def _tensors_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
+def _states_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
+    """The tensors of numbers for each sequence; sizes of windows and counts are none."""
     if isinstance(value, Tensor):
-        yield value
+        if value.ndim > 1 and (value.is_floating_point() or value.is_complex()):
+            yield value
     elif depth:
         if isinstance(value, Mapping):
             items: Iterable[Any] = value.values()
@@ -111,7 +113,7 @@ def _tensors_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
         else:
             items = getattr(value, "__dict__", {}).values()
         for item in items:
-            yield from _tensors_in(item, depth - 1)
+            yield from _states_in(item, depth - 1)
 
 
 def has_fixed_length(cache: Any) -> bool:
