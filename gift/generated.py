@@ -40,10 +40,7 @@ class Spec(NamedTuple):
 
 _PLAIN = Spec()
 
-_PICKLING = {
-    name: getattr(nn.Module, name, None)
-    for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs_ex__")
-}
+_PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs_ex__")
 
 Contribution = Callable[[type, Spec], tuple[list[type], dict[str, Any]]]
 _contributions: list[Contribution] = []
@@ -265,7 +262,8 @@ def _generate(plain: type, spec: Spec) -> type:
         namespace["get_parameter"] = _get_parameter
     if hasattr(plain, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy
-    if any(getattr(plain, name, None) is not own for name, own in _PICKLING.items()):
+    # Compared with what is there now: torch.compile replaces `nn.Module.__setstate__`.
+    if any(getattr(plain, n, None) is not getattr(nn.Module, n, None) for n in _PICKLING):
         namespace |= {"__reduce_ex__": _reduce, "__setstate__": _set_state}
     if hasattr(plain, "recompile"):
         namespace["recompile"] = _recompile

@@ -9,7 +9,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -898,7 +898,15 @@ class Halved(nn.Module):
         return tensor / 2
 
 
-def test_a_delta_can_be_parametrised() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_delta_can_be_parametrised(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:  # torch.compile replaces this, for good, by a function that calls it
+
+        def tagging(self: nn.Module, state: Any, own: Any = nn.Module.__setstate__) -> None:
+            own(self, state)
+
+        monkeypatch.setattr(nn.Module, "__setstate__", tagging)
+        monkeypatch.setattr("gift.generated._classes", {})
     base, net, x = case("mlp")
     parametrize.register_parametrization(net[0], "lora_B", Halved())
     halved = {n.replace("parametrizations.lora_B.original", "lora_B"): p for n, p in deltas(net).items()}  # noqa: E501  # fmt: skip
