@@ -35,8 +35,8 @@ class KeptValues(BeforeWrites):
         for part in parts_of(tensor):
             self._keep(part)
 
-    def _keep(self, tensor: Any) -> None:
-        if isinstance(tensor, Tensor) and _has_memory(tensor):
+    def _keep(self, tensor: Tensor) -> None:
+        if _has_memory(tensor):
             key = storage_key(tensor)
             if key in self.storages and key not in self.kept:
                 self.kept[key] = self.storages[key].clone()
@@ -61,26 +61,26 @@ class KeptValues(BeforeWrites):
     def _rebuilt(self, tensor: Any) -> Tensor | None:
         names, context = tensor.__tensor_flatten__()
         parts = {name: getattr(tensor, name) for name in names}
-        before = {name: self.original(part) for name, part in parts.items()}
+        before = {n: self.original(p) for n, p in parts.items() if isinstance(p, Tensor)}
         if all(value is None for value in before.values()):
             return None
-        whole = {n: parts[n].clone() if v is None else v for n, v in before.items()}
+        whole = parts | {n: parts[n].clone() if v is None else v for n, v in before.items()}
         shape, stride = tensor.shape, tensor.stride()
         return type(tensor).__tensor_unflatten__(whole, context, shape, stride)
 
 
-def parts_of(tensor: Any) -> Iterator[Any]:
+def parts_of(tensor: Any) -> Iterator[Tensor]:
     """The tensors with memory of which a tensor consists: itself, or those that it wraps."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts_of(getattr(tensor, name))
-    else:
+    elif isinstance(tensor, Tensor):  # a DTensor flattens to its mesh as well
         yield tensor
 
 
 def memory_of(tensor: Tensor) -> Any:
     """What is the same for all tensors that show the same memory in the same way."""
-    parts = [t for t in parts_of(tensor) if isinstance(t, Tensor)]
+    parts = list(parts_of(tensor))
     if any(is_lazy(t) or t.layout is not torch.strided for t in parts):
         return id(tensor)
     return tuple((storage_key(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in parts)
