@@ -61,7 +61,7 @@ def lowest() -> dict[str, Version]:
 
 def run_tests(session: nox.Session, *tests: str) -> None:
     """Run tests on two processes, and say which versions they ran on."""
-    session.env |= {"OMP_NUM_THREADS": "1"}
+    session.env["OMP_NUM_THREADS"] = "1"
     tests = tuple(session.posargs) or tests
     session.run("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *tests)
     session.run(UV, "pip", "list", external=True)
