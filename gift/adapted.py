@@ -37,21 +37,25 @@ class AdaptedModule(DeltaModule):
         """The frozen tensor: a parameter, or what a parametrization or hook computed."""
         return plain_tensor(self, tensor)  # type: ignore[arg-type]
 
-    def _gift_weight(self, tensor: str) -> Any:
-        """What the module itself computes with: the effective weight, if the tensor is adapted."""
+    def _gift_weight(self, tensor: str, once: bool = False) -> Any:
+        """What the module itself computes with: the effective weight, if the tensor is adapted.
+
+        Args:
+            tensor: its name.
+            once: whether it is read once in a call, so that nobody need find it again.
+        """
         adapter = self._gift_adapters.get(tensor)
         if adapter is None:
             return getattr(self, tensor, None)
         frozen = self._gift_frozen(tensor)
-        return None if frozen is None else adapter.read(self, frozen)  # type: ignore[arg-type]
-
-    def _gift_bias(self) -> Any:
-        """The bias that a fast forward computes with, which reads it once: it costs no guard."""
-        adapter = self._gift_adapters.get("bias")
-        if adapter is None:
-            return self.bias  # type: ignore[attr-defined]
-        frozen = self._gift_frozen("bias")
-        return None if frozen is None else adapter.weight(self, frozen)  # type: ignore[arg-type]
+        if frozen is None:
+            return None
+        try:
+            make = adapter.weight if once else adapter.read
+            return make(self, frozen)  # type: ignore[arg-type]
+        except AttributeError as error:
+            # Of a property, nn.Module would answer an AttributeError with the frozen tensor.
+            raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and value is self._gift_plain and _is_parametrized(value):
@@ -179,19 +183,12 @@ def _effective(tensor: str) -> property:
     def read(self: Any) -> Any:
         if not torch.compiler.is_compiling() and _asks_to_reparametrise(inspect.currentframe()):
             raise _reparametrised(tensor)
-        frozen = self._gift_frozen(tensor)
-        if frozen is None:
-            return frozen
-        adapter = self._gift_adapters[tensor]
-        try:
-            weight = adapter.read(self, frozen)
-        except AttributeError as error:
-            # nn.Module would answer an AttributeError with the frozen tensor, silently.
-            raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
+        weight = self._gift_weight(tensor)
         if torch.compiler.is_compiling() or type(weight) is not Tensor or is_transformed():
             return weight
         guarded: Any = EffectiveWeight.of(weight, f"{plain_class(type(self)).__name__}.{tensor}")
         if tensor in self._parameters and guarded is not weight:
+            adapter, frozen = self._gift_adapters[tensor], self._parameters[tensor]
             guarded._gift_frozen, guarded._gift_order = frozen, tuple(self._parameters)
             adapter.memory.reader = TensorWeakRef(guarded)
             if weight.requires_grad:

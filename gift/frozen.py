@@ -112,9 +112,9 @@ def unfrozen(network: Any) -> list[nn.Parameter]:
 
 def tell_unfrozen(network: Any) -> None:
     """Warn once of what `unfrozen` finds."""
-    record = network._gift_network
     if torch.compiler.is_compiling():  # which cannot look at flags, and warns nobody
         return
+    record = network._gift_network
     if record.told_unfrozen or not (found := {id(p) for p in unfrozen(network)}):
         return
     record.told_unfrozen = True

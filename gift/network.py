@@ -78,7 +78,7 @@ class FineTunedNetwork(Generated):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network; before a training step it is seen whether its base is still frozen."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
             tell_unfrozen(self)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -123,8 +123,7 @@ class FineTunedNetwork(Generated):
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
-            for name in (*frozen_names(self), *quant_state_names(self)):
-                state.pop(prefix + name, None)
+            _drop_names(self, state, prefix)
             if _overrides(self, "state_dict"):
                 _drop_frozen(self, state)
         _complete(self, state, prefix, kwargs.get("keep_vars", args[2] if len(args) > 2 else False))
@@ -199,6 +198,12 @@ def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
     yield from trained.values()
 
 
+def _drop_names(network: Any, state: MutableMapping[str, Any], prefix: str) -> None:
+    """Drop what is frozen, and what belongs to quantised tensors, by torch's names."""
+    for name in (*frozen_names(network), *quant_state_names(network)):
+        state.pop(prefix + name, None)
+
+
 def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:
     """Drop frozen tensors to which the author of a network gave other names."""
     trained = {id(p) for _, p in named_trainable(network)}
@@ -236,8 +241,7 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
 def own_state(network: Any) -> dict[str, Any]:
     """What ``state_dict()`` gives, by torch's names whatever names the author has for it."""
     state = nn.Module.state_dict(network)
-    for name in (*frozen_names(network), *quant_state_names(network)):
-        state.pop(name, None)
+    _drop_names(network, state, "")
     _complete(network, state, "", False)
     _describe_deltas(network, state, "")
     return state

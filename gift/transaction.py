@@ -44,7 +44,6 @@ from gift.tensors import is_expanded, same_bits, set_data, set_flag
 OWN = (HELD, "_gift_adapters", "_gift_extensions", "_gift_network", "_gift_schedule", "_gift_mode")
 
 
-_Missing = Missing  # under which pickles know it
 _ATTRIBUTES: Any = vars(nn.Module)["__dict__"]
 
 

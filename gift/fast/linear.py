@@ -101,7 +101,9 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
             return Product(self, self.weight, transposed).output(x, self.bias)
         method, parameters = adapter.delta_of(self)
         product = product_of(self, transposed)
-        return path(method, parameters, x, product, self._gift_bias(), self.training)
+        return path(
+            method, parameters, x, product, self._gift_weight("bias", once=True), self.training
+        )
 
     def linear(self: Any, input: Tensor) -> Tensor:
         return forward(self, input, transposed=False)

@@ -96,7 +96,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     factor, frozen, bias = (
         parameters["ia3_l"],
         self._gift_frozen("weight"),
-        self._gift_bias(),
+        self._gift_weight("bias", once=True),
     )
     if method.feedforward:
         seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)

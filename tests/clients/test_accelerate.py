@@ -77,18 +77,23 @@ def test_its_loop_and_its_states(tmp_path: Path) -> None:
     client.check(losses, reload, exact=True)
 
 
+def offload(net: nn.Module, where: str, folder: Path) -> None:
+    """To the processor's memory, to files, or the last layer to files."""
+    if where == "cpu":
+        accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
+    elif where == "disk":
+        accelerate.disk_offload(net, str(folder), execution_device=torch.device("cpu"))
+    else:
+        places = {"0": "cpu", "1": "cpu", "2": "cpu", "3": "disk"}
+        accelerate.dispatch_model(net, places, offload_dir=str(folder))
+
+
 @pytest.mark.parametrize("where", ["cpu", "disk", "both"])
 def test_a_merged_network_is_offloaded(where: str, tmp_path: Path) -> None:
     net = tuned()
     expected = output(net)
     merged = gift.merge(net)
-    if where == "cpu":
-        accelerate.cpu_offload(merged, execution_device=torch.device("cpu"))
-    elif where == "disk":
-        accelerate.disk_offload(merged, str(tmp_path), execution_device=torch.device("cpu"))
-    else:
-        places = {"0": "cpu", "1": "cpu", "2": "cpu", "3": "disk"}
-        accelerate.dispatch_model(merged, places, offload_dir=str(tmp_path))
+    offload(merged, where, tmp_path)
     assert any(parameter.is_meta for parameter in merged.parameters())
     torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)
 
@@ -97,13 +102,7 @@ def test_a_merged_network_is_offloaded(where: str, tmp_path: Path) -> None:
 def test_an_offloaded_network_is_not_fine_tuned(where: str, tmp_path: Path) -> None:
     net = made()
     expected = output(net)
-    if where == "cpu":
-        accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
-    elif where == "disk":
-        accelerate.disk_offload(net, str(tmp_path), execution_device=torch.device("cpu"))
-    else:
-        places = {"0": "cpu", "1": "cpu", "2": "cpu", "3": "disk"}
-        accelerate.dispatch_model(net, places, offload_dir=str(tmp_path))
+    offload(net, where, tmp_path)
     with pytest.raises(ValueError, match="offloaded by accelerate"):
         enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
     assert torch.equal(output(net), expected)
