@@ -1,14 +1,19 @@
 """gift fine-tunes any ``torch.nn.Module`` by training a small delta beside its frozen weights."""
 
 from gift.bank import DeltaBank
-from gift.choosing import suggest
-from gift.detached import disabled
-from gift.enable import GiftWarning, disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
-from gift.exchange import load_kohya, load_peft, save_kohya, save_peft
+from gift.budget import suggest
+from gift.core.iterator import ModuleIterator
+from gift.engine.enable import (
+    GiftWarning,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    plan_fine_tuning,
+)
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
-from gift.iterator import ModuleIterator
+from gift.interop import load_kohya, load_peft, save_kohya, save_peft
 from gift.merging import merge, merged
-from gift.reference import reference
+from gift.merging.reference import reference
+from gift.merging.unload import disabled
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import gift
 from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
 from gift.factories import ma_adapt
-from gift.factories.recorded import bind
+from gift.factories.serializable import bind
 from gift.strategies import BottleneckFineTuningStrategy, PromptFineTuningStrategy
 from tests.cases import calls, prompts
 from tests.cases.layers import ANY_LAYER

@@ -29,7 +29,6 @@ from gift import DeltaFileError, FineTuningStrategy, enable_fine_tuning, merge_s
 from gift.factories import ma_adapt
 from gift.files import container
 from gift.files.digests import digests
-from gift.registry import REGISTRY
 from gift.strategies import (
     BottleneckFineTuningStrategy,
     FullFineTuningStrategy,
@@ -37,6 +36,7 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     VeRALinearFineTuningStrategy,
 )
+from gift.support.recipes import REGISTRY
 from tests.common import picture
 
 Header = dict[str, Any]

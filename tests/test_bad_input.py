@@ -19,7 +19,7 @@ from gift import (
     merge_strategies,
     plan_fine_tuning,
 )
-from gift.adapter import adapters_of
+from gift.core.weights.record import adapters_of
 from gift.factories import (
     ma_adapt,
     ma_freeze,

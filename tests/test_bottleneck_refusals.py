@@ -13,7 +13,7 @@ from gift.factories import ma_bottleneck, mc_path
 from gift.strategies import BottleneckFineTuningStrategy as Bottlenecks
 from tests.common import picture
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 
 class Unknown(nn.Module):

@@ -28,7 +28,7 @@ from tests.cases.calls import (
 )
 from tests.common import all_bits, bits, picture
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 # --- precision -----------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
-from gift.fast.rescale import rescaled
-from gift.fast.whole import Terms
+from gift.kernels.rescale import rescaled
+from gift.kernels.whole import Terms
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("dora", {"rank": 2}),

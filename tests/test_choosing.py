@@ -33,7 +33,8 @@ from gift import (
     plan_fine_tuning,
     suggest,
 )
-from gift.choosing.rehearsal import on_meta
+from gift.core.state_settings import without_settings
+from gift.engine.dry_run import on_meta
 from gift.factories import (
     ma_adapt,
     ma_train,
@@ -47,7 +48,6 @@ from gift.factories import (
     pc_name,
 )
 from gift.methods import METHODS, LoRA
-from gift.state_settings import without_settings
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,
@@ -62,7 +62,7 @@ from gift.strategies import (
 from gift.utils.info import compare_methods, table_methods
 from tests.common import picture, trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 LORA = LoRAAllFineTuningStrategy
 OTHERS = {"bitfit", "norm", "full", "bottleneck", "prompt"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import gift
-from gift.commands import app
+from gift.cli.app import app
 from gift.jobs import KINDS, Run, init_text, read_job
 from gift.strategies import LoRALinearFineTuningStrategy
 from gift.utils.info import collect_trainable_parameters, table_info, table_methods

@@ -11,7 +11,7 @@ from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
 from gift.methods import METHODS
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 # Sizes of their own for each method, so that nothing is known of them yet.
 LAYERS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], Tensor]]] = {

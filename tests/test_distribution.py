@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from gift.extras import install, needed
+from gift.support.optional import install, needed
 from gift.version import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from gift.strategies import STRATEGIES
 from tests.common import all_bits, picture
 
 everywhere = pytest.mark.parametrize("method", METHODS)
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 
 def bert() -> nn.Module:

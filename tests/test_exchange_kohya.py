@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import gift
 from gift import FineTuningStrategy, enable_fine_tuning
-from gift.exchange.kohya import load_kohya, save_kohya
+from gift.core.network import moved_buffers
 from gift.factories import (
     ma_adapt,
     ma_bottleneck,
@@ -28,7 +28,7 @@ from gift.factories import (
     pa_train,
     pc_name,
 )  # fmt: skip
-from gift.network import moved_buffers
+from gift.interop.kohya import load_kohya, save_kohya
 from tests.common import picture
 
 lycoris = pytest.importorskip("lycoris.wrapper")  # of which every version asks for its own torch
@@ -36,7 +36,7 @@ LycorisNetwork, create_lycoris_from_weights = (
     lycoris.LycorisNetwork,
     lycoris.create_lycoris_from_weights,
 )
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 X = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -16,13 +16,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
-from gift.exchange import load_peft, save_peft
 from gift.factories import ma_adapt, mc_name
+from gift.interop import load_peft, save_peft
 from tests.cases.exchange import LAYERS, OURS, THEIRS, cells, randomised, trained_by_peft
 from tests.common import all_bits
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning"),
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
     pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`"),
 ]

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gift import FineTuningStrategy, enable_fine_tuning
-from gift.exchange import load_peft, save_peft
-from gift.exchange.peft_names import by_pattern, exact_pattern, exactly, targeted
-from gift.exchange.peft_oft import adjusted
-from gift.exchange.peft_products import peft_factorization
 from gift.factories import ma_adapt, mc_layer
+from gift.interop import load_peft, save_peft
+from gift.interop.peft.names import by_pattern, exact_pattern, exactly, targeted
+from gift.interop.peft.oft import adjusted
+from gift.interop.peft.products import peft_factorization
 from tests.cases.exchange import randomised
 
 NAMES = [

@@ -16,7 +16,6 @@ from torchvision.models import resnet18
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
-from gift.exchange import load_peft, save_peft
 from gift.factories import (
     ma_adapt,
     ma_prompt,
@@ -29,6 +28,7 @@ from gift.factories import (
     pc_name,
     pc_path,
 )  # fmt: skip
+from gift.interop import load_peft, save_peft
 from gift.strategies import (
     BitFitFineTuningStrategy,
     LoRAAllFineTuningStrategy,
@@ -48,7 +48,7 @@ from tests.cases.exchange import (
 from tests.common import all_bits, trainable
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning"),
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:Could not identify embedding"),

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gift import DeltaFileError, FineTuningStrategy, enable_fine_tuning
-from gift.exchange import load_peft, save_peft
 from gift.factories import (
     ma_adapt,
     mc_layer,
 )
+from gift.interop import load_peft, save_peft
 from tests.cases.exchange import (
     Around,
     Attended,
@@ -32,7 +32,7 @@ from tests.cases.exchange import (
 from tests.common import picture
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning"),
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
 ]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

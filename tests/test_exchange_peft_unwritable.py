@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 import gift.files.container
 from gift import DeltaFileError, FineTuningStrategy, enable_fine_tuning
-from gift.exchange import load_peft, save_peft
 from gift.factories import (
     ma_adapt,
     ma_bottleneck,
@@ -29,6 +28,7 @@ from gift.factories import (
     pc_name,
     pc_path,
 )
+from gift.interop import load_peft, save_peft
 from tests.cases.exchange import (
     Around,
     Attended,
@@ -41,7 +41,7 @@ from tests.cases.exchange import (
 from tests.common import picture
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning"),
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
 ]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -48,7 +48,7 @@ from gift.strategies import (
 from tests.cases.calls import encoder, fill, small
 from tests.common import picture, trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 Bottlenecks = BottleneckFineTuningStrategy
 KEYS = [f"bottleneck_{key}" for key in ("down_weight", "down_bias", "up_weight", "up_bias")]

@@ -50,7 +50,7 @@ from gift.factories import (
 from gift.methods import LoRA
 from tests.common import all_bits, enabled, picture, trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 
 class Classifier(nn.Linear):

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
-from gift.fast import low_rank
-from gift.fast.choice import FORMS, Form, Plan, linear_form, plan
-from gift.fast.geometry import Geometry
+from gift.kernels import low_rank
+from gift.kernels.choice import FORMS, Form, Plan, linear_form, plan
+from gift.kernels.geometry import Geometry
 from gift.methods import METHODS
 from gift.strategies import LoRALinearFineTuningStrategy
 from gift.utils.info import forms
@@ -215,7 +215,7 @@ def plans_of(monkeypatch: pytest.MonkeyPatch, call: Any) -> list[Plan]:
     return seen
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 @pytest.mark.parametrize("form", [None, *FORMS])
 def test_plans_of_a_layer_follow_the_setting_and_never_the_values(
     form: Form | None, monkeypatch: pytest.MonkeyPatch

@@ -23,13 +23,13 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
-from gift.fast import thin
-from gift.fast.choice import FORMS, Plan
-from gift.fast.geometry import Geometry
-from gift.fast.low_rank_conv import LowRankConv
+from gift.kernels import thin
+from gift.kernels.choice import FORMS, Plan
+from gift.kernels.geometry import Geometry
+from gift.kernels.low_rank_conv import LowRankConv
 from tests.common import bytes_kept, per_example_gradients, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 LAYOUTS = ("balanced", "out_as_h")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
-from gift.fast import gemm
-from gift.fast.choice import FORMS
+from gift.kernels import gemm
+from gift.kernels.choice import FORMS
 from tests.common import delta, per_example_gradients, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 ONEDNN = "mkldnn::_linear_pointwise"
 

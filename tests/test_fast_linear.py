@@ -23,12 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any, mc_layer
-from gift.fast.choice import FORMS, Form
-from gift.fast.low_rank_linear import LowRankLinear
+from gift.kernels.choice import FORMS, Form
+from gift.kernels.low_rank_linear import LowRankLinear
 from gift.strategies import LoRALinearFineTuningStrategy
 from tests.common import bytes_kept, per_example_gradients, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 INPUTS, OUTPUTS = 6, 5

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrizations
 
 import gift
 from gift import DeltaFileError, FineTuningStrategy, GiftWarning, enable_fine_tuning
-from gift.calls import Bottleneck
 from gift.factories import (
     ma_adapt,
     ma_bottleneck,
@@ -39,6 +38,7 @@ from gift.strategies import (
     merge_strategies,
 )
 from gift.strategies.resolved import ResolvedStrategy
+from gift.wrappers import Bottleneck
 from tests import _files_worker
 from tests._files_worker import unnamed
 from tests.common import all_bits, bits, picture

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gift.schedules import Freeze, NoFreeze, Schedule
 from gift.strategies import LoRAAllFineTuningStrategy
 from gift.training import TrainingError
-from gift.training.rates import LearningRates, find_lr, smooth
+from gift.training.lr_finder import LearningRates, find_lr, smooth
 from tests.common import enabled, picture
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import gift
+from gift.core.undo.snapshot import Snapshot
 from gift.strategies import LoRAAllFineTuningStrategy
-from gift.transaction import Snapshot
 
 from .common import bits
 
@@ -274,7 +274,12 @@ def test_rolling_back_is_completed_when_it_is_interrupted_at_any_line() -> None:
     net = Slotted()
     net.inner[0].weight.grad = torch.zeros(4, 4)
     held, looks = _held(net), _look(net)
-    files = ("gift/transaction.py", "gift/containers.py", "gift/generated.py", "gift/tensors.py")
+    files = (
+        "gift/core/undo/snapshot.py",
+        "gift/core/undo/containers.py",
+        "gift/core/dynamic_class.py",
+        "gift/support/tensors.py",
+    )
 
     def attempt(at: int) -> int:
         snapshot = Snapshot(net)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import gift
-from gift.extras import install
+from gift.support.optional import install
 from noxfile import PROJECT, requirements
 from tests.isolated import ROOT, build_wheel, closure, environment, python
 
@@ -121,7 +121,7 @@ def needed_modules(extra: str) -> list[str]:
 # What is done with an extra: names of commands, of entry points, of documented parts.
 DONE = {
     "cli": """
-from gift.commands import app
+from gift.cli.app import app
 for command in ("", "init", "finetune", "evaluate", "predict", "merge", "show", "table"):
     try:
         app([*command.split(), "--help"], prog_name="gift")

@@ -13,7 +13,7 @@ import yaml
 from gift.jobs import KINDS, Job, JobError, init_text, read_job, write_job
 from gift.jobs.kinds import Kind
 from gift.jobs.models import Strategy
-from gift.registry import REGISTRY
+from gift.support.recipes import REGISTRY
 from gift.training import Settings
 
 GOOD = """

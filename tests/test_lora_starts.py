@@ -17,7 +17,7 @@ from gift.factories import ma_adapt, mc_any
 from gift.methods import METHODS, pissa
 from tests.common import trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 ANCHORED = ["pissa", "olora"]
 anchored = pytest.mark.parametrize("method", ANCHORED)

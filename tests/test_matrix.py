@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gift import FineTuningStrategy, GiftWarning, disable_fine_tuning, enable_fine_tuning
-from gift.adapter import adapters_of
+from gift.core.state_settings import is_settings
+from gift.core.weights.record import adapters_of
 from gift.factories import ma_adapt
 from gift.methods import METHODS as KNOWN
-from gift.state_settings import is_settings
 from tests.cases.layers import ANY_LAYER, LAYERS, LayerCase
 from tests.cases.methods import METHODS, MethodCase
 from tests.common import picture

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning, merge_strategies
-from gift.adapter import adapters_of
+from gift.core.weights.record import adapters_of
 from gift.factories import ma_adapt, ma_train, mc_layer, mc_path, mc_type, pa_adapt, pc_name
 from gift.strategies import (
     IA3LinearFineTuningStrategy,
@@ -116,7 +116,7 @@ def test_several_tensors_of_one_module_may_have_methods_of_their_own() -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 def test_a_delta_of_another_layout_is_refused_where_its_shape_is_the_same() -> None:
     def net(layout: str) -> nn.Module:
         conv = nn.Conv2d(4, 6, 3)

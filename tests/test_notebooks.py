@@ -24,8 +24,8 @@ import gift
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
 from gift.methods import METHODS
-from gift.registry import REGISTRY
 from gift.strategies import STRATEGIES
+from gift.support.recipes import REGISTRY
 from gift.utils.info import table_methods
 from noxfile import requirements
 from tests.isolated import closure, environment, python

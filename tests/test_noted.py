@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import gift
+from gift.core.io_spec import note, noted
 from gift.data import PictureReader, tensors
 from gift.data.examples import Examples
 from gift.factories import ma_adapt
-from gift.noted import note, noted
 from gift.strategies import FineTuningStrategy, HeadReplacementStrategy, merge_strategies
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from gift.training import finetune, predict

@@ -13,7 +13,7 @@ from gift.factories import ma_adapt, ma_bottleneck, mc_any, mc_layer
 from gift.methods import METHODS
 from gift.methods.dora import DoRA
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_name
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 RANK, ALPHA = 2, 5
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {

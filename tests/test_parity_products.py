@@ -25,7 +25,7 @@ from gift.factories import ma_adapt, mc_layer
 from gift.methods import METHODS, FourierFT, LoHa, LoKr, Method, SHiRA, VeRA
 from gift.methods.lokr import factorization
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 Parameters = dict[str, nn.Parameter]
 DOUBLE = torch.float64

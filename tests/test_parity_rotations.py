@@ -14,7 +14,7 @@ from gift.factories import ma_adapt, mc_any, mc_name
 from gift.methods import METHODS, AdaptationError, Method
 from tests.common import trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 DOUBLE = {"dtype": torch.float64}
 Make, Inputs = Callable[[], nn.Module], Callable[[], Tensor]

@@ -18,7 +18,7 @@ from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import Check, ma_adapt, mc_name, mc_path
 from tests.common import trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 RANK = 3
 Factors = dict[str, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]

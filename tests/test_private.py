@@ -21,16 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gift
 from gift import DeltaBank, FineTuningStrategy, enable_fine_tuning
+from gift.core.undo.copy_on_write import KeptValues
 from gift.factories import ma_adapt, mc_layer
-from gift.fast import gemm
-from gift.guard import KeptValues
+from gift.kernels import gemm
 from gift.methods import AdaptationError
 from gift.methods.draws import seeded_buffer, sorted_entries
 from gift.private import torch as private
 from gift.private.diffusers import source_of
 from gift.strategies import LoRAAllFineTuningStrategy
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 ROOT = Path(gift.__file__).parent
 CUSTOMARY = {
@@ -240,7 +240,7 @@ def test_a_compiled_layer_is_right_where_sizes_cannot_be_asked(
     net = adapted(nn.Linear(6, 5))
     assert private.is_known(True)
     assert not private.is_known(False)
-    known = "gift.fast.low_rank_linear.is_known"
+    known = "gift.kernels.low_rank_linear.is_known"
     monkeypatch.setattr(known, lambda it: not torch.compiler.is_compiling() and bool(it))
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager", fullgraph=True, dynamic=True)
@@ -308,7 +308,7 @@ def test_shared_buffers_and_rescaled_outputs_without_that_count(
 ) -> None:
     net, x = adapted(nn.Linear(6, 5).double(), "ia3"), torch.randn(3, 6, dtype=torch.float64)
     expected = result(net, x)
-    for path in ("gift.fast.rescale.writes_of", "gift.methods.draws.writes_of"):
+    for path in ("gift.kernels.rescale.writes_of", "gift.methods.draws.writes_of"):
         monkeypatch.setattr(path, lambda tensor: None)
     torch.testing.assert_close(result(net, x), expected)
     cpu = torch.device("cpu")

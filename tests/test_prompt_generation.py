@@ -36,7 +36,7 @@ from tests.cases.prompts import (
 )
 
 pytestmark = [pytest.mark.usefixtures("double"),
-              pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")]  # fmt: skip
+              pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")]  # fmt: skip
 
 
 WRITERS = [pair for pair in EACH_TOKEN[:6] + EACH_SEQUENCE[2:]]

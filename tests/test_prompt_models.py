@@ -23,7 +23,7 @@ from tests.cases.prompts import (
 )
 
 pytestmark = [pytest.mark.usefixtures("double"),
-              pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")]  # fmt: skip
+              pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")]  # fmt: skip
 
 # --- what it computes ----------------------------------------------------------------------------
 

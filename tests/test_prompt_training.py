@@ -34,7 +34,7 @@ from tests.cases.prompts import PAD, WORDS, N, batch, made, prompted, tokens_of
 from tests.common import all_bits, bits, picture, trainable
 
 pytestmark = [pytest.mark.usefixtures("double"),
-              pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")]  # fmt: skip
+              pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")]  # fmt: skip
 
 
 def writer() -> GPT2LMHeadModel:

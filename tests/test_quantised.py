@@ -24,17 +24,17 @@ from gift import (
     plan_fine_tuning,
     suggest,
 )
-from gift.adapter import adapters_of
-from gift.delta import added_names
+from gift.core.delta import added_names
+from gift.core.state_settings import without_settings
+from gift.core.weights.record import adapters_of
 from gift.factories import ma_adapt, mc_layer, mc_name
 from gift.methods import METHODS, AdaptationError
-from gift.quantised import dequantised, is_quantised, requantised, shape_of
-from gift.state_settings import without_settings
+from gift.quantization import dequantised, is_quantised, requantised, shape_of
 from gift.strategies import STRATEGIES
 from tests.cases.methods import METHODS as FORMULAS
 from tests.cases.methods import MethodCase
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 
 # The kinds of quantised layers. `EXACT` kernels multiply by the dequantised matrix in float32, or

@@ -27,7 +27,7 @@ from gift.strategies import (
 from tests.cases.schedules import X, attached, moves, network, units
 from tests.common import trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 
 # When.

@@ -15,15 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import gift
 from gift import DeltaFileError, disable_fine_tuning, enable_fine_tuning
+from gift.core.unfreeze import train_in_place, train_no_more
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
-from gift.in_place import train_in_place, train_no_more
 from gift.methods import METHODS, method_of
 from gift.schedules import FreezeUnfreeze, NoFreeze, UnfreezeMilestones
 from gift.strategies import STRATEGIES, FineTuningStrategy, FullFineTuningStrategy
 from tests.common import all_bits, bits, picture
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 READING = [name for name in METHODS if method_of(name, {}).reads_weight]
 OTHERS = [name for name in METHODS if name not in READING]
 LORA = STRATEGIES["LoRAAllFineTuningStrategy"]

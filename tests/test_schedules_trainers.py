@@ -23,7 +23,7 @@ from gift.strategies import HeadReplacementStrategy, LoRAAllFineTuningStrategy
 from tests.common import all_bits
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning"),
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
     pytest.mark.filterwarnings("ignore:.*(num_workers|log_every_n|weights_only|LeafSpec).*"),
 ]
 STRATEGIES = {

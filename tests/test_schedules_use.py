@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gift
 from gift import disable_fine_tuning, enable_fine_tuning
-from gift.registry import REGISTRY
 from gift.schedules import (
     Freeze,
     FreezeUnfreeze,
@@ -29,10 +28,11 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     LoRALinearFineTuningStrategy,
 )
+from gift.support.recipes import REGISTRY
 from tests.cases.schedules import X, attached, moves, network, units
 from tests.common import all_bits, picture, trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 
 # Networks in wrappers, and networks that are changed.

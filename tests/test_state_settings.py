@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import gift
 from gift import FineTuningStrategy, enable_fine_tuning, merge_strategies, strategies
-from gift.delta import added_names, held
+from gift.core.delta import added_names, held
+from gift.core.state_settings import KEY, decoded, encoded, is_settings
 from gift.factories import ma_adapt, mc_any, mc_name
 from gift.methods import METHODS
-from gift.state_settings import KEY, decoded, encoded, is_settings
 from gift.strategies import (
     BottleneckFineTuningStrategy,
     LoRAAllFineTuningStrategy,

@@ -58,7 +58,6 @@ from gift.factories import (
     pc_name,
     pc_path,
 )
-from gift.registry import REGISTRY
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,
@@ -79,6 +78,7 @@ from gift.strategies import (
     register_strategy,
 )
 from gift.strategies.resolved import ResolvedStrategy
+from gift.support.recipes import REGISTRY
 from gift.utils.info import collect_trainable_parameters, summary, table_info
 from gift.utils.network_tool import trainable_parameters
 from tests.common import all_bits, enabled, picture, trainable
@@ -616,7 +616,7 @@ def test_debugging_prints_what_each_check_claims_and_changes_nothing(
     assert [line.split()[4] for line in told if "claims" in line] == [c.name for c in claims]
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 @pytest.mark.parametrize("how", ["merged", "as an action", "of a debug"])
 def test_debugging_changes_nothing_wherever_it_stands(how: str) -> None:
     """It may refuse to stand there, but must not train what it only looks at."""
@@ -657,7 +657,7 @@ PLANNED: dict[str, Callable[[], FineTuningStrategy]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 @pytest.mark.parametrize("make", PLANNED.values(), ids=PLANNED)
 def test_a_plan_is_the_report_of_enabling_and_touches_nothing(
     make: Callable[[], FineTuningStrategy],
@@ -677,7 +677,7 @@ def test_a_plan_is_the_report_of_enabling_and_touches_nothing(
     assert plan_fine_tuning(net, strategy) == plan
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 def test_a_tied_tensor_counts_for_the_cap_that_took_it_first() -> None:
     net = nn.ModuleDict({"words": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     net["head"].weight = net["words"].weight
@@ -815,7 +815,7 @@ def test_every_registered_strategy_is_tested_here() -> None:
     assert mine == set(REGISTERED)
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 @pytest.mark.parametrize("strategy", [s for some in REGISTERED.values() for s in some], ids=repr)
 def test_a_strategy_comes_back_from_its_file(strategy: FineTuningStrategy, tmp_path: Any) -> None:
     path = tmp_path / "strategy.yaml"
@@ -847,7 +847,7 @@ def claims_of(strategy: FineTuningStrategy) -> tuple[Any, str]:
     return [(c.cap, c.name, c.class_name, c.trainable) for c in claims], out.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 @pytest.mark.parametrize("strategy", [s for some in REGISTERED.values() for s in some], ids=repr)
 def test_a_delta_fits_the_strategy_from_the_file(strategy: FineTuningStrategy) -> None:
     torch.manual_seed(1)

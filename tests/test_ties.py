@@ -11,6 +11,7 @@ from torch import nn
 
 import gift
 from gift import FineTuningStrategy, enable_fine_tuning
+from gift.core.unfreeze import untrainable
 from gift.factories import (
     ma_adapt,
     ma_freeze,
@@ -22,7 +23,6 @@ from gift.factories import (
     pa_train,
     pc_path,
 )
-from gift.in_place import untrainable
 from gift.strategies import (
     DoRAAllFineTuningStrategy,
     FullFineTuningStrategy,

@@ -906,7 +906,7 @@ def test_a_delta_can_be_parametrised(compiled: bool, monkeypatch: pytest.MonkeyP
             own(self, state)
 
         monkeypatch.setattr(nn.Module, "__setstate__", tagging)
-        monkeypatch.setattr("gift.generated._classes", {})
+        monkeypatch.setattr("gift.core.dynamic_class._classes", {})
     base, net, x = case("mlp")
     parametrize.register_parametrization(net[0], "lora_B", Halved())
     halved = {n.replace("parametrizations.lora_B.original", "lora_B"): p for n, p in deltas(net).items()}  # noqa: E501  # fmt: skip

@@ -24,7 +24,7 @@ from gift.strategies import (
 )
 from gift.strategies.lora import LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
 from gift.training import evaluate, finetune
-from gift.training.optimising import parameter_groups
+from gift.training.optimizers import parameter_groups
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False, "tensorboard": False}
 

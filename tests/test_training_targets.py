@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from gift.core.io_spec import noted
 from gift.data import Examples, labelled, language_text, tensors, text_table
 from gift.data.errors import DataError
-from gift.enable import GiftWarning
-from gift.noted import noted
+from gift.engine.enable import GiftWarning
 from gift.strategies import FullFineTuningStrategy
 from gift.training import TrainingError, evaluate, finetune
 from gift.training.errors import NotFiniteError

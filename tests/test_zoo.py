@@ -453,7 +453,7 @@ def test_a_new_head_starts_as_torchvision_starts_it(name: str) -> None:
             torch.testing.assert_close(parameter.mean(), other[key].mean(), rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 @pytest.mark.parametrize("name", [n for n in DETECTORS if "mobilenet" in n])
 def test_a_detector_learns_new_classes(name: str, tmp_path: Path) -> None:
     boxes = [box(i, 7 + i, 90, [3, 4, 20, 15]) for i in range(3)]

@@ -14,8 +14,11 @@ from torch.nn.parameter import is_lazy
 from gift.bank.combining import Combination, combine
 from gift.bank.rows import rows_added
 from gift.bank.scaling import scale
-from gift.detached import Detached
-from gift.enable import (
+from gift.core.dynamic_class import spec_of
+from gift.core.network import NetworkRecord, delta_names, frozen_names, whole_state
+from gift.core.undo.snapshot import all_or_nothing, completed, transaction
+from gift.core.undo.temporary_state import meanwhile, refuse_meanwhile
+from gift.engine.enable import (
     GiftWarning,
     check_undoable,
     enable_fine_tuning,
@@ -23,14 +26,11 @@ from gift.enable import (
     values_of_the_base,
 )
 from gift.files import load, resolve
-from gift.generated import spec_of
-from gift.interrupts import held_interrupts, switching
-from gift.meanwhile import meanwhile, refuse_meanwhile
-from gift.network import NetworkRecord, delta_names, frozen_names, whole_state
-from gift.quantised import same_values
+from gift.merging.unload import Detached
+from gift.quantization import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
-from gift.tensors import is_finite
-from gift.transaction import all_or_nothing, completed, transaction
+from gift.support.interrupts import held_interrupts, switching
+from gift.support.tensors import is_finite
 
 
 class DeltaBank:

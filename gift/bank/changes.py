@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.adapter import Adapter, adapters_of, present_tensor, trained_value
-from gift.detached import Detached
-from gift.extension import named_extensions
-from gift.generated import joined
-from gift.layers import Layout, LayoutOptions
-from gift.network import NetworkRecord
-from gift.quantised import dequantised
-from gift.tensors import is_inexact, wide
-from gift.transaction import tensor_of, transaction
+from gift.core.dynamic_class import joined
+from gift.core.forwards import named_extensions
+from gift.core.network import NetworkRecord
+from gift.core.undo.snapshot import tensor_of, transaction
+from gift.core.weights.record import Adapter, adapters_of, present_tensor, trained_value
+from gift.layers.table import Layout, LayoutOptions
+from gift.merging.unload import Detached
+from gift.quantization import dequantised
+from gift.support.tensors import is_inexact, wide
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from gift.adapter import adapters_of
 from gift.bank.changes import Change, Changes, changes_of, trained_values
-from gift.delta import put_values
-from gift.detached import Detached
-from gift.enable import enabling_trained
-from gift.layers import Layout, LayoutOptions, layout_of
+from gift.core.delta import put_values
+from gift.core.weights.record import adapters_of
+from gift.engine.enable import enabling_trained
+from gift.layers.table import Layout, LayoutOptions, layout_of
+from gift.merging.unload import Detached
 from gift.methods import AdaptationError, LoRA
 from gift.methods.settings import is_integer, is_number
 from gift.strategies.resolved import ResolvedStrategy, group_of
-from gift.tensors import dtype_name, is_inexact, wide
+from gift.support.tensors import dtype_name, is_inexact, wide
 
 
 @dataclass(frozen=True)

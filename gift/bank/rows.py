@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from gift.bank.changes import Change, Changes, changes_of
 from gift.bank.tracking import Hook, Tracking
-from gift.enable import GiftWarning
-from gift.generated import plain_class
-from gift.layers import CONV1D_FORWARD, Layout, reader_of
+from gift.core.dynamic_class import plain_class
+from gift.engine.enable import GiftWarning
+from gift.layers.table import CONV1D_FORWARD, Layout, reader_of
 from gift.methods import AdaptationError
 from gift.methods.base import dotted
 from gift.private.torch import convolve, unfollowed
-from gift.quantised import LINEAR_FORWARDS
+from gift.quantization import LINEAR_FORWARDS
 
 Factors = tuple[Tensor, Tensor]
 

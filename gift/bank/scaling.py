@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.adapter import adapters_of
-from gift.delta import put_values
-from gift.generated import joined
+from gift.core.delta import put_values
+from gift.core.dynamic_class import joined
+from gift.core.network import NetworkRecord
+from gift.core.undo.snapshot import completed, tensor_of
+from gift.core.weights.record import adapters_of
 from gift.methods import AdaptationError
 from gift.methods.settings import is_number
-from gift.network import NetworkRecord
-from gift.tensors import is_finite, wide
-from gift.transaction import completed, tensor_of
+from gift.support.tensors import is_finite, wide
 
 
 def scale(net: Any, factor: float) -> None:

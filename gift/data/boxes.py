@@ -17,8 +17,8 @@ from gift.data.errors import DataError
 from gift.data.examples import Examples
 from gift.data.problems import refuse
 from gift.data.readers import DetectorReader
-from gift.data.readers.pictures import LARGEST_PICTURE
-from gift.extras import needed
+from gift.data.readers.images import LARGEST_PICTURE
+from gift.support.optional import needed
 
 BACKGROUND = "__background__"
 """Name of class 0, which torchvision's detectors keep for what is no object."""

@@ -9,7 +9,7 @@ from gift.data.errors import DataError
 from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
-from gift.extras import needed
+from gift.support.optional import needed
 
 
 class Columns:

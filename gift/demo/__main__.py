@@ -20,7 +20,7 @@ from gift.demo.data import BadFolderError, digits, read_folder
 from gift.demo.network import SmallResNet
 from gift.demo.pictures import draw_predictions
 from gift.demo.story import Base, Result, fine_tune, heading, say, train_base
-from gift.extras import needed
+from gift.support.optional import needed
 
 PICTURE_SIZE = 64
 PRETRAINED_SIZE = 96

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gift.demo.network import Data
-from gift.extras import needed
+from gift.support.optional import needed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 HELD_OUT = ("val", "valid", "validation", "test")

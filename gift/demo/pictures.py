@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gift.demo.data import Task, visible
-from gift.extras import needed
+from gift.support.optional import needed
 
 
 def draw_predictions(task: Task, outputs: Tensor, out: Path, number: int = 12) -> list[Path]:

@@ -7,13 +7,13 @@ from typing import Any, Self
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from gift.adapt import adapt_module, adapt_tensor
-from gift.factories.recorded import Recorded, recorded
-from gift.generated import plain_class
-from gift.layers import LAYOUT_CHOICES, LayoutOptions
+from gift.core.dynamic_class import plain_class
+from gift.core.frozen_norms import freeze_statistics
+from gift.core.io_spec import forget_classes
+from gift.core.weights.attach import adapt_module, adapt_tensor
+from gift.factories.serializable import Recorded, recorded
+from gift.layers.table import LAYOUT_CHOICES, LayoutOptions
 from gift.methods import Method, method_of
-from gift.noted import forget_classes
-from gift.statistics import freeze_statistics
 
 
 class Action(Recorded):

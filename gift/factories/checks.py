@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from gift.factories.recorded import Recorded, bind, recorded
-from gift.generated import joined, plain_class
-from gift.iterator import ModuleIterator
-from gift.layers import FAMILIES, LAYERS, row_of
+from gift.core.dynamic_class import joined, plain_class
+from gift.core.iterator import ModuleIterator
+from gift.core.raw_parameters import is_experts
+from gift.factories.serializable import Recorded, bind, recorded
+from gift.layers.table import FAMILIES, LAYERS, row_of
 from gift.private.torch import NORM_WITH_STATISTICS
-from gift.raw import is_experts
 
 Names = str | Iterable[str] | None
 Test = Callable[..., bool]

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gift.core.dynamic_class import plain_class
+from gift.core.io_spec import forget_classes
 from gift.factories.actions import Action
 from gift.factories.checks import Check
-from gift.factories.recorded import recorded
-from gift.generated import plain_class
-from gift.noted import forget_classes
+from gift.factories.serializable import recorded
 
 
 class Predictor(NamedTuple):

@@ -4,25 +4,25 @@ from typing import Any
 
 from torch import nn
 
-from gift.calls import (
+from gift.core.dynamic_class import plain_class
+from gift.core.forwards import extend_module
+from gift.factories.actions import Action
+from gift.factories.checks import Check, Test
+from gift.factories.serializable import recorded
+from gift.layers.table import reader_of
+from gift.methods import AdaptationError
+from gift.wrappers import (
     Bottleneck,
     Prompt,
     VirtualTokens,
     prompt_language_model,
     takes_token_ids,
 )
-from gift.extension import extend_module
-from gift.factories.actions import Action
-from gift.factories.checks import Check, Test
-from gift.factories.recorded import recorded
-from gift.generated import plain_class
-from gift.layers import reader_of
-from gift.methods import AdaptationError
 
 
 @recorded
 def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
-    """Extend the module by a bottleneck adapter and leave it open; see `gift.calls.Bottleneck`.
+    """Extend the module by a bottleneck adapter and leave it open; see `gift.wrappers.Bottleneck`.
 
     Caps after this one are tried on the same module and on what is inside it, so that one strategy
     can put bottlenecks after blocks, adapt layers in the blocks and replace the head.
@@ -30,7 +30,7 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
     Args:
         size: width of the bottleneck.
         settings: ``activation``, ``scaling``, ``parallel``, ``dropout``, ``dim``, ``axis`` and
-            ``dtype`` of `gift.calls.Bottleneck`.
+            ``dtype`` of `gift.wrappers.Bottleneck`.
 
     Raises:
         ValueError: for values out of range.
@@ -51,13 +51,13 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
 
 @recorded
 def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
-    """Extend the module by prompt tuning and leave it open; see `gift.calls.Prompt`.
+    """Extend the module by prompt tuning and leave it open; see `gift.wrappers.Prompt`.
 
     A language model of transformers may be given with its head; all others take embeddings.
 
     Args:
         num_virtual_tokens: how many vectors stand before each sequence.
-        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.calls.Prompt`; of a
+        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`; of a
             language model, ``dtype`` only.
 
     Raises:

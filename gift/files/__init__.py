@@ -2,7 +2,7 @@
 
 from gift.files.container import DeltaFileError
 from gift.files.description import describe_deltas, resolve
-from gift.files.inspecting import DeltaFile, inspect
+from gift.files.inspection import DeltaFile, inspect
 from gift.files.loading import load
 from gift.files.saving import save
 

@@ -4,16 +4,16 @@ from typing import Any
 
 from torch import nn
 
-from gift.adapter import Adapter
-from gift.choosing.rehearsal import on_meta
-from gift.delta import Delta, added_names, deltas_of
-from gift.extension import Extension
+from gift.core.delta import Delta, added_names, deltas_of
+from gift.core.dynamic_class import joined, plain_class, spec_of
+from gift.core.forwards import Extension
+from gift.core.io_spec import NOTE
+from gift.core.network import NetworkRecord, trained_in_place
+from gift.core.undo.snapshot import ModuleUndo
+from gift.core.weights.record import Adapter
+from gift.engine.dry_run import on_meta
 from gift.factories.actions import CLASS_COUNTS, new_head
-from gift.generated import joined, plain_class, spec_of
-from gift.network import NetworkRecord, trained_in_place
-from gift.noted import NOTE
 from gift.strategies.resolved import ResolvedStrategy, group_of
-from gift.transaction import ModuleUndo
 
 
 def describe_deltas(network: nn.Module) -> list[dict[str, Any]]:

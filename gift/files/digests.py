@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from gift.guard import parts_of
-from gift.tensors import dtype_name
+from gift.core.undo.copy_on_write import parts_of
+from gift.support.tensors import dtype_name
 
 _FEW = 2**20  # numbers that are hashed before threads are made
 

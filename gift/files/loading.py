@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.adapter import is_sharded
-from gift.choosing.rehearsal import on_meta
-from gift.delta import deltas_of, held
-from gift.enable import GiftWarning, enable_fine_tuning, enabling_trained
+from gift.core.delta import deltas_of, held
+from gift.core.dynamic_class import joined, spec_of
+from gift.core.io_spec import Noted, put_note, read_note
+from gift.core.network import delta_names, load_own_state, own_state, trained_in_place
+from gift.core.report import Report
+from gift.core.undo.copy_on_write import KeptValues
+from gift.core.undo.temporary_state import refuse_meanwhile
+from gift.core.unfreeze import train_in_place
+from gift.core.weights.record import is_sharded
+from gift.engine.dry_run import on_meta
+from gift.engine.enable import GiftWarning, enable_fine_tuning, enabling_trained
 from gift.files.container import DeltaFileError
 from gift.files.description import names_regex
-from gift.files.inspecting import DeltaFile, inspect
-from gift.files.misfits import in_a_line, misfits, other_base, tensors_of
+from gift.files.incompatibilities import in_a_line, misfits, other_base, tensors_of
+from gift.files.inspection import DeltaFile, inspect
 from gift.files.saving import buffers_of_the_base, fine_tuned_part
-from gift.generated import joined, spec_of
-from gift.guard import KeptValues
-from gift.in_place import train_in_place
-from gift.meanwhile import refuse_meanwhile
-from gift.network import delta_names, load_own_state, own_state, trained_in_place
-from gift.noted import Noted, put_note, read_note
-from gift.report import Report
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.strategies.classic import new_heads
 

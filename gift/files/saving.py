@@ -9,14 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapter import is_sharded
-from gift.files.container import DeltaFileError, write
-from gift.files.description import describe_deltas, names_regex, resolve
-from gift.files.digests import digest, digests
-from gift.generated import spec_of
-from gift.in_place import misfits_in_place
-from gift.meanwhile import refuse_meanwhile
-from gift.network import (
+from gift.core.dynamic_class import spec_of
+from gift.core.io_spec import noted
+from gift.core.network import (
     NetworkRecord,
     delta_names,
     frozen_names,
@@ -24,9 +19,14 @@ from gift.network import (
     trained_tensors,
     whole_state,
 )
-from gift.noted import noted
-from gift.quantised import quant_state_names
-from gift.tensors import dtype_name, is_finite
+from gift.core.undo.temporary_state import refuse_meanwhile
+from gift.core.unfreeze import misfits_in_place
+from gift.core.weights.record import is_sharded
+from gift.files.container import DeltaFileError, write
+from gift.files.description import describe_deltas, names_regex, resolve
+from gift.files.digests import digest, digests
+from gift.quantization import quant_state_names
+from gift.support.tensors import dtype_name, is_finite
 from gift.version import __version__
 
 

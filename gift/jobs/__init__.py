@@ -1,6 +1,6 @@
 """Jobs: a network, its examples and how it learns from them, in one file."""
 
-from gift.extras import needed
+from gift.support.optional import needed
 
 needed("pydantic", "cli")  # all of them are built on it
 

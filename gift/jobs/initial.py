@@ -10,9 +10,9 @@ from gift.jobs.documented import described_arguments, first_sentence, parameters
 from gift.jobs.errors import JobError, closest
 from gift.jobs.kinds import KINDS, Kind
 from gift.jobs.models import Data, Job, Network, Schedule, Strategy
-from gift.registry import REGISTRY
+from gift.support.recipes import REGISTRY
+from gift.support.yaml_files import dump
 from gift.training.settings import Settings
-from gift.yaml_files import dump
 
 _WIDTH = 100
 

@@ -14,13 +14,13 @@ from pydantic import (
     field_validator,
 )
 
+from gift.core.report import some
 from gift.jobs.errors import closest, shown
 from gift.jobs.kinds import KINDS, anchored
-from gift.registry import registered
-from gift.report import some
 from gift.schedules import Schedule as AnySchedule
 from gift.schedules import load_schedule_from_config
 from gift.strategies import FineTuningStrategy, load_strategy_from_config
+from gift.support.recipes import registered
 from gift.training.settings import Settings
 from gift.zoo import load_network
 

@@ -15,7 +15,7 @@ from gift.jobs.reading import checked, read_yaml, write_job
 from gift.jobs.runs import INPUTS, JOB, inputs_text
 from gift.training import Result, finetune
 from gift.training.checkpoint import FILE
-from gift.training.processes import rank
+from gift.training.distributed import rank
 
 _NOT_GIVEN = object()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from gift.core.io_spec import Noted, note
 from gift.data import Examples, reader_from_config
 from gift.files import load
 from gift.jobs.errors import JobError
@@ -15,7 +16,6 @@ from gift.jobs.kinds import KINDS
 from gift.jobs.models import Job
 from gift.jobs.networks import job_network
 from gift.jobs.reading import checked, read_yaml
-from gift.noted import Noted, note
 from gift.training import evaluate
 from gift.training.checkpoint import DELTAS
 from gift.training.predicting import predict

@@ -8,18 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapt import release_tensors
-from gift.adapter import adapters_of
-from gift.generated import set_class, subclass_with
-from gift.interrupts import switching
-from gift.meanwhile import meanwhile
+from gift.core.dynamic_class import set_class, subclass_with
+from gift.core.frozen_norms import release_statistics
+from gift.core.network import remove_record
+from gift.core.undo.snapshot import Snapshot
+from gift.core.undo.temporary_state import meanwhile
+from gift.core.weights.attach import release_tensors
+from gift.core.weights.record import adapters_of
 from gift.merging.possible import check, refuse, without_values
 from gift.merging.weights import effective
-from gift.network import remove_record
 from gift.private.torch import written_since
-from gift.quantised import is_quantised
-from gift.statistics import release_statistics
-from gift.transaction import Snapshot
+from gift.quantization import is_quantised
+from gift.support.interrupts import switching
 
 
 @switching
@@ -134,7 +134,7 @@ class _Merged:
     _gift_unmerged: type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        pass  # as for `gift.generated.Generated`
+        pass  # as for `gift.core.dynamic_class.Generated`
 
     def _load_from_state_dict(self, *args: Any) -> None:
         raise RuntimeError("the network is merged for a while: load after the with block")

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gift.adapt import release_tensors
-from gift.adapter import adapters_of
-from gift.enable import GiftWarning
+from gift.core.frozen_norms import release_statistics
+from gift.core.network import remove_record
+from gift.core.undo.snapshot import transaction
+from gift.core.weights.attach import release_tensors
+from gift.core.weights.record import adapters_of
+from gift.engine.enable import GiftWarning
 from gift.merging.possible import check, refuse, unmergeable
 from gift.merging.weights import effective, write
-from gift.network import remove_record
-from gift.quantised import is_quantised, requantised
-from gift.statistics import release_statistics
-from gift.transaction import transaction
+from gift.quantization import is_quantised, requantised
 
 
 def merge(net: nn.Module) -> nn.Module:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapter import adapters_of, is_sharded, present_tensor
-from gift.enable import check_undoable
-from gift.extension import named_extensions
-from gift.generated import joined, plain_class, set_class
+from gift.core.dynamic_class import joined, plain_class, set_class
+from gift.core.forwards import named_extensions
+from gift.core.undo.snapshot import OWN
+from gift.core.weights.record import adapters_of, is_sharded, present_tensor
+from gift.engine.enable import check_undoable
 from gift.merging.weights import effective, write
 from gift.methods import AdaptationError
-from gift.quantised import dequantised, is_quantised, requantised
-from gift.tensors import is_finite
-from gift.transaction import OWN
+from gift.quantization import dequantised, is_quantised, requantised
+from gift.support.tensors import is_finite
 
 
 def check(net: nn.Module) -> None:

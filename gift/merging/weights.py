@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gift.adapter import adapters_of, present_tensor, trained_value
-from gift.tensors import set_data
+from gift.core.weights.record import adapters_of, present_tensor, trained_value
+from gift.support.tensors import set_data
 
 
 def effective(module: nn.Module) -> dict[str, Tensor]:

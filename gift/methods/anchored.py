@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import CONVOLUTIONS, conv, linear, low_rank_product
+from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.low_rank import CONVOLUTIONS, conv, linear, low_rank_product
 from gift.methods.base import dotted
 from gift.methods.lora import LoRA
 from gift.private.torch import convolve

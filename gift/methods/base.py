@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError
-from gift.fast.choice import Form
+from gift.kernels.choice import Form
 from gift.methods.settings import Configured, at_least_32_bits, flag, whole
 
 METHODS: dict[str, type["Method"]] = {}

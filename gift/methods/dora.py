@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import (
+from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.low_rank import (
     CONVOLUTIONS,
     dropped_inputs,
     is_usual,
     low_rank_conv,
     low_rank_product,
 )
-from gift.fast.products import scaled
-from gift.fast.rescale import rescaled
+from gift.kernels.products import scaled
+from gift.kernels.rescale import rescaled
 from gift.methods.base import Method, dotted, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import CONVOLUTIONS, is_usual
-from gift.fast.rescale import rescaled
+from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.low_rank import CONVOLUTIONS, is_usual
+from gift.kernels.rescale import rescaled
 from gift.methods.base import Method, dotted, register_method
 from gift.methods.settings import flag
 from gift.private.torch import convolve

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import CONVOLUTIONS, conv, linear
-from gift.fast.whole import terms, through_weight
+from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.low_rank import CONVOLUTIONS, conv, linear
+from gift.kernels.whole import terms, through_weight
 from gift.methods.base import RankedMethod, dotted, register_method
 from gift.methods.settings import number
 from gift.private.torch import convolve

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.fast.choice import Form
-from gift.fast.low_rank import low_rank_forwards
-from gift.fast.products import scaled
+from gift.kernels.choice import Form
+from gift.kernels.low_rank import low_rank_forwards
+from gift.kernels.products import scaled
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, form_of_computing, number, probability
@@ -38,8 +38,8 @@ class LoRA(RankedMethod):
         use_rslora: scale by :math:`\alpha / \sqrt{r}` (Kalajdzievski 2023,
             https://arxiv.org/abs/2312.03732).
         form: how linear layers and convolutions of one group are computed: ``"merged"``,
-            ``"side"`` or ``"whole"``, which `gift.fast.choice` explains. None chooses the cheapest
-            by shapes.
+            ``"side"`` or ``"whole"``, which `gift.kernels.choice` explains. None chooses the
+            cheapest by shapes.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
         dtype: of the factors, or its name; None means the weight's, but at least float32.

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from gift.fast.linear import Product, linear_forwards
+from gift.kernels.linear import Product, linear_forwards
 from gift.methods.base import AdaptationError, Method, register_method
 from gift.methods.settings import flag, whole
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gift.fast.choice import FORMS
-from gift.tensors import dtype_name
+from gift.kernels.choice import FORMS
+from gift.support.tensors import dtype_name
 
 
 def setting(

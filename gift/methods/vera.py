@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.fast.linear import Product, linear_forwards
-from gift.fast.low_rank import linear, low_rank_forwards
-from gift.fast.whole import terms, through_weight
+from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.low_rank import linear, low_rank_forwards
+from gift.kernels.whole import terms, through_weight
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import seeded_buffer
 from gift.methods.settings import flag, number, probability, whole

@@ -6,21 +6,27 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gift.claims import size_of
-from gift.delta import deltas_of
+from gift.core.delta import deltas_of
+from gift.core.dynamic_class import joined, plain_class, spec_of
+from gift.core.frozen_norms import freeze_statistics, release_statistics
+from gift.core.network import delta_names
+from gift.core.report import some
+from gift.core.undo.temporary_state import refuse_meanwhile
+from gift.core.unfreeze import (
+    flags_of_the_base,
+    let_wait,
+    train_in_place,
+    train_no_more,
+    untrainable,
+)
+from gift.engine.claims import size_of
 from gift.errors import AdaptationError
-from gift.generated import joined, plain_class, spec_of
-from gift.in_place import flags_of_the_base, let_wait, train_in_place, train_no_more, untrainable
-from gift.meanwhile import refuse_meanwhile
-from gift.network import delta_names
 from gift.private.torch import COMPILED
-from gift.quantised import is_quantised
-from gift.report import some
+from gift.quantization import is_quantised
 from gift.schedules.blocks import Block, Division, divide
 from gift.schedules.flags import release, remember, set_flags
 from gift.schedules.report import Row, ScheduleReport
-from gift.statistics import freeze_statistics, release_statistics
-from gift.tensors import is_inexact
+from gift.support.tensors import is_inexact
 
 Unfreezes = Literal["weights", "deltas", "all"]
 _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module",

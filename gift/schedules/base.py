@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from gift.registry import encode
 from gift.schedules.attached import Attached, Unfreezes
 from gift.schedules.blocks import Paths
 from gift.schedules.groups import Group, Groups, by_rate
 from gift.schedules.report import ScheduleReport
 from gift.schedules.state import told_difference
+from gift.support.recipes import encode
 
 _HORIZON = 1000  # epochs for which a report asks an own schedule what is due
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapter import adapters_of
-from gift.delta import added_names, deltas_of
+from gift.core.delta import added_names, deltas_of
+from gift.core.dynamic_class import joined, plain_class
+from gift.core.weights.record import adapters_of
 from gift.factories.checks import last_linear
-from gift.generated import joined, plain_class
 from gift.private.torch import NORM_WITH_STATISTICS
 
 Paths = str | Iterable[str] | None

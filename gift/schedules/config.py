@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gift.registry import decode, register, registered
 from gift.schedules.base import Schedule
+from gift.support.recipes import decode, register, registered
 
 
 def register_schedule(cls: type[Schedule]) -> type[Schedule]:

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from gift.frozen import hold_flags
-from gift.generated import spec_of
-from gift.in_place import record_of
-from gift.statistics import release_statistics
+from gift.core.dynamic_class import spec_of
+from gift.core.frozen_base import hold_flags
+from gift.core.frozen_norms import release_statistics
+from gift.core.unfreeze import record_of
 
 
 def set_flags(parameters: Iterable[nn.Parameter], flag: bool) -> None:

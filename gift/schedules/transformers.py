@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gift.extras import needed
 from gift.private.torch import callers
 from gift.schedules.base import Schedule
 from gift.schedules.config import load_schedule_from_config
+from gift.support.optional import needed
 
 _callbacks: Any = needed("transformers.trainer_callback", "text")
 

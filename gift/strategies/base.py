@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
-from gift import yaml_files
-from gift.factories.recorded import describe
-from gift.registry import bound_arguments, decode, encode, register
+from gift.factories.serializable import describe
+from gift.support import yaml_files
+from gift.support.recipes import bound_arguments, decode, encode, register
 
 
 class Cap(NamedTuple):

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from gift.factories.recorded import bind, describe
-from gift.generated import joined
+from gift.core.dynamic_class import joined
+from gift.factories.serializable import bind, describe
 from gift.strategies.base import Cap, CapLike, FineTuningStrategy, register_strategy
 
 

@@ -25,7 +25,7 @@ def _check(given: Where, default: Check) -> Check:
 
 @register_strategy
 class BottleneckFineTuningStrategy(FineTuningStrategy):
-    """Bottleneck adapters after blocks, or beside them; see `gift.calls.Bottleneck`.
+    """Bottleneck adapters after blocks, or beside them; see `gift.wrappers.Bottleneck`.
 
     The network's output stays bit for bit what it was until the first training step. All its
     weights are frozen. Merged before other strategies, bottlenecks leave the blocks and what is in
@@ -39,7 +39,7 @@ class BottleneckFineTuningStrategy(FineTuningStrategy):
         after: which modules, by a check or by glob patterns of their paths; None finds the blocks
             of the network, see `gift.factories.mc_blocks`.
         settings: ``activation``, ``scaling``, ``dropout``, ``dim``, ``axis`` and ``dtype`` of
-            `gift.calls.Bottleneck`.
+            `gift.wrappers.Bottleneck`.
 
     Raises:
         ValueError: for settings out of range.
@@ -64,7 +64,7 @@ class BottleneckFineTuningStrategy(FineTuningStrategy):
 
 @register_strategy
 class PromptFineTuningStrategy(FineTuningStrategy):
-    """Prompt tuning: virtual tokens in front of every sequence; see `gift.calls.Prompt`.
+    """Prompt tuning: virtual tokens in front of every sequence; see `gift.wrappers.Prompt`.
 
     A language model of transformers is taken with its head; of other networks, the part that takes
     embeddings. All weights are frozen. This is the one strategy under which the network does not
@@ -75,7 +75,7 @@ class PromptFineTuningStrategy(FineTuningStrategy):
         head: also train the head, a new classifier as a rule: True for the last linear layer, or
             which one by a check or by glob patterns of paths.
         at: which module takes the embeddings, likewise; None is the network itself.
-        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.calls.Prompt`.
+        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`.
 
     Raises:
         ValueError: for settings out of range.

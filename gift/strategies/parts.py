@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from gift.core.frozen_norms import freeze_statistics
 from gift.factories import Action, ma_train, mc_norm, mc_path, pa_train, pc_bias
-from gift.factories.recorded import recorded
-from gift.statistics import freeze_statistics
+from gift.factories.serializable import recorded
 from gift.strategies.base import FineTuningStrategy, register_strategy
 
 

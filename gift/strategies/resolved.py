@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from gift.adapt import adapt_biases, adapt_tensors
-from gift.extension import CallMethod, call_method_of, extend_module
+from gift.core.dynamic_class import joined, plain_class
+from gift.core.forwards import CallMethod, call_method_of, extend_module
+from gift.core.frozen_norms import freeze_statistics
+from gift.core.weights.attach import adapt_biases, adapt_tensors
 from gift.factories import Action, ma_freeze, ma_replace_head, mc_any, mc_path, pa_train
-from gift.generated import joined, plain_class
-from gift.layers import LayoutOptions, row_of
+from gift.layers.table import LayoutOptions, row_of
 from gift.methods import Method, method_of
-from gift.statistics import freeze_statistics
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
 PLACES = ("tensors", "biases", "modules")

@@ -1,11 +1,11 @@
 """From examples to a fine-tuned network: the loop, what it measures, and what it writes."""
 
 from gift.training.errors import TrainingError
-from gift.training.judging import evaluate
+from gift.training.evaluation import evaluate
 from gift.training.loop import finetune
+from gift.training.lr_finder import LearningRates, find_lr
 from gift.training.metrics import METRICS
 from gift.training.predicting import Detected, Prediction, predict
-from gift.training.rates import LearningRates, find_lr
 from gift.training.result import Result
 from gift.training.settings import Settings
 

@@ -8,8 +8,8 @@ import torch
 
 from gift.files.container import replace_file
 from gift.private.torch import tree_map
+from gift.training.distributed import sharded_like, whole
 from gift.training.errors import TrainingError
-from gift.training.processes import sharded_like, whole
 from gift.training.randomness import random_state, restore_random
 from gift.training.run import Run, put_state, trained_state
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from gift.core.report import some
 from gift.data.examples import Examples
 from gift.private.torch import tree_leaves
-from gift.report import some
 
 _NAMED = ("inputs", "targets")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gift.extras import needed
 from gift.files.container import write_text
+from gift.support.optional import needed
 
 Row = Mapping[str, float]
 

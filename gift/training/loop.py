@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gift.extras import needed
+from gift.core.frozen_norms import kept_modes
+from gift.core.network import named_trainable
 from gift.files import save
-from gift.network import named_trainable
 from gift.schedules import Schedule
-from gift.statistics import kept_modes
 from gift.strategies import FineTuningStrategy
+from gift.support.optional import needed
 from gift.training.checkpoint import (
     DELTAS,
     FILE,
@@ -22,17 +22,17 @@ from gift.training.checkpoint import (
     restore_states,
     write_checkpoint,
 )
+from gift.training.distributed import Processes
 from gift.training.errors import NotFiniteError
+from gift.training.evaluation import judge
 from gift.training.finite import told_not_finite
-from gift.training.judging import judge
 from gift.training.loading import windows
-from gift.training.preparing import prepare
-from gift.training.processes import Processes
 from gift.training.randomness import kept_random
 from gift.training.report import write_report
 from gift.training.result import Result
 from gift.training.run import TRAIN, VALID, Run, put_state, trained_state
 from gift.training.settings import settings_of
+from gift.training.setup import prepare
 from gift.training.tasks import Loss
 
 

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from gift.data.examples import IGNORED
-from gift.extras import needed
+from gift.support.optional import needed
 from gift.training.errors import TrainingError
 
 

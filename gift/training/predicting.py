@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gift.core.frozen_norms import kept_modes
+from gift.core.io_spec import note, noted
 from gift.data.classes import distinct
 from gift.data.examples import Examples, Reader
-from gift.noted import note, noted
 from gift.private.torch import tree_map
-from gift.statistics import kept_modes
+from gift.training.distributed import device_of
 from gift.training.errors import TrainingError
-from gift.training.processes import device_of
 from gift.training.tasks import keywords_of, main_output, taken
 
 

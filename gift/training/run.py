@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gift.network import frozen_names
+from gift.core.network import frozen_names
 from gift.schedules import Schedule
+from gift.training.distributed import Processes, sharded_like, whole
 from gift.training.errors import TrainingError
 from gift.training.loading import Batches
 from gift.training.logs import Logs
 from gift.training.metrics import MetricKind
-from gift.training.processes import Processes, sharded_like, whole
 from gift.training.result import Result
 from gift.training.settings import Settings
 from gift.training.tasks import Task

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.core.report import some
 from gift.data.examples import IGNORED
-from gift.enable import GiftWarning
-from gift.report import some
-from gift.tensors import dtype_name
+from gift.engine.enable import GiftWarning
+from gift.support.tensors import dtype_name
 from gift.training.errors import TrainingError
 
 Loss = Callable[[Any, Any], Tensor]

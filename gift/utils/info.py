@@ -8,16 +8,16 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gift.adapter import adapters_of
-from gift.choosing import suggest
-from gift.choosing.rehearsal import cost_of, on_meta, rehearsed
-from gift.claims import size_of
-from gift.fast.choice import Form
-from gift.fast.low_rank import WATCHING
-from gift.generated import spec_of
+from gift.budget import suggest
+from gift.core.dynamic_class import spec_of
+from gift.core.frozen_norms import kept_modes
+from gift.core.network import named_trainable
+from gift.core.weights.record import adapters_of
+from gift.engine.claims import size_of
+from gift.engine.dry_run import cost_of, on_meta, rehearsed
+from gift.kernels.choice import Form
+from gift.kernels.low_rank import WATCHING
 from gift.methods import METHODS, AdaptationError, method_of
-from gift.network import named_trainable
-from gift.statistics import kept_modes
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,
@@ -118,8 +118,8 @@ _OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
 def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
     """How a training step computes each layer with a low-rank delta, for inputs of this size.
 
-    That is chosen by shapes: see `gift.fast.choice`. The network is run once, in evaluation mode,
-    so that its statistics stay; while the delta's inputs are dropped the form is ``"side"``.
+    That is chosen by shapes: see `gift.kernels.choice`. The network is run once, in evaluation
+    mode, so that its statistics stay; while the delta's inputs are dropped the form is ``"side"``.
 
     Args:
         net: an enabled network.

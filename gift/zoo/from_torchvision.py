@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gift.data.readers import DetectorReader
-from gift.extras import needed
+from gift.support.optional import needed
 from gift.zoo.errors import NetworkError, unknown, unreachable
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.options import TORCHVISION, refuse_unknown

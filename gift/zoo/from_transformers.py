@@ -7,9 +7,9 @@ from typing import Any
 from gift.data.errors import DataError
 from gift.data.examples import Reader
 from gift.data.readers import TextReader
-from gift.enable import GiftWarning
+from gift.engine.enable import GiftWarning
 from gift.errors import first_line
-from gift.extras import needed
+from gift.support.optional import needed
 from gift.zoo.errors import NetworkError, unreachable
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.options import (

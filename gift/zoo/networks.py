@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from gift.core.io_spec import note
 from gift.data.classes import distinct
 from gift.data.examples import Reader
-from gift.noted import note
 from gift.zoo.errors import NetworkError, unknown
 from gift.zoo.from_timm import from_timm
 from gift.zoo.from_torchvision import from_torchvision

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gift.core.report import some
 from gift.errors import first_line
 from gift.private.torch import COMPILED
-from gift.report import some
 from gift.zoo.errors import NetworkError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")

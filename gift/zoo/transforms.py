@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from gift.data.readers import PictureReader
-from gift.enable import GiftWarning
-from gift.extras import needed
+from gift.engine.enable import GiftWarning
+from gift.support.optional import needed
 
 _TOLERANCE = 0.02
 """Mean difference, where about 1 is the range; whole pixels of another place differ by more."""

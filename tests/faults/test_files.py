@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gift
-from gift.exchange import load_peft, save_peft
 from gift.files import container
 from gift.files.container import DeltaFileError, replace_files, write_bytes, write_text
+from gift.interop import load_peft, save_peft
 from gift.strategies import LoRAAllFineTuningStrategy
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

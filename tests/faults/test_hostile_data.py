@@ -15,9 +15,9 @@ from torch import nn
 import gift
 from gift.data import DataError, PictureReader, coco
 from gift.data.boxes import _runs, masks_of
-from gift.data.readers.pictures import LARGEST_PICTURE, opened
-from gift.exchange import load_peft, save_peft
+from gift.data.readers.images import LARGEST_PICTURE, opened
 from gift.files.container import DeltaFileError
+from gift.interop import load_peft, save_peft
 from gift.strategies import LoRAAllFineTuningStrategy
 
 images = pytest.importorskip("PIL.Image")

@@ -12,7 +12,6 @@ import yaml
 from torch import nn
 
 import gift
-from gift import yaml_files
 from gift.factories import ma_adapt, mc_layer, mc_name
 from gift.jobs import JobError, read_job
 from gift.jobs.reading import read_yaml
@@ -22,7 +21,8 @@ from gift.strategies import (
     load_strategy_from_config,
     merge_strategies,
 )
-from gift.yaml_files import YamlError
+from gift.support import yaml_files
+from gift.support.yaml_files import YamlError
 
 Nest = Callable[[FineTuningStrategy], FineTuningStrategy]
 NESTED: dict[str, Nest] = {
@@ -59,7 +59,7 @@ def calls_of(act: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")  # of caps that take nothing
+@pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")  # of caps that take nothing
 @pytest.mark.parametrize("name", NESTED)
 def test_nesting_costs_what_its_size_says(name: str, tmp_path: Path) -> None:
     """Twice the depth takes about twice the calls, not their square, and never 2**depth."""

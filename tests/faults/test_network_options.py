@@ -187,7 +187,7 @@ def test_no_job_unpickles_in_any_command(options: dict[str, Any], tmp_path: Path
     for call in (run_job, job_network):
         with pytest.raises(NetworkError, match="cannot be made with these options"):
             call(job)
-    from gift.commands import app
+    from gift.cli.app import app
     from gift.files.container import write_text
     from gift.jobs.reading import write_job
 

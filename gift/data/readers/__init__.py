@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gift.data.errors import DataError
-from gift.data.readers.pictures import DetectorReader, PictureReader
+from gift.data.readers.images import DetectorReader, PictureReader
 from gift.data.readers.texts import TextReader
 
 READERS: dict[str, type[Any]] = {

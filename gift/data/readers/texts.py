@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from gift.data.errors import DataError
 from gift.errors import first_line
-from gift.extras import needed
+from gift.support.optional import needed
 
 _FOLDER = "tokenizer"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gift.extras import needed
+from gift.support.optional import needed
 from gift.training.report.tables import class_names, words
 from gift.training.result import Result
 

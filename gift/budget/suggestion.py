@@ -1,0 +1,135 @@
+"""The largest ranks, layer by layer, that a budget allows."""
+
+from dataclasses import dataclass, field
+
+from tabulate import tabulate
+from torch import nn
+
+from gift.budget.budget import Budget
+from gift.budget.layers import AdaptOpen, Choice, choices_for, choose
+from gift.engine.claims import size_of
+from gift.engine.dry_run import cost_of, on_meta, rehearsed
+from gift.methods import Method
+from gift.strategies import STRATEGIES
+from gift.strategies.base import FineTuningStrategy
+from gift.strategies.sized import Layer, SizedStrategy, rewritten, setting_of
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Sizes for the layers of a network, and the strategy that gives them; prints as a table.
+
+    Args:
+        ranks: from the path of each layer, or adapted parameter, to its rank, or what other
+            setting of its method decides the size.
+        strategy: gives `enable_fine_tuning` these ranks; it holds for this network, by its paths.
+        parameters: what is then trained, number of parameters.
+        megabytes: size of the state that is then saved, in millions of bytes.
+        rows: for each layer its path, weights, method with the setting, parameters.
+    """
+
+    ranks: dict[str, int]
+    strategy: FineTuningStrategy
+    parameters: int
+    megabytes: float
+    rows: list[tuple[str, str, str, int]] = field(repr=False, default_factory=list)
+
+    def details(self, limit: int | None = None) -> str:
+        """A table of the layers, or of the first `limit` of them."""
+        rows = [(*rest, f"{count:,}") for *rest, count in self.rows[:limit]]
+        more = len(self.rows) - len(rows)
+        table = tabulate(
+            rows, headers=["layer", "weight", "method", "parameters"], disable_numparse=True
+        )
+        return table + (f"\n... and {more} more (suggestion.details() lists all)" if more else "")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} trained parameters, {self.megabytes:.3f} MB\n"
+            f"{self.details(limit=50)}"
+        )
+
+
+def suggest(
+    net: nn.Module, budget: int | float | str, strategy: FineTuningStrategy | None = None
+) -> Suggestion:
+    """The largest ranks, layer by layer, that a budget allows.
+
+    The caps of the strategy decide which layers are adapted and by which method; what is chosen is
+    the setting that decides how many parameters the method adds: a rank, a number of frequencies,
+    the size of blocks. All that is trained counts, also new heads, biases, and methods without
+    such a setting.
+
+    All layers get the same rank, the largest that the budget allows. A layer that cannot have it
+    gets its largest, which is also the last at which its delta has no more parameters than its
+    weight. If the strategy gives some layers twice the rank of others, that proportion is kept.
+    What is left of the budget then raises single layers by one step each, those with the largest
+    weights first, ties in the order of the network; and again, until no layer can be raised within
+    the budget. A layer with several weights has one rank for all of them, and so have layers that
+    share a weight.
+
+    The network is not touched, and its values are neither read nor copied: the caps act on a copy
+    on the meta device, so that their checks and actions must not look at values.
+
+    Args:
+        net: the network.
+        budget: trained parameters, ``100_000`` or ``"100k"`` or ``"1.5M"``; or a share of the
+            parameters of the network, ``"1%"`` or ``0.01``; or megabytes of the state that is
+            saved, ``"2MB"`` (a million bytes each, buffers such as running statistics included).
+        strategy: whose caps adapt layers; None is LoRA on all of them.
+
+    Returns:
+        The ranks, and a strategy that gives exactly these.
+
+    Raises:
+        ValueError: if the budget is no budget, or too small: the error names the least that works.
+            Also if the strategy has no cap that adapts by a method with a size, or if it fits the
+            network with no size.
+        TypeError: if the network is no module, or the strategy no strategy.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning, suggest
+        >>> from gift.strategies import LoRAAllFineTuningStrategy
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> suggestion = suggest(net, budget=1_000, strategy=LoRAAllFineTuningStrategy())
+        >>> print(suggestion)
+        936 trained parameters, 0.004 MB
+        layer    weight    method        parameters
+        -------  --------  ------------  ------------
+        0        64 x 64   lora, rank 5  640
+        2        10 x 64   lora, rank 4  296
+        >>> enable_fine_tuning(net, suggestion.strategy).trainable_after
+        936
+    """
+    if strategy is None:
+        strategy = STRATEGIES["LoRAAllFineTuningStrategy"]()
+    if not isinstance(strategy, FineTuningStrategy) or strategy.dry_run:
+        raise TypeError(f"expected a FineTuningStrategy (an instance of it), got {strategy!r}")
+    twin = on_meta(net)
+    limit = Budget.of(budget, size_of(nn.Module.parameters(twin)))
+    found: list[tuple[Layer, Method]] = []
+    with rehearsed(twin, rewritten(strategy, lambda cap: AdaptOpen(cap, found))):
+        fixed, choices = cost_of(twin), choices_for(found)
+    if not choices:
+        raise ValueError(f"{strategy!r} adapts nothing by a method that has a size to choose")
+    least = sum((choice.sizes.cost(choice.sizes.least) for choice in choices), fixed)
+    if not limit.allows(least):
+        told = f"a budget of {budget} is too small: the least that works is {limit.told(least)}"
+        whatever = f", of which {limit.told(fixed)} are needed whatever the ranks"
+        raise ValueError(told + (whatever if any(fixed) else ""))
+    choose(choices, fixed, limit)
+    by_path = {path: choice for choice in choices for path in choice.paths}
+    sizes = {path: choice.size for path, choice in by_path.items()}
+    decided = SizedStrategy(strategy, sizes)
+    with rehearsed(twin, decided):
+        cost = cost_of(twin)
+    rows = [_row(path, choice) for path, choice in by_path.items()]
+    return Suggestion(sizes, decided, cost.parameters, cost.bytes / 1e6, rows)
+
+
+def _row(path: str, choice: Choice) -> tuple[str, str, str, int]:
+    method = choice.sizes.method
+    shapes = dict.fromkeys(" x ".join(map(str, shape)) for shape, _ in choice.sizes.weights)
+    sized = f"{method.name}, {setting_of(method).replace('_', ' ')} {choice.size}"
+    return path, ", ".join(shapes), sized, choice.cost.parameters if path == choice.paths[0] else 0

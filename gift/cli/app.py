@@ -1,0 +1,42 @@
+"""The commands of ``gift``, one file for each."""
+
+from typing import Annotated
+
+import typer
+
+from gift.cli.evaluate import evaluate
+from gift.cli.finetune import finetune
+from gift.cli.init import init
+from gift.cli.merge import merge
+from gift.cli.plain import in_plain_words
+from gift.cli.predict import predict
+from gift.cli.show import show
+from gift.cli.table import table
+from gift.version import __version__
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gift {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def gift(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="show the version")
+    ] = False,
+) -> None:
+    """Fine-tune networks, and use what came of it."""
+
+
+for command in (init, finetune, predict, evaluate, table, merge, show):
+    app.command()(in_plain_words(command))

@@ -1,0 +1,45 @@
+"""``gift evaluate``."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from tabulate import tabulate
+
+from gift.cli.options import DELTA, DEVICE, JSON, NETWORK, RUN, opened
+from gift.cli.plain import say
+
+
+def evaluate(
+    run: RUN,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PLACE",
+            help="where other examples of the kind of the job are; where several things say it, "
+            "NAME=VALUE for each",
+        ),
+    ] = None,
+    as_json: JSON = False,
+    delta: DELTA = None,
+    network: NETWORK = None,
+    device: DEVICE = None,
+) -> None:
+    """Loss and metrics of the network of a run, on the validation examples of its job or others."""
+    opened_run = opened(run, network)
+    values = opened_run.evaluate(_place(data or [], opened_run.job.data.kind), delta, device)
+    say(json.dumps(values) if as_json else tabulate(values.items(), tablefmt="plain"))
+
+
+def _place(data: list[str], kind: str) -> Any:
+    from gift.jobs import KINDS
+
+    if not data:
+        return None
+    known = KINDS[kind].arguments()
+    parts = [text.partition("=") for text in data]
+    if all(name in known and equals for name, equals, _ in parts):
+        return {name: value for name, _, value in parts}
+    if len(data) > 1:
+        raise typer.BadParameter("give one place, or NAME=VALUE for each", param_hint="--data")
+    return data[0]

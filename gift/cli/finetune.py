@@ -1,0 +1,27 @@
+"""``gift finetune``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gift.cli.options import NETWORK, SET, own_network
+from gift.cli.plain import complain, say
+
+
+def finetune(
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="a job file, see gift init")],
+    changes: SET = None,
+    network: NETWORK = None,
+    restart: Annotated[bool, typer.Option("--restart", help="do not go on, begin anew")] = False,
+) -> None:
+    """Do a job; in the folder of a run that was stopped, go on with it."""
+    from gift.jobs import read_job, run_job
+
+    settled = read_job(job, changes or ())
+    try:
+        result = run_job(settled, own_network(network, settled), restart)
+    except KeyboardInterrupt:
+        complain("stopped; the same command goes on from the last checkpoint, if there is one")
+        raise typer.Exit(130) from None
+    say(f"{result}\n\nAll files are in {settled.folder}")

@@ -1,0 +1,32 @@
+"""``gift init``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gift.cli.plain import say
+
+
+def init(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="to write; none prints it")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="how the examples are stored")] = "class_folders",
+    strategy: Annotated[
+        str, typer.Option(help="what of the network is trained")
+    ] = "LoRAAllFineTuningStrategy",
+    force: Annotated[bool, typer.Option("--force", help="overwrite the file")] = False,
+) -> None:
+    """A job file to begin with: every setting, its default, and what it means."""
+    from gift.files.container import write_text
+    from gift.jobs import JobError, init_text
+
+    text = init_text(kind, strategy)
+    if file is None:
+        say(text.rstrip("\n"))
+        return
+    if file.exists() and not force:
+        raise JobError(f"{file} is there already", ["choose another name, or --force"])
+    write_text(file, text)
+    say(f"{file} is a job to be changed; then: gift finetune {file}")

@@ -1,0 +1,48 @@
+"""``gift merge``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gift.cli.options import DELTA, NETWORK, opened
+from gift.cli.plain import say
+
+
+def merge(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DELTA", help="the folder of a run, or the file of a delta"),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help=".safetensors or .pt for the state of the network; for a network of transformers "
+            "also a new folder",
+        ),
+    ],
+    delta: DELTA = None,
+    network: NETWORK = None,
+    weights: Annotated[str, typer.Option(help="of --network; a file, or default")] = "default",
+    task: Annotated[str | None, typer.Option(help="of --network: classification, language")] = None,
+) -> None:
+    """Fold a delta into the weights of its network, and write these."""
+    from gift.files import load
+    from gift.jobs import JobError, write_merged
+    from gift.jobs.networks import named_network
+    from gift.jobs.runs import JOB
+
+    classes = reader = None
+    if source.is_file() and network is not None:
+        net = named_network(network, weights, task, allow_import=True).net
+        load(net, source)
+    elif source.is_file() and not (source.parent / JOB).is_file():
+        problem = "it lies in no folder of a run: say which network it is for, --network"
+        raise JobError(f"{source} cannot be merged", [problem])
+    else:
+        in_run = source.is_file()
+        run = opened(source.parent if in_run else source, network)
+        net = run.network(source if in_run else delta)
+        classes, reader = run.classes, run.reader
+    say(f"{write_merged(net, out, classes, reader)} has the merged network")

@@ -1,0 +1,79 @@
+"""Errors and warnings as people read them."""
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from gift.engine.enable import GiftWarning
+from gift.training.distributed import rank
+
+TRACEBACK = "GIFT_TRACEBACK"
+_PLAIN = (FileNotFoundError, ImportError, ModuleNotFoundError, ValueError)
+
+
+def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are a message and exit code 1; a variable asks for the traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if os.environ.get(TRACEBACK):
+            command(*args, **kwargs)
+            return
+        try:
+            with _plain_warnings():
+                command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            complain("stopped")
+            raise typer.Exit(130) from None
+        except Exception as error:  # told instead of a traceback
+            complain(message(error))
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def message(error: Exception) -> str:
+    """What an error says; of one that is none of gift's, also its kind and how to see more."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"there is no {error.filename}"
+    text = "\n".join([str(error), *getattr(error, "__notes__", [])]).strip()
+    if type(error).__module__.startswith("gift.") or (type(error) in _PLAIN and text):
+        return text
+    return f"{type(error).__name__}: {text}\n({TRACEBACK}=1 shows where this comes from)"
+
+
+def complain(text: str) -> None:
+    """Print on standard error; of several processes, each says which it is."""
+    typer.echo(f"[process {rank()}] {text}" if "RANK" in os.environ else text, err=True)
+
+
+def say(text: str) -> None:
+    """Print; of several processes, the first alone does."""
+    if rank() == 0:
+        typer.echo(text)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within it, gift's own warnings are a line without code, of the first process alone."""
+    before = warnings.showwarning
+
+    def show(text: Any, category: Any, *place: Any, **more: Any) -> None:
+        if not issubclass(category, GiftWarning):
+            before(text, category, *place, **more)
+        elif rank() == 0:
+            print(f"warning: {text}", file=sys.stderr)
+
+    warnings.showwarning = show  # type: ignore[assignment]  # it takes what that takes
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

@@ -1,0 +1,287 @@
+"""Deltas: the tensors that a module gained, trained parameters and what belongs to them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+
+from gift.core.dynamic_class import Generated, Spec, bare, contributes, plain_class, set_class
+from gift.core.state_settings import KEY, decoded, encoded
+from gift.core.undo.containers import put_order
+
+
+@dataclass
+class Delta:
+    """What a module knows of tensors that it gained.
+
+    Args:
+        names: from a method's names for them to those on the module.
+        owner: the module that holds them where that is another one, None for itself.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    owner: nn.Module | None = field(default=None, kw_only=True)
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors by the method's names."""
+        holder = module if self.owner is None else self.owner
+        return {key: getattr(holder, name) for key, name in self.names.items()}
+
+    def is_on_meta(self, module: nn.Module) -> bool:
+        """Whether they are held by `module` and have no values yet."""
+        names = self.names.values() if self.owner is None else ()
+        return any(held(module, name)[name].is_meta for name in names)
+
+    def reset(self, module: Any, key: str) -> None:
+        """Give them their initial values, and a shape where they had none yet."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a saved delta and this one must agree on; empty while that is unknown."""
+        raise NotImplementedError
+
+    def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
+        """Those among the settings that the names and shapes of the tensors do not show.
+
+        Empty where all are the defaults of the method, for tensors of these shapes.
+        """
+        raise NotImplementedError
+
+    def has_effect(self, module: nn.Module, key: str) -> bool:
+        """Whether the network computes something else than it would without this delta."""
+        raise NotImplementedError
+
+
+def deltas_of(module: nn.Module) -> dict[str, Delta]:
+    """The deltas that `module` itself uses, by what they change."""
+    state = module.__dict__
+    return {**state.get("_gift_adapters", {}), **state.get("_gift_extensions", {})}
+
+
+def added_names(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that methods added to `module` itself."""
+    own = [delta for delta in deltas_of(module).values() if delta.owner is None]
+    return [name for delta in own for name in delta.names.values()]
+
+
+def held(module: nn.Module, name: str) -> dict[str, Any]:
+    """The dictionary of `module` in which its tensor of that name stands."""
+    return module._buffers if name in module._buffers else module._parameters
+
+
+def add_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let `module` hold a tensor, as the buffer or parameter that a method made it."""
+    if isinstance(value, nn.Buffer):
+        module.register_buffer(name, value, persistent=value.persistent)
+    else:
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        module.register_parameter(name, parameter)
+
+
+def add_lazy_tensor(module: nn.Module, name: str, like: Tensor) -> None:
+    """The same for a tensor without shape yet; `like` says whether it will be a buffer."""
+    if isinstance(like, nn.Buffer):
+        module.register_buffer(name, UninitializedBuffer(), persistent=like.persistent)
+    else:
+        module.register_parameter(name, UninitializedParameter())  # type: ignore[arg-type]
+
+
+def remove_tensor(module: nn.Module, name: str) -> None:
+    """Undo `add_tensor`."""
+    del held(module, name)[name]
+    module._non_persistent_buffers_set.discard(name)
+
+
+def put_values(module: nn.Module, values: Mapping[str, Tensor], only_lazy: bool = False) -> None:
+    """Give tensors that `module` holds other values, and a shape or device where they need one.
+
+    Args:
+        module: the module that holds them.
+        values: by their names on the module.
+        only_lazy: leave those alone that have a shape already.
+    """
+    with torch.no_grad():
+        for name, value in values.items():
+            holder = held(module, name)
+            now: Any = holder[name]
+            if is_lazy(now):
+                now.materialize(value.shape, value.device, value.dtype)
+            elif only_lazy:
+                continue
+            elif now.device != value.device:
+                new = torch.empty_like(value)
+                trained = isinstance(now, nn.Parameter)
+                holder[name] = now = nn.Parameter(new, now.requires_grad) if trained else new
+            now.copy_(value)
+
+
+def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """For each delta of `module`, its method and what that means for the result."""
+    return {key: delta.settings for key, delta in deltas_of(module).items()}
+
+
+def hidden_settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of each delta that `module` holds, the settings that no shape shows, if there are any."""
+    own = {key: delta for key, delta in deltas_of(module).items() if delta.owner is None}
+    found = {key: delta.hidden_settings(module, key) for key, delta in own.items()}
+    return {key: settings for key, settings in found.items() if settings}
+
+
+def settings_misfits(
+    module: nn.Module, path: str, metadata: Mapping[str, Any], state: Mapping[str, Any]
+) -> list[str]:
+    """Where a state was trained with settings that `module` does not have.
+
+    Args:
+        module: one that has deltas.
+        path: its path, for messages.
+        metadata: what torch keeps of the module beside its state.
+        state: of the module, by its own names.
+    """
+    here, there = settings_of(module), metadata.get("gift")
+    if not here or not all(here.values()):
+        return []
+    if there is None:  # the metadata is lost, as in a plain dictionary
+        if KEY not in state and not any(name in state for name in added_names(module)):
+            return []
+        here = hidden_settings_of(module)
+        there = decoded(state[KEY]) if KEY in state else {}
+    if here == there:
+        return []
+    where = path or "the network"
+    if there is None:
+        return [f"the settings of {where} in the state cannot be read: {KEY} is damaged"]
+    if there:
+        return [f"{where} was trained with {there}, here it has {here or 'the defaults'}"]
+    return [
+        f"{where} was trained with the defaults of its method, or the state was made by a gift "
+        f"that kept no settings in it; here it has {here} (if these are right: "
+        "net.load_state_dict(net.state_dict() | state))"
+    ]
+
+
+def named_deltas(network: nn.Module) -> Iterator[tuple[nn.Module, str, Delta]]:
+    """All deltas in `network` with the modules that use them."""
+    for module in network.modules():
+        for key, delta in deltas_of(module).items():
+            yield module, key, delta
+
+
+class DeltaModule(Generated):
+    """What every module that gained tensors gains."""
+
+    def _gift_added(self) -> list[str]:
+        return added_names(self)  # type: ignore[arg-type]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # `to_empty` gives a network from the meta device memory without values: fill the delta's.
+        own = deltas_of(self)  # type: ignore[arg-type]
+        waiting = [key for key, delta in own.items() if delta.is_on_meta(self)]  # type: ignore[arg-type]
+        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        for key in waiting:
+            own[key].reset(self, key)
+        return result
+
+    @property
+    def gift_settings(self) -> Tensor:
+        """The value of the state's entry of that name, which torch's distributed checkpoints ask
+        the module for.
+        """
+        return encoded(hidden_settings_of(self))  # type: ignore[arg-type]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if hidden := hidden_settings_of(self):  # type: ignore[arg-type]
+            own = (held(self, name)[name] for name in added_names(self))  # type: ignore[arg-type]
+            destination[prefix + KEY] = encoded(hidden, next((t.device for t in own), None))
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, *rest: Any
+    ) -> None:
+        *_, errors = rest
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        problems = settings_misfits(self, prefix.rstrip("."), metadata, own)  # type: ignore[arg-type]
+        state_dict.pop(prefix + KEY, None)  # which would be unexpected
+        errors += problems
+        if not problems:
+            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[misc]
+
+
+class OwnState(Generated):
+    """What a module gains whose author says what is written into its state, and read from it.
+
+    The author's code sees the module as it was, so it writes the frozen tensors and not the
+    effective ones, and takes no delta for an unknown key. The deltas are written and read here.
+    """
+
+    _gift_innermost = True
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        added = self._gift_added()
+        _plain_twin(self, added)._save_to_state_dict(destination, prefix, keep_vars)
+        for name in added:
+            tensor = held(self, name).get(name)  # type: ignore[arg-type]
+            if tensor is not None and name not in self._non_persistent_buffers_set:  # type: ignore[attr-defined]
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        module: Any = self
+        added = [name for name in self._gift_added() if name in held(module, name)]
+        coming = {key: state_dict.pop(key) for n in added if (key := prefix + n) in state_dict}
+        own = nn.Module()
+        for name in added:
+            holder = own._buffers if name in module._buffers else own._parameters
+            holder[name] = held(module, name)[name]
+        own._non_persistent_buffers_set = module._non_persistent_buffers_set & {*added}
+        with as_plain(module):
+            module._load_from_state_dict(state_dict, prefix, *rest)
+        own._load_from_state_dict(coming, prefix, *rest)
+        for name in added:  # which may be others, if they were to be assigned
+            held(module, name)[name] = held(own, name)[name]
+        state_dict.update(coming)
+
+
+def _plain_twin(module: Any, added: list[str]) -> Any:
+    """An object of the plain class with the same attributes, to be looked at only."""
+    state = vars(module)
+    own = {**state, "_parameters": dict(state["_parameters"]), "_buffers": dict(state["_buffers"])}
+    for name in added:
+        own["_parameters"].pop(name, None)
+        own["_buffers"].pop(name, None)
+    own["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"].difference(added)
+    return bare(plain_class(type(module)), own)
+
+
+@contextmanager
+def as_plain(module: nn.Module) -> Iterator[None]:
+    """Within it, `module` is as if it had never been adapted: plain class, no deltas."""
+    adapted = type(module)
+    deltas = [(h, n, h[n]) for n in added_names(module) if n in (h := held(module, n))]
+    orders = [(holder, list(holder)) for holder in (module._parameters, module._buffers)]
+    try:
+        for holder, name, _ in deltas:
+            del holder[name]
+        if "_gift_plain" in vars(adapted):
+            set_class(module, plain_class(adapted))
+        yield
+    finally:
+        set_class(module, adapted)
+        for holder, name, tensor in deltas:
+            holder[name] = tensor
+        for holder, order in orders:
+            put_order(holder, order)
+
+
+@contributes
+def _state_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    # Torch's own (of lazy modules, say) take whatever tensors a module has.
+    own = any(not getattr(plain, name).__module__.startswith("torch.nn.") for name in _STATE)
+    return ([OwnState] if own and (spec.tensors or spec.extended) else []), {}
+
+
+_STATE = ("_save_to_state_dict", "_load_from_state_dict")

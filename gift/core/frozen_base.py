@@ -1,0 +1,164 @@
+"""Flags of a frozen base: whoever calls ``requires_grad_`` on a part of a network, it stays frozen.
+
+``net.encoder.requires_grad_(True)`` is how libraries unfreeze a part, and that part may be any
+module: one that fine-tuning left as it is, too. Its class is not changed for that, since somebody
+may ask for it (``type(net.encoder) is nn.Sequential``): the module is given an attribute that
+stands in front of its method, an object that copies and pickles like any other part of the module.
+Nobody can be kept from setting the flag of a parameter itself; that is noticed, see `unfrozen`.
+"""
+
+import warnings
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from gift.core.dynamic_class import plain_class
+from gift.core.report import some
+from gift.errors import GiftWarning
+
+HELD = "requires_grad_"
+"""The attribute, which stands in front of the method of that name."""
+
+
+class HeldFlags:
+    """``requires_grad_`` of a module in a network that is being fine-tuned.
+
+    It freezes all in the module, or trains what is trained there; the frozen base stays frozen.
+
+    Args:
+        module: the module.
+        frozen: names of its own parameters that stay frozen.
+    """
+
+    def __init__(self, module: nn.Module, frozen: frozenset[str]) -> None:
+        self.module = module
+        self.frozen = frozen
+
+    def __call__(self, requires_grad: bool = True) -> nn.Module:
+        """Freeze the parameters in the module, or train those that are not held."""
+        module = self.module
+        held = {id(p) for part in module.modules() for p in held_in(part)}
+        written = getattr(plain_class(type(module)), HELD)
+        parameters = list(nn.Module.parameters(module))
+        if written is nn.Module.requires_grad_:
+            for parameter in parameters:
+                if not requires_grad or id(parameter) not in held:
+                    parameter.requires_grad = requires_grad
+        else:  # a method that the module's author wrote: what it does beyond that is theirs
+            before = {id(p) for p in parameters if p.requires_grad}
+            written(module, requires_grad)
+            for parameter in parameters:
+                if id(parameter) in held - before and parameter.requires_grad:
+                    parameter.requires_grad = False
+        if requires_grad and parameters and held.issuperset(map(id, parameters)):
+            warnings.warn(
+                f"nothing in this {type(module).__name__} is trained, so requires_grad_ changed "
+                "nothing: the base of a network that is being fine-tuned stays frozen. Name in the "
+                "strategy what is to be trained (ma_train, ModulesFineTuningStrategy)",
+                GiftWarning,
+                stacklevel=2,
+            )
+        return module
+
+
+def held_in(module: nn.Module) -> list[nn.Parameter]:
+    """The own parameters of `module` that stay frozen."""
+    flags = module.__dict__.get(HELD)
+    if not isinstance(flags, HeldFlags):
+        return []
+    own = [module._parameters.get(name) for name in flags.frozen]
+    return [parameter for parameter in own if parameter is not None]
+
+
+def hold_flags(network: Any) -> None:
+    """Let the parameters that a fine-tuned network does not train stay frozen, and only these.
+
+    Called whenever that changes.
+    """
+    watch(network)
+    record = network._gift_network
+    trained = record.chosen - record.waiting
+    named = nn.Module.named_parameters(network, remove_duplicate=False)
+    free = {id(parameter) for name, parameter in named if name in trained}
+    record.held = []
+    for module in network.modules():
+        if not (module._parameters or module._modules):
+            continue
+        known = module.__dict__.get(HELD)
+        if known is not None and not isinstance(known, HeldFlags):
+            continue  # somebody else's
+        own = module._parameters.items()
+        frozen = frozenset(n for n, p in own if p is not None and id(p) not in free)
+        if known is None or known.frozen != frozen:
+            known = module.__dict__[HELD] = HeldFlags(module, frozen)
+        if frozen:
+            record.held.append(known)
+
+
+def unfrozen(network: Any) -> list[nn.Parameter]:
+    """Parameters of a fine-tuned network that are to stay frozen, and of which somebody has set the
+    flag since.
+    """
+    return [
+        parameter
+        for flags in network._gift_network.held
+        for name in flags.frozen
+        if (parameter := flags.module._parameters.get(name)) is not None and parameter.requires_grad
+    ]
+
+
+def tell_unfrozen(network: Any) -> None:
+    """Warn once of what `unfrozen` finds."""
+    if torch.compiler.is_compiling():  # which cannot look at flags, and warns nobody
+        return
+    record = network._gift_network
+    if record.told_unfrozen or not (found := {id(p) for p in unfrozen(network)}):
+        return
+    record.told_unfrozen = True
+    names = [name for name, p in nn.Module.named_parameters(network) if id(p) in found]
+    warnings.warn(
+        f"{len(names)} parameters were frozen by fine-tuning, and somebody has set their flags "
+        f"since: {some(names)}. They are trained as well and count among parameters(), so the next "
+        "step of an optimizer that has them moves the base. Where that is not meant, set "
+        "requires_grad = False for them, and give the optimizer net.parameters() alone; where it "
+        "is, name them in the strategy (ma_train, pa_train)",
+        GiftWarning,
+        stacklevel=3,
+    )
+
+
+_WATCHED: WeakSet[nn.Module] = WeakSet()
+_hooks: list[Any] = []
+
+
+def watch(network: nn.Module) -> None:
+    """Let every optimizer say what `unfrozen` finds in `network` before it moves that.
+
+    Calls of a network are not enough: others call its methods, or its parts.
+    """
+    _WATCHED.add(network)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for network in tuple(_WATCHED):
+        record: Any = getattr(network, "_gift_network", None)
+        if record is None or record.told_unfrozen or not (found := unfrozen(network)):
+            continue
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not moved.isdisjoint(map(id, found)):
+            tell_unfrozen(network)
+
+
+def release_flags(network: nn.Module) -> None:
+    """Undo `hold_flags`."""
+    _WATCHED.discard(network)
+    for module in network.modules():
+        if isinstance(module.__dict__.get(HELD), HeldFlags):
+            del module.__dict__[HELD]

@@ -1,0 +1,56 @@
+"""Norm layers whose running statistics stand still, whatever ``train()`` says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from gift.core.dynamic_class import Generated, Spec, change_class, contributes
+from gift.private.torch import NORM_WITH_STATISTICS
+
+
+class FrozenStatistics(Generated):
+    """A norm layer that stays in evaluation mode, so that its running statistics do not move."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Remember the mode that was asked for: releasing the layer gives it back."""
+        self.__dict__["_gift_mode"] = mode
+        return super().train(False)  # type: ignore[misc]
+
+
+@contributes
+def _statistics_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    return ([FrozenStatistics] if spec.statistics else []), {}
+
+
+def freeze_statistics(module: nn.Module) -> int:
+    """Freeze the running statistics of all norm layers in `module`; gives their number."""
+    norms = [m for m in module.modules() if isinstance(m, NORM_WITH_STATISTICS)]
+    layers = [norm for norm in norms if norm.track_running_stats]
+    for layer in layers:
+        mode = layer.training
+        change_class(layer, statistics=True)
+        layer.train(mode)
+    return len(layers)
+
+
+def release_statistics(module: nn.Module) -> None:
+    """Undo `freeze_statistics` for one layer: its mode is the last that was asked for."""
+    if "_gift_mode" in module.__dict__:
+        module.training = module.__dict__.pop("_gift_mode")
+        change_class(module, statistics=False)
+
+
+@contextmanager
+def kept_modes(net: nn.Module) -> Iterator[None]:
+    """Whatever modes are set within it, each module has afterwards the one that it had before."""
+    modes = [(m, m.training, vars(m).get("_gift_mode")) for m in net.modules()]
+    try:
+        yield
+    finally:
+        for module, training, mode in modes:
+            if module.training != training:
+                module.training = training
+            if mode is not None:
+                vars(module)["_gift_mode"] = mode

@@ -1,0 +1,52 @@
+"""Walking over the direct submodules of a module."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from gift.core.dynamic_class import joined, plain_class
+
+ModuleEntry = tuple[str, str, str, nn.Module, bool]
+
+
+class ModuleIterator:
+    """The direct submodules of a module, in registration order; can be iterated again.
+
+    Yields ``(current_name, global_name, class_name, current_module, has_children)``, where
+    ``global_name`` is ``parent_name`` and the module's name joined by a dot, and ``class_name`` is
+    the name of its class before any adaptation. A submodule that is None is skipped.
+
+    Args:
+        module: the module whose submodules are wanted.
+        parent_name: dotted path of `module`; "" gives names without a leading dot.
+
+    Raises:
+        TypeError: if `module` is not a module.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 6, 5), nn.Sequential(nn.Linear(6, 2)))
+        >>> [(name, has_children) for _, name, _, _, has_children in ModuleIterator(net, "net")]
+        [('net.0', False), ('net.1', True)]
+    """
+
+    def __init__(self, module: nn.Module, parent_name: str = "") -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+        self.module = module
+        self.parent_name = parent_name
+
+    def __len__(self) -> int:
+        return sum(child is not None for child in self.module._modules.values())
+
+    def __iter__(self) -> Iterator[ModuleEntry]:
+        for name, child in self.module._modules.items():
+            if child is not None:
+                path = joined(self.parent_name, name)
+                has_children = any(c is not None for c in child._modules.values())
+                yield name, path, plain_class(type(child)).__name__, child, has_children
+
+
+def named_parts(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """What `named_modules` gives, at once for a module that has none inside."""
+    return list(module.named_modules(prefix=prefix)) if module._modules else [(prefix, module)]

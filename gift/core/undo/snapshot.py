@@ -1,0 +1,467 @@
+"""All or nothing: what a network was before its strategy ran, and the way back.
+
+A `Snapshot` is taken before any action runs. If something goes wrong, `rollback` restores the
+network exactly, whatever foreign actions did to it. If all goes well, `commit` keeps only what
+differs, as an `Undo`, which `disable_fine_tuning` applies. An `Undo` refers to modules and tensors
+by object, so copies and pickles of the network carry a working one.
+
+Both ways back compare first and write only what differs: what nobody changed belongs to its author
+and may refuse. Their steps allocate nothing that is large, call no code of an author, and can be
+repeated, so what an interrupt leaves behind is completed by a second pass.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MemberDescriptorType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.core.delta import added_names
+from gift.core.dynamic_class import plain_class, set_class
+from gift.core.forwards import release_extensions
+from gift.core.frozen_base import HELD
+from gift.core.frozen_norms import release_statistics
+from gift.core.undo.containers import (
+    Missing,
+    copied,
+    differ,
+    difference,
+    filled,
+    put_entries,
+    put_order,
+    refill,
+    restore,
+)
+from gift.core.undo.copy_on_write import KeptValues, parts_of
+from gift.core.weights.attach import release_tensors
+from gift.support.interrupts import held_interrupts
+from gift.support.tensors import is_expanded, same_bits, set_data, set_flag
+
+OWN = (HELD, "_gift_adapters", "_gift_extensions", "_gift_network", "_gift_schedule", "_gift_mode")
+
+
+_ATTRIBUTES: Any = vars(nn.Module)["__dict__"]
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The real ``__dict__`` of a module, whatever its class shows under that name."""
+    return _ATTRIBUTES.__get__(module)
+
+
+def completed(step: Callable[[], None], passes: int = 4) -> None:
+    """Run a step that can be repeated again if it was interrupted, and raise that afterwards."""
+    try:
+        step()
+    except BaseException:
+        if passes > 1:
+            completed(step, passes - 1)
+        raise
+
+
+@dataclass
+class ModuleUndo:
+    """What the actions of a strategy changed on one module, and what stood there before.
+
+    Args:
+        module: the module.
+        plain: its class, where an action changed that.
+        attributes: entries of ``module.__dict__``.
+        entries: for each dictionary in it (parameters, submodules, hooks ...) entries of that.
+        order: for each of those, the order of its keys.
+        contents: of lists and sets in it, all that they held.
+        places: of new submodules, their dtype and device: originals follow where these change.
+    """
+
+    module: nn.Module
+    plain: type | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    entries: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    order: dict[str, list[Any]] = field(default_factory=dict)
+    contents: dict[str, list[Any] | set[Any]] = field(default_factory=dict)
+    places: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def apply(self) -> None:
+        """Put back what stood there before."""
+        if self.plain is not None:
+            set_class(self.module, self.plain)
+        state = attributes_of(self.module)
+        put_entries(state, self.attributes)
+        for key, entries in self.entries.items():
+            if key == "_modules":
+                self._follow(entries)
+            put_entries(state[key], entries)
+            put_order(state[key], self.order[key])
+        for key, content in self.contents.items():
+            refill(state[key], content)
+
+    def present(self) -> "ModuleUndo":
+        """The same with what stands now where something was changed: the way forth again."""
+        state = attributes_of(self.module)
+        return ModuleUndo(
+            self.module,
+            plain=None if self.plain is None else type(self.module),
+            attributes=_as_now(state, self.attributes),
+            entries={k: _as_now(copied(state[k]), entries) for k, entries in self.entries.items()},
+            order={key: list(copied(state[key])) for key in self.order},
+            contents={key: copied(state[key]) for key in self.contents},
+        )
+
+    def _follow(self, originals: dict[Any, Any]) -> None:
+        """Modules that come back take the mode of what stood in their place, and are cast and
+        moved as that was.
+        """
+        for name, original in originals.items():
+            instead = self.module._modules.get(name)
+            if isinstance(original, nn.Module) and instead is not None and instead is not original:
+                original.train(instead.training)
+                was = vars(self).get("places", {}).get(name, {})
+                if moved := {k: v for k, v in place_of(instead).items() if was.get(k, v) != v}:
+                    original.to(**moved)
+                    self.places[name] = place_of(instead)
+
+
+@dataclass
+class Undo:
+    """The way back from a fine-tuned network to the one it was.
+
+    Args:
+        modules: what changed on modules.
+        requires_grad: the flags of the parameters, where they changed.
+        values: for each module, values of parameters that are trained in place and of buffers.
+        recast: those among them of which an action changed dtype or device.
+    """
+
+    modules: list[ModuleUndo] = field(default_factory=list)
+    requires_grad: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
+    values: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    recast: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def value(self, module: nn.Module, name: str, kept: Tensor) -> Tensor:
+        """A kept value with the dtype and device to which its tensor was brought since."""
+        tensor = tensor_of(module, name)
+        if kept.is_meta or any(m is module and n == name for m, n in vars(self).get("recast", ())):
+            return kept
+        return kept.to(device=tensor.device, dtype=tensor.dtype)
+
+    def refresh_values(self) -> None:
+        """Take the values that the tensors in `values` have now for those of the base."""
+        self.values = [(m, name, tensor_of(m, name).detach().clone()) for m, name, _ in self.values]
+
+    def apply(self, network: nn.Module) -> None:
+        """Undo everything."""
+        self.put_structure(network)
+        self.put_values(self.present_values())
+
+    def put_structure(self, network: nn.Module) -> None:
+        """Undo all but values."""
+        for module in network.modules():
+            release_tensors(module)
+            release_extensions(module)
+            release_statistics(module)
+        for undo in self.modules:
+            undo.apply()
+        for module, name, flag in self.requires_grad:
+            if (parameter := module._parameters.get(name)) is not None:
+                set_flag(parameter, flag)
+        for left in nn.Module.parameters(network):
+            left.grad = None
+
+    def present_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that have other values in the base, and these, where the tensors are."""
+        return [(tensor_of(m, name), self.value(m, name, kept)) for m, name, kept in self.values]
+
+    @staticmethod
+    def put_values(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Undo the values; it can be repeated."""
+        with torch.no_grad():
+            for tensor, value in values:
+                put_value(tensor, value)
+
+
+def place_of(module: nn.Module) -> dict[str, Any]:
+    """Dtype and device of the first parameter of a module, as keywords of ``to``."""
+    parameter = next(nn.Module.parameters(module), None)
+    return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name, itself rather than the effective weight."""
+    parameter = module._parameters.get(name)
+    tensor = module._buffers[name] if parameter is None else parameter
+    assert tensor is not None
+    return tensor
+
+
+def put_value(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor in place another value, and its shape and dtype.
+
+    It is written only where it differs, as memory that nobody wrote may refuse it (a mapped file).
+    """
+    if value.is_meta or same_bits(tensor, value):
+        return  # there was no value when it was kept, or it is the present one
+    alike = (tensor.shape, tensor.dtype, tensor.device) == (value.shape, value.dtype, value.device)
+    if alike and not is_expanded(tensor):
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(value)
+    else:
+        set_data(tensor, value.clone())
+
+
+class _Kept:
+    """A parameter or buffer as it was found: its flag, memory and gradient."""
+
+    __slots__ = ("data", "flag", "grad", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.flag = tensor.requires_grad
+        self.data = None if is_lazy(tensor) else tensor.data
+        # A module that changes dtype or device changes the gradient in place.
+        grad = tensor.grad if tensor.is_leaf else None
+        self.grad = None if grad is None else (grad, grad.data)
+
+    def restore(self) -> None:
+        tensor, grad = self.tensor, self.grad
+        moved = self.data is not None and _moved(tensor, self.data)
+        if moved:
+            tensor.grad = None  # which must have the dtype that the tensor has
+            set_data(tensor, self.data)  # type: ignore[arg-type]
+        set_flag(tensor, self.flag)
+        if grad is None:
+            if tensor.is_leaf and tensor.grad is not None:
+                tensor.grad = None
+            return
+        if _moved(*grad):
+            grad[0].data = grad[1]
+        if tensor.grad is not grad[0]:
+            tensor.grad = grad[0]
+
+
+class Snapshot:
+    """The structure of a network, and the state of its parameters, before anything changes.
+
+    Args:
+        network: the network; what it knows of its fine-tuning is kept as well.
+        objects: others whose attributes may change, and the containers among these.
+        writes: tensors that may be written to, of which the values are kept.
+    """
+
+    def __init__(
+        self, network: nn.Module, objects: Iterable[Any] = (), writes: Iterable[Tensor] = ()
+    ) -> None:
+        states = [(m, type(m), dict(attributes_of(m))) for m in network.modules()]
+        self.modules = [(m, cls, state, _contents(state)) for m, cls, state in states]
+        slots = {cls: _slots(cls) for _, cls, _ in states}
+        self.slots = [(slot, m, _value(slot, m)) for m, cls, _ in states for slot in slots[cls]]
+        self.parameters = [
+            (m, name, _Kept(p))
+            for m, _, _, contents in self.modules
+            for name, p in contents.get("_parameters", {}).items()
+            if p is not None
+        ]
+        self.buffers = [
+            (m, name, _Kept(buffer))
+            for m, _, _, contents in self.modules
+            for name, buffer in contents.get("_buffers", {}).items()
+            if buffer is not None
+        ]
+        records = [state["_gift_network"] for *_, state in states if "_gift_network" in state]
+        known = [vars(one) for r in records for one in (r, r.undo)] + [vars(o) for o in objects]
+        self.objects = [(state, dict(state), _contents(state)) for state in known]
+        # Of quantised tensors the parts, since a clone of some kinds would quantise again.
+        written = [part for t in writes if not is_lazy(t) for part in parts_of(t)]
+        self.written = [(part, part.detach().clone()) for part in written]
+
+    @cached_property
+    def values(self) -> KeptValues:
+        """Within it, an action may write into the tensors of the network."""
+        return KeptValues(kept.tensor for _, _, kept in self._tensors())
+
+    @property
+    def _foreign(self) -> bool:
+        """Whether a foreign action ran, which may have changed values."""
+        return "values" in vars(self)
+
+    def _tensors(self) -> Iterator[tuple[nn.Module, str, _Kept]]:
+        """Parameters and buffers as they were found; tied ones once for each name."""
+        yield from self.parameters
+        yield from self.buffers
+
+    def rollback(self) -> None:
+        """Restore everything, exactly."""
+        completed(self._restore)
+
+    def _restore(self) -> None:
+        for module, cls, state, contents in self.modules:
+            if type(module) is not cls:
+                set_class(module, cls)
+            _restore_state(attributes_of(module), state, contents)
+        for now, state, contents in self.objects:
+            _restore_state(now, state, contents)
+        for slot, module, value in self.slots:
+            if _value(slot, module) is not value:
+                slot.__delete__(module) if value is Missing else slot.__set__(module, value)
+        for _, _, kept in self._tensors():
+            kept.restore()
+        if self._foreign:
+            self.values.restore()
+        for tensor, value in self.written:
+            put_value(tensor, value)
+
+    def commit(self, keep_values: bool) -> Undo:
+        """What the actions changed, to be undone later.
+
+        Args:
+            keep_values: copy the values of what training changes in place.
+        """
+        undo = Undo(modules=list(self._changes()))
+        undo.requires_grad = [
+            (m, name, kept.flag)
+            for m, name, kept in self.parameters
+            if kept.tensor.requires_grad != kept.flag
+        ]
+        if keep_values:
+            undo.values = list(self._values())
+            now = {(m, name): kept.tensor for m, name, kept in self._tensors()}
+            undo.recast = [
+                (m, name)
+                for m, name, value in undo.values
+                if (value.dtype, value.device) != (now[m, name].dtype, now[m, name].device)
+            ]
+        return undo
+
+    def _values(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Copies of what training will change, or foreign actions have changed."""
+        seen: set[int] = set()
+        for module, name, kept in self._tensors():
+            tensor = kept.tensor
+            trained = tensor.requires_grad or name in module._buffers
+            if not (trained or self._foreign) or id(tensor) in seen or is_lazy(tensor):
+                continue
+            seen.add(id(tensor))
+            before = tensor if kept.data is None else kept.data
+            changed = self.values.original(before) if self._foreign else None
+            if changed is not None:
+                yield module, name, changed
+            elif trained or _moved(tensor, before):
+                yield module, name, before.detach().clone()
+
+    def _changes(self) -> Iterator[ModuleUndo]:
+        for module, cls, state, contents in self.modules:
+            plain = None if plain_class(type(module)) is cls else cls
+            now = attributes_of(module)
+            attributes = difference(state, now, OWN)
+            if "_gift_mode" in now:
+                attributes.pop("training", None)  # it knows the mode that was asked for last
+            undo = ModuleUndo(module, plain, attributes)
+            for key, value in filled(state, contents):
+                if key in attributes:
+                    continue
+                present = copied(value)
+                before = contents.get(key) or type(present)()
+                if not isinstance(before, dict):
+                    if differ(before, value):
+                        undo.contents[key] = before
+                elif entries := difference(before, present, added_names(module)):
+                    undo.entries[key], undo.order[key] = entries, list(before)
+                    if key == "_modules":
+                        new = {name: module._modules.get(name) for name in entries}
+                        undo.places = {n: place_of(m) for n, m in new.items() if m is not None}
+            if plain is not None or attributes or undo.entries or undo.contents:
+                yield undo
+
+
+class transaction(held_interrupts):
+    """Whatever goes wrong within it, the network is as it was before.
+
+    Signals wait until it is done, or undone. In another thread none arrive.
+
+    Args:
+        network, objects, writes: as of a `Snapshot`.
+        open: let signals through, which undo it: for what may take long.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *objects: Any,
+        writes: Iterable[Tensor] = (),
+        open: bool = False,
+    ) -> None:
+        super().__init__(open)
+        self._of = network, objects, writes
+        self._before: Snapshot | None = None
+        self._is_decided = False
+        self._with_gradients = torch.is_grad_enabled()
+
+    def __enter__(self) -> Self:
+        try:
+            super().__enter__()
+            self._before = Snapshot(*self._of)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    @property
+    def before(self) -> Snapshot:
+        """What the network was."""
+        assert self._before is not None
+        return self._before
+
+    def finish(self, step: Callable[[], None]) -> None:
+        """Do the last step, which can be repeated: from now on, all is completed, not undone."""
+        self._is_decided = True
+        completed(step)
+
+    def ending(self, *error: Any) -> None:
+        """Undo all, if it was not completed."""
+        if error[0] is not None and self._before is not None and not self._is_decided:
+            self._before.rollback()
+        if error[0] is not None:  # a signal may keep torch's own blocks from being left
+            torch.set_grad_enabled(self._with_gradients)
+
+
+def all_or_nothing(network: nn.Module) -> transaction:
+    """A transaction that a signal may interrupt, and so undoes: for what may take long."""
+    return transaction(network, open=True)
+
+
+def _restore_state(now: dict[str, Any], state: dict[str, Any], contents: dict[str, Any]) -> None:
+    restore(now, state)
+    for key, value in filled(state, contents):
+        restore(value, contents.get(key) or copied(value).__class__())
+
+
+def _contents(state: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the containers in a module; most are empty, and those are left out."""
+    return {key: copied(value) for key, value in filled(state)}
+
+
+def _slots(cls: type) -> list[MemberDescriptorType]:
+    """Where instances of a class have attributes outside of their ``__dict__``."""
+    own = [value for base in cls.__mro__[:-1] for value in vars(base).values()]
+    return [value for value in own if isinstance(value, MemberDescriptorType)]
+
+
+def _value(slot: MemberDescriptorType, module: nn.Module) -> Any:
+    try:
+        return slot.__get__(module)
+    except AttributeError:
+        return Missing
+
+
+def _as_now(state: dict[str, Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    return {key: state.get(key, Missing) for key in keys}
+
+
+def _moved(parameter: Tensor, data: Tensor) -> bool:
+    if parameter is data:
+        return False
+    if parameter.shape != data.shape or parameter.dtype != data.dtype:
+        return True
+    return parameter.device != data.device or parameter.data_ptr() != data.data_ptr()

@@ -1,0 +1,224 @@
+"""Training more or fewer of a fine-tuned network's own parameters while it is being fine-tuned."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.core.delta import added_names
+from gift.core.dynamic_class import joined, plain_class
+from gift.core.frozen_base import hold_flags
+from gift.core.undo.snapshot import put_value, tensor_of
+from gift.core.weights.record import adapters_of
+from gift.errors import AdaptationError
+from gift.layers.table import row_of
+from gift.quantization import is_quantised
+from gift.support.tensors import is_inexact
+
+if TYPE_CHECKING:
+    from gift.core.network import NetworkRecord
+
+Place = tuple[set[str], nn.Module, str]
+
+
+def record_of(network: Any) -> "NetworkRecord":
+    """What fine-tuning keeps on a network that is being fine-tuned."""
+    return network._gift_network
+
+
+def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
+    """Train these parameters of the network's own too, as they are, or those that waited.
+
+    The values that they have in the base are kept, if those of others are, so the way back stays
+    open; they count among ``parameters()`` and ``state_dict()``, and `gift.save` saves them. Under
+    a delta the gradient is that of the effective weight.
+
+    Args:
+        network: one that is being fine-tuned.
+        names: of parameters, also of deltas that were made to wait.
+
+    Raises:
+        AdaptationError: naming all that cannot be trained as they are; nothing is changed then.
+    """
+    record = record_of(network)
+    wanted = set(names)
+    if problems := [f"{n}: {why}" for n, why in untrainable(network).items() if n in wanted]:
+        raise AdaptationError(
+            "these cannot be trained as they are, nothing was changed:\n  " + "\n  ".join(problems)
+        )
+    kept = {id(tensor_of(m, name)) for m, name, _ in record.undo.values}
+    places = _places(network, wanted)
+    for names_of_it, module, name in places:
+        if record.chosen.isdisjoint(names_of_it):
+            tensor = tensor_of(module, name)
+            if record.keeps_base and id(tensor) not in kept:
+                record.undo.values.append((module, name, tensor.detach().clone()))
+            record.chosen |= names_of_it
+            record.late |= names_of_it
+        record.waiting -= names_of_it
+    _set_flags(record, places, True)
+    hold_flags(network)
+
+
+def let_wait(network: nn.Module, names: Iterable[str]) -> None:
+    """Freeze these parameters until `train_in_place`; what is chosen stays so, and is saved."""
+    record = record_of(network)
+    places = _places(network, set(names))
+    for names_of_it, *_ in places:
+        record.waiting |= names_of_it & record.chosen
+    _set_flags(record, places, False)
+    hold_flags(network)
+
+
+def train_no_more(network: nn.Module, names: Iterable[str]) -> None:
+    """Undo `train_in_place`: what it chose has the values of the base again; the others wait.
+
+    Raises:
+        RuntimeError: if these values were not kept; nothing is changed then.
+    """
+    record = record_of(network)
+    late = set(names) & record.late
+    if late and not record.keeps_base:
+        raise RuntimeError(
+            f"{sorted(late)[0]} cannot be frozen again: enable_fine_tuning had keep_base=False"
+        )
+    let_wait(network, names)
+    values = {id(tensor_of(m, name)): value for m, name, value in record.undo.values}
+    for names_of_it, module, name in _places(network, late):
+        tensor = tensor_of(module, name)
+        with torch.no_grad():
+            put_value(tensor, values.pop(id(tensor)))
+        record.chosen -= names_of_it
+        record.late -= names_of_it
+        record.waiting -= names_of_it
+    hold_flags(network)
+    record.undo.values = [
+        entry for entry in record.undo.values if id(tensor_of(*entry[:2])) in values
+    ]
+
+
+def keep_values(
+    network: nn.Module, new: Mapping[str, Tensor], frozen: set[str], deltas: set[str]
+) -> None:
+    """Keep the values of frozen parameters that a trained state is about to change.
+
+    They were trained there, as a schedule unfroze them, and are not yet here. The state of a base
+    is another matter: it is the base from then on.
+
+    Args:
+        network: one that is being fine-tuned.
+        new: the state.
+        frozen: names of the parameters that are not trained.
+        deltas: names of what methods added.
+    """
+    record = record_of(network)
+    trained = not deltas.isdisjoint(new) if deltas else record.chosen <= new.keys()
+    late = frozen & new.keys()
+    if not trained or late == frozen or not record.keeps_base:
+        return
+    kept = {id(tensor_of(m, name)) for m, name, _ in record.undo.values}
+    for names_of_it, module, name in _places(network, late):
+        tensor, value = tensor_of(module, name), new[min(names_of_it & late)]
+        if id(tensor) in kept or _unfit(tensor) or tensor.is_meta or tensor.shape != value.shape:
+            continue
+        if not torch.equal(tensor, value.to(tensor)):
+            record.undo.values.append((module, name, tensor.detach().clone()))
+
+
+def flags_of_the_base(network: nn.Module) -> dict[str, bool]:
+    """For each parameter of a fine-tuned network, whether it was trainable before."""
+    record = record_of(network)
+    before = {
+        id(parameter): flag
+        for module, name, flag in record.undo.requires_grad
+        if (parameter := module._parameters.get(name)) is not None
+    }
+    named = network.named_parameters(remove_duplicate=False)
+    return {name: before.get(id(p), p.requires_grad) for name, p in named}
+
+
+def untrainable(network: nn.Module) -> Mapping[str, str]:
+    """The network's own parameters that cannot be trained as they are, each with the reason.
+
+    Under all of their names, wherever a tensor is held.
+    """
+    parts = list(network.named_modules(remove_duplicate=False))
+    read = {id(p): method for _, module in parts for p, method in _read(module)}
+    found: dict[str, str] = {}
+    for path, module in parts:
+        added = added_names(module)
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in added:
+                continue
+            if id(parameter) in read:
+                found[joined(path, name)] = _READ.format(read[id(parameter)])
+            elif why := _unfit(parameter):
+                found[joined(path, name)] = why
+    return found
+
+
+def misfits_in_place(network: nn.Module, trained: Iterable[nn.Parameter]) -> list[str]:
+    """For each name of those that must not be trained, as a delta is made from them: the reason."""
+    read = {id(p): method for module in network.modules() for p, method in _read(module)}
+    wrong = {id(p) for p in trained} & read.keys() if read else set()
+    named = network.named_parameters(remove_duplicate=False) if wrong else ()
+    return [f"{name}: {_READ.format(read[id(p)])}" for name, p in named if id(p) in wrong]
+
+
+def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
+    """The parameters of which the values made a delta, and the method that made it."""
+    reading = {t: a for t, a in adapters_of(module).items() if a.method.reads_weight}
+    row = row_of(plain_class(type(module))) if reading else None
+    apart = {*added_names(module), *(row.names(module, row.biases) if row is not None else ())}
+    for tensor, adapter in reading.items():
+        # A computed tensor has no parameter of its own: any here may be what it is made from.
+        own = [tensor] if tensor in module._parameters else module._parameters.keys() - apart
+        for name in own:
+            if (parameter := module._parameters[name]) is not None:
+                yield parameter, adapter.method.name
+    computing = module._modules.get("parametrizations") if reading else None
+    for name, parameter in computing.named_parameters() if computing is not None else ():
+        if (tensor := name.partition(".")[0]) in reading:
+            yield parameter, reading[tensor].method.name
+
+
+_READ = (
+    "its delta, by {}, is made from the frozen values, which must stay: train deltas only, or "
+    "adapt it by another method"
+)
+
+
+def _unfit(parameter: Tensor) -> str:
+    if is_lazy(parameter):
+        return "it has no shape yet: run a batch through the network first"
+    if is_quantised(parameter):
+        return "its values are packed, by quantising"
+    return "" if is_inexact(parameter) else f"it is {parameter.dtype}"
+
+
+def _places(network: nn.Module, names: set[str]) -> list[Place]:
+    """Of each tensor that one of the names tells, all its names, and where it stands."""
+    found: dict[int, Place] = {}
+    for path, module in network.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (set(), module, name))[0].add(joined(path, name))
+    if unknown := names.difference(*(known for known, *_ in found.values())):
+        raise KeyError(f"the network has no parameters {sorted(unknown)}")
+    return [place for place in found.values() if place[0] & names]
+
+
+def _set_flags(record: "NetworkRecord", places: Iterable[Place], flag: bool) -> None:
+    undo = record.undo
+    known = {id(module._parameters.get(name)) for module, name, _ in undo.requires_grad}
+    for _, module, name in places:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        own = id(parameter) not in known and name not in added_names(module)
+        if own and parameter.requires_grad != flag:
+            undo.requires_grad.append((module, name, parameter.requires_grad))
+        parameter.requires_grad = flag
+        if not flag:
+            parameter.grad = None  # an optimizer would go on by it

@@ -1,0 +1,209 @@
+"""Adapting the tensors of a module in place, and the way back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+import gift.core.weights.bitsandbytes
+import gift.core.weights.mixin  # noqa: F401 - both contribute what adapted modules gain
+from gift.core.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
+from gift.core.dynamic_class import change_class, joined, plain_class
+from gift.core.iterator import named_parts
+from gift.core.weights.record import Adapter, adapters_of, present_tensor
+from gift.layers.table import LayerRow, LayoutOptions, layout_of, row_of
+from gift.methods import AdaptationError, Method
+from gift.quantization import dequantised, is_quantised, not_yet_quantised, stand_in
+from gift.support.tensors import is_inexact
+
+
+def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: LayoutOptions) -> None:
+    """Adapt one tensor of `module`; the tensor is frozen, its new parameters are trainable.
+
+    Args:
+        module: the module that holds it.
+        tensor: its name, as in ``module.weight``.
+        method: what becomes of it.
+        options: the choice of layouts.
+
+    Raises:
+        AdaptationError: if it cannot be adapted; nothing is changed then.
+    """
+    frozen = present_tensor(module, tensor)
+    _check(module, tensor, frozen)
+    options = options.settled(method.conv_layouts, method.rows_are_outputs)
+    adapter = Adapter(method=method, options=options, asked=method)
+    if is_lazy(frozen):
+        shape = _lazy_probe(method)
+        values = method.nearest(shape).init(torch.empty(shape, device="meta"))
+    else:
+        readable = dequantised(frozen, module) if method.reads_weight else stand_in(frozen)
+        adapter.layout = layout_of(module, tensor, readable.shape, options)
+        adapter.method = method.nearest(adapter.layout.matrix)
+        values = adapter.initial(readable)
+        _check_shape(adapter, readable, values)
+    prefix = "" if tensor == "weight" else f"{tensor}_"
+    adapter.names = {key: prefix + key for key in values}
+    taken = [name for name in adapter.names.values() if hasattr(module, name)]
+    if taken:
+        raise AdaptationError(f"it has attributes {taken} already, which the delta would hide")
+    install(module, tensor, adapter)
+    add = add_lazy_tensor if is_lazy(frozen) else add_tensor
+    for key, value in values.items():
+        add(module, adapter.names[key], value)
+    if isinstance(frozen, nn.Parameter):
+        frozen.requires_grad = False
+
+
+def install(module: nn.Module, tensor: str, adapter: Adapter) -> None:
+    """Let `module` read its tensor through `adapter`."""
+    module.__dict__.setdefault("_gift_adapters", {})[tensor] = adapter
+    _read_through_adapters(module)
+
+
+def uninstall(module: nn.Module, tensor: str) -> None:
+    """Undo `install`."""
+    del module.__dict__["_gift_adapters"][tensor]
+    _read_through_adapters(module)
+
+
+def _read_through_adapters(module: nn.Module) -> None:
+    tensors = tuple(sorted((t, a.method.name) for t, a in adapters_of(module).items()))
+    change_class(module, tensors=tensors)
+
+
+def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
+    if tensor in adapters_of(module):
+        method = adapters_of(module)[tensor].method
+        raise AdaptationError(f"{tensor!r} is adapted already, by {method}; one tensor takes one")
+    if not isinstance(frozen, Tensor):
+        have = [name for name, p in module._parameters.items() if p is not None]
+        raise AdaptationError(f"it has no tensor {tensor!r}; it has {have}")
+    if before := not_yet_quantised(frozen):
+        raise AdaptationError(
+            f"{tensor!r} is a {type(frozen).__name__} that is not quantised yet: {before} first"
+        )
+    if not (is_inexact(frozen) or is_quantised(frozen)):
+        raise AdaptationError(
+            f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor, or one "
+            "that torchao or bitsandbytes has quantised (what others have cannot be read as a "
+            "matrix: adapt before quantising)"
+        )
+    if not is_lazy(frozen) and frozen.numel() == 0:
+        raise AdaptationError(f"{tensor!r} has no elements, its shape is {tuple(frozen.shape)}")
+
+
+def _lazy_probe(method: Method) -> tuple[int, int]:
+    """A shape, for the names of the parameters alone, that the method's size divides."""
+    size = getattr(method, method.size_setting or "", None) or 1
+    return 2**16, max(1, 2**16 // size) * size
+
+
+_checked: set[tuple[type[Method], int, torch.dtype]] = set()
+
+
+def _check_shape(adapter: Adapter, frozen: Tensor, values: Mapping[str, Any]) -> None:
+    """That a method keeps shape and dtype: on the first matrix of each kind that it meets."""
+    assert adapter.layout is not None
+    key = (type(adapter.method), len(adapter.layout.matrix), frozen.dtype)
+    if key in _checked:
+        return
+    matrix = adapter.layout.to_matrix(frozen).to(adapter.method.delta_dtype(frozen))
+    with torch.no_grad():
+        result = adapter.method.weight(matrix, values)
+    if result.shape != matrix.shape or result.dtype != matrix.dtype:
+        raise AdaptationError(
+            f"{adapter.method} makes {tuple(result.shape)} {result.dtype} of a matrix "
+            f"{tuple(matrix.shape)} {matrix.dtype}; a method must keep both"
+        )
+    _checked.add(key)
+
+
+def adapt_module(
+    module: nn.Module, method: Method, options: LayoutOptions, train_bias: bool = False
+) -> None:
+    """Adapt every weight in `module` and below it that `gift.layers` knows; freeze all else there.
+
+    Args:
+        module: a layer, or any module with layers inside.
+        method: what becomes of each weight.
+        options: the choice of layouts.
+        train_bias: also train the biases of the layers that are adapted.
+
+    Raises:
+        AdaptationError: naming each weight that cannot be adapted, or if there is none at all.
+    """
+    layers = [(path, part, row_of(plain_class(type(part)))) for path, part in named_parts(module)]
+    for _, part, _ in layers:
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad = False
+    weights = [
+        (path, part, tensor)
+        for path, part, row in layers
+        if row is not None
+        for tensor in row.names(part, row.weights)
+    ]
+    if not weights:
+        raise AdaptationError(
+            f"{type(module).__name__} has no weight of a known layer type; a raw parameter is "
+            "adapted by a parameter cap with pa_adapt"
+        )
+    adapt_tensors((joined(path, t), part, t, method, options) for path, part, t in weights)
+    if method.scales_outputs:
+        for _, part, row in layers:
+            adapt_biases(part, row)
+    if train_bias:
+        for _, part, row in layers:
+            _train_biases(part, row)
+
+
+def adapt_tensors(
+    work: Iterable[tuple[str, nn.Module, str, Method, LayoutOptions]],
+) -> None:
+    """Adapt several tensors, each given after its name for messages.
+
+    Raises:
+        AdaptationError: naming all that cannot be adapted; the others are.
+    """
+    problems = []
+    for name, module, tensor, method, options in work:
+        try:
+            adapt_tensor(module, tensor, method, options)
+        except AdaptationError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise AdaptationError("; ".join(problems))
+
+
+def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
+    """Let each bias in `module` follow the weights to whose outputs it is added."""
+    adapters = dict(adapters_of(module))
+    for bias in row.names(module, row.biases) if row is not None else ():
+        weights = tuple(w for w in adapters if row is not None and row.bias_of(w) == bias)
+        if weights:
+            first = adapters[weights[0]]
+            adapter = Adapter(method=first.method, options=first.options, owner=module)
+            adapter.follows = weights
+            install(module, bias, adapter)
+            adapter.follow_weights(module, bias)
+
+
+def _train_biases(module: nn.Module, row: LayerRow | None) -> None:
+    for name in row.names(module, row.biases) if row is not None else ():
+        if (bias := module._parameters.get(name)) is not None:
+            bias.requires_grad = True
+
+
+def release_tensors(module: nn.Module) -> None:
+    """Undo `adapt_tensor` for all tensors of `module`."""
+    for name in added_names(module):
+        remove_tensor(module, name)
+    if module.__dict__.pop("_gift_adapters", None) is None:
+        return
+    adapted = type(module)
+    change_class(module, tensors=())
+    if hasattr(adapted, "restored"):
+        adapted.restored(module)

@@ -1,0 +1,60 @@
+"""Adapted layers of bitsandbytes, whose own code expects to find their packed weight."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gift.core.weights.mixin  # noqa: F401 - whose fast paths come first
+from gift.core.dynamic_class import Generated, Spec, contributes, plain_class
+from gift.methods.base import dotted
+from gift.quantization.bitsandbytes import LINEAR_FORWARDS
+
+
+class QuantisedLayer(Generated):
+    """What each of them gains: it saves and loads its packed weight, not the effective one."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        try:
+            _plain_view(self)._save_to_state_dict(destination, prefix, keep_vars)
+        except NotImplementedError:  # embeddings cannot save their weight, but the delta can be
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]  # a mixin
+            del destination[f"{prefix}weight"]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        _plain_view(self)._load_from_state_dict(*args)
+
+
+def _plain_view(module: Any) -> Any:
+    """The same module by its plain class, which reads the frozen weight."""
+    plain = plain_class(type(module))
+    view: Any = object.__new__(plain)
+    object.__setattr__(view, "__dict__", module.__dict__)
+    return view
+
+
+def _linear(self: Any, x: Tensor) -> Tensor:
+    dtype = getattr(self, "compute_dtype", None) or x.dtype
+    bias = None if self.bias is None else self.bias.to(dtype)
+    return F.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+
+
+def _embedding(self: Any, input: Tensor) -> Tensor:
+    return F.embedding(input, self.weight, self.padding_idx).to(self.dtype)
+
+
+FORWARDS = {
+    **dict.fromkeys(LINEAR_FORWARDS, _linear),
+    "bitsandbytes.nn.modules.Embedding4bit.forward": _embedding,
+    "bitsandbytes.nn.modules.Embedding8bit.forward": _embedding,
+}
+"""From the dotted name of a layer's forward to one that computes with any weight."""
+
+
+@contributes
+def _quantised_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    own = plain.forward if issubclass(plain, nn.Module) else None
+    forward = FORWARDS.get(dotted(own)) if own is not None and spec.tensors else None
+    if forward is None:
+        return [], {}
+    return [QuantisedLayer, type("AnyWeight", (Generated,), {"forward": forward})], {}

@@ -1,0 +1,263 @@
+"""Modules with adapted tensors.
+
+The module stays the object that it was. Its class becomes a generated subclass of its own class in
+which the tensor's name is a property that gives the effective weight; the frozen tensor stays in
+``_parameters`` under its name, and the new parameters stand beside it. Whoever reads
+``module.weight`` therefore sees the adapted weight: the layer's own forward, fused kernels, outer
+modules and user code alike.
+"""
+
+import inspect
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.weak import TensorWeakRef
+
+from gift.core.delta import DeltaModule, as_plain
+from gift.core.dynamic_class import Generated, Spec, contributes, generated_class, plain_class
+from gift.core.weights.effective import EffectiveWeight, refused
+from gift.core.weights.reading import one_call
+from gift.core.weights.record import Adapter, is_sharded, plain_tensor
+from gift.layers.table import row_of
+from gift.methods import METHODS
+from gift.methods.base import dotted
+from gift.private.torch import is_transformed
+from gift.quantization import is_quantised, same_values
+
+
+class AdaptedModule(DeltaModule):
+    """What every module with an adapted tensor gains."""
+
+    _gift_adapters: dict[str, Adapter]
+
+    def _gift_frozen(self, tensor: str) -> Tensor:
+        """The frozen tensor: a parameter, or what a parametrization or hook computed."""
+        return plain_tensor(self, tensor)  # type: ignore[arg-type]
+
+    def _gift_weight(self, tensor: str, once: bool = False) -> Any:
+        """What the module itself computes with: the effective weight, if the tensor is adapted.
+
+        Args:
+            tensor: its name.
+            once: whether it is read once in a call, so that nobody need find it again.
+        """
+        adapter = self._gift_adapters.get(tensor)
+        if adapter is None:
+            return getattr(self, tensor, None)
+        frozen = self._gift_frozen(tensor)
+        if frozen is None:
+            return None
+        try:
+            make = adapter.weight if once else adapter.read
+            return make(self, frozen)  # type: ignore[arg-type]
+        except AttributeError as error:
+            # Of a property, nn.Module would answer an AttributeError with the frozen tensor.
+            raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and value is self._gift_plain and _is_parametrized(value):
+            # The last parametrization was removed: torch gives the module the base of the class
+            # that it had made for it, which it takes for the module's own.
+            value = generated_class(value.__bases__[0], self._gift_spec)
+        if name in self.__dict__.get("_gift_adapters", ()):
+            self._gift_check_new(name, value)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Register a parameter as `nn.Module` does, unless its values are a delta's already."""
+        source = name.removesuffix("_g")  # what the old `weight_norm` begins with
+        if type(param) is EffectiveWeight or (
+            source != name and source in self._gift_adapters and _put_back(self, source)
+        ):
+            raise _reparametrised(source.removesuffix("_orig"))  # with that, pruning begins
+        if name in self._gift_adapters:
+            self._gift_check_new(name, param)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _gift_check_new(self, tensor: str, value: Any) -> None:
+        """Refuse what is assigned to an adapted tensor.
+
+        Unless it is the frozen tensor itself, or another one that a state brings; and FSDP2
+        exchanges parts of a parameter for the whole of it, and back.
+        """
+        now = self._gift_frozen(tensor)
+        if is_quantised(value) and not is_quantised(now):
+            raise RuntimeError(
+                f"{tensor!r} is adapted: quantise it before enable_fine_tuning, for what is "
+                "quantised now is the effective weight, delta and all"
+            )
+        is_new = value is None or isinstance(value, nn.Parameter)
+        may = value is now or is_sharded(now) or is_sharded(value) or is_quantised(value)
+        if is_new and not may and "_gift_loading" not in vars(self):
+            name = f"{plain_class(type(self)).__name__}.{tensor}"
+            raise refused(name, "assigning to it")
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._gift_adapters:  # what reparametrises a weight begins like this
+            raise _reparametrised(name)
+        super().__delattr__(name)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        changed = [t for t in self._gift_adapters if self._gift_changes(t, state_dict, prefix)]
+        vars(self)["_gift_loading"] = True  # which may assign to parameters
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        finally:
+            del vars(self)["_gift_loading"]
+        for tensor in changed:
+            self._gift_adapters[tensor].follow(self, tensor)
+
+    def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
+        """Whether a state brings other values for a frozen tensor from which a delta was made."""
+        adapter, new = self._gift_adapters[tensor], state_dict.get(prefix + tensor)
+        if new is None or not adapter.method.reads_weight or adapter.is_on_meta(self):  # type: ignore[arg-type]
+            return False
+        now = self._parameters.get(tensor)  # type: ignore[attr-defined]
+        return now is not None and (now.is_meta or not same_values(now, new.to(now.device)))
+
+
+def _reparametrised(tensor: str) -> RuntimeError:
+    return RuntimeError(
+        f"{tensor!r} is adapted and cannot be parametrised or replaced now: do that before "
+        "enable_fine_tuning, or after disable_fine_tuning"
+    )
+
+
+def _put_back(module: Any, tensor: str) -> bool:
+    """Put a frozen tensor back that was just taken out by one who holds the effective weight."""
+    reader = module._gift_adapters[tensor].memory.reader()
+    if tensor in module._parameters or reader is None:
+        return False
+    parameters = module._parameters
+    now, order = {**parameters, tensor: reader._gift_frozen}, reader._gift_order
+    parameters.clear()
+    parameters.update({name: now.pop(name) for name in order if name in now} | now)
+    return True
+
+
+def _is_parametrized(cls: type) -> bool:
+    """Whether it is a class that torch made for one module, with properties for its tensors."""
+    return cls.__module__ == parametrize.__name__
+
+
+def _take_property(cls: Any, name: str) -> None:
+    """Torch takes the property from the module's class where it removes a parametrization."""
+    if name in dict(cls._gift_spec.tensors):
+        raise _reparametrised(name)
+    delattr(cls._gift_plain, name)
+
+
+def _reset_parameters(self: Any) -> None:
+    """Reset the layer as its own class does, then the delta."""
+    with as_plain(self):
+        self.reset_parameters()
+    for tensor, adapter in self._gift_adapters.items():
+        adapter.reset(self, tensor)
+
+
+def _initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
+    """A lazy module learns its shapes, and with them the delta does."""
+    with as_plain(self):
+        self.initialize_parameters(*args, **kwargs)
+    for tensor, adapter in self._gift_adapters.items():
+        if adapter.layout is None:
+            adapter.reset(self, tensor)
+
+
+_REPARAMETRISING = frozenset(
+    function.__code__
+    for function in (parametrize.register_parametrization, parametrize.remove_parametrizations)
+)  # which read a tensor before they change it
+
+
+def _asks_to_reparametrise(reader: FrameType | None) -> bool:
+    """Whether what reads a property is about to change what the tensor is computed from."""
+    caller = None if reader is None else reader.f_back
+    return caller is not None and caller.f_code in _REPARAMETRISING
+
+
+def _effective(tensor: str) -> property:
+    def read(self: Any) -> Any:
+        if not torch.compiler.is_compiling() and _asks_to_reparametrise(inspect.currentframe()):
+            raise _reparametrised(tensor)
+        weight = self._gift_weight(tensor)
+        if torch.compiler.is_compiling() or type(weight) is not Tensor or is_transformed():
+            return weight
+        guarded: Any = EffectiveWeight.of(weight, f"{plain_class(type(self)).__name__}.{tensor}")
+        if tensor in self._parameters and guarded is not weight:
+            adapter, frozen = self._gift_adapters[tensor], self._parameters[tensor]
+            guarded._gift_frozen, guarded._gift_order = frozen, tuple(self._parameters)
+            adapter.memory.reader = TensorWeakRef(guarded)
+            if weight.requires_grad:
+                guarded._gift_slices = adapter.slices(self, frozen)
+        return guarded
+
+    def write(self: Any, value: Any) -> None:
+        # Only values that are no parameters come here: a hook that recomputes the tensor.
+        if tensor not in self.__dict__:
+            raise _reparametrised(tensor)
+        self.__dict__[tensor] = value
+
+    return property(read, write, doc=f"The effective `{tensor}`: frozen tensor and delta.")
+
+
+class Called(Generated):
+    """What a network gains, and each module that may read an adapted tensor many times."""
+
+    _gift_reads_often = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module as its own class does."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with one_call(self, self._gift_reads_often):  # type: ignore[arg-type]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class ReadsOften(Called):
+    """A module whose forward is not torch's, so that it may read a weight in a loop."""
+
+    _gift_reads_often = True
+
+
+@contributes
+def _called_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    forward = getattr(plain, "forward", None)
+    if spec.tensors and not getattr(forward, "__module__", "").startswith("torch.nn."):
+        return [ReadsOften], {}
+    return ([Called], {}) if spec.network else ([], {})
+
+
+@contributes
+def _adapted_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    if not spec.tensors:
+        return [], {}
+    mixins: list[type] = [AdaptedModule]
+    row = row_of(plain)
+    if row is not None and row.mixin is not None:
+        mixins.append(row.mixin)
+    if fast := _fast_forward(plain, spec):
+        mixins.append(fast)
+    namespace: dict[str, Any] = {tensor: _effective(tensor) for tensor, _ in spec.tensors}
+    if _is_parametrized(plain):
+        namespace["_gift_delete"] = _take_property
+    if hasattr(plain, "reset_parameters"):
+        namespace["reset_parameters"] = _reset_parameters
+    if hasattr(plain, "initialize_parameters"):
+        namespace["initialize_parameters"] = _initialize_parameters
+    if getattr(plain, "cls_to_become", None) is not None:
+        namespace["cls_to_become"] = generated_class(plain.cls_to_become, spec)  # type: ignore[attr-defined]
+    return mixins, namespace
+
+
+def _fast_forward(plain: type, spec: Spec) -> type | None:
+    method = dict(spec.tensors).get("weight")
+    if method is None:
+        return None
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: import the file that registers it first")
+    fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
+    return None if fast is None else type("FastForward", (Generated,), {"forward": fast})

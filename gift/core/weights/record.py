@@ -1,0 +1,331 @@
+"""What a module knows of a tensor that was adapted, and how the two make the effective weight."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.core.delta import Delta, put_values
+from gift.core.dynamic_class import plain_class
+from gift.core.weights.reading import Memory, Slices, made_once, product_parts
+from gift.errors import AdaptationError, GiftWarning
+from gift.layers.table import Layout, LayoutOptions, bias_layout, layout_of
+from gift.methods import Method
+from gift.quantization import dequantised, is_quantised
+from gift.support.tensors import is_finite
+
+
+@dataclass
+class Adapter(Delta):
+    """What a module knows of one adapted tensor of its own.
+
+    Args:
+        method: the method, fitted to the tensor's shape once that is known.
+        options: the choice of layouts.
+        asked: the method as it was asked for, before it was fitted; None for what is not fitted.
+        layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
+        follows: for a bias, the weights of the module to whose outputs it is added; its delta is
+            theirs, and the module its owner.
+        reads_alike: whether the layer's own row would read a tied tensor in the same way.
+        memory: where the effective weight was when it was read last.
+    """
+
+    method: Method = field(kw_only=True)
+    options: LayoutOptions = field(kw_only=True)
+    asked: Method | None = None
+    layout: Layout | None = None
+    follows: tuple[str, ...] = ()
+    reads_alike: bool = True
+    memory: Memory = field(default_factory=Memory, compare=False, repr=False)
+
+    def delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+        """The method and its parameters for the adapted tensor of `module`."""
+        return self.method, self.tensors(module)
+
+    def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
+        """The effective weight, in the frozen one's dtype, rounded once."""
+        if self.layout is None or is_sharded(frozen):
+            return frozen
+        method, parameters = self.delta_of(module)
+        if method.dropout and module.training:
+            parameters = method.drop(parameters, self.layout.input_axis)
+        making = _Making(self.layout, method, tuple(parameters))
+        return making(dequantised(frozen, module), *parameters.values())
+
+    def read(self, module: nn.Module, frozen: Tensor) -> Tensor:
+        """The same, made once where it is read many times: see `gift.core.weights.reading`."""
+        if self.layout is None or is_sharded(frozen) or is_quantised(frozen):
+            return self.weight(module, frozen)
+        method, parameters = self.delta_of(module)
+        if method.dropout and module.training:  # each reading draws
+            return self.weight(module, frozen)
+        making = _Making(self.layout, method, tuple(parameters))
+        of = id(self.layout), id(method)
+        return made_once(module, making, (frozen, *parameters.values()), self.memory, of)
+
+    def slices(self, module: nn.Module, frozen: Tensor) -> Slices | None:
+        """The matrices of a weight that is a batch of them; None where it is read as a whole."""
+        if self.layout is None or len(self.layout.matrix) != 3 or not self.layout.is_trivial:
+            return None
+        method, parameters = self.delta_of(module)
+        if (method.dropout and module.training) or frozen.requires_grad or is_quantised(frozen):
+            return None
+        making = _Making(self.layout, method, tuple(parameters))
+        factors = making.factors((frozen, *parameters.values()))
+        if factors is None or not any(factor.requires_grad for factor in factors):
+            return None
+        return Slices(*factors, frozen)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method, how it sees the tensor, and what its settings mean for the weight."""
+        if self.layout is None:
+            return {}
+        matrix = list(self.layout.matrix)
+        return {"method": self.method.name, "matrix": matrix} | self.method.meaning
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the tensor got another size than was asked for, without anybody's consent."""
+        asked = self.asked
+        if asked is None or asked.clips is not None or self.layout is None:
+            return False
+        return asked.size not in (None, self.method.size)
+
+    def refusal(self) -> str:
+        """What is wrong with the size that was asked for, where it was clipped."""
+        assert self.asked is not None
+        assert self.layout is not None
+        try:
+            self.asked.fit(self.layout.matrix)
+        except AdaptationError as error:
+            return str(error)
+        return ""
+
+    def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
+        """What differs from the method with its defaults, and a layout that was chosen."""
+        if self.layout is None:
+            return {}
+        hidden = self.method.hidden_settings
+        if not self.method.shows_matrix and self._has_chosen_layout(module, key):
+            hidden |= {"matrix": list(self.layout.matrix)}
+        return hidden and {"method": self.method.name} | hidden
+
+    def _has_chosen_layout(self, module: nn.Module, key: str) -> bool:
+        """Whether the tensor is read in another way than the method's own choice."""
+        assert self.layout is not None
+        own = LayoutOptions().settled(self.method.conv_layouts, self.method.rows_are_outputs)
+        if self.options == own:
+            return False
+        return layout_of(module, key, torch.Size(self.layout.shape), own) != self.layout
+
+    def has_effect(self, module: nn.Module, key: str) -> bool:
+        """Whether the effective tensor differs from the frozen one.
+
+        A frozen tensor that is not finite, as memory without values may be, tells nothing.
+        """
+        frozen = present_tensor(module, key)
+        if self.layout is None or frozen.is_meta or is_sharded(frozen) or self.is_on_meta(module):
+            return False
+        frozen = dequantised(frozen, module)
+        return is_finite(frozen) and not torch.equal(trained_value(self, module, frozen), frozen)
+
+    def reset(self, module: Any, key: str) -> None:
+        """Give the delta its initial values, and a shape where it had none yet."""
+        if self.follows:
+            self.follow_weights(module, key)
+            return
+        if self.owner is not None:
+            self.layout = adapters_of(self.owner)[key].layout
+            return
+        frozen = self._frozen(module, key)
+        if is_lazy(frozen):
+            return
+        unknown = self.layout is None
+        if self.layout is None:
+            layout = layout_of(module, key, frozen.shape, self.options)
+            self.method, self.layout = self.method.nearest(layout.matrix), layout
+            if self.clipped:  # no other layer is known yet that can have the size
+                refused = f"{type(module).__name__}, {key}: {self.refusal()}"
+                message = f"{refused}; it got {self.method.size}"
+                warnings.warn(message, GiftWarning, stacklevel=2)
+        # Where a state was loaded before the first forward, its values stay.
+        put_values(module, self.initial(frozen), only_lazy=unknown)
+
+    def follow_weights(self, module: nn.Module, bias: str) -> None:
+        """Take names, layout and method of a bias from the adapters of its weights."""
+        adapters = [adapters_of(module)[weight] for weight in self.follows]
+        several = len(adapters) > 1
+        self.names = {
+            f"{key}.{i}" if several else key: name
+            for i, adapter in enumerate(adapters)
+            for key, name in adapter.names.items()
+        }
+        self.method = adapters[0].method
+        layouts = [adapter.layout for adapter in adapters if adapter.layout is not None]
+        if len(layouts) == len(adapters):
+            self.layout = bias_layout(present_tensor(module, bias).numel(), layouts)
+
+    def initial(self, frozen: Tensor) -> dict[str, Tensor]:
+        """What the method makes for the frozen tensor, by its names on the module."""
+        assert self.layout is not None
+        with torch.inference_mode(False), torch.no_grad():
+            made = self.method.init(self.layout.to_matrix(frozen.detach()))
+        return {self.names.get(key, key): value for key, value in made.items()}
+
+    def follow(self, module: Any, tensor: str) -> None:
+        """The frozen tensor has new values: what was made from the old ones is made anew.
+
+        That is what is never saved, and a delta that has no effect yet.
+        """
+        if self.owner is not None or self.layout is None or not self.method.reads_weight:
+            return
+        frozen = self._frozen(module, tensor)
+        if is_sharded(frozen):
+            frozen = frozen.full_tensor()  # type: ignore[attr-defined]
+        made = self.initial(frozen)
+        derived = {k: v for k, v in made.items() if k in module._non_persistent_buffers_set}
+        put_values(module, derived)
+        with torch.no_grad():
+            untrained = torch.equal(self.weight(module, frozen), frozen)
+        if untrained:
+            put_values(module, made)
+
+    def _frozen(self, module: Any, tensor: str) -> Tensor:
+        return dequantised(present_tensor(module, tensor), module)
+
+
+@dataclass(frozen=True, eq=False)
+class _Making:
+    """How an effective weight is made from the frozen one and the tensors of a delta.
+
+    Args:
+        layout: how the weight is read as a matrix.
+        method: what becomes of the matrix.
+        keys: the names that the method has for the tensors.
+    """
+
+    layout: Layout
+    method: Any
+    keys: tuple[str, ...]
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The effective weight, in the frozen one's dtype."""
+        frozen, parameters = self._precise(tensors)
+        dtype = self.method.working_dtype(frozen)
+        matrix = self.layout.to_matrix(frozen).to(dtype)
+        return self.layout.to_weight(self.method.weight(matrix, parameters)).to(frozen.dtype)
+
+    def parts(
+        self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """Of a low-rank delta the factors, and the frozen tensor itself."""
+        if not self.method.low_rank_is_cheap:
+            return None
+        factors = self.method.scaled_low_rank(self._precise(tensors)[1])
+        if factors is None:
+            return None
+        left, right, scale = factors
+        matrix = self.layout.to_matrix(g)
+        return [(tensors[0], g), *product_parts(left, right, matrix, scale, differentiable)]
+
+    def factors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Of a low-rank delta; None for others."""
+        if not self.method.low_rank_is_cheap:
+            return None
+        factors: tuple[Tensor, Tensor] | None = self.method.low_rank(self._precise(tensors)[1])
+        return factors
+
+    def _precise(self, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The frozen tensor, and the others in the precision of computing."""
+        frozen, *others = tensors
+        dtype = self.method.working_dtype(frozen)
+        named = zip(self.keys, others, strict=True)
+        return frozen, {key: _in_precision_of(value, dtype) for key, value in named}
+
+
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def _in_precision_of(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor with as many bits, real if it is real; indices stay as they are."""
+    if value.is_floating_point():
+        return value.to(_REAL.get(dtype, dtype))
+    return value.to(dtype) if value.is_complex() else value
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a part of one that is spread over processes."""
+    # FSDP2 asks a module for its leaf while the parameters are sharded; the effective weight exists
+    # only between unshard and reshard, when the parameters are plain tensors.
+    return hasattr(tensor, "device_mesh")
+
+
+def adapters_of(module: nn.Module) -> Mapping[str, Adapter]:
+    """The adapted tensors of `module` itself, by name."""
+    return module.__dict__.get("_gift_adapters", {})
+
+
+def plain_tensor(module: nn.Module, tensor: str) -> Any:
+    """The tensor of `module` itself, whatever was adapted: parameter, or computed; or None."""
+    value = module._parameters.get(tensor)
+    if value is None:
+        value = module.__dict__.get(tensor)
+    if value is None:
+        computed = getattr(plain_class(type(module)), tensor, None)
+        value = computed.fget(module) if isinstance(computed, property) else None  # type: ignore[misc]
+    return value
+
+
+def present_tensor(module: nn.Module, tensor: str) -> Any:
+    """The same as it is now.
+
+    What a hook computes before each forward may be that of an earlier state: of what it is
+    computed from, other values may have been loaded since.
+    """
+    parameter = module._parameters.get(tensor)
+    if parameter is not None:
+        return parameter
+    with looking(module), torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if getattr(hook, "name", None) == tensor and hasattr(hook, "compute_weight"):
+                still = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
+                return hook.compute_weight(module, **still)
+            mask = getattr(module, f"{tensor}_mask", None)
+            if mask is not None and hasattr(hook, "apply_mask"):  # pruned
+                whole = getattr(module, f"{tensor}_orig")
+                return mask.to(whole.dtype) * whole
+        return plain_tensor(module, tensor)
+
+
+def trained_value(adapter: Adapter, module: nn.Module, frozen: Tensor) -> Tensor:
+    """The effective weight as without dropout, whatever mode the module is in; no graph."""
+    training, module.training = module.training, False
+    try:
+        with torch.no_grad():
+            return adapter.weight(module, frozen).detach()
+    finally:
+        module.training = training
+
+
+@contextmanager
+def looking(module: nn.Module) -> Iterator[None]:
+    """Within it, reading a computed tensor changes nothing.
+
+    A spectral norm moves its estimate at each reading in training mode.
+    """
+    computing = module._modules.get("parametrizations")
+    parts = list(computing.modules()) if computing is not None else []
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode

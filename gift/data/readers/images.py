@@ -1,0 +1,251 @@
+"""Readers of pictures."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gift.data.errors import DataError
+from gift.support.optional import needed
+
+Size = int | tuple[int, int]
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """Makes tensors of pictures, as networks of torchvision, timm and transformers take them.
+
+    Pictures, or files of them, are turned as their EXIF data say, scaled, cut out of the centre and
+    normalised. Grey pictures become RGB, or all of them grey where there is but one `mean`.
+
+    Args:
+        size: of the tensors, height and width.
+        resize: to what pictures are scaled before: the shorter side, or height and width. None is
+            `size`: the shorter side of a square, else both sides.
+        mean, std: of each channel, in units of the brightest value.
+        interpolation: "bilinear", "bicubic", or another of torchvision.
+        scale: shares of the picture between which random crops for training are.
+        flip: whether pictures for training are mirrored at random; not for digits.
+
+    Raises:
+        ValueError: naming all that is out of range.
+
+    Example:
+        >>> from PIL import Image
+        >>> from gift.data import PictureReader
+        >>> reader = PictureReader(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+        >>> tensor = reader(Image.new("L", (100, 50), "white"))
+        >>> tensor.shape, tensor.unique()
+        (torch.Size([3, 32, 32]), tensor([1.]))
+        >>> reader("a.jpg")
+        Traceback (most recent call last):
+        gift.data.errors.DataError: a.jpg cannot be read as a picture: there is no such file
+    """
+
+    kind: ClassVar[str] = "picture"
+    stands_alone: ClassVar[bool] = True
+
+    size: Size = 224
+    resize: Size | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("size", "resize", "mean", "std", "scale"):  # lists, where they are from a file
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        if not _is_size(self.size) or not (self.resize is None or _is_size(self.resize)):
+            raise ValueError(
+                f"size is {self.size!r} and resize is {self.resize!r}, expected a whole number of "
+                "at least 1, or two: height and width"
+            )
+        if isinstance(self.size, int):
+            object.__setattr__(self, "size", (self.size, self.size))
+        channels = (len(self.mean), len(self.std))
+        checks = {
+            f"resize is {self.resize}, expected at least {self.size}": self._is_enough(),
+            f"mean and std have {channels} values, expected 3 of each, or 1 for grey pictures":
+                channels in ((3, 3), (1, 1)),
+            f"std is {self.std}, expected more than 0": all(value > 0 for value in self.std),
+            f"interpolation is {self.interpolation!r}, expected one of {INTERPOLATIONS}":
+                self.interpolation in INTERPOLATIONS,
+            f"scale is {self.scale}, expected two shares from 0 to 1":
+                len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1,
+        }  # fmt: skip
+        if problems := [problem for problem, fits in checks.items() if not fits]:
+            raise ValueError("; ".join(problems))
+
+    def _is_enough(self) -> bool:
+        sides = self._scaled()
+        return all(side >= own for side, own in zip(sides * 2, self._size, strict=False))
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.size  # type: ignore[return-value]  # made so above
+
+    def _scaled(self) -> list[int]:
+        """What torchvision calls the size: the shorter side, or both."""
+        if self.resize is None:
+            height, width = self._size
+            return [height] if height == width else [height, width]
+        return [self.resize] if isinstance(self.resize, int) else list(self.resize)
+
+    def __call__(self, raw: Any) -> Tensor:
+        """The tensor of a picture, or of its file, without anything random.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        f = _functional()
+        picture = self._opened(raw)
+        _refuse_thin(picture.size, self._scaled(), raw)
+        scaled = f.resize(picture, self._scaled(), self._mode(), antialias=True)
+        return self._normalised(f.center_crop(scaled, list(self._size)))
+
+    def augmented(self, raw: Any) -> Tensor:
+        """The same of a random part of it, mirrored every other time."""
+        transforms = needed("torchvision.transforms.v2", "vision")
+        picture = transforms.RandomResizedCrop(
+            self._size, scale=self.scale, interpolation=self._mode(), antialias=True
+        )(self._opened(raw))
+        if self.flip and torch.rand(()) < 0.5:
+            picture = _functional().horizontal_flip(picture)
+        return self._normalised(picture)
+
+    def collate(self, items: Sequence[Tensor]) -> Tensor:
+        """One tensor of all."""
+        return torch.stack(list(items))
+
+    def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
+        """Itself as plain data; see `reader_from_config`."""
+        fields = dataclasses.asdict(self).items()
+        return {"kind": self.kind} | {k: list(v) if type(v) is tuple else v for k, v in fields}
+
+    def _opened(self, raw: Any) -> Any:
+        return opened(raw, "RGB" if len(self.mean) == 3 else "L")
+
+    def _mode(self) -> Any:
+        return needed("torchvision.transforms.v2", "vision").InterpolationMode(self.interpolation)
+
+    def _normalised(self, picture: Any) -> Tensor:
+        return _functional().normalize(as_tensor(picture), list(self.mean), list(self.std))
+
+
+@dataclass(frozen=True)
+class DetectorReader:
+    """Makes tensors of pictures as torchvision's detectors take them: whole, values from 0 to 1.
+
+    A batch is a list, as pictures differ in size. What is random in training is done by the
+    examples, as it is done to the boxes too.
+    """
+
+    kind: ClassVar[str] = "detector"
+    stands_alone: ClassVar[bool] = True
+
+    def __call__(self, raw: Any) -> Tensor:
+        """The tensor of a picture, or of its file.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        return as_tensor(opened(raw, "RGB"))
+
+    def augmented(self, raw: Any) -> Tensor:
+        """The same."""
+        return self(raw)
+
+    def collate(self, items: Sequence[Tensor]) -> list[Tensor]:
+        """A list of all."""
+        return list(items)
+
+    def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
+        """Itself as plain data; see `reader_from_config`."""
+        return {"kind": self.kind}
+
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What files of pictures may be, whatever their names say; PIL would start programs for others."""
+LARGEST_PICTURE = 1024**3 // 4 // 3
+"""Pixels of a picture, in a file or after it was scaled; above it, PIL warns of a bomb."""
+
+
+def _too_large(picture: Any) -> str:
+    """What is wrong with the size that the header of a file tells; no pixels exist yet."""
+    width, height = picture.size
+    if width * height > LARGEST_PICTURE:
+        return f"it has {width:,} x {height:,} pixels, expected at most {LARGEST_PICTURE:,}"
+    return ""
+
+
+def _refuse_thin(size: tuple[int, int], scaled: Sequence[int], raw: Any) -> None:
+    """Refuse a picture that scaling its shorter side would make larger than any may be."""
+    shorter, longer = sorted(size)
+    if len(scaled) == 1 and shorter and scaled[0] ** 2 * longer > LARGEST_PICTURE * shorter:
+        raise DataError(
+            f"{_shown(raw)} has {size[0]:,} x {size[1]:,} pixels: with a shorter side of "
+            f"{scaled[0]} it would have more than {LARGEST_PICTURE:,}; resize=(height, width) "
+            "scales both sides"
+        )
+
+
+def _shown(raw: Any) -> str:
+    return str(raw) if isinstance(raw, str | Path) else "the picture"
+
+
+def opened(raw: Any, mode: str) -> Any:
+    """A picture in a mode of PIL, of a file or a picture.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    images, ops = needed("PIL.Image", "vision"), needed("PIL.ImageOps", "vision")
+    if not isinstance(raw, images.Image):
+        if not isinstance(raw, str | Path):
+            raise DataError(f"expected a picture of PIL or the path of one, got {_told(raw)}")
+        try:
+            images.init()  # which only then knows all formats
+            with images.open(raw, formats=[f for f in FORMATS if f in images.OPEN]) as file:
+                if reason := _too_large(file):
+                    raise DataError(reason)
+                return opened(file, mode)
+        except FileNotFoundError:
+            reason = "there is no such file"
+        except images.UnidentifiedImageError:
+            reason = f"it is none of the formats {', '.join(FORMATS)}, or damaged"
+        except Exception as error:  # whatever a damaged file makes a decoder raise
+            reason = str(error) or type(error).__name__
+        raise DataError(f"{raw} cannot be read as a picture: {reason}")
+    picture = ops.exif_transpose(raw)
+    if picture.mode.startswith("I;16"):  # PIL would cut off what is brighter than 255
+        picture = images.fromarray((needed("numpy", "vision").asarray(picture) >> 8).astype("u1"))
+    elif picture.mode in ("I", "F"):
+        raise DataError("its values have 32 bits, whose range is not known: save it with 8 or 16")
+    return picture.convert(mode)
+
+
+def as_tensor(picture: Any) -> Tensor:
+    """A picture of PIL as a tensor (channels, height, width) of values from 0 to 1."""
+    return _functional().pil_to_tensor(picture).to(torch.float32) / 255
+
+
+def _functional() -> Any:
+    return needed("torchvision.transforms.v2.functional", "vision")
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    return all(type(side) is int and side >= 1 for side in sides)
+
+
+def _told(value: Any) -> str:
+    return (
+        f"{value!r:.60}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
+    )

@@ -1,0 +1,374 @@
+"""The three calls: enable, disable, plan."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.core.delta import added_names, held
+from gift.core.dynamic_class import joined, spec_of
+from gift.core.io_spec import drop_empty_note, renew_note
+from gift.core.network import (
+    NetworkRecord,
+    install_record,
+    named_trainable,
+    remove_record,
+    trained_in_place,
+)
+from gift.core.report import Report, some
+from gift.core.undo.snapshot import Snapshot, all_or_nothing, tensor_of, transaction
+from gift.core.undo.temporary_state import refuse_meanwhile
+from gift.core.unfreeze import misfits_in_place
+from gift.core.weights.record import is_sharded
+from gift.engine.claims import sizes_of
+from gift.engine.leftover import hints_for_strangers, told_leftover
+from gift.engine.walk import Walk, closest_names
+from gift.errors import GiftWarning
+from gift.methods import AdaptationError
+from gift.strategies.base import Cap, FineTuningStrategy
+
+
+def enable_fine_tuning(
+    module: nn.Module,
+    strategy: FineTuningStrategy,
+    replace_parameter_function: bool = True,
+    trainable_state_dict: bool = True,
+    keep_base: bool = True,
+) -> Report:
+    """Fine-tune `module` by a strategy: its caps decide what is trained, all else is frozen.
+
+    The network is changed in place and stays the object that it was, with every base name
+    unchanged. From then on ``module.parameters()`` gives the trained parameters only, and
+    ``module.state_dict()`` these and the persistent buffers. Whatever goes wrong, the network is
+    left as it was.
+
+    Args:
+        module: the network.
+        strategy: what is done to it.
+        replace_parameter_function: let ``parameters()`` give the trained parameters only;
+            `gift.utils.network_tool.trainable_parameters` gives them in any case.
+        trainable_state_dict: let ``state_dict()`` give trained parameters and buffers only.
+        keep_base: keep a copy of what training changes in place (parameters that are trained
+            themselves, and buffers), so that `disable_fine_tuning` can give the base back.
+
+    Returns:
+        What the strategy did; it prints as a table.
+
+    Raises:
+        TypeError: if `module` is no module, `strategy` no strategy, or does not fit its type.
+        ValueError: if no cap matches anything, or weights cannot be adapted as asked; all of
+            them are named.
+        RuntimeError: if the network is being fine-tuned already.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies.lora import LoRAAllFineTuningStrategy
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> report = enable_fine_tuning(net, LoRAAllFineTuningStrategy())
+        >>> optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        >>> list(net.state_dict())
+        ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
+    """
+    _refuse(module, strategy)
+    with all_or_nothing(module) as change:
+        snapshot = change.before
+        report, named = _apply(module, strategy, snapshot)
+        if strategy.dry_run:
+            snapshot.rollback()
+            return report
+        undo = snapshot.commit(keep_base)
+        drop_empty_note(module)
+        record = NetworkRecord(
+            chosen={name for name, p in named.items() if p.requires_grad},
+            report=report,
+            undo=undo,
+            keeps_base=keep_base,
+            only_trainable_parameters=replace_parameter_function,
+            only_trainable_state=trainable_state_dict,
+            recipe=_recipe(strategy),
+        )
+        install_record(module, record)
+        _warn(report, strategy, module)  # which raises, where warnings are errors
+        for parameter in named.values():
+            parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
+    return report
+
+
+@contextmanager
+def enabling_trained(
+    module: nn.Module, strategy: FineTuningStrategy, **options: Any
+) -> Iterator[Report]:
+    """Enable a strategy that was trained before; its values are put within the with block.
+
+    Whatever goes wrong in it, the network is as it was before. What is surprising about the
+    strategy was told when it was enabled first.
+    """
+    with all_or_nothing(module) as change:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GiftWarning)
+            report = enable_fine_tuning(module, strategy, **options)
+        change.before.written += values_of_the_base(module)
+        yield report
+
+
+def values_of_the_base(module: Any) -> list[tuple[Tensor, Tensor]]:
+    """What a trained state is about to write into, and the values that it has in the base."""
+    record: NetworkRecord = module._gift_network
+    if record.keeps_base:
+        return [(tensor_of(m, name), value) for m, name, value in record.undo.values]
+    written = [p for _, p in trained_in_place(module)] + [*module.buffers()]
+    return [(tensor, tensor.detach().clone()) for tensor in written if not is_lazy(tensor)]
+
+
+def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
+    """The report that `enable_fine_tuning` would give; the network is not touched.
+
+    Args:
+        module: the network.
+        strategy: what would be done to it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `enable_fine_tuning`.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import plan_fine_tuning
+        >>> from gift.strategies.lora import LoRAAllFineTuningStrategy
+        >>> net = nn.Linear(64, 10)
+        >>> plan_fine_tuning(net, LoRAAllFineTuningStrategy()).trainable_after
+        222
+    """
+    _refuse(module, strategy)
+    devices = {p.device.index for p in nn.Module.parameters(module) if p.is_cuda}
+    generators = torch.random.fork_rng(sorted(d for d in devices if d is not None))
+    with generators, all_or_nothing(module) as change:
+        report, _ = _apply(module, strategy, change.before)
+        change.before.rollback()
+    return report
+
+
+def disable_fine_tuning(module: nn.Module) -> nn.Module:
+    """Give back the base network bit for bit: classes, names, values, ``requires_grad``, modes.
+
+    The deltas are gone then, and so are the values of what was trained in place.
+
+    Args:
+        module: a network that `enable_fine_tuning` was called with, or a copy of one.
+
+    Returns:
+        `module`, for convenience.
+
+    Raises:
+        RuntimeError: if it is not being fine-tuned, or the values of the base were not kept.
+    """
+    check_undoable(module)
+    with transaction(module) as change:
+        undo = remove_record(module).undo
+        undo.put_structure(module)
+        values = undo.present_values()
+        change.finish(lambda: undo.put_values(values))
+    return module
+
+
+def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
+    """Whether the deltas can be taken off; and, if `needs_base`, the base be given back.
+
+    Raises:
+        RuntimeError: if the network is not being fine-tuned, or the base was not kept.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    if not spec_of(module).network:
+        refuse_meanwhile(module)
+        inside = [name for name, part in module.named_modules() if spec_of(part).network]
+        hint = f"; inside it, {inside} are" if inside else ""
+        raise RuntimeError(f"this {type(module).__name__} is not being fine-tuned{hint}")
+    if "_gift_spec" not in vars(type(module)):
+        raise RuntimeError(
+            f"this {type(module).__name__} was given another class since (by fully_shard?): "
+            "fine-tuning cannot be disabled any more; load its state into a fresh network"
+        )
+    gone = [
+        joined(path, name)
+        for path, part in module.named_modules()
+        for name in added_names(part)
+        if name not in held(part, name)
+    ]
+    if gone:
+        raise RuntimeError(
+            f"{gone} were pruned or parametrised since: undo that first (prune.remove, "
+            "remove_parametrizations)"
+        )
+    changed = [
+        path
+        for path, part in module.named_modules()
+        if any(spec_of(part)) and "_gift_spec" not in vars(type(part))
+    ]
+    if changed:
+        raise RuntimeError(
+            f"{changed} were given another class since (a tensor was parametrised?): undo that "
+            "first (remove_parametrizations with leave_parametrized=False)"
+        )
+    record: NetworkRecord = module._gift_network  # type: ignore[assignment]
+    if not needs_base:
+        return
+    if not record.keeps_base:
+        raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
+    late = [n for n, _ in named_trainable(module) if n not in record.chosen]
+    if late:
+        raise RuntimeError(
+            f"{late} were unfrozen after enable_fine_tuning, which kept no copy of them: load the "
+            "base again"
+        )
+
+
+def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module to fine-tune, got {type(module).__name__}")
+    if not isinstance(strategy, FineTuningStrategy):
+        hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
+        raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
+    refuse_meanwhile(module, "merged", "computing rows")
+    sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
+            "enable fine-tuning before sharding"
+        )
+    offloaded = [path for path, part in module.named_modules() if _is_offloaded(part)]
+    if offloaded:
+        raise ValueError(
+            f"the weights of {len(offloaded)} modules are offloaded by accelerate, the first is "
+            f"{offloaded[0] or 'the network'!r}: their hooks fetch each tensor by its name and "
+            "know of no deltas. Load the network without offloading to fine-tune it"
+        )
+    for path, part in module.named_modules():
+        if any(spec_of(part)):
+            raise RuntimeError(
+                f"{path or 'the network'} is being fine-tuned already: call disable_fine_tuning "
+                "for the base, or gift.merge to keep what was trained; to train by two strategies, "
+                "merge them and enable once"
+            )
+        if type(part).__name__ in _WRAPPERS or isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{path or 'the network'} is a {type(part).__name__}: enable fine-tuning on the "
+                "network inside first, then wrap, compile or script it"
+            )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", None) or [hook]  # several, in a sequence
+    return any(getattr(one, "offload", False) is True for one in hooks)
+
+
+def _recipe(strategy: FineTuningStrategy) -> dict[str, Any] | None:
+    try:
+        return strategy.to_config()
+    except ValueError:  # lambdas, which no file can name
+        return None
+
+
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+)
+
+
+def _apply(
+    module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot
+) -> tuple[Report, dict[str, nn.Parameter]]:
+    """Apply the caps and freeze what none took; gives all parameters by all their names as well."""
+    parameters: list[Any] = [kept.tensor for _, _, kept in snapshot.parameters]
+    total, trainable = sizes_of(parameters)
+    report = Report(
+        network=type(module).__name__,
+        strategy=repr(strategy),
+        caps=strategy.cap_texts,
+        optional={n for n, c in enumerate(strategy.caps) if getattr(c.check, "optional", False)},
+        total_before=total,
+        trainable_before=trainable,
+    )
+    renew_note(module)
+    walk = Walk(module, strategy, guard=lambda: snapshot.values)
+    if walk.problems:
+        raise AdaptationError(
+            f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "
+            + "\n  ".join(walk.problems)
+        )
+    report.claims = walk.claims
+    report.clipped = walk.clipped
+    if not walk.claims:
+        raise ValueError(_nothing_matched(module, strategy, report))
+    own = {id(parameter) for parameter in parameters}
+    report.leftover = told_leftover(module, strategy, walk.kept, own, total)
+    named = dict(module.named_parameters(remove_duplicate=False))
+    frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
+    for parameter in frozen.values():
+        parameter.requires_grad = False
+    if wrong := misfits_in_place(module, [p for p in parameters if p.requires_grad]):
+        raise AdaptationError(
+            f"{type(strategy).__name__} cannot be applied, the network is unchanged, as it trains "
+            "what must stay frozen:\n  " + "\n  ".join(wrong)
+        )
+    # Of tied ones the first name.
+    report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]
+    report.total_after, report.trainable_after = sizes_of(named.values())
+    return report, named
+
+
+def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Report) -> str:
+    if not report.caps:
+        return (
+            f"{type(strategy).__name__} has no caps: nothing would be trained "
+            "(FreezeStrategy() says so on purpose)"
+        )
+    lines = [f"no cap of {type(strategy).__name__} matched anything in {type(module).__name__}:"]
+    lines += [
+        text + _hint(cap, module) for text, cap in zip(report.caps, strategy.caps, strict=True)
+    ]
+    classes = sorted({type(part).__name__ for part in module.modules()})
+    lines += hints_for_strangers(module, strategy)
+    lines.append(f"the network has modules of these classes: {classes}")
+    return "\n  ".join(lines)
+
+
+def _hint(cap: Cap, module: nn.Module) -> str:
+    """The names in the network that are close to those that a cap looks for."""
+    names = closest_names(cap.check, module)
+    return f"; closest names: {names}" if names else ""
+
+
+def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> None:
+    caps = dict(zip(report.caps, strategy.caps, strict=True))
+    for text in report.unmatched:
+        hint = _hint(caps[text], module)
+        warnings.warn(f"{text} took nothing{hint}", GiftWarning, stacklevel=3)
+    if report.leftover:
+        warnings.warn(report.leftover, GiftWarning, stacklevel=3)
+    if report.clipped:
+        settings = dict.fromkeys(f"clip_{setting}" for setting, _ in report.clipped.values())
+        warnings.warn(
+            "these cannot have the size that was asked for, and got what they can have: "
+            f"{some(report.clipped_texts, limit=20)} ({' or '.join(settings)}=True says that this "
+            "is meant, False refuses it)",
+            GiftWarning,
+            stacklevel=3,
+        )
+    # Of what was clipped it is told already.
+    if names := [name for name in report.larger_than_weight if name not in report.clipped]:
+        shown = some(names)
+        warnings.warn(
+            f"the delta has more parameters than the weight that it changes in: {shown} "
+            "(train such layers whole, or give them a smaller rank)",
+            GiftWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,325 @@
+"""Applying the caps of a strategy to a network, from the network down."""
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+from gift.core.delta import remove_tensor
+from gift.core.dynamic_class import joined, plain_class
+from gift.core.forwards import settle_modules_around
+from gift.core.iterator import ModuleIterator, named_parts
+from gift.core.weights.attach import install, uninstall
+from gift.core.weights.record import Adapter, adapters_of
+from gift.engine.claims import Taken, claims_of, placed_deltas
+from gift.engine.ties import Ties
+from gift.factories import Action
+from gift.factories.serializable import Recorded, bind
+from gift.layers.table import layout_of
+from gift.methods import AdaptationError, Method
+from gift.strategies.base import Cap, FineTuningStrategy
+
+Place = tuple[nn.Module | None, str, str, str, nn.Module]
+Caps = tuple[list[Cap], list[Cap]]
+Guard = Callable[[], AbstractContextManager[Any]]
+Visit = Callable[[Caps, Place, int | None], None]
+
+
+class Walk:
+    """One pass over a network.
+
+    An action that is `open` extends its module and leaves it open: the caps after it are tried on
+    the same module, and the walk goes on below. It runs when all that is done, so that it finds
+    the module as those caps left it, and what it adds is not theirs.
+
+    Args:
+        network: the network.
+        strategy: whose caps are applied.
+        guard: gives the context in which foreign actions run.
+    """
+
+    def __init__(self, network: nn.Module, strategy: FineTuningStrategy, guard: Guard) -> None:
+        self.network = network
+        self.guard = guard
+        self.taken: list[Taken] = []
+        self.problems: list[str] = []
+        self.kept: set[int] = set()  # parameters that caps took, by identity
+        self.done: dict[int, nn.Module | None] = {}  # claimed modules, and what stands there now
+        self.extended: dict[int, str] = {}  # modules that open actions acted on, and their paths
+        self.ties = Ties(network)
+        self.caps = strategy.cap_texts if self.ties else []
+        caps = self._caps_for(strategy, network)
+        self._visit(caps, (None, "", "", _class_name(network), network), None)
+        self.problems += self.ties.settle(self.caps)
+        self._tie()
+        if self.extended:
+            settle_modules_around(network)
+        self.clipped: dict[str, tuple[str, int]] = {}  # for weights that cannot have their size
+        self._settle_sizes()
+        self.claims = claims_of(self.taken)
+
+    def _caps_for(self, strategy: FineTuningStrategy, module: nn.Module) -> Caps:
+        types = strategy.constraint_type
+        if types and not isinstance(module, types):
+            raise TypeError(
+                f"{type(strategy).__name__} is for {' or '.join(t.__name__ for t in types)}, "
+                f"the network is {_class_name(module)}"
+            )
+
+        def bound(caps: Iterable[Cap]) -> list[Cap]:
+            return [
+                Cap(bind(c.check, module), bind(c.action, module), c.params)  # type: ignore[arg-type]
+                for c in caps
+            ]
+
+        return bound(strategy.module_caps), bound(strategy.para_caps)
+
+    def _visit(self, caps: Caps, place: Place, top: int | None) -> None:
+        """One module and all below it; `top` is the cap to which nested claims are credited."""
+        parent, name, _, _, module = place
+        if id(module) in self.done:
+            self._look_again(caps, place, top)
+            self._put_replacement(parent, name, module)
+            return
+        extending: list[tuple[Cap, int]] = []
+        for number, cap in enumerate(caps[0]):
+            if not self._matches(cap, f"module cap {number}", place):
+                continue
+            credited = number if top is None else top
+            if getattr(cap.action, "open", False) is not True:
+                self._claim(cap, place, credited)
+                break
+            extending.append((cap, credited))
+        else:
+            self._descend(caps, place, top)
+        for cap, credited in extending:
+            self._extend(cap, place, credited)
+
+    def _descend(
+        self, caps: Caps, place: Place, top: int | None, visit: Visit | None = None
+    ) -> None:
+        """The parameters of a module that no cap claimed, then its children."""
+        module_caps, para_caps = caps
+        module = place[4]
+        for parameter_name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                self._offer(para_caps, len(module_caps), (*place, parameter_name, parameter), top)
+        for child_name, path, class_name, child, _ in list(ModuleIterator(module, place[2])):
+            (visit or self._visit)(caps, (module, child_name, path, class_name, child), top)
+
+    def _look_again(self, caps: Caps, place: Place, top: int | None) -> None:
+        """A claimed module under another name: no other cap may claim it, or what is in it."""
+        module = place[4]
+        for number, cap in enumerate(caps[0]):
+            if getattr(cap.action, "open", False) is True:
+                continue
+            if not self._matches(cap, f"module cap {number}", place):
+                continue
+            credited = number if top is None else top
+            if isinstance(cap.action, FineTuningStrategy):
+                self._look_again(self._caps_for(cap.action, module), place, credited)
+            elif self.ties.takes_anew(cap, module):
+                self.ties.contradict(module, credited, place[2], self.caps)
+            return
+        self._descend(caps, place, top, self._look_again)
+
+    def _put_replacement(self, parent: nn.Module | None, name: str, module: nn.Module) -> None:
+        replacement = self.done[id(module)]
+        if parent is not None and replacement is not None and replacement is not module:
+            parent._modules[name] = replacement
+
+    def _claim(self, cap: Cap, place: Place, number: int) -> None:
+        parent, name, path, class_name, module = place
+        if isinstance(cap.action, FineTuningStrategy):
+            self._visit(self._caps_for(cap.action, module), place, number)
+            return
+        if self.ties:
+            if self.ties.contradicts(cap, module, number, path, self.caps):
+                return
+            self.ties.forget_flags(nn.Module.parameters(module))
+        self._run(cap, place, path)
+        now = module if parent is None else parent._modules.get(name)
+        self.done[id(module)] = now
+        if now is not None:
+            for _, part in named_parts(now):
+                self.done[id(part)] = part
+                self.kept.update(map(id, part._parameters.values()))
+        self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
+        if self.ties:
+            self.ties.note_module(cap, self.taken[-1])
+
+    def _extend(self, cap: Cap, place: Place, number: int) -> None:
+        """Run an open action on what stands at `place` once all else is done there."""
+        parent, name, path, class_name, module = place
+        now = module if parent is None else parent._modules.get(name)
+        if now is None:
+            self.problems.append(f"{path} ({class_name}): {cap!r} has nothing to act on, as a "
+                                 "later cap removed the module")  # fmt: skip
+            return
+        if self.extended.setdefault(id(now), path) != path:
+            return  # under its first name already
+        before = {id(delta) for *_, delta in placed_deltas(now)}
+        self._run(cap, (parent, name, path, _class_name(now), now), path)
+        gained = [d for d in placed_deltas(now, path) if id(d[2]) not in before]
+        self.taken.append(Taken(number, path, class_name, now, gained=tuple(gained)))
+
+    def _offer(
+        self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None
+    ) -> None:  # fmt: skip
+        *_, module, name, parameter = place
+        for number, cap in enumerate(caps):
+            if not self._matches(cap, f"parameter cap {number}", place):
+                continue
+            number = offset + number if top is None else top
+            path = joined(place[2], name)
+            if isinstance(cap.action, FineTuningStrategy):
+                self._offer(self._caps_for(cap.action, module)[1], 0, place, number)
+                return
+            if id(parameter) in self.kept:
+                self._offer_again(cap, place, path, number)
+                return
+            self.kept.add(id(parameter))
+            self._run(cap, place, path)
+            self.ties.note_parameter(cap, number, module, name, path)
+            self.taken.append(Taken(number, path, place[3], module, parameter=name))
+            return
+
+    def _offer_again(self, cap: Cap, place: tuple[Any, ...], path: str, number: int) -> None:
+        """A parameter that was taken under another name."""
+        *_, module, name, parameter = place
+        if id(parameter) not in self.ties.tensors or not self.ties.takes_anew(cap, parameter):
+            return
+        if name in adapters_of(module):
+            self.ties.contradict(module, number, path, self.caps, name)
+            return
+        self.ties.forget_flags([parameter])
+        self._run(cap, place, path)
+        self.ties.note_parameter(cap, number, module, name, path)
+
+    def _matches(self, cap: Cap, label: str, place: tuple[Any, ...]) -> bool:
+        try:
+            return bool(cap.check(*place))
+        except Exception as error:
+            where = joined(place[2], *place[5:6]) or "the network"
+            error.add_note(f"raised by the check of {cap!r} ({label}) on {where}")
+            raise
+
+    def _run(self, cap: Cap, place: tuple[Any, ...], path: str) -> None:
+        try:
+            with nullcontext() if isinstance(cap.action, Action) else self.guard():
+                cap.action(*place, **cap.params)  # type: ignore[operator]
+        except AdaptationError as error:  # all of these are collected
+            self.problems.append(f"{path or 'the network'} ({place[3]}): {error}")
+        except Exception as error:
+            error.add_note(f"raised by the action of {cap!r} on {path or 'the network'}")
+            raise
+
+    def _tie(self) -> None:
+        """One delta for each tensor: whoever else holds an adapted tensor reads the same delta."""
+        owners: dict[int, tuple[nn.Module, str]] = {}
+        parts = list(self.network.named_modules())
+        for _, module in parts:
+            for name in adapters_of(module):
+                if (parameter := module._parameters.get(name)) is not None:
+                    owners.setdefault(id(parameter), (module, name))
+        if not owners:
+            return
+        for path, module in parts:
+            for name, parameter in list(module._parameters.items()):
+                owner = owners.get(id(parameter))
+                if owner is not None and owner != (module, name):
+                    self._share(*owner, module, name, joined(path, name))
+
+    def _settle_sizes(self) -> None:
+        """A size that some weights cannot have is clipped there; one that none can have is refused.
+
+        Those count together that are adapted by the same method of the same settings.
+        """
+        asked: dict[Method, list[tuple[Taken, str, Adapter]]] = {}
+        for taken in self.taken:
+            for path, _, adapter in taken.adapters():
+                if adapter.asked is not None and adapter.owner is None:
+                    asked.setdefault(adapter.asked, []).append((taken, path, adapter))
+        refused: dict[str, list[str]] = {}
+        for weights in asked.values():
+            clipped = [weight for weight in weights if weight[2].clipped]
+            if len(clipped) < len(weights):
+                for _, path, adapter in clipped:
+                    method = adapter.method
+                    self.clipped[path] = str(method.size_setting), method.size or 0
+                continue
+            for taken, path, adapter in clipped:
+                place = f"{taken.path or 'the network'} ({taken.class_name})"
+                texts = path.removeprefix(taken.path).lstrip("."), adapter.refusal()
+                refused.setdefault(place, []).append(": ".join(filter(None, texts)))
+        self.problems += [f"{place}: {'; '.join(texts)}" for place, texts in refused.items()]
+
+    def _share(
+        self, owner: nn.Module, tensor: str, module: nn.Module, name: str, path: str
+    ) -> None:  # fmt: skip
+        adapter, second = adapters_of(owner)[tensor], adapters_of(module).get(name)
+        if second is not None:
+            if id(owner._parameters[tensor]) in self.ties.contradicted:
+                return  # which is told already
+            if second.method != adapter.method:
+                self.problems.append(
+                    f"{path} is tied to a tensor that is adapted by {adapter.method}, and was to "
+                    f"be adapted by {second.method}; one tensor takes one"
+                )
+                return
+            _drop(module, second)
+        shared = replace(adapter, owner=owner, follows=())
+        if adapter.layout is not None:
+            shape = torch.Size(adapter.layout.shape)
+            alike = layout_of(module, name, shape, adapter.options) == adapter.layout
+            shared.reads_alike = alike
+        install(module, name, shared)
+
+
+def _drop(module: nn.Module, adapter: Adapter) -> None:
+    """Remove a delta, and what else in `module` uses it: the bias that belongs to a weight."""
+    if adapter.owner is not None:
+        return
+    gone = set(adapter.names.values())
+    for added in gone:
+        remove_tensor(module, added)
+    for name, other in list(adapters_of(module).items()):
+        if other.follows and gone & set(other.names.values()):
+            uninstall(module, name)
+
+
+def _class_name(module: nn.Module) -> str:
+    return plain_class(type(module)).__name__
+
+
+def closest_names(check: Callable[..., Any], network: nn.Module) -> list[str]:
+    """Names in the network that are close to those that a check looks for."""
+    wanted = set(_strings(check))
+    known: set[str] = set()
+    for path, module in network.named_modules():
+        known |= {path, path.rpartition(".")[2], _class_name(module)}
+        known |= {name for name in module._parameters}
+    close = {
+        match for text in wanted for match in get_close_matches(text, known - {""}, n=3, cutoff=0.5)
+    }
+    return sorted(close)[:6]
+
+
+def _strings(check: Any) -> Iterable[str]:
+    """The strings in a check's recipe, or in the code of a function."""
+    if isinstance(check, str):
+        yield from filter(None, re.split(r"[*?\\|()]", check))
+    elif isinstance(check, Recorded):
+        yield from _strings(check.recipe[1])
+    elif isinstance(check, dict):
+        yield from _strings(list(check.values()))
+    elif isinstance(check, list | tuple | set | frozenset):
+        for item in check:
+            yield from _strings(item)
+    elif hasattr(check, "__code__"):
+        yield from _strings(list(check.__code__.co_consts))

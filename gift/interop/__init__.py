@@ -1,0 +1,7 @@
+"""Deltas in the file formats of others."""
+
+from gift.interop.kohya import load_kohya, save_kohya
+from gift.interop.peft.loading import load_peft
+from gift.interop.peft.saving import save_peft
+
+__all__ = ["load_kohya", "load_peft", "save_kohya", "save_peft"]

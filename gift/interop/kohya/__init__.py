@@ -1,0 +1,11 @@
+"""Deltas of diffusion models in the files of kohya's sd-scripts and of LyCORIS.
+
+One safetensors file holds the deltas of all networks of a pipeline. A key is a prefix for the
+network, the path of a layer with underscores for dots, and the name of a tensor:
+``lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight``.
+"""
+
+from gift.interop.kohya.loading import KohyaReport, load_kohya
+from gift.interop.kohya.saving import save_kohya
+
+__all__ = ["KohyaReport", "load_kohya", "save_kohya"]

@@ -1,0 +1,65 @@
+"""The layers for which such files can hold a delta."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gift.core.dynamic_class import plain_class
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Misfit(ValueError):
+    """What the file has for a layer, or gift has, cannot be told by the other; with all reasons."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The layer that a delta is for.
+
+    Args:
+        module: a linear layer or a convolution.
+        weight: its frozen weight, ``(outputs, inputs / groups, *kernel)``.
+    """
+
+    module: Any
+    weight: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 for a linear layer."""
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Of a convolution; none for a linear layer."""
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix: inputs times kernel."""
+        return self.weight[0].numel()
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether such files can hold a delta for it: a linear layer or a convolution."""
+    return issubclass(plain_class(type(module)), LAYERS)
+
+
+def flat(path: str) -> str:
+    """A path as it stands in keys."""
+    return path.replace(".", "_")
+
+
+def lead(net: nn.Module) -> str:
+    """What stands before the paths of a network's layers in keys.
+
+    Files say ``text_model_encoder_...`` for the text encoder; transformers has dropped that module
+    from `CLIPTextModel` since.
+    """
+    is_clip = plain_class(type(net)).__name__ == "CLIPTextModel"
+    return "text_model_" if is_clip and not hasattr(net, "text_model") else ""

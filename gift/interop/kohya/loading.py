@@ -1,0 +1,202 @@
+"""Reading a kohya file onto a network."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.core.report import Report
+from gift.core.weights.record import adapters_of, present_tensor
+from gift.engine.enable import enabling_trained
+from gift.factories import ma_adapt, mc_path
+from gift.files.container import DeltaFileError, read_tensors
+from gift.interop.kohya.layers import Misfit, Target, flat, is_layer, lead
+from gift.interop.kohya.meaning import Told, told
+from gift.quantization import dequantised
+from gift.strategies import FineTuningStrategy
+
+PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
+
+# Of Stable Diffusion, Flux and SD3 as they were published; diffusers has other names.
+_ORIGINAL = re.compile(
+    r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|double_blocks|single_blocks"
+    r"|joint_blocks|diffusion_model)_"
+)
+
+
+@dataclass
+class KohyaReport(Report):
+    """The report of `enable_fine_tuning`, and what else the file had.
+
+    Args:
+        left: number of tensors of other networks, by their prefix.
+    """
+
+    left: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Totals, what each cap took, and what was left in the file."""
+        others = [f"{number} tensors of {prefix}..." for prefix, number in self.left.items()]
+        return super().summary() + (f"\nleft in the file: {', '.join(others)}" if others else "")
+
+
+def load_kohya(
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    prefix: str = "lora_unet_",
+    rename: Callable[[str], str] | None = None,
+) -> KohyaReport:
+    """Fine-tune a plain network by a file of kohya's sd-scripts or of LyCORIS.
+
+    Reads LoRA (with ``lora_mid`` and DoRA's ``dora_scale`` of outputs), LoHa and LoKr, of linear
+    layers and convolutions. The strategy that it enables has registered parts only. Tucker
+    decompositions become plain factors of the same rank, a rank above what a matrix can have
+    becomes the largest that it can; outputs are the same.
+
+    Args:
+        net: the network that the deltas were trained for.
+        path: of the file.
+        prefix: which of the file's networks this is: ``lora_unet_`` for U-Nets and transformers,
+            ``lora_te_``, ``lora_te1_``, ``lora_te2_`` for text encoders, ``lycoris_`` for files
+            that LyCORIS wrote by itself. Keys of the others are left.
+        rename: from a layer's name in the file, without prefix, to its path in the network, for
+            networks whose layers have other names.
+
+    Returns:
+        What `enable_fine_tuning` returns; its `left` counts the tensors of other networks.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DeltaFileError: naming all that does not fit; the network is unchanged.
+        RuntimeError: if the network is being fine-tuned already.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.interop.kohya import load_kohya, save_kohya
+        >>> from gift.strategies import LoRALinearFineTuningStrategy
+        >>> net, fresh = (nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+        >>> report = enable_fine_tuning(net, LoRALinearFineTuningStrategy())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_kohya(net, f"{folder}/lora.safetensors")
+        ...     report = load_kohya(fresh, f"{folder}/lora.safetensors")
+        >>> [name for name, p in fresh.named_parameters() if p.requires_grad]
+        ['0.lora_B', '0.lora_A']
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
+    problems: list[str] = []
+    layers, left = _layers_in(read_tensors(path)[1], prefix, problems)
+    targets = _targets(net, list(layers), rename, problems)
+    found: dict[str, tuple[nn.Module, Told]] = {}
+    holders = Counter(id(p) for m in net.modules() for p in m._parameters.values())
+    for name, (place, module) in targets.items():
+        try:
+            found[place] = module, told(layers[name], _target(module, holders))
+        except Misfit as error:
+            problems.append(f"{prefix}{name}: {error}")
+    if problems:
+        raise DeltaFileError(f"{path} does not fit {type(net).__name__}, nothing changed", problems)
+    with enabling_trained(net, _strategy(found)) as report, torch.no_grad():
+        for module, delta in found.values():
+            tensors = adapters_of(module)["weight"].tensors(module)
+            for key, value in delta.values.items():
+                tensors[key].copy_(value)
+    return KohyaReport(**vars(report), left=dict(left))
+
+
+def _layers_in(
+    tensors: Mapping[str, Tensor], prefix: str, problems: list[str]
+) -> tuple[dict[str, dict[str, Tensor]], Counter[str]]:
+    """The tensors of each layer of one network, by the layer's name, and a count of the others."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    left: Counter[str] = Counter()
+    unknown = []
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".")
+        fitting = [p for p in {prefix, *PREFIXES} if name.startswith(p)]
+        own = max(fitting, key=len, default=None)
+        if own is None or not part:
+            unknown.append(key)
+        elif own == prefix:
+            layers.setdefault(name.removeprefix(prefix), {})[part] = tensor
+        else:
+            left[own] += 1
+    if unknown:
+        problems.append(f"{len(unknown)} keys are not of this format: {', '.join(sorted(unknown))}")
+    if not layers:
+        others = ", ".join(sorted(left)) or "of no network"
+        problems.append(f"it has no keys with prefix {prefix!r}; those it has are {others}")
+    return layers, left
+
+
+def _targets(
+    net: nn.Module,
+    names: list[str],
+    rename: Callable[[str], str] | None,
+    problems: list[str],
+) -> dict[str, tuple[str, nn.Module]]:
+    """For the name of each layer in the file, the path and layer in the network."""
+    known: dict[str, dict[int, tuple[str, nn.Module]]] = {}
+    paths: dict[int, str] = {}
+    for path, module in net.named_modules(remove_duplicate=False):
+        first = paths.setdefault(id(module), path)
+        known.setdefault(flat(path), {})[id(module)] = first, module
+    targets: dict[str, tuple[str, nn.Module]] = {}
+    taken: dict[str, str] = {}
+    absent = []
+    for name in names:
+        path = flat(rename(name) if rename else name)
+        places = list(known.get(path, known.get(path.removeprefix(lead(net)), {})).values())
+        layers = [place for place in places if is_layer(place[1])]
+        if not places:
+            absent.append(name)
+        elif len(layers) > 1:
+            same = " and ".join(path for path, _ in layers)
+            problems.append(f"{name} may be {same}: their names differ by dots alone")
+        elif not layers:
+            problems.append(f"{name} is a {type(places[0][1]).__name__}; such files are for linear "
+                            "layers and convolutions")  # fmt: skip
+        elif (other := taken.setdefault(layers[0][0], name)) != name:
+            problems.append(f"{other} and {name} are the same layer, {layers[0][0]}")
+        else:
+            targets[name] = layers[0]
+    original = sorted(name for name in absent if _ORIGINAL.match(name))
+    if original:
+        problems.append(
+            f"{len(original)} layers, the first is {original[0]}, have names of the model as it "
+            "was published, not of this network: give rename=, from these names to the network's"
+        )
+    if others := sorted(set(absent) - set(original)):
+        problems.append(f"the network has no {', '.join(others)}")
+    return targets
+
+
+def _target(module: nn.Module, holders: Mapping[int, int]) -> Target:
+    weight = present_tensor(module, "weight")
+    if holders.get(id(weight), 0) > 1:
+        raise Misfit("its weight is tied to another layer's, which the file does not change")
+    if is_lazy(weight) or weight.is_meta:
+        raise Misfit("its weight has no values yet")
+    weight = dequantised(weight, module)
+    if not weight.is_floating_point():
+        raise Misfit(f"its weight is {weight.dtype}, expected floating-point numbers")
+    return Target(module, weight.detach())
+
+
+def _strategy(found: Mapping[str, tuple[nn.Module, Told]]) -> FineTuningStrategy:
+    """A cap for all layers with the same settings."""
+    alike: dict[object, list[str]] = {}
+    for place, (_, delta) in found.items():
+        alike.setdefault(delta.key, []).append(place)
+    caps = []
+    for places in alike.values():
+        delta = found[places[0]][1]
+        caps.append((mc_path(*places), ma_adapt(delta.method, **delta.settings)))
+    return FineTuningStrategy(caps)

@@ -1,0 +1,95 @@
+"""Whether the tensors of one layer in a kohya file are whole and fit it, and what they mean."""
+
+from torch import Tensor
+
+from gift.interop.kohya.kinds import KINDS, Kind, Parts, Told, trimmed
+from gift.interop.kohya.layers import Misfit, Target
+from gift.methods.settings import at_least_32_bits
+from gift.support.tensors import is_finite
+
+
+def told(parts: Parts, target: Target) -> Told:
+    """The delta that these tensors are.
+
+    Args:
+        parts: by their names behind the layer's, such as ``lora_up.weight``.
+        target: the layer.
+
+    Raises:
+        Misfit: naming all that is wrong.
+    """
+    kind = _kind_of(parts)
+    problems = [text for name in parts if (text := _unusable(name, parts[name]))]
+    if problems:
+        raise Misfit(*problems)
+    wanted = kind.shapes(parts, target)
+    problems = [
+        f"{name} has shape {list(parts[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if trimmed(parts[name].shape) != trimmed(shape)
+    ]
+    if problems:
+        raise Misfit(*problems)
+    clean = {
+        name: parts[name].to(at_least_32_bits(parts[name].dtype)).reshape(shape)
+        for name, shape in wanted.items()
+    }
+    found = kind.read(clean, _scaling(kind, parts), target)
+    dtype = at_least_32_bits(target.weight.dtype)
+    values = {name: value.to(dtype) for name, value in found.values.items()}
+    if not all(map(is_finite, values.values())):
+        raise Misfit(f"its values overflow in {dtype}")
+    settings = found.settings | {"conv_layout": "out_as_h"}
+    return Told(found.method, settings, values)
+
+
+def _kind_of(parts: Parts) -> Kind:
+    """The method whose tensors are all there, and nothing else."""
+    unknown = sorted(set(parts) - {"alpha"}.union(*(kind.names for kind in KINDS)))
+    if unknown:
+        raise Misfit(
+            f"it has {', '.join(unknown)}, which gift does not read: it reads LoRA (lora_up, "
+            "lora_down, lora_mid, dora_scale), LoHa (hada_...) and LoKr (lokr_...)"
+        )
+    marked = [kind for kind in KINDS if set(parts) & kind.marks]
+    if len(marked) != 1:
+        methods = " and ".join(kind.title for kind in marked) or "no method"
+        raise Misfit(f"it has tensors of {methods}: {sorted(parts)}")
+    kind = marked[0]
+    if foreign := sorted(set(parts) - kind.names - {"alpha"}):
+        raise Misfit(
+            f"it has {', '.join(foreign)} along with {kind.title}; gift has no such method"
+        )
+    if not any(choice <= set(parts) for choice in kind.choices):
+        missing = min((choice - set(parts) for choice in kind.choices), key=len)
+        raise Misfit(f"{', '.join(sorted(missing))} is missing")
+    optional = kind.optional | {"alpha"}
+    extra = min((set(parts) - c - optional for c in kind.choices if c <= set(parts)), key=len)
+    if extra:
+        raise Misfit(f"it has {', '.join(sorted(extra))}, but not all that goes with that")
+    return kind
+
+
+def _unusable(name: str, tensor: Tensor) -> str | None:
+    if not tensor.is_floating_point():
+        return f"{name} is {tensor.dtype}, expected floating-point numbers"
+    if name == "alpha" and tensor.numel() != 1:
+        return f"alpha has shape {list(tensor.shape)}, expected one number"
+    if name != "alpha" and (tensor.ndim < 2 or tensor.numel() == 0):
+        return f"{name} has shape {list(tensor.shape)}, expected at least two axes, none empty"
+    if not is_finite(tensor):
+        return f"{name} is not finite"
+    return None
+
+
+def _scaling(kind: Kind, parts: Parts) -> float:
+    """``alpha / dim``; 1 without alpha, and for LoKr without low-rank factors."""
+    dims = {name: parts[name].shape[axis] for name, axis in kind.dims if name in parts}
+    if "alpha" not in parts or not dims:
+        return 1.0
+    if len(set(dims.values())) > 1:
+        raise Misfit(f"its alpha is relative to one rank, its factors have {dims}")
+    alpha = float(parts["alpha"])
+    if alpha == 0:
+        raise Misfit("alpha is 0, which some programs take for no delta and others for no scaling")
+    return alpha / next(iter(dims.values()))

@@ -1,0 +1,149 @@
+"""What an adapter of gift means, as the tensors of one layer in a kohya file."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift.core.weights.record import Adapter, is_sharded
+from gift.interop.factors import Pair, product
+from gift.interop.kohya.factors import for_whole
+from gift.interop.kohya.layers import Misfit, Target
+from gift.methods.anchored import AnchoredLoRA
+
+Values = Mapping[str, Tensor]
+
+
+def parts_of(adapter: Adapter, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that stand for a delta, by their names behind the layer's.
+
+    Args:
+        adapter: of the layer's weight.
+        module: the layer.
+        weight: its frozen weight.
+
+    Raises:
+        Misfit: if such files have no counterpart.
+    """
+    write = _WRITERS.get(adapter.method.name)
+    if write is None:
+        raise Misfit(
+            f"such files have no counterpart of {adapter.method.name!r}; they have one of "
+            f"{', '.join(_WRITERS)}"
+        )
+    values = {key: value.detach() for key, value in adapter.tensors(module).items()}
+    if any(value.is_complex() for value in values.values()):
+        raise Misfit("its factors are complex")
+    if any(value.is_meta or is_sharded(value) for value in values.values()):
+        raise Misfit("its factors have no values here: they are on the meta device or sharded")
+    values = {key: value.cpu() for key, value in values.items()}
+    return write(adapter, values, Target(module, weight.detach()))
+
+
+def _whole(adapter: Adapter, pair: Pair, target: Target) -> Pair:
+    assert adapter.layout is not None
+    return for_whole(*pair, adapter.layout, len(target.weight))
+
+
+def _lora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+    method: Any = adapter.method
+    if isinstance(method, AnchoredLoRA):
+        values = method.difference(values)
+    up, down = _whole(adapter, (values["lora_B"], values["lora_A"]), target)
+    rank, kernel = len(down), target.kernel
+    up, alpha = _scaled(up, method.scaling * rank, rank)
+    return {
+        "lora_up.weight": up.reshape(*up.shape, *[1] * len(kernel)),
+        "lora_down.weight": down.reshape(rank, -1, *kernel),
+        "alpha": alpha,
+    }
+
+
+def _dora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+    """LoRA with ``dora_scale``, the magnitudes of the rows; a row without direction keeps that
+    of its update, which has none of its own.
+    """
+    parts = _lora(adapter, values, target)
+    method: Any = adapter.method
+    magnitude = method.magnitude(values)
+    size = method.delta({key: value.double() for key, value in values.items()}).norm(
+        dim=-1, keepdim=True
+    )
+    magnitude = torch.where(method.directed(values), magnitude, size.to(magnitude))
+    return parts | {"dora_scale": magnitude.reshape(-1, 1, *[1] * len(target.kernel))}
+
+
+def _loha(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+    method: Any = adapter.method
+    first, second = (
+        _whole(adapter, (values[f"loha_B{n}"], values[f"loha_A{n}"]), target) for n in (1, 2)
+    )
+    rank = len(first[1])
+    left, alpha = _scaled(first[0], method.scaling * rank, rank)
+    return {
+        "hada_w1_a": left,
+        "hada_w1_b": first[1],
+        "hada_w2_a": second[0],
+        "hada_w2_b": second[1],
+        "alpha": alpha,
+    }
+
+
+def _lokr(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+    """LyCORIS rebuilds its module from the shapes: what it would not decompose is not decomposed
+    in the file either.
+    """
+    assert adapter.layout is not None
+    inputs, kernel = target.weight.shape[1], target.kernel
+    if adapter.layout.matrix != (len(target.weight), target.columns):
+        raise Misfit("such files split a convolution as a whole: use conv_layout='out_as_h', and "
+                     "no groups")  # fmt: skip
+    (a, c), first = _first(values)
+    if inputs % c:
+        raise Misfit(f"its columns, {inputs} inputs times kernel {list(kernel)}, are split into "
+                     f"{c} parts, which cuts inputs; such files split the inputs")  # fmt: skip
+    b, d = len(target.weight) // a, inputs // c
+    method: Any = adapter.method
+    w1 = values["lokr_w1"] if not first else product(values["lokr_w1_a"], values["lokr_w1_b"])
+    if "lokr_w2" in values:
+        return _full(w1, values["lokr_w2"], (b, d, *kernel))
+    left, right = values["lokr_w2_a"], values["lokr_w2_b"]
+    rank = len(right)
+    if rank >= max(b, d) / 2:
+        return _full(w1, product(left, right) * method.scaling, (b, d, *kernel))
+    left, alpha = _scaled(left, method.scaling * rank, rank)
+    parts = {"lokr_w2_a": left, "lokr_w2_b": right, "alpha": alpha}
+    if first == rank < max(a, c) / 2:
+        return {name: values[name] for name in ("lokr_w1_a", "lokr_w1_b")} | parts
+    return {"lokr_w1": w1} | parts
+
+
+def _first(values: Values) -> tuple[tuple[int, int], int]:
+    if "lokr_w1" in values:
+        return (values["lokr_w1"].shape[0], values["lokr_w1"].shape[1]), 0
+    left, right = values["lokr_w1_a"], values["lokr_w1_b"]
+    return (left.shape[0], right.shape[1]), len(right)
+
+
+def _full(w1: Tensor, w2: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"lokr_w1": w1, "lokr_w2": w2.reshape(shape), "alpha": _number(1.0, w2)}
+
+
+def _scaled(factor: Tensor, alpha: float, rank: int) -> Pair:
+    """The factor and alpha; an alpha of 0 would be read as none, so the factor is 0 instead."""
+    if alpha == 0:
+        return torch.zeros_like(factor), _number(rank, factor)
+    return factor, _number(alpha, factor)
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+_WRITERS: dict[str, Callable[[Adapter, Values, Target], dict[str, Tensor]]] = {
+    **dict.fromkeys(("lora", "rslora", "lora_fa", "pissa", "olora"), _lora),
+    "dora": _dora,
+    "loha": _loha,
+    "lokr": _lokr,
+}

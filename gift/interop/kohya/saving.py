@@ -1,0 +1,160 @@
+"""Writing the deltas of networks as a kohya file."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gift.core.delta import deltas_of
+from gift.core.network import moved_buffers, trained_in_place
+from gift.core.weights.record import Adapter, adapters_of, present_tensor
+from gift.files.container import DeltaFileError, replace_file
+from gift.files.saving import fine_tuned_part
+from gift.interop.kohya.layers import Misfit, flat, is_layer, lead
+from gift.interop.kohya.parts import parts_of
+from gift.quantization import dequantised
+from gift.support.tensors import is_finite
+
+
+def save_kohya(
+    net: nn.Module | Mapping[str, nn.Module],
+    path: str | os.PathLike[str],
+    prefix: str = "lora_unet_",
+    dtype: torch.dtype | None = None,
+    rename: Callable[[str], str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the deltas of a network, or of several, as kohya's sd-scripts and LyCORIS do.
+
+    Writes LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA, DoRA, LoHa and LoKr of linear layers and
+    convolutions. PiSSA and OLoRA become LoRA of twice the rank; factors for the balanced layout of
+    a convolution, or for its groups, become those of the whole matrix, with a larger rank.
+
+    Args:
+        net: the fine-tuned network, or a module that has it inside, or several by their prefixes:
+            ``{"lora_unet_": unet, "lora_te_": text_encoder}``.
+        path: of the file; it is replaced as a whole or not at all.
+        prefix: of the keys, for a single network; see `load_kohya`.
+        dtype: in which the tensors are written, but for alpha; None keeps theirs.
+        rename: from a layer's path in its network to its name in the file, for programs that expect
+            other names.
+        metadata: more of it, such as ``ss_base_model_version``.
+
+    Raises:
+        DeltaFileError: naming all that such a file cannot hold; nothing is written.
+    """
+    nets = dict(net) if isinstance(net, Mapping) else {prefix: net}
+    _refuse(path, list(_wrong_arguments(nets, dtype, metadata)))
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    methods: set[str] = set()
+    for own, given in nets.items():
+        if "." in own:
+            problems.append(f"{own!r}: a prefix has no dots")
+        try:
+            one = fine_tuned_part(given)
+        except RuntimeError as error:
+            problems.append(f"the network for {own}: {error}")
+            continue
+        for place, module, adapter in _adapters(one, problems):
+            methods.add("lora" if hasattr(adapter.method, "lora_alpha") else adapter.method.name)
+            name = rename(place) if rename else lead(one) + place
+            try:
+                parts = _parts(adapter, module, name)
+            except Misfit as error:
+                problems.append(f"{place}: {error}")
+                continue
+            for part, tensor in parts.items():
+                key = f"{own}{flat(name)}.{part}"
+                if key in tensors:
+                    problems.append(f"{place}: another layer has the key {key} as well")
+                # The number that all of a delta is multiplied with is not rounded.
+                tensors[key] = tensor if dtype is None or part == "alpha" else tensor.to(dtype)
+    bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:
+        problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
+    _refuse(path, problems)
+    kept = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in
+            tensors.items()}  # fmt: skip
+    described = _metadata(tensors, methods) | dict(metadata or {})
+    replace_file(path, lambda temporary: save_file(kept, temporary, described))
+
+
+def _refuse(path: str | os.PathLike[str], problems: list[str]) -> None:
+    if problems:
+        raise DeltaFileError(f"{path} was not written", problems)
+
+
+def _parts(adapter: Adapter, module: nn.Module, name: Any) -> Mapping[str, Tensor]:
+    if not isinstance(name, str):
+        raise Misfit(f"rename gives {name!r}, expected a name")
+    return parts_of(adapter, module, dequantised(present_tensor(module, "weight"), module))
+
+
+def _wrong_arguments(nets: Any, dtype: Any, metadata: Any) -> Iterator[str]:
+    if not nets:
+        yield "there is no network to write"
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        yield f"dtype is {dtype!r}, expected a floating-point torch dtype"
+    pairs = dict(metadata or {}).items()
+    wrong = {k: v for k, v in pairs if not (isinstance(k, str) and isinstance(v, str))}
+    if wrong:
+        yield f"metadata has {wrong}, expected texts"
+
+
+def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """The adapters that a file can hold, with paths and layers; of all else, what is wrong."""
+    problems += _kept_elsewhere(net)
+    for path, module in net.named_modules():
+        for tensor, delta in deltas_of(module).items():
+            where = f"{path}.{tensor}".lstrip(".")
+            if not isinstance(delta, Adapter):
+                problems.append(f"{where}: such files cannot extend calls")
+            elif delta.owner is not None:
+                problems.append(f"{where} shares the delta of another tensor; in such files each "
+                                "layer has its own")  # fmt: skip
+            elif not is_layer(module) or tensor != "weight" or not path:
+                problems.append(f"{where}: such files are for linear layers and convolutions "
+                                "inside a network")  # fmt: skip
+            elif delta.layout is None:
+                problems.append(f"{where} has no values yet")
+            else:
+                yield path, module, delta
+
+
+def _kept_elsewhere(net: Any) -> Iterator[str]:
+    """What training changed that is no delta."""
+    if trained := [name for name, _ in trained_in_place(net)]:
+        yield f"trained in place, which such files cannot hold: {', '.join(trained)}"
+    if changed := list(moved_buffers(net)):
+        yield (
+            "buffers that changed while training, or may have (keep_base=False): "
+            + ", ".join(changed)
+        )
+    if not any(adapters_of(module) for module in net.modules()):
+        yield f"{type(net).__name__} has no delta"
+
+
+def _metadata(tensors: Mapping[str, Tensor], methods: set[str]) -> dict[str, str]:
+    """What programs show of a file, and what LyCORIS says of its own."""
+    dims = {_dim(key, tensor) for key, tensor in tensors.items()} - {None}
+    alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
+    plain = methods == {"lora"} and not any(key.endswith("dora_scale") for key in tensors)
+    described = {
+        "format": "pt",
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_dim": str(dims.pop()) if len(dims) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }
+    if not plain and len(methods) == 1:
+        described["ss_network_args"] = json.dumps({"algo": next(iter(methods))})
+    return described
+
+
+def _dim(key: str, tensor: Tensor) -> int | None:
+    names = ("lora_down.weight", "hada_w1_b", "lokr_w2_b")
+    return len(tensor) if key.endswith(names) else None

@@ -1,0 +1,1 @@
+"""Adapter folders of Hugging Face PEFT, read and written."""

@@ -1,0 +1,125 @@
+"""The layers that PEFT wraps, and where gift and PEFT cannot mean the same by them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gift.core.dynamic_class import joined, plain_class
+from gift.core.weights.record import Adapter
+from gift.layers.table import CONV1D_FORWARD, reader_of
+from gift.methods.base import dotted
+from gift.quantization import LINEAR_FORWARDS
+
+KINDS = {
+    dotted(nn.Linear.forward): "linear",
+    CONV1D_FORWARD: "transposed",
+    dotted(nn.Conv1d.forward): "conv1d",
+    dotted(nn.Conv2d.forward): "conv2d",
+    dotted(nn.Conv3d.forward): "conv3d",
+    dotted(nn.Embedding.forward): "embedding",
+    dotted(nn.MultiheadAttention.forward): "attention",
+    **dict.fromkeys(LINEAR_FORWARDS, "linear"),
+}
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+
+
+def kind_of(module: nn.Module) -> str:
+    """Which of the layers above it is, "" if none: subclasses count if their forward is the same.
+
+    PEFT calls the layer and adds to the result; gift changes the weight that the layer reads. For
+    a forward of another kind these are two different things.
+    """
+    cls: Any = plain_class(type(module))
+    return KINDS.get(dotted(cls.forward), "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One adapted tensor of a fine-tuned network.
+
+    Args:
+        path: of the module.
+        module: that holds it.
+        tensor: its name there.
+        adapter: what adapts it.
+        attention: the path of the `nn.MultiheadAttention` to whose projections it belongs, if any.
+    """
+
+    path: str
+    module: Any
+    tensor: str
+    adapter: Adapter
+    attention: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The dotted name of the tensor."""
+        return joined(self.path, self.tensor)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether PEFT wraps the layer for it, and not the single parameter."""
+        return self.tensor == "weight" and kind_of(self.module) != ""
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """What the method added, by its own names."""
+        return {key: value.detach() for key, value in self.adapter.tensors(self.module).items()}
+
+    @property
+    def frozen(self) -> Tensor:
+        """The frozen tensor as matrix or matrices."""
+        assert self.adapter.layout is not None
+        frozen: Tensor = self.module._gift_frozen(self.tensor)
+        return self.adapter.layout.to_matrix(frozen.detach())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the frozen tensor itself."""
+        assert self.adapter.layout is not None
+        return self.adapter.layout.shape
+
+
+def layer_misfits(module: Any, peft_type: str, kinds: tuple[str, ...]) -> Iterator[str]:
+    """Why this layer, as it stands, cannot have the same adapter here and in PEFT."""
+    kind = kind_of(module)
+    if kind not in kinds:
+        name = plain_class(type(module)).__name__
+        own = f", a {name} with a forward of its own" if kind == "" else f", a {name}"
+        yield f"{peft_type} of PEFT has no adapter for this layer{own}"
+        return
+    if kind in CONVOLUTIONS and peft_type != "IA3":
+        yield from _convolution_misfits(module, peft_type)
+    if kind == "embedding" and module.max_norm is not None:
+        yield "PEFT limits the norm of frozen rows and of A, not of what the two make (max_norm)"
+    if kind == "attention" and module._parameters.get("in_proj_weight") is None:
+        yield "PEFT adapts query, key and value only where they have one weight (no kdim, vdim)"
+
+
+def _convolution_misfits(module: Any, peft_type: str) -> Iterator[str]:
+    if module.padding_mode != "zeros":
+        yield f"PEFT pads the input of the adapter with zeros, here it is {module.padding_mode!r}"
+    if module.groups != 1:
+        yield f"PEFT adapts a convolution with groups={module.groups} as if it had none"
+    if peft_type == "LORA" and set(module.dilation) != {1}:
+        yield f"PEFT forgets dilation={module.dilation} in the adapter"
+
+
+def context_misfits(network: nn.Module, path: str) -> Iterator[str]:
+    """Why an adapter of PEFT has no effect at this place of a network."""
+    above, _, name = path.rpartition(".")
+    if not path:
+        yield "PEFT adapts layers inside a network, not the network itself"
+        return
+    parent = network.get_submodule(above)
+    if reader_of(parent, name):
+        yield f"{plain_class(type(parent)).__name__} never calls it, and PEFT adapts calls"
+
+
+def is_passed_by(network: nn.Module, path: str) -> bool:
+    """Whether a layer is in one of torch's encoder layers, whose fast path looks for no adapter."""
+    parts = path.split(".")
+    parents = (network.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+    return any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents)

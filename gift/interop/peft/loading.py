@@ -1,0 +1,115 @@
+"""What PEFT wrote, on a plain network."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from gift.core.dynamic_class import Spec, spec_of
+from gift.core.report import Report
+from gift.core.undo.snapshot import tensor_of
+from gift.core.weights.record import adapters_of
+from gift.engine.enable import enabling_trained
+from gift.factories import ma_adapt, ma_train, mc_path, pa_adapt, pa_train, pc_path
+from gift.files.container import DeltaFileError
+from gift.interop.peft.folder import misfits, read_folder
+from gift.interop.peft.forms import Read
+from gift.interop.peft.prompt import (
+    PROMPT_TUNING,
+    prompt_misfits,
+    prompt_strategy,
+    put_prompt,
+)
+from gift.interop.peft.reading import Reading
+from gift.strategies.base import CapLike, FineTuningStrategy
+
+
+def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) -> Report:
+    """Enable on a plain network what PEFT trained on the same one, with its values.
+
+    The strategy has registered caps only, so what is trained from here on is saved like any other.
+    Which layers are adapted, and by which rank, the tensors say; that the configuration says the
+    same is checked. The folder is read as data: no code of it runs. Its regular expressions do,
+    and one that is made for it can take for ever.
+
+    Args:
+        net: the base, as PEFT was given it.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        options: further arguments of `enable_fine_tuning`.
+
+    Returns:
+        The report of `enable_fine_tuning`.
+
+    Raises:
+        TypeError: if `net` is no module.
+        RuntimeError: if it is being fine-tuned already.
+        DeltaFileError: if something in the folder has no counterpart here, or does not belong to
+            this network; all of it is named, and the network is as it was.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
+    if any(spec_of(module) != Spec() for module in net.modules()):
+        raise RuntimeError(
+            "the network is being fine-tuned already: call disable_fine_tuning first"
+        )
+    config, tensors = read_folder(folder)
+    problems = list(misfits(config, tensors))
+    prompted = config.get("peft_type") == PROMPT_TUNING
+    if not problems and prompted:
+        problems = list(prompt_misfits(net, config, tensors))
+    elif not problems:
+        reading = Reading(net, config, tensors)
+        problems = reading.problems
+    if problems:
+        what = f"{os.fspath(folder)} cannot be loaded on this {type(net).__name__}"
+        raise DeltaFileError(f"{what}, which is unchanged", problems)
+    strategy = prompt_strategy(config) if prompted else _strategy(reading)
+    with enabling_trained(net, strategy, **options) as report:
+        put_prompt(net, tensors) if prompted else _put(net, reading)
+    return report
+
+
+def _strategy(reading: Reading) -> FineTuningStrategy:
+    """Caps that name each module and parameter."""
+    module_caps: list[CapLike] = []
+    para_caps: list[CapLike] = []
+    for claimed, group in _alike(reading):
+        settings = group[0].options
+        if claimed:
+            paths = list(dict.fromkeys(str(read.claimed) for read in group))
+            biased = group[0].claimed in reading.biased
+            train_bias = {"train_bias": True} if biased else {}
+            module_caps.append(
+                (mc_path(*paths), ma_adapt(group[0].method, **settings, **train_bias))
+            )
+        else:
+            names = [read.name for read in group]
+            para_caps.append((pc_path(*names), pa_adapt(group[0].method, **settings)))
+    if reading.whole:
+        module_caps.append((mc_path(*reading.whole), ma_train()))
+    if reading.trained:
+        para_caps.append((pc_path(*reading.trained), pa_train()))
+    return FineTuningStrategy(module_caps, para_caps)
+
+
+def _alike(reading: Reading) -> list[tuple[bool, list[Read]]]:
+    """What is adapted in the same way, together."""
+    groups: dict[Any, list[Read]] = {}
+    for read in reading.reads:
+        settings = tuple(sorted(read.options.items()))
+        key = (read.claimed is not None, read.method, settings, read.claimed in reading.biased)
+        groups.setdefault(key, []).append(read)
+    return [(key[0], group) for key, group in groups.items()]
+
+
+def _put(net: nn.Module, reading: Reading) -> None:
+    with torch.no_grad():
+        for read in reading.reads:
+            module = net.get_submodule(read.layer.path)
+            tensors = adapters_of(module)[read.layer.tensor].tensors(module)
+            for key, value in read.values.items():
+                tensors[key].copy_(value)
+        for name, value in reading.in_place.items():
+            path, _, last = name.rpartition(".")
+            tensor_of(net.get_submodule(path), last).copy_(value)

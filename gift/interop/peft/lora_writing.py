@@ -1,0 +1,198 @@
+"""LoRA, rsLoRA and DoRA as PEFT has them, and LoRA-FA, PiSSA and OLoRA as a LoRA."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.core.dynamic_class import plain_class
+from gift.core.weights.record import adapters_of
+from gift.interop.factors import Pair, for_outputs
+from gift.interop.peft.forms import (
+    Tensors,
+    Written,
+    dropout_of,
+    plain,
+    same,
+    sizes,
+)  # fmt: skip
+from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
+from gift.layers.table import Layout, raw_layout
+from gift.methods.anchored import AnchoredLoRA
+from gift.methods.dora import DoRA
+from gift.methods.lora import LoRA
+
+_NO_DIRECTION = (
+    "it has rows of infinite norm, or rows of zeros, of which gift and PEFT make different things "
+    "in DoRA"
+)
+OUT_PROJ = "base_layer.out_proj."  # inside an attention that PEFT wraps
+
+
+def write_lora(places: list[Place]) -> Written:
+    """Each layer as a plain LoRA, whose product is the same."""
+    written = Written()
+    dora = [place.adapter.method.name == "dora" for place in places]
+    stabilised = all(_method(place).use_rslora for place in places)
+    found: dict[str, tuple[int, float]] = {}
+    same("use_dora", dora, written)
+    for place in places:
+        if place.is_layer and place.attention is None:
+            b, a = _as_outputs_by_inputs(place)
+            written.add(place.path, _keys(place, b, a))
+            method: Any = place.adapter.method
+            if "dora_squares" in place.values and not method.directed(place.values).all():
+                written.problems.append(f"{place.name}: {_NO_DIRECTION}")
+            found[place.path] = len(a), _alpha(place, len(a), stabilised)
+    for path in dict.fromkeys(p.attention for p in places if p.attention is not None):
+        found[path] = _write_attention(
+            path, [p for p in places if p.attention == path], stabilised, written
+        )
+    for place in places:
+        if not place.is_layer and place.attention is None:
+            found[place.name] = _write_parameter(place, stabilised, written)
+    transposed = {kind_of(p.module) == "transposed" for p in places if p.is_layer}
+    if True in transposed and written.parameters:
+        written.problems.append("PEFT cannot adapt Conv1D layers and single parameters at once")
+    written.config = sizes(found, "lora_alpha") | {
+        "lora_dropout": 0.0 if written.parameters else dropout_of(places),  # PEFT has none there
+        "use_rslora": stabilised,
+        "use_dora": dora[0],
+        "fan_in_fan_out": transposed == {True},
+        "init_lora_weights": True,
+        "target_parameters": written.parameters or None,
+    }
+    return written
+
+
+def _method(place: Place) -> LoRA:
+    return cast(LoRA, place.adapter.method)
+
+
+def _alpha(place: Place, rank: int, stabilised: bool) -> float:
+    """The alpha that gives the same scaling at that rank."""
+    method = _method(place)
+    if rank == method.rank and stabilised == method.use_rslora:
+        return plain(rank if method.lora_alpha is None else method.lora_alpha)
+    return alpha_for(method.scaling, rank, stabilised)
+
+
+def alpha_for(scaling: float, rank: int, stabilised: bool) -> float:
+    """The alpha that gives that scaling."""
+    return plain(scaling * (math.sqrt(rank) if stabilised else rank))
+
+
+def _factors(place: Place) -> Pair:
+    """``B`` and ``A``, or factors of twice the rank whose product is ``B A - B0 A0``."""
+    values, method = place.values, place.adapter.method
+    if isinstance(method, AnchoredLoRA):
+        values = method.difference(values)
+    return values["lora_B"], values["lora_A"]
+
+
+def _as_outputs_by_inputs(place: Place) -> Pair:
+    """The factors for a matrix whose rows are outputs, one row for each."""
+    b, a = _factors(place)
+    kind = kind_of(place.module)
+    if kind == "embedding" and place.adapter.method.name != "dora":
+        return a.T, b.T  # gift's rows are the entries
+    if kind in CONVOLUTIONS:
+        return for_outputs(b, a, place.shape[0])
+    return b, a
+
+
+def _keys(place: Place, b: Tensor, a: Tensor) -> Tensors:
+    """Factors by PEFT's names, in the shapes of its layers."""
+    kind = kind_of(place.module)
+    ones = (1,) * (len(place.shape) - 2) if kind in CONVOLUTIONS else ()
+    if kind == "embedding":
+        tensors = {"lora_embedding_A": a, "lora_embedding_B": b}
+    elif kind in CONVOLUTIONS:
+        a, b = a.unflatten(1, place.shape[1:]), b.reshape(*b.shape, *ones)
+        tensors = {"lora_A.weight": a, "lora_B.weight": b}
+    else:
+        tensors = {"lora_A.weight": a, "lora_B.weight": b}
+    method = place.adapter.method
+    if isinstance(method, DoRA):
+        shape = (1, len(b), *ones) if ones else (len(b),)
+        tensors["lora_magnitude_vector"] = method.magnitude(place.values).reshape(shape)
+    return tensors
+
+
+def _write_attention(
+    path: str, pair: list[Place], stabilised: bool, written: Written
+) -> tuple[int, float]:  # fmt: skip
+    """Both projections, which have one rank and one scaling in PEFT; one may be missing here."""
+    if any(place.adapter.method.name == "dora" for place in pair):
+        written.problems.append(f"{path}: PEFT has no DoRA for nn.MultiheadAttention")
+    scalings = {_method(place).scaling for place in pair}
+    scaling = scalings.pop() if len(scalings) == 1 else None
+    factors = {}
+    for place in pair:
+        b, a = _factors(place)
+        if b.ndim == 3:  # query, key and value apart
+            b, a = torch.block_diag(*b), a.flatten(0, 1)
+        factors[place.tensor] = b if scaling is not None else b * _method(place).scaling, a
+    if "weight" in factors and torch.count_nonzero(torch.matmul(*factors["weight"])):
+        written.problems.append(f"{path}: {TWICE}")
+    rank, size = max(len(a) for _, a in factors.values()), pair[0].shape[-1]
+    none = b.new_zeros(0, 0)
+    for tensor, inside, rows in (("in_proj_weight", "", 3 * size), ("weight", OUT_PROJ, size)):
+        b, a = factors.get(tensor, (none, none))
+        b = F.pad(b, (0, rank - b.shape[1], 0, rows - len(b)))
+        a = F.pad(a, (0, size - a.shape[1], 0, rank - len(a)))
+        written.add(path, {f"{inside}lora_A.weight": a, f"{inside}lora_B.weight": b})
+    return rank, alpha_for(1.0 if scaling is None else scaling, rank, stabilised)
+
+
+TWICE = (
+    "PEFT adds the delta of an attention's out_proj twice, so that only the in_proj_weight can be "
+    "adapted in both"
+)
+
+
+def _write_parameter(place: Place, stabilised: bool, written: Written) -> tuple[int, float]:
+    """A matrix or a batch of them; of several in one module, PEFT nests what wraps them."""
+    b, a = _factors(place)
+    rank = a.shape[-2]
+    if b.ndim == 3:
+        if is_transposed(place.module):
+            b, a = a.mT, b.mT
+        b, a = b.permute(1, 2, 0).flatten(1), a.flatten(0, 1)
+    own = [name for name in place.module._parameters if name in adapters_of(place.module)]
+    inside = "base_layer." * (len(own) - 1 - own.index(place.tensor))
+    for suffix, factor in (("lora_A.weight", a), ("lora_B.weight", b)):
+        written.tensors[f"{place.path}.{inside}{suffix}"] = factor
+    written.parameters.append(place.name)
+    assert place.adapter.layout is not None
+    problems = list(parameter_misfits(place.module, place.adapter.layout))
+    if place.adapter.method.name == "dora":
+        problems.append("PEFT has no DoRA for single parameters")
+    if kind_of(place.module) and "weight" in own:
+        problems.append("PEFT cannot adapt a layer and a single parameter of it at once")
+    written.problems += [f"{place.name}: {problem}" for problem in problems]
+    return rank, _alpha(place, rank, stabilised)
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether a module says that its batches of matrices have inputs as rows."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def parameter_misfits(module: Any, layout: Layout) -> Iterator[str]:
+    """Why PEFT cannot adapt a single parameter as gift does."""
+    raw = raw_layout(layout.shape)
+    if len(layout.shape) not in (2, 3):
+        yield f"of single parameters PEFT adapts matrices and batches of them, not {layout.shape}"
+    elif (layout.matrix, layout.order) != (raw.matrix, raw.order):
+        yield f"PEFT reads a single parameter {layout.shape} in another way than gift this one"
+    cls: Any = plain_class(type(module))
+    if cls.forward is nn.Module.forward:
+        yield f"PEFT adapts it in calls of the {cls.__name__}, which has none"
+    if isinstance(module, nn.RNNBase):
+        yield "PEFT passes the weights of recurrent layers by"
+    if is_transposed(module) and len(layout.matrix) != len(layout.shape):
+        yield "PEFT takes a single matrix that lies transposed for another"

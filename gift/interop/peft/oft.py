@@ -1,0 +1,127 @@
+"""OFT of PEFT: where it computes rotations exactly, or as good as."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gift.interop.peft.forms import Config, Form, Layer, Read, Tensors, Written, same
+from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
+from gift.methods.oft import OFT
+from gift.methods.settings import is_integer
+
+
+def write_oft(places: list[Place]) -> Written:
+    """The blocks under ``use_cayley_neumann=False``, where PEFT has the opposite sign."""
+    written = Written()
+    methods = [cast(OFT, place.adapter.method) for place in places]
+    share = same("block_share", [method.block_share for method in methods], written)
+    for place in places:
+        name = "oft_embedding_R" if kind_of(place.module) == "embedding" else "oft_R"
+        written.problems += [f"{place.name}: {text}" for text in _misfits(place.module)]
+        blocks = _turned(place.values["oft_Q"], place.module)
+        written.add(place.path, {f"{name}.weight": blocks})
+    columns = [place.frozen.shape[-1] for place in places]
+    found = [
+        (size, cast(int, method.block_size)) for size, method in zip(columns, methods, strict=True)
+    ]
+    written.config = {
+        **_size_for(found, written),
+        "block_share": share,
+        "use_cayley_neumann": False,
+        "coft": False,
+        "init_weights": True,
+    }
+    return written
+
+
+def _turned(blocks: Tensor, module: torch.nn.Module) -> Tensor:
+    """With the sign that PEFT has where it computes exactly, or back; of embeddings the same."""
+    return blocks if kind_of(module) == "embedding" else -blocks
+
+
+def _misfits(module: Any) -> list[str]:
+    if kind_of(module) in CONVOLUTIONS and set(module.kernel_size) != {1}:
+        return ["PEFT sums overlapping patches of the input, which is another convolution"]
+    return []
+
+
+def _size_for(found: list[tuple[int, int]], written: Written) -> Config:
+    """The one block size, or number of blocks, under which each layer gets the size that it has.
+
+    Args:
+        found: columns and block size of each layer.
+        written: to which a problem is added.
+    """
+    if len({columns // size for columns, size in found}) == 1:
+        columns, size = found[0]
+        return {"r": columns // size, "oft_block_size": 0}
+    for size in dict.fromkeys([*(size for _, size in found), OFT.default_block_size]):
+        if all(adjusted(columns, size) == own for columns, own in found):
+            return {"r": 0, "oft_block_size": size}
+    sizes = sorted({size for _, size in found})
+    written.problems.append(f"PEFT has one block size for all layers, here they have {sizes}")
+    return {}
+
+
+def adjusted(columns: int, size: int) -> int:
+    """What PEFT makes of a block size that does not divide the columns: the nearest that does."""
+    if size >= columns:
+        return columns
+    divisors = [n for n in range(1, columns + 1) if columns % n == 0]
+    return min(divisors, key=lambda n: (abs(n - size), n))
+
+
+def read_oft(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
+    """OFT with the same rotations."""
+    for text in _misfits(layer.module):
+        raise ValueError(text)
+    name = "oft_embedding_R.weight" if layer.kind == "embedding" else "oft_R.weight"
+    blocks, columns = layer.take(name), layer.matrix(outputs=False)[-1]
+    size = (1 + math.isqrt(1 + 8 * blocks.shape[-1])) // 2
+    share = bool(config.get("block_share"))
+    layer.expect(name, blocks, (1 if share else columns // size, size * (size - 1) // 2))
+    if config.get("use_cayley_neumann", True):
+        terms = config.get("num_cayley_neumann_terms", 5)
+        _check_series(blocks, size, terms)
+        blocks = -blocks
+    settings = {"block_size": size, "block_share": share}
+    return [Read(layer, "oft", settings, {"oft_Q": _turned(blocks, layer.module)}, layer.path)]
+
+
+def _check_series(blocks: Tensor, size: int, terms: int) -> None:
+    """Raise a `ValueError` where PEFT's series is no rotation, up to rounding."""
+    if not is_integer(terms) or not 1 <= terms <= 1000:
+        raise ValueError(f"num_cayley_neumann_terms is {terms!r}, expected an integer up to 1000")
+    row, column = torch.triu_indices(size, size, 1)
+    skew = torch.zeros(len(blocks), size, size, dtype=torch.float64)
+    skew[:, row, column] = blocks.double()
+    skew = skew - skew.mT
+    one = torch.eye(size, dtype=torch.float64)
+    terms = 4 if terms == 3 else terms  # PEFT computes the same for both
+    series, power = one, one
+    for exponent in range(1, terms):
+        power = power @ skew
+        series = series + (1 if exponent == terms - 1 > 2 else 2) * power
+    error = (series - torch.linalg.solve(one - skew, one + skew)).abs().max().item()
+    if error > 32 * torch.finfo(blocks.dtype).eps:
+        raise ValueError(
+            f"its rotations are cut series of {terms} terms (use_cayley_neumann=True), here off by "
+            f"{error:.1e}: gift computes them exactly, as PEFT does under use_cayley_neumann=False"
+        )
+
+
+OFT_FORM = Form(
+    peft_type="OFT",
+    methods=("oft",),
+    kinds=("linear", "conv2d", "embedding"),
+    suffixes=("oft_R.weight", "oft_embedding_R.weight"),
+    write=write_oft,
+    read=read_oft,
+    options=frozenset({
+        "r", "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms",
+        "eps", "module_dropout", "init_weights", "bias",
+    }),
+    bias="oft_only",
+)  # fmt: skip

@@ -1,0 +1,216 @@
+"""A fine-tuned network as the folder that `peft.PeftModel.from_pretrained` loads."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gift.core.forwards import named_extensions
+from gift.core.weights.record import adapters_of, is_sharded
+from gift.files.container import DeltaFileError, replace_files
+from gift.files.saving import fine_tuned_part
+from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
+from gift.interop.peft.forms import Config, Form, Tensors, Written
+from gift.interop.peft.inplace import InPlace
+from gift.interop.peft.layers import (
+    Place,
+    context_misfits,
+    is_passed_by,
+    kind_of,
+    layer_misfits,
+)  # fmt: skip
+from gift.interop.peft.names import PREFIX, ends_with, exactly, targeted
+from gift.interop.peft.prompt import is_prompted, write_prompt
+from gift.interop.peft.table import FORMS
+from gift.layers.table import layout_of
+from gift.private.diffusers import source_of
+
+DUMMY_TARGETS = "dummy-target-modules"  # PEFT's word for a configuration that adapts nothing
+
+
+def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a fine-tuned network in the format of PEFT.
+
+    ``PeftModel.from_pretrained(base, folder)`` then gives a model with the outputs of `net`, where
+    `base` is the network as it was before `enable_fine_tuning`. A head that was replaced by one of
+    another size is saved as a whole; the base that PEFT is given must have one of that size.
+
+    LoRA, rsLoRA, DoRA, LoHa, LoKr, (IA)^3, VeRA, OFT and the virtual tokens of causal language
+    models are themselves in PEFT; LoRA-FA, PiSSA and OLoRA are written as a LoRA with the same
+    product, and a convolution in the balanced layout as one of a higher rank. What is trained in
+    place, and statistics that training moved, become `modules_to_save`. Tied tensors get an adapter
+    under each of their names, equal ones. Whatever PEFT would compute differently is refused.
+
+    Args:
+        net: a network that is being fine-tuned, or a module that has one inside.
+        folder: where the two files are written. Whatever happens, one finds there the old two, the
+            new two, or weights without a configuration, which nobody loads.
+
+    Raises:
+        RuntimeError: if nothing in `net` is being fine-tuned.
+        DeltaFileError: if PEFT has no counterpart for something; all of it is named, nothing
+            written.
+    """
+    network = fine_tuned_part(net)
+    problems: list[str] = []
+    config, tensors = _contents(network, problems)
+    if problems:
+        raise DeltaFileError(f"{type(network).__name__} cannot be written for PEFT", problems)
+    own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    target = Path(folder)
+    metadata = {"format": "pt", CONFIG_DIGEST: config_digest(config)}
+    replace_files({
+        target / WEIGHTS_NAME: lambda path: save_file(own, path, metadata),
+        target / CONFIG_NAME: lambda path: Path(path).write_text(text, encoding="utf-8"),
+    })  # fmt: skip
+
+
+def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
+    """Configuration and tensors of the files."""
+    places = list(_places(network, problems))
+    if is_prompted(network):
+        if places or problems or InPlace(network, FORMS["LORA"], Written()).whole:
+            problems.append("PEFT cannot train virtual tokens along with anything else")
+        return write_prompt(network, problems)
+    problems += [
+        f"{path or 'the network'}: PEFT has no counterpart for {extension.method}"
+        for path, _, extension in named_extensions(network)
+    ]
+    form = _form_of(places, problems)
+    if form is None:
+        return {}, {}
+    written = form.write(places) if places else Written()
+    problems += written.problems
+    in_place = InPlace(network, form, written)
+    problems += in_place.problems
+    config: Config = {
+        "peft_type": form.peft_type,
+        "auto_mapping": None,
+        "base_model_name_or_path": source_of(network),
+        "revision": None,
+        "task_type": None,
+        "inference_mode": True,
+        "modules_to_save": in_place.whole or None,
+        **({"bias": in_place.bias} if form.bias else {}),
+        **written.config,
+    }
+    names = [name for name, _ in network.named_modules()]
+    if odd := [name for name in in_place.whole if not _means_itself(name)]:
+        problems += [
+            f"{name} is trained whole, and PEFT would read its name as a regular expression"
+            for name in odd
+        ]
+        return {}, {}
+    config["target_modules"] = exactly(written.targets, names)
+    if not places:
+        config["target_modules"] = DUMMY_TARGETS
+    problems += _unlike(network, config, written)
+    tensors = written.tensors | in_place.tensors
+    problems += [f"{key} is complex" for key, tensor in tensors.items() if tensor.is_complex()]
+    return config, {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()} | written.shared
+
+
+def _means_itself(name: str) -> bool:
+    """Whether a name, read as a regular expression, is just that name."""
+    try:
+        return re.fullmatch(name, name) is not None
+    except re.error:
+        return False
+
+
+def _places(network: nn.Module, problems: list[str]) -> Iterator[Place]:
+    """The adapted tensors; those that PEFT could not adapt are problems."""
+    names: dict[int, list[str]] = {}
+    for path, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(path)
+    for path, module in network.named_modules():
+        for tensor, adapter in adapters_of(module).items():
+            if adapter.follows:
+                continue
+            place = Place(path, module, tensor, adapter, _attention_of(network, path, tensor))
+            found = list(_misfits(network, place))
+            if len(names[id(module)]) > 1:
+                found.append(
+                    f"PEFT adapts a module under its first name only, not {names[id(module)][1:]}"
+                )
+            problems += [f"{place.name}: {problem}" for problem in found]
+            if not found:
+                yield place
+
+
+def _attention_of(network: nn.Module, path: str, tensor: str) -> str | None:
+    parent, _, name = path.rpartition(".")
+    if tensor == "in_proj_weight" and kind_of(network.get_submodule(path)) == "attention":
+        return path
+    is_projection = tensor == "weight" and name == "out_proj" and path
+    return (
+        parent if is_projection and kind_of(network.get_submodule(parent)) == "attention" else None
+    )
+
+
+def _misfits(network: nn.Module, place: Place) -> Iterator[str]:
+    adapter, frozen = place.adapter, place.module._parameters.get(place.tensor)
+    if adapter.layout is None:
+        yield "it has no shape yet: run a batch through the network first"
+        return
+    if frozen is None:
+        yield "it is computed before it is used (parametrised, normalised or pruned)"
+    elif is_sharded(frozen):
+        yield "it is spread over processes"
+    own = layout_of(place.module, place.tensor, torch.Size(place.shape), adapter.options)
+    if (own.matrix, own.order) != (adapter.layout.matrix, adapter.layout.order):
+        yield "it is tied to a tensor that PEFT reads the other way round"
+    path = place.path if place.attention is None else place.attention
+    yield from context_misfits(network, path)
+    if path and is_passed_by(network, path):
+        yield "in evaluation, nn.TransformerEncoderLayer passes adapters of PEFT by"
+    form = _forms_by_method().get(adapter.method.name)
+    if form is None:
+        return
+    if place.attention is not None:
+        yield from layer_misfits(network.get_submodule(path), form.peft_type, form.kinds)
+    elif place.is_layer:
+        yield from layer_misfits(place.module, form.peft_type, form.kinds)
+    elif form.peft_type != "LORA":
+        yield f"PEFT adapts single parameters by LoRA only, not by {adapter.method.name}"
+
+
+def _forms_by_method() -> dict[str, Form]:
+    return {method: form for form in FORMS.values() for method in form.methods}
+
+
+def _form_of(places: list[Place], problems: list[str]) -> Form | None:
+    """The one form that all methods have."""
+    if not places:
+        return FORMS["LORA"]
+    known, methods = _forms_by_method(), {place.adapter.method.name for place in places}
+    unknown = sorted(methods - set(known))
+    if unknown:
+        problems.append(f"PEFT has no counterpart for {', '.join(unknown)}")
+    forms = {known[method].peft_type for method in methods - set(unknown)}
+    if len(forms) > 1:
+        problems.append(f"PEFT has one method for all layers, here there are {sorted(methods)}")
+    return FORMS[forms.pop()] if len(forms) == 1 and not unknown else None
+
+
+def _unlike(network: nn.Module, config: Config, written: Written) -> Iterator[str]:
+    """Where names in the configuration would mean something else in PEFT."""
+    names = [name for name, _ in network.named_modules()]
+    meant = targeted(config, names) if config["target_modules"] != DUMMY_TARGETS else set()
+    if meant != written.targets:
+        yield (
+            f"PEFT would adapt {sorted(meant)} instead of {sorted(written.targets)}, as it takes "
+            f"what is below modules with the ends {config['modules_to_save']} for these"
+        )
+    own: list[Any] = [name for name, _ in network.named_parameters(remove_duplicate=False)]
+    for name in written.parameters:
+        others = [other for other in own if other != name and ends_with(other, [name])]
+        if others:
+            yield f"{name}: PEFT would adapt {others} as well, whose names end so"

@@ -1,0 +1,73 @@
+"""A linear layer with a Kronecker product beside it, in the products that are fast for few rows."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gift.kernels.gemm import matmul
+from gift.kernels.transforms import gives_no_view, without_autocast
+
+
+class KroneckerLinear(torch.autograd.Function):
+    """``W x + bias + (w1 (x) left right) x``.
+
+    The features of `x` are a matrix ``X (c, d)``, those of the delta ``left (w1 X right^T)^T``, for
+    the rank is the smallest size. For the backward pass it keeps the inputs as they are given, and
+    ``X right^T``. Gradients are made of operations with gradients of their own.
+
+    Args (of `apply`):
+        x: ``(..., c * d)``.
+        weight: frozen, ``(a * b, c * d)``.
+        bias: or None.
+        w1: ``(a, c)``.
+        left, right: ``(b, rank)`` and ``(rank, d)``.
+    """
+
+    @staticmethod
+    @gives_no_view
+    def forward(  # noqa: D102 - as the class says
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        w1: Tensor,
+        left: Tensor,
+        right: Tensor,
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        hidden = _hidden(x, w1, right)
+        y.view(-1, len(left)).addmm_(_turned(F.linear(hidden, w1), len(right)), left.mT)
+        ctx.save_for_backward(x, weight, w1, left, right, hidden)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
+        x, weight, w1, left, right, hidden = ctx.saved_tensors
+        rank = len(right)
+        if torch.is_grad_enabled():  # what was kept has no graph
+            hidden = _hidden(x, w1, right)
+        flat = g.reshape(-1, g.shape[-1])
+        rows = flat.reshape(-1, len(left))
+        gb = flat.sum(0) if ctx.needs_input_grad[2] else None
+        gl = (_turned(F.linear(hidden, w1), rank).mT @ rows).mT.contiguous()
+        gh = _turned(F.linear(rows, left.mT.contiguous()), len(w1))  # (positions * rank, a)
+        g1 = gh.mT @ hidden
+        gp = _turned(gh @ w1, rank)  # (positions * c, rank)
+        gr = gp.mT @ x.reshape(-1, right.shape[1])
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = matmul(flat, weight).view(-1, right.shape[1]).addmm_(gp, right).view(x.shape)
+        return gx, None, gb, g1, gl, gr
+
+
+def _hidden(x: Tensor, w1: Tensor, right: Tensor) -> Tensor:
+    """``right X^T``, as ``(positions * rank, c)``."""
+    return _turned(F.linear(x.reshape(-1, right.shape[1]), right), w1.shape[1])
+
+
+def _turned(tensor: Tensor, rows: int) -> Tensor:
+    """A matrix of so many rows for each position, turned: ``(positions * columns, rows)``."""
+    return tensor.view(-1, rows, tensor.shape[1]).mT.reshape(-1, rows)

@@ -1,0 +1,122 @@
+"""Fast paths for layers that do nothing but multiply by their matrix and add a bias."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.layers.table import CONV1D_FORWARD
+from gift.methods.base import dotted
+from gift.quantization import LINEAR_FORWARDS, dequantised, is_quantised
+from gift.quantization import product as quantised_product
+
+
+@dataclass(frozen=True)
+class Product:
+    """The product with a frozen matrix.
+
+    Its `output` is a method, since the compiler of torch 2.6 does not call an object that is made
+    while it traces.
+
+    Args:
+        layer: that holds the matrix.
+        weight: the matrix as the layer holds it.
+        transposed: whether that is ``(in, out)``.
+    """
+
+    layer: nn.Module
+    weight: Tensor
+    transposed: bool
+
+    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``W0 x + bias``."""
+        if not self.transposed:
+            return F.linear(x, self.weight, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        out = flat @ self.weight if bias is None else torch.addmm(bias, flat, self.weight)
+        return out.view(*x.shape[:-1], self.weight.shape[1])
+
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen matrix, outputs as rows."""
+        return self.weight.mT if self.transposed else self.weight
+
+
+@dataclass(frozen=True)
+class QuantisedProduct(Product):
+    """The product by the kernel of a quantised layer, which sees the packed matrix."""
+
+    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``W0 x + bias``, also of a matrix that a method puts in place of the packed one."""
+        if is_quantised(self.weight):
+            return quantised_product(self.weight, self.layer, x, bias)
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @property
+    def matrix(self) -> Tensor:
+        """What the packed matrix stands for, made each time."""
+        return dequantised(self.weight, self.layer)
+
+
+def product_of(layer: Any, transposed: bool) -> Product:
+    """The product with the frozen matrix of an adapted layer."""
+    frozen = layer._gift_frozen("weight")
+    if is_quantised(frozen) and not transposed:
+        return QuantisedProduct(layer, frozen, transposed)
+    return Product(layer, dequantised(frozen, layer), transposed)
+
+
+class LinearPath(Protocol):
+    """How a method gives ``W' x + bias`` without making ``W'``.
+
+    A function of the method, its parameters, the input ``x (..., columns)``, the product with the
+    frozen matrix, the layer's bias or None, and whether it trains.
+    """
+
+    def __call__(
+        self,
+        method: Any,
+        parameters: Mapping[str, Tensor],
+        x: Tensor,
+        product: Product,
+        bias: Tensor | None,
+        training: bool,
+    ) -> Tensor:
+        """The output, in the dtype of the product."""
+        ...
+
+
+def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
+    """Entries for `Method.forwards`: ``nn.Linear``, and the ``Conv1D`` of transformers."""
+
+    def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
+        try:
+            adapter = self._gift_adapters["weight"]
+        except AttributeError:  # somebody kept this method, and the layer is a plain one again
+            return type(self).forward(self, x)
+        if not adapter.reads_alike:  # tied to a table that is read the other way round
+            return Product(self, self.weight, transposed).output(x, self.bias)
+        method, parameters = adapter.delta_of(self)
+        product = product_of(self, transposed)
+        return path(
+            method, parameters, x, product, self._gift_weight("bias", once=True), self.training
+        )
+
+    def linear(self: Any, input: Tensor) -> Tensor:
+        return forward(self, input, transposed=False)
+
+    # Arguments are called as in the layer itself, since they may be given by name.
+    def linear_of_bitsandbytes(self: Any, x: Tensor) -> Tensor:
+        return forward(self, x, transposed=False)
+
+    def conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
+        return forward(self, x, transposed=True)
+
+    return {
+        dotted(nn.Linear.forward): linear,
+        **dict.fromkeys(LINEAR_FORWARDS, linear_of_bitsandbytes),
+        CONV1D_FORWARD: conv1d_of_transformers,
+    }

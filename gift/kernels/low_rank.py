@@ -1,0 +1,299 @@
+"""Fast paths for methods whose delta is a product of two factors."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.kernels.choice import Form, Plan, linear_form, plan
+from gift.kernels.geometry import Geometry, Sizes
+from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.low_rank_conv import LowRankConv
+from gift.kernels.low_rank_linear import LowRankLinear, outputs
+from gift.kernels.products import scaled
+from gift.kernels.transforms import autocasts
+from gift.methods.base import dotted
+from gift.private.torch import (
+    convolve,
+    convolves_as,
+    is_compiled_by_old,
+    is_exporting,
+    is_transformed,
+    padding_around,
+)
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+WATCHING: list[Callable[[nn.Module, Form], None]] = []
+"""Called with each layer and what was chosen for it: see `gift.utils.info.forms`."""
+
+
+def low_rank_forwards() -> dict[str, Callable[..., Any]]:
+    """Entries for `Method.forwards`, for methods with `Method.low_rank`."""
+    return linear_forwards(linear) | {dotted(layer.forward): conv for layer in CONVOLUTIONS}
+
+
+def low_rank_product(
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    factors: Sequence[Tensor],
+    dropped: Tensor | None = None,
+    scale: float = 1,
+    form: Form | None = None,
+) -> Tensor:
+    """``W0 x + bias + s left right x``, in the dtype of the product.
+
+    Args:
+        x: ``(..., columns)``.
+        product: with the frozen matrix.
+        bias: of the layer, or None.
+        factors: `left` and `right`.
+        dropped: what the factors see in place of `x`.
+        scale: `s`.
+        form: see `gift.kernels.choice`; None chooses.
+    """
+    left, right = factors
+    if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
+        x, weight, bias, left, right, dropped = alike
+        trained = torch.is_grad_enabled()
+        chosen = linear_form(
+            tuple(weight.shape),
+            len(right),
+            x.numel() // max(1, x.shape[-1]),
+            trained=trained,
+            form="side" if _only_beside(x, dropped) else form,
+            on_processor=x.device.type == "cpu",
+        )
+        for told in WATCHING:
+            told(product.layer, chosen)
+        if not trained:  # what autograd would add takes longer than small layers
+            return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
+        output: Tensor = LowRankLinear.apply(x, weight, bias, left, right, scale, dropped, chosen)
+        return output
+    output = product.output(x, bias)
+    hidden = F.linear((x if dropped is None else dropped).to(right.dtype), right)
+    return (output + F.linear(hidden, scaled(left, scale))).to(output.dtype)
+
+
+def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | None:
+    """All of them in the dtype in which a layer computes; None where there is no fast path.
+
+    The fast paths' functions are neither for transforms nor for traces of TorchScript, and give no
+    gradient of the weight. A weight of 16 bits has factors of 32, which are rounded like all that
+    it meets.
+    """
+    given = [x, weight, *others]
+    if weight.requires_grad or not weight.is_floating_point() or x.dim() == 0:
+        return None
+    if is_transformed() or is_compiled_by_old():
+        return None
+    kind = x.device.type
+    if autocasts(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    elif x.dtype != weight.dtype:
+        return None
+    else:
+        dtype = weight.dtype
+        if all(t is None or t.dtype == dtype for t in others):
+            return given
+        wider = (t.dtype.itemsize > dtype.itemsize for t in others if t is not None)
+        if dtype.itemsize >= 4 and any(wider):
+            return None
+    return [None if t is None else t.to(dtype) for t in given]
+
+
+def dropped_inputs(method: Any, x: Tensor, training: bool) -> Tensor | None:
+    """What a delta sees in place of `x`, while inputs are dropped."""
+    return F.dropout(x, method.dropout) if method.dropout and training else None
+
+
+def linear(
+    method: Any,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """The product and the factors', which see inputs dropped while training."""
+    dropped = dropped_inputs(method, x, training)
+    *factors, scale = method.scaled_low_rank(parameters)
+    return low_rank_product(x, product, bias, factors, dropped, scale, method.form)
+
+
+def _only_beside(x: Tensor, dropped: Tensor | None) -> bool:
+    """Whether the delta must go beside the frozen weight.
+
+    What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
+    exported is for all sizes.
+    """
+    return dropped is not None or x.dtype.itemsize < 4 or is_exporting() or _is_open(x)
+
+
+def _is_open(x: Tensor) -> bool:
+    """Whether sizes are no numbers: a tracer computes with them that does not look in here.
+
+    That of torch 2.6 does so with layers that say that they are torch's own.
+    """
+    return not torch.compiler.is_compiling() and type(x.numel()) is not int
+
+
+def conv(self: Any, input: Tensor) -> Tensor:
+    """The convolution in the cheapest form; the general way where there is no fast one."""
+    try:
+        adapter = self._gift_adapters["weight"]
+    except AttributeError:  # somebody kept this method, and the layer is a plain one again
+        return type(self).forward(self, input)
+    method, parameters = adapter.delta_of(self)
+    dropped = dropped_inputs(method, input, self.training)
+    if is_usual(self) and self.groups == 1:
+        *factors, scale = method.scaled_low_rank(parameters)
+        output = low_rank_conv(self, input, factors, dropped, method.form, scale)
+        if output is not None:
+            return output
+    if dropped is None:
+        return convolve(self, input, self.weight, self.bias)
+    left, right = method.low_rank(parameters)
+    delta = adapter.layout.to_weight(left @ right)
+    output = convolve(self, input, self._gift_frozen("weight"), self.bias)
+    return (output + convolve(self, dropped.to(delta.dtype), delta, None)).to(output.dtype)
+
+
+def low_rank_conv(
+    layer: Any,
+    input: Tensor,
+    factors: Sequence[Tensor],
+    dropped: Tensor | None,
+    form: Form | None,
+    scale: float = 1,
+) -> Tensor | None:
+    """What a convolution of one group gives with ``W0 + s left right``; None where that is barred.
+
+    Args:
+        layer: that holds the frozen weight, and `is_usual`.
+        input: with or without a batch.
+        factors: of a delta whose rows are pieces of the weight's rows, in order.
+        dropped: what the delta sees in place of the input.
+        form: see `gift.kernels.choice`; None chooses.
+        scale: `s`.
+    """
+    weight = layer._gift_frozen("weight")
+    axes = weight.dim() - 2
+    if input.dim() not in (axes + 1, axes + 2):
+        return None
+    alike = operands(input, weight, layer.bias, *factors, dropped)
+    if alike is None:
+        return None
+    x, weight, bias, left, right, dropped = alike
+    single = x.dim() == axes + 1
+    if single:
+        x, dropped = x[None], dropped if dropped is None else dropped[None]
+    around = None
+    if layer.padding_mode != "zeros":
+        around = padding_around(layer)
+    compiling = torch.compiler.is_compiling() or _is_open(x)
+    geometry, pads, chosen = (_settle if compiling else _settled)(
+        weight.shape,
+        _hashable(layer.stride),
+        _hashable(layer.padding),
+        _hashable(layer.dilation),
+        around,
+        x.shape,
+        right.shape[0],
+        left.shape[0] // weight.shape[0],
+        torch.is_grad_enabled(),
+        "side" if _only_beside(x, dropped) else form,
+        x.device.type == "cpu" and not is_exporting(),
+    )
+    if pads is not None:
+        mode, dtype = "constant" if around is None else layer.padding_mode, x.dtype
+        x = F.pad(x, pads, mode).to(dtype)  # under autocast some modes give 32 bits
+        dropped = dropped if dropped is None else F.pad(dropped, pads, mode).to(dtype)
+    for told in WATCHING:
+        told(layer, chosen.form)
+    y: Tensor = LowRankConv.apply(x, weight, bias, left, right, scale, dropped, geometry, chosen)
+    return y[0] if single else y
+
+
+def _settle(
+    shape: Sizes,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    around: Sizes | None,
+    sizes: Sizes,
+    rank: int,
+    cuts: int,
+    trained: bool,
+    form: Form | None,
+    on_processor: bool,
+) -> tuple[Geometry, Sizes | None, Plan]:
+    """What sizes alone decide: the convolution, what is put around its input before, the plan.
+
+    `shape` is that of the weight, `sizes` those of the batch. Where the layer puts something
+    `around` its input, that stands for its `padding`. The rest is as `plan` takes it.
+    """
+    axes = len(shape) - 2
+    stride, dilation = _for_each(axes, stride), _for_each(axes, dilation)
+    zeros, pads = (
+        _padding(tuple(shape[2:]), padding, dilation) if around is None else (None, around)
+    )
+    geometry = Geometry(tuple(shape), stride, zeros or (0,) * axes, dilation)
+    pictures, _, *inputs = sizes
+    if pads is not None:  # the last axis comes first
+        inputs = [n + pads[-2 * i - 2] + pads[-2 * i - 1] for i, n in enumerate(inputs)]
+    positions = pictures * math.prod(geometry.positions(tuple(inputs)))
+    chosen = plan(
+        geometry,
+        rank,
+        cuts,
+        positions,
+        pictures=pictures,
+        trained=trained,
+        form=form,
+        on_processor=on_processor,
+    )
+    return geometry, pads, chosen
+
+
+_settled = lru_cache(maxsize=4096)(_settle)
+
+
+def is_usual(layer: Any) -> bool:
+    """Whether an adapted convolution computes as torch's, with a weight that it reads as its own.
+
+    A subclass may compute something else, or the instance itself; a lazy one has no shape yet.
+    """
+    adapter = layer._gift_adapters["weight"]
+    if adapter.layout is None or not adapter.reads_alike:
+        return False
+    return convolves_as(layer, CONVOLUTIONS)
+
+
+def _padding(kernel: Sizes, padding: Any, dilation: Sizes) -> tuple[Sizes | None, Sizes | None]:
+    """The zeros on both sides of each axis, or those to be put around the input before."""
+    if padding == "valid":
+        return None, None
+    if padding != "same":
+        return _for_each(len(kernel), padding), None
+    # From what the layer is now: its own list is of when it was made.
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(total % 2 == 0 for total in totals):
+        return tuple(total // 2 for total in totals), None
+    sides = [(total // 2, total - total // 2) for total in reversed(totals)]
+    return None, tuple(side for both in sides for side in both)
+
+
+def _for_each(axes: int, given: Any) -> Sizes:
+    """One number for each axis, of what torch's functions take: one for all, or a list."""
+    sizes = (given,) if isinstance(given, int) else tuple(given)
+    return sizes * axes if len(sizes) == 1 else sizes
+
+
+def _hashable(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given

@@ -1,0 +1,106 @@
+"""A convolution with a low-rank delta, without a gradient of the size of its weight."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gift.kernels.choice import Plan
+from gift.kernels.geometry import Geometry
+from gift.kernels.products import effective, outer, product, scaled
+from gift.kernels.thin import Filters, add_product
+from gift.kernels.transforms import gives_no_view, without_autocast
+from gift.private.torch import is_batched
+
+SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept
+
+
+class LowRankConv(torch.autograd.Function):
+    """``conv(x, W + s left right) + bias``, also with other inputs for the delta.
+
+    For the backward pass it keeps the inputs, which the layers before it keep as a rule, and at
+    most the outputs of few filters. Gradients are made of operations with gradients of their own.
+
+    Args (of `apply`):
+        x: ``(batch, in, *positions)``.
+        weight: frozen, ``(out, in, *kernel)``.
+        bias: or None.
+        left, right: the factors; each output has as many rows of `left` as any other.
+        scale: `s`.
+        dropped: what the delta sees in place of `x`, for the form "side"; or None.
+        geometry, plan: what is convolved, and how.
+    """
+
+    @staticmethod
+    @gives_no_view
+    def forward(  # noqa: D102 - as the class says
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        scale: float,
+        dropped: Tensor | None,
+        geometry: Geometry,
+        plan: Plan,
+    ) -> Tensor:
+        ctx.rest = scale, geometry, plan
+        hidden = None
+        if plan.form == "side":
+            y = geometry.apply(x, weight, bias)
+            filters = filters_of(weight, left, right, geometry, plan)
+            hidden = filters(x if dropped is None else dropped)
+            add_product(y, left.reshape(len(weight), -1), hidden, scale)
+            if math.prod(hidden.shape[1:]) * SMALL > math.prod(x.shape[1:]):
+                hidden = None
+        else:
+            y = geometry.apply(x, effective(weight, left, right, scale), bias)
+        ctx.save_for_backward(x, weight, left, right, dropped, hidden)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
+        x, weight, left, right, dropped, hidden = ctx.saved_tensors
+        scale, geometry, plan = ctx.rest
+        of_x, _, of_bias, of_left, of_right, _, of_dropped, *_ = ctx.needs_input_grad
+        gx = gb = gl = gr = gd = None
+        form = "whole" if dropped is None and is_batched(g) else plan.form
+        side = form == "side"
+        seen = x if dropped is None else dropped
+        if of_bias:
+            gb = g.sum((0, *range(2, g.dim())))
+        # Without a gradient of the input, the values of the weight do not matter.
+        used = weight if side or not of_x else effective(weight, left, right, scale)
+        if form == "whole":
+            gx, whole = geometry.gradients(g, x, used, of_x)
+            whole = whole.reshape(len(left), -1)
+            gl = scaled(whole @ right.mT, scale) if of_left else None
+            gr = scaled(left.mT @ whole, scale) if of_right else None
+            return gx, None, gb, gl, gr, None, None, None, None
+        if of_x:
+            gx = geometry.gradient_of_input(g, x, used)
+        filters, flat = filters_of(weight, left, right, geometry, plan), g.flatten(2)
+        if of_left:
+            if hidden is None or torch.is_grad_enabled():  # the one kept has no graph
+                hidden = filters(seen)
+            gl = scaled(outer(hidden.flatten(2), flat).mT.contiguous(), scale).view(left.shape)
+        target = gx if dropped is None else torch.zeros_like(dropped) if of_dropped else None
+        if of_right or (side and target is not None):
+            rows = scaled(left.reshape(len(weight), -1).mT.contiguous(), scale)
+            gh = product(rows, flat).unflatten(2, g.shape[2:])
+            prepared = filters.prepared(gh, seen)
+            gr = filters.gradient(prepared, seen) if of_right else None
+            if side and target is not None:
+                filters.add_input_gradient(target, prepared, seen)
+        gd = target if of_dropped else None
+        return gx, None, gb, gl, gr, None, gd, None, None
+
+
+def filters_of(
+    weight: Tensor, left: Tensor, right: Tensor, geometry: Geometry, plan: Plan
+) -> Filters:
+    """The filters of the delta."""
+    return Filters(right, len(left) // len(weight), geometry, plan.as_product)

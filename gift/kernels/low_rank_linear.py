@@ -1,0 +1,145 @@
+"""A linear layer with a low-rank delta, in the products that are fast for few rows."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gift.kernels.choice import Form
+from gift.kernels.gemm import matmul
+from gift.kernels.products import effective, for_each, outer, product, scaled
+from gift.kernels.transforms import gives_no_view, without_autocast
+from gift.private.torch import is_known
+
+MANY = 1024  # rows from which on they are computed in parts
+
+
+class LowRankLinear(torch.autograd.Function):
+    """``W x + bias + s left right x``, or with ``dropped`` for the second `x`.
+
+    For the backward pass it keeps the inputs as they are given and, in the form "side", ``right
+    x``; if `right` is frozen, ``right x`` alone. Gradients are made of operations with gradients
+    of their own.
+
+    Args (of `apply`):
+        x: ``(..., in)``.
+        weight: frozen, ``(out, in)``.
+        bias: or None.
+        left, right: the factors ``(out, rank)`` and ``(rank, in)``.
+        scale: `s`.
+        dropped: what the delta sees in place of `x`, for the form "side"; or None.
+        form: how it is computed.
+    """
+
+    @staticmethod
+    @gives_no_view
+    def forward(  # noqa: D102 - as the class says
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        scale: float,
+        dropped: Tensor | None,
+        form: Form,
+    ) -> Tensor:
+        of_left, of_right = ctx.needs_input_grad[3:5]
+        seen = x if dropped is None else dropped
+        y, hidden = outputs(x, weight, bias, left, right, scale, dropped, form)
+        if hidden is None and of_left and not of_right:
+            hidden = product(right, _columns(seen))
+        ctx.rest = x.shape, scale, dropped is not None, form
+        kept = seen if of_right else None
+        ctx.save_for_backward(weight, left, right, kept, hidden if of_left else None)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
+        weight, left, right, seen, hidden = ctx.saved_tensors
+        shape, scale, drops, form = ctx.rest
+        of_x, _, of_bias, of_left, of_right, _, of_dropped, _ = ctx.needs_input_grad
+        gx = gb = gl = gr = gd = None
+        g = g.contiguous()  # attention gives another one, which each use would copy
+        flat = g.reshape(-1, g.shape[-1])
+        side = form == "side"
+        if of_bias:
+            gb = flat.sum(0)
+        if of_x:
+            used = weight if side else effective(weight, left, right, scale)
+            gx = matmul(flat, used).view(shape)
+        if form == "whole" and of_right:
+            whole = flat.mT @ seen.reshape(-1, seen.shape[-1])
+            gl = scaled(whole @ right.mT, scale) if of_left else None
+            gr = scaled(left.mT @ whole, scale)
+            return gx, None, gb, gl, gr, None, None, None
+        columns = _columns(g)
+        if of_left:
+            hidden = _hidden(hidden, right, seen, columns)
+            gl = scaled(outer(hidden, columns).mT.contiguous(), scale)
+        if of_right or side:
+            gh = product(scaled(left.mT.contiguous(), scale), columns)
+        if of_right:
+            gr = outer(gh, _columns(seen))
+        if side and of_dropped:
+            gd = gh.mT @ right if gh.dim() == 2 else torch.bmm(gh.mT, for_each(right, gh))
+            gd = gd.view(shape)
+        if side and gx is not None and not drops:
+            _add_product(gx, gh, right)
+        return gx, None, gb, gl, gr, None, gd, None
+
+
+def outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    scale: float,
+    dropped: Tensor | None,
+    form: Form,
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's output, and ``right x`` where that was made on the way."""
+    if form != "side":
+        return F.linear(x, effective(weight, left, right, scale), bias), None
+    y = F.linear(x, weight, bias)
+    hidden = product(right, _columns(x if dropped is None else dropped))
+    _add_product(y, hidden, left.mT.contiguous(), scale)
+    return y, hidden
+
+
+def _add_product(y: Tensor, few: Tensor, matrix: Tensor, scale: float = 1) -> None:
+    """To the rows of `y`, which is contiguous, is added ``scale few^T matrix``."""
+    if few.dim() == 2:
+        y.view(-1, y.shape[-1]).addmm_(few.mT, matrix, alpha=scale)
+    else:
+        parts = y.view(few.shape[0], -1, y.shape[-1])
+        parts.baddbmm_(few.mT, for_each(matrix, few), alpha=scale)
+
+
+def _columns(x: Tensor) -> Tensor:
+    """``(features, rows)``, or parts of that, a view of what is contiguous."""
+    features = x.shape[-1]
+    rows = x.numel() // max(1, features)
+    parts = 1
+    if x.device.type == "cpu" and is_known(rows >= MANY):
+        parts = next(n for n in (8, 4, 2, 1) if is_known(rows % n == 0))
+    if parts == 1:
+        return x.reshape(rows, features).mT
+    return x.reshape(parts, rows // parts, features).mT
+
+
+def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None, like: Tensor) -> Tensor:
+    """``right x`` as it was kept, or made anew where it was not, or its graph is needed."""
+    if kept is None or torch.is_grad_enabled():
+        if x is None:
+            raise RuntimeError(
+                "a delta whose first factor is frozen (lora_fa, vera) keeps no inputs, so that "
+                "its gradient has none: train both factors, or differentiate by torch.func"
+            )
+        return product(right, _columns(x))
+    if kept.dim() > like.dim():  # in parts, and compiled since
+        return kept.movedim(0, 1).flatten(1)
+    return kept

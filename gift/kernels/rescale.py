@@ -1,0 +1,129 @@
+"""Outputs times a factor each, for methods that scale what a layer gives."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gift.kernels.transforms import gives_no_view
+from gift.private.torch import is_transformed, writes_of
+
+Compute = Callable[..., Tensor]
+
+
+def rescaled(
+    z: Tensor,
+    ratio: Tensor,
+    bias: Tensor | None,
+    compute: Compute,
+    inputs: tuple[Tensor | None, ...],
+    channel: int = -1,
+) -> Tensor:
+    """``ratio o (z - bias) + bias``, in the dtype of `z`, and `z` itself where the ratio is one.
+
+    Args:
+        z: outputs of a layer, bias included.
+        ratio: a factor for each output feature.
+        bias: what is not scaled; or None.
+        compute: gives `z` once more.
+        inputs: of `compute`.
+        channel: the axis of output features, from the end.
+    """
+    shape = [1] * z.dim()
+    shape[channel] = -1
+    ratio = ratio.view(shape)
+    if bias is not None:
+        bias = bias.view(shape)
+        finite = bias.abs() < math.inf
+        # Nothing takes infinity off an output again: it passes as it is.
+        ratio, bias = torch.where(finite, ratio, 1), torch.where(finite, bias, 0)
+    if _is_plain(z, ratio):
+        return _scale(z, ratio, bias)
+    y: Tensor = Rescaled.apply(z, ratio, bias, channel, compute, *inputs)
+    return y
+
+
+def _is_plain(z: Tensor, ratio: Tensor) -> bool:
+    """Whether autograd, or who traces, does best by itself."""
+    return (
+        not (torch.is_grad_enabled() and ratio.requires_grad)
+        or z.is_complex()
+        or torch.compiler.is_compiling()
+        or is_transformed()
+    )
+
+
+def _scale(z: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+    y = z * ratio if bias is None else torch.addcmul((1 - ratio) * bias, z, ratio)
+    return y.to(z.dtype)
+
+
+class Rescaled(torch.autograd.Function):
+    """What `rescaled` says. The gradient of the ratio needs `z`, which nobody else keeps.
+
+    So it keeps its own output, as what comes next does as a rule, and divides by the ratio. Where
+    what comes next has overwritten that output, `z` is computed again. Where a ratio is too small
+    to divide by, and on accelerators, which would have to wait for an answer to that, `z` is kept.
+    """
+
+    @staticmethod
+    @gives_no_view
+    def forward(  # noqa: D102 - as the class says
+        ctx: Any,
+        z: Tensor,
+        ratio: Tensor,
+        bias: Tensor | None,
+        channel: int,
+        compute: Compute,
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        y = _scale(z, ratio, bias)
+        ctx.rest = channel, compute, z.dtype
+        ctx.divides = y.device.type == "cpu" and bool(ratio.abs().amin() > 2**-4)
+        ctx.writes = Writes(y)
+        # An output that is kept as such would be an error once it is overwritten.
+        ctx.save_for_backward(y.data if ctx.divides else z, ratio, bias, *inputs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
+        kept, ratio, bias, *inputs = ctx.saved_tensors
+        channel, compute, dtype = ctx.rest
+        of_z, of_ratio, of_bias, *_ = ctx.needs_input_grad
+        gz = (g * ratio).to(dtype) if of_z else None
+        total = None if bias is None else _total(g, channel, ratio)
+        divides = ctx.divides
+        if divides and (ctx.writes.happened() or torch.is_grad_enabled()):
+            kept, divides = compute(*inputs), False
+        gr = None
+        if of_ratio:
+            gr = _total(g * kept.to(ratio.dtype), channel, ratio)
+            if total is not None:
+                gr = gr - bias * total
+            if divides:
+                gr = gr / ratio
+        gb = (1 - ratio) * total if total is not None and of_bias else None
+        return gz, gr, gb, None, None, *(None for _ in inputs)
+
+
+def _total(tensor: Tensor, channel: int, like: Tensor) -> Tensor:
+    """The sums for each feature, in the shape and dtype of `like`."""
+    tensor = tensor.to(like.dtype)
+    if channel < -1:
+        tensor = tensor.flatten(channel + 1).sum(-1)
+    return tensor.reshape(-1, tensor.shape[-1]).sum(0).view(like.shape)
+
+
+class Writes:
+    """Tells whether a tensor was written into, without keeping it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.alias = tensor.detach()  # counts writes together with the tensor
+        self.alias.data = tensor.new_empty(0)
+        self.before = writes_of(self.alias)
+
+    def happened(self) -> bool:
+        """Whether it was, or may have been."""
+        return self.before is None or writes_of(self.alias) != self.before

@@ -1,0 +1,178 @@
+"""Convolutions with few filters, and their gradients, as products of matrices.
+
+Kernels for convolutions compute whole blocks of output channels, 16 as a rule, and a low-rank delta
+has fewer. Where the stride is one, the same numbers come from one product over the channels and a
+sum of shifted pictures (`fold`), or from shifted pictures (`unfold`) and one product:
+
+    h = fold(F x),    dF = unfold(dh) x^T,    dx = F^T unfold(dh)
+
+Activations are seen as ``(batch, channels, positions)``, which is a view in both memory formats.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gift.kernels.geometry import Geometry, Sizes
+from gift.kernels.products import for_each, outer, product
+
+
+def add_product(y: Tensor, matrix: Tensor, x: Tensor, scale: float = 1) -> None:
+    """To `y` is added ``scale matrix x``; both ``(batch, channels, *positions)``."""
+    target, x, rows = y.flatten(2), x.flatten(2), for_each(matrix, x)
+    if y.is_contiguous():
+        target.baddbmm_(rows, x, alpha=scale)
+    elif y.movedim(1, -1).is_contiguous():
+        target.mT.baddbmm_(x.mT, rows.mT, alpha=scale)
+    else:  # what looks flat is a copy
+        y.add_(torch.bmm(rows, x).view(y.shape), alpha=scale)
+
+
+FEW = 2**15  # elements, up to which one slow operation takes less than several fast ones
+
+
+def fold(columns: Tensor, geometry: Geometry) -> Tensor:
+    """``h[p] = sum over taps t of columns[t, p + t]``, one axis after the other.
+
+    Args:
+        columns: ``(batch, filters, *taps, *positions of the input)``.
+        geometry: of stride one.
+    """
+    axes = len(geometry.kernel)
+    positions = geometry.positions(tuple(columns.shape[-axes:]))
+    few = not torch.compiler.is_compiling() and columns.numel() < FEW
+    if few and axes == 2 and min(geometry.margins) >= 0:
+        turned = columns.flip(2, 3).flatten(4).flatten(1, 3)
+        return F.fold(turned, positions, geometry.kernel, geometry.dilation, geometry.margins)
+    for axis in range(-1, -axes - 1, -1):
+        parts = columns.unbind(-axes - 1)  # the last axis of taps that is left
+        shape = list(parts[0].shape)
+        size, shape[axis] = shape[axis], positions[axis]
+        columns = columns.new_zeros(shape)
+        for tap, part in enumerate(parts):
+            shift = tap * geometry.dilation[axis] - geometry.padding[axis]
+            first, last = max(0, -shift), min(positions[axis], size - shift)
+            if first < last:
+                there = part.narrow(axis, first + shift, last - first)
+                columns.narrow(axis, first, last - first).add_(there)
+    return columns
+
+
+def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
+    """The way back from `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
+    pads = [pad for pad in reversed(geometry.margins) for _ in range(2)]
+    padded = F.pad(h, pads).contiguous()
+    batch, filters, *steps = padded.stride()
+    taps = [d * step for d, step in zip(geometry.dilation, steps, strict=True)]
+    shape = (*h.shape[:2], *geometry.kernel, *sizes)
+    shifted = padded.as_strided(shape, (batch, filters, *taps, *steps))
+    return shifted.reshape(*h.shape[:2], geometry.taps, math.prod(sizes))
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The filters of a low-rank delta, of whose outputs its own are combinations.
+
+    Args:
+        right: the factor ``(rank, columns)``.
+        cuts: into how many rows each output was cut: a filter is a row of `right` on one of as many
+            equal chunks of the flattened ``(in, *kernel)``, and zero elsewhere.
+        geometry: of the convolution.
+        as_product: whether to compute by products of matrices.
+    """
+
+    right: Tensor
+    cuts: int
+    geometry: Geometry
+    as_product: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Their outputs for ``x (batch, in, *positions)``."""
+        g = self.geometry
+        if not self.as_product:
+            return g.apply(x, self.weight())
+        if g.pointwise:
+            seen = self._seen(x)
+            return product(self._rows(), seen.flatten(2)).unflatten(2, seen.shape[2:])
+        flat, taps = x.flatten(2), self._taps()
+        parts = [product(taps[f, :, c].flatten(0, 1), flat[:, c]) for f, c in self._chunks()]
+        columns = parts[0] if self.cuts == 1 else torch.cat(parts, 1)
+        filters = columns.shape[1] // g.taps
+        return fold(columns.view(x.shape[0], filters, *g.kernel, *x.shape[2:]), g)
+
+    def prepared(self, gh: Tensor, x: Tensor) -> Tensor:
+        """The gradient of the outputs, as `gradient` and `add_input_gradient` take it."""
+        shifts = self.as_product and not self.geometry.pointwise
+        return unfold(gh, self.geometry, tuple(x.shape[2:])) if shifts else gh
+
+    def gradient(self, prepared: Tensor, x: Tensor) -> Tensor:
+        """The gradient of `right`."""
+        g = self.geometry
+        if not self.as_product:
+            return self._of_right(g.gradient_of_weight(prepared, x, self.weight()))
+        if g.pointwise:
+            return self._of_right(outer(prepared.flatten(2), self._seen(x).flatten(2)))
+        flat = x.flatten(2)
+        if self.cuts == 1:
+            found = outer(prepared.flatten(1, 2), flat).view(-1, g.taps, flat.shape[1])
+        else:
+            found = flat.new_zeros(prepared.shape[1], g.taps, flat.shape[1])
+            for f, c in self._chunks():
+                part = outer(prepared[:, f].flatten(1, 2), flat[:, c])
+                found[f, :, c] = part.unflatten(0, (-1, g.taps))
+        return self._of_right(found.flip(1).mT)
+
+    def add_input_gradient(self, gx: Tensor, prepared: Tensor, x: Tensor) -> None:
+        """To `gx`, the gradient of `x`, is added what goes through the filters."""
+        g = self.geometry
+        if not self.as_product:
+            gx += g.gradient_of_input(prepared, x, self.weight())
+        elif g.pointwise and g.stride_one:
+            add_product(gx, self._rows().mT, prepared)
+        elif g.pointwise:
+            part = product(self._rows().mT, prepared.flatten(2))
+            self._seen(gx).add_(part.unflatten(2, prepared.shape[2:]))
+        else:
+            turned = self._taps().flip(1).flatten(0, 1)
+            add_product(gx, turned.mT, prepared.flatten(1, 2))
+
+    def weight(self) -> Tensor:
+        """All of them, ``(number, in, *kernel)``."""
+        right = self.right
+        if self.cuts > 1:
+            chunks = torch.eye(self.cuts, dtype=right.dtype, device=right.device)
+            right = chunks[:, None, :, None] * right[:, None, :]
+        return right.reshape(-1, *self.geometry.shape[1:])
+
+    def _of_right(self, gradient: Tensor) -> Tensor:
+        """The gradient of `right` from that of `weight`."""
+        if self.cuts == 1:
+            return gradient.reshape(self.right.shape)
+        chunks = gradient.reshape(self.cuts, len(self.right), self.cuts, -1)
+        return chunks.diagonal(dim1=0, dim2=2).sum(-1)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """The positions that a pointwise convolution looks at."""
+        for axis, step in enumerate(self.geometry.stride, 2):
+            if step > 1:
+                x = x[(slice(None),) * axis + (slice(None, None, step),)]
+        return x
+
+    def _rows(self) -> Tensor:
+        """Pointwise filters as ``(number, in)``."""
+        return self.weight().flatten(1)
+
+    def _taps(self) -> Tensor:
+        """The filters as ``(number, taps, in)``."""
+        return self.weight().flatten(2).mT
+
+    def _chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Which filters see which channels."""
+        channels, rank = self.geometry.shape[1], len(self.right)
+        for cut in range(self.cuts):
+            first, last = cut * channels // self.cuts, -(-(cut + 1) * channels // self.cuts)
+            yield slice(cut * rank, (cut + 1) * rank), slice(first, last)

@@ -1,0 +1,71 @@
+"""The effective weight of a linear layer, for deltas with too many terms to go beside it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from gift.kernels.choice import GEMM, MERGE, TOUCH
+from gift.kernels.linear import Product
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A delta of low rank, and what comes through its layer.
+
+    Args:
+        rows, columns: of the weight.
+        rank: of the delta.
+        positions: for which the layer computes.
+    """
+
+    rows: int
+    columns: int
+    rank: int
+    positions: int
+
+    def go_beside(self, trains: bool = True, both: bool = True) -> bool:
+        """Whether the factors on the activations cost less than the effective weight.
+
+        Args:
+            trains: whether there will be a backward pass.
+            both: whether both factors are trained, or the left one alone.
+
+        Example:
+            The same delta beside a large weight and a small one:
+
+            >>> [Terms(n, n, 256, 1024).go_beside(both=False) for n in (4096, 384)]
+            [True, False]
+        """
+        size, ends = self.rows * self.columns, self.rows + self.columns
+        beside = (GEMM * self.rank + TOUCH) * self.positions * ends
+        effective = (GEMM * self.rank + MERGE) * size
+        if trains:
+            beside *= 3 if both else 3 - self.columns / ends
+            effective *= 3 if both else 2
+            effective += GEMM * size * self.positions
+        return beside < effective
+
+
+def terms(x: Tensor, rows: int, rank: int) -> Terms:
+    """For inputs ``(..., columns)``."""
+    *batch, columns = x.shape
+    return Terms(rows, columns, rank, math.prod(batch))
+
+
+def through_weight(
+    method: Any,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    product: Product,
+    bias: Tensor | None,
+) -> Tensor:
+    """``W' x + bias``."""
+    matrix = product.matrix
+    dtype = method.working_dtype(matrix)
+    factors = {key: value.to(dtype) for key, value in parameters.items()}
+    weight = method.weight(matrix.to(dtype), factors).to(matrix.dtype)
+    instead = replace(product, weight=weight.mT if product.transposed else weight)
+    return instead.output(x, bias)

@@ -1,0 +1,244 @@
+"""A fine-tuning that was taken off its network, and can be put back on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gift.core.delta import added_names, held
+from gift.core.dynamic_class import Spec, generated_class, plain_class, set_class, spec_of
+from gift.core.frozen_base import HELD, hold_flags
+from gift.core.frozen_norms import kept_modes
+from gift.core.network import NetworkRecord, remove_record
+from gift.core.undo.snapshot import OWN, ModuleUndo, completed, place_of, tensor_of, transaction
+from gift.core.undo.temporary_state import meanwhile
+from gift.core.weights.record import adapters_of
+from gift.engine.enable import check_undoable
+from gift.quantization import as_packed
+from gift.support.interrupts import switching
+from gift.support.tensors import set_data, set_flag, with_data
+
+
+class Detached:
+    """What fine-tuning put on a network, taken off it: the network is the plain base.
+
+    Deltas and new modules keep their identity, so an optimizer that holds them goes on when they
+    are back. No tensor is copied.
+
+    Args:
+        network: one that is being fine-tuned.
+
+    Raises:
+        RuntimeError: if it is not, or its base was not kept.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        check_undoable(network)
+        if any(is_lazy(parameter) for _, _, parameter in _parameters(network)):
+            raise RuntimeError("some layers have no shape yet: run a batch through them first")
+        record: NetworkRecord = network._gift_network  # type: ignore[assignment]
+        undo = record.undo
+        self.network = network
+        self.record = record
+        self.frames = [_Frame(m) for m in network.modules() if spec_of(m) != Spec()]
+        self.changes = [change.present() for change in undo.modules]
+        for change in self.changes:
+            change.plain = None if change.plain is None else plain_class(change.plain)
+        # Of all parameters: the base may have other flags when this is put back.
+        self.flags = [(m, name, p.requires_grad) for m, name, p in _parameters(network)]
+        tensors = [tensor_of(m, name) for m, name, _ in undo.values]
+        self.values = [(t, t.data, t.requires_grad, t.grad) for t in tensors]
+        undo.values = [(m, name, undo.value(m, name, value)) for m, name, value in undo.values]
+        self.dtypes = [value.dtype for _, _, value in undo.values]
+        self.held = [(m, vars(m)[HELD]) for m in network.modules() if HELD in vars(m)]
+        remove_record(network)
+        replace(undo, values=[]).apply(network)
+        self.plain = [type(frame.module) for frame in self.frames]
+        replaced = _replaced(undo.modules, self.changes)
+        self.replaced = [(base, new, place_of(base)) for base, new in replaced]
+        # Tensors change their memory: writing to it would spoil graphs that wait for `backward`.
+        for module, name, value in undo.values:
+            if not value.is_meta or tensor_of(module, name).is_meta:
+                set_data(tensor_of(module, name), value)
+
+    def exchanged(self) -> list[tuple[Tensor, Tensor]]:
+        """The memory that was taken from the base, with what the base has instead."""
+        values = [value for *_, value in self.record.undo.values]
+        return [(kept[1], value) for kept, value in zip(self.values, values, strict=True)]
+
+    def attach(self) -> None:
+        """Put it back, onto the base as it is now.
+
+        Raises:
+            RuntimeError: if layers are of another class than they were; nothing is changed then.
+        """
+        modules = [frame.module for frame in self.frames]
+        if changed := [m for m, cls in zip(modules, self.plain, strict=True) if type(m) is not cls]:
+            names = [name for name, m in self.network.named_modules() if m in changed]
+            raise RuntimeError(
+                f"{names} were parametrised, or changed in their class in another way: deltas "
+                "cannot be put back onto them before that is undone"
+            )
+        undo = self.record.undo
+        undo.values = [(m, name, tensor_of(m, name).data) for m, name, _ in undo.values]
+        for base, new, place in self.replaced:
+            if moved := {k: v for k, v in place_of(base).items() if place.get(k) != v}:
+                new.to(**moved)
+        for change in self.changes:
+            change.apply()
+        for frame in self.frames:
+            frame.apply()
+        for module, name, flag in self.flags:
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad = flag
+        for (module, name, now), dtype, (tensor, data, flag, grad) in zip(
+            undo.values, self.dtypes, self.values, strict=True
+        ):
+            # It follows the base to another device, and to another dtype.
+            to: dict[str, Any] = {
+                "device": now.device,
+                "dtype": data.dtype if now.dtype == dtype else now.dtype,
+            }
+            tensor.grad = None  # which must have the dtype that the tensor has
+            tensor = with_data(tensor, data.to(**to))
+            tensor.grad = None if grad is None else grad.to(**to)
+            set_flag(tensor, flag)
+            held(module, name)[name] = tensor
+        for module, flags in self.held:
+            vars(module).setdefault(HELD, flags)
+        hold_flags(self.network)
+
+
+def _replaced(
+    undos: list[ModuleUndo], changes: list[ModuleUndo]
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Modules of the base, and the new ones in their place."""
+    for undo, change in zip(undos, changes, strict=True):
+        for name, base in undo.entries.get("_modules", {}).items():
+            new = change.entries["_modules"][name]
+            if isinstance(base, nn.Module) and isinstance(new, nn.Module):
+                yield base, new
+
+
+class _Frame:
+    """Of one module, what `ModuleUndo` leaves out: the class, and what gift put on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.spec = spec_of(module)  # rather than the class, which no pickle finds by its name
+        # A hook may have computed what is adapted.
+        keys = [key for key in (*OWN, *adapters_of(module)) if key in module.__dict__]
+        self.own = {key: module.__dict__[key] for key in keys}
+        self.parameters = dict(module._parameters)
+        self.buffers = dict(module._buffers)
+        self.hooks = dict(module._load_state_dict_post_hooks)
+        self.not_saved = set(module._non_persistent_buffers_set)
+        self.place = _place_of_base(module)
+
+    def apply(self) -> None:
+        module = self.module
+        set_class(module, generated_class(plain_class(type(module)), self.spec))
+        module.__dict__.update(self.own)
+        if spec_of(module).statistics:  # they stand still again, in the mode that was asked for
+            module.__dict__["_gift_mode"] = module.training
+            module.training = False
+        device, dtype = _place_of_base(module)
+        # Base tensors are what they are now: they may have been moved, and deltas follow.
+        _put_among(module._parameters, self.parameters)
+        _put_among(module._buffers, self.buffers)
+        _put_among(module._load_state_dict_post_hooks, self.hooks)
+        for name in added_names(module) if device is not None else ():
+            delta = held(module, name)[name]
+            cast = dtype != self.place[1] and delta.is_floating_point()
+            data = delta.data.to(device=device, dtype=dtype if cast else None)
+            if data is not delta.data and (delta.device, delta.dtype) != (data.device, data.dtype):
+                delta.grad = None  # which must have the dtype that the tensor has
+                held(module, name)[name] = with_data(delta, data)
+        module._non_persistent_buffers_set.update(self.not_saved)
+
+
+def _place_of_base(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where the module's own tensors are, and of which dtype its first floating-point one is."""
+    added = added_names(module)
+    named = [*module._parameters.items(), *module._buffers.items()]
+    own = [tensor for name, tensor in named if tensor is not None and name not in added]
+    dtypes = (tensor.dtype for tensor in own if tensor.is_floating_point())
+    return next((tensor.device for tensor in own), None), next(dtypes, None)
+
+
+def _put_among(now: dict[Any, Any], then: dict[Any, Any]) -> None:
+    """Let `now` have what `then` had more, in its order."""
+    present = {**now}
+    now.clear()
+    now.update({key: present.pop(key, value) for key, value in then.items()})
+    now.update(present)
+
+
+@switching
+def disabled(net: nn.Module) -> Iterator[nn.Module]:
+    """Within it, the network is the base, with all parameters frozen: to compare with, say.
+
+    Afterwards it is what it was before, bit for bit, its gradients and modes included. What is done
+    to the base meanwhile is done to the base; what is enabled meanwhile is disabled.
+
+    Args:
+        net: a network that is being fine-tuned.
+
+    Raises:
+        RuntimeError: if it is not, or its base was not kept.
+
+    Example:
+        >>> import gift, torch
+        >>> from torch import nn
+        >>> net, x = nn.Linear(64, 10), torch.randn(2, 64)
+        >>> before = net(x)
+        >>> report = gift.enable_fine_tuning(net, gift.strategies.LoRAAllFineTuningStrategy())
+        >>> _ = nn.init.normal_(net.lora_B)  # in the place of training
+        >>> with gift.disabled(net):
+        ...     torch.equal(net(x), before)
+        True
+        >>> torch.equal(net(x), before)
+        False
+    """
+    with kept_modes(net), _disabled(net):
+        yield net
+
+
+@contextmanager
+def _disabled(net: nn.Module) -> Iterator[None]:
+    gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
+    with transaction(net):
+        detached = Detached(net)
+        for parameter, _ in gradients:
+            parameter.grad = None  # so an optimizer that steps meanwhile passes it by
+        frozen = [(m, name, p, p.requires_grad) for m, name, p in _parameters(net)]
+        for _, _, parameter, _ in frozen:
+            parameter.requires_grad = False
+
+    def put_back() -> None:
+        with transaction(net):
+            for part in [part for part in net.modules() if spec_of(part).network]:
+                remove_record(part).undo.apply(part)  # enabled by another strategy inside
+            for module, name, parameter, flag in frozen:
+                now = module._parameters.get(name)  # another one, if a state was assigned
+                (parameter if now is None else now).requires_grad = flag
+            detached.attach()
+            for parameter, gradient in gradients:
+                parameter.grad = None if gradient is None else gradient.to(parameter)
+
+    try:
+        with meanwhile([net], "disabled"), as_packed(p for *_, p, _ in frozen):
+            yield
+    finally:
+        completed(put_back)
+
+
+def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield module, name, parameter

@@ -1,0 +1,31 @@
+"""Quantised weights: the only folder that knows how packages hold them."""
+
+from gift.quantization.bitsandbytes import LINEAR_FORWARDS
+from gift.quantization.tensors import (
+    as_packed,
+    dequantised,
+    is_quantised,
+    not_yet_quantised,
+    product,
+    quant_state_names,
+    requantised,
+    same_values,
+    shape_of,
+    stand_in,
+    tells_packing,
+)
+
+__all__ = [
+    "LINEAR_FORWARDS",
+    "as_packed",
+    "dequantised",
+    "is_quantised",
+    "not_yet_quantised",
+    "product",
+    "quant_state_names",
+    "requantised",
+    "same_values",
+    "shape_of",
+    "stand_in",
+    "tells_packing",
+]

@@ -1,0 +1,134 @@
+"""Recipes: how strategies, checks and actions remember their construction, and files name them.
+
+A recipe is the name of a registered class or function and the arguments it was called with. A file
+can name what is registered here and nothing else, with plain values, so loading one runs no
+foreign code.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import torch
+
+from gift.support.tensors import dtype_name
+
+REGISTRY: dict[str, Callable[..., Any]] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def register(maker: F) -> F:
+    """Decorator: lets files name this strategy, check or action by its ``__name__``.
+
+    Raises:
+        ValueError: if another one has the name.
+    """
+    known = REGISTRY.get(maker.__name__)
+    if known is not None and (known.__module__, known.__qualname__) != (
+        maker.__module__,
+        maker.__qualname__,
+    ):
+        raise ValueError(f"the name {maker.__name__!r} is taken by {known.__module__}")
+    REGISTRY[maker.__name__] = maker
+    return maker
+
+
+def registered(base: type) -> dict[str, Any]:
+    """The registered classes of a kind, by name."""
+    classes = {name: made for name, made in REGISTRY.items() if isinstance(made, type)}
+    return {name: classes[name] for name in sorted(classes) if issubclass(classes[name], base)}
+
+
+def bound_arguments(maker: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included; containers are copied."""
+    signature = inspect.signature(maker)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            flat |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            flat["*"] = own_copy(list(value))
+        else:
+            flat[name] = own_copy(value)
+    return flat
+
+
+def own_copy(value: Any) -> Any:
+    """`value` with copies of the lists, tuples and dictionaries in it."""
+    if type(value) in (list, tuple):
+        return [own_copy(item) for item in value]
+    if type(value) is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    return value
+
+
+DEEPEST = 100
+"""Levels of strategies, lists and mappings in each other, of which each strategy takes two."""
+
+
+def encode(value: Any, where: str = "", depth: int = 0) -> Any:
+    """A value as plain data; `where` says in errors where it stands, below how many levels `depth`.
+
+    Raises:
+        ValueError: for what no file can hold, such as a lambda, or what is nested too deeply.
+    """
+    if depth > DEEPEST:
+        raise ValueError(f"the strategy is nested deeper than {DEEPEST} levels")
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [encode(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+    name, init_paras = getattr(value, "recipe", (None, None))
+    if name is None or name not in REGISTRY:
+        raise ValueError(
+            f"{where or 'the strategy'} is {value!r}, which a file cannot name: use plain values, "
+            "the checks and actions of gift.factories, and strategies decorated with "
+            "gift.strategies.register_strategy"
+        )
+    return {"name": name, "init_paras": encode(init_paras, name, depth)}
+
+
+def decode(data: Any, depth: int = 0) -> Any:
+    """The value that `encode` made plain.
+
+    Args:
+        data: plain data.
+        depth: how many levels are around it.
+
+    Raises:
+        ValueError: for names that are not registered, arguments that do not fit, or data that are
+            nested too deeply.
+    """
+    if depth > DEEPEST:
+        raise ValueError(f"this is nested deeper than {DEEPEST} levels")
+    if isinstance(data, list):
+        return [decode(item, depth + 1) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if set(data) != {"name", "init_paras"}:
+        return {key: decode(item, depth + 1) for key, item in data.items()}
+    name, init_paras = data["name"], data["init_paras"]
+    if not isinstance(name, str) or name not in REGISTRY:
+        close = get_close_matches(str(name), REGISTRY, n=3)
+        raise ValueError(
+            f"{name!r} is not registered, closest: {close}; a file can name these: "
+            f"{sorted(REGISTRY)}"
+        )
+    if not isinstance(init_paras, dict):
+        raise ValueError(f"init_paras of {name} is {init_paras!r}, expected a mapping")
+    keywords = {str(key): decode(item, depth + 1) for key, item in init_paras.items()}
+    positional = keywords.pop("*", [])
+    keywords = getattr(REGISTRY[name], "of_file", dict)(keywords)
+    try:
+        inspect.signature(REGISTRY[name]).bind(*positional, **keywords)
+    except TypeError as error:
+        raise ValueError(f"init_paras of {name} do not fit: {error}") from error
+    return REGISTRY[name](*positional, **keywords)

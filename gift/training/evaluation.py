@@ -1,0 +1,170 @@
+"""How good a network is: loss and metrics on examples."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from gift.core.frozen_norms import kept_modes
+from gift.data.examples import Examples
+from gift.engine.enable import GiftWarning
+from gift.training.distributed import Processes
+from gift.training.errors import TrainingError
+from gift.training.finite import rows_not_finite, told_not_finite
+from gift.training.loading import Batches, examples_of
+from gift.training.metrics import MetricKind, confusion_matrix, metrics_of
+from gift.training.settings import Settings
+from gift.training.tasks import TASKS, Task, Undecided
+
+LARGEST_CONFUSION = 1000
+
+
+def evaluate(
+    net: nn.Module,
+    examples: Any,
+    *,
+    task: str | None = None,
+    metrics: Sequence[str] | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> dict[str, float]:
+    """Loss and metrics of a network on examples; modes stay as they are.
+
+    Args:
+        net: the network, fine-tuned or not.
+        examples: as for `finetune`.
+        task: what they are for, if they do not say so themselves.
+        metrics: names, see `gift.training.METRICS`; None takes those of the task.
+        batch_size: examples in a batch.
+        device: "auto", or a device of torch; the network is moved there.
+
+    Raises:
+        TrainingError: if examples and network do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gift.training import evaluate
+        >>> net = nn.Linear(2, 2)
+        >>> with torch.no_grad():
+        ...     _ = net.weight.copy_(torch.eye(2)), net.bias.zero_()
+        >>> inputs = torch.tensor([[3.0, 1.0], [0.0, 2.0], [1.0, 0.0], [1.0, 2.0]])
+        >>> found = evaluate(net, (inputs, torch.tensor([0, 1, 0, 0])), metrics=["accuracy"])
+        >>> found["accuracy"]
+        0.75
+    """
+    settings = Settings(device=device, batch_size=batch_size)
+    processes = Processes(settings)
+    data = examples_of(examples, task)
+    work = task_of(data, task)
+    net.to(processes.device)
+    batches = Batches(data, batch_size, processes)
+    work = rehearse(net, work, batches)
+    kinds = metrics_of(work.name, metrics)
+    return judge(net, work, batches, kinds)[0]
+
+
+def task_of(data: Any, name: str | None, **options: Any) -> Task:
+    """The task that examples are for, or the one of that name; else `Undecided`.
+
+    Raises:
+        TrainingError: if there is no such task.
+    """
+    own = isinstance(data, Examples)
+    if own and name is None:
+        name = data.task or (None if data.classes is None else "classification")
+    if name is not None and name not in TASKS:
+        raise TrainingError(f"the task is {name!r}, expected one of {sorted(TASKS)}")
+    return (Undecided if name is None else TASKS[name])(
+        classes=data.classes if own else None, **options
+    )
+
+
+def rehearse(net: nn.Module, task: Task, batches: Batches, what: str = "the examples") -> Task:
+    """Let the task look at a first batch, and at what the network makes of it.
+
+    Gives the task, which may have been undecided before. Of tensors, examples with numbers that are
+    not finite are tried as well.
+
+    Raises:
+        TrainingError: if they do not fit.
+    """
+    batch, _ = next(iter(batches.of()))
+    with kept_modes(net), torch.no_grad():
+        net.eval()
+        task = task.fit(net, batches.on_device(batch))
+        # A loss of one's own may leave out what is missing.
+        odd = rows_not_finite(batches.data)[: batches.batch_size] if not task.own_loss else []
+        if odd:
+            batch = batches.collated(odd)
+            task.check(batch)
+            _, loss = task.judged(net, batches.on_device(batch))
+            if loss is None or not bool(loss.isfinite()):
+                raise TrainingError(f"{what}: {told_not_finite(batch, odd)}")
+    return task
+
+
+def judge(
+    net: nn.Module,
+    task: Task,
+    batches: Batches,
+    kinds: Mapping[str, MetricKind],
+    confusion: bool = False,
+    autocast: AbstractContextManager[Any] | None = None,
+    what: str = "the examples",
+) -> tuple[dict[str, float], list[list[int]] | None]:
+    """Loss and metrics on batches, and the confusion matrix if asked for.
+
+    Raises:
+        TrainingError: naming the first examples with numbers that are not finite, where the loss
+            is not either.
+    """
+    processes, number = batches.processes, task.number_of_classes
+    makers = {name: kind.make for name, kind in kinds.items()}
+    if confusion and task.name == "classification" and number <= LARGEST_CONFUSION:
+        makers["confusion"] = confusion_matrix
+    # The processes may have been started for other things.
+    options = {"sync_on_compute": processes.number > 1}
+    metrics = {n: make(number, **options).to(processes.device) for n, make in makers.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    count, has_loss = 0, False
+    processes.agree_on_buffers(net)
+    with kept_modes(net), torch.no_grad(), autocast or nullcontext():
+        net.eval()
+        for number, (batch, counts) in enumerate(batches.of()):
+            task.check(batch)
+            moved = batches.on_device(batch)
+            outputs, loss = task.judged(net, moved)
+            has_loss = loss is not None
+            if loss is None or not math.isfinite(loss):
+                reason = told_not_finite(batch, batches.places()[number], number)
+                if reason:
+                    raise TrainingError(f"{what}: {reason}")
+            if not counts:
+                continue
+            count += task.count(batch)
+            for metric in metrics.values():
+                metric.update(*task.shown(outputs, moved))
+            if loss is not None:
+                total += loss.cpu().double()
+    processes.reshard(net)
+    found = {name: metric.compute() for name, metric in metrics.items()}
+    matrix = found.pop("confusion", None)
+    values = {"loss": processes.sum(total) / max(processes.sum(count), 1)} if has_loss else {}
+    if has_loss and not math.isfinite(values["loss"]):
+        warnings.warn(
+            f"the loss on {what} is not finite, though their numbers are: the network's are not, "
+            "or too large for its precision",
+            GiftWarning,
+            stacklevel=2,
+        )
+    for name, value in found.items():
+        # The mean average precision comes with many others.
+        parts = {k: value[k] for k in ("map", "map_50")} if isinstance(value, Mapping) else {}
+        # in float32, whose other digits say nothing
+        values |= {k: float(f"{float(part):.7g}") for k, part in (parts or {name: value}).items()}
+    return values, None if matrix is None else matrix.tolist()

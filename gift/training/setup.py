@@ -1,0 +1,297 @@
+"""Everything that is looked at before a run begins; what does not fit leaves no trace."""
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from gift.core.dynamic_class import spec_of
+from gift.core.undo.snapshot import all_or_nothing
+from gift.core.unfreeze import record_of
+from gift.data.examples import Examples
+from gift.engine.enable import GiftWarning, enable_fine_tuning
+from gift.factories import pa_train
+from gift.files.saving import fingerprint, split
+from gift.schedules import Schedule
+from gift.strategies import FineTuningStrategy
+from gift.support.optional import needed
+from gift.training.checkpoint import check_writable, forget, read_checkpoint, restore
+from gift.training.distributed import Processes
+from gift.training.errors import TrainingError
+from gift.training.evaluation import judge, rehearse, task_of
+from gift.training.forgetting import old_heads
+from gift.training.loading import Batches, examples_of
+from gift.training.logs import open_logs
+from gift.training.metrics import metrics_of
+from gift.training.optimizers import make_optimizer, make_rates
+from gift.training.predicting import remember
+from gift.training.randomness import seed_all
+from gift.training.result import Result
+from gift.training.run import TRAIN, VALID, Old, Run
+from gift.training.settings import Settings
+from gift.training.tasks import Loss, Task
+
+_WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "device", "workers", "parallel", "compile",
+                        "checkpoint_steps")  # fmt: skip
+"""Settings that change no weight, or only their last digits."""
+
+
+def prepare(
+    net: nn.Module,
+    train: Any,
+    valid: Any,
+    strategy: FineTuningStrategy | None,
+    schedule: Schedule | None,
+    old: Any,
+    task: str | None,
+    loss: Loss | None,
+    folder: Path | None,
+    restart: bool,
+    begin: Callable[[], None] | None,
+    settings: Settings,
+    processes: Processes,
+) -> Run:
+    """A run that can begin, or go on where its checkpoint was written; see `finetune`."""
+    _check_packages(settings, folder)
+    if not isinstance(schedule, Schedule | None):
+        raise TypeError(f"expected one of gift.schedules, got {schedule!r}")
+    data = examples_of(train, task)
+    held_out = None if valid is None else examples_of(valid, task)
+    _same_classes(data, held_out)
+    work = task_of(data, task, loss=loss, smoothing=settings.label_smoothing)
+    seed = settings.seed
+    if seed is None:
+        seed = int(torch.randint(2**31, ()).item())
+        [seed, *_] = processes.gathered(seed)
+    else:
+        seed_all(seed)
+
+    def batches(examples: Any, shuffle: bool = False) -> Batches:
+        size, workers = settings.batch_size, settings.workers
+        return Batches(examples, size, processes, shuffle, workers, seed)
+
+    with all_or_nothing(net), _released_if_refused(schedule):
+        enabled = strategy is not None or spec_of(net).network
+        told = _enable(net, strategy)
+        if schedule is not None:
+            schedule.attach(net)
+            _warn_of_late(schedule, settings)
+        net.to(processes.device)
+        if processes.rank:  # what is drawn from now on is drawn for other examples
+            seed_all(seed + processes.rank)
+        learning = batches(data, shuffle=True)
+        work = rehearse(net, work, learning, TRAIN)
+        _warn_of_one_class(data, work)
+        optimizer = make_optimizer(net, settings)
+        steps = learning.steps(settings.accumulate) * settings.epochs
+        run = Run(
+            net=net,
+            task=work,
+            settings=settings,
+            processes=processes,
+            train=learning,
+            valid=None if held_out is None else batches(held_out),
+            old=None if old is None else _old(net, old, batches, work.name, settings.metrics),
+            metrics=metrics_of(work.name, settings.metrics),
+            schedule=schedule,
+            optimizer=optimizer,
+            rates=make_rates(optimizer, settings, steps),
+            scaler=torch.amp.GradScaler(
+                processes.device.type, enabled=settings.precision == "float16"
+            ),
+            logs=open_logs(None),
+            result=Result(
+                network=told.network,
+                strategy=told.strategy if enabled else "all that requires a gradient",
+                schedule="" if schedule is None else repr(schedule),
+                task=work.name,
+                classes=work.classes,
+                folder=folder,
+            ),
+            # It reads the whole base, which only a checkpoint is worth.
+            identity={}
+            if folder is None
+            else _identity(net, told, schedule, [data, held_out], work, settings),
+            seed=seed,
+        )
+        run.check_watch()
+        if run.valid is not None:
+            rehearse(net, work, run.valid, VALID)
+        state = None if restart else read_checkpoint(folder, run.identity)
+        if state is None:
+            _judge_before(run)
+        if run.folder is not None:
+            check_writable(run.folder)
+    return _begun(run, data, state, begin)
+
+
+def _check_packages(settings: Settings, folder: Path | None) -> None:
+    """What is needed in the end, before hours of training."""
+    needed("torchmetrics", "train")
+    needed("tqdm", "train")
+    if folder is not None:
+        for module in ("matplotlib", "jinja2", *["tensorboard"] * settings.tensorboard):
+            needed(module, "train")
+
+
+@contextmanager
+def _released_if_refused(schedule: Schedule | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # which is raised again
+        if schedule is not None and schedule.is_attached:
+            schedule.detach()
+        raise
+
+
+def _warn_of_late(schedule: Schedule, settings: Settings) -> None:
+    if late := [epoch for epoch in schedule.milestones if epoch >= settings.epochs]:
+        warnings.warn(
+            f"{schedule!r} unfreezes in epochs {late}, counted from 0, but there are only "
+            f"{settings.epochs}",
+            GiftWarning,
+            stacklevel=4,
+        )
+
+
+def _judge_before(run: Run) -> None:
+    result = run.result
+    if run.valid is not None:
+        result.before, _ = judge(
+            run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
+        )
+    if run.old is not None:
+        result.old_before = run.old()
+
+
+def _begun(
+    run: Run, data: Any, state: dict[str, Any] | None, begin: Callable[[], None] | None
+) -> Run:
+    """The run with all that writes, and what cannot be taken back."""
+    settings, processes = run.settings, run.processes
+    processes.shard(run.net)
+    if processes.is_sharding:
+        run.optimizer = make_optimizer(run.net, settings)
+        steps = run.steps_per_epoch * settings.epochs
+        run.rates = make_rates(run.optimizer, settings, steps)
+    if isinstance(data, Examples):
+        remember(run.net, data, run.task.name)
+    if run.folder is not None and state is None:
+        forget(run.folder)  # before anything new could be taken for a part of it
+    if begin is not None:
+        begin()
+    if state is not None:
+        restore(run, state)
+    if run.folder is not None:
+        run.logs = open_logs(run.folder, settings.tensorboard)
+        run.logs.rewind(run.step, run.epoch)
+    return run
+
+
+def _enable(net: nn.Module, strategy: FineTuningStrategy | None) -> Any:
+    """The report of enabling, which may have been done before."""
+    if strategy is None:
+        if spec_of(net).network:
+            return record_of(net).report
+        # A plain network is trained as its flags say.
+        strategy = FineTuningStrategy(
+            para_caps=[(lambda *place: place[6].requires_grad, pa_train())]
+        )
+    return enable_fine_tuning(net, strategy)
+
+
+def _same_classes(train: Any, valid: Any) -> None:
+    known = [d.classes for d in (train, valid) if isinstance(d, Examples) and d.classes is not None]
+    if len(set(known)) > 1:
+        raise TrainingError(
+            f"the classes to learn are {list(known[0])}, those to validate on {list(known[1])}: "
+            "give the second data set classes=train.classes"
+        )
+
+
+def _old(
+    net: nn.Module,
+    old: Any,
+    batches: Callable[..., Batches],
+    kind: str,
+    metrics: Sequence[str] | None,
+) -> Old:
+    if callable(old):
+        return lambda: dict(old(net))
+    data = examples_of(old, kind)
+    own = isinstance(data, Examples) and data.task is not None
+    given, what = batches(data), "the examples of the old task"
+    device = given.processes.device
+    with old_heads(net, device):
+        task = rehearse(net, task_of(data, None if own else kind), given, what)
+    kinds = metrics_of(task.name, metrics if task.name == kind else None)
+
+    def judged() -> dict[str, float]:
+        with old_heads(net, device):
+            return judge(net, task, given, kinds, what=what)[0]
+
+    return judged
+
+
+def _warn_of_one_class(data: Any, task: Task) -> None:
+    """Tell of labels, where they are in memory, that are all the same."""
+    dataset = data.dataset if isinstance(data, Examples) else None
+    if task.name != "classification" or not isinstance(dataset, TensorDataset):
+        return
+    labels = dataset.tensors[1]
+    if not labels.is_floating_point() and bool((labels == labels.flatten()[0]).all()):
+        warnings.warn(
+            f"all {len(labels)} examples to learn from are of class {labels.flatten()[0].item()}: "
+            "there is nothing to tell apart",
+            GiftWarning,
+            stacklevel=4,
+        )
+
+
+def _identity(
+    net: nn.Module,
+    told: Any,
+    schedule: Schedule | None,
+    examples: Sequence[Any],
+    task: Task,
+    settings: Settings,
+) -> dict[str, Any]:
+    """What makes a run this run, as texts and numbers."""
+    record = record_of(net)
+    own = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if field.name not in _WITHOUT_CONSEQUENCE
+    }
+    named = {k: _name_of(v) if callable(v) else v for k, v in own.items()}
+    return {
+        "network": told.network,
+        # A strategy with lambdas is told by the lines of the script that they stand in.
+        "strategy": told.strategy if record.recipe is not None else "",
+        "trained tensors": {n: list(p.shape) for n, p in net.named_parameters() if p.requires_grad},
+        "values of the base": _digest_of_base(net),
+        "schedule": "" if schedule is None else repr(schedule),
+        "task": task.name,
+        "loss": "" if task.own_loss is None else _name_of(task.own_loss),
+        "classes": list(task.classes or ()),
+        "number of examples": [0 if data is None else len(data) for data in examples],
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in named.items()},
+    }
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _digest_of_base(net: nn.Module) -> str:
+    """Of everything that is not trained; a network with other values there is another one."""
+    told = json.dumps(fingerprint(split(net).base, with_digests=True), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()

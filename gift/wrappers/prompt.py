@@ -1,0 +1,167 @@
+"""Prompt tuning: virtual tokens in front of what a module takes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.core.forwards import CallMethod, Forward, where
+from gift.methods import AdaptationError
+from gift.methods.settings import flag, setting, whole
+from gift.wrappers.arguments import Arguments
+from gift.wrappers.features import inputs_of, weight_beside
+from gift.wrappers.tensors import with_first_changed
+
+
+@dataclass(frozen=True)
+class Prompt(CallMethod):
+    """Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691) in front of embeddings.
+
+    Trained vectors ``P (n, dim)``, the virtual tokens, stand before the embeddings ``X`` of each
+    sequence, and the network with its frozen weights reads ``[P; X]``. Its results at the virtual
+    positions are taken away again, so that a loop sees what it saw before. ``n * dim`` parameters,
+    one tensor ``tokens (n, dim)``.
+
+    This is the one method under which a network does not start as what it was: an attention over
+    more keys gives something else, whatever the new keys are. `n` vectors of zeros would be no
+    exception, since a softmax gives them weight.
+
+    The module is any whose first argument is ``(batch, time, dim)``, ``(time, batch, dim)`` or, as
+    `nn.TransformerEncoder` allows, ``(time, dim)``. Of its other arguments, those with the names of
+    torch's masks are extended: nothing is masked in a padding mask; in a mask between positions,
+    every token sees all virtual ones, and a virtual one those before it and itself, so that a
+    causal mask stays one. A length or a mask under another name is passed as it is.
+
+    For language models of transformers, see `gift.wrappers.language`.
+
+    Args:
+        num_virtual_tokens: `n`.
+        dim: number of features; None finds it in the module's first layer.
+        batch_first: whether the batch comes before the time; None finds it in the first part of
+            the module that says so, and means True where none does.
+        strip: take the results at the virtual positions away: from the first tensor of the output,
+            if it has as many axes as the input and their length. False leaves the output as it is.
+        dtype: of the new parameters, or its name; None means that of the module, but at least
+            float32.
+
+    Raises:
+        ValueError: for settings out of range; all of them are named.
+    """
+
+    name: ClassVar[str] = "prompt"
+    size_setting: ClassVar[str | None] = "num_virtual_tokens"
+
+    num_virtual_tokens: int = whole(8)
+    dim: int | None = whole(None, enters_weight=False, kw_only=True)
+    batch_first: bool | None = setting(
+        None, "True or False", lambda value: isinstance(value, bool), kw_only=True, found=True
+    )
+    strip: bool = flag(True, kw_only=True)
+
+    def fit(self, module: nn.Module) -> Self:
+        """The same with the order of the module's axes."""
+        if isinstance(module, nn.Transformer):
+            raise AdaptationError("it takes two sequences: extend its encoder or its decoder")
+        if self.batch_first is not None:
+            return self
+        said = (getattr(part, "batch_first", None) for part in module.modules())
+        first = next((value for value in said if isinstance(value, bool)), True)
+        return replace(self, batch_first=first)
+
+    def init(self, module: nn.Module) -> dict[str, Tensor]:
+        """Normal with a standard deviation of 0.02."""
+        dim = inputs_of(module) if self.dim is None else self.dim
+        if dim is None:
+            raise AdaptationError(
+                "its first layer takes no embeddings (batch, time, dim): extend the part of the "
+                "network that does, or say dim="
+            )
+        shape = (self.num_virtual_tokens, dim)
+        return {"tokens": torch.randn(shape, **self.beside(weight_beside(module))) * 0.02}
+
+    def call(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        parameters: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What the module gives for ``[P; X]``, without the virtual positions."""
+        given = Arguments(module, args, kwargs, self.name)
+        first = next(iter(module._gift_arguments), "")  # type: ignore[arg-type]
+        tokens = parameters["tokens"]
+        x = self._checked(module, given.named.get(first), tokens)
+        axis = 0 if x.ndim == 2 or not self.batch_first else 1
+        given.named[first] = in_front(tokens, x, axis)
+        for name, extended in _MASKS.items():
+            if isinstance(given.named.get(name), Tensor):
+                given.named[name] = extended(given.named[name], len(tokens))
+        output = given.passed_to(forward)
+        if not self.strip:
+            return output
+        length = x.shape[axis] + len(tokens)
+
+        def without(result: Tensor) -> Tensor:
+            if result.ndim != x.ndim or result.shape[axis] != length:
+                return result
+            return result.narrow(axis, len(tokens), x.shape[axis])
+
+        stripped = with_first_changed(output, without)
+        return output if stripped is None else stripped
+
+    def _checked(self, module: nn.Module, x: Any, tokens: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and not x.is_nested:
+            if x.is_floating_point() and x.ndim in (2, 3) and x.shape[-1] == tokens.shape[1]:
+                return x
+            given = f"{x.dtype} of shape {tuple(x.shape)}"
+        else:
+            given = f"a {type(x).__name__}"
+        raise AdaptationError(
+            f"{where(module, self.name)} takes {given} as its first argument, its prompt is for "
+            f"embeddings (batch, time, {tokens.shape[1]}): extend the part of the network that "
+            "takes them, or say dim="
+        )
+
+
+def in_front(tokens: Tensor, x: Tensor, axis: int) -> Tensor:
+    """``[P; X]`` along that axis, in the dtype of the embeddings."""
+    if x.ndim == 3:
+        tokens = tokens.unsqueeze(1 - axis).expand(
+            *(len(tokens) if i == axis else size for i, size in enumerate(x.shape))
+        )
+    return torch.cat([tokens.to(x.dtype), x], axis)
+
+
+def _unmasked(mask: Tensor, n: int) -> Tensor:
+    """Of keys: ``(..., time)``, where zero or False is seen."""
+    return F.pad(mask, (n, 0))
+
+
+def _between(mask: Tensor, n: int) -> Tensor:
+    """Between positions: ``(..., time, time)``."""
+    blocked = True if mask.dtype is torch.bool else float("-inf")
+    above = F.pad(mask, (n, 0, n, 0))
+    rows, columns = (torch.arange(size, device=mask.device) for size in above.shape[-2:])
+    later = (rows[:, None] < n) & (columns > rows[:, None])
+    return above.masked_fill(later, blocked)
+
+
+def _of_rows(mask: Tensor, n: int) -> Tensor:
+    """From positions to those of another sequence: ``(..., time, others)``."""
+    return F.pad(mask, (0, 0, n, 0))
+
+
+_MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "mask": _between,
+    "src_mask": _between,
+    "tgt_mask": _between,
+    "attn_mask": _between,
+    "src_key_padding_mask": _unmasked,
+    "tgt_key_padding_mask": _unmasked,
+    "key_padding_mask": _unmasked,
+    "memory_mask": _of_rows,
+}

@@ -1,0 +1,208 @@
+"""What the parts of a prompted language model do; see `gift.wrappers.language`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.core.forwards import CallMethod, Forward, where
+from gift.methods import AdaptationError
+from gift.methods.settings import flag, whole
+from gift.wrappers.arguments import Arguments
+from gift.wrappers.caches import is_tuples
+from gift.wrappers.prompt import in_front
+from gift.wrappers.tensors import with_all_changed, with_items
+from gift.wrappers.understood import Understood, continuing
+
+
+def embedding_of(module: Any) -> nn.Embedding | None:
+    """The embedding of token ids of a model as those of transformers are; None if it has none."""
+    if not hasattr(module, "get_input_embeddings"):
+        return None
+    try:
+        found = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = getattr(module, "embed_tokens", None)  # encoders of old versions tell it so
+    return found if isinstance(found, nn.Embedding) else None
+
+
+@dataclass(frozen=True)
+class OfModel(CallMethod):
+    """What the parts of a prompted language model have in common."""
+
+    name: ClassVar[str] = "prompt"
+    size_setting: ClassVar[str | None] = "num_virtual_tokens"
+
+    num_virtual_tokens: int = whole(8)
+
+    def init(self, module: nn.Module) -> dict[str, Tensor]:
+        """Nothing: the tokens stand on the embedding."""
+        return {}
+
+
+@dataclass(frozen=True)
+class VirtualTokens(OfModel):
+    """On the embedding: the ids from -1 down are looked up in ``tokens (n, dim)``."""
+
+    def init(self, module: nn.Module) -> dict[str, Tensor]:
+        """The embeddings of random entries of the vocabulary, as in the paper."""
+        assert isinstance(module, nn.Embedding)
+        n, entries = self.num_virtual_tokens, module.num_embeddings
+        chances = torch.ones(entries)
+        if module.padding_idx is not None and entries > 1:
+            chances[module.padding_idx] = 0
+        ids = torch.multinomial(chances, n, replacement=n >= entries)
+        rows = module(ids.to(module.weight.device))
+        return {"tokens": rows.detach().to(**self.like(module.weight), copy=True)}
+
+    def reset(self, module: nn.Module) -> dict[str, Tensor]:
+        """Normal with a standard deviation of 0.02, as the vocabulary may have no values yet."""
+        made = self.init(module)["tokens"]
+        return {"tokens": torch.randn_like(made) * 0.02}
+
+    def call(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        parameters: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The embeddings of ids, virtual ones among them."""
+        ids, *rest = args or tuple(kwargs.values())
+        plain = forward(ids.clamp(min=0), *rest)
+        virtual = F.embedding((-1 - ids).clamp(min=0), parameters["tokens"]).to(plain.dtype)
+        return torch.where((ids < 0).unsqueeze(-1), virtual, plain)
+
+
+@dataclass(frozen=True)
+class PromptedModel(OfModel):
+    """On the model: virtual tokens come first, and are taken out of what it gives."""
+
+    strip: bool = flag(True)
+    first_position: int = whole(0, least=0, enters_weight=False)
+    positions: int | None = whole(None, enters_weight=False)
+
+    def fit(self, module: nn.Module) -> Self:
+        """The same with the positions that the model has."""
+        first, number = _positions(module)
+        if number is not None and self.num_virtual_tokens >= number:
+            raise AdaptationError(
+                f"{self.num_virtual_tokens} virtual tokens leave no room in {number} positions"
+            )
+        return replace(self, first_position=first, positions=number)
+
+    def call(
+        self,
+        module: Any,
+        forward: Forward,
+        parameters: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What the model gives for the virtual tokens and those after them."""
+        given = Arguments(module, args, kwargs, self.name)
+        named, n = given.named, self.num_virtual_tokens
+        x = named.get("input_ids")
+        x = named.get("inputs_embeds") if x is None else x
+        if not isinstance(x, Tensor):
+            return given.passed_to(forward)  # which says what it expected
+        names = module._gift_arguments
+        call = Understood(named, names, x, n, self.first_position, self.positions)
+        self._refuse(module, call.problems)
+        call.extend()
+        if not call.continues:
+            self._put_in_front(module, named, x)
+        output = given.passed_to(forward)
+        call.note_caches(output)
+        if call.continues or not self.strip:
+            return output
+        return self._stripped(module, output, *call.shape)
+
+    def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
+        """Refuse to go on with a cache."""
+        if self.strip:  # the cache of an encoder and a decoder holds no virtual tokens
+            self._refuse(module, continuing(self.num_virtual_tokens, named))
+
+    def _refuse(self, module: nn.Module, problems: list[str]) -> None:
+        if problems:
+            raise AdaptationError(f"{where(module, self.name)} {'; it '.join(problems)}")
+
+    def _put_in_front(self, module: Any, named: dict[str, Any], x: Tensor) -> None:
+        n = self.num_virtual_tokens
+        if x.is_floating_point():
+            rows: Any = embedding_of(module)
+            tokens = rows._gift_extensions[self.name].tensors(rows)["tokens"]
+            named["inputs_embeds"] = in_front(tokens, x, 1)
+        else:
+            ids = torch.arange(-1, -n - 1, -1, dtype=x.dtype, device=x.device)
+            named["input_ids"] = torch.cat([ids.expand(len(x), n), x], 1)
+
+    def _stripped(self, module: Any, output: Any, batch: int, time: int) -> Any:
+        n, length = self.num_virtual_tokens, self.num_virtual_tokens + time
+
+        def without(result: Tensor) -> Tensor:
+            if result.ndim == 3 and result.shape[1] == length:
+                return result[:, n:]
+            if result.ndim == 2 and len(result) == batch * length:  # scores of experts
+                return result.unflatten(0, (batch, length))[:, n:].flatten(0, 1)
+            return result
+
+        stripped = with_all_changed(output, without, kept=is_tuples)
+        pooler = getattr(module, "pooler", None)
+        key = 1 if isinstance(stripped, tuple) else "pooler_output"
+        there = len(stripped) > 1 if key == 1 else key in stripped
+        if not there or not isinstance(pooler, nn.Module):
+            return stripped
+        # It reads the first position, where a virtual token stood: let it read the first token.
+        return with_items(stripped, {key: _pooled(module, pooler, stripped[0])})
+
+
+def _pooled(module: Any, pooler: nn.Module, hidden: Tensor) -> Tensor:
+    if not isinstance(pooler, nn.Linear):
+        return pooler(hidden)
+    activation = getattr(module, "pooler_activation", None) or module.activation
+    return activation(pooler(hidden[:, 0]))
+
+
+@dataclass(frozen=True)
+class PromptedMemory(OfModel):
+    """On a decoder: the mask of an encoder's output learns of the virtual tokens in it."""
+
+    def call(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        parameters: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What the decoder gives."""
+        given = Arguments(module, args, kwargs, self.name)
+        mask, memory = map(given.named.get, ("encoder_attention_mask", "encoder_hidden_states"))
+        n = self.num_virtual_tokens
+        if mask is not None and memory is not None and mask.shape[-1] + n == memory.shape[1]:
+            if mask.ndim != 2:
+                raise AdaptationError(
+                    f"{where(module, self.name)} was given an encoder_attention_mask that is not "
+                    "(batch, time): gift does not know what it is for virtual tokens"
+                )
+            given.named["encoder_attention_mask"] = F.pad(mask, (n, 0), value=1)
+        return given.passed_to(forward)
+
+
+def _positions(module: Any) -> tuple[int, int | None]:
+    """The first position, and the number of positions of a model that has so many only."""
+    limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+        return 0, None
+    words = embedding_of(module)
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    padding = [table.padding_idx for table in tables
+               if table.num_embeddings == limit and table is not words]  # fmt: skip
+    # In RoBERTa and the like, positions begin after the one of padding.
+    first = next((index + 1 for index in padding if index is not None), 0)
+    return first, limit - first
