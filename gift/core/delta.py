@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
-from gift.core.dynamic_class import Generated, Spec, bare, contributes, plain_class, set_class
+from gift.core.dynamic_class import Generated, Spec, bare, plain_class, set_class
 from gift.core.state_settings import KEY, decoded, encoded
 from gift.core.undo.containers import put_order
 
@@ -219,8 +219,6 @@ class OwnState(Generated):
     effective ones, and takes no delta for an unknown key. The deltas are written and read here.
     """
 
-    _gift_innermost = True
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         added = self._gift_added()
         _plain_twin(self, added)._save_to_state_dict(destination, prefix, keep_vars)
@@ -277,8 +275,8 @@ def as_plain(module: nn.Module) -> Iterator[None]:
             put_order(holder, order)
 
 
-@contributes
-def _state_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """States of modules whose author writes them."""
     # Torch's own (of lazy modules, say) take whatever tensors a module has.
     own = any(not getattr(plain, name).__module__.startswith("torch.nn.") for name in _STATE)
     return ([OwnState] if own and (spec.tensors or spec.extended) else []), {}

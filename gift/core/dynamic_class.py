@@ -1,8 +1,8 @@
 """Generated classes: how a module changes its behaviour without ceasing to be what it was.
 
 A generated class is a subclass of a module's own ("plain") class, with the same name and with
-mixins in front. Its `Spec` says which, so that a copy or a pickle can generate it again. Each
-feature contributes its mixins here and knows nothing of the others.
+mixins in front. Its `Spec` says which, so that a copy or a pickle can generate it again. The
+features, each of which knows nothing of the others, stand in `gift.core.features`.
 
 An object may change its class only to one of the same memory layout, and Python takes the layout of
 a class from its first base. So the plain class is the first base of a generated one, whatever bases
@@ -42,16 +42,11 @@ _PLAIN = Spec()
 
 _PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs_ex__")
 
-Contribution = Callable[[type, Spec], tuple[list[type], dict[str, Any]]]
-_contributions: list[Contribution] = []
+Feature = Callable[[type, Spec], tuple[list[type], dict[str, Any]]]
+"""From a plain class and a spec, the mixins and attributes that a feature gives the class."""
+
 _classes: WeakValueDictionary[tuple[type, Spec], type] = WeakValueDictionary()
 _metaclasses: WeakValueDictionary[type, type] = WeakValueDictionary()
-
-
-def contributes(contribution: Contribution) -> Contribution:
-    """Decorator: from a plain class and a spec, the mixins and attributes of a feature."""
-    _contributions.append(contribution)
-    return contribution
 
 
 class Generated:
@@ -268,11 +263,12 @@ def _generate(plain: type, spec: Spec) -> type:
     if hasattr(plain, "recompile"):
         namespace["recompile"] = _recompile
     mixins: list[type] = []
-    for contribution in _contributions:
-        more_mixins, attributes = contribution(plain, spec)
+    from gift.core.features import FEATURES  # which need this file themselves
+
+    for feature in FEATURES:
+        more_mixins, attributes = feature(plain, spec)
         mixins += more_mixins
         namespace |= attributes
-    mixins.sort(key=lambda mixin: getattr(mixin, "_gift_innermost", False))
     return subclass_with(mixins, plain, namespace)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.delta import Delta, DeltaModule, add_tensor, put_values
-from gift.core.dynamic_class import Generated, Spec, change_class, contributes, plain_class
+from gift.core.dynamic_class import Generated, Spec, change_class, plain_class
 from gift.methods import AdaptationError
 from gift.methods.settings import Configured, dtype_of
 
@@ -176,8 +176,8 @@ def _extended(
     return extension.method.call(module, forward, extension.tensors(module), args, kwargs)
 
 
-@contributes
-def _extended_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """A wrapped forward pass, and what reads it: its signature, ``generate``, nested tensors."""
     if not spec.extended:
         return [], {}
     generated: Any = None  # the class that is being made: Python puts it into this variable's cell

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gift.core.dynamic_class import Generated, Spec, change_class, contributes
+from gift.core.dynamic_class import Generated, Spec, change_class
 from gift.private.torch import NORM_WITH_STATISTICS
 
 
@@ -19,8 +19,8 @@ class FrozenStatistics(Generated):
         return super().train(False)  # type: ignore[misc]
 
 
-@contributes
-def _statistics_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """Norm layers that stay in evaluation mode."""
     return ([FrozenStatistics] if spec.statistics else []), {}
 
 

@@ -19,7 +19,6 @@ from gift.core.dynamic_class import (
     Generated,
     Spec,
     change_class,
-    contributes,
     joined,
     plain_class,
     spec_of,
@@ -380,8 +379,8 @@ def _loaded(network: Any, incompatible: Any) -> None:
                 adapters_of(module)[key].follow(module, key)  # a tensor that is computed
 
 
-@contributes
-def _network_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """A network that shows its trained parameters only."""
     if not spec.network:
         return [], {}
     readers = {name: getattr(plain, name, None) for name in ("dtype", "device")}

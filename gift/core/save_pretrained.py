@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from gift.core.delta import named_deltas
-from gift.core.dynamic_class import Generated, Spec, contributes
+from gift.core.dynamic_class import Generated, Spec
 from gift.errors import GiftWarning
 
 
@@ -35,8 +35,8 @@ def parts_that_save(network: nn.Module) -> Iterator[nn.Module]:
     return (m for m in network.modules() if m is not network and hasattr(m, "save_pretrained"))
 
 
-@contributes
-def _part(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """A warning from parts of a network that save themselves as models."""
     if not spec.part or spec.network:
         return [], {}
     return [Generated], {"save_pretrained": _warning(plain.save_pretrained)}  # type: ignore[attr-defined]

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-import gift.core.weights.bitsandbytes
-import gift.core.weights.mixin  # noqa: F401 - both contribute what adapted modules gain
 from gift.core.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
 from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts

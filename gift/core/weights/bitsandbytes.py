@@ -5,8 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import gift.core.weights.mixin  # noqa: F401 - whose fast paths come first
-from gift.core.dynamic_class import Generated, Spec, contributes, plain_class
+from gift.core.dynamic_class import Generated, Spec, plain_class
 from gift.methods.base import dotted
 from gift.quantization.bitsandbytes import LINEAR_FORWARDS
 
@@ -51,8 +50,8 @@ FORWARDS = {
 """From the dotted name of a layer's forward to one that computes with any weight."""
 
 
-@contributes
-def _quantised_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """Packed weights in states, and a forward that takes an effective weight."""
     own = plain.forward if issubclass(plain, nn.Module) else None
     forward = FORWARDS.get(dotted(own)) if own is not None and spec.tensors else None
     if forward is None:

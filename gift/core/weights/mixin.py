@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import TensorWeakRef
 
 from gift.core.delta import DeltaModule, as_plain
-from gift.core.dynamic_class import Generated, Spec, contributes, generated_class, plain_class
+from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class
 from gift.core.weights.effective import EffectiveWeight, refused
 from gift.core.weights.reading import one_call
 from gift.core.weights.record import Adapter, is_sharded, plain_tensor
@@ -223,16 +223,16 @@ class ReadsOften(Called):
     _gift_reads_often = True
 
 
-@contributes
-def _called_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def called_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """Calls in which an effective weight is made once."""
     forward = getattr(plain, "forward", None)
     if spec.tensors and not getattr(forward, "__module__", "").startswith("torch.nn."):
         return [ReadsOften], {}
     return ([Called], {}) if spec.network else ([], {})
 
 
-@contributes
-def _adapted_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def adapted_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+    """Effective weights as properties, and the fast path of the method where it has one."""
     if not spec.tensors:
         return [], {}
     mixins: list[type] = [AdaptedModule]
