@@ -18,6 +18,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/ready
 	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done

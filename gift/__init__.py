@@ -3,17 +3,13 @@
 from gift.bank import DeltaBank
 from gift.budget import suggest
 from gift.core.iterator import ModuleIterator
-from gift.engine.enable import (
-    GiftWarning,
-    disable_fine_tuning,
-    enable_fine_tuning,
-    plan_fine_tuning,
-)
+from gift.core.merging import merge, merged
+from gift.core.reference import reference
+from gift.core.undo.unload import disabled
+from gift.engine.enable import disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
+from gift.errors import GiftWarning
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
 from gift.interop import load_kohya, load_peft, save_kohya, save_peft
-from gift.merging import merge, merged
-from gift.merging.reference import reference
-from gift.merging.unload import disabled
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
 

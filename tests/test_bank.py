@@ -17,8 +17,8 @@ from torchvision.models import resnet18
 
 import gift
 from gift import DeltaBank, DeltaFileError, FineTuningStrategy, enable_fine_tuning
+from gift.errors import AdaptationError
 from gift.factories import ma_replace_head, mc_path
-from gift.methods import AdaptationError
 from gift.strategies import (
     BitFitFineTuningStrategy,
     BottleneckFineTuningStrategy,

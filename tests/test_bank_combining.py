@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import gift
 from gift import DeltaBank, FineTuningStrategy, GiftWarning, merge_strategies
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer, mc_path, pa_adapt, pc_ndim
-from gift.methods import AdaptationError
 from gift.strategies import (
     BitFitFineTuningStrategy,
     BottleneckFineTuningStrategy,

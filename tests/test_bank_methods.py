@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gift.methods import AdaptationError, method_of
+from gift.errors import AdaptationError
+from gift.methods import method_of
 from tests.cases.methods import METHODS, MethodCase
 
 everywhere = pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)

@@ -30,8 +30,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from gift import DeltaBank, FineTuningStrategy, GiftWarning
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer, mc_path
-from gift.methods import AdaptationError
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gift import enable_fine_tuning
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.strategies import BottleneckFineTuningStrategy as Bottlenecks
 from tests.cases.calls import (
     ACTS,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
+from gift.layers.table import dotted
 from gift.methods import METHODS, LoRA
-from gift.methods.base import dotted
 from gift.strategies import LoRAAllFineTuningStrategy
 
 # Of layers this small, a delta is easily larger than the weight.

@@ -24,8 +24,8 @@ from gift import (
     merge,
     merged,
 )
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_path
-from gift.methods import AdaptationError
 from gift.strategies import (
     BottleneckFineTuningStrategy,
     FullFineTuningStrategy,

@@ -10,8 +10,9 @@ from peft import HRAConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 from gift import FineTuningStrategy, enable_fine_tuning
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_any, mc_name
-from gift.methods import METHODS, AdaptationError, Method
+from gift.methods import METHODS, Method
 from tests.common import trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")

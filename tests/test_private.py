@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import gift
 from gift import DeltaBank, FineTuningStrategy, enable_fine_tuning
 from gift.core.undo.copy_on_write import KeptValues
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
 from gift.kernels import gemm
-from gift.methods import AdaptationError
 from gift.methods.draws import seeded_buffer, sorted_entries
 from gift.private import torch as private
 from gift.private.diffusers import source_of

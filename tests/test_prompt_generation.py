@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from gift import disable_fine_tuning
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from tests.cases.prompts import (
     EACH_SEQUENCE,
     EACH_TOKEN,

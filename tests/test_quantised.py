@@ -27,8 +27,9 @@ from gift import (
 from gift.core.delta import added_names
 from gift.core.state_settings import without_settings
 from gift.core.weights.record import adapters_of
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer, mc_name
-from gift.methods import METHODS, AdaptationError
+from gift.methods import METHODS
 from gift.quantization import dequantised, is_quantised, requantised, shape_of
 from gift.strategies import STRATEGIES
 from tests.cases.methods import METHODS as FORMULAS

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import gift
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
-from gift.methods import AdaptationError
 from tests.test_quantised import (
     KINDS,
     Kind,

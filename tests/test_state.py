@@ -21,8 +21,8 @@ from gift import (
     merge_strategies,
     plan_fine_tuning,
 )
+from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_type, pa_adapt, pa_train, pc_name
-from gift.methods import AdaptationError
 from gift.strategies import (
     DebugStrategy,
     FreezeStrategy,

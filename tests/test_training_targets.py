@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gift.core.io_spec import noted
+from gift.core.io_spec import io_spec_of
 from gift.data import Examples, labelled, language_text, tensors, text_table
 from gift.data.errors import DataError
-from gift.engine.enable import GiftWarning
+from gift.errors import GiftWarning
 from gift.strategies import FullFineTuningStrategy
 from gift.training import TrainingError, evaluate, finetune
 from gift.training.errors import NotFiniteError
@@ -71,7 +71,7 @@ def test_one_number_for_each_example_is_a_regression(
     result = full(tuned, data, data, epochs=30, lr=0.1, batch_size=8)
     assert result.task == "regression"
     if form != "loader":  # of which nothing is noted
-        assert noted(tuned).task == "regression"
+        assert io_spec_of(tuned).task == "regression"
     assert result.after["loss"] < 0.1 * before["loss"]
     assert result.after["r2"] > 0.9
 

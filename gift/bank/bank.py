@@ -15,18 +15,15 @@ from gift.bank.combining import Combination, combine
 from gift.bank.rows import rows_added
 from gift.bank.scaling import scale
 from gift.core.dynamic_class import spec_of
-from gift.core.network import NetworkRecord, delta_names, frozen_names, whole_state
+from gift.core.network import delta_names, frozen_names, whole_state
+from gift.core.record import NetworkRecord, record_of
 from gift.core.undo.snapshot import all_or_nothing, completed, transaction
 from gift.core.undo.temporary_state import meanwhile, refuse_meanwhile
-from gift.engine.enable import (
-    GiftWarning,
-    check_undoable,
-    enable_fine_tuning,
-    enabling_trained,
-    values_of_the_base,
-)
+from gift.core.undo.undoable import check_undoable
+from gift.core.undo.unload import Detached
+from gift.engine.enable import enable_fine_tuning, enabling_trained, values_of_the_base
+from gift.errors import GiftWarning
 from gift.files import load, resolve
-from gift.merging.unload import Detached
 from gift.quantization import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.support.interrupts import held_interrupts, switching
@@ -143,7 +140,7 @@ class DeltaBank:
     def _present_strategy(self) -> FineTuningStrategy:
         if not spec_of(self.net).network:
             raise ValueError("a state alone does not say how it was trained: give its strategy")
-        config = self.net._gift_network.recipe or resolve(self.net).to_config()
+        config = record_of(self.net).recipe or resolve(self.net).to_config()
         return load_strategy_from_config(config)
 
     def activate(self, name: str | None) -> None:
@@ -266,7 +263,7 @@ class DeltaBank:
     def _check(self, may_wear: bool = False) -> None:
         """That the network wears what the bank thinks; `may_wear` also one without a name."""
         refuse_meanwhile(self.net)
-        worn = self.net._gift_network if spec_of(self.net).network else None
+        worn = record_of(self.net) if spec_of(self.net).network else None
         if self._active is not None and worn is None:
             del self._deltas[self._active]
             warnings.warn(
@@ -285,7 +282,7 @@ class DeltaBank:
             raise RuntimeError("the network wears a delta without a name: add(name) gives it one")
 
     def _wears(self, name: str) -> None:
-        self._deltas[name], self._active, self._worn = None, name, self.net._gift_network
+        self._deltas[name], self._active, self._worn = None, name, record_of(self.net)
 
     def _take_off(self) -> None:
         if self._active is not None:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
 from gift.core.forwards import named_extensions
-from gift.core.network import NetworkRecord
+from gift.core.record import record_of
 from gift.core.undo.snapshot import tensor_of, transaction
+from gift.core.undo.unload import Detached
 from gift.core.weights.record import Adapter, adapters_of, present_tensor, trained_value
 from gift.layers.table import Layout, LayoutOptions
-from gift.merging.unload import Detached
 from gift.quantization import dequantised
 from gift.support.tensors import is_inexact, wide
 
@@ -97,7 +97,7 @@ def _read(net: Any, dense: bool) -> Changes:
             else:
                 whole = first.get(id(module._parameters.get(tensor)), name)
                 found.weights[name] = _change(whole, module, tensor, adapter, dense)
-    for module, name, base in net._gift_network.undo.values:
+    for module, name, base in record_of(net).undo.values:
         now = tensor_of(module, name).detach()
         if id(module) in paths and not torch.equal(now, base):
             found.values[joined(paths[id(module)], name)] = module, name, base, now.clone()
@@ -106,7 +106,7 @@ def _read(net: Any, dense: bool) -> Changes:
 
 def _foreign(net: Any, paths: Mapping[int, str]) -> Iterator[str]:
     """What is no change of a weight or value."""
-    record: NetworkRecord = net._gift_network
+    record = record_of(net)
     for path, _, extension in named_extensions(net):
         if extension.names:
             yield f"{path or 'the network'} is extended by {extension.method}"

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gift.bank.changes import Change, Changes, changes_of, trained_values
 from gift.core.delta import put_values
+from gift.core.undo.unload import Detached
 from gift.core.weights.record import adapters_of
 from gift.engine.enable import enabling_trained
+from gift.errors import AdaptationError
 from gift.layers.table import Layout, LayoutOptions, layout_of
-from gift.merging.unload import Detached
-from gift.methods import AdaptationError, LoRA
+from gift.methods import LoRA
 from gift.methods.settings import is_integer, is_number
 from gift.strategies.resolved import ResolvedStrategy, group_of
 from gift.support.tensors import dtype_name, is_inexact, wide

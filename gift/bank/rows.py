@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from gift.bank.changes import Change, Changes, changes_of
 from gift.bank.tracking import Hook, Tracking
 from gift.core.dynamic_class import plain_class
-from gift.engine.enable import GiftWarning
-from gift.layers.table import CONV1D_FORWARD, Layout, reader_of
-from gift.methods import AdaptationError
-from gift.methods.base import dotted
+from gift.errors import AdaptationError, GiftWarning
+from gift.layers.table import CONV1D_FORWARD, Layout, dotted, reader_of
 from gift.private.torch import convolve, unfollowed
 from gift.quantization import LINEAR_FORWARDS
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from gift.core.delta import put_values
 from gift.core.dynamic_class import joined
-from gift.core.network import NetworkRecord
+from gift.core.record import NetworkRecord, record_of
 from gift.core.undo.snapshot import completed, tensor_of
 from gift.core.weights.record import adapters_of
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.methods.settings import is_number
 from gift.support.tensors import is_finite, wide
 
@@ -41,7 +41,7 @@ def scale(net: Any, factor: float) -> None:
             if not all(map(is_finite, new.values())):
                 problems.append(f"{joined(path, tensor)}: its numbers would not be finite")
             work.append((module, new))
-    trained = list(_trained(net._gift_network, factor))
+    trained = list(_trained(record_of(net), factor))
     problems += [f"{name}: its numbers would not be finite"
                  for _, name, value in trained if not is_finite(value)]  # fmt: skip
     if problems:

@@ -11,8 +11,9 @@ from gift.budget.budget import Budget
 from gift.budget.sizes import Sizes, last_that
 from gift.core.weights.record import Adapter, present_tensor
 from gift.engine.dry_run import Cost
+from gift.errors import AdaptationError
 from gift.factories.serializable import describe
-from gift.methods import AdaptationError, Method
+from gift.methods import Method
 from gift.strategies.base import Cap
 from gift.strategies.sized import AdaptEach, Layer, setting_of
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gift.engine.dry_run import Cost
-from gift.methods import AdaptationError, Method
+from gift.errors import AdaptationError
+from gift.methods import Method
 from gift.strategies.sized import setting_of, with_size
 
 

@@ -19,8 +19,8 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="overwrite the file")] = False,
 ) -> None:
     """A job file to begin with: every setting, its default, and what it means."""
-    from gift.files.container import write_text
     from gift.jobs import JobError, init_text
+    from gift.support.atomic_files import write_text
 
     text = init_text(kind, strategy)
     if file is None:

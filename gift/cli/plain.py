@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from gift.engine.enable import GiftWarning
+from gift.errors import GiftWarning
 from gift.training.distributed import rank
 
 TRACEBACK = "GIFT_TRACEBACK"

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import Delta, DeltaModule, add_tensor, put_values
 from gift.core.dynamic_class import Generated, Spec, change_class, plain_class
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.methods.settings import Configured, dtype_of
 
 Forward = Callable[..., Any]

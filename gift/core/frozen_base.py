@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gift.core.dynamic_class import plain_class
-from gift.core.report import some
-from gift.errors import GiftWarning
+from gift.core.record import record_of
+from gift.errors import GiftWarning, some
 
 HELD = "requires_grad_"
 """The attribute, which stands in front of the method of that name."""
@@ -79,7 +79,7 @@ def hold_flags(network: Any) -> None:
     Called whenever that changes.
     """
     watch(network)
-    record = network._gift_network
+    record = record_of(network)
     trained = record.chosen - record.waiting
     named = nn.Module.named_parameters(network, remove_duplicate=False)
     free = {id(parameter) for name, parameter in named if name in trained}
@@ -104,7 +104,7 @@ def unfrozen(network: Any) -> list[nn.Parameter]:
     """
     return [
         parameter
-        for flags in network._gift_network.held
+        for flags in record_of(network).held
         for name in flags.frozen
         if (parameter := flags.module._parameters.get(name)) is not None and parameter.requires_grad
     ]
@@ -114,7 +114,7 @@ def tell_unfrozen(network: Any) -> None:
     """Warn once of what `unfrozen` finds."""
     if torch.compiler.is_compiling():  # which cannot look at flags, and warns nobody
         return
-    record = network._gift_network
+    record = record_of(network)
     if record.told_unfrozen or not (found := {id(p) for p in unfrozen(network)}):
         return
     record.told_unfrozen = True

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.delta import named_deltas
-from gift.core.report import some
 from gift.core.state_settings import is_settings
 from gift.core.weights.record import adapters_of, is_sharded
+from gift.errors import some
 from gift.quantization import is_quantised
 
 

@@ -1,36 +1,42 @@
-"""What a network knows of its inputs and outputs, noted on it."""
+"""What a network knows of its inputs and outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from gift.private.torch import COMPILED
 
-if TYPE_CHECKING:
-    from gift.data.examples import Reader
+IO_SPEC = "_gift_io_spec"
+"""The attribute of a network that holds its `IOSpec`."""
 
-NOTE = "_gift_noted"
-"""The attribute of a network."""
+
+class InputReader(Protocol):
+    """All that is asked here of what reads inputs; see `gift.data.Reader`."""
+
+    stands_alone: ClassVar[bool]
+
+    def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
+        """Itself as plain data; the folder gets files that it needs."""
 
 
 @dataclass(frozen=True)
-class Noted:
-    """What is known of a network.
+class IOSpec:
+    """What is known of the inputs and outputs of a network.
 
     Args:
-        reader: makes its inputs; None where that is not known.
-        classes: names of what it tells apart; None where these are not known.
-        task: what it does.
+        reader: makes the inputs; None where it is not known.
+        classes: names of the classes; None where they are not known.
+        task: as of `gift.data.Examples`.
     """
 
-    reader: "Reader | None" = None
+    reader: Any = None
     classes: tuple[str, ...] | None = None
     task: str = "classification"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Noted":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IOSpec":
         return self  # nothing in it changes
 
     def to_config(self, folder: Path | None = None) -> dict[str, Any]:
@@ -40,7 +46,7 @@ class Noted:
             folder: gets the files that the reader needs, as of a tokenizer. Without one, such a
                 reader is left out.
         """
-        reader = self.reader
+        reader: InputReader | None = self.reader
         if folder is None and reader is not None and not reader.stands_alone:
             reader = None
         return {
@@ -50,61 +56,44 @@ class Noted:
         }
 
 
-def note(
-    net: nn.Module, reader: "Reader | None", classes: Sequence[str] | None, task: str
-) -> None:  # fmt: skip
-    """Note on a network how its inputs are read and what its outputs are.
+def set_io_spec(net: nn.Module, reader: Any, classes: Sequence[str] | None, task: str) -> None:
+    """Store on a network how its inputs are read and what its outputs are.
 
-    Copies and pickles of the network keep it. What is noted while it is being fine-tuned is gone
-    when that is disabled.
+    Copies and pickles of the network keep it. What is stored during fine-tuning is gone when
+    fine-tuning is disabled.
     """
-    vars(net)[NOTE] = Noted(reader, None if classes is None else tuple(classes), task)
+    vars(net)[IO_SPEC] = IOSpec(reader, None if classes is None else tuple(classes), task)
 
 
-def noted(net: nn.Module) -> Noted:
-    """What is noted on a network, also where DDP or ``torch.compile`` wraps it."""
+def io_spec_of(net: nn.Module) -> IOSpec:
+    """The `IOSpec` of a network, also where DDP or ``torch.compile`` wraps it."""
     for name in (COMPILED, "module"):
         inner = net._modules.get(name)
-        if NOTE not in vars(net) and inner is not None:
-            return noted(inner)
-    return vars(net).get(NOTE, Noted())
+        if IO_SPEC not in vars(net) and inner is not None:
+            return io_spec_of(inner)
+    return vars(net).get(IO_SPEC, IOSpec())
 
 
-def renew_note(net: nn.Module) -> None:
-    """Begin a note of its own, with what is known so far: fine-tuning begins.
+def renew_io_spec(net: nn.Module) -> None:
+    """Give a network an equal `IOSpec` of its own when its fine-tuning begins.
 
-    The old one is in the way back then, as all that is changed on a module.
+    The present one belongs to the base: disabling puts it back.
     """
-    vars(net)[NOTE] = replace(noted(net))
+    vars(net)[IO_SPEC] = replace(io_spec_of(net))
 
 
-def drop_empty_note(net: nn.Module) -> None:
-    """Leave nothing on a network of which nothing is known; the way back has what stood there."""
-    if noted(net) == Noted():
-        vars(net).pop(NOTE, None)
+def drop_empty_io_spec(net: nn.Module) -> None:
+    """Remove an `IOSpec` that says nothing."""
+    if io_spec_of(net) == IOSpec():
+        vars(net).pop(IO_SPEC, None)
 
 
 def forget_classes(net: nn.Module) -> None:
-    """The head is another one now, whose classes nobody has named yet."""
-    vars(net)[NOTE] = replace(noted(net), classes=None)
+    """Drop the names of the classes: the head was replaced."""
+    vars(net)[IO_SPEC] = replace(io_spec_of(net), classes=None)
 
 
-def read_note(config: Mapping[str, Any]) -> Noted:
-    """What `Noted.to_config` made plain.
-
-    Raises:
-        ValueError: if it describes no reader.
-    """
-    reader = config["reader"]
-    if reader is not None:
-        from gift.data.readers import reader_from_config  # which few files need
-
-        reader = reader_from_config(reader)
-    classes = config["classes"]
-    return Noted(reader, None if classes is None else tuple(classes), config["task"])
-
-
-def put_note(net: nn.Module, told: Noted) -> None:
-    """Note that; where it has no reader, that of the base stays."""
-    vars(net)[NOTE] = replace(told, reader=told.reader or noted(net).reader)
-    drop_empty_note(net)
+def load_io_spec(net: nn.Module, spec: IOSpec) -> None:
+    """Store `spec` on a network; where `spec` has no reader, that of the base stays."""
+    vars(net)[IO_SPEC] = replace(spec, reader=spec.reader or io_spec_of(net).reader)
+    drop_empty_io_spec(net)

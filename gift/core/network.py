@@ -6,7 +6,6 @@ import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from gift.core.dynamic_class import (
     plain_class,
     spec_of,
 )
-from gift.core.frozen_base import HeldFlags, hold_flags, release_flags, tell_unfrozen, watch
+from gift.core.frozen_base import hold_flags, release_flags, tell_unfrozen, watch
 from gift.core.incoming_state import Incoming
-from gift.core.report import Report
+from gift.core.record import NetworkRecord, record_of
 from gift.core.save_pretrained import parts_that_save, saving_methods
 from gift.core.state_settings import without_settings
 from gift.core.undo.copy_on_write import memory_of
@@ -35,47 +34,6 @@ from gift.core.weights.record import adapters_of
 from gift.errors import GiftWarning
 from gift.private.torch import callers
 from gift.quantization import quant_state_names
-
-
-@dataclass
-class NetworkRecord:
-    """What fine-tuning keeps on the network.
-
-    Args:
-        chosen: names of the parameters that the strategy left trainable. They stay chosen while
-            somebody freezes them for a while.
-        report: what the strategy did.
-        undo: the way back.
-        late: those among them that were chosen later, see `gift.core.unfreeze`.
-        waiting: those that stay frozen until they are due, whatever ``requires_grad_`` says.
-        held: what keeps frozen parameters frozen, module by module.
-        told_unfrozen: whether somebody was warned that flags of them were set.
-        keeps_base: whether the way back has the values of what is trained in place.
-        only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
-        only_trainable_state: whether ``state_dict()`` gives these and buffers only.
-        recipe: the strategy as plain data, None where a file cannot name it.
-        loading: of the state that is being loaded, the prefix and the keys.
-        rehearsing: whether that is only tried.
-        refusing: whether nothing of it is loaded.
-        strict: whether missing keys are errors, as far as that is known: torch does not tell parts
-            of a bigger module.
-    """
-
-    chosen: set[str]
-    report: Report
-    undo: Undo
-    late: set[str] = field(default_factory=set)
-    waiting: set[str] = field(default_factory=set)
-    held: list[HeldFlags] = field(default_factory=list)
-    told_unfrozen: bool = False
-    keeps_base: bool = True
-    only_trainable_parameters: bool = True
-    only_trainable_state: bool = True
-    recipe: dict[str, Any] | None = None
-    loading: tuple[str, Set[str]] = ("", frozenset())
-    rehearsing: bool = False
-    refusing: bool = False
-    strict: bool = True
 
 
 class FineTunedNetwork(Generated):
@@ -265,7 +223,7 @@ def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
 
 def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: bool) -> Any:
     """Call `load` once to see whether it can be done, and then to do it."""
-    record: NetworkRecord = network._gift_network
+    record = record_of(network)
     record.rehearsing = True
     try:
         _rehearse(network, load, args, kwargs)
@@ -359,7 +317,7 @@ def _loaded(network: Any, incompatible: Any) -> None:
     """Hook after loading: what a saved delta rightly lacks is not missing, and a new base is the
     base from then on.
     """
-    record: NetworkRecord = network._gift_network
+    record = record_of(network)
     prefix, keys = record.loading
     if record.refusing:  # there is an error already
         missing = incompatible.missing_keys

@@ -1,16 +1,11 @@
 """What a strategy did to a network, as plain data that prints as tables."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+from gift.errors import some
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 from gift.core.delta import named_deltas
 from gift.core.dynamic_class import Generated, Spec
+from gift.core.record import record_of
 from gift.errors import GiftWarning
 
 
@@ -91,7 +92,7 @@ def _saving(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _save_whole(network: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from gift.merging import merged
+    from gift.core.merging import merged
 
     with merged(network):
         if any(delta.names for _, _, delta in named_deltas(network)):
@@ -110,7 +111,7 @@ def _is_partial(network: Any, state: Any) -> bool:
     deltas, frozen = delta_names(network), set(frozen_names(network))
     if not deltas.isdisjoint(state):
         return True
-    return not network._gift_network.chosen.isdisjoint(state) and not frozen <= set(state)
+    return not record_of(network).chosen.isdisjoint(state) and not frozen <= set(state)
 
 
 def _is_checkpoint(folder: Any) -> bool:

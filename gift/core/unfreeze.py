@@ -1,7 +1,7 @@
 """Training more or fewer of a fine-tuned network's own parameters while it is being fine-tuned."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from gift.core.delta import added_names
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.frozen_base import hold_flags
+from gift.core.record import record_of
 from gift.core.undo.snapshot import put_value, tensor_of
 from gift.core.weights.record import adapters_of
 from gift.errors import AdaptationError
@@ -18,14 +19,9 @@ from gift.quantization import is_quantised
 from gift.support.tensors import is_inexact
 
 if TYPE_CHECKING:
-    from gift.core.network import NetworkRecord
+    from gift.core.record import NetworkRecord
 
 Place = tuple[set[str], nn.Module, str]
-
-
-def record_of(network: Any) -> "NetworkRecord":
-    """What fine-tuning keeps on a network that is being fine-tuned."""
-    return network._gift_network
 
 
 def train_in_place(network: nn.Module, names: Iterable[str]) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gift.core.report import some
 from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
+from gift.errors import some
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """How the names of files with pictures end."""

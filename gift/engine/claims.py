@@ -11,8 +11,9 @@ from gift.core.delta import deltas_of
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import named_extensions
 from gift.core.iterator import named_parts
-from gift.core.report import Claim, some
+from gift.core.report import Claim
 from gift.core.weights.record import Adapter, adapters_of
+from gift.errors import some
 from gift.quantization import shape_of
 
 Adapted = tuple[str, nn.Module, Adapter]

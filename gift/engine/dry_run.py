@@ -15,7 +15,8 @@ from gift.core.network import named_trainable
 from gift.core.report import Report
 from gift.core.undo.snapshot import Snapshot
 from gift.engine.claims import size_of
-from gift.engine.enable import GiftWarning, enable_fine_tuning
+from gift.engine.enable import enable_fine_tuning
+from gift.errors import GiftWarning
 from gift.strategies.base import FineTuningStrategy
 
 

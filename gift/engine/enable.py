@@ -9,26 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import added_names, held
-from gift.core.dynamic_class import joined, spec_of
-from gift.core.io_spec import drop_empty_note, renew_note
-from gift.core.network import (
-    NetworkRecord,
-    install_record,
-    named_trainable,
-    remove_record,
-    trained_in_place,
-)
-from gift.core.report import Report, some
+from gift.core.dynamic_class import spec_of
+from gift.core.io_spec import drop_empty_io_spec, renew_io_spec
+from gift.core.network import install_record, remove_record, trained_in_place
+from gift.core.record import NetworkRecord, record_of
+from gift.core.report import Report
 from gift.core.undo.snapshot import Snapshot, all_or_nothing, tensor_of, transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
+from gift.core.undo.undoable import check_undoable
 from gift.core.unfreeze import misfits_in_place
 from gift.core.weights.record import is_sharded
 from gift.engine.claims import sizes_of
 from gift.engine.leftover import hints_for_strangers, told_leftover
 from gift.engine.walk import Walk, closest_names
-from gift.errors import GiftWarning
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError, GiftWarning, some
 from gift.strategies.base import Cap, FineTuningStrategy
 
 
@@ -83,7 +77,7 @@ def enable_fine_tuning(
             snapshot.rollback()
             return report
         undo = snapshot.commit(keep_base)
-        drop_empty_note(module)
+        drop_empty_io_spec(module)
         record = NetworkRecord(
             chosen={name for name, p in named.items() if p.requires_grad},
             report=report,
@@ -119,7 +113,7 @@ def enabling_trained(
 
 def values_of_the_base(module: Any) -> list[tuple[Tensor, Tensor]]:
     """What a trained state is about to write into, and the values that it has in the base."""
-    record: NetworkRecord = module._gift_network
+    record = record_of(module)
     if record.keeps_base:
         return [(tensor_of(m, name), value) for m, name, value in record.undo.values]
     written = [p for _, p in trained_in_place(module)] + [*module.buffers()]
@@ -174,58 +168,6 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
         values = undo.present_values()
         change.finish(lambda: undo.put_values(values))
     return module
-
-
-def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
-    """Whether the deltas can be taken off; and, if `needs_base`, the base be given back.
-
-    Raises:
-        RuntimeError: if the network is not being fine-tuned, or the base was not kept.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
-    if not spec_of(module).network:
-        refuse_meanwhile(module)
-        inside = [name for name, part in module.named_modules() if spec_of(part).network]
-        hint = f"; inside it, {inside} are" if inside else ""
-        raise RuntimeError(f"this {type(module).__name__} is not being fine-tuned{hint}")
-    if "_gift_spec" not in vars(type(module)):
-        raise RuntimeError(
-            f"this {type(module).__name__} was given another class since (by fully_shard?): "
-            "fine-tuning cannot be disabled any more; load its state into a fresh network"
-        )
-    gone = [
-        joined(path, name)
-        for path, part in module.named_modules()
-        for name in added_names(part)
-        if name not in held(part, name)
-    ]
-    if gone:
-        raise RuntimeError(
-            f"{gone} were pruned or parametrised since: undo that first (prune.remove, "
-            "remove_parametrizations)"
-        )
-    changed = [
-        path
-        for path, part in module.named_modules()
-        if any(spec_of(part)) and "_gift_spec" not in vars(type(part))
-    ]
-    if changed:
-        raise RuntimeError(
-            f"{changed} were given another class since (a tensor was parametrised?): undo that "
-            "first (remove_parametrizations with leave_parametrized=False)"
-        )
-    record: NetworkRecord = module._gift_network  # type: ignore[assignment]
-    if not needs_base:
-        return
-    if not record.keeps_base:
-        raise RuntimeError("the base was not kept: enable_fine_tuning had keep_base=False")
-    late = [n for n, _ in named_trainable(module) if n not in record.chosen]
-    if late:
-        raise RuntimeError(
-            f"{late} were unfrozen after enable_fine_tuning, which kept no copy of them: load the "
-            "base again"
-        )
 
 
 def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
@@ -297,7 +239,7 @@ def _apply(
         total_before=total,
         trainable_before=trainable,
     )
-    renew_note(module)
+    renew_io_spec(module)
     walk = Walk(module, strategy, guard=lambda: snapshot.values)
     if walk.problems:
         raise AdaptationError(

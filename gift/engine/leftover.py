@@ -8,7 +8,7 @@ from torch import nn
 
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.raw_parameters import raw_weights
-from gift.core.report import some
+from gift.errors import some
 from gift.layers.table import LAYERS, row_of
 from gift.quantization import shape_of
 from gift.strategies.base import Cap, FineTuningStrategy

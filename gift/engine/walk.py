@@ -18,10 +18,11 @@ from gift.core.weights.attach import install, uninstall
 from gift.core.weights.record import Adapter, adapters_of
 from gift.engine.claims import Taken, claims_of, placed_deltas
 from gift.engine.ties import Ties
+from gift.errors import AdaptationError
 from gift.factories import Action
 from gift.factories.serializable import Recorded, bind
 from gift.layers.table import layout_of
-from gift.methods import AdaptationError, Method
+from gift.methods import Method
 from gift.strategies.base import Cap, FineTuningStrategy
 
 Place = tuple[nn.Module | None, str, str, str, nn.Module]

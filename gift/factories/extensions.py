@@ -6,11 +6,11 @@ from torch import nn
 
 from gift.core.dynamic_class import plain_class
 from gift.core.forwards import extend_module
+from gift.errors import AdaptationError
 from gift.factories.actions import Action
 from gift.factories.checks import Check, Test
 from gift.factories.serializable import recorded
 from gift.layers.table import reader_of
-from gift.methods import AdaptationError
 from gift.wrappers import (
     Bottleneck,
     Prompt,

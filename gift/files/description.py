@@ -7,8 +7,9 @@ from torch import nn
 from gift.core.delta import Delta, added_names, deltas_of
 from gift.core.dynamic_class import joined, plain_class, spec_of
 from gift.core.forwards import Extension
-from gift.core.io_spec import NOTE
-from gift.core.network import NetworkRecord, trained_in_place
+from gift.core.io_spec import IO_SPEC
+from gift.core.network import trained_in_place
+from gift.core.record import record_of
 from gift.core.undo.snapshot import ModuleUndo
 from gift.core.weights.record import Adapter
 from gift.engine.dry_run import on_meta
@@ -61,7 +62,7 @@ def resolve(network: Any) -> ResolvedStrategy:
     Raises:
         ValueError: if an action changed what only code can change again.
     """
-    record: NetworkRecord = network._gift_network
+    record = record_of(network)
     paths = {id(module): path for path, module in network.named_modules()}
     heads: dict[str, int] = {}
     foreign: list[str] = []
@@ -81,7 +82,7 @@ def resolve(network: Any) -> ResolvedStrategy:
 
 
 # What tells a network the number of its classes, which a new head changes; and its mode.
-_TOLD = {*CLASS_COUNTS, NOTE, "config", "training"}
+_TOLD = {*CLASS_COUNTS, IO_SPEC, "config", "training"}
 
 
 def _read_changes(undo: ModuleUndo, path: str, heads: dict[str, int], foreign: list[str]) -> None:

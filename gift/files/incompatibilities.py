@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.forwards import call_method_of
 from gift.core.network import whole_state
-from gift.core.report import some
+from gift.errors import some
 from gift.files.description import describe_deltas
 from gift.files.digests import digest
 from gift.files.inspection import DeltaFile

@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor
 
-from gift.core.report import some
+from gift.errors import some
 from gift.files.container import DeltaFileError, read
 from gift.strategies.resolved import PLACES
 from gift.support.tensors import dtype_name

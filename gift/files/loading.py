@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from gift.core.delta import deltas_of, held
 from gift.core.dynamic_class import joined, spec_of
-from gift.core.io_spec import Noted, put_note, read_note
+from gift.core.io_spec import IOSpec, load_io_spec
 from gift.core.network import delta_names, load_own_state, own_state, trained_in_place
+from gift.core.record import fine_tuned_part, record_of
 from gift.core.report import Report
 from gift.core.undo.copy_on_write import KeptValues
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.unfreeze import train_in_place
 from gift.core.weights.record import is_sharded
 from gift.engine.dry_run import on_meta
-from gift.engine.enable import GiftWarning, enable_fine_tuning, enabling_trained
+from gift.engine.enable import enable_fine_tuning, enabling_trained
+from gift.errors import GiftWarning
 from gift.files.container import DeltaFileError
 from gift.files.description import names_regex
 from gift.files.incompatibilities import in_a_line, misfits, other_base, tensors_of
 from gift.files.inspection import DeltaFile, inspect
-from gift.files.saving import buffers_of_the_base, fine_tuned_part
+from gift.files.saving import buffers_of_the_base
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.strategies.classic import new_heads
 
@@ -56,11 +58,11 @@ def load(
     file = inspect(path)
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
-    told = _note(file)
+    spec = _io_spec(file)
     if any(spec_of(part).network for part in net.modules()):
         if options:
             raise TypeError(f"{sorted(options)} are for a plain base; this is being fine-tuned")
-        return _load_onto_enabled(fine_tuned_part(net), file, told, check_base)
+        return _load_onto_enabled(fine_tuned_part(net), file, spec, check_base)
     refuse_meanwhile(net, "merged", "computing rows")
     signature(enable_fine_tuning).bind(net, None, **options)  # a wrong option is no wrong file
     strategy = _strategy(file)
@@ -71,13 +73,13 @@ def load(
             if check_base:
                 _take_dtypes(net, file)
             _load_values(net, file.tensors, file.aliases, new=True)
-            put_note(net, told)
+            load_io_spec(net, spec)
     except Exception as error:  # what only values or memory tell
         raise DeltaFileError(_UNFIT.format(file.path), [in_a_line(error)]) from error
     return report
 
 
-def _load_onto_enabled(network: Any, file: DeltaFile, told: Noted, check_base: bool) -> Report:
+def _load_onto_enabled(network: Any, file: DeltaFile, spec: IOSpec, check_base: bool) -> Report:
     # Buffers may have moved since: what the file calls its base is compared with what they were.
     state = tensors_of(network)
     known = buffers_of_the_base(network)
@@ -88,8 +90,8 @@ def _load_onto_enabled(network: Any, file: DeltaFile, told: Noted, check_base: b
     ]
     _refuse(file, problems)
     _load_values(network, kept | file.tensors, file.aliases)
-    put_note(network, told)
-    return network._gift_network.report
+    load_io_spec(network, spec)
+    return record_of(network).report
 
 
 _UNFIT = "{} does not fit this network, which is unchanged"
@@ -100,9 +102,14 @@ def _refuse(file: DeltaFile, problems: list[str]) -> None:
         raise DeltaFileError(_UNFIT.format(file.path), problems)
 
 
-def _note(file: DeltaFile) -> Noted:
+def _io_spec(file: DeltaFile) -> IOSpec:
     try:
-        return read_note(file.inputs)
+        reader, classes = file.inputs["reader"], file.inputs["classes"]
+        if reader is not None:
+            from gift.data.readers import reader_from_config  # which few files need
+
+            reader = reader_from_config(reader)
+        return IOSpec(reader, None if classes is None else tuple(classes), file.inputs["task"])
     except Exception as error:  # a file may say anything
         problem = f"it does not say how inputs are read: {in_a_line(error)}"
         raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error

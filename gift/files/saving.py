@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.dynamic_class import spec_of
-from gift.core.io_spec import noted
+from gift.core.io_spec import io_spec_of
 from gift.core.network import (
-    NetworkRecord,
     delta_names,
     frozen_names,
     trained_in_place,
     trained_tensors,
     whole_state,
 )
-from gift.core.undo.temporary_state import refuse_meanwhile
+from gift.core.record import fine_tuned_part, record_of
 from gift.core.unfreeze import misfits_in_place
 from gift.core.weights.record import is_sharded
 from gift.files.container import DeltaFileError, write
@@ -84,7 +82,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
     sharded = any(is_sharded(t) for t in (*parts.saved.values(), *parts.base.values()))
     saved, aliases = _once(network, parts.saved)
     own = {name: _whole(tensor) for name, tensor in saved.items()}
-    keeps_base = network._gift_network.keeps_base  # otherwise a buffer may always have been so
+    keeps_base = record_of(network).keeps_base  # otherwise a buffer may always have been so
     _refuse(
         f"{name} has numbers that are not finite: training diverged"
         for name, tensor in own.items()
@@ -114,25 +112,6 @@ def _write_in_one_process(
         torch.distributed.broadcast_object_list(failed)
     if failed[0] is not None:
         raise OSError(f"the first process could not write the file: {failed[0]}")
-
-
-def fine_tuned_part(net: nn.Module) -> Any:
-    """The network in `net`, or itself, that is being fine-tuned.
-
-    Raises:
-        RuntimeError: if there is none, or several.
-    """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
-    found = {path: part for path, part in net.named_modules() if spec_of(part).network}
-    if len(found) != 1:
-        refuse_meanwhile(net)
-        what = f"several parts are: {sorted(found)}" if found else "it is not"
-        raise RuntimeError(
-            f"expected a {type(net).__name__} that is being fine-tuned, {what}: call "
-            "enable_fine_tuning first, and give one network at a time"
-        )
-    return next(iter(found.values()))
 
 
 @dataclass(frozen=True)
@@ -178,7 +157,7 @@ def split(network: Any) -> Parts:
 
 def buffers_of_the_base(network: Any) -> dict[str, Tensor]:
     """The buffers as they were when fine-tuning was enabled, as far as that was kept."""
-    record: NetworkRecord = network._gift_network
+    record = record_of(network)
     kept = {id(m._buffers.get(name)): value for m, name, value in record.undo.values}
     return {
         name: kept[id(buffer)]
@@ -205,7 +184,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
-    record: NetworkRecord = network._gift_network
+    record = record_of(network)
     strategy, reason = record.recipe, ""
     if strategy is None or names_regex(strategy):  # which `load` takes from no file
         try:
@@ -221,7 +200,7 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
         "deltas": describe_deltas(network),
         "trained": trained,
         "buffers": parts.buffers,
-        "inputs": noted(network).to_config(),
+        "inputs": io_spec_of(network).to_config(),
         "base": fingerprint(parts.base, digest_base),
         "versions": {"gift": __version__, "torch": str(torch.__version__)},
     }

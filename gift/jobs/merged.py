@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gift.files.container import replace_file
+from gift.core.merging import merge
 from gift.jobs.errors import JobError
-from gift.merging import merge
+from gift.support.atomic_files import replace_file
 
 TORCH = (".pt", ".pth", ".bin")
 

@@ -14,7 +14,7 @@ from pydantic import (
     field_validator,
 )
 
-from gift.core.report import some
+from gift.errors import some
 from gift.jobs.errors import closest, shown
 from gift.jobs.kinds import KINDS, anchored
 from gift.schedules import Schedule as AnySchedule

@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gift.files.container import write_text
 from gift.jobs.errors import JobError, shown
 from gift.jobs.examples import job_examples, job_reader
 from gift.jobs.heads import with_head
@@ -13,6 +12,7 @@ from gift.jobs.models import Job
 from gift.jobs.networks import job_network
 from gift.jobs.reading import checked, read_yaml, write_job
 from gift.jobs.runs import INPUTS, JOB, inputs_text
+from gift.support.atomic_files import write_text
 from gift.training import Result, finetune
 from gift.training.checkpoint import FILE
 from gift.training.distributed import rank

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gift.core.io_spec import Noted, note
+from gift.core.io_spec import IOSpec, set_io_spec
 from gift.data import Examples, reader_from_config
 from gift.files import load
 from gift.jobs.errors import JobError
@@ -82,7 +82,7 @@ class Run:
         path = self.delta(which)  # before a large network is made
         net = job_network(self.job, self.base).net
         load(net, path)
-        note(net, self.reader, self.classes, self.task)
+        set_io_spec(net, self.reader, self.classes, self.task)
         return net.eval()
 
     def examples(self, place: Any = None) -> Examples:
@@ -151,7 +151,7 @@ class Run:
 
 def inputs_text(train: Examples, reader: Any, folder: Path) -> str:
     """What must be known to read more inputs, as JSON; the folder gets what is larger."""
-    told = Noted(reader, train.classes, train.task or "classification").to_config(folder)
+    told = IOSpec(reader, train.classes, train.task or "classification").to_config(folder)
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 
 

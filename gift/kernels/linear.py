@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.layers.table import CONV1D_FORWARD
-from gift.methods.base import dotted
+from gift.layers.table import CONV1D_FORWARD, dotted
 from gift.quantization import LINEAR_FORWARDS, dequantised, is_quantised
 from gift.quantization import product as quantised_product
 

@@ -16,7 +16,7 @@ from gift.kernels.low_rank_conv import LowRankConv
 from gift.kernels.low_rank_linear import LowRankLinear, outputs
 from gift.kernels.products import scaled
 from gift.kernels.transforms import autocasts
-from gift.methods.base import dotted
+from gift.layers.table import dotted
 from gift.private.torch import (
     convolve,
     convolves_as,

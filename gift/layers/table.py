@@ -312,3 +312,8 @@ def layout_of(module: nn.Module, tensor: str, shape: torch.Size, options: Layout
     if row is not None and _names(row.weights, tensor):
         return row.layout(module, tuple(shape), options)
     return raw_layout(tuple(shape))
+
+
+def dotted(function: Callable[..., Any]) -> str:
+    """The dotted name of a function, as in the keys of `Method.forwards`."""
+    return f"{function.__module__}.{function.__qualname__}"

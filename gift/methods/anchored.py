@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import CONVOLUTIONS, conv, linear, low_rank_product
-from gift.methods.base import dotted
+from gift.layers.table import dotted
 from gift.methods.lora import LoRA
 from gift.private.torch import convolve
 

@@ -237,8 +237,3 @@ def method_of(name: str | Method, settings: Mapping[str, Any]) -> Method:
         known = list(cls.__dataclass_fields__)
         raise ValueError(f"{name} has no setting {unknown}; it has {known}")
     return cls(**settings)
-
-
-def dotted(function: Callable[..., Any]) -> str:
-    """The dotted name of a function, as in the keys of `Method.forwards`."""
-    return f"{function.__module__}.{function.__qualname__}"

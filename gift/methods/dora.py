@@ -18,7 +18,8 @@ from gift.kernels.low_rank import (
 )
 from gift.kernels.products import scaled
 from gift.kernels.rescale import rescaled
-from gift.methods.base import Method, dotted, register_method
+from gift.layers.table import dotted
+from gift.methods.base import Method, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
 from gift.private.torch import convolve

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.errors import AdaptationError
 from gift.kernels.linear import Product, linear_forwards
-from gift.methods.base import AdaptationError, RankedMethod, register_method
+from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import is_integer, setting
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import CONVOLUTIONS, is_usual
 from gift.kernels.rescale import rescaled
-from gift.methods.base import Method, dotted, register_method
+from gift.layers.table import dotted
+from gift.methods.base import Method, register_method
 from gift.methods.settings import flag
 from gift.private.torch import convolve
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import CONVOLUTIONS, conv, linear
 from gift.kernels.whole import terms, through_weight
-from gift.methods.base import RankedMethod, dotted, register_method
+from gift.layers.table import dotted
+from gift.methods.base import RankedMethod, register_method
 from gift.methods.settings import number
 from gift.private.torch import convolve
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from gift.kernels.kronecker_linear import KroneckerLinear
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import CONVOLUTIONS, is_usual, low_rank_conv, operands
-from gift.methods.base import RankedMethod, dotted, register_method
+from gift.layers.table import dotted
+from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, number, setting
 from gift.private.torch import convolve

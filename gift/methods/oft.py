@@ -8,8 +8,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from gift.errors import AdaptationError
 from gift.kernels.linear import Product, linear_forwards
-from gift.methods.base import AdaptationError, Method, register_method
+from gift.methods.base import Method, register_method
 from gift.methods.settings import flag, whole
 
 

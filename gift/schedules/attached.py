@@ -10,7 +10,6 @@ from gift.core.delta import deltas_of
 from gift.core.dynamic_class import joined, plain_class, spec_of
 from gift.core.frozen_norms import freeze_statistics, release_statistics
 from gift.core.network import delta_names
-from gift.core.report import some
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.unfreeze import (
     flags_of_the_base,
@@ -20,7 +19,7 @@ from gift.core.unfreeze import (
     untrainable,
 )
 from gift.engine.claims import size_of
-from gift.errors import AdaptationError
+from gift.errors import AdaptationError, some
 from gift.private.torch import COMPILED
 from gift.quantization import is_quantised
 from gift.schedules.blocks import Block, Division, divide

@@ -7,7 +7,7 @@ from torch import nn
 from gift.core.dynamic_class import spec_of
 from gift.core.frozen_base import hold_flags
 from gift.core.frozen_norms import release_statistics
-from gift.core.unfreeze import record_of
+from gift.core.record import record_of
 
 
 def set_flags(parameters: Iterable[nn.Parameter], flag: bool) -> None:

@@ -165,7 +165,7 @@ class FineTuningStrategy:
             ImportError: without PyYAML.
         """
         text = yaml_files.dump(self.to_config())
-        from gift.files.container import write_text  # which needs strategies itself
+        from gift.support.atomic_files import write_text  # which needs strategies itself
 
         write_text(path, text)
 

@@ -9,11 +9,12 @@ from torch import nn
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.attach import adapt_module, adapt_tensor
 from gift.core.weights.record import Adapter, adapters_of
+from gift.errors import AdaptationError
 from gift.factories import Action, ma_adapt, pa_adapt
 from gift.factories.actions import method_and_options
 from gift.factories.serializable import describe
 from gift.layers.table import row_of
-from gift.methods import AdaptationError, Method
+from gift.methods import Method
 from gift.strategies.base import Cap, FineTuningStrategy, register_strategy
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gift.files.container import replace_file
 from gift.private.torch import tree_map
+from gift.support.atomic_files import replace_file
 from gift.training.distributed import sharded_like, whole
 from gift.training.errors import TrainingError
 from gift.training.randomness import random_state, restore_random

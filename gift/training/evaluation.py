@@ -11,7 +11,7 @@ from torch import nn
 
 from gift.core.frozen_norms import kept_modes
 from gift.data.examples import Examples
-from gift.engine.enable import GiftWarning
+from gift.errors import GiftWarning
 from gift.training.distributed import Processes
 from gift.training.errors import TrainingError
 from gift.training.finite import rows_not_finite, told_not_finite

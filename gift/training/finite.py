@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from gift.core.report import some
 from gift.data.examples import Examples
+from gift.errors import some
 from gift.private.torch import tree_leaves
 
 _NAMED = ("inputs", "targets")

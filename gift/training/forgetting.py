@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gift.core.unfreeze import record_of
+from gift.core.record import record_of
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gift.files.container import write_text
+from gift.support.atomic_files import write_text
 from gift.support.optional import needed
 
 Row = Mapping[str, float]

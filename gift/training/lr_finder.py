@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gift.files.container import write_bytes
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
+from gift.support.atomic_files import write_bytes
 from gift.training.distributed import Processes
 from gift.training.errors import NotFiniteError
 from gift.training.loading import windows

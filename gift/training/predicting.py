@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.frozen_norms import kept_modes
-from gift.core.io_spec import note, noted
+from gift.core.io_spec import io_spec_of, set_io_spec
 from gift.data.classes import distinct
 from gift.data.examples import Examples, Reader
 from gift.private.torch import tree_map
@@ -77,7 +77,7 @@ def remember(net: nn.Module, examples: Examples, task: str | None = None) -> Non
         examples: what it is trained on.
         task: what it is trained for; None is the task of the examples, or "classification".
     """
-    note(net, examples.reader, examples.classes, task or examples.task or "classification")
+    set_io_spec(net, examples.reader, examples.classes, task or examples.task or "classification")
 
 
 def predict(
@@ -123,7 +123,7 @@ def predict(
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
     given = _listed(inputs)
-    known = noted(net)
+    known = io_spec_of(net)
     reader = known.reader if reader is None else reader
     names = known.classes if classes is None else distinct(classes)
     if known.task not in ("classification", "detection"):

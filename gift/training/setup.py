@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from gift.core.dynamic_class import spec_of
+from gift.core.record import record_of
 from gift.core.undo.snapshot import all_or_nothing
-from gift.core.unfreeze import record_of
 from gift.data.examples import Examples
-from gift.engine.enable import GiftWarning, enable_fine_tuning
+from gift.engine.enable import enable_fine_tuning
+from gift.errors import GiftWarning
 from gift.factories import pa_train
 from gift.files.saving import fingerprint, split
 from gift.schedules import Schedule

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.core.report import some
 from gift.data.examples import IGNORED
-from gift.engine.enable import GiftWarning
+from gift.errors import GiftWarning, some
 from gift.support.tensors import dtype_name
 from gift.training.errors import TrainingError
 

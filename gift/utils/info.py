@@ -15,9 +15,10 @@ from gift.core.network import named_trainable
 from gift.core.weights.record import adapters_of
 from gift.engine.claims import size_of
 from gift.engine.dry_run import cost_of, on_meta, rehearsed
+from gift.errors import AdaptationError
 from gift.kernels.choice import Form
 from gift.kernels.low_rank import WATCHING
-from gift.methods import METHODS, AdaptationError, method_of
+from gift.methods import METHODS, method_of
 from gift.strategies import (
     STRATEGIES,
     BitFitFineTuningStrategy,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gift.core.forwards import Forward, where
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 
 
 def in_order(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

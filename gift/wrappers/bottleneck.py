@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.forwards import CallMethod, Forward, where
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.methods.settings import choice, flag, is_integer, number, probability, setting, whole
 from gift.private.torch import CONV, CONV_TRANSPOSE
 from gift.wrappers.arguments import in_order

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gift.core.dynamic_class import plain_class
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.private.torch import CONV, NORM_WITH_STATISTICS
 from gift.support.tensors import is_inexact
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import CallMethod, extend_module
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.wrappers.prompted import PromptedMemory, PromptedModel, VirtualTokens, embedding_of
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.forwards import CallMethod, Forward, where
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.methods.settings import flag, whole
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import is_tuples

@@ -7,8 +7,7 @@ from typing import Any
 from gift.data.errors import DataError
 from gift.data.examples import Reader
 from gift.data.readers import TextReader
-from gift.engine.enable import GiftWarning
-from gift.errors import first_line
+from gift.errors import GiftWarning, first_line
 from gift.support.optional import needed
 from gift.zoo.errors import NetworkError, unreachable
 from gift.zoo.loaded import LoadedNetwork

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gift.core.io_spec import note
+from gift.core.io_spec import set_io_spec
 from gift.data.classes import distinct
 from gift.data.examples import Reader
 from gift.zoo.errors import NetworkError, unknown
@@ -76,7 +76,7 @@ def load_network(
         raise unknown("library", library, [*LIBRARIES, "import"])
     classes = None if loaded.classes is None else distinct(loaded.classes)
     loaded = dataclasses.replace(loaded, reader=_chosen(reader, loaded.reader), classes=classes)
-    note(loaded.net, loaded.reader, loaded.classes, loaded.task)
+    set_io_spec(loaded.net, loaded.reader, loaded.classes, loaded.task)
     return loaded
 
 

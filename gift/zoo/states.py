@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gift.core.report import some
-from gift.errors import first_line
+from gift.errors import first_line, some
 from gift.private.torch import COMPILED
 from gift.zoo.errors import NetworkError
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gift.data.readers import PictureReader
-from gift.engine.enable import GiftWarning
+from gift.errors import GiftWarning
 from gift.support.optional import needed
 
 _TOLERANCE = 0.02

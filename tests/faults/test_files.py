@@ -19,9 +19,10 @@ from torch import nn
 
 import gift
 from gift.files import container
-from gift.files.container import DeltaFileError, replace_files, write_bytes, write_text
+from gift.files.container import DeltaFileError
 from gift.interop import load_peft, save_peft
 from gift.strategies import LoRAAllFineTuningStrategy
+from gift.support.atomic_files import replace_files, write_bytes, write_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and limits of posix")

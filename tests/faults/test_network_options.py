@@ -188,8 +188,8 @@ def test_no_job_unpickles_in_any_command(options: dict[str, Any], tmp_path: Path
         with pytest.raises(NetworkError, match="cannot be made with these options"):
             call(job)
     from gift.cli.app import app
-    from gift.files.container import write_text
     from gift.jobs.reading import write_job
+    from gift.support.atomic_files import write_text
 
     run = tmp_path / "run"
     write_job(job, run / "job.yaml")

@@ -11,8 +11,9 @@ from gift.core.delta import add_lazy_tensor, add_tensor, added_names, remove_ten
 from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts
 from gift.core.weights.record import Adapter, adapters_of, present_tensor
+from gift.errors import AdaptationError
 from gift.layers.table import LayerRow, LayoutOptions, layout_of, row_of
-from gift.methods import AdaptationError, Method
+from gift.methods import Method
 from gift.quantization import dequantised, is_quantised, not_yet_quantised, stand_in
 from gift.support.tensors import is_inexact
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import Generated, Spec, plain_class
-from gift.methods.base import dotted
+from gift.layers.table import dotted
 from gift.quantization.bitsandbytes import LINEAR_FORWARDS
 
 

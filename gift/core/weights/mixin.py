@@ -21,9 +21,8 @@ from gift.core.dynamic_class import Generated, Spec, generated_class, plain_clas
 from gift.core.weights.effective import EffectiveWeight, refused
 from gift.core.weights.reading import one_call
 from gift.core.weights.record import Adapter, is_sharded, plain_tensor
-from gift.layers.table import row_of
+from gift.layers.table import dotted, row_of
 from gift.methods import METHODS
-from gift.methods.base import dotted
 from gift.private.torch import is_transformed
 from gift.quantization import is_quantised, same_values
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from gift.core.delta import deltas_of
 from gift.core.network import moved_buffers, trained_in_place
+from gift.core.record import fine_tuned_part
 from gift.core.weights.record import Adapter, adapters_of, present_tensor
-from gift.files.container import DeltaFileError, replace_file
-from gift.files.saving import fine_tuned_part
+from gift.files.container import DeltaFileError
 from gift.interop.kohya.layers import Misfit, flat, is_layer, lead
 from gift.interop.kohya.parts import parts_of
 from gift.quantization import dequantised
+from gift.support.atomic_files import replace_file
 from gift.support.tensors import is_finite
 
 

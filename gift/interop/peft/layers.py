@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.record import Adapter
-from gift.layers.table import CONV1D_FORWARD, reader_of
-from gift.methods.base import dotted
+from gift.layers.table import CONV1D_FORWARD, dotted, reader_of
 from gift.quantization import LINEAR_FORWARDS
 
 KINDS = {

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
 from gift.core.weights.record import plain_tensor
+from gift.errors import AdaptationError
 from gift.factories.actions import method_and_options
 from gift.interop.peft.forms import Config, Layer, Read, Tensors
 from gift.interop.peft.layers import context_misfits, kind_of, layer_misfits
 from gift.interop.peft.names import PREFIX, ends_with, kept, targeted
 from gift.interop.peft.table import FORMS
 from gift.layers.table import layout_of
-from gift.methods import AdaptationError
 from gift.support.tensors import cast_misfit, dtype_name
 
 _WRAPPED = ".base_layer"

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gift.core.forwards import named_extensions
+from gift.core.record import fine_tuned_part
 from gift.core.weights.record import adapters_of, is_sharded
-from gift.files.container import DeltaFileError, replace_files
-from gift.files.saving import fine_tuned_part
+from gift.files.container import DeltaFileError
 from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.interop.peft.forms import Config, Form, Tensors, Written
 from gift.interop.peft.inplace import InPlace
@@ -30,6 +30,7 @@ from gift.interop.peft.prompt import is_prompted, write_prompt
 from gift.interop.peft.table import FORMS
 from gift.layers.table import layout_of
 from gift.private.diffusers import source_of
+from gift.support.atomic_files import replace_files
 
 DUMMY_TARGETS = "dummy-target-modules"  # PEFT's word for a configuration that adapts nothing
 

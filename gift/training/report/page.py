@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 from typing import NamedTuple
 
-from gift.files.container import write_bytes
+from gift.support.atomic_files import write_bytes
 from gift.support.optional import needed
 from gift.training.report import plots, tables
 from gift.training.result import Result

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.core.frozen_norms import release_statistics
+from gift.core.merging.possible import check, refuse, unmergeable
+from gift.core.merging.weights import effective, write
 from gift.core.network import remove_record
 from gift.core.undo.snapshot import transaction
 from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import adapters_of
-from gift.engine.enable import GiftWarning
-from gift.merging.possible import check, refuse, unmergeable
-from gift.merging.weights import effective, write
+from gift.errors import GiftWarning
 from gift.quantization import is_quantised, requantised
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.network import frozen_names
+from gift.core.record import fine_tuned_part, record_of
 from gift.core.undo.temporary_state import refuse_meanwhile
-from gift.files.saving import fine_tuned_part
 from gift.quantization import is_quantised
 
 
@@ -50,12 +50,12 @@ def reference(net: nn.Module) -> nn.Module:
     frozen, names = set(frozen_names(network)), network.named_parameters(remove_duplicate=False)
     shared: list[Any] = [parameter for name, parameter in names if name in frozen]
     # The values to which disabling returns what is trained in place are written to by nobody.
-    shared += [value for _, _, value in network._gift_network.undo.values]
+    shared += [value for _, _, value in record_of(network).undo.values]
     copied = copy.deepcopy(net, {id(tensor): _alias(tensor) for tensor in shared})
     copied.eval()
     for parameter in nn.Module.parameters(copied):
         parameter.requires_grad = False
-    fine_tuned_part(copied)._gift_network.only_trainable_state = False
+    record_of(fine_tuned_part(copied)).only_trainable_state = False
     return copied
 
 

@@ -13,11 +13,12 @@ from gift.core.delta import added_names, held
 from gift.core.dynamic_class import Spec, generated_class, plain_class, set_class, spec_of
 from gift.core.frozen_base import HELD, hold_flags
 from gift.core.frozen_norms import kept_modes
-from gift.core.network import NetworkRecord, remove_record
+from gift.core.network import remove_record
+from gift.core.record import record_of
 from gift.core.undo.snapshot import OWN, ModuleUndo, completed, place_of, tensor_of, transaction
 from gift.core.undo.temporary_state import meanwhile
+from gift.core.undo.undoable import check_undoable
 from gift.core.weights.record import adapters_of
-from gift.engine.enable import check_undoable
 from gift.quantization import as_packed
 from gift.support.interrupts import switching
 from gift.support.tensors import set_data, set_flag, with_data
@@ -40,7 +41,7 @@ class Detached:
         check_undoable(network)
         if any(is_lazy(parameter) for _, _, parameter in _parameters(network)):
             raise RuntimeError("some layers have no shape yet: run a batch through them first")
-        record: NetworkRecord = network._gift_network  # type: ignore[assignment]
+        record = record_of(network)
         undo = record.undo
         self.network = network
         self.record = record

@@ -10,11 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.dynamic_class import joined, plain_class, set_class
 from gift.core.forwards import named_extensions
+from gift.core.merging.weights import effective, write
 from gift.core.undo.snapshot import OWN
+from gift.core.undo.undoable import check_undoable
 from gift.core.weights.record import adapters_of, is_sharded, present_tensor
-from gift.engine.enable import check_undoable
-from gift.merging.weights import effective, write
-from gift.methods import AdaptationError
+from gift.errors import AdaptationError
 from gift.quantization import dequantised, is_quantised, requantised
 from gift.support.tensors import is_finite
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gift
-from gift.core.io_spec import note, noted
+from gift.core.io_spec import io_spec_of, set_io_spec
 from gift.data import PictureReader, tensors
 from gift.data.examples import Examples
 from gift.factories import ma_adapt
@@ -28,7 +28,7 @@ def base(classes: tuple[str, ...] | None = OLD) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
     if classes is not None:
-        note(net, PictureReader(size=4), classes, "classification")
+        set_io_spec(net, PictureReader(size=4), classes, "classification")
     return net
 
 
@@ -74,7 +74,7 @@ def test_each_state_of_a_network_has_its_own_classes(
     fresh = base(classes)
     gift.load(fresh, tmp_path / "delta.safetensors")
     assert labels(fresh) == after
-    assert noted(fresh).reader == READER
+    assert io_spec_of(fresh).reader == READER
     merged = gift.merge(copy.deepcopy(net))
     assert labels(merged) == after
     assert labels(gift.disable_fine_tuning(net)) == before
@@ -88,12 +88,12 @@ def test_each_state_of_a_network_has_its_own_classes(
 def test_a_new_head_has_no_names_for_its_classes() -> None:
     net = base()
     gift.plan_fine_tuning(net, STRATEGY)
-    assert noted(net).classes == OLD
+    assert io_spec_of(net).classes == OLD
     gift.enable_fine_tuning(net, STRATEGY)
-    assert (noted(net).classes, noted(net).reader) == (None, PictureReader(size=4))
+    assert (io_spec_of(net).classes, io_spec_of(net).reader) == (None, PictureReader(size=4))
     kept = base()
     gift.enable_fine_tuning(kept, LoRAAllFineTuningStrategy(rank=1))
-    assert noted(kept).classes == OLD
+    assert io_spec_of(kept).classes == OLD
 
 
 def test_a_strategy_that_no_file_can_name_is_no_hindrance(tmp_path: Path) -> None:

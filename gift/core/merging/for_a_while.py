@@ -10,13 +10,13 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.dynamic_class import set_class, subclass_with
 from gift.core.frozen_norms import release_statistics
+from gift.core.merging.possible import check, refuse, without_values
+from gift.core.merging.weights import effective
 from gift.core.network import remove_record
 from gift.core.undo.snapshot import Snapshot
 from gift.core.undo.temporary_state import meanwhile
 from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import adapters_of
-from gift.merging.possible import check, refuse, without_values
-from gift.merging.weights import effective
 from gift.private.torch import written_since
 from gift.quantization import is_quantised
 from gift.support.interrupts import switching
