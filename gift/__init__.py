@@ -7,17 +7,19 @@ from gift.core.merging import merge, merged
 from gift.core.reference import reference
 from gift.core.undo.unload import disabled
 from gift.engine.enable import disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
-from gift.errors import GiftWarning
+from gift.errors import AdaptationError, GiftError, GiftWarning
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
 from gift.interop import load_kohya, load_peft, save_kohya, save_peft
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
 
 __all__ = [
+    "AdaptationError",
     "DeltaBank",
     "DeltaFile",
     "DeltaFileError",
     "FineTuningStrategy",
+    "GiftError",
     "GiftWarning",
     "ModuleIterator",
     "disable_fine_tuning",

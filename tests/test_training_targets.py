@@ -15,11 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gift.core.io_spec import io_spec_of
 from gift.data import Examples, labelled, language_text, tensors, text_table
-from gift.data.errors import DataError
-from gift.errors import GiftWarning
+from gift.errors import DataError, GiftWarning, NotFiniteError
 from gift.strategies import FullFineTuningStrategy
 from gift.training import TrainingError, evaluate, finetune
-from gift.training.errors import NotFiniteError
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
 Y = X[:, :1] * 3 + 1

@@ -5,7 +5,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from gift.core.undo.temporary_state import meanwhile, refuse_meanwhile
 from gift.core.undo.undoable import check_undoable
 from gift.core.undo.unload import Detached
 from gift.engine.enable import enable_fine_tuning, enabling_trained, values_of_the_base
-from gift.errors import GiftWarning
+from gift.errors import GiftWarning, closest
 from gift.files import load, resolve
 from gift.quantization import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
@@ -257,7 +256,7 @@ class DeltaBank:
 
     def _known(self, name: str) -> None:
         if name not in self._deltas:
-            close = get_close_matches(str(name), self._deltas, n=3)
+            close = closest(name, self._deltas)
             raise KeyError(f"no delta {name!r}; there are {self.names}, closest: {close}")
 
     def _check(self, may_wear: bool = False) -> None:

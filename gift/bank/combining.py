@@ -65,7 +65,7 @@ def combine(
             if any(change.factors is None for _, change in terms)
         ]
     if problems:
-        raise AdaptationError("the deltas cannot be summed:\n  " + "\n  ".join(problems))
+        raise AdaptationError("the deltas cannot be summed", problems)
     modules = dict(net.named_modules())
     sums = {
         path: _sum(modules[path.rpartition(".")[0]], terms, rank) for path, terms in parts.items()

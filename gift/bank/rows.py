@@ -67,7 +67,7 @@ def _layers(
             _, by_name = layers.setdefault(path, (change.module, {}))
             by_name[name] = _of_weight(change.layout, *change.factors)  # type: ignore[misc]  # not None: see `_unfit`
     if problems:
-        raise AdaptationError("rows cannot differ in:\n  " + "\n  ".join(problems))
+        raise AdaptationError("rows cannot differ in", problems)
     return layers
 
 

@@ -45,7 +45,7 @@ def scale(net: Any, factor: float) -> None:
     problems += [f"{name}: its numbers would not be finite"
                  for _, name, value in trained if not is_finite(value)]  # fmt: skip
     if problems:
-        raise AdaptationError("nothing was scaled:\n  " + "\n  ".join(problems))
+        raise AdaptationError("nothing was scaled", problems)
     values = [*work, *((module, {name: value}) for module, name, value in trained)]
     completed(lambda: _put(values))
 

@@ -90,7 +90,7 @@ def choices_for(found: list[tuple[Layer, Method]]) -> list[Choice]:
         except AdaptationError as error:
             problems.append(f"{layers[0].path or 'the network'}: {error}")
     if problems:
-        raise AdaptationError("no size would do, for:\n  " + "\n  ".join(problems))
+        raise AdaptationError("no size would do, for", problems)
     return choices
 
 

@@ -41,9 +41,7 @@ def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
     record = record_of(network)
     wanted = set(names)
     if problems := [f"{n}: {why}" for n, why in untrainable(network).items() if n in wanted]:
-        raise AdaptationError(
-            "these cannot be trained as they are, nothing was changed:\n  " + "\n  ".join(problems)
-        )
+        raise AdaptationError("these cannot be trained as they are, nothing was changed", problems)
     kept = {id(tensor_of(m, name)) for m, name, _ in record.undo.values}
     places = _places(network, wanted)
     for names_of_it, module, name in places:

@@ -1,7 +1,6 @@
 """Examples to learn from, in the forms in which people have them."""
 
 from gift.data.boxes import coco
-from gift.data.errors import DataError
 from gift.data.examples import Examples, Reader
 from gift.data.folders import class_folders
 from gift.data.hub import hugging_face
@@ -10,6 +9,7 @@ from gift.data.memory import labelled, tensors
 from gift.data.named import torchvision_dataset
 from gift.data.readers import DetectorReader, PictureReader, TextReader, reader_from_config
 from gift.data.tables import picture_table, text_table
+from gift.errors import DataError
 
 __all__ = [
     "DataError",

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gift.data.classes import classes_of
-from gift.data.errors import DataError
 from gift.data.examples import Examples
 from gift.data.problems import refuse
 from gift.data.readers import DetectorReader
 from gift.data.readers.images import LARGEST_PICTURE
+from gift.errors import DataError
 from gift.support.optional import needed
 
 BACKGROUND = "__background__"

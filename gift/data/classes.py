@@ -4,8 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from gift.data.errors import DataError
-from gift.errors import some
+from gift.errors import DataError, some
 
 _NUMBER = re.compile(r"-?\d{1,18}")  # longer ones are names
 _DECIMAL = re.compile(r"[-+]?(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][-+]?\d{1,3})?")

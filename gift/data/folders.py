@@ -38,7 +38,7 @@ def class_folders(
         >>> from gift.data import PictureReader, class_folders
         >>> class_folders("nowhere", PictureReader(size=224))
         Traceback (most recent call last):
-        gift.data.errors.DataError: nowhere
+        gift.errors.DataError: nowhere:
           there is no such folder
     """
     path = Path(path)

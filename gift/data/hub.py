@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gift.data.classes import classes_of, numbers_of
-from gift.data.errors import DataError
 from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
+from gift.errors import DataError
 from gift.support.optional import needed
 
 

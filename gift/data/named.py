@@ -2,15 +2,14 @@
 
 import inspect
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from gift.data.classes import classes_of, distinct
-from gift.data.errors import DataError
 from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
+from gift.errors import DataError, closest
 from gift.support.optional import needed
 
 
@@ -67,12 +66,12 @@ def torchvision_dataset(
         >>> from gift.data import PictureReader, torchvision_dataset
         >>> torchvision_dataset("CIFAR", "data", "train", PictureReader(size=32))
         Traceback (most recent call last):
-        gift.data.errors.DataError: torchvision has no data set 'CIFAR', closest: ['CIFAR10', ...
+        gift.errors.DataError: torchvision has no data set 'CIFAR', closest: ['CIFAR10', ...
     """
     datasets = needed("torchvision.datasets", "vision")
     maker = getattr(datasets, name, None) if name in datasets.__all__ else None
     if not isinstance(maker, type):
-        close = get_close_matches(name, datasets.__all__, n=3)
+        close = closest(name, datasets.__all__)
         raise DataError(f"torchvision has no data set {name!r}, closest: {close}")
     known = inspect.signature(maker).parameters
     options: dict[str, Any] = {"root": str(root), "download": download}

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from gift.data.errors import DataError
-
-_SHOWN = 10
+from gift.errors import DataError
 
 
 def refuse(what: str, problems: Sequence[str]) -> None:
@@ -20,13 +18,11 @@ def refuse(what: str, problems: Sequence[str]) -> None:
     Example:
         >>> refuse("table.csv", [f"row {row}: no label" for row in range(12)])
         Traceback (most recent call last):
-        gift.data.errors.DataError: table.csv
+        gift.errors.DataError: table.csv:
           row 0: no label
           ...
           row 9: no label
           and 2 more problems
     """
     if problems:
-        more = len(problems) - _SHOWN
-        lines = [*problems[:_SHOWN], *([f"and {more} more problems"] if more > 0 else [])]
-        raise DataError("\n  ".join([what, *lines]))
+        raise DataError(what, problems, limit=10)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from gift.data.errors import DataError
 from gift.data.examples import Examples, Reader
+from gift.errors import DataError
 
 
 class Source(Protocol):

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gift.data.classes import classes_of, numbers_of
-from gift.data.errors import DataError
 from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
-from gift.errors import some
+from gift.errors import DataError, some
 
 Column = str | int
 _LIMIT = threading.Lock()

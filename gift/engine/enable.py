@@ -243,8 +243,8 @@ def _apply(
     walk = Walk(module, strategy, guard=lambda: snapshot.values)
     if walk.problems:
         raise AdaptationError(
-            f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "
-            + "\n  ".join(walk.problems)
+            f"{type(strategy).__name__} cannot be applied, the network is unchanged",
+            walk.problems,
         )
     report.claims = walk.claims
     report.clipped = walk.clipped
@@ -259,7 +259,8 @@ def _apply(
     if wrong := misfits_in_place(module, [p for p in parameters if p.requires_grad]):
         raise AdaptationError(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged, as it trains "
-            "what must stay frozen:\n  " + "\n  ".join(wrong)
+            "what must stay frozen",
+            wrong,
         )
     # Of tied ones the first name.
     report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from gift.core.weights.attach import install, uninstall
 from gift.core.weights.record import Adapter, adapters_of
 from gift.engine.claims import Taken, claims_of, placed_deltas
 from gift.engine.ties import Ties
-from gift.errors import AdaptationError
+from gift.errors import AdaptationError, closest
 from gift.factories import Action
 from gift.factories.serializable import Recorded, bind
 from gift.layers.table import layout_of
@@ -305,9 +304,7 @@ def closest_names(check: Callable[..., Any], network: nn.Module) -> list[str]:
     for path, module in network.named_modules():
         known |= {path, path.rpartition(".")[2], _class_name(module)}
         known |= {name for name in module._parameters}
-    close = {
-        match for text in wanted for match in get_close_matches(text, known - {""}, n=3, cutoff=0.5)
-    }
+    close = {match for text in wanted for match in closest(text, known - {""}, cutoff=0.5)}
     return sorted(close)[:6]
 
 

@@ -1,6 +1,6 @@
 """Deltas as files."""
 
-from gift.files.container import DeltaFileError
+from gift.errors import DeltaFileError
 from gift.files.description import describe_deltas, resolve
 from gift.files.inspection import DeltaFile, inspect
 from gift.files.loading import load

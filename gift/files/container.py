@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gift.errors import DeltaFileError
 from gift.files.digests import digests
 from gift.support.atomic_files import held_file, replace_file
 
@@ -25,14 +26,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
-
-
-class DeltaFileError(ValueError):
-    """A file cannot be used for a network, or a network not be written; all reasons are named."""
-
-    def __init__(self, what: str, problems: list[str]) -> None:
-        super().__init__("\n  ".join([f"{what}:", *problems]))
-        self.problems = problems
 
 
 def write(

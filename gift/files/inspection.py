@@ -9,8 +9,8 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor
 
-from gift.errors import some
-from gift.files.container import DeltaFileError, read
+from gift.errors import DeltaFileError, some
+from gift.files.container import read
 from gift.strategies.resolved import PLACES
 from gift.support.tensors import dtype_name
 

@@ -21,8 +21,7 @@ from gift.core.unfreeze import train_in_place
 from gift.core.weights.record import is_sharded
 from gift.engine.dry_run import on_meta
 from gift.engine.enable import enable_fine_tuning, enabling_trained
-from gift.errors import GiftWarning
-from gift.files.container import DeltaFileError
+from gift.errors import DeltaFileError, GiftWarning
 from gift.files.description import names_regex
 from gift.files.incompatibilities import in_a_line, misfits, other_base, tensors_of
 from gift.files.inspection import DeltaFile, inspect

@@ -20,7 +20,8 @@ from gift.core.network import (
 from gift.core.record import fine_tuned_part, record_of
 from gift.core.unfreeze import misfits_in_place
 from gift.core.weights.record import is_sharded
-from gift.files.container import DeltaFileError, write
+from gift.errors import DeltaFileError
+from gift.files.container import write
 from gift.files.description import describe_deltas, names_regex, resolve
 from gift.files.digests import digest, digests
 from gift.quantization import quant_state_names

@@ -4,7 +4,7 @@ from gift.support.optional import needed
 
 needed("pydantic", "cli")  # all of them are built on it
 
-from gift.jobs.errors import JobError  # noqa: E402
+from gift.errors import JobError  # noqa: E402
 from gift.jobs.initial import init_text  # noqa: E402
 from gift.jobs.kinds import KINDS  # noqa: E402
 from gift.jobs.merged import write_merged  # noqa: E402

@@ -1,32 +1,22 @@
 """What is wrong with a job, for people who wrote a file and never saw the code that reads it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
+
+from gift.errors import closest
 
 Path = tuple[str | int, ...]
 
 
-class JobError(ValueError):
-    """A job cannot be run as it is written; all that is wrong with it is named."""
-
-    def __init__(self, what: str, problems: Sequence[str]) -> None:
-        super().__init__("\n  ".join([f"{what}:", *problems]))
-        self.problems = list(problems)
-
-
-def closest(name: Any, known: Iterable[str]) -> str:
+def hint(name: Any, known: Iterable[str]) -> str:
     """The known names, for an error about one that is not: similar ones, or all if there is none.
 
     Example:
-        >>> closest("epoch", ["epochs", "lr"]), closest("x", ["epochs", "lr"])
+        >>> hint("epoch", ["epochs", "lr"]), hint("x", ["epochs", "lr"])
         ("closest: 'epochs'", 'there are: epochs, lr')
     """
-    known, wrong = list(known), str(name).lower()
-    small = {one.lower(): one for one in known}
-    near = [small[one] for one in get_close_matches(wrong, small, n=3)]
-    near = near or [one for one in known if wrong and wrong in one.lower()][:3]
-    if near:
+    known = list(known)
+    if near := closest(name, known):
         return "closest: " + ", ".join(map(repr, near))
     return "there are: " + (", ".join(known) or "none")
 
@@ -62,7 +52,7 @@ def in_words(error: Mapping[str, Any], names_at: Callable[[Path], Sequence[str]]
     """
     path, kind, value = error["loc"], error["type"], error["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"there is no such setting, {closest(path[-1], names_at(path[:-1]))}"
+        return f"there is no such setting, {hint(path[-1], names_at(path[:-1]))}"
     if kind == "missing":
         return "this is missing"
     if kind == "value_error":

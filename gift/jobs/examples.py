@@ -6,7 +6,8 @@ from typing import Any
 
 import gift.data
 from gift.data.examples import Examples
-from gift.jobs.errors import JobError, closest
+from gift.errors import JobError
+from gift.jobs.errors import hint
 from gift.jobs.kinds import KINDS
 from gift.jobs.models import Data
 
@@ -53,9 +54,7 @@ def job_reader(data: Data, reader: Any) -> Any:
             raise JobError(what, [f"data.reader: give {' and '.join(missing)}"])
         return made(**settings)
     known = [field.name for field in dataclasses.fields(reader)]
-    wrong = [
-        f"data.reader: there is no {n!r}, {closest(n, known)}" for n in settings.keys() - known
-    ]
+    wrong = [f"data.reader: there is no {n!r}, {hint(n, known)}" for n in settings.keys() - known]
     if wrong:
         raise JobError(f"data.reader does not fit the network's {type(reader).__name__}", wrong)
     return dataclasses.replace(reader, **settings)

@@ -3,8 +3,8 @@
 from torch import nn
 
 from gift.data import Examples
+from gift.errors import JobError
 from gift.factories.checks import last_linear
-from gift.jobs.errors import JobError
 from gift.jobs.models import Strategy
 from gift.strategies import (
     DetectionHeadStrategy,

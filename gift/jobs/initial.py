@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from inspect import Parameter
 from typing import Any
 
+from gift.errors import JobError
 from gift.jobs.documented import described_arguments, first_sentence, parameters_of
-from gift.jobs.errors import JobError, closest
+from gift.jobs.errors import hint
 from gift.jobs.kinds import KINDS, Kind
 from gift.jobs.models import Data, Job, Network, Schedule, Strategy
 from gift.support.recipes import REGISTRY
@@ -28,7 +29,7 @@ def init_text(kind: str = "class_folders", strategy: str = "LoRAAllFineTuningStr
         JobError: if there is no such kind or strategy.
     """
     problems = [
-        f"there is no {what} {name!r}, {closest(name, known)}"
+        f"there is no {what} {name!r}, {hint(name, known)}"
         for what, name, known in (
             ("kind", kind, [*KINDS]), ("strategy", strategy, Strategy.known())
         )

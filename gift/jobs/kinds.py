@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gift.jobs.documented import described_arguments, parameters_of
-from gift.jobs.errors import closest, in_words
+from gift.jobs.errors import hint, in_words
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _fitting(given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
     problems, good = [], {}
     for name, value in given.items():
         if name not in types:
-            problems.append(f"there is no {name!r}, {closest(name, types)}")
+            problems.append(f"there is no {name!r}, {hint(name, types)}")
             continue
         try:
             good[name] = TypeAdapter(types[name]).validate_python(value)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gift.core.merging import merge
-from gift.jobs.errors import JobError
+from gift.errors import JobError
 from gift.support.atomic_files import replace_file
 
 TORCH = (".pt", ".pth", ".bin")

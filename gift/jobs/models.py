@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from gift.errors import some
-from gift.jobs.errors import closest, shown
+from gift.jobs.errors import hint, shown
 from gift.jobs.kinds import KINDS, anchored
 from gift.schedules import Schedule as AnySchedule
 from gift.schedules import load_schedule_from_config
@@ -120,7 +120,7 @@ class Data(_Section):
     @classmethod
     def _known(cls, kind: str) -> str:
         if kind not in KINDS:
-            raise ValueError(f"there is no kind {kind!r}, {closest(kind, KINDS)}")
+            raise ValueError(f"there is no kind {kind!r}, {hint(kind, KINDS)}")
         return kind
 
     @field_validator("options")
@@ -187,7 +187,7 @@ class _Registered(_Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in cls.known():
-            raise ValueError(f"there is no {name!r}, {closest(name, cls.known())}")
+            raise ValueError(f"there is no {name!r}, {hint(name, cls.known())}")
         return name
 
     @field_validator("init_paras")

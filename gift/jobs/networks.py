@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gift.jobs.errors import JobError
+from gift.errors import JobError
 from gift.jobs.kinds import KINDS
 from gift.jobs.models import Job
 from gift.zoo import LoadedNetwork, load_network

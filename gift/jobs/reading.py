@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from gift.errors import JobError, YamlError
 from gift.jobs import models
-from gift.jobs.errors import JobError, dotted, in_words
+from gift.jobs.errors import dotted, in_words
 from gift.jobs.models import Job
 from gift.support import yaml_files
 from gift.support.atomic_files import write_text
-from gift.support.yaml_files import YamlError
 from gift.training.settings import Settings
 
 Place = tuple[Any, ...]

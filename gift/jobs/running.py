@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gift.jobs.errors import JobError, shown
+from gift.errors import JobError
+from gift.jobs.errors import shown
 from gift.jobs.examples import job_examples, job_reader
 from gift.jobs.heads import with_head
 from gift.jobs.models import Job

@@ -9,8 +9,8 @@ from torch import nn
 
 from gift.core.io_spec import IOSpec, set_io_spec
 from gift.data import Examples, reader_from_config
+from gift.errors import JobError
 from gift.files import load
-from gift.jobs.errors import JobError
 from gift.jobs.examples import job_examples, read_examples
 from gift.jobs.kinds import KINDS
 from gift.jobs.models import Job

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from gift.errors import AdaptationError
+from gift.errors import AdaptationError, closest
 from gift.kernels.choice import Form
 from gift.methods.settings import Configured, at_least_32_bits, flag, whole
 
@@ -229,7 +228,7 @@ def method_of(name: str | Method, settings: Mapping[str, Any]) -> Method:
             raise ValueError(f"{name!r} has its settings already, got {dict(settings)} as well")
         return name
     if name not in METHODS:
-        close = get_close_matches(str(name), METHODS, n=3)
+        close = closest(name, METHODS)
         raise ValueError(f"unknown method {name!r}; known: {sorted(METHODS)}, closest: {close}")
     cls = METHODS[name]
     unknown = sorted(set(settings) - set(cls.__dataclass_fields__))

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
 from torch import nn
 
+from gift.errors import closest
 from gift.schedules.attached import Attached, Unfreezes
 from gift.schedules.blocks import Paths
 from gift.schedules.groups import Group, Groups, by_rate
@@ -268,7 +268,7 @@ class Schedule:
         blocks = list(attached.units)
         due = set(self.due(epoch, list(blocks)))
         if unknown := sorted(due - set(blocks)):
-            close = [match for name in unknown for match in get_close_matches(name, blocks, n=3)]
+            close = [match for name in unknown for match in closest(name, blocks)]
             raise ValueError(
                 f"at epoch {epoch}, {type(self).__name__} wants {unknown}, which are no blocks "
                 f"where something waits{f'; closest names: {close}' if close else ''}"

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from gift.core.delta import added_names, deltas_of
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.record import adapters_of
+from gift.errors import closest
 from gift.factories.checks import last_linear
 from gift.private.torch import NORM_WITH_STATISTICS
 
@@ -126,7 +126,7 @@ def _listed(paths: Paths) -> list[str]:
 
 def _closest(wrong: Iterable[str], known: Iterable[str]) -> str:
     known = list(known)
-    close = [match for path in wrong for match in get_close_matches(path, known, n=3)]
+    close = [match for path in wrong for match in closest(path, known)]
     return f"; closest names: {close}" if close else ""
 
 

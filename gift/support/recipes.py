@@ -7,11 +7,11 @@ foreign code.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
 
+from gift.errors import closest
 from gift.support.tensors import dtype_name
 
 REGISTRY: dict[str, Callable[..., Any]] = {}
@@ -117,7 +117,7 @@ def decode(data: Any, depth: int = 0) -> Any:
         return {key: decode(item, depth + 1) for key, item in data.items()}
     name, init_paras = data["name"], data["init_paras"]
     if not isinstance(name, str) or name not in REGISTRY:
-        close = get_close_matches(str(name), REGISTRY, n=3)
+        close = closest(name, REGISTRY)
         raise ValueError(
             f"{name!r} is not registered, closest: {close}; a file can name these: "
             f"{sorted(REGISTRY)}"

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gift.errors import YamlError
 from gift.support.optional import needed
 
 LARGEST_FILE = 2**20
@@ -32,14 +33,6 @@ _SCALARS = {
     "merge": (r"<<", ["<"]),
 }
 _AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+")
-
-
-class YamlError(ValueError):
-    """A text is no YAML that is read here; all that is wrong is named with its line."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
 
 
 @cache

@@ -1,6 +1,6 @@
 """From examples to a fine-tuned network: the loop, what it measures, and what it writes."""
 
-from gift.training.errors import TrainingError
+from gift.errors import TrainingError
 from gift.training.evaluation import evaluate
 from gift.training.loop import finetune
 from gift.training.lr_finder import LearningRates, find_lr

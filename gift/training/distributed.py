@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gift.core.weights.record import is_sharded
+from gift.errors import TrainingError
 from gift.private.torch import tree_map
 from gift.schedules.blocks import divide
-from gift.training.errors import TrainingError
 from gift.training.settings import Settings
 
 

@@ -11,9 +11,8 @@ from torch import nn
 
 from gift.core.frozen_norms import kept_modes
 from gift.data.examples import Examples
-from gift.errors import GiftWarning
+from gift.errors import GiftWarning, TrainingError
 from gift.training.distributed import Processes
-from gift.training.errors import TrainingError
 from gift.training.finite import rows_not_finite, told_not_finite
 from gift.training.loading import Batches, examples_of
 from gift.training.metrics import MetricKind, confusion_matrix, metrics_of

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from gift.data.examples import Examples
+from gift.errors import TrainingError
 from gift.private.torch import tree_map
 from gift.training.distributed import Processes
-from gift.training.errors import TrainingError
 
 
 def examples_of(data: Any, task: str | None = None) -> Examples | DataLoader[Any]:

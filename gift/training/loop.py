@@ -11,6 +11,7 @@ from torch import nn
 
 from gift.core.frozen_norms import kept_modes
 from gift.core.network import named_trainable
+from gift.errors import NotFiniteError
 from gift.files import save
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
@@ -23,7 +24,6 @@ from gift.training.checkpoint import (
     write_checkpoint,
 )
 from gift.training.distributed import Processes
-from gift.training.errors import NotFiniteError
 from gift.training.evaluation import judge
 from gift.training.finite import told_not_finite
 from gift.training.loading import windows

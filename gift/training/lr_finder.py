@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from gift.errors import NotFiniteError
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
 from gift.support.atomic_files import write_bytes
 from gift.training.distributed import Processes
-from gift.training.errors import NotFiniteError
 from gift.training.loading import windows
 from gift.training.loop import make_model, progress, start_schedule, train_step
 from gift.training.randomness import kept_random

@@ -1,12 +1,11 @@
 """Metrics by name, computed by torchmetrics."""
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from gift.data.examples import IGNORED
+from gift.errors import TrainingError, closest
 from gift.support.optional import needed
-from gift.training.errors import TrainingError
 
 
 class MetricKind(NamedTuple):
@@ -104,8 +103,7 @@ def metrics_of(task: str, names: Sequence[str] | None) -> dict[str, MetricKind]:
     if names is None:
         return {name: kind for name, kind in own.items() if kind.default}
     problems = [
-        f"{name!r} is no metric of {task}, closest: "
-        f"{get_close_matches(name, own, n=3)}, there are {sorted(own)}"
+        f"{name!r} is no metric of {task}, closest: {closest(name, own)}, there are {sorted(own)}"
         for name in names
         if name not in own
     ]

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from gift.core.delta import named_deltas
 from gift.core.network import named_trainable
-from gift.training.errors import TrainingError
+from gift.errors import TrainingError, closest
 from gift.training.settings import Settings
 
 
@@ -29,7 +28,7 @@ def make_optimizer(net: nn.Module, settings: Settings) -> Optimizer:
         make = getattr(torch.optim, make, None)
         if not (isinstance(make, type) and issubclass(make, Optimizer)):
             names = [n for n, o in vars(torch.optim).items() if isinstance(o, type)]
-            close = get_close_matches(str(settings.optimizer), names, n=3)
+            close = closest(settings.optimizer, names)
             raise TrainingError(
                 f"torch.optim has no optimizer {settings.optimizer!r}, closest: {close}"
             )

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gift.core.network import frozen_names
+from gift.errors import TrainingError
 from gift.schedules import Schedule
 from gift.training.distributed import Processes, sharded_like, whole
-from gift.training.errors import TrainingError
 from gift.training.loading import Batches
 from gift.training.logs import Logs
 from gift.training.metrics import MetricKind

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any
+
+from gift.errors import closest
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -124,7 +125,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     """
     known = [field.name for field in fields(Settings)]
     problems = [
-        f"{name!r} is no setting, closest: {get_close_matches(name, known, n=3)}"
+        f"{name!r} is no setting, closest: {closest(name, known)}"
         for name in given
         if name not in known
     ]

@@ -18,7 +18,7 @@ from gift.core.record import record_of
 from gift.core.undo.snapshot import all_or_nothing
 from gift.data.examples import Examples
 from gift.engine.enable import enable_fine_tuning
-from gift.errors import GiftWarning
+from gift.errors import GiftWarning, TrainingError
 from gift.factories import pa_train
 from gift.files.saving import fingerprint, split
 from gift.schedules import Schedule
@@ -26,7 +26,6 @@ from gift.strategies import FineTuningStrategy
 from gift.support.optional import needed
 from gift.training.checkpoint import check_writable, forget, read_checkpoint, restore
 from gift.training.distributed import Processes
-from gift.training.errors import TrainingError
 from gift.training.evaluation import judge, rehearse, task_of
 from gift.training.forgetting import old_heads
 from gift.training.loading import Batches, examples_of

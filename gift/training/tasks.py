@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.data.examples import IGNORED
-from gift.errors import GiftWarning, some
+from gift.errors import GiftWarning, TrainingError, some
 from gift.support.tensors import dtype_name
-from gift.training.errors import TrainingError
 
 Loss = Callable[[Any, Any], Tensor]
 

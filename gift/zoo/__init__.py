@@ -1,6 +1,6 @@
 """Networks by name."""
 
-from gift.zoo.errors import NetworkError
+from gift.errors import NetworkError
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.networks import load_network
 

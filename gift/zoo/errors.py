@@ -1,20 +1,13 @@
 """What can be wrong with a network that is asked for by name."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
-from gift.errors import first_line
-
-
-class NetworkError(ValueError):
-    """A network that cannot be loaded; the message says what to do."""
+from gift.errors import NetworkError, closest, first_line
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> NetworkError:
     """The error for a name that does not exist, with the closest ones."""
-    return NetworkError(
-        f"there is no {what} {name!r}, closest: {get_close_matches(name, list(known), n=3)}"
-    )
+    return NetworkError(f"there is no {what} {name!r}, closest: {closest(name, known)}")
 
 
 def unreachable(what: str, error: Exception) -> NetworkError:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from gift.data.readers import PictureReader
+from gift.errors import NetworkError
 from gift.support.optional import needed
-from gift.zoo.errors import NetworkError, unknown, unreachable
+from gift.zoo.errors import unknown, unreachable
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.options import TIMM, refuse_unknown
 from gift.zoo.states import put_state

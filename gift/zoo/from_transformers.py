@@ -4,12 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from gift.data.errors import DataError
 from gift.data.examples import Reader
 from gift.data.readers import TextReader
-from gift.errors import GiftWarning, first_line
+from gift.errors import DataError, GiftWarning, NetworkError, first_line
 from gift.support.optional import needed
-from gift.zoo.errors import NetworkError, unreachable
+from gift.zoo.errors import unreachable
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.options import (
     NUMBERS,

@@ -11,7 +11,8 @@ from torch import nn
 from gift.core.io_spec import set_io_spec
 from gift.data.classes import distinct
 from gift.data.examples import Reader
-from gift.zoo.errors import NetworkError, unknown
+from gift.errors import NetworkError
+from gift.zoo.errors import unknown
 from gift.zoo.from_timm import from_timm
 from gift.zoo.from_torchvision import from_torchvision
 from gift.zoo.from_transformers import from_transformers
@@ -59,7 +60,7 @@ def load_network(
         ((224, 224), 256, 'classification')
         >>> load_network("torchvision:resnet19")
         Traceback (most recent call last):
-        gift.zoo.errors.NetworkError: there is no classifier or detector of torchvision 'resnet19',
+        gift.errors.NetworkError: there is no classifier or detector of torchvision 'resnet19',
         closest: ['resnet18', ...]
     """
     library, _, model = name.partition(":")

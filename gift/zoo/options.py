@@ -6,10 +6,9 @@ be harmless is refused; whoever writes code may permit the rest, ``allow_import=
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from gift.zoo.errors import NetworkError
+from gift.errors import NetworkError, closest
 
 LARGEST = 2**24
 """No number among options is larger: some become sizes of tensors."""
@@ -164,7 +163,7 @@ def refuse_unknown(
 def _problems(options: Mapping[str, Any], known: Mapping[str, Allowed]) -> Iterator[str]:
     for option, value in options.items():
         if option not in known:
-            close = get_close_matches(str(option), list(known), n=3)
+            close = closest(option, known)
             yield f"{option} (not known, closest: {close})"
         elif not known[option].fits(value):
             yield f"{option}={value!r:.60} (expected {known[option].expected})"

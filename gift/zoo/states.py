@@ -10,9 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gift.errors import first_line, some
+from gift.errors import NetworkError, first_line, some
 from gift.private.torch import COMPILED
-from gift.zoo.errors import NetworkError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", f"{COMPILED}.")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gift
+from gift.errors import DeltaFileError
 from gift.files import container
-from gift.files.container import DeltaFileError
 from gift.interop import load_peft, save_peft
 from gift.strategies import LoRAAllFineTuningStrategy
 from gift.support.atomic_files import replace_files, write_bytes, write_text

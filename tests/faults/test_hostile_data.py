@@ -16,7 +16,7 @@ import gift
 from gift.data import DataError, PictureReader, coco
 from gift.data.boxes import _runs, masks_of
 from gift.data.readers.images import LARGEST_PICTURE, opened
-from gift.files.container import DeltaFileError
+from gift.errors import DeltaFileError
 from gift.interop import load_peft, save_peft
 from gift.strategies import LoRAAllFineTuningStrategy
 

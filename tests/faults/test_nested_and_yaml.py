@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 import gift
+from gift.errors import YamlError
 from gift.factories import ma_adapt, mc_layer, mc_name
 from gift.jobs import JobError, read_job
 from gift.jobs.reading import read_yaml
@@ -22,7 +23,6 @@ from gift.strategies import (
     merge_strategies,
 )
 from gift.support import yaml_files
-from gift.support.yaml_files import YamlError
 
 Nest = Callable[[FineTuningStrategy], FineTuningStrategy]
 NESTED: dict[str, Nest] = {

@@ -33,9 +33,7 @@ def check(net: nn.Module) -> None:
 def refuse(problems: list[str]) -> None:
     """Raise an AdaptationError that lists the problems, if there are any."""
     if problems:
-        raise AdaptationError(
-            "nothing was merged, the network is unchanged:\n  " + "\n  ".join(problems)
-        )
+        raise AdaptationError("nothing was merged, the network is unchanged", problems)
 
 
 def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gift.data.errors import DataError
 from gift.data.readers.images import DetectorReader, PictureReader
 from gift.data.readers.texts import TextReader
+from gift.errors import DataError
 
 READERS: dict[str, type[Any]] = {
     reader.kind: reader for reader in (PictureReader, DetectorReader, TextReader)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gift.data.errors import DataError
+from gift.errors import DataError
 from gift.support.optional import needed
 
 Size = int | tuple[int, int]
@@ -44,7 +44,7 @@ class PictureReader:
         (torch.Size([3, 32, 32]), tensor([1.]))
         >>> reader("a.jpg")
         Traceback (most recent call last):
-        gift.data.errors.DataError: a.jpg cannot be read as a picture: there is no such file
+        gift.errors.DataError: a.jpg cannot be read as a picture: there is no such file
     """
 
     kind: ClassVar[str] = "picture"

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gift.data.errors import DataError
-from gift.errors import first_line
+from gift.errors import DataError, first_line
 from gift.support.optional import needed
 
 _FOLDER = "tokenizer"

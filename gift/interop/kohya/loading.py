@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 from gift.core.report import Report
 from gift.core.weights.record import adapters_of, present_tensor
 from gift.engine.enable import enabling_trained
+from gift.errors import DeltaFileError
 from gift.factories import ma_adapt, mc_path
-from gift.files.container import DeltaFileError, read_tensors
+from gift.files.container import read_tensors
 from gift.interop.kohya.layers import Misfit, Target, flat, is_layer, lead
 from gift.interop.kohya.meaning import Told, told
 from gift.quantization import dequantised

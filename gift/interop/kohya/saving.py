@@ -13,7 +13,7 @@ from gift.core.delta import deltas_of
 from gift.core.network import moved_buffers, trained_in_place
 from gift.core.record import fine_tuned_part
 from gift.core.weights.record import Adapter, adapters_of, present_tensor
-from gift.files.container import DeltaFileError
+from gift.errors import DeltaFileError
 from gift.interop.kohya.layers import Misfit, flat, is_layer, lead
 from gift.interop.kohya.parts import parts_of
 from gift.quantization import dequantised

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.files.container import DeltaFileError, read_tensors
+from gift.errors import DeltaFileError
+from gift.files.container import read_tensors
 from gift.interop.peft.forms import Config, Tensors
 from gift.interop.peft.prompt import PROMPT_OPTIONS, PROMPT_TUNING
 from gift.interop.peft.table import FORMS

@@ -11,8 +11,8 @@ from gift.core.report import Report
 from gift.core.undo.snapshot import tensor_of
 from gift.core.weights.record import adapters_of
 from gift.engine.enable import enabling_trained
+from gift.errors import DeltaFileError
 from gift.factories import ma_adapt, ma_train, mc_path, pa_adapt, pa_train, pc_path
-from gift.files.container import DeltaFileError
 from gift.interop.peft.folder import misfits, read_folder
 from gift.interop.peft.forms import Read
 from gift.interop.peft.prompt import (

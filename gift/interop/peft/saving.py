@@ -14,7 +14,7 @@ from torch import nn
 from gift.core.forwards import named_extensions
 from gift.core.record import fine_tuned_part
 from gift.core.weights.record import adapters_of, is_sharded
-from gift.files.container import DeltaFileError
+from gift.errors import DeltaFileError
 from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.interop.peft.forms import Config, Form, Tensors, Written
 from gift.interop.peft.inplace import InPlace
