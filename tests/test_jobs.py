@@ -84,7 +84,7 @@ WRONG = {
     "a check for a strategy": ("strategy: mc_any", "strategy.name: there is no 'mc_any'"),
     "an unknown argument": (
         "strategy:\n  name: LoRAAllFineTuningStrategy\n  init_paras: {rnk: 3}",
-        "do not fit: got an unexpected keyword argument 'rnk'",
+        "has no setting 'rnk', closest: ['rank']",
     ),
     "a rank of nothing": (
         "strategy: {init_paras: {rank: -1}}",

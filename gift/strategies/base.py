@@ -7,8 +7,10 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
+from gift.errors import closest
 from gift.factories.serializable import describe
 from gift.support import yaml_files
+from gift.support.atomic_files import write_text
 from gift.support.recipes import bound_arguments, decode, encode, register
 
 
@@ -87,8 +89,10 @@ class FineTuningStrategy:
         if args or kwargs or not _required(cls):
             try:
                 strategy.init_paras = bound_arguments(cls, *args, **kwargs)
-            except TypeError:
-                strategy.init_paras = {}  # __init__ is about to say the same, and better
+            except TypeError as error:
+                raise TypeError(
+                    _wrong_arguments(cls, kwargs) or f"{cls.__name__}: {error}"
+                ) from None
         return strategy
 
     def __init__(
@@ -164,10 +168,7 @@ class FineTuningStrategy:
             ValueError: naming what no file can hold, such as a lambda; nothing is written then.
             ImportError: without PyYAML.
         """
-        text = yaml_files.dump(self.to_config())
-        from gift.support.atomic_files import write_text  # which needs strategies itself
-
-        write_text(path, text)
+        write_text(path, yaml_files.dump(self.to_config()))
 
     def __repr__(self) -> str:
         known = inspect.signature(type(self)).parameters
@@ -210,6 +211,14 @@ def _required(cls: type) -> bool:
     parameters = inspect.signature(cls).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(p.default is p.empty and p.kind not in kinds for p in parameters)
+
+
+def _wrong_arguments(cls: type, given: Mapping[str, Any]) -> str:
+    """The keywords that a strategy does not have, with the closest of those that it has."""
+    known = list(inspect.signature(cls).parameters)
+    problems = [f"{n!r}, closest: {closest(n, known)}" for n in given if n not in known]
+    wrong = "; ".join(problems)
+    return f"{cls.__name__} has no setting {wrong}; it has {known}" if problems else ""
 
 
 def _types(given: Any, problems: list[str]) -> tuple[type, ...]:
