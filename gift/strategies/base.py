@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
-from gift.errors import closest
 from gift.factories.serializable import describe
 from gift.support import yaml_files
 from gift.support.atomic_files import write_text
@@ -87,12 +86,7 @@ class FineTuningStrategy:
         strategy = super().__new__(cls)
         # A copy or a pickle calls this without arguments and brings `init_paras` along.
         if args or kwargs or not _required(cls):
-            try:
-                strategy.init_paras = bound_arguments(cls, *args, **kwargs)
-            except TypeError as error:
-                raise TypeError(
-                    _wrong_arguments(cls, kwargs) or f"{cls.__name__}: {error}"
-                ) from None
+            strategy.init_paras = bound_arguments(cls, *args, **kwargs)
         return strategy
 
     def __init__(
@@ -211,14 +205,6 @@ def _required(cls: type) -> bool:
     parameters = inspect.signature(cls).parameters.values()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(p.default is p.empty and p.kind not in kinds for p in parameters)
-
-
-def _wrong_arguments(cls: type, given: Mapping[str, Any]) -> str:
-    """The keywords that a strategy does not have, with the closest of those that it has."""
-    known = list(inspect.signature(cls).parameters)
-    problems = [f"{n!r}, closest: {closest(n, known)}" for n in given if n not in known]
-    wrong = "; ".join(problems)
-    return f"{cls.__name__} has no setting {wrong}; it has {known}" if problems else ""
 
 
 def _types(given: Any, problems: list[str]) -> tuple[type, ...]:

@@ -41,9 +41,13 @@ def registered(base: type) -> dict[str, Any]:
 
 
 def bound_arguments(maker: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included; containers are copied."""
+    """The arguments of a call by name, defaults included; containers are copied.
+
+    Raises:
+        TypeError: if they do not fit, naming `maker` and the closest keywords.
+    """
     signature = inspect.signature(maker)
-    bound = signature.bind(*args, **kwargs)
+    bound = _bind(maker, args, kwargs)
     bound.apply_defaults()
     flat: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -55,6 +59,19 @@ def bound_arguments(maker: Callable[..., Any], *args: Any, **kwargs: Any) -> dic
         else:
             flat[name] = own_copy(value)
     return flat
+
+
+def _bind(maker: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    signature = inspect.signature(maker)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        known, name = list(signature.parameters), maker.__name__
+        unknown = [f"{n!r}, closest: {closest(n, known)}" for n in kwargs if n not in known]
+        if unknown:
+            wrong = f"{name} has no setting {'; '.join(unknown)}; it has {known}"
+            raise TypeError(wrong) from None
+        raise TypeError(f"{name}: {error}") from None
 
 
 def own_copy(value: Any) -> Any:
@@ -128,7 +145,7 @@ def decode(data: Any, depth: int = 0) -> Any:
     positional = keywords.pop("*", [])
     keywords = getattr(REGISTRY[name], "of_file", dict)(keywords)
     try:
-        inspect.signature(REGISTRY[name]).bind(*positional, **keywords)
+        _bind(REGISTRY[name], positional, keywords)
     except TypeError as error:
         raise ValueError(f"init_paras of {name} do not fit: {error}") from error
     return REGISTRY[name](*positional, **keywords)
