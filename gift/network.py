@@ -3,9 +3,10 @@
 import functools
 import inspect
 import itertools
+import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,8 +124,9 @@ class FineTunedNetwork(Generated):
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
-            _drop_names(self, state, prefix)
-            if _overrides(self, "state_dict"):
+            left = dict(nn.Module.named_parameters(self)) if _drops_frozen_itself() else {}  # type: ignore[arg-type]
+            _drop_names(self, state, prefix, left)
+            if not left and _overrides(self, "state_dict"):
                 _drop_frozen(self, state)
         _complete(self, state, prefix, kwargs.get("keep_vars", args[2] if len(args) > 2 else False))
         _describe_deltas(self, state, prefix)
@@ -182,6 +184,22 @@ def _is_averaging() -> bool:
     return asking is not None and asking.f_code is AveragedModel.update_parameters.__code__
 
 
+def _drops_frozen_itself() -> bool:
+    """Whether `torch.distributed.checkpoint` asks with ``ignore_frozen_params``.
+
+    It takes each frozen parameter out of the state by its first name, and it must be in there.
+    """
+    checkpoint = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if checkpoint is None or torch.compiler.is_compiling():
+        return False
+    asking = {checkpoint.get_model_state_dict.__code__, checkpoint.get_state_dict.__code__}
+    return any(
+        getattr(frame.f_locals.get("options"), "ignore_frozen_params", False)
+        for frame in callers()
+        if frame.f_code in asking
+    )
+
+
 def _overrides(network: Any, name: str) -> bool:
     """Whether the author of a network has a method of that name instead of torch's."""
     return getattr(plain_class(type(network)), name) is not getattr(nn.Module, name)
@@ -198,10 +216,16 @@ def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
     yield from trained.values()
 
 
-def _drop_names(network: Any, state: MutableMapping[str, Any], prefix: str) -> None:
-    """Drop what is frozen, and what belongs to quantised tensors, by torch's names."""
+def _drop_names(
+    network: Any, state: MutableMapping[str, Any], prefix: str, left: Container[str] = ()
+) -> None:
+    """Drop what is frozen, and what belongs to quantised tensors, by torch's names.
+
+    But for the names that are to be `left`.
+    """
     for name in (*frozen_names(network), *quant_state_names(network)):
-        state.pop(prefix + name, None)
+        if name not in left:
+            state.pop(prefix + name, None)
 
 
 def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:

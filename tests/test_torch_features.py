@@ -16,6 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+)
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -651,6 +657,26 @@ def test_share_memory() -> None:
     assert not any(tensor.is_shared() for tensor in tensors)
     assert net.share_memory() is net
     assert all(tensor.is_shared() for tensor in tensors)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("frozen_are_left_out", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_states_of_distributed_checkpoints(
+    name: str, frozen_are_left_out: bool, outer: bool
+) -> None:
+    """They are those of the network, whether torch leaves out what is frozen or gift alone does."""
+    _, net, _ = case(name)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    model = nn.ModuleDict({"net": net}) if outer else net
+    options = StateDictOptions(ignore_frozen_params=frozen_are_left_out)
+    expected = model.state_dict()
+    assert not [key for key in expected if key.removeprefix("net.") in frozen(net)]
+    assert_bitwise(get_model_state_dict(model, options=options), expected)
+    state, _ = get_state_dict(model, optimizer, options=options)
+    assert_bitwise(state, expected)
+    set_model_state_dict(model, state, options=options)
+    assert_bitwise(model.state_dict(), expected)
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
