@@ -80,9 +80,10 @@ def is_transformed() -> bool:
 
 
 def is_compiled_by_old() -> bool:
-    """Whether a compiler traces that does not follow autograd functions where sizes are left open.
+    """Whether a compiler traces that does not follow autograd functions where sizes are left open,
+    and for which a property of a module hides what lies in its ``__dict__`` under that name.
 
-    That of torch 2.6 fails to export them, that of 2.14 does not; no version between was tried.
+    That of torch 2.6 fails at both, that of 2.14 does not; no version between was tried.
     """
     return _old_compiler and torch.compiler.is_compiling()
 
