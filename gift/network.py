@@ -24,11 +24,11 @@ from gift.guard import memory_of
 from gift.in_place import keep_values
 from gift.incoming import Incoming
 from gift.pretrained import parts_that_save, saving_methods
-from gift.private.torch import callers
+from gift.private.torch import callers, loads_strictly
 from gift.quantised import quant_state_names
 from gift.report import Report
 from gift.state_settings import without_settings
-from gift.transaction import Undo, transaction
+from gift.transaction import Snapshot, Undo, transaction
 
 
 @dataclass
@@ -53,6 +53,8 @@ class NetworkRecord:
         refusing: whether nothing of it is loaded.
         strict: whether missing keys are errors, as far as that is known: torch does not tell parts
             of a bigger module.
+        before: what the network was before a bigger module began to load it, torch's list of
+            errors, and how many there were.
     """
 
     chosen: set[str]
@@ -70,6 +72,10 @@ class NetworkRecord:
     rehearsing: bool = False
     refusing: bool = False
     strict: bool = True
+    before: tuple[Snapshot, list[str], int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"before": None}
 
 
 class FineTunedNetwork(Generated):
@@ -135,6 +141,12 @@ class FineTunedNetwork(Generated):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load trained parameters and buffers, or a whole checkpoint of the base.
 
+        A bigger module that contains the network loads it by torch's own code, which goes on after
+        an error and raises at the end. If something is wrong with what is for this network, nothing
+        of it is loaded. What other parts of the bigger module have loaded stays, as torch does it;
+        and a signal, or an error that a module's own code raises, cannot be caught there: load into
+        the network itself where that matters.
+
         Raises:
             RuntimeError: naming every key that is missing, unknown, of another shape, or trained
                 with other settings; nothing is loaded then.
@@ -146,7 +158,7 @@ class FineTunedNetwork(Generated):
         # Also called when a bigger module loads its state, which passes `load_state_dict` by.
         keys: Set[str] = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         record = self._gift_network
-        record.loading, record.refusing = (prefix, keys), False
+        record.loading, record.refusing, record.before = (prefix, keys), False, None
         if not record.rehearsing:
             coming = {key: state_dict[prefix + key] for key in keys}
             frozen, deltas = set(frozen_names(self)), delta_names(self)
@@ -169,6 +181,9 @@ class FineTunedNetwork(Generated):
                 return
             for surprise in incoming.surprises():
                 warnings.warn(surprise, GiftWarning, stacklevel=2)
+            if prefix:  # a bigger module loads, within no transaction
+                snapshot = Snapshot(self, writes=_overwritten(self, (coming,), {}))  # type: ignore[arg-type]
+                record.before = snapshot, errors, len(errors)
             keep_values(self, coming, frozen, deltas)  # type: ignore[arg-type]
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
@@ -387,6 +402,8 @@ def _loaded(network: Any, incompatible: Any) -> None:
     absent = deltas if is_base else frozen
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if key.removeprefix(prefix) not in absent]
+    if _undone(record, [*missing, *incompatible.unexpected_keys]):
+        return
     if is_base and frozen <= keys and not record.rehearsing:
         record.undo.refresh_values()
         for module, key, delta in list(named_deltas(network)):
@@ -394,6 +411,21 @@ def _loaded(network: Any, incompatible: Any) -> None:
                 delta.reset(module, key)
             elif key in adapters_of(module) and key not in module._parameters:
                 adapters_of(module)[key].follow(module, key)  # a tensor that is computed
+
+
+def _undone(record: NetworkRecord, misfits: list[str]) -> bool:
+    """Whether a bigger module found errors in what it loaded, of which nothing is left then."""
+    if record.before is None:
+        return False
+    snapshot, errors, count = record.before
+    record.before = None
+    prefix = record.loading[0]
+    wrong = loads_strictly() and any(key.startswith(prefix) for key in misfits)
+    if len(errors) == count and not wrong:
+        return False
+    snapshot.rollback()
+    errors.append(f"nothing was loaded into {prefix.removesuffix('.')}")
+    return True
 
 
 @contributes

@@ -426,3 +426,13 @@ def callers() -> Iterator[FrameType]:
     frame = None if frame is None else frame.f_back
     while frame is not None and (frame := frame.f_back) is not None:
         yield frame
+
+
+def loads_strictly() -> bool:
+    """Whether missing and unexpected keys of the state that a module is loading are errors.
+
+    Hooks of its parts are not told, so the frame of `load_state_dict` is asked; False without one.
+    """
+    load = nn.Module.load_state_dict.__code__
+    frame = next((frame for frame in callers() if frame.f_code is load), None)
+    return frame is not None and frame.f_locals.get("strict") is True
