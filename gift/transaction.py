@@ -130,7 +130,7 @@ class Undo:
 
     Args:
         modules: what changed on modules.
-        requires_grad: the flags of the parameters, where they changed.
+        requires_grad: the flags that the parameters of the base had when it was last the base.
         values: for each module, values of parameters that are trained in place and of buffers.
         recast: those among them of which an action changed dtype or device.
     """
@@ -321,11 +321,7 @@ class Snapshot:
             keep_values: copy the values of what training changes in place.
         """
         undo = Undo(modules=list(self._changes()))
-        undo.requires_grad = [
-            (m, name, kept.flag)
-            for m, name, kept in self.parameters
-            if kept.tensor.requires_grad != kept.flag
-        ]
+        undo.requires_grad = [(m, name, kept.flag) for m, name, kept in self.parameters]
         if keep_values:
             undo.values = list(self._values())
             now = {(m, name): kept.tensor for m, name, kept in self._tensors()}
