@@ -473,6 +473,23 @@ def test_without_frames_nobody_is_known(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(list(net.parameters())) == 2
 
 
+@pytest.mark.parametrize("frames", [True, False])
+def test_a_bigger_module_says_by_its_frame_whether_keys_may_be_missing(
+    frames: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without frames it loads what there is before it complains, as torch does."""
+    net = adapted(nn.Linear(3, 3))
+    outer, before = nn.Sequential(net), net.lora_A.detach().clone()
+    if not frames:
+        monkeypatch.setattr(private.inspect, "currentframe", lambda: None)
+    state = {"0.lora_A": before + 1}
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.lora_B"):
+        outer.load_state_dict(state)
+    assert torch.equal(net.lora_A, before if frames else before + 1)
+    outer.load_state_dict(state, strict=False)
+    assert torch.equal(net.lora_A, before + 1)
+
+
 def test_where_a_network_came_from() -> None:
     class Config:
         pass

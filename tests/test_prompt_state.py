@@ -79,11 +79,14 @@ def test_the_signature_stays() -> None:
     assert inspect.signature(prompted(net).forward) == before
 
 
-def test_compiled_as_one_graph() -> None:
+@pytest.mark.parametrize("records", [True, False])
+def test_compiled_as_one_graph(records: bool) -> None:
+    torch._dynamo.reset()
     net, x = prompted(encoder().eval()), torch.randn(2, TIME, DIM)
     net.enable_nested_tensor = False
     compiled: Any = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), net(x))
+    with torch.set_grad_enabled(records):
+        torch.testing.assert_close(compiled(x), net(x))
 
 
 # --- what is refused -----------------------------------------------------------------------------

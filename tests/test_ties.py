@@ -26,6 +26,7 @@ from gift.factories import (
 from gift.strategies import (
     DoRAAllFineTuningStrategy,
     FullFineTuningStrategy,
+    IA3AllFineTuningStrategy,
     LoRAAllFineTuningStrategy,
     LoRALinearFineTuningStrategy,
     ModulesFineTuningStrategy,
@@ -205,3 +206,44 @@ def test_an_action_that_trains_what_its_delta_is_made_from_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.weight.*dora.*frozen values"):
         enable_fine_tuning(net, caps((mc_path("0"), act)))
     assert picture(net) == before
+
+
+class Biased(Words):
+    """As BERT's head, whose bias stands beside it as well."""
+
+    def __init__(self, head_first: bool = False) -> None:
+        super().__init__(head_first)
+        self.bias = nn.Parameter(torch.randn(16))
+        self.head.bias = self.bias
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_bias_with_two_names_is_the_same_under_both(head_first: bool, tied: bool) -> None:
+    """Whether the weight that it is added to keeps its own delta, or takes that of a table."""
+    torch.manual_seed(0)
+    net = Biased(head_first)
+    if not tied:
+        net.head.weight = nn.Parameter(torch.randn(16, 8))
+    tokens = torch.arange(8)
+    before, bias = net(tokens), net.bias.detach().clone()
+    enable_fine_tuning(net, IA3AllFineTuningStrategy())
+    assert torch.equal(net(tokens), before)
+    assert torch.equal(net.bias, bias)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    assert torch.equal(net.bias, net.head.bias)
+    if tied and not head_first:  # the delta is the table's: its columns are scaled, no output is
+        assert torch.equal(net.bias, bias)
+    else:
+        torch.testing.assert_close(net.bias, bias * net.head.ia3_l.flatten())
+    hidden = net.body(net.table(tokens)).tanh()
+    expected = hidden @ net.head.weight.T + net.bias
+    torch.testing.assert_close(net(tokens), expected)
+    found = net(tokens)
+    with gift.merged(net):
+        torch.testing.assert_close(net(tokens), found)
+    gift.disable_fine_tuning(net)
+    assert torch.equal(net(tokens), before)
+    assert net.bias is net.head.bias

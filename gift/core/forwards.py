@@ -19,6 +19,7 @@ from gift.core.delta import Delta, DeltaModule, add_tensor, put_values
 from gift.core.dynamic_class import Generated, Spec, change_class, plain_class
 from gift.errors import AdaptationError
 from gift.methods.settings import Configured, dtype_of
+from gift.private.torch import is_compiled_by_old
 
 Forward = Callable[..., Any]
 CALLS: dict[str, type["CallMethod"]] = {}
@@ -163,7 +164,9 @@ class NestingEncoder(Generated):
     @property
     def use_nested_tensor(self) -> bool:
         """Whether it may, which is as before while no gradient is recorded."""
-        return self.__dict__.get("use_nested_tensor", False) and not torch.is_grad_enabled()
+        if torch.is_grad_enabled() or is_compiled_by_old():  # which takes the flag for this again
+            return False
+        return self.__dict__.get("use_nested_tensor", False)
 
     @use_nested_tensor.setter
     def use_nested_tensor(self, value: bool) -> None:

@@ -31,11 +31,15 @@ class HeldFlags:
     Args:
         module: the module.
         frozen: names of its own parameters that stay frozen.
+
+    Attributes:
+        empty: names of attributes that are None, places of modules that may come.
     """
 
     def __init__(self, module: nn.Module, frozen: frozenset[str]) -> None:
         self.module = module
         self.frozen = frozen
+        self.empty = tuple(name for name, value in module.__dict__.items() if value is None)
 
     def __call__(self, requires_grad: bool = True) -> nn.Module:
         """Freeze the parameters in the module, or train those that are not held."""
@@ -66,11 +70,15 @@ class HeldFlags:
 
 def held_in(module: nn.Module) -> list[nn.Parameter]:
     """The own parameters of `module` that stay frozen."""
-    flags = module.__dict__.get(HELD)
-    if not isinstance(flags, HeldFlags):
+    if not is_held(module):
         return []
-    own = [module._parameters.get(name) for name in flags.frozen]
+    own = [module._parameters.get(name) for name in module.__dict__[HELD].frozen]
     return [parameter for parameter in own if parameter is not None]
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether `module` is a part of a fine-tuned network that has, or holds, parameters."""
+    return isinstance(module.__dict__.get(HELD), HeldFlags)
 
 
 def hold_flags(network: Any) -> None:
@@ -160,5 +168,5 @@ def release_flags(network: nn.Module) -> None:
     """Undo `hold_flags`."""
     _WATCHED.discard(network)
     for module in network.modules():
-        if isinstance(module.__dict__.get(HELD), HeldFlags):
+        if is_held(module):
             del module.__dict__[HELD]

@@ -3,9 +3,10 @@
 import functools
 import inspect
 import itertools
+import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Set
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ from gift.core.record import NetworkRecord, record_of
 from gift.core.save_pretrained import parts_that_save, saving_methods
 from gift.core.state_settings import without_settings
 from gift.core.undo.copy_on_write import memory_of
-from gift.core.undo.snapshot import Undo, transaction
+from gift.core.undo.snapshot import Snapshot, Undo, transaction
 from gift.core.unfreeze import keep_values
 from gift.core.weights.record import adapters_of
 from gift.errors import GiftWarning
-from gift.private.torch import callers
+from gift.private.torch import callers, loads_strictly
 from gift.quantization import quant_state_names
 
 
@@ -88,8 +89,9 @@ class FineTunedNetwork(Generated):
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
-            _drop_names(self, state, prefix)
-            if _overrides(self, "state_dict"):
+            left = dict(nn.Module.named_parameters(self)) if _drops_frozen_itself() else {}  # type: ignore[arg-type]
+            _drop_names(self, state, prefix, left)
+            if not left and _overrides(self, "state_dict"):
                 _drop_frozen(self, state)
         _complete(self, state, prefix, kwargs.get("keep_vars", args[2] if len(args) > 2 else False))
         _describe_deltas(self, state, prefix)
@@ -97,6 +99,12 @@ class FineTunedNetwork(Generated):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load trained parameters and buffers, or a whole checkpoint of the base.
+
+        A bigger module that contains the network loads it by torch's own code, which goes on after
+        an error and raises at the end. If something is wrong with what is for this network, nothing
+        of it is loaded. What other parts of the bigger module have loaded stays, as torch does it;
+        and a signal, or an error that a module's own code raises, cannot be caught there: load into
+        the network itself where that matters.
 
         Raises:
             RuntimeError: naming every key that is missing, unknown, of another shape, or trained
@@ -109,7 +117,7 @@ class FineTunedNetwork(Generated):
         # Also called when a bigger module loads its state, which passes `load_state_dict` by.
         keys: Set[str] = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         record = self._gift_network
-        record.loading, record.refusing = (prefix, keys), False
+        record.loading, record.refusing, record.before = (prefix, keys), False, None
         if not record.rehearsing:
             coming = {key: state_dict[prefix + key] for key in keys}
             frozen, deltas = set(frozen_names(self)), delta_names(self)
@@ -132,6 +140,9 @@ class FineTunedNetwork(Generated):
                 return
             for surprise in incoming.surprises():
                 warnings.warn(surprise, GiftWarning, stacklevel=2)
+            if prefix:  # a bigger module loads, within no transaction
+                snapshot = Snapshot(self, writes=_overwritten(self, (coming,), {}))  # type: ignore[arg-type]
+                record.before = snapshot, errors, len(errors)
             keep_values(self, coming, frozen, deltas)  # type: ignore[arg-type]
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
@@ -145,6 +156,22 @@ def _is_averaging() -> bool:
         return False
     asking = next(itertools.islice(callers(), 1, None), None)
     return asking is not None and asking.f_code is AveragedModel.update_parameters.__code__
+
+
+def _drops_frozen_itself() -> bool:
+    """Whether `torch.distributed.checkpoint` asks with ``ignore_frozen_params``.
+
+    It takes each frozen parameter out of the state by its first name, and it must be in there.
+    """
+    checkpoint = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if checkpoint is None or torch.compiler.is_compiling():
+        return False
+    asking = {checkpoint.get_model_state_dict.__code__, checkpoint.get_state_dict.__code__}
+    return any(
+        getattr(frame.f_locals.get("options"), "ignore_frozen_params", False)
+        for frame in callers()
+        if frame.f_code in asking
+    )
 
 
 def _overrides(network: Any, name: str) -> bool:
@@ -163,10 +190,16 @@ def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
     yield from trained.values()
 
 
-def _drop_names(network: Any, state: MutableMapping[str, Any], prefix: str) -> None:
-    """Drop what is frozen, and what belongs to quantised tensors, by torch's names."""
+def _drop_names(
+    network: Any, state: MutableMapping[str, Any], prefix: str, left: Container[str] = ()
+) -> None:
+    """Drop what is frozen, and what belongs to quantised tensors, by torch's names.
+
+    But for the names that are to be `left`.
+    """
     for name in (*frozen_names(network), *quant_state_names(network)):
-        state.pop(prefix + name, None)
+        if name not in left:
+            state.pop(prefix + name, None)
 
 
 def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:
@@ -328,6 +361,8 @@ def _loaded(network: Any, incompatible: Any) -> None:
     absent = deltas if is_base else frozen
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if key.removeprefix(prefix) not in absent]
+    if _undone(record, [*missing, *incompatible.unexpected_keys]):
+        return
     if is_base and frozen <= keys and not record.rehearsing:
         record.undo.refresh_values()
         for module, key, delta in list(named_deltas(network)):
@@ -335,6 +370,21 @@ def _loaded(network: Any, incompatible: Any) -> None:
                 delta.reset(module, key)
             elif key in adapters_of(module) and key not in module._parameters:
                 adapters_of(module)[key].follow(module, key)  # a tensor that is computed
+
+
+def _undone(record: NetworkRecord, misfits: list[str]) -> bool:
+    """Whether a bigger module found errors in what it loaded, of which nothing is left then."""
+    if record.before is None:
+        return False
+    snapshot, errors, count = record.before
+    record.before = None
+    prefix = record.loading[0]
+    wrong = loads_strictly() and any(key.startswith(prefix) for key in misfits)
+    if len(errors) == count and not wrong:
+        return False
+    snapshot.rollback()
+    errors.append(f"nothing was loaded into {prefix.removesuffix('.')}")
+    return True
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:

@@ -12,7 +12,7 @@ from gift.core.undo.temporary_state import refuse_meanwhile
 
 if TYPE_CHECKING:  # both are made for a network that has a record
     from gift.core.frozen_base import HeldFlags
-    from gift.core.undo.snapshot import Undo
+    from gift.core.undo.snapshot import Snapshot, Undo
 
 
 @dataclass
@@ -37,6 +37,8 @@ class NetworkRecord:
         refusing: whether nothing of it is loaded.
         strict: whether missing keys are errors, as far as that is known: torch does not tell parts
             of a bigger module.
+        before: what the network was before a bigger module began to load it, torch's list of
+            errors, and how many there were.
     """
 
     chosen: set[str]
@@ -54,6 +56,10 @@ class NetworkRecord:
     rehearsing: bool = False
     refusing: bool = False
     strict: bool = True
+    before: "tuple[Snapshot, list[str], int] | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"before": None}
 
 
 def record_of(network: Any) -> NetworkRecord:

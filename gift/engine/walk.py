@@ -1,7 +1,7 @@
 """Applying the caps of a strategy to a network, from the network down."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -221,19 +221,13 @@ class Walk:
 
     def _tie(self) -> None:
         """One delta for each tensor: whoever else holds an adapted tensor reads the same delta."""
-        owners: dict[int, tuple[nn.Module, str]] = {}
         parts = list(self.network.named_modules())
-        for _, module in parts:
-            for name in adapters_of(module):
-                if (parameter := module._parameters.get(name)) is not None:
-                    owners.setdefault(id(parameter), (module, name))
-        if not owners:
-            return
-        for path, module in parts:
-            for name, parameter in list(module._parameters.items()):
-                owner = owners.get(id(parameter))
-                if owner is not None and owner != (module, name):
-                    self._share(*owner, module, name, joined(path, name))
+        for owner, path, module, name in list(_with_owners(parts)):
+            self._drop_second(owner, path, module, name)
+        # Anew, since a delta that was dropped may have been that of a bias, too.
+        for owner, _, module, name in list(_with_owners(parts)):
+            if name not in adapters_of(module):
+                _share(*owner, module, name)
 
     def _settle_sizes(self) -> None:
         """A size that some weights cannot have is clipped there; one that none can have is refused.
@@ -259,30 +253,62 @@ class Walk:
                 refused.setdefault(place, []).append(": ".join(filter(None, texts)))
         self.problems += [f"{place}: {'; '.join(texts)}" for place, texts in refused.items()]
 
-    def _share(
-        self, owner: nn.Module, tensor: str, module: nn.Module, name: str, path: str
-    ) -> None:  # fmt: skip
-        adapter, second = adapters_of(owner)[tensor], adapters_of(module).get(name)
-        if second is not None:
-            if id(owner._parameters[tensor]) in self.ties.contradicted:
-                return  # which is told already
-            if second.method != adapter.method:
-                self.problems.append(
-                    f"{path} is tied to a tensor that is adapted by {adapter.method}, and was to "
-                    f"be adapted by {second.method}; one tensor takes one"
-                )
-                return
-            _drop(module, second)
-        shared = replace(adapter, owner=owner, follows=())
-        if adapter.layout is not None:
-            shape = torch.Size(adapter.layout.shape)
-            alike = layout_of(module, name, shape, adapter.options) == adapter.layout
-            shared.reads_alike = alike
-        install(module, name, shared)
+    def _drop_second(
+        self, owner: tuple[nn.Module, str], path: str, module: nn.Module, name: str
+    ) -> None:
+        """Of two deltas of one tensor keep the first, if both are by the same method."""
+        holder, tensor = owner
+        adapter, second = adapters_of(holder).get(tensor), adapters_of(module).get(name)
+        if adapter is None or second is None:
+            return
+        if id(holder._parameters[tensor]) in self.ties.contradicted:
+            return  # which is told already
+        if second.method != adapter.method:
+            self.problems.append(
+                f"{path} is tied to a tensor that is adapted by {adapter.method}, and was to "
+                f"be adapted by {second.method}; one tensor takes one"
+            )
+            return
+        _drop(module, name)
 
 
-def _drop(module: nn.Module, adapter: Adapter) -> None:
+def _with_owners(
+    parts: Iterable[tuple[str, nn.Module]],
+) -> Iterator[tuple[tuple[nn.Module, str], str, nn.Module, str]]:
+    """Each further place of an adapted tensor, after the first place where it is adapted.
+
+    Args:
+        parts: the modules of a network, with their paths.
+
+    Yields:
+        The module and the name there, then the tensor's other path, module and name.
+    """
+    owners: dict[int, tuple[nn.Module, str]] = {}
+    for _, module in parts:
+        for name in adapters_of(module):
+            if (parameter := module._parameters.get(name)) is not None:
+                owners.setdefault(id(parameter), (module, name))
+    for path, module in parts if owners else ():
+        for name, parameter in module._parameters.items():
+            owner = owners.get(id(parameter))
+            if owner is not None and owner != (module, name):
+                yield owner, joined(path, name), module, name
+
+
+def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
+    """Let `module` read a tensor of its own by the delta that `owner` has for it."""
+    adapter = adapters_of(owner)[tensor]
+    shared = replace(adapter, owner=owner, follows=())
+    if adapter.layout is not None:
+        shape = torch.Size(adapter.layout.shape)
+        shared.reads_alike = layout_of(module, name, shape, adapter.options) == adapter.layout
+    install(module, name, shared)
+
+
+def _drop(module: nn.Module, tensor: str) -> None:
     """Remove a delta, and what else in `module` uses it: the bias that belongs to a weight."""
+    adapter = adapters_of(module)[tensor]
+    uninstall(module, tensor)
     if adapter.owner is not None:
         return
     gone = set(adapter.names.values())

@@ -19,6 +19,7 @@ from torch import Tensor
 from gift.errors import DeltaFileError
 from gift.files.digests import digests
 from gift.support.atomic_files import held_file, replace_file
+from gift.support.interrupts import held_interrupts
 
 try:
     import fcntl
@@ -72,10 +73,16 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
     try:
         with held_file(path) as same, safe_open(same, framework="pt") as file:
             names = file.keys()
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+            return file.metadata() or {}, {name: _tensor(file, name) for name in names}
     except Exception as error:  # whatever hostile bytes provoke
         problem = f"it is no whole safetensors file ({type(error).__name__}: {error})"
         raise DeltaFileError(f"{path} cannot be read", [problem]) from error
+
+
+def _tensor(file: Any, name: str) -> Tensor:
+    # A signal that arrives within safetensors would become an error of the file.
+    with held_interrupts():
+        return file.get_tensor(name)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

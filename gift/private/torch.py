@@ -80,9 +80,10 @@ def is_transformed() -> bool:
 
 
 def is_compiled_by_old() -> bool:
-    """Whether a compiler traces that does not follow autograd functions where sizes are left open.
+    """Whether a compiler traces that does not follow autograd functions where sizes are left open,
+    and for which a property of a module hides what lies in its ``__dict__`` under that name.
 
-    That of torch 2.6 fails to export them, that of 2.14 does not; no version between was tried.
+    That of torch 2.6 fails at both, that of 2.14 does not; no version between was tried.
     """
     return _old_compiler and torch.compiler.is_compiling()
 
@@ -425,3 +426,13 @@ def callers() -> Iterator[FrameType]:
     frame = None if frame is None else frame.f_back
     while frame is not None and (frame := frame.f_back) is not None:
         yield frame
+
+
+def loads_strictly() -> bool:
+    """Whether missing and unexpected keys of the state that a module is loading are errors.
+
+    Hooks of its parts are not told, so the frame of `load_state_dict` is asked; False without one.
+    """
+    load = nn.Module.load_state_dict.__code__
+    frame = next((frame for frame in callers() if frame.f_code is load), None)
+    return frame is not None and frame.f_locals.get("strict") is True

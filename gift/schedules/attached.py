@@ -210,6 +210,10 @@ class Attached:
             for path in self.units[name].still if self.train_bn is None else ():
                 self._let_move(path)
 
+    def waiting_in(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """The parameters that are trained when these blocks are due."""
+        return [self.parameter(n) for name in names for n in self.units[name].waiting]
+
     def freeze_again(self, names: Iterable[str]) -> None:
         """Undo `unfreeze`: own parameters of a fine-tuned network are those of the base again."""
         waiting = {n for name in names for n in self.units[name].waiting}
@@ -226,15 +230,20 @@ class Attached:
         layer = self.net.get_submodule(path)
         if not spec_of(layer).statistics:
             freeze_statistics(layer)
-            (self.part or self.net).__dict__["_gift_schedule"]["still"].append(layer)
+            self._noted["still"] = [*self._noted["still"], layer]  # so that it can be undone
 
     def _let_move(self, path: str) -> None:
         """Undo `_hold`; what a strategy holds stays so."""
         layer = self.net.get_submodule(path)
-        held = (self.part or self.net).__dict__["_gift_schedule"]["still"]
+        held = self._noted["still"]
         if any(layer is other for other in held):
-            held[:] = [other for other in held if other is not layer]
+            self._noted["still"] = [other for other in held if other is not layer]
             release_statistics(layer)
+
+    @property
+    def _noted(self) -> dict[str, Any]:
+        """What `remember` noted on the network."""
+        return (self.part or self.net).__dict__["_gift_schedule"]
 
     def _train(self, names: Iterable[str]) -> None:
         inside, outside = self._sorted(names)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from gift.core.undo.snapshot import transaction
 from gift.errors import closest
 from gift.schedules.attached import Attached, Unfreezes
 from gift.schedules.blocks import Paths
@@ -122,14 +123,15 @@ class Schedule:
         """
         if not isinstance(net, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
-        attached = Attached(net, self.head, self.blocks, self.unfreezes, self.train_bn)
-        self._check_milestones(attached)
-        epochs = self._epochs(attached)
-        attached.freeze()
-        self._attached, self._trained, self._epoch = attached, [], None
-        head = attached.division.head_parameters
-        self._groups = Groups(attached.parameter, head, attached.roles())
-        return attached.report(repr(self), epochs)
+        with transaction(net, self, open=True):
+            attached = Attached(net, self.head, self.blocks, self.unfreezes, self.train_bn)
+            self._check_milestones(attached)
+            epochs = self._epochs(attached)
+            attached.freeze()
+            self._attached, self._trained, self._epoch = attached, [], None
+            head = attached.division.head_parameters
+            self._groups = Groups(attached.parameter, head, attached.roles())
+            return attached.report(repr(self), epochs)
 
     def detach(self) -> None:
         """Take the schedule off: what was frozen before is frozen again, what it froze is trained.
@@ -139,8 +141,10 @@ class Schedule:
         Raises:
             RuntimeError: if the schedule is not attached.
         """
-        self._checked()[0].release()
-        self._attached = self._groups = None
+        attached, _ = self._checked()
+        with transaction(attached.net, self):
+            attached.release()
+            self._attached = self._groups = None
 
     def step(self, epoch: int, optimizer: Any = None) -> list[str]:
         """Unfreeze what is due: call it at the beginning of each epoch.
@@ -171,12 +175,9 @@ class Schedule:
                 f"{epoch}: a schedule only unfreezes (load_state_dict goes back)"
             )
         new = [name for name in due if name not in self._trained]
-        entry = groups.of(optimizer)
-        attached.unfreeze(new)
-        self._trained, self._epoch = due, epoch
         waiting = {name: unit.waiting for name, unit in attached.units.items()}
-        groups.records += by_rate(new, waiting, self.lr_ratio, self.depth_decay)
-        groups.arrange(entry)
+        records = [*groups.records, *by_rate(new, waiting, self.lr_ratio, self.depth_decay)]
+        self._become(due, epoch, records, optimizer)
         return new
 
     @property
@@ -221,17 +222,10 @@ class Schedule:
             ValueError: naming where the state is that of another schedule or network; nothing is
                 changed then.
         """
-        attached, groups = self._checked()
         if difference := told_difference(state, self.state_dict()):
             raise ValueError(f"the state does not fit, nothing was changed: {difference}")
         records = [Group(tuple(g["names"]), float(g["ratio"])) for g in state["groups"]]
-        entry = groups.of(optimizer, records)
-        target = list(state["trained"])
-        attached.freeze_again([name for name in self._trained if name not in target])
-        attached.unfreeze([name for name in target if name not in self._trained])
-        self._trained, self._epoch = target, state["epoch"]
-        groups.records = records
-        groups.arrange(entry)
+        self._become(list(state["trained"]), state["epoch"], records, optimizer)
 
     def to_config(self) -> dict[str, Any]:
         """The schedule as plain data, for `load_schedule_from_config`.
@@ -262,6 +256,31 @@ class Schedule:
             raise RuntimeError("the schedule is not attached: call schedule.attach(net) first")
         self._attached.check()
         return self._attached, self._groups
+
+    def _become(
+        self, trained: list[str], epoch: int | None, records: list[Group], optimizer: Any
+    ) -> None:
+        """Let network, schedule and optimizer be those of an epoch; all of them, or none.
+
+        Args:
+            trained: the blocks that are trained then.
+            epoch: the epoch.
+            records: the groups of the optimizer.
+            optimizer: as for `step`.
+        """
+        attached, groups = self._checked()
+        back = [name for name in self._trained if name not in trained]
+        new = [name for name in trained if name not in self._trained]
+        schedulers = groups.schedulers(optimizer, records)
+        parts = list(groups.parts(optimizer))
+        written = [*groups.rates(optimizer), *attached.waiting_in(back)]
+        with transaction(attached.net, self, *parts, *schedulers, writes=written):
+            entry = groups.of(optimizer, records)
+            attached.freeze_again(back)
+            attached.unfreeze(new)
+            self._trained, self._epoch = trained, epoch
+            groups.records = records
+            groups.arrange(entry, schedulers)
 
     def _due(self, epoch: int, attached: Attached) -> list[str]:
         """The blocks that are due, in the order of the network."""

@@ -218,6 +218,31 @@ class Groups:
         self._known: OptimizerGroups | None = None
         self._done: list[Group] = []  # of the records, those that are groups of that optimizer
 
+    def parts(self, optimizer: Any) -> Iterator[Any]:
+        """The objects that change when groups are arranged, but for schedulers; dictionaries, of
+        which entries do.
+        """
+        yield self
+        if optimizer is not None:
+            inner = unwrapped(optimizer)
+            yield from (inner, *inner.param_groups)
+            if self._known is not None:
+                yield self._known
+
+    def rates(self, optimizer: Any) -> Iterator[Tensor]:
+        """Rates that are tensors, which are written into."""
+        for group in () if optimizer is None else unwrapped(optimizer).param_groups:
+            yield from (value for value in group.values() if isinstance(value, Tensor))
+
+    def schedulers(self, optimizer: Any, records: list[Group]) -> list[LRScheduler]:
+        """The schedulers that must learn of new groups, if the optimizer gets any."""
+        if optimizer is None:
+            return []
+        inner = unwrapped(optimizer)
+        known = self._known is not None and self._known.is_of(inner)
+        has_all = len(records) == (len(self._done) if known else 0)
+        return [] if has_all else list(schedulers_of(inner))
+
     def of(self, optimizer: Any, records: list[Group] | None = None) -> OptimizerGroups | None:
         """The groups of an optimizer, which may be a new one; None if there is none.
 
@@ -241,8 +266,12 @@ class Groups:
             )
         return self._known
 
-    def arrange(self, groups: OptimizerGroups | None) -> None:
-        """Let an optimizer have all records as groups; None does nothing now."""
+    def arrange(
+        self, groups: OptimizerGroups | None, schedulers: Iterable[LRScheduler] = ()
+    ) -> None:
+        """Let an optimizer, of which these are the schedulers, have all records as groups; None
+        does nothing now.
+        """
         if groups is None:
             if self.records[: len(self._done)] != self._done:
                 self._known, self._done = None, []
@@ -250,7 +279,6 @@ class Groups:
         if groups is not self._known:
             self._known, self._done = groups, []
         new = self.records[len(self._done) :]
-        schedulers = list(schedulers_of(groups.optimizer)) if new else []
         for group in new:
             named = {name: self._parameter(name) for name in group.names}
             self._done += groups.add(group, named, schedulers)

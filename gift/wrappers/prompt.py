@@ -92,7 +92,7 @@ class Prompt(CallMethod):
     ) -> Any:
         """What the module gives for ``[P; X]``, without the virtual positions."""
         given = Arguments(module, args, kwargs, self.name)
-        first = next(iter(module._gift_arguments), "")  # type: ignore[arg-type]
+        first, *_ = *module._gift_arguments, ""  # type: ignore[misc]  # `next` is for new compilers
         tokens = parameters["tokens"]
         x = self._checked(module, given.named.get(first), tokens)
         axis = 0 if x.ndim == 2 or not self.batch_first else 1

@@ -55,6 +55,7 @@ class Client:
         reload: Callable[[], Tensor] | None,
         *,
         exact: bool = False,
+        saved_as: torch.dtype | None = None,
         still: Sequence[str] = (),
     ) -> None:
         """Check every property, once the client has trained the network.
@@ -64,9 +65,11 @@ class Client:
             reload: lets the client save the network and load it somewhere else, and gives what
                 that computes. None: the client has nothing that saves.
             exact: whether what is loaded has deltas beside the base, and is the same bit for bit.
+            saved_as: the dtype to which the client rounds a merged network as it saves.
             still: glob patterns of trainable parameters that this network does not use.
         """
-        self.losses, self.reload, self.exact, self.still = losses, reload, exact, still
+        self.losses, self.reload, self.still = losses, reload, still
+        self.exact, self.saved_as = exact, saved_as
         for holds in PROPERTIES:
             holds(self)
 
@@ -86,7 +89,7 @@ def only_deltas_move(client: Client) -> None:
     expected -= {name for name in expected for glob in client.still if fnmatch(name, glob)}
     buffers = {name for name, _ in client.net.named_buffers()}
     moved = {name for name, value in client.start.items() if now.get(name) != value} - buffers
-    assert moved == expected
+    assert moved == expected, moved ^ expected
     assert not torch.allclose(client.output(), client.base_output, rtol=0, atol=10 * client.atol)
 
 
@@ -108,6 +111,10 @@ def what_is_saved_comes_back(client: Client) -> None:
     found = client.reload()
     assert all_bits(client.net) == before
     assert torch.equal(client.output(), expected)
+    if client.saved_as is not None:
+        with gift.merged(client.net):
+            client.net.to(client.saved_as).to(torch.float32)
+            expected = client.output()
     if client.exact:
         assert torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=client.atol)

@@ -130,7 +130,7 @@ class Undo:
 
     Args:
         modules: what changed on modules.
-        requires_grad: the flags of the parameters, where they changed.
+        requires_grad: the flags that the parameters of the base had when it was last the base.
         values: for each module, values of parameters that are trained in place and of buffers.
         recast: those among them of which an action changed dtype or device.
     """
@@ -246,7 +246,8 @@ class Snapshot:
 
     Args:
         network: the network; what it knows of its fine-tuning is kept as well.
-        objects: others whose attributes may change, and the containers among these.
+        objects: others whose attributes may change, and the containers among these; dictionaries
+            of which the entries may.
         writes: tensors that may be written to, of which the values are kept.
     """
 
@@ -270,7 +271,8 @@ class Snapshot:
             if buffer is not None
         ]
         records = [state["_gift_network"] for *_, state in states if "_gift_network" in state]
-        known = [vars(one) for r in records for one in (r, r.undo)] + [vars(o) for o in objects]
+        known = [vars(one) for r in records for one in (r, r.undo)]
+        known += [one if isinstance(one, dict) else vars(one) for one in objects]
         self.objects = [(state, dict(state), _contents(state)) for state in known]
         # Of quantised tensors the parts, since a clone of some kinds would quantise again.
         written = [part for t in writes if not is_lazy(t) for part in parts_of(t)]
@@ -319,11 +321,7 @@ class Snapshot:
             keep_values: copy the values of what training changes in place.
         """
         undo = Undo(modules=list(self._changes()))
-        undo.requires_grad = [
-            (m, name, kept.flag)
-            for m, name, kept in self.parameters
-            if kept.tensor.requires_grad != kept.flag
-        ]
+        undo.requires_grad = [(m, name, kept.flag) for m, name, kept in self.parameters]
         if keep_values:
             undo.values = list(self._values())
             now = {(m, name): kept.tensor for m, name, kept in self._tensors()}

@@ -85,6 +85,10 @@ class Detached:
                 "cannot be put back onto them before that is undone"
             )
         undo = self.record.undo
+        # Flags are those of the base, whoever set them since: no delta has others to go back to.
+        undo.requires_grad = [
+            (m, name, p.requires_grad) for m, name, p in _parameters(self.network)
+        ]
         undo.values = [(m, name, tensor_of(m, name).data) for m, name, _ in undo.values]
         for base, new, place in self.replaced:
             if moved := {k: v for k, v in place_of(base).items() if place.get(k) != v}:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.core.fused import note_copy
 from gift.private.torch import OVERRIDES_NOTHING, as_plain_tensors, can_guard, writes_of
 
 # Torch's encoder layers ask their weights whether these override functions, and compute in another
@@ -131,6 +132,7 @@ def _become_parameter(tensor: Any) -> None:
     """Make a parameter of what ``nn.Parameter`` detached, with memory of its own."""
     with as_plain_tensors():
         tensor.data = tensor.detach().clone()
+    note_copy(tensor._gift_name, tensor, tensor)
     vars(tensor).clear()
     object.__setattr__(tensor, "__class__", nn.Parameter)
 
@@ -168,6 +170,8 @@ def _computed(func: Any, what: str, args: Any, kwargs: dict[str, Any], guarded: 
         result.flags.writeable = False
     if what != "__get__" or func.__self__.__name__ != "_base":
         result = _guard_views(result, guarded)
+        if type(result) is not EffectiveWeight:
+            note_copy(guarded[0]._gift_name, guarded[0], result)
     return iter(result) if what == "__iter__" else result
 
 

@@ -108,12 +108,13 @@ class _Calls(threading.local):
         entries: the effective weights of the outermost call, by what they are made from; None
             while there is no call.
         kept_bytes: of those among them that are kept until it ends.
+        begun: how many of such calls there were.
         running: the modules that may read a weight often, each with what it has read.
     """
 
     def __init__(self) -> None:
         self.entries: dict[tuple[Any, ...], _Entry] | None = None
-        self.kept_bytes = 0
+        self.kept_bytes = self.begun = 0
         self.running: list[tuple[nn.Module, list[_Entry]]] = []
 
 
@@ -133,6 +134,7 @@ def one_call(module: nn.Module, reads_often: bool) -> Iterator[None]:
     is_outermost = calls.entries is None
     if is_outermost:
         calls.entries, calls.kept_bytes = {}, 0
+        calls.begun += 1
     if reads_often:
         calls.running.append((module, []))
     try:
@@ -143,6 +145,11 @@ def one_call(module: nn.Module, reads_often: bool) -> Iterator[None]:
                 entry.value = None
         if is_outermost:
             calls.entries = None
+
+
+def calls_so_far() -> int | None:
+    """How many calls of networks this thread has begun; None while one runs."""
+    return _CALLS.begun if _CALLS.entries is None else None
 
 
 def made_once(

@@ -1,0 +1,100 @@
+"""Layers that are made from adapted weights, and join the network that has these.
+
+Fusing (``fuse_qkv_projections``, ``reparameterize``, ``switch_to_deploy``) copies weights into a
+new layer, which is computed in the place of the others. Of adapted ones it copies the deltas as
+they are now: they would be trained no more, the new layer whole, and a file of the network would
+fit no other. So the new layer is refused when it is registered, before anything has changed.
+
+Its values do not tell, for they are often written later. What tells is who registers it: a function
+that has copied adapted weights, itself or by what it called, since a network was called last.
+"""
+
+import itertools
+import threading
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from gift.core.frozen_base import HELD, is_held
+from gift.core.weights.reading import calls_so_far
+from gift.private.torch import callers
+
+_REGISTERING = {"__setattr__", "register_module", "add_module", "register_parameter"}
+
+
+class _Copied(threading.local):
+    """What was copied last in a thread.
+
+    Attributes:
+        weight: its name, as errors say it.
+        frames: the functions that ran, by the identity of their frames, which are not kept.
+        calls: how many calls of networks there had been.
+    """
+
+    weight = ""
+    frames: dict[int, CodeType] = {}
+    calls: int | None = None
+
+
+_COPIED = _Copied()
+_hooks: list[Any] = []
+
+
+def note_copy(weight: str, of: Tensor, result: Any) -> None:
+    """Remember who computes something from an adapted weight, outside of the calls of networks.
+
+    Args:
+        weight: its name.
+        of: the weight, or a view of it.
+        result: what was computed; a number or a vector of a matrix is no copy of it.
+    """
+    if (calls := calls_so_far()) is None or torch.compiler.is_compiling():
+        return
+    if isinstance(result, Tensor) and result.is_floating_point() and result.dim() >= of.dim():
+        _COPIED.frames = {id(frame): frame.f_code for frame in callers()}
+        _COPIED.weight, _COPIED.calls = weight, calls
+        if not _hooks:
+            _hooks.append(register_module_module_registration_hook(_module_joins))
+            _hooks.append(register_module_parameter_registration_hook(_parameter_joins))
+
+
+def _module_joins(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    if module is None or not _is_copying(parent):
+        return
+    new = (part for part in module.modules() if not is_held(part))
+    if any(parameter is not None for part in new for parameter in part._parameters.values()):
+        raise _joined(parent, name, f"a {type(module).__name__}")
+
+
+def _parameter_joins(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    if parameter is not None and name not in parent._parameters and _is_copying(parent):
+        raise _joined(parent, name, "a parameter")
+
+
+def _is_copying(parent: nn.Module) -> bool:
+    """Whether a part of a fine-tuned network gains something from who has copied its weights."""
+    if _COPIED.calls is None or _COPIED.calls != calls_so_far() or not is_held(parent):
+        return False
+    for frame in itertools.islice(callers(), 1, None):  # the first is a hook of this file
+        library = frame.f_globals.get("__name__", "").partition(".")[0]
+        if library != "torch" and frame.f_code.co_name not in _REGISTERING:
+            return _COPIED.frames.get(id(frame)) is frame.f_code
+    return False
+
+
+def _joined(parent: nn.Module, name: str, what: str) -> RuntimeError:
+    if name in parent.__dict__[HELD].empty:  # torch has taken it away already
+        parent.__dict__.setdefault(name, None)
+    return RuntimeError(
+        f"{what} is about to join a {type(parent).__name__} as {name!r}, where {_COPIED.weight} is "
+        "adapted and has just been copied: layers that are fused hold the deltas as they are now, "
+        "which are then trained no more. Call gift.merge(network) first and fuse the plain layers, "
+        "or fuse within gift.merged(network), for a while. If nothing is fused, let it join before "
+        "enable_fine_tuning"
+    )
