@@ -38,6 +38,7 @@ from gift.strategies import (
     merge_strategies,
 )
 from gift.strategies.resolved import ResolvedStrategy
+from gift.support import atomic_files
 from gift.wrappers import Bottleneck
 from tests import _files_worker
 from tests._files_worker import unnamed
@@ -119,7 +120,7 @@ def test_everything_comes_back_in_a_fresh_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every method on every layer, every strategy, every extended call; with and without names."""
-    monkeypatch.setattr(container, "_flush", lambda path: None)  # this machine does not crash
+    monkeypatch.setattr(atomic_files, "_flush", lambda path: None)  # this machine does not crash
     _files_worker.save_all(tmp_path)
     command = [sys.executable, "-W", "ignore", "-m", "tests._files_worker", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -19,9 +19,9 @@ from torch import nn
 
 import gift
 from gift.errors import DeltaFileError
-from gift.files import container
 from gift.interop import load_peft, save_peft
 from gift.strategies import LoRAAllFineTuningStrategy
+from gift.support import atomic_files
 from gift.support.atomic_files import replace_files, write_bytes, write_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -105,7 +105,7 @@ def write_to_a_full_disk(kind: str, path: Path) -> str:
         elif kind == "peft":
             save_peft(large, path.parent)
         elif kind == "checkpoint":
-            container.replace_file(path, lambda name: torch.save(large.state_dict(), name))
+            atomic_files.replace_file(path, lambda name: torch.save(large.state_dict(), name))
         else:
             write_text(path, "x" * 100_000)
     except OSError as error:
@@ -248,7 +248,7 @@ def test_readers_that_race_writers_see_whole_files(tmp_path: Path) -> None:
 def test_leftovers_of_dead_writers_of_the_same_file_alone_are_removed(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    machine = container._machine()
+    machine = atomic_files._machine()
     token = "0123456789abcdef"
     kept = [
         f".x.txt.{machine}-{os.getpid()}-{token}.tmp",  # alive
