@@ -1,4 +1,4 @@
-"""The command ``gift``."""
+"""The command ``gift``, one file a command. What a command does belongs to `gift.jobs`."""
 
 import os
 import sys

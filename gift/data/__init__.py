@@ -1,4 +1,4 @@
-"""Examples to learn from, in the forms in which people have them."""
+"""Examples in the forms in which people have them, and readers of inputs. No networks."""
 
 from gift.data.boxes import coco
 from gift.data.examples import Examples, Reader

@@ -1,1 +1,1 @@
-"""A demonstration on real pictures: ``python -m gift.demo``."""
+"""A demonstration on real pictures, ``python -m gift.demo``. Nothing else may use it."""

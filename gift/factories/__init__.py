@@ -1,4 +1,7 @@
-"""Common checks and actions for caps."""
+"""Ready-made checks and actions for caps.
+
+What an action does to a module belongs to `gift.core`.
+"""
 
 from gift.factories.actions import (
     Action,

@@ -1,4 +1,4 @@
-"""Deltas as files."""
+"""gift's own file format. Formats of other libraries belong to `gift.interop`."""
 
 from gift.errors import DeltaFileError
 from gift.files.description import describe_deltas, resolve

@@ -1,4 +1,7 @@
-"""Jobs: a network, its examples and how it learns from them, in one file."""
+"""Job files and runs: a network, its examples and how it is trained.
+
+The training loop is in `gift.training`.
+"""
 
 from gift.support.optional import needed
 

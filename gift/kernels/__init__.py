@@ -1,1 +1,4 @@
-"""Fast paths: a layer's output without its effective weight, for methods that declare one."""
+"""Fast paths: a layer's output without its effective weight.
+
+No method and no adapted module by name.
+"""

@@ -1,4 +1,4 @@
-"""Methods: one file and one row here for each. `METHODS` maps a method's name to its class."""
+"""Methods: functions of a frozen matrix, one file and one row here each. No layers, no modules."""
 
 from gift.errors import AdaptationError as AdaptationError
 from gift.methods.base import METHODS as METHODS

@@ -1,4 +1,4 @@
-"""Quantised weights: the only folder that knows how packages hold them."""
+"""Quantised weights, one file a package. No deltas."""
 
 from gift.quantization.bitsandbytes import LINEAR_FORWARDS
 from gift.quantization.tensors import (

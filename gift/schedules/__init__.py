@@ -1,4 +1,4 @@
-"""Freezing and unfreezing the blocks of a network by epochs, in any training loop."""
+"""Freezing and unfreezing blocks by epochs, in any training loop. No loop of its own."""
 
 from gift.schedules.base import Schedule
 from gift.schedules.classic import Freeze, FreezeUnfreeze, NoFreeze, UnfreezeMilestones

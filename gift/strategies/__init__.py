@@ -1,4 +1,7 @@
-"""Strategies: which parts of a network are fine-tuned, and how."""
+"""Caps and strategies: which parts of a network are fine-tuned, and how.
+
+They change nothing themselves.
+"""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Tools that know nothing of fine-tuning: optional packages, YAML, signals, tensors, recipes."""
+"""Tools that know nothing of fine-tuning: optional packages, YAML, files, signals, tensors."""

@@ -1,4 +1,4 @@
-"""From examples to a fine-tuned network: the loop, what it measures, and what it writes."""
+"""The training loop, what it measures, and what it writes. Examples come from `gift.data`."""
 
 from gift.errors import TrainingError
 from gift.training.evaluation import evaluate

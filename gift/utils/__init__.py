@@ -1,1 +1,1 @@
-"""Helpers around networks: what is trainable, and how it prints."""
+"""Helpers for users: what is trainable, and tables of it. Nothing but `gift.cli` uses them."""

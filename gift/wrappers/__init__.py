@@ -1,4 +1,7 @@
-"""What extends the call of a module: bottleneck adapters, and prompts."""
+"""Methods that wrap a module's forward pass, one file each: bottleneck adapters, prompts.
+
+No effective weights.
+"""
 
 from gift.wrappers.bottleneck import Bottleneck
 from gift.wrappers.language import prompt_language_model, takes_token_ids

@@ -1,4 +1,4 @@
-"""Networks by name."""
+"""Networks by name, one file a library. Networks of users need none of it."""
 
 from gift.errors import NetworkError
 from gift.zoo.loaded import LoadedNetwork

@@ -1,1 +1,1 @@
-"""All or nothing: what a network was before a change, and the way back to it."""
+"""The way back: snapshots, transactions, copies on write. What changes a network is elsewhere."""
