@@ -1,9 +1,10 @@
 """Products of matrices by torch's own library and by oneDNN: where the other one is the quicker.
 
-Torch gives products of 32 bits on a processor to MKL. `gift.kernels.gemm` gives the large ones of a
-backward pass to oneDNN where `prefers_onednn` says so, which this script checks on other machines:
-"gradient" is that of a linear layer's input, ``g W``; "output" is ``x W^T``, which stays with torch
-so that a delta of zeros changes no bit. The two take turns; medians, and oneDNN's part of MKL's.
+Torch gives products of 32 bits on a processor to MKL. `gift.kernels.onednn` gives the large ones of
+a backward pass to oneDNN where `prefers_onednn` says so; this script checks that on other
+machines: "gradient" is that of a linear layer's input, ``g W``; "output" is ``x W^T``, which stays
+with torch, so that a delta of zeros changes no bit. The two take turns; medians, and the part of
+oneDNN of MKL.
 
 Prediction: both keep the same units busy on a processor of Intel, and differ little; MKL takes the
 narrower ones on a processor of AMD, a tenth to a quarter slower.
@@ -21,7 +22,7 @@ from _measuring import in_turn, keep_memory
 from tabulate import tabulate
 from torch import Tensor
 
-from gift.kernels.gemm import by_onednn, prefers_onednn
+from gift.kernels.onednn import by_onednn, prefers_onednn
 
 SIZES = ((384, 384), (384, 1536), (1536, 384), (768, 3072), (1376, 512), (4096, 4096))
 ROWS = (8, 128, 1024)

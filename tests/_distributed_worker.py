@@ -375,7 +375,7 @@ def by_method(method: str, seed: int = 1) -> nn.Module:
     """The transformer, adapted by a method with its defaults."""
     network = base_network("transformer")
     torch.manual_seed(seed)
-    strategy = STRATEGIES[f"{METHODS[method].title}AllFineTuningStrategy"]
+    strategy = STRATEGIES[f"{METHODS[method].strategy_prefix}AllFineTuningStrategy"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GiftWarning)  # deltas larger than their small weights
         enable_fine_tuning(network, strategy())

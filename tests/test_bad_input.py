@@ -19,7 +19,7 @@ from gift import (
     merge_strategies,
     plan_fine_tuning,
 )
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.factories import (
     ma_adapt,
     ma_freeze,
@@ -501,7 +501,7 @@ def test_a_size_fits_the_network_if_not_each_layer(
     assert report.clipped == clipped
     for path, (setting, size) in clipped.items():
         assert f"{path} ({setting} {size})" in text
-        adapter = adapters_of(net[int(path[0])])["weight"]
+        adapter = weight_deltas(net[int(path[0])])["weight"]
         assert getattr(adapter.method, setting) == size
     assert plan_fine_tuning(of_three_sizes(), caps((mc_layer(), ma_adapt(method, **settings)))
                             ).clipped == clipped  # fmt: skip

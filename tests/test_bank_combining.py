@@ -125,7 +125,7 @@ def test_a_sum_without_rank_is_exact(methods: tuple[str, ...], layer: LayerCase)
     inputs = as_dtype(layer.inputs(), torch.float64)
     bank.activate("combined")
     assert run(bank.net, layer, inputs).isfinite().all()
-    ranks = {n: m._gift_adapters[t] for n, m, t in _adapted(bank.net)}
+    ranks = {n: m._gift_weights[t] for n, m, t in _adapted(bank.net)}
     assert {name: adapter.method.rank for name, adapter in ranks.items()} == told.ranks
     assert all(
         told.ranks[name] <= min(adapter.layout.matrix[-2:]) for name, adapter in ranks.items()
@@ -135,7 +135,7 @@ def test_a_sum_without_rank_is_exact(methods: tuple[str, ...], layer: LayerCase)
 def _adapted(net: nn.Module) -> list[tuple[str, nn.Module, str]]:
     found = []
     for path, module in net.named_modules():
-        for tensor in vars(module).get("_gift_adapters", {}):
+        for tensor in vars(module).get("_gift_weights", {}):
             found.append((f"{path}.{tensor}".lstrip("."), module, tensor))
     return found
 
@@ -207,7 +207,7 @@ def test_one_delta_times_a_number_is_its_scaled_self() -> None:
 
 def matrices(module: nn.Module, tensor: str, weight: Tensor) -> Tensor:
     """As the combined LoRA sees it; the layout is proven elsewhere."""
-    return vars(module)["_gift_adapters"][tensor].layout.to_matrix(weight)
+    return vars(module)["_gift_weights"][tensor].layout.to_matrix(weight)
 
 
 @on_layers

@@ -21,7 +21,7 @@ def trained(case: MethodCase, shape: tuple[int, ...]) -> tuple[Any, Tensor, dict
     """The method, a frozen matrix, and what it adds, as after some training."""
     matrix = torch.randn(shape, dtype=torch.float64)
     method = method_of(case.method, case.settings).fit(shape)
-    parameters = method.init(matrix)
+    parameters = method.init_parameters(matrix)
     for value in parameters.values():
         if value.is_floating_point() and not isinstance(value, torch.nn.Buffer):
             value += 0.3 * torch.randn_like(value)
@@ -29,7 +29,7 @@ def trained(case: MethodCase, shape: tuple[int, ...]) -> tuple[Any, Tensor, dict
 
 
 def change(method: Any, matrix: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return method.weight(matrix, parameters) - matrix
+    return method.effective_weight(matrix, parameters) - matrix
 
 
 @everywhere
@@ -69,6 +69,6 @@ def test_a_multiple_keeps_the_dtype(case: MethodCase) -> None:
         return
     for dtype in (torch.float32, torch.bfloat16):
         method = method_of(case.method, case.settings | {"dtype": dtype}).fit((6, 8))
-        parameters = method.init(torch.randn(6, 8))
+        parameters = method.init_parameters(torch.randn(6, 8))
         made = method.multiplied(parameters, 0.5)
         assert {k: v.dtype for k, v in made.items()} == {k: v.dtype for k, v in parameters.items()}

@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = {
                  r"first layer, 0, .*axis -3 .*last one, 2, along axis -1: say axis=1 or axis=-1"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "", {}, "complex"),
     "own forward": (with_own_forward, "", {}, "a forward was set on the object itself"),
-    "taken": (lambda: type("Taken", (nn.Linear,), {"bottleneck_up_bias": 1})(4, 4), "", {},
+    "taken": (lambda: type("Claimed", (nn.Linear,), {"bottleneck_up_bias": 1})(4, 4), "", {},
               r"has attributes \['bottleneck_up_bias'\] already"),
 }  # fmt: skip
 

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
+from gift.kernels.merged_linear import Terms
 from gift.kernels.rescale import rescaled
-from gift.kernels.whole import Terms
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 

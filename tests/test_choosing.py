@@ -70,7 +70,7 @@ SIZED = [name for name, method in METHODS.items() if method.size_setting is not 
 
 
 def for_all(method: str) -> Any:
-    return STRATEGIES[f"{METHODS[method].title}AllFineTuningStrategy"]
+    return STRATEGIES[f"{METHODS[method].strategy_prefix}AllFineTuningStrategy"]
 
 
 def sides(module: nn.Module) -> tuple[int, int]:
@@ -207,8 +207,8 @@ def test_a_suggestion_is_what_enabling_gives(method: str, budget: str) -> None:
     else:
         assert saved_bytes(net) <= int(budget[:-2]) * 1000
     for path, size in suggestion.ranks.items():
-        parts = [m for m in net.get_submodule(path).modules() if "_gift_adapters" in vars(m)]
-        own = [a.method for m in parts for a in m._gift_adapters.values() if a.owner is None]
+        parts = [m for m in net.get_submodule(path).modules() if "_gift_weights" in vars(m)]
+        own = [a.method for m in parts for a in m._gift_weights.values() if a.owner is None]
         assert max(getattr(one, str(setting)) for one in own) == size, path
 
 
@@ -447,7 +447,7 @@ def test_other_settings_stay() -> None:
     suggestion = suggest(net, 128 * 3 + 64, strategy)
     assert suggestion.ranks == {"": 3}
     enable_fine_tuning(net, suggestion.strategy)
-    method = net._gift_adapters["weight"].method
+    method = net._gift_weights["weight"].method
     assert (method.rank, method.scaling, method.lora_dropout) == (3, 2.0, 0.5)
     assert net.lora_A.dtype == torch.float64
     assert suggestion.megabytes == (128 * 3 * 8 + 64 * 4) / 1e6

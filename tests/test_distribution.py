@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from gift.support.optional import install, needed
+from gift.support.optional import install, require
 from gift.version import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_every_extra_that_is_named_exists() -> None:
 def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:
     expected = re.escape(f"this needs absent_package: {install('cli')}")
     with pytest.raises(ImportError, match=expected):
-        needed("absent_package.part", "cli")
+        require("absent_package.part", "cli")
 
 
 def lines(file: str) -> list[Requirement]:

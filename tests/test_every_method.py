@@ -61,7 +61,7 @@ on_networks = pytest.mark.parametrize(("make", "call"), NETWORKS.values(), ids=N
 
 
 def enable(net: nn.Module, method: str, **settings: Any) -> Any:
-    strategy = STRATEGIES[f"{METHODS[method].title}AllFineTuningStrategy"]
+    strategy = STRATEGIES[f"{METHODS[method].strategy_prefix}AllFineTuningStrategy"]
     return enable_fine_tuning(net, strategy(**settings))
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
 from gift.kernels import low_rank
-from gift.kernels.choice import FORMS, Form, Plan, linear_form, plan
+from gift.kernels.cost_model import FORMS, Form, Plan, linear_form, plan
 from gift.kernels.geometry import Geometry
 from gift.methods import METHODS
 from gift.strategies import LoRALinearFineTuningStrategy
@@ -196,7 +196,7 @@ def test_other_words_are_refused_with_those_that_are_allowed(bad: Any) -> None:
 def test_the_setting_is_no_part_of_what_a_delta_means() -> None:
     """What was saved under one form is read under another."""
     plain, *others = (METHODS["lora"](rank=3, form=form) for form in (None, *FORMS))
-    assert all(other.meaning == plain.meaning for other in others)
+    assert all(other.compat_settings == plain.compat_settings for other in others)
     assert len({*others, plain}) == 4
 
 

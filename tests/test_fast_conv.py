@@ -24,7 +24,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
 from gift.kernels import thin
-from gift.kernels.choice import FORMS, Plan
+from gift.kernels.cost_model import FORMS, Plan
 from gift.kernels.geometry import Geometry
 from gift.kernels.low_rank_conv import LowRankConv
 from tests.common import bytes_kept, per_example_gradients, weighted
@@ -69,7 +69,7 @@ def call_with_delta(base: nn.Module, net: Any, x: Tensor, factors: Any = None) -
     """The plain layer with the effective weight; biases are those of `net`."""
     left, right = factors or (net.lora_B, net.lora_A)
     frozen = net._parameters["weight"]
-    weight = frozen + net._gift_adapters["weight"].method.scaling * delta_of(
+    weight = frozen + net._gift_weights["weight"].method.scaling * delta_of(
         frozen.shape, left, right
     )
     given = {"weight": weight} | ({} if net.bias is None else {"bias": net.bias})

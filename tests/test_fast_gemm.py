@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
 from gift.kernels import gemm
-from gift.kernels.choice import FORMS
+from gift.kernels.cost_model import FORMS
 from tests.common import delta, per_example_gradients, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")

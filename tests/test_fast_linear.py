@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any, mc_layer
-from gift.kernels.choice import FORMS, Form
+from gift.kernels.cost_model import FORMS, Form
 from gift.kernels.low_rank_linear import LowRankLinear
 from gift.strategies import LoRALinearFineTuningStrategy
 from tests.common import bytes_kept, per_example_gradients, weighted
@@ -50,7 +50,7 @@ def effective(layer: Any) -> Tensor:
     """``W + s B A``, outputs as rows."""
     frozen = layer._parameters["weight"]
     frozen = frozen.T if isinstance(layer, Conv1D) else frozen
-    scaling = layer._gift_adapters["weight"].method.scaling
+    scaling = layer._gift_weights["weight"].method.scaling
     return frozen + scaling * torch.einsum("or,ri->oi", layer.lora_B, layer.lora_A)
 
 

@@ -67,7 +67,7 @@ def test_a_is_drawn_like_the_weight_of_a_linear_layer_and_b_is_zero() -> None:
     """Kaiming-uniform with a = sqrt(5) on (rank, columns), for each group of a batch as well."""
     for shape in ((300, 100), (5, 300, 100)):
         torch.manual_seed(3)
-        values = LoRA(rank=50).init(torch.zeros(shape))
+        values = LoRA(rank=50).init_parameters(torch.zeros(shape))
         assert not values["lora_B"].any()
         torch.manual_seed(3)
         draws = torch.empty(math.prod(shape[:-2]) * 50, 100)

@@ -152,7 +152,7 @@ matrices = pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
 def start_of(method: str, matrix: Tensor, **settings: Any) -> tuple[Tensor, Tensor, float]:
     """``B0``, ``A0`` in double precision, and the scaling."""
     fitted: Any = METHODS[method](rank=3, clip_rank=True, **settings).fit(matrix.shape)
-    values = fitted.init(matrix)
+    values = fitted.init_parameters(matrix)
     b, a = values["lora_B"], values["lora_A"]
     b0, a0 = values[f"{method}_B0"], values[f"{method}_A0"]
     assert torch.equal(b, b0)
@@ -219,7 +219,7 @@ def test_the_start_is_exact(method: str, dtype: torch.dtype, delta: torch.dtype 
 def test_a_small_difference_keeps_its_digits(method: str) -> None:
     """In single precision, steps of a millionth are right to four digits of their own."""
     fitted: Any = METHODS[method]().fit((20, 20))
-    values = fitted.init(torch.randn(20, 20))
+    values = fitted.init_parameters(torch.randn(20, 20))
     values["lora_B"] += 1e-6 * torch.randn(20, 3)
     b, a, b0, a0 = (tensor.double() for tensor in values.values())
     assert torch.equal(a, a0)

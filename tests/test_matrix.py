@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gift import FineTuningStrategy, GiftWarning, disable_fine_tuning, enable_fine_tuning
 from gift.core.state_settings import is_settings
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.factories import ma_adapt
 from gift.methods import METHODS as KNOWN
 from tests.cases.layers import ANY_LAYER, LAYERS, LayerCase
@@ -83,7 +83,7 @@ def added(net: nn.Module, weight: str) -> dict[str, Tensor]:
     """What the method added for that weight: copies in float64, trained ones as leaves."""
     module, tensor = owner_of(net, weight)
     copies = {}
-    for key, name in adapters_of(module)[tensor].names.items():
+    for key, name in weight_deltas(module)[tensor].names.items():
         value = getattr(module, name)
         copies[key] = value.detach().clone()
         if value.is_floating_point():
@@ -186,7 +186,7 @@ def adapted_tensors(net: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (f"{path}.{tensor}".lstrip("."), module)
         for path, module in net.named_modules()
-        for tensor in adapters_of(module)
+        for tensor in weight_deltas(module)
     ]
 
 
@@ -224,7 +224,7 @@ def check_gradients(net: nn.Module, parameters: dict[str, dict[str, Tensor]]) ->
     for weight, leaves in parameters.items():
         module, tensor = owner_of(net, weight)
         for key, leaf in leaves.items():
-            parameter = getattr(module, adapters_of(module)[tensor].names[key])
+            parameter = getattr(module, weight_deltas(module)[tensor].names[key])
             assert parameter.requires_grad == leaf.requires_grad
             if leaf.requires_grad:
                 scale = 1 + leaf.grad.abs().max().item()

@@ -438,7 +438,7 @@ def replace(net: nn.Module) -> None:
     net.note = "something new"
 
 
-def train_in_place(net: nn.Module) -> None:
+def unfreeze(net: nn.Module) -> None:
     """Whatever is a copy is written to, over the gradients of now and of before."""
     for parameter in net.parameters():
         parameter.requires_grad_().grad = torch.ones_like(parameter)
@@ -473,7 +473,7 @@ DONE: dict[str, Callable[[Any], Any]] = {
     "double": lambda net: net.to(torch.float64),
     "meta": lambda net: net.to("meta"),
     "unfrozen": lambda net: net.requires_grad_(True),
-    "gradients": train_in_place,
+    "gradients": unfreeze,
     "replaced": replace,
     "buffers": write_to_buffers,
     "hooked": hook,

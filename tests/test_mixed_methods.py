@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning, merge_strategies
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.factories import ma_adapt, ma_train, mc_layer, mc_path, mc_type, pa_adapt, pc_name
 from gift.strategies import (
     IA3LinearFineTuningStrategy,
@@ -108,7 +108,7 @@ def test_several_tensors_of_one_module_may_have_methods_of_their_own() -> None:
     before = net(x)[0]
     enable_fine_tuning(net, FineTuningStrategy(para_caps=caps))
     assert torch.equal(net(x)[0], before)
-    assert {t: a.method.name for t, a in adapters_of(net).items()} == {
+    assert {t: a.method.name for t, a in weight_deltas(net).items()} == {
         "weight_ih_l0": "lora",
         "weight_hh_l0": "svdiff",
     }

@@ -98,11 +98,11 @@ def test_dora_rows_of_infinite_norm_move_as_those_of_lora() -> None:
     method = DoRA(rank=2)
     frozen = torch.randn(4, 6)
     frozen[0], frozen[1, 2] = 0, math.inf
-    parameters = {k: v.clone().requires_grad_() for k, v in method.init(frozen).items()}
+    parameters = {k: v.clone().requires_grad_() for k, v in method.init_parameters(frozen).items()}
     with torch.no_grad():
         for name in ("lora_A", "lora_B", "dora_delta_m"):
             parameters[name].normal_()
-    got = method.weight(frozen, parameters)
+    got = method.effective_weight(frozen, parameters)
     update = parameters["lora_B"] @ parameters["lora_A"]
     torch.testing.assert_close(got[:2], (frozen + update)[:2])
     v = (frozen + update)[2:]

@@ -292,7 +292,7 @@ def test_vera(transposed: bool, dropout: float) -> None:
 
 def made(method: Method, *shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """What a method adds to a matrix, or to several."""
-    return method.fit(shape).init(torch.zeros(shape, dtype=dtype))
+    return method.fit(shape).init_parameters(torch.zeros(shape, dtype=dtype))
 
 
 def test_layers_of_all_sizes_take_the_leading_part_of_one_pair() -> None:

@@ -127,7 +127,7 @@ def test_hra_is_that_of_peft(make: Make, inputs: Inputs, rank: int) -> None:
 
 def test_hra_starts_as_in_peft() -> None:
     """Equal pairs, drawn uniformly within ``1 / sqrt(columns)``."""
-    u = METHODS["hra"](rank=40).init(torch.zeros(3, 900))["hra_u"]
+    u = METHODS["hra"](rank=40).init_parameters(torch.zeros(3, 900))["hra_u"]
     assert torch.equal(u[0::2], u[1::2])
     assert u.abs().max() <= 1 / 30
     torch.testing.assert_close(u.std().item(), 1 / 30 / 3**0.5, rtol=0.02, atol=0)
@@ -165,7 +165,9 @@ def matrix_of(method: Method, dtype: torch.dtype, std: float = 1.0) -> Tensor:
     torch.manual_seed(1)
     one = torch.eye(15, dtype=dtype)
     method = method.fit(one.shape)
-    return method.weight(one, {k: v.normal_(std=std) for k, v in method.init(one).items()})
+    return method.effective_weight(
+        one, {k: v.normal_(std=std) for k, v in method.init_parameters(one).items()}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -185,7 +187,7 @@ def test_the_product_of_reflections(dtype: torch.dtype) -> None:
     """``H_1 H_2 ... H_r``, written out, for each matrix of a batch."""
     method = METHODS["hra"](rank=6)
     w, u = torch.randn(3, 4, 9, dtype=dtype), torch.randn(3, 6, 9, dtype=dtype)
-    for one, vectors, got in zip(w, u, method.weight(w, {"hra_u": u}), strict=True):
+    for one, vectors, got in zip(w, u, method.effective_weight(w, {"hra_u": u}), strict=True):
         for v in vectors:
             one = one @ (torch.eye(9, dtype=dtype) - 2 * torch.outer(v, v.conj()) / v.norm() ** 2)
         torch.testing.assert_close(got, one, rtol=0, atol=1e-13)
@@ -194,11 +196,11 @@ def test_the_product_of_reflections(dtype: torch.dtype) -> None:
 def test_reflections_that_are_nearly_equal_keep_their_difference() -> None:
     """A change of 1e-4 is right to five digits of its own in single precision."""
     method = METHODS["hra"](rank=4)
-    u = method.init(torch.zeros(5, 30))["hra_u"]
+    u = method.init_parameters(torch.zeros(5, 30))["hra_u"]
     u[1::2] += 1e-5 * torch.randn(2, 30)
     left, right = method.factors({"hra_u": u})
     one = torch.eye(30, dtype=torch.float64)
-    expected = method.weight(one, {"hra_u": u.double()}) - one
+    expected = method.effective_weight(one, {"hra_u": u.double()}) - one
     scale = expected.abs().max().item()
     assert 1e-6 < scale < 1e-3
     torch.testing.assert_close((left @ right).double(), expected, rtol=0, atol=1e-5 * scale)
@@ -213,7 +215,7 @@ def test_the_default_block_size_is_the_divisor_nearest_to_32(columns: int, size:
     """Never one, which would rotate nothing."""
     fitted = METHODS["oft"]().fit((5, columns))
     assert fitted.block_size == size
-    q = fitted.init(torch.empty(5, columns, device="meta"))["oft_Q"]
+    q = fitted.init_parameters(torch.empty(5, columns, device="meta"))["oft_Q"]
     assert q.shape == (columns // size, size * (size - 1) // 2)
 
 

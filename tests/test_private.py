@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gift
 from gift import DeltaBank, FineTuningStrategy, enable_fine_tuning
-from gift.core.undo.copy_on_write import KeptValues
+from gift.core.undo.copy_on_write import CopyOnWrite
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
 from gift.kernels import gemm
@@ -343,7 +343,9 @@ def test_types_of_layers_without_their_bases(monkeypatch: pytest.MonkeyPatch) ->
 def test_values_are_kept_where_operations_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     other = copy_without(monkeypatch, "torch.utils._python_dispatch.TorchDispatchMode")
     for base in (private.BeforeWrites, other.BeforeWrites):
-        kind = type("Kept", (base,), {k: v for k, v in vars(KeptValues).items() if k != "__init__"})
+        kind = type(
+            "Kept", (base,), {k: v for k, v in vars(CopyOnWrite).items() if k != "__init__"}
+        )
         net = nn.Linear(3, 2)
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         kept = kind.__new__(kind)

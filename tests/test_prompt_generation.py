@@ -198,7 +198,7 @@ def shorter(cache: Any) -> Any:
     return cache
 
 
-CALLS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
+FORWARD_METHODS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     "a mask with virtual tokens": (
         lambda c: c, {"attention_mask": torch.ones(2, 6 + N)}, "but mask or positions for 9 tok"),
     "a mask of the new tokens": (
@@ -213,7 +213,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "more", "words"), CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(("change", "more", "words"), FORWARD_METHODS.values(), ids=FORWARD_METHODS)
 def test_a_cache_whose_length_does_not_agree(
     change: Callable[[Any], Any], more: dict[str, Any], words: str
 ) -> None:

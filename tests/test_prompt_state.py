@@ -109,7 +109,7 @@ def test_refused(make: Callable[[], nn.Module], message: str) -> None:
     assert picture(net) == before
 
 
-CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
+FORWARD_METHODS: dict[str, tuple[tuple[Any, ...], str]] = {
     "integers": (
         (torch.zeros(2, TIME, dtype=torch.long),),
         r"the network \(LSTM\) takes torch.int64",
@@ -124,7 +124,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize(("args", "message"), CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(("args", "message"), FORWARD_METHODS.values(), ids=FORWARD_METHODS)
 def test_a_call_that_does_not_fit(args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prompted(nn.LSTM(DIM, 6, batch_first=True))(*args)
@@ -150,4 +150,4 @@ def test_what_is_told_wins() -> None:
     action = ma_prompt(N, dim=DIM, batch_first=False)
     enable_fine_tuning(net, FineTuningStrategy([(mc_path(""), action)]))
     assert net(torch.randn(TIME, 2, DIM)).shape == (TIME, 2, DIM)
-    assert net._gift_extensions["prompt"].method.batch_first is False
+    assert net._gift_forwards["prompt"].method.batch_first is False

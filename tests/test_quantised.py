@@ -26,7 +26,7 @@ from gift import (
 )
 from gift.core.delta import added_names
 from gift.core.state_settings import without_settings
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer, mc_name
 from gift.methods import METHODS
@@ -236,7 +236,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind: Kind, case: Method
     base, bias = kind.dequantise(layer).double(), layer.bias.detach().double()
     adapt(layer, case.method, **case.settings)
     train(layer)
-    added = {key: getattr(layer, name) for key, name in adapters_of(layer)["weight"].names.items()}
+    added = {
+        key: getattr(layer, name) for key, name in weight_deltas(layer)["weight"].names.items()
+    }
     copies = {
         key: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for key, t in added.items()
@@ -510,7 +512,7 @@ def test_a_failure_half_way_and_a_plan_leave_nothing(kind: Kind, method: str) ->
     net, x = kind.network(), inputs()
     output, before = net(x), packed(net)
     looks = [(type(m), {k: id(v) for k, v in vars(m).items()}, list(m._parameters)) for m in net]
-    strategy = STRATEGIES[f"{METHODS[method].title}AllFineTuningStrategy"]()
+    strategy = STRATEGIES[f"{METHODS[method].strategy_prefix}AllFineTuningStrategy"]()
     planned = plan_fine_tuning(net, strategy)
     broken_half_way(net, ma_adapt(method))
     now = [(type(m), {k: id(v) for k, v in vars(m).items()}, list(m._parameters)) for m in net]
@@ -532,7 +534,7 @@ def test_the_report_counts_the_weights_not_their_bytes(kind: Kind) -> None:
 @of_some_kinds
 def test_sizes_for_a_budget(kind: Kind, method: str) -> None:
     net = kind.network()
-    strategy = STRATEGIES[f"{METHODS[method.lower()].title}AllFineTuningStrategy"]()
+    strategy = STRATEGIES[f"{METHODS[method.lower()].strategy_prefix}AllFineTuningStrategy"]()
     suggestion = suggest(net, 2000, strategy)
     assert 1500 < enable_fine_tuning(net, suggestion.strategy).trainable_after <= 2000
 

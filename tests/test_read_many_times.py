@@ -100,13 +100,13 @@ def close(found: Any, expected: Any) -> None:
 def makings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the matrices that LoRA made."""
     made: list[tuple[int, ...]] = []
-    weight = METHODS["lora"].weight
+    weight = METHODS["lora"].effective_weight
 
     def counted(self: Any, matrix: Tensor, parameters: Any) -> Tensor:
         made.append(tuple(matrix.shape))
         return weight(self, matrix, parameters)
 
-    monkeypatch.setattr(METHODS["lora"], "weight", counted)
+    monkeypatch.setattr(METHODS["lora"], "effective_weight", counted)
     return made
 
 

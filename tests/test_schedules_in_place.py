@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import gift
 from gift import DeltaFileError, disable_fine_tuning, enable_fine_tuning
-from gift.core.unfreeze import train_in_place, train_no_more
+from gift.core.unfreeze import refreeze, unfreeze
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
 from gift.methods import METHODS, method_of
@@ -46,7 +46,7 @@ def gpt2() -> nn.Module:
 
 
 def of(method: str) -> FineTuningStrategy:
-    return STRATEGIES[f"{METHODS[method].title}AllFineTuningStrategy"]()
+    return STRATEGIES[f"{METHODS[method].strategy_prefix}AllFineTuningStrategy"]()
 
 
 def move(net: nn.Module) -> None:
@@ -78,7 +78,7 @@ def test_the_gradient_of_a_weight_under_a_delta_is_the_slope(method: str) -> Non
     enable_fine_tuning(net, of(method))
     move(net)
     weights = ["0.weight", "3.weight", "3.bias", "6.weight"]
-    train_in_place(net, weights)
+    unfreeze(net, weights)
 
     def loss() -> Tensor:
         return F.cross_entropy(net(IMAGES.double()), torch.arange(4))
@@ -108,7 +108,7 @@ def test_a_weight_from_which_a_delta_was_made_must_stay(method: str) -> None:
     with pytest.raises(AdaptationError, match=rf"0\.weight: its delta, by {method}, is made from"):
         NoFreeze().attach(net)
     with pytest.raises(AdaptationError, match="nothing was changed"):
-        train_in_place(net, ["6.bias", "6.weight"])
+        unfreeze(net, ["6.bias", "6.weight"])
     assert picture(net) == before
     assert NoFreeze(unfreezes="deltas").attach(net).blocks[0].waiting > 0
 
@@ -220,10 +220,10 @@ def test_training_no_more_gives_the_values_of_the_base() -> None:
     net = copy.deepcopy(base)
     enable_fine_tuning(net, LORA())
     names = list(net.state_dict())
-    train_in_place(net, ["6.weight", "3.bias"])
+    unfreeze(net, ["6.weight", "3.bias"])
     move(net)
     kept = bits(net.get_parameter("3.bias"))
-    train_no_more(net, ["6.weight"])
+    refreeze(net, ["6.weight"])
     assert bits(net.get_parameter("6.weight")) == bits(base[6].weight)
     assert bits(net.get_parameter("3.bias")) == kept != bits(base[3].bias)
     assert set(net.state_dict()) == {*names, "3.bias"}
@@ -232,7 +232,7 @@ def test_training_no_more_gives_the_values_of_the_base() -> None:
 def test_without_a_kept_base_there_is_no_way_back() -> None:
     net = unfrozen(convnet(), LORA(), keep_base=False)
     with pytest.raises(RuntimeError, match="keep_base=False"):
-        train_no_more(net, ["6.weight"])
+        refreeze(net, ["6.weight"])
     with pytest.raises(RuntimeError, match="keep_base=False"):
         disable_fine_tuning(net)
 

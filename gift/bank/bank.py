@@ -19,7 +19,7 @@ from gift.core.record import NetworkRecord, record_of
 from gift.core.undo.snapshot import all_or_nothing, completed, transaction
 from gift.core.undo.temporary_state import meanwhile, refuse_meanwhile
 from gift.core.undo.undoable import check_undoable
-from gift.core.undo.unload import Detached
+from gift.core.undo.unload import UnloadedDelta
 from gift.engine.enable import enable_fine_tuning, enabling_trained, values_of_the_base
 from gift.errors import GiftWarning, closest
 from gift.files import load, resolve
@@ -69,7 +69,9 @@ class DeltaBank:
         if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise RuntimeError(f"{lazy} have no shape yet: run a batch through the network first")
         self.net: Any = net
-        self._deltas: dict[str, Detached | None] = {}  # None for the one that the network wears
+        self._deltas: dict[
+            str, UnloadedDelta | None
+        ] = {}  # None for the one that the network wears
         self._active: str | None = None
         self._worn: NetworkRecord | None = None  # by which that one is known again
 
@@ -119,7 +121,9 @@ class DeltaBank:
         with self._changing() as change:
             self._take(name, self._made(source, strategy, check_base), change)
 
-    def _made(self, source: Any, strategy: FineTuningStrategy | None, check_base: bool) -> Detached:
+    def _made(
+        self, source: Any, strategy: FineTuningStrategy | None, check_base: bool
+    ) -> UnloadedDelta:
         is_file = source is not None and not isinstance(source, Mapping)
         if is_file and strategy is not None:
             raise ValueError("a file has its strategy: give none with it")
@@ -127,14 +131,14 @@ class DeltaBank:
             if is_file:
                 load(self.net, source, check_base=check_base)
                 change.before.written += values_of_the_base(self.net)
-                return Detached(self.net)
+                return UnloadedDelta(self.net)
             assert strategy is not None
             if source is None:
                 enable_fine_tuning(self.net, strategy)
-                return Detached(self.net)
+                return UnloadedDelta(self.net)
             with enabling_trained(self.net, strategy):
                 self.net.load_state_dict(_without_base(self.net, source))
-                return Detached(self.net)
+                return UnloadedDelta(self.net)
 
     def _present_strategy(self) -> FineTuningStrategy:
         if not spec_of(self.net).network:
@@ -285,7 +289,7 @@ class DeltaBank:
 
     def _take_off(self) -> None:
         if self._active is not None:
-            self._deltas[self._active] = Detached(self.net)
+            self._deltas[self._active] = UnloadedDelta(self.net)
             self._active = self._worn = None
 
     def _put_on(self, name: str) -> None:
@@ -294,21 +298,21 @@ class DeltaBank:
         delta.attach()
         self._wears(name)
 
-    def _take(self, name: str, delta: Detached, change: transaction) -> None:
+    def _take(self, name: str, delta: UnloadedDelta, change: transaction) -> None:
         change.before.written += delta.exchanged()
         self._deltas[name] = delta
 
-    def _uncover(self) -> Detached | str | None:
+    def _uncover(self) -> UnloadedDelta | str | None:
         """Let the network be the base; gives what it wore, which may have no name."""
         if self._active is None and spec_of(self.net).network:
-            return Detached(self.net)
+            return UnloadedDelta(self.net)
         name = self._active
         self._take_off()
         return name
 
-    def _cover(self, worn: Detached | str | None) -> None:
+    def _cover(self, worn: UnloadedDelta | str | None) -> None:
         """Undo `_uncover`."""
-        if isinstance(worn, Detached):
+        if isinstance(worn, UnloadedDelta):
             worn.attach()
         elif worn is not None:
             self._put_on(worn)

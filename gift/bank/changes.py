@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
-from gift.core.forwards import named_extensions
+from gift.core.forwards import named_forward_deltas
 from gift.core.record import record_of
 from gift.core.undo.snapshot import tensor_of, transaction
-from gift.core.undo.unload import Detached
-from gift.core.weights.record import Adapter, adapters_of, present_tensor, trained_value
+from gift.core.undo.unload import UnloadedDelta
+from gift.core.weights.record import WeightDelta, present_tensor, trained_value, weight_deltas
 from gift.layers.table import Layout, LayoutOptions
 from gift.quantization import dequantised
 from gift.support.tensors import is_inexact, wide
@@ -63,12 +63,12 @@ class Changes:
     """
 
     weights: dict[str, Change] = field(default_factory=dict)
-    tied: dict[str, tuple[nn.Module, str, Adapter]] = field(default_factory=dict)
+    tied: dict[str, tuple[nn.Module, str, WeightDelta]] = field(default_factory=dict)
     values: dict[str, tuple[nn.Module, str, Tensor, Tensor]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
 
 
-def changes_of(net: Any, delta: Detached, dense: bool) -> Changes:
+def changes_of(net: Any, delta: UnloadedDelta, dense: bool) -> Changes:
     """What a delta changes; it is put on the base for that, and taken off again.
 
     Args:
@@ -79,7 +79,7 @@ def changes_of(net: Any, delta: Detached, dense: bool) -> Changes:
     with transaction(net):
         delta.attach()
         found = _read(net, dense)
-        Detached(net)  # is what `delta` was: nothing has changed
+        UnloadedDelta(net)  # is what `delta` was: nothing has changed
     return found
 
 
@@ -90,7 +90,7 @@ def _read(net: Any, dense: bool) -> Changes:
     for name, parameter in net.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
     for path, module in net.named_modules():
-        for tensor, adapter in adapters_of(module).items():
+        for tensor, adapter in weight_deltas(module).items():
             name = joined(path, tensor)
             if adapter.owner is not None and not adapter.follows:
                 found.tied[name] = module, tensor, adapter
@@ -107,7 +107,7 @@ def _read(net: Any, dense: bool) -> Changes:
 def _foreign(net: Any, paths: Mapping[int, str]) -> Iterator[str]:
     """What is no change of a weight or value."""
     record = record_of(net)
-    for path, _, extension in named_extensions(net):
+    for path, _, extension in named_forward_deltas(net):
         if extension.names:
             yield f"{path or 'the network'} is extended by {extension.method}"
     for undo in record.undo.modules:
@@ -115,7 +115,7 @@ def _foreign(net: Any, paths: Mapping[int, str]) -> Iterator[str]:
             yield f"{joined(paths.get(id(undo.module), ''), name)} was replaced"
 
 
-def _change(name: str, module: nn.Module, tensor: str, adapter: Adapter, dense: bool) -> Change:
+def _change(name: str, module: nn.Module, tensor: str, adapter: WeightDelta, dense: bool) -> Change:
     assert adapter.layout is not None
     method, parameters = adapter.delta_of(module)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _change(name: str, module: nn.Module, tensor: str, adapter: Adapter, dense: 
     return Change(name, module, tensor, adapter.layout, adapter.options, dtype, factors, matrix)
 
 
-def _difference(module: nn.Module, tensor: str, adapter: Adapter) -> Tensor:
+def _difference(module: nn.Module, tensor: str, adapter: WeightDelta) -> Tensor:
     """The effective matrix less the frozen one."""
     frozen = wide(dequantised(present_tensor(module, tensor).detach(), module))
     assert adapter.layout is not None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gift.bank.changes import Change, Changes, changes_of, trained_values
 from gift.core.delta import put_values
-from gift.core.undo.unload import Detached
-from gift.core.weights.record import adapters_of
+from gift.core.undo.unload import UnloadedDelta
+from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import AdaptationError
 from gift.layers.table import Layout, LayoutOptions, layout_of
@@ -47,7 +47,7 @@ def combine(
     deltas: Mapping[str, Any],
     weights: Mapping[str, float],
     rank: int | None,
-) -> tuple[Detached, Combination]:
+) -> tuple[UnloadedDelta, Combination]:
     """The sum of deltas, each times its number, as a LoRA on the base `net`, taken off it."""
     _check(weights, rank)
     read = {name: changes_of(net, delta, dense=rank is not None) for name, delta in deltas.items()}
@@ -75,7 +75,7 @@ def combine(
     with enabling_trained(net, strategy):
         _fill(net, sums, values)
         told = _told(sums)
-        return Detached(net), told
+        return UnloadedDelta(net), told
 
 
 def _check(weights: Mapping[str, float], rank: int | None) -> None:
@@ -204,7 +204,7 @@ def _fill(net: nn.Module, sums: Mapping[str, _Sum], values: Mapping[str, Any]) -
     for path, made in sums.items():
         holder, _, tensor = path.rpartition(".")
         module = paths[holder]
-        names = adapters_of(module)[tensor].names
+        names = weight_deltas(module)[tensor].names
         put_values(module, {names["lora_B"]: made.left, names["lora_A"]: made.right})
     for module, name, value in values.values():
         put_values(module, {name: value})

@@ -10,7 +10,7 @@ from gift.core.delta import put_values
 from gift.core.dynamic_class import joined
 from gift.core.record import NetworkRecord, record_of
 from gift.core.undo.snapshot import completed, tensor_of
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError
 from gift.methods.settings import is_number
 from gift.support.tensors import is_finite, wide
@@ -27,7 +27,7 @@ def scale(net: Any, factor: float) -> None:
         raise ValueError(f"the factor is {factor!r}, expected a finite number")
     work, problems = [], []
     for path, module in net.named_modules():
-        for tensor, adapter in adapters_of(module).items():
+        for tensor, adapter in weight_deltas(module).items():
             if adapter.owner is not None:
                 continue  # the delta of another one
             method, parameters = adapter.delta_of(module)

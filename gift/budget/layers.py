@@ -9,7 +9,7 @@ from torch import nn
 
 from gift.budget.budget import Budget
 from gift.budget.sizes import Sizes, last_that
-from gift.core.weights.record import Adapter, present_tensor
+from gift.core.weights.record import WeightDelta, present_tensor
 from gift.engine.dry_run import Cost
 from gift.errors import AdaptationError
 from gift.factories.serializable import describe
@@ -26,8 +26,10 @@ def _open_class(cls: Any) -> type[Method]:
         (cls,),
         {
             "fit": lambda self, shape: self,
-            "init": lambda self, matrix: {"_gift_open": torch.empty(0, **self.like(matrix))},
-            "weight": lambda self, matrix, parameters: matrix,
+            "init_parameters": lambda self, matrix: {
+                "_gift_open": torch.empty(0, **self.factory_kwargs(matrix))
+            },
+            "effective_weight": lambda self, matrix, parameters: matrix,
         },
     )
 
@@ -110,7 +112,7 @@ def _tied(layers: list[Layer]) -> list[list[int]]:
 
 
 def _weight(
-    module: nn.Module, tensor: str, adapter: Adapter
+    module: nn.Module, tensor: str, adapter: WeightDelta
 ) -> tuple[tuple[int, ...], torch.dtype]:  # fmt: skip
     if adapter.layout is None:
         raise AdaptationError(f"{tensor!r} has no shape yet: run a batch through the network first")

@@ -111,7 +111,9 @@ class Sizes:
             total, larger = Cost(), 0
             for method, (shape, dtype) in zip(self._fitted(size), self.weights, strict=True):
                 with torch.no_grad():
-                    made = method.init(torch.empty(shape, dtype=dtype, device="meta")).values()
+                    made = method.init_parameters(
+                        torch.empty(shape, dtype=dtype, device="meta")
+                    ).values()
                 trained = [t for t in made if not isinstance(t, nn.Buffer)]
                 saved = [t for t in made if not isinstance(t, nn.Buffer) or t.persistent]
                 count = sum(t.numel() for t in trained)

@@ -60,7 +60,7 @@ class Delta:
 def deltas_of(module: nn.Module) -> dict[str, Delta]:
     """The deltas that `module` itself uses, by what they change."""
     state = module.__dict__
-    return {**state.get("_gift_adapters", {}), **state.get("_gift_extensions", {})}
+    return {**state.get("_gift_weights", {}), **state.get("_gift_forwards", {})}
 
 
 def added_names(module: nn.Module) -> list[str]:
@@ -132,7 +132,7 @@ def hidden_settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     return {key: settings for key, settings in found.items() if settings}
 
 
-def settings_misfits(
+def settings_incompatibilities(
     module: nn.Module, path: str, metadata: Mapping[str, Any], state: Mapping[str, Any]
 ) -> list[str]:
     """Where a state was trained with settings that `module` does not have.
@@ -205,7 +205,7 @@ class DeltaModule(Generated):
     ) -> None:
         *_, errors = rest
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        problems = settings_misfits(self, prefix.rstrip("."), metadata, own)  # type: ignore[arg-type]
+        problems = settings_incompatibilities(self, prefix.rstrip("."), metadata, own)  # type: ignore[arg-type]
         state_dict.pop(prefix + KEY, None)  # which would be unexpected
         errors += problems
         if not problems:

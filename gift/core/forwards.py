@@ -22,11 +22,11 @@ from gift.methods.settings import Configured, dtype_of
 from gift.private.torch import is_compiled_by_old
 
 Forward = Callable[..., Any]
-CALLS: dict[str, type["CallMethod"]] = {}
+FORWARD_METHODS: dict[str, type["ForwardMethod"]] = {}
 
 
 @dataclass(frozen=True)
-class CallMethod(Configured):
+class ForwardMethod(Configured):
     """Base of what extends a call; a subclass is a frozen dataclass of its settings.
 
     Args:
@@ -42,7 +42,7 @@ class CallMethod(Configured):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        known = CALLS.setdefault(cls.__name__, cls)  # files name it so
+        known = FORWARD_METHODS.setdefault(cls.__name__, cls)  # files name it so
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the name {cls.__name__!r} is taken by {known.__module__}")
 
@@ -54,7 +54,7 @@ class CallMethod(Configured):
         """
         return self
 
-    def init(self, module: nn.Module) -> dict[str, Tensor]:
+    def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """New parameters for a module that is about to be extended.
 
         Raises:
@@ -64,7 +64,7 @@ class CallMethod(Configured):
 
     def reset(self, module: nn.Module) -> dict[str, Tensor]:
         """New parameters for one that came from the meta device, whose own may have no values."""
-        return self.init(module)
+        return self.init_parameters(module)
 
     def call(
         self,
@@ -94,26 +94,26 @@ class CallMethod(Configured):
 
     def beside(self, weight: Tensor | None) -> dict[str, Any]:
         """Dtype and device of new parameters in a module that may have none, as keywords."""
-        return {"dtype": dtype_of(self.dtype)} if weight is None else self.like(weight)
+        return {"dtype": dtype_of(self.dtype)} if weight is None else self.factory_kwargs(weight)
 
 
-def call_method_of(name: str, settings: Mapping[str, Any]) -> CallMethod:
+def forward_method_of(name: str, settings: Mapping[str, Any]) -> ForwardMethod:
     """What extends a call, by the name of its class, with these settings.
 
     Raises:
         ValueError: for an unknown name or setting.
     """
-    if name not in CALLS:
-        raise ValueError(f"unknown extension of calls {name!r}; known: {sorted(CALLS)}")
-    unknown = sorted(set(settings) - set(CALLS[name].__dataclass_fields__))
+    if name not in FORWARD_METHODS:
+        raise ValueError(f"unknown extension of calls {name!r}; known: {sorted(FORWARD_METHODS)}")
+    unknown = sorted(set(settings) - set(FORWARD_METHODS[name].__dataclass_fields__))
     if unknown:
-        known = list(CALLS[name].__dataclass_fields__)
+        known = list(FORWARD_METHODS[name].__dataclass_fields__)
         raise ValueError(f"{name} has no setting {unknown}; it has {known}")
-    return CALLS[name](**settings)
+    return FORWARD_METHODS[name](**settings)
 
 
 @dataclass
-class Extension(Delta):
+class ForwardDelta(Delta):
     """What a module knows of one extension of its call.
 
     Args:
@@ -121,13 +121,13 @@ class Extension(Delta):
         path: where the module stood in its network, for messages.
     """
 
-    method: CallMethod = field(kw_only=True)
+    method: ForwardMethod = field(kw_only=True)
     path: str = field(default="", kw_only=True)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The method and its settings."""
-        return {"method": self.method.name} | self.method.meaning
+        return {"method": self.method.name} | self.method.compat_settings
 
     def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
         """What differs from the method with its defaults."""
@@ -144,14 +144,14 @@ class Extension(Delta):
         put_values(module, {self.names[name]: value for name, value in made.items()})
 
 
-class ExtendedModule(DeltaModule):
+class WrappedModule(DeltaModule):
     """What every module with an extended call gains."""
 
-    _gift_extensions: dict[str, Extension]
+    _gift_forwards: dict[str, ForwardDelta]
     _gift_arguments: ClassVar[tuple[str, ...]]
 
     def _gift_call(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for extension in self._gift_extensions.values():
+        for extension in self._gift_forwards.values():
             call = functools.partial(_extended, self, extension, call)
         return call(*args, **kwargs)
 
@@ -174,7 +174,7 @@ class NestingEncoder(Generated):
 
 
 def _extended(
-    module: Any, extension: Extension, forward: Forward, *args: Any, **kwargs: Any
+    module: Any, extension: ForwardDelta, forward: Forward, *args: Any, **kwargs: Any
 ) -> Any:
     return extension.method.call(module, forward, extension.tensors(module), args, kwargs)
 
@@ -188,7 +188,7 @@ def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
     # The signature stays: trainers look into it to see which columns of a data set are used.
     @functools.wraps(plain.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "_gift_extensions" not in self.__dict__:
+        if "_gift_forwards" not in self.__dict__:
             # Somebody kept this method, and the module is a plain one again.
             return type(self).forward(self, *args, **kwargs)
         return self._gift_call(super(generated, self).forward, args, kwargs)
@@ -204,15 +204,15 @@ def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
 
         @functools.wraps(plain.generate)  # type: ignore[attr-defined]
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if "_gift_extensions" not in self.__dict__:
+            if "_gift_forwards" not in self.__dict__:
                 return type(self).generate(self, *args, **kwargs)
-            for _, module, extension in named_extensions(self):
+            for _, module, extension in named_forward_deltas(self):
                 extension.method.before_generate(module, kwargs)
             return super(generated, self).generate(*args, **kwargs)
 
         namespace["generate"] = generate
     nesting = [NestingEncoder] if issubclass(plain, nn.TransformerEncoder) else []
-    return [ExtendedModule, *nesting], namespace
+    return [WrappedModule, *nesting], namespace
 
 
 def _generates(plain: type) -> bool:
@@ -229,11 +229,11 @@ def _argument_names(plain: Any) -> tuple[str, ...]:
 
 def where(module: Any, name: str) -> str:
     """An extended module in words; `name` is that of the extension."""
-    path = module._gift_extensions[name].path
+    path = module._gift_forwards[name].path
     return f"{path or 'the network'} ({plain_class(type(module)).__name__})"
 
 
-def extend_module(module: nn.Module, method: CallMethod, path: str = "") -> None:
+def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> None:
     """Extend the call of `module`; its own parameters are left as they are.
 
     Args:
@@ -244,21 +244,21 @@ def extend_module(module: nn.Module, method: CallMethod, path: str = "") -> None
     Raises:
         AdaptationError: if it cannot be extended; nothing is changed then.
     """
-    own: dict[str, Extension] = module.__dict__.get("_gift_extensions", {})
+    own: dict[str, ForwardDelta] = module.__dict__.get("_gift_forwards", {})
     _refuse(module)
     if method.name in own:
         raise AdaptationError(f"it is extended already, by {own[method.name].method}")
     method = method.fit(module)
     with torch.inference_mode(False), torch.no_grad():
-        values = method.init(module)
+        values = method.init_parameters(module)
     names = {key: f"{method.name}_{key}" for key in values}
     taken = [name for name in names.values() if hasattr(module, name)]
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which this would hide")
     for key, value in values.items():
         add_tensor(module, names[key], value)
-    extension = Extension(names, method=method, path=path)
-    module.__dict__["_gift_extensions"] = own | {method.name: extension}
+    extension = ForwardDelta(names, method=method, path=path)
+    module.__dict__["_gift_forwards"] = own | {method.name: extension}
     # Fused kernels that compute a whole block without calling its parts look for hooks only. The
     # block's own kernel is what is called here, and may be used as before.
     if not isinstance(module, nn.TransformerEncoderLayer):
@@ -283,12 +283,12 @@ def _seen(module: nn.Module, args: Any, output: Any) -> None:
     """A hook that does nothing but be there."""
 
 
-def named_extensions(
+def named_forward_deltas(
     module: nn.Module, prefix: str = ""
-) -> Iterator[tuple[str, nn.Module, Extension]]:
+) -> Iterator[tuple[str, nn.Module, ForwardDelta]]:
     """All extensions in `module`: path, the extended module, what extends it."""
     for path, part in module.named_modules(prefix=prefix):
-        for extension in part.__dict__.get("_gift_extensions", {}).values():
+        for extension in part.__dict__.get("_gift_forwards", {}).values():
             yield path, part, extension
 
 
@@ -296,12 +296,12 @@ def settle_modules_around(network: nn.Module) -> None:
     """Let modules around extended ones know: `NestingEncoder`, and those that generate."""
     for module in network.modules():
         concerned = isinstance(module, nn.TransformerEncoder) or _generates(type(module))
-        if concerned and any(True for _ in named_extensions(module)):
-            module.__dict__.setdefault("_gift_extensions", {})
+        if concerned and any(True for _ in named_forward_deltas(module)):
+            module.__dict__.setdefault("_gift_forwards", {})
             change_class(module, extended=True)
 
 
-def release_extensions(module: nn.Module) -> None:
-    """Undo `extend_module`, whose parameters are gone already; hooks go as all that is new goes."""
-    if module.__dict__.pop("_gift_extensions", None) is not None:
+def unwrap_forwards(module: nn.Module) -> None:
+    """Undo `wrap_forward`, whose parameters are gone already; hooks go as all that is new goes."""
+    if module.__dict__.pop("_gift_forwards", None) is not None:
         change_class(module, extended=False)

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import named_deltas
 from gift.core.state_settings import is_settings
-from gift.core.weights.record import adapters_of, is_sharded
+from gift.core.weights.record import is_sharded, weight_deltas
 from gift.errors import some
 from gift.quantization import is_quantised
 
@@ -167,7 +167,7 @@ def _kind(name: str, value: Any) -> tuple[str, Any]:
 
 
 def _adapted(module: nn.Module) -> list[Any]:
-    return [module._parameters[t] for t in adapters_of(module) if t in module._parameters]
+    return [module._parameters[t] for t in weight_deltas(module) if t in module._parameters]
 
 
 def _is_comparable(here: Any, there: Any) -> bool:

@@ -31,7 +31,7 @@ from gift.core.state_settings import without_settings
 from gift.core.undo.copy_on_write import memory_of
 from gift.core.undo.snapshot import Snapshot, Undo, transaction
 from gift.core.unfreeze import keep_values
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.errors import GiftWarning
 from gift.private.torch import callers, loads_strictly
 from gift.quantization import quant_state_names
@@ -368,18 +368,18 @@ def _loaded(network: Any, incompatible: Any) -> None:
         for module, key, delta in list(named_deltas(network)):
             if delta.is_on_meta(module):
                 delta.reset(module, key)
-            elif key in adapters_of(module) and key not in module._parameters:
-                adapters_of(module)[key].follow(module, key)  # a tensor that is computed
+            elif key in weight_deltas(module) and key not in module._parameters:
+                weight_deltas(module)[key].follow(module, key)  # a tensor that is computed
 
 
-def _undone(record: NetworkRecord, misfits: list[str]) -> bool:
+def _undone(record: NetworkRecord, incompatibilities: list[str]) -> bool:
     """Whether a bigger module found errors in what it loaded, of which nothing is left then."""
     if record.before is None:
         return False
     snapshot, errors, count = record.before
     record.before = None
     prefix = record.loading[0]
-    wrong = loads_strictly() and any(key.startswith(prefix) for key in misfits)
+    wrong = loads_strictly() and any(key.startswith(prefix) for key in incompatibilities)
     if len(errors) == count and not wrong:
         return False
     snapshot.rollback()
@@ -439,7 +439,7 @@ def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[
             yield name, parameter
 
 
-def trained_in_place(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def trained_of_the_base(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters of the network's own that are trained."""
     deltas = delta_names(network)
     return ((name, p) for name, p in named_trainable(network) if name not in deltas)

@@ -12,7 +12,7 @@ from gift.core.dynamic_class import joined, plain_class
 from gift.core.frozen_base import hold_flags
 from gift.core.record import record_of
 from gift.core.undo.snapshot import put_value, tensor_of
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError
 from gift.layers.table import row_of
 from gift.quantization import is_quantised
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Place = tuple[set[str], nn.Module, str]
 
 
-def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
+def unfreeze(network: nn.Module, names: Iterable[str]) -> None:
     """Train these parameters of the network's own too, as they are, or those that waited.
 
     The values that they have in the base are kept, if those of others are, so the way back stays
@@ -56,8 +56,8 @@ def train_in_place(network: nn.Module, names: Iterable[str]) -> None:
     hold_flags(network)
 
 
-def let_wait(network: nn.Module, names: Iterable[str]) -> None:
-    """Freeze these parameters until `train_in_place`; what is chosen stays so, and is saved."""
+def hold_frozen(network: nn.Module, names: Iterable[str]) -> None:
+    """Freeze these parameters until `unfreeze`; what is chosen stays so, and is saved."""
     record = record_of(network)
     places = _places(network, set(names))
     for names_of_it, *_ in places:
@@ -66,8 +66,8 @@ def let_wait(network: nn.Module, names: Iterable[str]) -> None:
     hold_flags(network)
 
 
-def train_no_more(network: nn.Module, names: Iterable[str]) -> None:
-    """Undo `train_in_place`: what it chose has the values of the base again; the others wait.
+def refreeze(network: nn.Module, names: Iterable[str]) -> None:
+    """Undo `unfreeze`: what it chose has the values of the base again; the others wait.
 
     Raises:
         RuntimeError: if these values were not kept; nothing is changed then.
@@ -78,7 +78,7 @@ def train_no_more(network: nn.Module, names: Iterable[str]) -> None:
         raise RuntimeError(
             f"{sorted(late)[0]} cannot be frozen again: enable_fine_tuning had keep_base=False"
         )
-    let_wait(network, names)
+    hold_frozen(network, names)
     values = {id(tensor_of(m, name)): value for m, name, value in record.undo.values}
     for names_of_it, module, name in _places(network, late):
         tensor = tensor_of(module, name)
@@ -153,7 +153,7 @@ def untrainable(network: nn.Module) -> Mapping[str, str]:
     return found
 
 
-def misfits_in_place(network: nn.Module, trained: Iterable[nn.Parameter]) -> list[str]:
+def unfreezable_problems(network: nn.Module, trained: Iterable[nn.Parameter]) -> list[str]:
     """For each name of those that must not be trained, as a delta is made from them: the reason."""
     read = {id(p): method for module in network.modules() for p, method in _read(module)}
     wrong = {id(p) for p in trained} & read.keys() if read else set()
@@ -163,7 +163,7 @@ def misfits_in_place(network: nn.Module, trained: Iterable[nn.Parameter]) -> lis
 
 def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     """The parameters of which the values made a delta, and the method that made it."""
-    reading = {t: a for t, a in adapters_of(module).items() if a.method.reads_weight}
+    reading = {t: a for t, a in weight_deltas(module).items() if a.method.reads_weight}
     row = row_of(plain_class(type(module))) if reading else None
     apart = {*added_names(module), *(row.names(module, row.biases) if row is not None else ())}
     for tensor, adapter in reading.items():

@@ -18,7 +18,7 @@ from gift.data.problems import refuse
 from gift.data.readers import DetectorReader
 from gift.data.readers.images import LARGEST_PICTURE
 from gift.errors import DataError
-from gift.support.optional import needed
+from gift.support.optional import require
 
 BACKGROUND = "__background__"
 """Name of class 0, which torchvision's detectors keep for what is no object."""
@@ -227,7 +227,7 @@ def _add(
     shape = entry.get("segmentation")
     if masks and not shape:
         return "there is no segmentation, which masks need"
-    if masks and (problem := _shape_misfit(shape, *picture.size)):
+    if masks and (problem := _shape_incompatibility(shape, *picture.size)):
         return f"the segmentation {problem}"
     (left, top, wide, high), (width, height) = box, picture.size
     corners = [max(left, 0), max(top, 0), min(left + wide, width), min(top + high, height)]
@@ -238,7 +238,7 @@ def _add(
     return ""
 
 
-def _shape_misfit(shape: Any, width: int, height: int) -> str:
+def _shape_incompatibility(shape: Any, width: int, height: int) -> str:
     """What is wrong with an outline; pycocotools trusts what it is given."""
     if isinstance(shape, list):
         far = 4 * max(width, height)
@@ -287,7 +287,7 @@ def _is_finite(value: Any) -> bool:
 
 def masks_of(shapes: Sequence[Any], height: int, width: int) -> Tensor:
     """Masks (objects, height, width) of outlines as COCO writes them: polygons or run lengths."""
-    coder = needed("pycocotools.mask", "detection")
+    coder = require("pycocotools.mask", "detection")
     found = torch.zeros(len(shapes), height, width, dtype=torch.uint8)
     for place, shape in enumerate(shapes):
         if isinstance(shape, list):

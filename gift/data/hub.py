@@ -9,7 +9,7 @@ from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
 from gift.errors import DataError
-from gift.support.optional import needed
+from gift.support.optional import require
 
 
 class Columns:
@@ -81,7 +81,7 @@ def hugging_face(
 def _loaded(dataset: Any, split: str | None, subset: str | None) -> Any:
     if not isinstance(dataset, str | Path):
         return dataset
-    datasets = needed("datasets", "datasets")
+    datasets = require("datasets", "datasets")
     marks = ("dataset_info.json", "dataset_dict.json")
     script = Path(dataset) / f"{Path(dataset).name}.py"
     if Path(dataset).suffix == ".py" or script.is_file():

@@ -10,7 +10,7 @@ from gift.data.examples import Examples, Reader
 from gift.data.problems import refuse
 from gift.data.reading import read_examples
 from gift.errors import DataError, closest
-from gift.support.optional import needed
+from gift.support.optional import require
 
 
 class Pictures:
@@ -68,7 +68,7 @@ def torchvision_dataset(
         Traceback (most recent call last):
         gift.errors.DataError: torchvision has no data set 'CIFAR', closest: ['CIFAR10', ...
     """
-    datasets = needed("torchvision.datasets", "vision")
+    datasets = require("torchvision.datasets", "vision")
     maker = getattr(datasets, name, None) if name in datasets.__all__ else None
     if not isinstance(maker, type):
         close = closest(name, datasets.__all__)
@@ -104,7 +104,7 @@ def _check_kind(dataset: Any, name: str) -> None:
     if not len(dataset):
         raise DataError(f"{name} is empty")
     first = dataset[0]
-    images = needed("PIL.Image", "vision")
+    images = require("PIL.Image", "vision")
     fits = isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], images.Image)
     if not fits or not isinstance(first[1], int | str) or str(first[1]).isalpha():
         raise DataError(f"{name} is no data set of pictures that belong to one class each")

@@ -20,7 +20,7 @@ from gift.demo.data import BadFolderError, digits, read_folder
 from gift.demo.network import SmallResNet
 from gift.demo.pictures import draw_predictions
 from gift.demo.story import Base, Result, fine_tune, heading, say, train_base
-from gift.support.optional import needed
+from gift.support.optional import require
 
 PICTURE_SIZE = 64
 PRETRAINED_SIZE = 96
@@ -103,7 +103,7 @@ def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -
 
 def _pretrained() -> Base | None:
     """ResNet18 with ImageNet weights, if these are on this machine or can be fetched."""
-    models = needed("torchvision.models", "demo")
+    models = require("torchvision.models", "demo")
     try:
         with _impatient():
             return Base(models.resnet18(weights="DEFAULT"), models.resnet18)

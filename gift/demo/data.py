@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gift.demo.network import Data
-from gift.support.optional import needed
+from gift.support.optional import require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 HELD_OUT = ("val", "valid", "validation", "test")
@@ -53,7 +53,7 @@ class Task:
 
 def digits() -> Task:
     """1,797 scans of handwritten digits, 8 x 8 pixels; a third of them is held out."""
-    scans = needed("sklearn.datasets", "demo").load_digits()
+    scans = require("sklearn.datasets", "demo").load_digits()
     images = torch.from_numpy(scans.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(scans.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -131,10 +131,10 @@ STD = torch.tensor((0.229, 0.224, 0.225)).reshape(3, 1, 1)
 
 
 def _picture(file: Path, size: int) -> Tensor:
-    images, numpy = needed("PIL.Image", "demo"), needed("numpy", "demo")
+    images, numpy = require("PIL.Image", "demo"), require("numpy", "demo")
     try:
         with images.open(file) as image:
-            square = needed("PIL.ImageOps", "demo").fit(image.convert("RGB"), (size, size))
+            square = require("PIL.ImageOps", "demo").fit(image.convert("RGB"), (size, size))
     except OSError as error:
         raise BadFolderError(f"{file} cannot be read as a picture: {error}") from error
     return (torch.from_numpy(numpy.array(square)).permute(2, 0, 1) / 255 - MEAN) / STD

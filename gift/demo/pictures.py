@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gift.demo.data import Task, visible
-from gift.support.optional import needed
+from gift.support.optional import require
 
 
 def draw_predictions(task: Task, outputs: Tensor, out: Path, number: int = 12) -> list[Path]:
@@ -37,7 +37,7 @@ def draw_predictions(task: Task, outputs: Tensor, out: Path, number: int = 12) -
 def _draw(task: Task, said: Tensor, sureness: Tensor, places: list[int], file: Path) -> Path:
     columns = min(4, len(places))
     rows = -(-len(places) // columns)
-    make = needed("matplotlib.figure", "demo").Figure
+    make = require("matplotlib.figure", "demo").Figure
     figure = make((2.2 * columns, 2.6 * rows), layout="constrained")
     for number, place in enumerate(places):
         axes = figure.add_subplot(rows, columns, number + 1)

@@ -9,18 +9,18 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import deltas_of
 from gift.core.dynamic_class import joined, plain_class
-from gift.core.forwards import named_extensions
+from gift.core.forwards import named_forward_deltas
 from gift.core.iterator import named_parts
 from gift.core.report import Claim
-from gift.core.weights.record import Adapter, adapters_of
+from gift.core.weights.record import WeightDelta, weight_deltas
 from gift.errors import some
 from gift.quantization import shape_of
 
-Adapted = tuple[str, nn.Module, Adapter]
-Placed = tuple[str, nn.Module, Any]  # an Adapter or an Extension
+Adapted = tuple[str, nn.Module, WeightDelta]
+Placed = tuple[str, nn.Module, Any]  # an WeightDelta or an ForwardDelta
 
 
-class Taken(NamedTuple):
+class Claimed(NamedTuple):
     """A module, or one parameter of it, that a cap took.
 
     Args:
@@ -47,14 +47,14 @@ class Taken(NamedTuple):
         if self.module is None:
             return
         if self.gained is not None:
-            yield from (placed for placed in self.gained if isinstance(placed[2], Adapter))
+            yield from (placed for placed in self.gained if isinstance(placed[2], WeightDelta))
             return
         if self.parameter is not None:
-            if adapter := adapters_of(self.module).get(self.parameter):
+            if adapter := weight_deltas(self.module).get(self.parameter):
                 yield self.path, self.module, adapter
             return
         for path, part in named_parts(self.module, self.path):
-            for tensor, adapter in adapters_of(part).items():
+            for tensor, adapter in weight_deltas(part).items():
                 yield joined(path, tensor), part, adapter
 
     def parameters(self) -> list[nn.Parameter | None]:
@@ -70,8 +70,8 @@ class Taken(NamedTuple):
             own = self.module._parameters.get(self.parameter)
             return [own, *_parameters_of(self.adapters())]
         parts = [part for _, part in named_parts(self.module)]
-        extended = [part for part in parts if "_gift_extensions" in vars(part)]
-        others = {id(p) for part in extended for p in _parameters_of(named_extensions(part))}
+        extended = [part for part in parts if "_gift_forwards" in vars(part)]
+        others = {id(p) for part in extended for p in _parameters_of(named_forward_deltas(part))}
         return [p for part in parts for p in part._parameters.values() if id(p) not in others]
 
 
@@ -79,7 +79,7 @@ def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[Placed]:
     """All deltas in `module`: the path of the tensor or call, what has it, what changes it."""
     for path, part in module.named_modules(prefix=prefix):
         for key, delta in deltas_of(part).items():
-            yield (joined(path, key) if isinstance(delta, Adapter) else path), part, delta
+            yield (joined(path, key) if isinstance(delta, WeightDelta) else path), part, delta
 
 
 def _parameters_of(placed: Iterable[Placed]) -> list[nn.Parameter | None]:
@@ -88,7 +88,7 @@ def _parameters_of(placed: Iterable[Placed]) -> list[nn.Parameter | None]:
     ]
 
 
-def claims_of(all_taken: Iterable[Taken]) -> list[Claim]:
+def claims_of(all_taken: Iterable[Claimed]) -> list[Claim]:
     """The claims, once ties are settled: what is tied counts where it was taken first."""
     claims, counted = [], set[int]()
     texts: dict[int, str] = {}  # by method, one object of which serves all layers that agree
@@ -123,14 +123,14 @@ def _size(parameter: nn.Parameter) -> int:
     return 0 if is_lazy(parameter) else shape_of(parameter).numel()
 
 
-def _is_larger(module: nn.Module, adapter: Adapter) -> bool:
+def _is_larger(module: nn.Module, adapter: WeightDelta) -> bool:
     if adapter.owner is not None or adapter.layout is None:
         return False
     delta = (module._parameters.get(name) for name in adapter.names.values())
     return sum(p.numel() for p in delta if p is not None) > math.prod(adapter.layout.shape)
 
 
-def _what(taken: Taken, adapters: list[Adapted], trained: bool, texts: Mapping[int, str]) -> str:
+def _what(taken: Claimed, adapters: list[Adapted], trained: bool, texts: Mapping[int, str]) -> str:
     if taken.module is None:
         return "removed"
     if taken.gained is not None:

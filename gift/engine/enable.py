@@ -11,13 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.dynamic_class import spec_of
 from gift.core.io_spec import drop_empty_io_spec, renew_io_spec
-from gift.core.network import install_record, remove_record, trained_in_place
+from gift.core.network import install_record, remove_record, trained_of_the_base
 from gift.core.record import NetworkRecord, record_of
 from gift.core.report import Report
 from gift.core.undo.snapshot import Snapshot, all_or_nothing, tensor_of, transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.undo.undoable import check_undoable
-from gift.core.unfreeze import misfits_in_place
+from gift.core.unfreeze import unfreezable_problems
 from gift.core.weights.record import is_sharded
 from gift.engine.claims import sizes_of
 from gift.engine.leftover import hints_for_strangers, told_leftover
@@ -116,7 +116,7 @@ def values_of_the_base(module: Any) -> list[tuple[Tensor, Tensor]]:
     record = record_of(module)
     if record.keeps_base:
         return [(tensor_of(m, name), value) for m, name, value in record.undo.values]
-    written = [p for _, p in trained_in_place(module)] + [*module.buffers()]
+    written = [p for _, p in trained_of_the_base(module)] + [*module.buffers()]
     return [(tensor, tensor.detach().clone()) for tensor in written if not is_lazy(tensor)]
 
 
@@ -256,7 +256,7 @@ def _apply(
     frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
     for parameter in frozen.values():
         parameter.requires_grad = False
-    if wrong := misfits_in_place(module, [p for p in parameters if p.requires_grad]):
+    if wrong := unfreezable_problems(module, [p for p in parameters if p.requires_grad]):
         raise AdaptationError(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged, as it trains "
             "what must stay frozen",

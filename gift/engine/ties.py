@@ -7,8 +7,8 @@ from torch import nn
 
 from gift.core.dynamic_class import joined
 from gift.core.iterator import named_parts
-from gift.core.weights.record import adapters_of
-from gift.engine.claims import Taken
+from gift.core.weights.record import weight_deltas
+from gift.engine.claims import Claimed
 from gift.factories.serializable import describe
 from gift.methods import Method
 from gift.strategies.base import Cap
@@ -61,7 +61,7 @@ class Ties:
             if parameter is not None and id(parameter) in self.fates:
                 parameter.requires_grad = self.flags[id(parameter)]
 
-    def note_module(self, cap: Cap, taken: Taken) -> None:
+    def note_module(self, cap: Cap, taken: Claimed) -> None:
         """Note what became of a module that a cap claimed."""
         if taken.module is None:
             return
@@ -122,7 +122,7 @@ class Ties:
         adapted = [
             (part, name, joined(inside, name))
             for inside, part in named_parts(module, path)
-            for name in adapters_of(part)
+            for name in weight_deltas(part)
             if self.takes_anew(cap, part) and self.takes_anew(cap, part._parameters.get(name))
         ]
         for part, name, inside in adapted:
@@ -156,7 +156,7 @@ class Ties:
 
 
 def _fate(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Method:
-    if (adapter := adapters_of(module).get(name)) is not None:
+    if (adapter := weight_deltas(module).get(name)) is not None:
         return adapter.method
     return "trained" if parameter.requires_grad else "frozen"
 

@@ -14,8 +14,8 @@ from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import settle_modules_around
 from gift.core.iterator import ModuleIterator, named_parts
 from gift.core.weights.attach import install, uninstall
-from gift.core.weights.record import Adapter, adapters_of
-from gift.engine.claims import Taken, claims_of, placed_deltas
+from gift.core.weights.record import WeightDelta, weight_deltas
+from gift.engine.claims import Claimed, claims_of, placed_deltas
 from gift.engine.ties import Ties
 from gift.errors import AdaptationError, closest
 from gift.factories import Action
@@ -46,7 +46,7 @@ class Walk:
     def __init__(self, network: nn.Module, strategy: FineTuningStrategy, guard: Guard) -> None:
         self.network = network
         self.guard = guard
-        self.taken: list[Taken] = []
+        self.taken: list[Claimed] = []
         self.problems: list[str] = []
         self.kept: set[int] = set()  # parameters that caps took, by identity
         self.done: dict[int, nn.Module | None] = {}  # claimed modules, and what stands there now
@@ -149,7 +149,7 @@ class Walk:
             for _, part in named_parts(now):
                 self.done[id(part)] = part
                 self.kept.update(map(id, part._parameters.values()))
-        self.taken.append(Taken(number, path, class_name, now, replaced=now is not module))
+        self.taken.append(Claimed(number, path, class_name, now, replaced=now is not module))
         if self.ties:
             self.ties.note_module(cap, self.taken[-1])
 
@@ -166,7 +166,7 @@ class Walk:
         before = {id(delta) for *_, delta in placed_deltas(now)}
         self._run(cap, (parent, name, path, _class_name(now), now), path)
         gained = [d for d in placed_deltas(now, path) if id(d[2]) not in before]
-        self.taken.append(Taken(number, path, class_name, now, gained=tuple(gained)))
+        self.taken.append(Claimed(number, path, class_name, now, gained=tuple(gained)))
 
     def _offer(
         self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None
@@ -186,7 +186,7 @@ class Walk:
             self.kept.add(id(parameter))
             self._run(cap, place, path)
             self.ties.note_parameter(cap, number, module, name, path)
-            self.taken.append(Taken(number, path, place[3], module, parameter=name))
+            self.taken.append(Claimed(number, path, place[3], module, parameter=name))
             return
 
     def _offer_again(self, cap: Cap, place: tuple[Any, ...], path: str, number: int) -> None:
@@ -194,7 +194,7 @@ class Walk:
         *_, module, name, parameter = place
         if id(parameter) not in self.ties.tensors or not self.ties.takes_anew(cap, parameter):
             return
-        if name in adapters_of(module):
+        if name in weight_deltas(module):
             self.ties.contradict(module, number, path, self.caps, name)
             return
         self.ties.forget_flags([parameter])
@@ -226,7 +226,7 @@ class Walk:
             self._drop_second(owner, path, module, name)
         # Anew, since a delta that was dropped may have been that of a bias, too.
         for owner, _, module, name in list(_with_owners(parts)):
-            if name not in adapters_of(module):
+            if name not in weight_deltas(module):
                 _share(*owner, module, name)
 
     def _settle_sizes(self) -> None:
@@ -234,7 +234,7 @@ class Walk:
 
         Those count together that are adapted by the same method of the same settings.
         """
-        asked: dict[Method, list[tuple[Taken, str, Adapter]]] = {}
+        asked: dict[Method, list[tuple[Claimed, str, WeightDelta]]] = {}
         for taken in self.taken:
             for path, _, adapter in taken.adapters():
                 if adapter.asked is not None and adapter.owner is None:
@@ -258,7 +258,7 @@ class Walk:
     ) -> None:
         """Of two deltas of one tensor keep the first, if both are by the same method."""
         holder, tensor = owner
-        adapter, second = adapters_of(holder).get(tensor), adapters_of(module).get(name)
+        adapter, second = weight_deltas(holder).get(tensor), weight_deltas(module).get(name)
         if adapter is None or second is None:
             return
         if id(holder._parameters[tensor]) in self.ties.contradicted:
@@ -285,7 +285,7 @@ def _with_owners(
     """
     owners: dict[int, tuple[nn.Module, str]] = {}
     for _, module in parts:
-        for name in adapters_of(module):
+        for name in weight_deltas(module):
             if (parameter := module._parameters.get(name)) is not None:
                 owners.setdefault(id(parameter), (module, name))
     for path, module in parts if owners else ():
@@ -297,7 +297,7 @@ def _with_owners(
 
 def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
     """Let `module` read a tensor of its own by the delta that `owner` has for it."""
-    adapter = adapters_of(owner)[tensor]
+    adapter = weight_deltas(owner)[tensor]
     shared = replace(adapter, owner=owner, follows=())
     if adapter.layout is not None:
         shape = torch.Size(adapter.layout.shape)
@@ -307,14 +307,14 @@ def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
 
 def _drop(module: nn.Module, tensor: str) -> None:
     """Remove a delta, and what else in `module` uses it: the bias that belongs to a weight."""
-    adapter = adapters_of(module)[tensor]
+    adapter = weight_deltas(module)[tensor]
     uninstall(module, tensor)
     if adapter.owner is not None:
         return
     gone = set(adapter.names.values())
     for added in gone:
         remove_tensor(module, added)
-    for name, other in list(adapters_of(module).items()):
+    for name, other in list(weight_deltas(module).items()):
         if other.follows and gone & set(other.names.values()):
             uninstall(module, name)
 

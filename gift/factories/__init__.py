@@ -37,7 +37,7 @@ from gift.factories.checks import (
     pc_path,
 )
 from gift.factories.detection import ma_replace_detection_head, mc_detection_head
-from gift.factories.extensions import ma_bottleneck, ma_prompt, mc_blocks
+from gift.factories.wrapping import ma_bottleneck, ma_prompt, mc_blocks
 
 __all__ = [
     "Action",

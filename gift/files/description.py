@@ -6,12 +6,12 @@ from torch import nn
 
 from gift.core.delta import Delta, added_names, deltas_of
 from gift.core.dynamic_class import joined, plain_class, spec_of
-from gift.core.forwards import Extension
+from gift.core.forwards import ForwardDelta
 from gift.core.io_spec import IO_SPEC
-from gift.core.network import trained_in_place
+from gift.core.network import trained_of_the_base
 from gift.core.record import record_of
 from gift.core.undo.snapshot import ModuleUndo
-from gift.core.weights.record import Adapter
+from gift.core.weights.record import WeightDelta
 from gift.engine.dry_run import on_meta
 from gift.factories.actions import CLASS_COUNTS, new_head
 from gift.strategies.resolved import ResolvedStrategy, group_of
@@ -35,10 +35,10 @@ def _describe(
     delta: Delta, path: str, key: str
 ) -> tuple[dict[str, Any], str, str, list[int] | None] | None:
     """The group to which a delta belongs, as what, and the name and shape of what it changes."""
-    if isinstance(delta, Extension):
+    if isinstance(delta, ForwardDelta):
         method = delta.method
         return {"call": type(method).__name__, "settings": method.settings}, "modules", path, None
-    assert isinstance(delta, Adapter)
+    assert isinstance(delta, WeightDelta)
     if delta.owner is not None and not delta.follows:
         return None
     shape = None if delta.layout is None else list(delta.layout.matrix)
@@ -74,7 +74,7 @@ def resolve(network: Any) -> ResolvedStrategy:
         raise ValueError("; ".join(foreign))
     trained = [
         name
-        for name, _ in trained_in_place(network)
+        for name, _ in trained_of_the_base(network)
         if not any(name.startswith(f"{head}.") for head in heads)
     ]
     still = [path for path, module in network.named_modules() if spec_of(module).statistics]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.forwards import call_method_of
+from gift.core.forwards import forward_method_of
 from gift.core.network import whole_state
 from gift.errors import some
 from gift.files.description import describe_deltas
@@ -20,7 +20,7 @@ from gift.strategies.resolved import PLACES
 from gift.support.tensors import dtype_name, is_finite
 
 
-def misfits(
+def incompatibilities(
     network: Any, present: Mapping[str, Tensor], file: DeltaFile, check_base: bool
 ) -> Iterator[str]:
     """Where settings and tensors of the file are not those of the fine-tuned network.
@@ -85,14 +85,16 @@ def _meanings(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     told: dict[str, dict[str, Any]] = {}
     for group in groups:
         if "call" in group:
-            method: Any = call_method_of(group["call"], group["settings"])
+            method: Any = forward_method_of(group["call"], group["settings"])
             named = {"call": group["call"]}
         else:
             method = method_of(group["method"], group["settings"])
             named = {"method": group["method"]}
         for kind in PLACES:
             for name, shape in group.get(kind, {}).items():
-                told[name] = named | method.meaning | ({} if shape is None else {"matrix": shape})
+                told[name] = (
+                    named | method.compat_settings | ({} if shape is None else {"matrix": shape})
+                )
     return told
 
 

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from gift.core.delta import deltas_of, held
 from gift.core.dynamic_class import joined, spec_of
 from gift.core.io_spec import IOSpec, load_io_spec
-from gift.core.network import delta_names, load_own_state, own_state, trained_in_place
+from gift.core.network import delta_names, load_own_state, own_state, trained_of_the_base
 from gift.core.record import fine_tuned_part, record_of
 from gift.core.report import Report
-from gift.core.undo.copy_on_write import KeptValues
+from gift.core.undo.copy_on_write import CopyOnWrite
 from gift.core.undo.temporary_state import refuse_meanwhile
-from gift.core.unfreeze import train_in_place
+from gift.core.unfreeze import unfreeze
 from gift.core.weights.record import is_sharded
 from gift.engine.dry_run import on_meta
 from gift.engine.enable import enable_fine_tuning, enabling_trained
 from gift.errors import DeltaFileError, GiftWarning
 from gift.files.description import names_regex
-from gift.files.incompatibilities import in_a_line, misfits, other_base, tensors_of
+from gift.files.incompatibilities import in_a_line, incompatibilities, other_base, tensors_of
 from gift.files.inspection import DeltaFile, inspect
 from gift.files.saving import buffers_of_the_base
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
@@ -84,7 +84,7 @@ def _load_onto_enabled(network: Any, file: DeltaFile, spec: IOSpec, check_base: 
     known = buffers_of_the_base(network)
     kept = {name: known[name] for name in known if name in file.base and name in state}
     problems = [
-        *misfits(network, state, file, check_base),
+        *incompatibilities(network, state, file, check_base),
         *other_base(state | kept, file, check_base),
     ]
     _refuse(file, problems)
@@ -162,14 +162,17 @@ def _rehearse(
             _take_dtypes(twin, file)
     except Exception as error:  # a file may say anything
         return [f"its strategy cannot be applied here: {in_a_line(error)}", *base]
-    return [*misfits(twin, state, file, check_base), *(base or _too_much(net, twin, file))]
+    return [
+        *incompatibilities(twin, state, file, check_base),
+        *(base or _too_much(net, twin, file)),
+    ]
 
 
 def _train_as_there(network: nn.Module, file: DeltaFile) -> None:
     """Train what was trained there though the strategy left it frozen: a schedule unfroze it."""
     own = dict(network.named_parameters()).keys() - delta_names(network)
-    known = {name for name, _ in trained_in_place(network)}
-    train_in_place(network, [n for n in file.trained if n in own and n not in known])
+    known = {name for name, _ in trained_of_the_base(network)}
+    unfreeze(network, [n for n in file.trained if n in own and n not in known])
 
 
 def _take_dtypes(network: nn.Module, file: DeltaFile) -> None:
@@ -220,7 +223,7 @@ def _load_values(
     state = own_state(network)
     own = {**tensors, **{name: tensors[first] for name, first in (aliases or {}).items()}}
     worthless = delta_names(network) if new else set()
-    kept = KeptValues(t for n, t in state.items() if n not in worthless and not is_sharded(t))
+    kept = CopyOnWrite(t for n, t in state.items() if n not in worthless and not is_sharded(t))
     for name, value in own.items():
         if is_sharded(state[name]):
             value = _sharded_like(value, state[name])

@@ -13,12 +13,12 @@ from gift.core.io_spec import io_spec_of
 from gift.core.network import (
     delta_names,
     frozen_names,
-    trained_in_place,
+    trained_of_the_base,
     trained_tensors,
     whole_state,
 )
 from gift.core.record import fine_tuned_part, record_of
-from gift.core.unfreeze import misfits_in_place
+from gift.core.unfreeze import unfreezable_problems
 from gift.core.weights.record import is_sharded
 from gift.errors import DeltaFileError
 from gift.files.container import write
@@ -79,7 +79,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
     lazy = [name for name, tensor in parts.base.items() if is_lazy(tensor)]
     empty = [name for name, tensor in parts.saved.items() if is_lazy(tensor) or tensor.is_meta]
     _refuse(f"{name} has no values yet" for name in (*lazy, *empty))
-    _refuse(misfits_in_place(network, [p for _, p in trained_in_place(network)]))
+    _refuse(unfreezable_problems(network, [p for _, p in trained_of_the_base(network)]))
     sharded = any(is_sharded(t) for t in (*parts.saved.values(), *parts.base.values()))
     saved, aliases = _once(network, parts.saved)
     own = {name: _whole(tensor) for name, tensor in saved.items()}
@@ -192,7 +192,7 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
             strategy = resolve(network).to_config()
         except ValueError as error:
             strategy, reason = None, str(error)
-    trained = [name for name, _ in trained_in_place(network)]
+    trained = [name for name, _ in trained_of_the_base(network)]
     return {
         "network": record.report.network,
         "strategy": strategy,

@@ -3,9 +3,9 @@
 The training loop is in `gift.training`.
 """
 
-from gift.support.optional import needed
+from gift.support.optional import require
 
-needed("pydantic", "cli")  # all of them are built on it
+require("pydantic", "cli")  # all of them are built on it
 
 from gift.errors import JobError  # noqa: E402
 from gift.jobs.initial import init_text  # noqa: E402

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.kernels.gemm import matmul
-from gift.kernels.transforms import gives_no_view, without_autocast
+from gift.kernels.onednn import matmul
+from gift.kernels.torch_state import gives_no_view, without_autocast
 
 
 class KroneckerLinear(torch.autograd.Function):

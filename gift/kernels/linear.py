@@ -93,7 +93,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
         try:
-            adapter = self._gift_adapters["weight"]
+            adapter = self._gift_weights["weight"]
         except AttributeError:  # somebody kept this method, and the layer is a plain one again
             return type(self).forward(self, x)
         if not adapter.reads_alike:  # tied to a table that is read the other way round

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.kernels.choice import Form, Plan, linear_form, plan
+from gift.kernels.cost_model import Form, Plan, linear_form, plan
 from gift.kernels.geometry import Geometry, Sizes
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank_conv import LowRankConv
 from gift.kernels.low_rank_linear import LowRankLinear, outputs
 from gift.kernels.products import scaled
-from gift.kernels.transforms import autocasts
+from gift.kernels.torch_state import autocasts
 from gift.layers.table import dotted
 from gift.private.torch import (
     convolve,
@@ -55,7 +55,7 @@ def low_rank_product(
         factors: `left` and `right`.
         dropped: what the factors see in place of `x`.
         scale: `s`.
-        form: see `gift.kernels.choice`; None chooses.
+        form: see `gift.kernels.cost_model`; None chooses.
     """
     left, right = factors
     if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
@@ -146,7 +146,7 @@ def _is_open(x: Tensor) -> bool:
 def conv(self: Any, input: Tensor) -> Tensor:
     """The convolution in the cheapest form; the general way where there is no fast one."""
     try:
-        adapter = self._gift_adapters["weight"]
+        adapter = self._gift_weights["weight"]
     except AttributeError:  # somebody kept this method, and the layer is a plain one again
         return type(self).forward(self, input)
     method, parameters = adapter.delta_of(self)
@@ -179,7 +179,7 @@ def low_rank_conv(
         input: with or without a batch.
         factors: of a delta whose rows are pieces of the weight's rows, in order.
         dropped: what the delta sees in place of the input.
-        form: see `gift.kernels.choice`; None chooses.
+        form: see `gift.kernels.cost_model`; None chooses.
         scale: `s`.
     """
     weight = layer._gift_frozen("weight")
@@ -269,7 +269,7 @@ def is_usual(layer: Any) -> bool:
 
     A subclass may compute something else, or the instance itself; a lazy one has no shape yet.
     """
-    adapter = layer._gift_adapters["weight"]
+    adapter = layer._gift_weights["weight"]
     if adapter.layout is None or not adapter.reads_alike:
         return False
     return convolves_as(layer, CONVOLUTIONS)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.kernels.choice import Plan
+from gift.kernels.conv_as_gemm import Filters, add_product
+from gift.kernels.cost_model import Plan
 from gift.kernels.geometry import Geometry
 from gift.kernels.products import effective, outer, product, scaled
-from gift.kernels.thin import Filters, add_product
-from gift.kernels.transforms import gives_no_view, without_autocast
+from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_batched
 
 SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept

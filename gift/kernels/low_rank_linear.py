@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.kernels.choice import Form
-from gift.kernels.gemm import matmul
+from gift.kernels.cost_model import Form
+from gift.kernels.onednn import matmul
 from gift.kernels.products import effective, for_each, outer, product, scaled
-from gift.kernels.transforms import gives_no_view, without_autocast
+from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_known
 
 MANY = 1024  # rows from which on they are computed in parts

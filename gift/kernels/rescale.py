@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.kernels.transforms import gives_no_view
+from gift.kernels.torch_state import gives_no_view
 from gift.private.torch import is_transformed, writes_of
 
 Compute = Callable[..., Tensor]

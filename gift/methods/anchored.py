@@ -40,10 +40,13 @@ class AnchoredLoRA(LoRA):
         """``B0 (rows, r)`` and ``A0 (r, columns)`` in double precision."""
         raise NotImplementedError
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """``B`` and ``A`` at their start, and where that was."""
         # Copies, for what is sliced from a decomposition would keep, and save, the whole of it.
-        copied: Any = {"copy": True, "memory_format": torch.contiguous_format} | self.like(matrix)
+        copied: Any = {
+            "copy": True,
+            "memory_format": torch.contiguous_format,
+        } | self.factory_kwargs(matrix)
         b, a = (factor.to(**copied) for factor in self.start(matrix))
         return {
             "lora_B": b,
@@ -101,7 +104,7 @@ def _linear(
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """While inputs are dropped: those of ``B A``, as in `AnchoredLoRA.side`."""
-    adapter = self._gift_adapters["weight"]
+    adapter = self._gift_weights["weight"]
     if not (adapter.method.lora_dropout and self.training):
         return conv(self, input)
     method, parameters = adapter.delta_of(self)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError, closest
-from gift.kernels.choice import Form
+from gift.kernels.cost_model import Form
 from gift.methods.settings import Configured, at_least_32_bits, flag, whole
 
 METHODS: dict[str, type["Method"]] = {}
@@ -33,7 +33,7 @@ class Method(Configured):
     name: ClassVar[str]
     """The name under which the method is chosen: ``ma_adapt(name)``."""
 
-    title: ClassVar[str]
+    strategy_prefix: ClassVar[str]
     """Its name in the names of strategies: ``<title>LinearFineTuningStrategy``."""
 
     forwards: ClassVar[Mapping[str, Callable[..., Any]]] = {}
@@ -119,7 +119,7 @@ class Method(Configured):
             raise AdaptationError(refusal)
         return with_settings(self, **{self.size_setting: possible})
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """New tensors for a frozen matrix, in the order in which they are listed.
 
         A tensor becomes a trained parameter, an ``nn.Buffer`` is left as it is: it is saved with
@@ -128,7 +128,7 @@ class Method(Configured):
         """
         raise NotImplementedError
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The effective matrix, of the shape and dtype of `matrix`, from what `init` gave."""
         raise NotImplementedError
 

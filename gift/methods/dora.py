@@ -50,26 +50,26 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
-    title: ClassVar[str] = "DoRA"
+    strategy_prefix: ClassVar[str] = "DoRA"
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
 
     detach_norm: bool = flag(True, enters_weight=False)
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """LoRA's factors, and no difference of magnitudes."""
         squares = matrix.to(self.working_dtype(matrix)).abs().square().sum(-1, keepdim=True)
-        return super().init(matrix) | {
+        return super().init_parameters(matrix) | {
             "dora_delta_m": torch.zeros_like(squares, dtype=self.delta_dtype(matrix).to_real()),
             "dora_squares": nn.Buffer(squares, persistent=False),
         }
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``m V / |V|``."""
         ratio = self.ratio(matrix, parameters)
         factors = {**parameters, "lora_A": parameters.get("dropped_A", parameters["lora_A"])}
-        return ratio * super().weight(matrix, factors)
+        return ratio * super().effective_weight(matrix, factors)
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> None:
         """None: the norms of the rows take part."""
@@ -135,7 +135,7 @@ def _linear(
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """The same for a convolution of one group; the general way where LoRA has no other."""
-    adapter = self._gift_adapters["weight"]
+    adapter = self._gift_weights["weight"]
     method, parameters = adapter.delta_of(self)
 
     def lora(x: Tensor, left: Tensor, right: Tensor, dropped: Tensor | None) -> Any:

@@ -43,7 +43,7 @@ class FourierFT(Method):
     """
 
     name: ClassVar[str] = "fourierft"
-    title: ClassVar[str] = "FourierFT"
+    strategy_prefix: ClassVar[str] = "FourierFT"
     size_setting: ClassVar[str | None] = "n_frequency"
     default_n_frequency: ClassVar[int] = 1000
 
@@ -62,17 +62,17 @@ class FourierFT(Method):
             f"{rows} x {columns} (a smaller one, or clip_n_frequency=True, would work)",
         )
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """No coefficients, at seeded entries."""
         assert self.n_frequency is not None
         shape = (*matrix.shape[:-2], self.n_frequency)
         size = math.prod(matrix.shape[-2:])
         return {
-            "fourierft_c": torch.zeros(shape, **self.like(matrix)),
+            "fourierft_c": torch.zeros(shape, **self.factory_kwargs(matrix)),
             "fourierft_E": seeded_buffer(entries, self.seed, shape, size, device=matrix.device),
         }
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + alpha Re(IDFT2(F))``."""
         # No device transforms numbers of 16 bits in all shapes.
         dtype = torch.promote_types(matrix.dtype, torch.float32)

@@ -49,7 +49,7 @@ class HRA(RankedMethod):
     """
 
     name: ClassVar[str] = "hra"
-    title: ClassVar[str] = "HRA"
+    strategy_prefix: ClassVar[str] = "HRA"
     conv_layouts = ("out_as_h",)
     default_rank: ClassVar[int] = 8
 
@@ -67,14 +67,14 @@ class HRA(RankedMethod):
             )
         return super().fit(shape)
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """Random vectors, each of them twice."""
         *groups, _, columns = matrix.shape
         assert self.rank is not None
-        half = kaiming_uniform(*groups, self.rank // 2, columns, **self.like(matrix))
+        half = kaiming_uniform(*groups, self.rank // 2, columns, **self.factory_kwargs(matrix))
         return {"hra_u": half.repeat_interleave(2, -2)}
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + W0 L (I - N)^{-1} R``."""
         left, right = self.factors(parameters)
         return matrix + (matrix @ left) @ right

@@ -42,7 +42,7 @@ class IA3(Method):
     """
 
     name: ClassVar[str] = "ia3"
-    title: ClassVar[str] = "IA3"
+    strategy_prefix: ClassVar[str] = "IA3"
     shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
@@ -54,13 +54,13 @@ class IA3(Method):
         """Whether biases take part."""
         return not self.feedforward
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """All factors one."""
         *groups, rows, columns = matrix.shape
         shape = (1, columns) if self.feedforward else (rows, 1)
-        return {"ia3_l": torch.ones(*groups, *shape, **self.like(matrix))}
+        return {"ia3_l": torch.ones(*groups, *shape, **self.factory_kwargs(matrix))}
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Rows or columns times their factors."""
         # A bias that belongs to several weights has the factors of each, one after the other.
         factors = list(parameters.values())
@@ -88,7 +88,7 @@ def _linear(
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """The same for channels; the general way where each position in a kernel has a factor."""
-    adapter = self._gift_adapters["weight"]
+    adapter = self._gift_weights["weight"]
     method, parameters = adapter.delta_of(self)
     axes = len(self.kernel_size)
     one_position = all(size == 1 for size in self.kernel_size)

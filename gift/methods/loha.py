@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import CONVOLUTIONS, conv, linear
-from gift.kernels.whole import terms, through_weight
+from gift.kernels.merged_linear import terms, through_weight
 from gift.layers.table import dotted
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.settings import number
@@ -39,7 +39,7 @@ class LoHa(RankedMethod):
     """
 
     name: ClassVar[str] = "loha"
-    title: ClassVar[str] = "LoHa"
+    strategy_prefix: ClassVar[str] = "LoHa"
     shows_matrix: ClassVar[bool] = True
     low_rank_is_cheap: ClassVar[bool] = False
     conv_layouts = ("out_as_h", "balanced")
@@ -53,15 +53,15 @@ class LoHa(RankedMethod):
         return 1.0 if self.alpha is None else self.alpha / rank
 
     @property
-    def meaning(self) -> dict[str, Any]:
+    def compat_settings(self) -> dict[str, Any]:
         """Rank and scaling."""
         return {"rank": self.rank, "scaling": self.scaling}
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """One factor zero, the others normal."""
         assert self.rank is not None
         *groups, rows, columns = matrix.shape
-        like = self.like(matrix)
+        like = self.factory_kwargs(matrix)
         left, right = (*groups, rows, self.rank), (*groups, self.rank, columns)
         return {
             "loha_B1": torch.empty(left, **like).normal_(std=0.1),
@@ -70,7 +70,7 @@ class LoHa(RankedMethod):
             "loha_A2": torch.empty(right, **like).normal_(),
         }
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + s (B1 A1) o (B2 A2)``."""
         first = parameters["loha_B1"] @ parameters["loha_A1"]
         second = parameters["loha_B2"] @ parameters["loha_A2"]
@@ -105,7 +105,7 @@ def _linear(
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """The same, but that LoRA's way with a convolution keeps less even if it makes the weight."""
-    rank = self._gift_adapters["weight"].method.rank
+    rank = self._gift_weights["weight"].method.rank
     if rank is None or rank > 8:  # to add up r^2 terms takes longer than two products and theirs
         return convolve(self, input, self.weight, self.bias)
     return conv(self, input)

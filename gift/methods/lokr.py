@@ -61,7 +61,7 @@ class LoKr(RankedMethod):
     """
 
     name: ClassVar[str] = "lokr"
-    title: ClassVar[str] = "LoKr"
+    strategy_prefix: ClassVar[str] = "LoKr"
     shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h", "balanced")
 
@@ -89,9 +89,9 @@ class LoKr(RankedMethod):
         return 1.0 if self.alpha is None else self.alpha / rank
 
     @property
-    def meaning(self) -> dict[str, Any]:
+    def compat_settings(self) -> dict[str, Any]:
         """All settings, alpha as the scaling that it gives."""
-        rest = {key: value for key, value in super().meaning.items() if key != "alpha"}
+        rest = {key: value for key, value in super().compat_settings.items() if key != "alpha"}
         return rest | {"scaling": self.scaling}
 
     def largest_rank(self, shape: tuple[int, ...]) -> int:
@@ -109,9 +109,9 @@ class LoKr(RankedMethod):
         (a, b), (c, d) = factorization(rows, self.factor), factorization(columns, of_columns)
         return (a, c), (b, d)
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """`w2` zero by its last factor, the others as the weight of a linear layer is drawn."""
-        groups, like = matrix.shape[:-2], self.like(matrix)
+        groups, like = matrix.shape[:-2], self.factory_kwargs(matrix)
         (a, c), (b, d) = self._split(matrix.shape)
         if self.full_matrix:
             return {
@@ -128,7 +128,7 @@ class LoKr(RankedMethod):
             "lokr_w2_b": torch.zeros(*groups, self.rank, d, **like),
         }
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + s w1 (x) w2``."""
         w1, w2 = self._w1(parameters), parameters.get("lokr_w2")
         if w2 is None:
@@ -204,7 +204,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     piece has filters of its own, and to go from one to the next takes longer than they do: it pays
     where few positions meet a large weight.
     """
-    adapter = self._gift_adapters["weight"]
+    adapter = self._gift_weights["weight"]
     method, parameters = adapter.delta_of(self)
     few = input.numel() < self.in_channels * self.out_channels
     if is_usual(self) and self.groups == 1 and few and not method.full_matrix:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.kernels.choice import Form
+from gift.kernels.cost_model import Form
 from gift.kernels.low_rank import low_rank_forwards
 from gift.kernels.products import scaled
 from gift.methods.base import RankedMethod, register_method
@@ -38,7 +38,7 @@ class LoRA(RankedMethod):
         use_rslora: scale by :math:`\alpha / \sqrt{r}` (Kalajdzievski 2023,
             https://arxiv.org/abs/2312.03732).
         form: how linear layers and convolutions of one group are computed: ``"merged"``,
-            ``"side"`` or ``"whole"``, which `gift.kernels.choice` explains. None chooses the
+            ``"side"`` or ``"whole"``, which `gift.kernels.cost_model` explains. None chooses the
             cheapest by shapes.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
@@ -49,7 +49,7 @@ class LoRA(RankedMethod):
     """
 
     name: ClassVar[str] = "lora"
-    title: ClassVar[str] = "LoRA"
+    strategy_prefix: ClassVar[str] = "LoRA"
     shows_matrix: ClassVar[bool] = True
 
     lora_alpha: float | None = number(None)
@@ -70,21 +70,21 @@ class LoRA(RankedMethod):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     @property
-    def meaning(self) -> dict[str, Any]:
+    def compat_settings(self) -> dict[str, Any]:
         """Rank and scaling."""
         return {"rank": self.rank, "scaling": self.scaling}
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """``B`` zero and ``A`` random, so that the effective weight is the frozen one."""
         *groups, rows, columns = matrix.shape
         assert self.rank is not None
-        like = self.like(matrix)
+        like = self.factory_kwargs(matrix)
         return {
             "lora_B": torch.zeros(*groups, rows, self.rank, **like),
             "lora_A": kaiming_uniform(*groups, self.rank, columns, **like),
         }
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         r""":math:`W_0 + s B A`."""
         return matrix + self.delta(parameters)
 
@@ -131,7 +131,7 @@ class RsLoRA(LoRA):
     """
 
     name: ClassVar[str] = "rslora"
-    title: ClassVar[str] = "RsLoRA"
+    strategy_prefix: ClassVar[str] = "RsLoRA"
     shares_names: ClassVar[bool] = True
 
     use_rslora: bool = flag(True)

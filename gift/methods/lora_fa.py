@@ -31,9 +31,9 @@ class LoRAFA(LoRA):
     """
 
     name: ClassVar[str] = "lora_fa"
-    title: ClassVar[str] = "LoRAFA"
+    strategy_prefix: ClassVar[str] = "LoRAFA"
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """LoRA's factors, of which only ``B`` will be trained."""
-        factors = super().init(matrix)
+        factors = super().init_parameters(matrix)
         return factors | {"lora_A": nn.Buffer(factors["lora_A"])}

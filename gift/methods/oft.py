@@ -44,7 +44,7 @@ class OFT(Method):
     """
 
     name: ClassVar[str] = "oft"
-    title: ClassVar[str] = "OFT"
+    strategy_prefix: ClassVar[str] = "OFT"
     conv_layouts = ("out_as_h",)
     size_setting: ClassVar[str] = "block_size"
     default_block_size: ClassVar[int] = 32
@@ -71,15 +71,15 @@ class OFT(Method):
             f"({' or '.join(map(str, near))} would, or clip_block_size=True)",
         )
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """``Q`` zero, so that each rotation is none."""
         *groups, _, columns = matrix.shape
         assert self.block_size is not None
         blocks = 1 if self.block_share else columns // self.block_size
         above = self.block_size * (self.block_size - 1) // 2
-        return {"oft_Q": torch.zeros(*groups, blocks, above, **self.like(matrix))}
+        return {"oft_Q": torch.zeros(*groups, blocks, above, **self.factory_kwargs(matrix))}
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + W0 (R^T - I)``."""
         return matrix + self.times(matrix, self.change(parameters))
 

@@ -34,7 +34,7 @@ class OLoRA(AnchoredLoRA):
     """
 
     name: ClassVar[str] = "olora"
-    title: ClassVar[str] = "OLoRA"
+    strategy_prefix: ClassVar[str] = "OLoRA"
 
     def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """The first columns of `Q` and rows of `R`."""

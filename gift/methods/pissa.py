@@ -43,7 +43,7 @@ class PiSSA(AnchoredLoRA):
     """
 
     name: ClassVar[str] = "pissa"
-    title: ClassVar[str] = "PiSSA"
+    strategy_prefix: ClassVar[str] = "PiSSA"
 
     lora_alpha: float | None = setting(None, "a finite number above zero", _is_positive)
 

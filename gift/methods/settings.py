@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gift.kernels.choice import FORMS
+from gift.kernels.cost_model import FORMS
 from gift.support.tensors import dtype_name
 
 
@@ -161,7 +161,7 @@ class Configured:
         return {k: v if isinstance(v, plain) else dtype_name(v) for k, v in values.items()}
 
     @property
-    def meaning(self) -> dict[str, Any]:
+    def compat_settings(self) -> dict[str, Any]:
         """What a saved delta and a network must agree on: the settings that enter the result."""
         entering = {f.name for f in fields(self) if f.metadata.get("enters_weight", True)}
         return {name: value for name, value in self.settings.items() if name in entering}
@@ -172,16 +172,16 @@ class Configured:
         parameters show.
         """
         if self.shares_names:
-            return dict(self.meaning)
+            return dict(self.compat_settings)
         shown = {self.size_setting, *(f.name for f in fields(self) if f.metadata.get("found"))}
         entering = [f for f in fields(self) if f.metadata.get("enters_weight", True)]
         if all(f.name in shown or getattr(self, f.name) == f.default for f in entering):
             return {}
         size = {k: v for k, v in self.settings.items() if k == self.size_setting}
-        default = type(self)(**size).meaning
+        default = type(self)(**size).compat_settings
         return {
             name: value
-            for name, value in self.meaning.items()
+            for name, value in self.compat_settings.items()
             if name not in shown and default.get(name) != value
         }
 
@@ -195,7 +195,7 @@ class Configured:
         """The dtype of new parameters: the one asked for, else the weight's, 32 bits at least."""
         return at_least_32_bits(weight.dtype) if self.dtype is None else dtype_of(self.dtype)
 
-    def like(self, weight: Tensor) -> dict[str, Any]:
+    def factory_kwargs(self, weight: Tensor) -> dict[str, Any]:
         """Dtype and device of new parameters beside that one, as keywords."""
         return {"dtype": self.delta_dtype(weight), "device": weight.device}
 

@@ -40,7 +40,7 @@ class SHiRA(RankedMethod):
     """
 
     name: ClassVar[str] = "shira"
-    title: ClassVar[str] = "SHiRA"
+    strategy_prefix: ClassVar[str] = "SHiRA"
 
     mask: str = choice("random", "magnitude")
     seed: int = whole(0, least=0)
@@ -51,12 +51,12 @@ class SHiRA(RankedMethod):
         return self.mask == "magnitude"
 
     @property
-    def meaning(self) -> dict[str, Any]:
+    def compat_settings(self) -> dict[str, Any]:
         """What chooses the elements; where they are saved, no seed does."""
-        values = super().meaning
+        values = super().compat_settings
         return {k: v for k, v in values.items() if not (k == "seed" and self.reads_weight)}
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """Zeros at the chosen elements."""
         assert self.rank is not None
         size, sides = math.prod(matrix.shape[-2:]), sum(matrix.shape[-2:])
@@ -66,9 +66,9 @@ class SHiRA(RankedMethod):
             chosen: Tensor = nn.Buffer(largest.sort(-1).values)
         else:
             chosen = seeded_buffer(sorted_entries, self.seed, shape, size, device=matrix.device)
-        return {"shira_S": torch.zeros(shape, **self.like(matrix)), "shira_M": chosen}
+        return {"shira_S": torch.zeros(shape, **self.factory_kwargs(matrix)), "shira_M": chosen}
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + M o S``."""
         # Added as a whole: so the result lies in memory as the matrix does, also where it is read
         # transposed, and the layer's kernels round as they did.

@@ -35,14 +35,14 @@ class SVDiff(Method):
     """
 
     name: ClassVar[str] = "svdiff"
-    title: ClassVar[str] = "SVDiff"
+    strategy_prefix: ClassVar[str] = "SVDiff"
     conv_layouts = ("out_as_h", "balanced")
     reads_weight: ClassVar[bool] = True
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """No shifts, and the factors of the frozen matrix."""
         u, sigma, vh = svd(matrix)
-        like = self.like(matrix)
+        like = self.factory_kwargs(matrix)
         real: dict[str, Any] = like | {"dtype": torch.empty(0, dtype=like["dtype"]).real.dtype}
         return {
             "svdiff_delta": torch.zeros(sigma.shape, **real),
@@ -51,7 +51,7 @@ class SVDiff(Method):
             "svdiff_Vh": nn.Buffer(vh.to(**like), persistent=False),
         }
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + U diag(ReLU(sigma + delta) - sigma) V^T``."""
         sigma = parameters["svdiff_sigma"]
         shifted = sigma + parameters["svdiff_delta"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import linear, low_rank_forwards
-from gift.kernels.whole import terms, through_weight
+from gift.kernels.merged_linear import terms, through_weight
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import seeded_buffer
 from gift.methods.settings import flag, number, probability, whole
@@ -52,7 +52,7 @@ class VeRA(RankedMethod):
     """
 
     name: ClassVar[str] = "vera"
-    title: ClassVar[str] = "VeRA"
+    strategy_prefix: ClassVar[str] = "VeRA"
     shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
@@ -72,11 +72,11 @@ class VeRA(RankedMethod):
         """As many terms as the matrix has elements."""
         return math.prod(shape[-2:])
 
-    def init(self, matrix: Tensor) -> dict[str, Tensor]:
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """`b` zero, `d` constant, and the frozen pair."""
         assert self.rank is not None
         *groups, rows, columns = matrix.shape
-        like = self.like(matrix)
+        like = self.factory_kwargs(matrix)
         a, b = (*groups, self.rank, columns), (*groups, rows, self.rank)
         pair = {
             "vera_A": seeded_buffer(_draw_a, self.seed, a, **like),
@@ -90,7 +90,7 @@ class VeRA(RankedMethod):
             **pair,
         }
 
-    def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``W0 + diag(b) B diag(d) A``."""
         left, right = self.low_rank(parameters)
         return matrix + left @ right

@@ -13,9 +13,9 @@ from gift.core.network import delta_names
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.unfreeze import (
     flags_of_the_base,
-    let_wait,
-    train_in_place,
-    train_no_more,
+    hold_frozen,
+    refreeze,
+    unfreeze,
     untrainable,
 )
 from gift.engine.claims import size_of
@@ -219,7 +219,7 @@ class Attached:
         waiting = {n for name in names for n in self.units[name].waiting}
         inside, outside = self._sorted(waiting)
         if self.part is not None:
-            train_no_more(self.part, inside)
+            refreeze(self.part, inside)
         set_flags(outside, False)
         for name in names:
             for path in self.units[name].still if self.train_bn is None else ():
@@ -248,13 +248,13 @@ class Attached:
     def _train(self, names: Iterable[str]) -> None:
         inside, outside = self._sorted(names)
         if self.part is not None:
-            train_in_place(self.part, inside)
+            unfreeze(self.part, inside)
         set_flags(outside, True)
 
     def _let_wait(self, names: Iterable[str]) -> None:
         inside, outside = self._sorted(names)
         if self.part is not None:
-            let_wait(self.part, inside)
+            hold_frozen(self.part, inside)
         set_flags(outside, False)
 
     def _sorted(self, names: Iterable[str]) -> tuple[list[str], list[nn.Parameter]]:

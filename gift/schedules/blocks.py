@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import added_names, deltas_of
 from gift.core.dynamic_class import joined, plain_class
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.errors import closest
 from gift.factories.checks import last_linear
 from gift.private.torch import NORM_WITH_STATISTICS
@@ -248,7 +248,7 @@ def _alone(module: nn.Module, path: str) -> Iterator[Unit]:
             groups[name] = [name]
     for key, delta in deltas_of(module).items():
         if own := [n for n in delta.names.values() if n in module._parameters and n in added]:
-            first = key if key in groups and key in adapters_of(module) else own[0]
+            first = key if key in groups and key in weight_deltas(module) else own[0]
             groups.setdefault(first, []).extend(n for n in own if n not in groups.get(first, ()))
     for name, names in groups.items():
         parameters = [p for n in names if (p := module._parameters[n]) is not None]

@@ -8,9 +8,9 @@ from typing import Any
 from gift.private.torch import callers
 from gift.schedules.base import Schedule
 from gift.schedules.config import load_schedule_from_config
-from gift.support.optional import needed
+from gift.support.optional import require
 
-_callbacks: Any = needed("transformers.trainer_callback", "text")
+_callbacks: Any = require("transformers.trainer_callback", "text")
 
 _KEY = "gift_schedule"  # among what optimizers save, who ignore what they do not know
 
@@ -110,7 +110,7 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
 
 def _trainer() -> Any:
     """The Trainer that is being constructed: callbacks are not told whose they are."""
-    trainer = needed("transformers", "text").Trainer
+    trainer = require("transformers", "text").Trainer
     found = (frame.f_locals.get("self") for frame in callers())
     return next((caller for caller in found if isinstance(caller, trainer)), None)
 

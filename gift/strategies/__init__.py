@@ -19,7 +19,6 @@ from gift.strategies.classic import (
     HeadReplacementStrategy,
 )
 from gift.strategies.combine import DebugStrategy, MergedStrategy, merge_strategies
-from gift.strategies.extending import BottleneckFineTuningStrategy, PromptFineTuningStrategy
 from gift.strategies.parts import (
     BitFitFineTuningStrategy,
     ModulesFineTuningStrategy,
@@ -27,6 +26,7 @@ from gift.strategies.parts import (
 )
 from gift.strategies.resolved import ResolvedStrategy
 from gift.strategies.sized import SizedStrategy
+from gift.strategies.wrapping import BottleneckFineTuningStrategy, PromptFineTuningStrategy
 
 __all__ = [
     *STRATEGIES,

@@ -100,9 +100,9 @@ def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
     """
     made = {}
     for kind, (layers, described) in _KINDS.items():
-        name = f"{method.title}{kind}FineTuningStrategy"
+        name = f"{method.strategy_prefix}{kind}FineTuningStrategy"
         doc = _DOC.format(
-            title=method.title,
+            title=method.strategy_prefix,
             layers=described,
             method=method.__name__,
             experts=_EXPERTS if kind == "All" else "",

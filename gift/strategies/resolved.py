@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from gift.core.dynamic_class import joined, plain_class
-from gift.core.forwards import CallMethod, call_method_of, extend_module
+from gift.core.forwards import ForwardMethod, forward_method_of, wrap_forward
 from gift.core.frozen_norms import freeze_statistics
 from gift.core.weights.attach import adapt_biases, adapt_tensors
 from gift.factories import Action, ma_freeze, ma_replace_head, mc_any, mc_path, pa_train
@@ -112,7 +112,7 @@ class _Work:
 
     def __init__(self) -> None:
         self.tensors: list[tuple[str, Method, LayoutOptions]] = []
-        self.calls: list[CallMethod] = []
+        self.calls: list[ForwardMethod] = []
         self.biases = False
         self.still = False
 
@@ -121,7 +121,7 @@ class _Work:
         if self.biases:
             adapt_biases(module, row_of(plain_class(type(module))))
         for call in self.calls:
-            extend_module(module, call, path)
+            wrap_forward(module, call, path)
         if self.still:
             freeze_statistics(module)
 
@@ -135,7 +135,7 @@ def _read(group: Mapping[str, Any], work: dict[str, _Work]) -> None:
     """Sort one group of `deltas` by modules."""
     settings = dict(group["settings"])
     if "call" in group:
-        call = call_method_of(group["call"], settings)
+        call = forward_method_of(group["call"], settings)
         for path in group["modules"]:
             work.setdefault(path, _Work()).calls.append(call)
         return

@@ -8,7 +8,7 @@ from torch import nn
 
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.attach import adapt_module, adapt_tensor
-from gift.core.weights.record import Adapter, adapters_of
+from gift.core.weights.record import WeightDelta, weight_deltas
 from gift.errors import AdaptationError
 from gift.factories import Action, ma_adapt, pa_adapt
 from gift.factories.actions import method_and_options
@@ -31,10 +31,10 @@ class Layer(NamedTuple):
     module: nn.Module
     parameter: str | None = None
 
-    def adapted(self) -> Iterator[tuple[nn.Module, str, Adapter]]:
+    def adapted(self) -> Iterator[tuple[nn.Module, str, WeightDelta]]:
         """The adapted tensors in it: module, name, adapter."""
         for part in self.module.modules() if self.parameter is None else [self.module]:
-            for tensor, adapter in adapters_of(part).items():
+            for tensor, adapter in weight_deltas(part).items():
                 if self.parameter in (None, tensor):
                     yield part, tensor, adapter
 

@@ -6,7 +6,7 @@ from typing import Any
 from gift.version import DISTRIBUTION
 
 
-def needed(module: str, extra: str) -> Any:
+def require(module: str, extra: str) -> Any:
     """Import a module that comes with one of gift's extras.
 
     Args:

@@ -80,7 +80,7 @@ def is_expanded(tensor: Tensor) -> bool:
     )
 
 
-def cast_misfit(value: Tensor, dtype: torch.dtype) -> str:
+def cast_incompatibility(value: Tensor, dtype: torch.dtype) -> str:
     """Why a tensor cannot become one of another type with its numbers; empty where it can."""
     if value.dtype == dtype:
         return ""

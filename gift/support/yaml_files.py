@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gift.errors import YamlError
-from gift.support.optional import needed
+from gift.support.optional import require
 
 LARGEST_FILE = 2**20
 """Bytes of a file."""
@@ -38,7 +38,7 @@ _AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+")
 @cache
 def _classes() -> tuple[Any, Any]:
     """What reads, and what writes so that this and readers of YAML 1.1 read the same."""
-    yaml = needed("yaml", "yaml")
+    yaml = require("yaml", "yaml")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]  # a module of any type
         yaml_implicit_resolvers: dict[str, Any] = {}  # PyYAML's own way
@@ -80,7 +80,7 @@ def load(text: str) -> tuple[Any, Any]:
     Raises:
         YamlError: if it is no YAML, says something twice, or stands for more than its size.
     """
-    yaml = needed("yaml", "yaml")
+    yaml = require("yaml", "yaml")
     loader = _classes()[0](text)
     try:
         node = loader.get_single_node()
@@ -102,7 +102,7 @@ def load(text: str) -> tuple[Any, Any]:
 
 def dump(data: Any, width: int | None = None) -> str:
     """Plain data as a text that `load` reads again."""
-    yaml = needed("yaml", "yaml")
+    yaml = require("yaml", "yaml")
     return yaml.dump(data, Dumper=_classes()[1], sort_keys=False, allow_unicode=True, width=width)
 
 

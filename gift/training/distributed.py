@@ -159,7 +159,7 @@ def _uses(module: nn.Module) -> Counter[int]:
 
 
 def _fsdp() -> Any:
-    import torch.distributed.fsdp  # takes a second, and is rarely needed
+    import torch.distributed.fsdp  # takes a second, and is rarely require
 
     return torch.distributed.fsdp
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gift.support.atomic_files import write_text
-from gift.support.optional import needed
+from gift.support.optional import require
 
 Row = Mapping[str, float]
 
@@ -178,7 +178,7 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._made = needed("tensorboard", "train") and needed("torch.utils.tensorboard", "train")
+        self._made = require("tensorboard", "train") and require("torch.utils.tensorboard", "train")
         self._writer: Any = None
         self._last = 0
 

@@ -15,7 +15,7 @@ from gift.errors import NotFiniteError
 from gift.files import save
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
-from gift.support.optional import needed
+from gift.support.optional import require
 from gift.training.checkpoint import (
     DELTAS,
     FILE,
@@ -182,7 +182,7 @@ def make_model(run: Run) -> None:
 def progress(run: Run, todo: Iterable[Any], name: str, **options: Any) -> Any:
     """What is to be done, with a bar that shows how far that is."""
     shown = run.settings.progress and run.processes.first
-    return needed("tqdm", "train").tqdm(todo, name, disable=not shown, leave=False, **options)
+    return require("tqdm", "train").tqdm(todo, name, disable=not shown, leave=False, **options)
 
 
 def all_take_part(run: Run) -> bool:

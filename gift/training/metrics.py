@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from gift.data.examples import IGNORED
 from gift.errors import TrainingError, closest
-from gift.support.optional import needed
+from gift.support.optional import require
 
 
 class MetricKind(NamedTuple):
@@ -26,7 +26,7 @@ class MetricKind(NamedTuple):
 
 def _classified(kind: str, **settings: Any) -> Callable[..., Any]:
     def make(classes: int, **options: Any) -> Any:
-        metrics = needed("torchmetrics.classification", "train")
+        metrics = require("torchmetrics.classification", "train")
         return getattr(metrics, f"Multiclass{kind}")(
             classes, ignore_index=IGNORED, validate_args=False, **settings, **options
         )
@@ -36,13 +36,13 @@ def _classified(kind: str, **settings: Any) -> Callable[..., Any]:
 
 def _regressed(kind: str, **settings: Any) -> Callable[..., Any]:
     def make(classes: int, **options: Any) -> Any:
-        return getattr(needed("torchmetrics.regression", "train"), kind)(**settings, **options)
+        return getattr(require("torchmetrics.regression", "train"), kind)(**settings, **options)
 
     return make
 
 
 def _perplexity(classes: int, **options: Any) -> Any:
-    plain: Any = needed("torchmetrics.text", "train").Perplexity
+    plain: Any = require("torchmetrics.text", "train").Perplexity
 
     class OfPlaces(plain):
         """Takes places one after the other, as other metrics do."""
@@ -54,7 +54,7 @@ def _perplexity(classes: int, **options: Any) -> Any:
 
 
 def _determined(classes: int, **options: Any) -> Any:
-    plain: Any = needed("torchmetrics.regression", "train").R2Score
+    plain: Any = require("torchmetrics.regression", "train").R2Score
 
     class Determined(plain):
         """Not a number where a single one is, of which no variance can be explained."""
@@ -66,8 +66,8 @@ def _determined(classes: int, **options: Any) -> Any:
 
 
 def _detected(classes: int, **options: Any) -> Any:
-    needed("pycocotools", "detection")
-    return needed("torchmetrics.detection", "train").MeanAveragePrecision(**options)
+    require("pycocotools", "detection")
+    return require("torchmetrics.detection", "train").MeanAveragePrecision(**options)
 
 
 confusion_matrix = _classified("ConfusionMatrix")

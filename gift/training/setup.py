@@ -23,7 +23,7 @@ from gift.factories import pa_train
 from gift.files.saving import fingerprint, split
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
-from gift.support.optional import needed
+from gift.support.optional import require
 from gift.training.checkpoint import check_writable, forget, read_checkpoint, restore
 from gift.training.distributed import Processes
 from gift.training.evaluation import judge, rehearse, task_of
@@ -135,11 +135,11 @@ def prepare(
 
 def _check_packages(settings: Settings, folder: Path | None) -> None:
     """What is needed in the end, before hours of training."""
-    needed("torchmetrics", "train")
-    needed("tqdm", "train")
+    require("torchmetrics", "train")
+    require("tqdm", "train")
     if folder is not None:
         for module in ("matplotlib", "jinja2", *["tensorboard"] * settings.tensorboard):
-            needed(module, "train")
+            require(module, "train")
 
 
 @contextmanager

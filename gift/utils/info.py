@@ -12,11 +12,11 @@ from gift.budget import suggest
 from gift.core.dynamic_class import spec_of
 from gift.core.frozen_norms import kept_modes
 from gift.core.network import named_trainable
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.engine.claims import size_of
 from gift.engine.dry_run import cost_of, on_meta, rehearsed
 from gift.errors import AdaptationError
-from gift.kernels.choice import Form
+from gift.kernels.cost_model import Form
 from gift.kernels.low_rank import WATCHING
 from gift.methods import METHODS, method_of
 from gift.strategies import (
@@ -119,7 +119,7 @@ _OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
 def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
     """How a training step computes each layer with a low-rank delta, for inputs of this size.
 
-    That is chosen by shapes: see `gift.kernels.choice`. The network is run once, in evaluation
+    That is chosen by shapes: see `gift.kernels.cost_model`. The network is run once, in evaluation
     mode, so that its statistics stay; while the delta's inputs are dropped the form is ``"side"``.
 
     Args:
@@ -215,7 +215,7 @@ def table_methods(
 def _strategy_for(name: str) -> FineTuningStrategy:
     if name in _OTHERS:
         return _OTHERS[name]()
-    return STRATEGIES[f"{method_of(name, {}).title}AllFineTuningStrategy"]()
+    return STRATEGIES[f"{method_of(name, {}).strategy_prefix}AllFineTuningStrategy"]()
 
 
 def _method_row(net: nn.Module, name: str, strategy: FineTuningStrategy, budget: Any) -> MethodRow:
@@ -229,7 +229,7 @@ def _method_row(net: nn.Module, name: str, strategy: FineTuningStrategy, budget:
         with rehearsed(net, strategy) as report:
             cost, total = cost_of(net), report.total_before
             larger = len(report.larger_than_weight)
-            adapters = [a for module in net.modules() for a in adapters_of(module).values()]
+            adapters = [a for module in net.modules() for a in weight_deltas(module).values()]
             tensors = sum(adapter.owner is None for adapter in adapters)
             tensors += sum(id(p) in own for _, p in named_trainable(net))
     except ValueError as error:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.core.forwards import CallMethod, Forward, where
+from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
 from gift.methods.settings import choice, flag, is_integer, number, probability, setting, whole
 from gift.private.torch import CONV, CONV_TRANSPOSE
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Bottleneck(CallMethod):
+class Bottleneck(ForwardMethod):
     """Bottleneck adapter after any module ``f``, or beside it.
 
     Sequential (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751) and parallel (He et al. 2022,
@@ -92,7 +92,7 @@ class Bottleneck(CallMethod):
             )
         return features
 
-    def init(self, module: nn.Module) -> dict[str, Tensor]:
+    def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """`W_down` is Kaiming-uniform as in ``nn.Linear``, all else zero."""
         features, weight = self._features(module), weight_beside(module)
         if weight is not None and weight.is_complex():

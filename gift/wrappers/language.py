@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from gift.core.dynamic_class import joined, plain_class
-from gift.core.forwards import CallMethod, extend_module
+from gift.core.forwards import ForwardMethod, wrap_forward
 from gift.errors import AdaptationError
 from gift.wrappers.prompted import PromptedMemory, PromptedModel, VirtualTokens, embedding_of
 
@@ -64,7 +64,7 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
     reader, n = inner[-1], method.num_virtual_tokens
     paths = {id(part): name for name, part in model.named_modules()}
     strips = PromptedModel(num_virtual_tokens=n, strip=decoder is None)
-    parts: list[tuple[nn.Module, CallMethod]] = [(embedding, method), (reader, strips)]
+    parts: list[tuple[nn.Module, ForwardMethod]] = [(embedding, method), (reader, strips)]
     if decoder is not None:
         if "encoder_attention_mask" not in _arguments(decoder):
             name = plain_class(type(decoder)).__name__
@@ -74,7 +74,7 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
             )
         parts.append((decoder, PromptedMemory(num_virtual_tokens=n)))
     for part, own in parts:
-        extend_module(part, own, joined(path, paths.get(id(part), "")))
+        wrap_forward(part, own, joined(path, paths.get(id(part), "")))
 
 
 def _two_parts(model: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.core.forwards import CallMethod, Forward, where
+from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
 from gift.methods.settings import flag, setting, whole
 from gift.wrappers.arguments import Arguments
@@ -17,7 +17,7 @@ from gift.wrappers.tensors import with_first_changed
 
 
 @dataclass(frozen=True)
-class Prompt(CallMethod):
+class Prompt(ForwardMethod):
     """Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691) in front of embeddings.
 
     Trained vectors ``P (n, dim)``, the virtual tokens, stand before the embeddings ``X`` of each
@@ -71,7 +71,7 @@ class Prompt(CallMethod):
         first = next((value for value in said if isinstance(value, bool)), True)
         return replace(self, batch_first=first)
 
-    def init(self, module: nn.Module) -> dict[str, Tensor]:
+    def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Normal with a standard deviation of 0.02."""
         dim = inputs_of(module) if self.dim is None else self.dim
         if dim is None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.core.forwards import CallMethod, Forward, where
+from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
 from gift.methods.settings import flag, whole
 from gift.wrappers.arguments import Arguments
@@ -30,7 +30,7 @@ def embedding_of(module: Any) -> nn.Embedding | None:
 
 
 @dataclass(frozen=True)
-class OfModel(CallMethod):
+class OfModel(ForwardMethod):
     """What the parts of a prompted language model have in common."""
 
     name: ClassVar[str] = "prompt"
@@ -38,7 +38,7 @@ class OfModel(CallMethod):
 
     num_virtual_tokens: int = whole(8)
 
-    def init(self, module: nn.Module) -> dict[str, Tensor]:
+    def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Nothing: the tokens stand on the embedding."""
         return {}
 
@@ -47,7 +47,7 @@ class OfModel(CallMethod):
 class VirtualTokens(OfModel):
     """On the embedding: the ids from -1 down are looked up in ``tokens (n, dim)``."""
 
-    def init(self, module: nn.Module) -> dict[str, Tensor]:
+    def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """The embeddings of random entries of the vocabulary, as in the paper."""
         assert isinstance(module, nn.Embedding)
         n, entries = self.num_virtual_tokens, module.num_embeddings
@@ -56,11 +56,11 @@ class VirtualTokens(OfModel):
             chances[module.padding_idx] = 0
         ids = torch.multinomial(chances, n, replacement=n >= entries)
         rows = module(ids.to(module.weight.device))
-        return {"tokens": rows.detach().to(**self.like(module.weight), copy=True)}
+        return {"tokens": rows.detach().to(**self.factory_kwargs(module.weight), copy=True)}
 
     def reset(self, module: nn.Module) -> dict[str, Tensor]:
         """Normal with a standard deviation of 0.02, as the vocabulary may have no values yet."""
-        made = self.init(module)["tokens"]
+        made = self.init_parameters(module)["tokens"]
         return {"tokens": torch.randn_like(made) * 0.02}
 
     def call(
@@ -135,7 +135,7 @@ class PromptedModel(OfModel):
         n = self.num_virtual_tokens
         if x.is_floating_point():
             rows: Any = embedding_of(module)
-            tokens = rows._gift_extensions[self.name].tensors(rows)["tokens"]
+            tokens = rows._gift_forwards[self.name].tensors(rows)["tokens"]
             named["inputs_embeds"] = in_front(tokens, x, 1)
         else:
             ids = torch.arange(-1, -n - 1, -1, dtype=x.dtype, device=x.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from gift.data.readers import PictureReader
 from gift.errors import NetworkError
-from gift.support.optional import needed
+from gift.support.optional import require
 from gift.zoo.errors import unknown, unreachable
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.options import TIMM, refuse_unknown
@@ -22,7 +22,7 @@ def from_timm(
     allow_import: bool = False,
 ) -> LoadedNetwork:
     """A classifier of timm."""
-    timm = needed("timm", "timm")
+    timm = require("timm", "timm")
     if task not in (None, "classification"):
         raise NetworkError(f"networks of timm are for classification, not for {task!r}")
     elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))

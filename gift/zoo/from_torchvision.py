@@ -5,7 +5,7 @@ from typing import Any
 
 from gift.data.readers import DetectorReader
 from gift.errors import NetworkError
-from gift.support.optional import needed
+from gift.support.optional import require
 from gift.zoo.errors import unknown, unreachable
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.options import TORCHVISION, refuse_unknown
@@ -21,7 +21,7 @@ def from_torchvision(
     allow_import: bool = False,
 ) -> LoadedNetwork:
     """A classifier or detector of torchvision; `weights` may also be a name it has for them."""
-    models = needed("torchvision.models", "vision")
+    models = require("torchvision.models", "vision")
     detectors = models.list_models(module=models.detection)
     known = models.list_models(module=models) + detectors
     if name not in known:

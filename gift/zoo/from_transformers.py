@@ -7,7 +7,7 @@ from typing import Any
 from gift.data.examples import Reader
 from gift.data.readers import TextReader
 from gift.errors import DataError, GiftWarning, NetworkError, first_line
-from gift.support.optional import needed
+from gift.support.optional import require
 from gift.zoo.errors import unreachable
 from gift.zoo.loaded import LoadedNetwork
 from gift.zoo.options import (
@@ -37,7 +37,7 @@ def from_transformers(
     allow_import: bool = False,
 ) -> LoadedNetwork:
     """A network for classes of texts or pictures, or for language; a hub's name or a folder."""
-    transformers = needed("transformers", "text")
+    transformers = require("transformers", "text")
     options = {"trust_remote_code": False, "weights_only": True, **options}
     try:
         config = _config(transformers, name, options, allow_import)
@@ -91,7 +91,7 @@ def _kind(config: Any, task: str, name: str) -> str:
     """Which of the automatic classes makes the network."""
     if task not in _TASKS:
         raise NetworkError(f"the task is {task!r}, networks of transformers are for {_TASKS}")
-    auto = needed("transformers.models.auto.modeling_auto", "text")
+    auto = require("transformers.models.auto.modeling_auto", "text")
     kinds = {
         "SequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,

@@ -8,7 +8,7 @@ import torch
 
 from gift.data.readers import PictureReader
 from gift.errors import GiftWarning
-from gift.support.optional import needed
+from gift.support.optional import require
 
 _TOLERANCE = 0.02
 """Mean difference, where about 1 is the range; whole pixels of another place differ by more."""
@@ -44,5 +44,5 @@ def reader_like(
 def _picture() -> Any:
     """A photograph as it were: smooth, wider than high, the same each time."""
     noise = torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(0))
-    f = needed("torchvision.transforms.v2.functional", "vision")
+    f = require("torchvision.transforms.v2.functional", "vision")
     return f.to_pil_image(f.resize(noise, [450, 600], antialias=True))

@@ -16,7 +16,7 @@ from gift.core.network import remove_record
 from gift.core.undo.snapshot import Snapshot
 from gift.core.undo.temporary_state import meanwhile
 from gift.core.weights.attach import release_tensors
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.private.torch import written_since
 from gift.quantization import is_quantised
 from gift.support.interrupts import switching
@@ -80,10 +80,10 @@ def _merge_copies(net: nn.Module) -> None:
     refuse(problems)
     for module in net.modules():
         if module not in staying:
-            extensions = vars(module).pop("_gift_extensions", None)  # which stay
+            extensions = vars(module).pop("_gift_forwards", None)  # which stay
             release_tensors(module)
             if extensions is not None:
-                vars(module)["_gift_extensions"] = extensions
+                vars(module)["_gift_forwards"] = extensions
         for holder in (module._parameters, module._buffers):
             holder.update({n: instead[id(t)] for n, t in holder.items() if id(t) in instead})
         if "_gift_mode" in vars(module):
@@ -109,7 +109,7 @@ def _written(net: nn.Module) -> Iterator[Tensor]:
 
 def _staying(net: nn.Module) -> set[nn.Module]:
     """The modules whose deltas stay: their tensors, or tied ones, are computed or quantised."""
-    users = [(module, adapters_of(module)) for module in net.modules() if adapters_of(module)]
+    users = [(module, weight_deltas(module)) for module in net.modules() if weight_deltas(module)]
     found = {m for m, own in users if not all(_is_plain(m._parameters.get(t)) for t in own)}
     while True:
         tied = {

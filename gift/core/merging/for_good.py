@@ -13,7 +13,7 @@ from gift.core.merging.weights import effective, write
 from gift.core.network import remove_record
 from gift.core.undo.snapshot import transaction
 from gift.core.weights.attach import release_tensors
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.errors import GiftWarning
 from gift.quantization import is_quantised, requantised
 
@@ -99,13 +99,13 @@ def _warn(losses: dict[str, float]) -> None:
 def _written(net: nn.Module) -> Iterator[Tensor]:
     """Tensors from which an adapted weight is computed; others get new memory."""
     for module in net.modules():
-        if any(module._parameters.get(tensor) is None for tensor in adapters_of(module)):
+        if any(module._parameters.get(tensor) is None for tensor in weight_deltas(module)):
             yield from (*nn.Module.parameters(module), *module.buffers())
 
 
 def _separate(net: nn.Module) -> None:
     """Give adapted parameters memory of their own where others share it, which are not they."""
-    adapted = {id(m._parameters.get(tensor)) for m in net.modules() for tensor in adapters_of(m)}
+    adapted = {id(m._parameters.get(tensor)) for m in net.modules() for tensor in weight_deltas(m)}
     first: dict[int, nn.Parameter] = {}
     for parameter in net.parameters():
         if is_quantised(parameter):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.dynamic_class import joined, plain_class, set_class
-from gift.core.forwards import named_extensions
+from gift.core.forwards import named_forward_deltas
 from gift.core.merging.weights import effective, write
 from gift.core.undo.snapshot import OWN
 from gift.core.undo.undoable import check_undoable
-from gift.core.weights.record import adapters_of, is_sharded, present_tensor
+from gift.core.weights.record import is_sharded, present_tensor, weight_deltas
 from gift.errors import AdaptationError
 from gift.quantization import dequantised, is_quantised, requantised
 from gift.support.tensors import is_finite
@@ -43,7 +43,7 @@ def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:
         net: the network.
         losses: gets, for each quantised weight, the error of quantising it with its delta.
     """
-    for path, _, extension in named_extensions(net):
+    for path, _, extension in named_forward_deltas(net):
         if extension.names:
             where = path or "the network"
             yield f"{where} is extended by {extension.method}, which changes no weight"
@@ -74,7 +74,7 @@ def _loss(frozen: Any, value: Tensor, module: nn.Module) -> float:
 
 def without_values(path: str, module: nn.Module, values: dict[str, Tensor]) -> Iterator[str]:
     """Which effective tensors of `module` are no weights to compute with."""
-    for tensor in adapters_of(module):
+    for tensor in weight_deltas(module):
         frozen: Any = module._parameters.get(tensor)
         value = values.get(tensor)
         if is_lazy(frozen):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gift.core.weights.record import adapters_of, present_tensor, trained_value
+from gift.core.weights.record import present_tensor, trained_value, weight_deltas
 from gift.support.tensors import set_data
 
 
@@ -14,7 +14,7 @@ def effective(module: nn.Module) -> dict[str, Tensor]:
 
     A tied tensor whose delta stands elsewhere is told there.
     """
-    own = {t: a for t, a in adapters_of(module).items() if a.owner is None or a.follows}
+    own = {t: a for t, a in weight_deltas(module).items() if a.owner is None or a.follows}
     own = {t: a for t, a in own.items() if a.layout is not None}  # which lazy ones lack
     return {t: trained_value(a, module, present_tensor(module, t)) for t, a in own.items()}
 

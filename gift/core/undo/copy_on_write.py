@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from gift.private.torch import BeforeWrites, storage_key
 
 
-class KeptValues(BeforeWrites):
+class CopyOnWrite(BeforeWrites):
     """While it is active, copies the memory of a tensor before an operation writes into it.
 
     Only the tensors that it was made for are looked after; nothing is copied until it must be.

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import added_names
 from gift.core.dynamic_class import plain_class, set_class
-from gift.core.forwards import release_extensions
+from gift.core.forwards import unwrap_forwards
 from gift.core.frozen_base import HELD
 from gift.core.frozen_norms import release_statistics
 from gift.core.undo.containers import (
@@ -36,12 +36,12 @@ from gift.core.undo.containers import (
     refill,
     restore,
 )
-from gift.core.undo.copy_on_write import KeptValues, parts_of
+from gift.core.undo.copy_on_write import CopyOnWrite, parts_of
 from gift.core.weights.attach import release_tensors
 from gift.support.interrupts import held_interrupts
 from gift.support.tensors import is_expanded, same_bits, set_data, set_flag
 
-OWN = (HELD, "_gift_adapters", "_gift_extensions", "_gift_network", "_gift_schedule", "_gift_mode")
+OWN = (HELD, "_gift_weights", "_gift_forwards", "_gift_network", "_gift_schedule", "_gift_mode")
 
 
 _ATTRIBUTES: Any = vars(nn.Module)["__dict__"]
@@ -160,7 +160,7 @@ class Undo:
         """Undo all but values."""
         for module in network.modules():
             release_tensors(module)
-            release_extensions(module)
+            unwrap_forwards(module)
             release_statistics(module)
         for undo in self.modules:
             undo.apply()
@@ -279,9 +279,9 @@ class Snapshot:
         self.written = [(part, part.detach().clone()) for part in written]
 
     @cached_property
-    def values(self) -> KeptValues:
+    def values(self) -> CopyOnWrite:
         """Within it, an action may write into the tensors of the network."""
-        return KeptValues(kept.tensor for _, _, kept in self._tensors())
+        return CopyOnWrite(kept.tensor for _, _, kept in self._tensors())
 
     @property
     def _foreign(self) -> bool:

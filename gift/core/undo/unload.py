@@ -18,13 +18,13 @@ from gift.core.record import record_of
 from gift.core.undo.snapshot import OWN, ModuleUndo, completed, place_of, tensor_of, transaction
 from gift.core.undo.temporary_state import meanwhile
 from gift.core.undo.undoable import check_undoable
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.quantization import as_packed
 from gift.support.interrupts import switching
 from gift.support.tensors import set_data, set_flag, with_data
 
 
-class Detached:
+class UnloadedDelta:
     """What fine-tuning put on a network, taken off it: the network is the plain base.
 
     Deltas and new modules keep their identity, so an optimizer that holds them goes on when they
@@ -136,7 +136,7 @@ class _Frame:
         self.module = module
         self.spec = spec_of(module)  # rather than the class, which no pickle finds by its name
         # A hook may have computed what is adapted.
-        keys = [key for key in (*OWN, *adapters_of(module)) if key in module.__dict__]
+        keys = [key for key in (*OWN, *weight_deltas(module)) if key in module.__dict__]
         self.own = {key: module.__dict__[key] for key in keys}
         self.parameters = dict(module._parameters)
         self.buffers = dict(module._buffers)
@@ -217,7 +217,7 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
 def _disabled(net: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
     with transaction(net):
-        detached = Detached(net)
+        detached = UnloadedDelta(net)
         for parameter, _ in gradients:
             parameter.grad = None  # so an optimizer that steps meanwhile passes it by
         frozen = [(m, name, p, p.requires_grad) for m, name, p in _parameters(net)]

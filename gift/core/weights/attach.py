@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from gift.core.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
 from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts
-from gift.core.weights.record import Adapter, adapters_of, present_tensor
+from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
 from gift.errors import AdaptationError
 from gift.layers.table import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import Method
@@ -33,10 +33,10 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     frozen = present_tensor(module, tensor)
     _check(module, tensor, frozen)
     options = options.settled(method.conv_layouts, method.rows_are_outputs)
-    adapter = Adapter(method=method, options=options, asked=method)
+    adapter = WeightDelta(method=method, options=options, asked=method)
     if is_lazy(frozen):
         shape = _lazy_probe(method)
-        values = method.nearest(shape).init(torch.empty(shape, device="meta"))
+        values = method.nearest(shape).init_parameters(torch.empty(shape, device="meta"))
     else:
         readable = dequantised(frozen, module) if method.reads_weight else stand_in(frozen)
         adapter.layout = layout_of(module, tensor, readable.shape, options)
@@ -56,26 +56,26 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
         frozen.requires_grad = False
 
 
-def install(module: nn.Module, tensor: str, adapter: Adapter) -> None:
+def install(module: nn.Module, tensor: str, adapter: WeightDelta) -> None:
     """Let `module` read its tensor through `adapter`."""
-    module.__dict__.setdefault("_gift_adapters", {})[tensor] = adapter
+    module.__dict__.setdefault("_gift_weights", {})[tensor] = adapter
     _read_through_adapters(module)
 
 
 def uninstall(module: nn.Module, tensor: str) -> None:
     """Undo `install`."""
-    del module.__dict__["_gift_adapters"][tensor]
+    del module.__dict__["_gift_weights"][tensor]
     _read_through_adapters(module)
 
 
 def _read_through_adapters(module: nn.Module) -> None:
-    tensors = tuple(sorted((t, a.method.name) for t, a in adapters_of(module).items()))
+    tensors = tuple(sorted((t, a.method.name) for t, a in weight_deltas(module).items()))
     change_class(module, tensors=tensors)
 
 
 def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
-    if tensor in adapters_of(module):
-        method = adapters_of(module)[tensor].method
+    if tensor in weight_deltas(module):
+        method = weight_deltas(module)[tensor].method
         raise AdaptationError(f"{tensor!r} is adapted already, by {method}; one tensor takes one")
     if not isinstance(frozen, Tensor):
         have = [name for name, p in module._parameters.items() if p is not None]
@@ -103,7 +103,7 @@ def _lazy_probe(method: Method) -> tuple[int, int]:
 _checked: set[tuple[type[Method], int, torch.dtype]] = set()
 
 
-def _check_shape(adapter: Adapter, frozen: Tensor, values: Mapping[str, Any]) -> None:
+def _check_shape(adapter: WeightDelta, frozen: Tensor, values: Mapping[str, Any]) -> None:
     """That a method keeps shape and dtype: on the first matrix of each kind that it meets."""
     assert adapter.layout is not None
     key = (type(adapter.method), len(adapter.layout.matrix), frozen.dtype)
@@ -111,7 +111,7 @@ def _check_shape(adapter: Adapter, frozen: Tensor, values: Mapping[str, Any]) ->
         return
     matrix = adapter.layout.to_matrix(frozen).to(adapter.method.delta_dtype(frozen))
     with torch.no_grad():
-        result = adapter.method.weight(matrix, values)
+        result = adapter.method.effective_weight(matrix, values)
     if result.shape != matrix.shape or result.dtype != matrix.dtype:
         raise AdaptationError(
             f"{adapter.method} makes {tuple(result.shape)} {result.dtype} of a matrix "
@@ -179,15 +179,15 @@ def adapt_tensors(
 
 def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
     """Let each bias in `module` follow the weights to whose outputs it is added."""
-    adapters = dict(adapters_of(module))
+    adapters = dict(weight_deltas(module))
     for bias in row.names(module, row.biases) if row is not None else ():
         weights = tuple(w for w in adapters if row is not None and row.bias_of(w) == bias)
         if weights:
             first = adapters[weights[0]]
-            adapter = Adapter(method=first.method, options=first.options, owner=module)
+            adapter = WeightDelta(method=first.method, options=first.options, owner=module)
             adapter.follows = weights
             install(module, bias, adapter)
-            adapter.follow_weights(module, bias)
+            adapter.link_to_weights(module, bias)
 
 
 def _train_biases(module: nn.Module, row: LayerRow | None) -> None:
@@ -200,7 +200,7 @@ def release_tensors(module: nn.Module) -> None:
     """Undo `adapt_tensor` for all tensors of `module`."""
     for name in added_names(module):
         remove_tensor(module, name)
-    if module.__dict__.pop("_gift_adapters", None) is None:
+    if module.__dict__.pop("_gift_weights", None) is None:
         return
     adapted = type(module)
     change_class(module, tensors=())

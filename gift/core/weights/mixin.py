@@ -20,7 +20,7 @@ from gift.core.delta import DeltaModule, as_plain
 from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class
 from gift.core.weights.effective import EffectiveWeight, refused
 from gift.core.weights.reading import one_call
-from gift.core.weights.record import Adapter, is_sharded, plain_tensor
+from gift.core.weights.record import WeightDelta, is_sharded, plain_tensor
 from gift.layers.table import dotted, row_of
 from gift.methods import METHODS
 from gift.private.torch import is_transformed
@@ -30,7 +30,7 @@ from gift.quantization import is_quantised, same_values
 class AdaptedModule(DeltaModule):
     """What every module with an adapted tensor gains."""
 
-    _gift_adapters: dict[str, Adapter]
+    _gift_weights: dict[str, WeightDelta]
 
     def _gift_frozen(self, tensor: str) -> Tensor:
         """The frozen tensor: a parameter, or what a parametrization or hook computed."""
@@ -43,7 +43,7 @@ class AdaptedModule(DeltaModule):
             tensor: its name.
             once: whether it is read once in a call, so that nobody need find it again.
         """
-        adapter = self._gift_adapters.get(tensor)
+        adapter = self._gift_weights.get(tensor)
         if adapter is None:
             return getattr(self, tensor, None)
         frozen = self._gift_frozen(tensor)
@@ -61,7 +61,7 @@ class AdaptedModule(DeltaModule):
             # The last parametrization was removed: torch gives the module the base of the class
             # that it had made for it, which it takes for the module's own.
             value = generated_class(value.__bases__[0], self._gift_spec)
-        if name in self.__dict__.get("_gift_adapters", ()):
+        if name in self.__dict__.get("_gift_weights", ()):
             self._gift_check_new(name, value)
         super().__setattr__(name, value)
 
@@ -69,10 +69,10 @@ class AdaptedModule(DeltaModule):
         """Register a parameter as `nn.Module` does, unless its values are a delta's already."""
         source = name.removesuffix("_g")  # what the old `weight_norm` begins with
         if type(param) is EffectiveWeight or (
-            source != name and source in self._gift_adapters and _put_back(self, source)
+            source != name and source in self._gift_weights and _put_back(self, source)
         ):
             raise _reparametrised(source.removesuffix("_orig"))  # with that, pruning begins
-        if name in self._gift_adapters:
+        if name in self._gift_weights:
             self._gift_check_new(name, param)
         super().register_parameter(name, param)  # type: ignore[misc]
 
@@ -95,23 +95,23 @@ class AdaptedModule(DeltaModule):
             raise refused(name, "assigning to it")
 
     def __delattr__(self, name: str) -> None:
-        if name in self._gift_adapters:  # what reparametrises a weight begins like this
+        if name in self._gift_weights:  # what reparametrises a weight begins like this
             raise _reparametrised(name)
         super().__delattr__(name)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        changed = [t for t in self._gift_adapters if self._gift_changes(t, state_dict, prefix)]
+        changed = [t for t in self._gift_weights if self._gift_changes(t, state_dict, prefix)]
         vars(self)["_gift_loading"] = True  # which may assign to parameters
         try:
             super()._load_from_state_dict(state_dict, prefix, *rest)
         finally:
             del vars(self)["_gift_loading"]
         for tensor in changed:
-            self._gift_adapters[tensor].follow(self, tensor)
+            self._gift_weights[tensor].follow(self, tensor)
 
     def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
         """Whether a state brings other values for a frozen tensor from which a delta was made."""
-        adapter, new = self._gift_adapters[tensor], state_dict.get(prefix + tensor)
+        adapter, new = self._gift_weights[tensor], state_dict.get(prefix + tensor)
         if new is None or not adapter.method.reads_weight or adapter.is_on_meta(self):  # type: ignore[arg-type]
             return False
         now = self._parameters.get(tensor)  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ def _reparametrised(tensor: str) -> RuntimeError:
 
 def _put_back(module: Any, tensor: str) -> bool:
     """Put a frozen tensor back that was just taken out by one who holds the effective weight."""
-    reader = module._gift_adapters[tensor].memory.reader()
+    reader = module._gift_weights[tensor].memory.reader()
     if tensor in module._parameters or reader is None:
         return False
     parameters = module._parameters
@@ -153,7 +153,7 @@ def _reset_parameters(self: Any) -> None:
     """Reset the layer as its own class does, then the delta."""
     with as_plain(self):
         self.reset_parameters()
-    for tensor, adapter in self._gift_adapters.items():
+    for tensor, adapter in self._gift_weights.items():
         adapter.reset(self, tensor)
 
 
@@ -161,7 +161,7 @@ def _initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
     """A lazy module learns its shapes, and with them the delta does."""
     with as_plain(self):
         self.initialize_parameters(*args, **kwargs)
-    for tensor, adapter in self._gift_adapters.items():
+    for tensor, adapter in self._gift_weights.items():
         if adapter.layout is None:
             adapter.reset(self, tensor)
 
@@ -187,7 +187,7 @@ def _effective(tensor: str) -> property:
             return weight
         guarded: Any = EffectiveWeight.of(weight, f"{plain_class(type(self)).__name__}.{tensor}")
         if tensor in self._parameters and guarded is not weight:
-            adapter, frozen = self._gift_adapters[tensor], self._parameters[tensor]
+            adapter, frozen = self._gift_weights[tensor], self._parameters[tensor]
             guarded._gift_frozen, guarded._gift_order = frozen, tuple(self._parameters)
             adapter.memory.reader = TensorWeakRef(guarded)
             if weight.requires_grad:

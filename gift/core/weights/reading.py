@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gift.kernels.transforms import autocasts
+from gift.kernels.torch_state import autocasts
 from gift.private.torch import is_transformed, writes_of
 
 

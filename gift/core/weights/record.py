@@ -21,7 +21,7 @@ from gift.support.tensors import is_finite
 
 
 @dataclass
-class Adapter(Delta):
+class WeightDelta(Delta):
     """What a module knows of one adapted tensor of its own.
 
     Args:
@@ -87,7 +87,7 @@ class Adapter(Delta):
         if self.layout is None:
             return {}
         matrix = list(self.layout.matrix)
-        return {"method": self.method.name, "matrix": matrix} | self.method.meaning
+        return {"method": self.method.name, "matrix": matrix} | self.method.compat_settings
 
     @property
     def clipped(self) -> bool:
@@ -138,10 +138,10 @@ class Adapter(Delta):
     def reset(self, module: Any, key: str) -> None:
         """Give the delta its initial values, and a shape where it had none yet."""
         if self.follows:
-            self.follow_weights(module, key)
+            self.link_to_weights(module, key)
             return
         if self.owner is not None:
-            self.layout = adapters_of(self.owner)[key].layout
+            self.layout = weight_deltas(self.owner)[key].layout
             return
         frozen = self._frozen(module, key)
         if is_lazy(frozen):
@@ -157,9 +157,9 @@ class Adapter(Delta):
         # Where a state was loaded before the first forward, its values stay.
         put_values(module, self.initial(frozen), only_lazy=unknown)
 
-    def follow_weights(self, module: nn.Module, bias: str) -> None:
+    def link_to_weights(self, module: nn.Module, bias: str) -> None:
         """Take names, layout and method of a bias from the adapters of its weights."""
-        adapters = [adapters_of(module)[weight] for weight in self.follows]
+        adapters = [weight_deltas(module)[weight] for weight in self.follows]
         several = len(adapters) > 1
         self.names = {
             f"{key}.{i}" if several else key: name
@@ -175,7 +175,7 @@ class Adapter(Delta):
         """What the method makes for the frozen tensor, by its names on the module."""
         assert self.layout is not None
         with torch.inference_mode(False), torch.no_grad():
-            made = self.method.init(self.layout.to_matrix(frozen.detach()))
+            made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
         return {self.names.get(key, key): value for key, value in made.items()}
 
     def follow(self, module: Any, tensor: str) -> None:
@@ -219,7 +219,9 @@ class _Making:
         frozen, parameters = self._precise(tensors)
         dtype = self.method.working_dtype(frozen)
         matrix = self.layout.to_matrix(frozen).to(dtype)
-        return self.layout.to_weight(self.method.weight(matrix, parameters)).to(frozen.dtype)
+        return self.layout.to_weight(self.method.effective_weight(matrix, parameters)).to(
+            frozen.dtype
+        )
 
     def parts(
         self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
@@ -266,9 +268,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def adapters_of(module: nn.Module) -> Mapping[str, Adapter]:
+def weight_deltas(module: nn.Module) -> Mapping[str, WeightDelta]:
     """The adapted tensors of `module` itself, by name."""
-    return module.__dict__.get("_gift_adapters", {})
+    return module.__dict__.get("_gift_weights", {})
 
 
 def plain_tensor(module: nn.Module, tensor: str) -> Any:
@@ -303,7 +305,7 @@ def present_tensor(module: nn.Module, tensor: str) -> Any:
         return plain_tensor(module, tensor)
 
 
-def trained_value(adapter: Adapter, module: nn.Module, frozen: Tensor) -> Tensor:
+def trained_value(adapter: WeightDelta, module: nn.Module, frozen: Tensor) -> Tensor:
     """The effective weight as without dropout, whatever mode the module is in; no graph."""
     training, module.training = module.training, False
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import DataError
-from gift.support.optional import needed
+from gift.support.optional import require
 
 Size = int | tuple[int, int]
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -112,7 +112,7 @@ class PictureReader:
 
     def augmented(self, raw: Any) -> Tensor:
         """The same of a random part of it, mirrored every other time."""
-        transforms = needed("torchvision.transforms.v2", "vision")
+        transforms = require("torchvision.transforms.v2", "vision")
         picture = transforms.RandomResizedCrop(
             self._size, scale=self.scale, interpolation=self._mode(), antialias=True
         )(self._opened(raw))
@@ -133,7 +133,7 @@ class PictureReader:
         return opened(raw, "RGB" if len(self.mean) == 3 else "L")
 
     def _mode(self) -> Any:
-        return needed("torchvision.transforms.v2", "vision").InterpolationMode(self.interpolation)
+        return require("torchvision.transforms.v2", "vision").InterpolationMode(self.interpolation)
 
     def _normalised(self, picture: Any) -> Tensor:
         return _functional().normalize(as_tensor(picture), list(self.mean), list(self.std))
@@ -206,7 +206,7 @@ def opened(raw: Any, mode: str) -> Any:
     Raises:
         DataError: if it cannot be read.
     """
-    images, ops = needed("PIL.Image", "vision"), needed("PIL.ImageOps", "vision")
+    images, ops = require("PIL.Image", "vision"), require("PIL.ImageOps", "vision")
     if not isinstance(raw, images.Image):
         if not isinstance(raw, str | Path):
             raise DataError(f"expected a picture of PIL or the path of one, got {_told(raw)}")
@@ -225,7 +225,7 @@ def opened(raw: Any, mode: str) -> Any:
         raise DataError(f"{raw} cannot be read as a picture: {reason}")
     picture = ops.exif_transpose(raw)
     if picture.mode.startswith("I;16"):  # PIL would cut off what is brighter than 255
-        picture = images.fromarray((needed("numpy", "vision").asarray(picture) >> 8).astype("u1"))
+        picture = images.fromarray((require("numpy", "vision").asarray(picture) >> 8).astype("u1"))
     elif picture.mode in ("I", "F"):
         raise DataError("its values have 32 bits, whose range is not known: save it with 8 or 16")
     return picture.convert(mode)
@@ -237,7 +237,7 @@ def as_tensor(picture: Any) -> Tensor:
 
 
 def _functional() -> Any:
-    return needed("torchvision.transforms.v2.functional", "vision")
+    return require("torchvision.transforms.v2.functional", "vision")
 
 
 def _is_size(value: Any) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gift.errors import DataError, first_line
-from gift.support.optional import needed
+from gift.support.optional import require
 
 _FOLDER = "tokenizer"
 
@@ -107,7 +107,7 @@ def load_tokenizer(name: str | Path) -> Any:
         DataError: if it cannot be loaded.
     """
     try:
-        tokenizer = needed("transformers", "text").AutoTokenizer.from_pretrained(
+        tokenizer = require("transformers", "text").AutoTokenizer.from_pretrained(
             str(name), trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gift.interop.factors import Pair, magnitude_change, product, smallest
 from gift.interop.kohya.factors import for_groups, without_core
-from gift.interop.kohya.layers import Misfit, Target
+from gift.interop.kohya.layers import Incompatible, Target
 from gift.layers.table import LayoutOptions, layout_of
 from gift.methods.lokr import factorization
 
@@ -63,7 +63,7 @@ def _lora_shapes(parts: Parts, target: Target) -> Shapes:
     if "dora_scale" in parts:
         shape = trimmed(parts["dora_scale"].shape)
         if shape == trimmed((1, inputs, *[1] * len(kernel))) != (outputs, 1):
-            raise Misfit(
+            raise Incompatible(
                 "dora_scale has magnitudes of inputs (LyCORIS: wd_on_output=False); those of "
                 "gift's DoRA are of outputs"
             )
@@ -84,7 +84,7 @@ def _lora(parts: Parts, scaling: float, target: Target) -> Told:
     try:
         change = magnitude_change(parts["dora_scale"], layout.to_matrix(target.weight))
     except ValueError as error:
-        raise Misfit(str(error)) from None
+        raise Incompatible(str(error)) from None
     values["dora_delta_m"] = change
     return _ranked("dora", b.shape[-1], scaling, values)
 
@@ -128,11 +128,11 @@ def _pair(parts: Parts, name: str, core: str) -> Pair:
 def _lokr_shapes(parts: Parts, target: Target) -> Shapes:
     outputs, inputs, *kernel = target.weight.shape
     if target.groups > 1:
-        raise Misfit("gift splits each group of a convolution by itself, LoKr here the whole")
+        raise Incompatible("gift splits each group of a convolution by itself, LoKr here the whole")
     shapes: Shapes = {}
     (a, c), first = _outer(parts, "lokr_w1")
     if outputs % a or inputs % c:
-        raise Misfit(
+        raise Incompatible(
             f"its first factor is {a} x {c}, which does not divide the layer's {outputs} outputs "
             f"and {inputs} inputs"
         )
@@ -162,7 +162,7 @@ def _lokr(parts: Parts, scaling: float, target: Target) -> Told:
     split = (a, len(target.weight) // a), (c, target.columns // c)
     factors = _factors(*split)
     if factors is None:
-        raise Misfit(
+        raise Incompatible(
             f"it splits a matrix of {len(target.weight)} x {target.columns} (inputs times kernel) "
             f"into {split[0]} x {split[1]}; gift's LoKr has the smaller parts first"
         )

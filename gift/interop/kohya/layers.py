@@ -10,7 +10,7 @@ from gift.core.dynamic_class import plain_class
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Misfit(ValueError):
+class Incompatible(ValueError):
     """What the file has for a layer, or gift has, cannot be told by the other; with all reasons."""
 
     def __init__(self, *problems: str) -> None:

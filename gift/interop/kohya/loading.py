@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.report import Report
-from gift.core.weights.record import adapters_of, present_tensor
+from gift.core.weights.record import present_tensor, weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError
 from gift.factories import ma_adapt, mc_path
 from gift.files.container import read_tensors
-from gift.interop.kohya.layers import Misfit, Target, flat, is_layer, lead
-from gift.interop.kohya.meaning import Told, told
+from gift.interop.kohya.interpretation import Told, told
+from gift.interop.kohya.layers import Incompatible, Target, flat, is_layer, lead
 from gift.quantization import dequantised
 from gift.strategies import FineTuningStrategy
 
@@ -100,13 +100,13 @@ def load_kohya(
     for name, (place, module) in targets.items():
         try:
             found[place] = module, told(layers[name], _target(module, holders))
-        except Misfit as error:
+        except Incompatible as error:
             problems.append(f"{prefix}{name}: {error}")
     if problems:
         raise DeltaFileError(f"{path} does not fit {type(net).__name__}, nothing changed", problems)
     with enabling_trained(net, _strategy(found)) as report, torch.no_grad():
         for module, delta in found.values():
-            tensors = adapters_of(module)["weight"].tensors(module)
+            tensors = weight_deltas(module)["weight"].tensors(module)
             for key, value in delta.values.items():
                 tensors[key].copy_(value)
     return KohyaReport(**vars(report), left=dict(left))
@@ -182,12 +182,12 @@ def _targets(
 def _target(module: nn.Module, holders: Mapping[int, int]) -> Target:
     weight = present_tensor(module, "weight")
     if holders.get(id(weight), 0) > 1:
-        raise Misfit("its weight is tied to another layer's, which the file does not change")
+        raise Incompatible("its weight is tied to another layer's, which the file does not change")
     if is_lazy(weight) or weight.is_meta:
-        raise Misfit("its weight has no values yet")
+        raise Incompatible("its weight has no values yet")
     weight = dequantised(weight, module)
     if not weight.is_floating_point():
-        raise Misfit(f"its weight is {weight.dtype}, expected floating-point numbers")
+        raise Incompatible(f"its weight is {weight.dtype}, expected floating-point numbers")
     return Target(module, weight.detach())
 
 

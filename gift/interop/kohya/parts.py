@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.core.weights.record import Adapter, is_sharded
+from gift.core.weights.record import WeightDelta, is_sharded
 from gift.interop.factors import Pair, product
 from gift.interop.kohya.factors import for_whole
-from gift.interop.kohya.layers import Misfit, Target
+from gift.interop.kohya.layers import Incompatible, Target
 from gift.methods.anchored import AnchoredLoRA
 
 Values = Mapping[str, Tensor]
 
 
-def parts_of(adapter: Adapter, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+def parts_of(adapter: WeightDelta, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     """The tensors that stand for a delta, by their names behind the layer's.
 
     Args:
@@ -24,29 +24,31 @@ def parts_of(adapter: Adapter, module: nn.Module, weight: Tensor) -> dict[str, T
         weight: its frozen weight.
 
     Raises:
-        Misfit: if such files have no counterpart.
+        Incompatible: if such files have no counterpart.
     """
     write = _WRITERS.get(adapter.method.name)
     if write is None:
-        raise Misfit(
+        raise Incompatible(
             f"such files have no counterpart of {adapter.method.name!r}; they have one of "
             f"{', '.join(_WRITERS)}"
         )
     values = {key: value.detach() for key, value in adapter.tensors(module).items()}
     if any(value.is_complex() for value in values.values()):
-        raise Misfit("its factors are complex")
+        raise Incompatible("its factors are complex")
     if any(value.is_meta or is_sharded(value) for value in values.values()):
-        raise Misfit("its factors have no values here: they are on the meta device or sharded")
+        raise Incompatible(
+            "its factors have no values here: they are on the meta device or sharded"
+        )
     values = {key: value.cpu() for key, value in values.items()}
     return write(adapter, values, Target(module, weight.detach()))
 
 
-def _whole(adapter: Adapter, pair: Pair, target: Target) -> Pair:
+def _whole(adapter: WeightDelta, pair: Pair, target: Target) -> Pair:
     assert adapter.layout is not None
     return for_whole(*pair, adapter.layout, len(target.weight))
 
 
-def _lora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+def _lora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
     method: Any = adapter.method
     if isinstance(method, AnchoredLoRA):
         values = method.difference(values)
@@ -60,7 +62,7 @@ def _lora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]
     }
 
 
-def _dora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+def _dora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
     """LoRA with ``dora_scale``, the magnitudes of the rows; a row without direction keeps that
     of its update, which has none of its own.
     """
@@ -74,7 +76,7 @@ def _dora(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]
     return parts | {"dora_scale": magnitude.reshape(-1, 1, *[1] * len(target.kernel))}
 
 
-def _loha(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+def _loha(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
     method: Any = adapter.method
     first, second = (
         _whole(adapter, (values[f"loha_B{n}"], values[f"loha_A{n}"]), target) for n in (1, 2)
@@ -90,19 +92,22 @@ def _loha(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]
     }
 
 
-def _lokr(adapter: Adapter, values: Values, target: Target) -> dict[str, Tensor]:
+def _lokr(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
     """LyCORIS rebuilds its module from the shapes: what it would not decompose is not decomposed
     in the file either.
     """
     assert adapter.layout is not None
     inputs, kernel = target.weight.shape[1], target.kernel
     if adapter.layout.matrix != (len(target.weight), target.columns):
-        raise Misfit("such files split a convolution as a whole: use conv_layout='out_as_h', and "
-                     "no groups")  # fmt: skip
+        raise Incompatible(
+            "such files split a convolution as a whole: use conv_layout='out_as_h', and no groups"
+        )
     (a, c), first = _first(values)
     if inputs % c:
-        raise Misfit(f"its columns, {inputs} inputs times kernel {list(kernel)}, are split into "
-                     f"{c} parts, which cuts inputs; such files split the inputs")  # fmt: skip
+        raise Incompatible(
+            f"its columns, {inputs} inputs times kernel {list(kernel)}, are split into {c} parts, "
+            "which cuts inputs; such files split the inputs"
+        )
     b, d = len(target.weight) // a, inputs // c
     method: Any = adapter.method
     w1 = values["lokr_w1"] if not first else product(values["lokr_w1_a"], values["lokr_w1_b"])
@@ -141,7 +146,7 @@ def _number(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-_WRITERS: dict[str, Callable[[Adapter, Values, Target], dict[str, Tensor]]] = {
+_WRITERS: dict[str, Callable[[WeightDelta, Values, Target], dict[str, Tensor]]] = {
     **dict.fromkeys(("lora", "rslora", "lora_fa", "pissa", "olora"), _lora),
     "dora": _dora,
     "loha": _loha,

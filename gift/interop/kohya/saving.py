@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gift.core.delta import deltas_of
-from gift.core.network import moved_buffers, trained_in_place
+from gift.core.network import moved_buffers, trained_of_the_base
 from gift.core.record import fine_tuned_part
-from gift.core.weights.record import Adapter, adapters_of, present_tensor
+from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
 from gift.errors import DeltaFileError
-from gift.interop.kohya.layers import Misfit, flat, is_layer, lead
+from gift.interop.kohya.layers import Incompatible, flat, is_layer, lead
 from gift.interop.kohya.parts import parts_of
 from gift.quantization import dequantised
 from gift.support.atomic_files import replace_file
@@ -66,7 +66,7 @@ def save_kohya(
             name = rename(place) if rename else lead(one) + place
             try:
                 parts = _parts(adapter, module, name)
-            except Misfit as error:
+            except Incompatible as error:
                 problems.append(f"{place}: {error}")
                 continue
             for part, tensor in parts.items():
@@ -90,9 +90,9 @@ def _refuse(path: str | os.PathLike[str], problems: list[str]) -> None:
         raise DeltaFileError(f"{path} was not written", problems)
 
 
-def _parts(adapter: Adapter, module: nn.Module, name: Any) -> Mapping[str, Tensor]:
+def _parts(adapter: WeightDelta, module: nn.Module, name: Any) -> Mapping[str, Tensor]:
     if not isinstance(name, str):
-        raise Misfit(f"rename gives {name!r}, expected a name")
+        raise Incompatible(f"rename gives {name!r}, expected a name")
     return parts_of(adapter, module, dequantised(present_tensor(module, "weight"), module))
 
 
@@ -107,13 +107,13 @@ def _wrong_arguments(nets: Any, dtype: Any, metadata: Any) -> Iterator[str]:
         yield f"metadata has {wrong}, expected texts"
 
 
-def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, Adapter]]:
+def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, WeightDelta]]:
     """The adapters that a file can hold, with paths and layers; of all else, what is wrong."""
     problems += _kept_elsewhere(net)
     for path, module in net.named_modules():
         for tensor, delta in deltas_of(module).items():
             where = f"{path}.{tensor}".lstrip(".")
-            if not isinstance(delta, Adapter):
+            if not isinstance(delta, WeightDelta):
                 problems.append(f"{where}: such files cannot extend calls")
             elif delta.owner is not None:
                 problems.append(f"{where} shares the delta of another tensor; in such files each "
@@ -129,14 +129,14 @@ def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, A
 
 def _kept_elsewhere(net: Any) -> Iterator[str]:
     """What training changed that is no delta."""
-    if trained := [name for name, _ in trained_in_place(net)]:
+    if trained := [name for name, _ in trained_of_the_base(net)]:
         yield f"trained in place, which such files cannot hold: {', '.join(trained)}"
     if changed := list(moved_buffers(net)):
         yield (
             "buffers that changed while training, or may have (keep_base=False): "
             + ", ".join(changed)
         )
-    if not any(adapters_of(module) for module in net.modules()):
+    if not any(weight_deltas(module) for module in net.modules()):
         yield f"{type(net).__name__} has no delta"
 
 

@@ -1,1 +1,1 @@
-"""Adapter folders of Hugging Face PEFT, read and written."""
+"""WeightDelta folders of Hugging Face PEFT, read and written."""

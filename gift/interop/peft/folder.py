@@ -101,20 +101,20 @@ def _unreadable(path: Path, problem: str) -> DeltaFileError:
     return DeltaFileError(f"{path} cannot be read", [problem])
 
 
-def misfits(config: Config, tensors: Tensors) -> Iterator[str]:
+def incompatibilities(config: Config, tensors: Tensors) -> Iterator[str]:
     """What no network can take: an unknown method or option, wrong values, infinite numbers."""
     known = {name: form.options for name, form in FORMS.items()} | {PROMPT_TUNING: PROMPT_OPTIONS}
     name = config.get("peft_type")
     if not isinstance(name, str) or name not in known:
         yield f"peft_type is {name!r}, known here are {sorted(known)}"
     else:
-        yield from _option_misfits(config, known[name])
+        yield from _option_incompatibilities(config, known[name])
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             yield f"{key} has values that are not finite"
 
 
-def _option_misfits(config: Config, understood: frozenset[str]) -> Iterator[str]:
+def _option_incompatibilities(config: Config, understood: frozenset[str]) -> Iterator[str]:
     known = _NEUTRAL | understood
     for option, value in config.items():
         if option not in known and value not in (None, False, "", [], {}, 0):
@@ -125,10 +125,10 @@ def _option_misfits(config: Config, understood: frozenset[str]) -> Iterator[str]
             f"init_lora_weights={start!r} changed the base in PEFT: convert the adapter there, by "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    yield from _value_misfits(config)
+    yield from _value_incompatibilities(config)
 
 
-def _value_misfits(config: Config) -> Iterator[str]:
+def _value_incompatibilities(config: Config) -> Iterator[str]:
     checks = {
         "r": (_is_size, "an integer of at least 1"),
         "lora_alpha": (_is_alpha, f"a number from -{LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}"),

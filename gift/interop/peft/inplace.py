@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
-from gift.core.network import moved_buffers, trained_in_place
+from gift.core.network import moved_buffers, trained_of_the_base
 from gift.interop.peft.forms import Form, Tensors, Written
 from gift.interop.peft.names import ends_with, kept
 
@@ -107,7 +107,7 @@ def _is_inside(path: str, others: set[str]) -> bool:
 
 def _trained(network: Any) -> Iterator[str]:
     """Names of base parameters that are trained, of tied ones all."""
-    trained = {id(parameter) for _, parameter in trained_in_place(network)}
+    trained = {id(parameter) for _, parameter in trained_of_the_base(network)}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if id(parameter) in trained:
             yield name

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined, plain_class
-from gift.core.weights.record import Adapter
+from gift.core.weights.record import WeightDelta
 from gift.layers.table import CONV1D_FORWARD, dotted, reader_of
 from gift.quantization import LINEAR_FORWARDS
 
@@ -49,7 +49,7 @@ class Place:
     path: str
     module: Any
     tensor: str
-    adapter: Adapter
+    adapter: WeightDelta
     attention: str | None = None
 
     @property
@@ -81,7 +81,7 @@ class Place:
         return self.adapter.layout.shape
 
 
-def layer_misfits(module: Any, peft_type: str, kinds: tuple[str, ...]) -> Iterator[str]:
+def layer_incompatibilities(module: Any, peft_type: str, kinds: tuple[str, ...]) -> Iterator[str]:
     """Why this layer, as it stands, cannot have the same adapter here and in PEFT."""
     kind = kind_of(module)
     if kind not in kinds:
@@ -90,14 +90,14 @@ def layer_misfits(module: Any, peft_type: str, kinds: tuple[str, ...]) -> Iterat
         yield f"{peft_type} of PEFT has no adapter for this layer{own}"
         return
     if kind in CONVOLUTIONS and peft_type != "IA3":
-        yield from _convolution_misfits(module, peft_type)
+        yield from _convolution_incompatibilities(module, peft_type)
     if kind == "embedding" and module.max_norm is not None:
         yield "PEFT limits the norm of frozen rows and of A, not of what the two make (max_norm)"
     if kind == "attention" and module._parameters.get("in_proj_weight") is None:
         yield "PEFT adapts query, key and value only where they have one weight (no kdim, vdim)"
 
 
-def _convolution_misfits(module: Any, peft_type: str) -> Iterator[str]:
+def _convolution_incompatibilities(module: Any, peft_type: str) -> Iterator[str]:
     if module.padding_mode != "zeros":
         yield f"PEFT pads the input of the adapter with zeros, here it is {module.padding_mode!r}"
     if module.groups != 1:
@@ -106,7 +106,7 @@ def _convolution_misfits(module: Any, peft_type: str) -> Iterator[str]:
         yield f"PEFT forgets dilation={module.dilation} in the adapter"
 
 
-def context_misfits(network: nn.Module, path: str) -> Iterator[str]:
+def context_incompatibilities(network: nn.Module, path: str) -> Iterator[str]:
     """Why an adapter of PEFT has no effect at this place of a network."""
     above, _, name = path.rpartition(".")
     if not path:

@@ -9,15 +9,15 @@ from torch import nn
 from gift.core.dynamic_class import Spec, spec_of
 from gift.core.report import Report
 from gift.core.undo.snapshot import tensor_of
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError
 from gift.factories import ma_adapt, ma_train, mc_path, pa_adapt, pa_train, pc_path
-from gift.interop.peft.folder import misfits, read_folder
+from gift.interop.peft.folder import incompatibilities, read_folder
 from gift.interop.peft.forms import Read
 from gift.interop.peft.prompt import (
     PROMPT_TUNING,
-    prompt_misfits,
+    prompt_incompatibilities,
     prompt_strategy,
     put_prompt,
 )
@@ -54,10 +54,10 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
             "the network is being fine-tuned already: call disable_fine_tuning first"
         )
     config, tensors = read_folder(folder)
-    problems = list(misfits(config, tensors))
+    problems = list(incompatibilities(config, tensors))
     prompted = config.get("peft_type") == PROMPT_TUNING
     if not problems and prompted:
-        problems = list(prompt_misfits(net, config, tensors))
+        problems = list(prompt_incompatibilities(net, config, tensors))
     elif not problems:
         reading = Reading(net, config, tensors)
         problems = reading.problems
@@ -107,7 +107,7 @@ def _put(net: nn.Module, reading: Reading) -> None:
     with torch.no_grad():
         for read in reading.reads:
             module = net.get_submodule(read.layer.path)
-            tensors = adapters_of(module)[read.layer.tensor].tensors(module)
+            tensors = weight_deltas(module)[read.layer.tensor].tensors(module)
             for key, value in read.values.items():
                 tensors[key].copy_(value)
         for name, value in reading.in_place.items():

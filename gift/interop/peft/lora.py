@@ -22,7 +22,7 @@ from gift.interop.peft.lora_writing import (
     TWICE,
     alpha_for,
     is_transposed,
-    parameter_misfits,
+    parameter_incompatibilities,
     write_lora,
 )  # fmt: skip
 
@@ -30,7 +30,7 @@ from gift.interop.peft.lora_writing import (
 def read_lora(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
     """LoRA, rsLoRA or DoRA with the same rank and scaling."""
     if layer.single:
-        for problem in parameter_misfits(layer.module, layer.layout(False)):
+        for problem in parameter_incompatibilities(layer.module, layer.layout(False)):
             raise ValueError(problem)
         return [_read(layer, config, joined(layer.path, layer.tensor), None)]
     if layer.kind == "attention":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import plain_class
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.interop.factors import Pair, for_outputs
 from gift.interop.peft.forms import (
     Tensors,
@@ -162,13 +162,13 @@ def _write_parameter(place: Place, stabilised: bool, written: Written) -> tuple[
         if is_transposed(place.module):
             b, a = a.mT, b.mT
         b, a = b.permute(1, 2, 0).flatten(1), a.flatten(0, 1)
-    own = [name for name in place.module._parameters if name in adapters_of(place.module)]
+    own = [name for name in place.module._parameters if name in weight_deltas(place.module)]
     inside = "base_layer." * (len(own) - 1 - own.index(place.tensor))
     for suffix, factor in (("lora_A.weight", a), ("lora_B.weight", b)):
         written.tensors[f"{place.path}.{inside}{suffix}"] = factor
     written.parameters.append(place.name)
     assert place.adapter.layout is not None
-    problems = list(parameter_misfits(place.module, place.adapter.layout))
+    problems = list(parameter_incompatibilities(place.module, place.adapter.layout))
     if place.adapter.method.name == "dora":
         problems.append("PEFT has no DoRA for single parameters")
     if kind_of(place.module) and "weight" in own:
@@ -182,7 +182,7 @@ def is_transposed(module: Any) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-def parameter_misfits(module: Any, layout: Layout) -> Iterator[str]:
+def parameter_incompatibilities(module: Any, layout: Layout) -> Iterator[str]:
     """Why PEFT cannot adapt a single parameter as gift does."""
     raw = raw_layout(layout.shape)
     if len(layout.shape) not in (2, 3):

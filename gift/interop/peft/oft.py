@@ -19,7 +19,7 @@ def write_oft(places: list[Place]) -> Written:
     share = same("block_share", [method.block_share for method in methods], written)
     for place in places:
         name = "oft_embedding_R" if kind_of(place.module) == "embedding" else "oft_R"
-        written.problems += [f"{place.name}: {text}" for text in _misfits(place.module)]
+        written.problems += [f"{place.name}: {text}" for text in _incompatibilities(place.module)]
         blocks = _turned(place.values["oft_Q"], place.module)
         written.add(place.path, {f"{name}.weight": blocks})
     columns = [place.frozen.shape[-1] for place in places]
@@ -41,7 +41,7 @@ def _turned(blocks: Tensor, module: torch.nn.Module) -> Tensor:
     return blocks if kind_of(module) == "embedding" else -blocks
 
 
-def _misfits(module: Any) -> list[str]:
+def _incompatibilities(module: Any) -> list[str]:
     if kind_of(module) in CONVOLUTIONS and set(module.kernel_size) != {1}:
         return ["PEFT sums overlapping patches of the input, which is another convolution"]
     return []
@@ -75,7 +75,7 @@ def adjusted(columns: int, size: int) -> int:
 
 def read_oft(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
     """OFT with the same rotations."""
-    for text in _misfits(layer.module):
+    for text in _incompatibilities(layer.module):
         raise ValueError(text)
     name = "oft_embedding_R.weight" if layer.kind == "embedding" else "oft_R.weight"
     blocks, columns = layer.take(name), layer.matrix(outputs=False)[-1]

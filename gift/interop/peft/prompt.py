@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import plain_class
-from gift.core.forwards import named_extensions
+from gift.core.forwards import named_forward_deltas
 from gift.factories import ma_prompt, mc_path
 from gift.interop.peft.forms import Config, Tensors
 from gift.methods.settings import is_integer
 from gift.strategies.base import FineTuningStrategy
-from gift.support.tensors import cast_misfit
+from gift.support.tensors import cast_incompatibility
 from gift.wrappers.language import takes_token_ids
 from gift.wrappers.prompted import VirtualTokens
 
@@ -32,13 +32,13 @@ PROMPT_OPTIONS = frozenset({
 
 def is_prompted(network: nn.Module) -> bool:
     """Whether virtual tokens are all that extends a network."""
-    found = list(named_extensions(network))
+    found = list(named_forward_deltas(network))
     return bool(found) and all(extension.method.name == "prompt" for *_, extension in found)
 
 
 def write_prompt(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
     """Its virtual tokens; they must be all that is trained."""
-    problems += _model_misfits(network)
+    problems += _model_incompatibilities(network)
     tokens = _tokens(network)
     if tokens is None:
         problems.append("PEFT has a prompt for token ids only, not for embeddings")
@@ -49,24 +49,24 @@ def write_prompt(network: nn.Module, problems: list[str]) -> tuple[Config, Tenso
     return common | config, {_KEY: tokens}
 
 
-def _model_misfits(network: nn.Module) -> Iterator[str]:
+def _model_incompatibilities(network: nn.Module) -> Iterator[str]:
     name = plain_class(type(network)).__name__
     if not takes_token_ids(network) or not name.endswith(("ForCausalLM", "LMHeadModel")):
         yield f"{name} is no causal language model of transformers, for which alone prompts agree"
 
 
 def _tokens(network: nn.Module) -> Tensor | None:
-    for _, module, extension in named_extensions(network):
+    for _, module, extension in named_forward_deltas(network):
         if isinstance(extension.method, VirtualTokens):
             return extension.tensors(module)["tokens"]
     return None
 
 
-def prompt_misfits(network: Any, config: Config, tensors: Tensors) -> Iterator[str]:
+def prompt_incompatibilities(network: Any, config: Config, tensors: Tensors) -> Iterator[str]:
     """Why a prompt in a file cannot be put in front of that network."""
     if config.get("task_type") != "CAUSAL_LM":
         yield f"task_type is {config.get('task_type')!r}: prompts agree for 'CAUSAL_LM' only"
-    yield from _model_misfits(network)
+    yield from _model_incompatibilities(network)
     unexpected = sorted(set(tensors) - {_KEY})
     if unexpected:
         yield f"{unexpected} are not what prompt tuning has"
@@ -77,7 +77,7 @@ def prompt_misfits(network: Any, config: Config, tensors: Tensors) -> Iterator[s
         expected = (count, network.get_input_embeddings().weight.shape[1])
         if not is_integer(count) or tuple(tokens.shape) != expected:
             yield f"{_KEY} is {tuple(tokens.shape)}, expected {expected}"
-        if problem := cast_misfit(tokens, network.get_input_embeddings().weight.dtype):
+        if problem := cast_incompatibility(tokens, network.get_input_embeddings().weight.dtype):
             yield f"{_KEY} {problem}"
 
 

@@ -12,11 +12,11 @@ from gift.core.weights.record import plain_tensor
 from gift.errors import AdaptationError
 from gift.factories.actions import method_and_options
 from gift.interop.peft.forms import Config, Layer, Read, Tensors
-from gift.interop.peft.layers import context_misfits, kind_of, layer_misfits
+from gift.interop.peft.layers import context_incompatibilities, kind_of, layer_incompatibilities
 from gift.interop.peft.names import PREFIX, ends_with, kept, targeted
 from gift.interop.peft.table import FORMS
 from gift.layers.table import layout_of
-from gift.support.tensors import cast_misfit, dtype_name
+from gift.support.tensors import cast_incompatibility, dtype_name
 
 _WRAPPED = ".base_layer"
 
@@ -26,7 +26,7 @@ class Reading:
 
     Args:
         network: a plain one.
-        config: that `gift.interop.peft.folder.misfits` finds nothing in.
+        config: that `gift.interop.peft.folder.incompatibilities` finds nothing in.
         tensors: by their whole keys.
     """
 
@@ -114,9 +114,9 @@ class Reading:
         path = layer.path
         problems: list[str] = []
         if not layer.single:
-            problems += layer_misfits(layer.module, self.form.peft_type, self.form.kinds)
-        problems += _kind_misfits(layer)
-        problems += context_misfits(self.network, path)
+            problems += layer_incompatibilities(layer.module, self.form.peft_type, self.form.kinds)
+        problems += _kind_incompatibilities(layer)
+        problems += context_incompatibilities(self.network, path)
         if len(self.paths[id(layer.module)]) > 1:
             problems.append(
                 f"it has several names, {self.paths[id(layer.module)]}: PEFT adapts one"
@@ -124,7 +124,7 @@ class Reading:
         if not problems:
             try:
                 reads = self.form.read(layer, self.config, shared)
-                problems += [text for read in reads for text in _shape_misfits(read)]
+                problems += [text for read in reads for text in _shape_incompatibilities(read)]
                 self.reads += reads
             except (ValueError, RuntimeError, IndexError) as error:  # torch's own for odd shapes
                 problems.append(str(error))
@@ -176,7 +176,7 @@ class Reading:
             self.problems.append(f"{name}: there is no such tensor in the network")
         elif base.shape != value.shape:
             self.problems.append(f"{name} is {tuple(value.shape)}, here {tuple(base.shape)}")
-        elif problem := cast_misfit(value, base.dtype):
+        elif problem := cast_incompatibility(value, base.dtype):
             self.problems.append(f"{name} {problem}")
         else:
             self.in_place[name] = value
@@ -229,7 +229,7 @@ class Reading:
                     )
 
 
-def _kind_misfits(layer: Layer) -> Iterator[str]:
+def _kind_incompatibilities(layer: Layer) -> Iterator[str]:
     """Factors that are whole or complex numbers, before anything is computed of them."""
     for suffix, tensor in layer.tensors.items():
         if not tensor.is_floating_point():
@@ -258,7 +258,7 @@ def _alike(read: Read, other: Read | None) -> bool:
     )
 
 
-def _shape_misfits(read: Read) -> Iterator[str]:
+def _shape_incompatibilities(read: Read) -> Iterator[str]:
     """Where the values are not those that the method will have; nothing is changed to find out."""
     layer = read.layer
     if plain_tensor(layer.module, layer.tensor).is_meta:
@@ -269,12 +269,12 @@ def _shape_misfits(read: Read) -> Iterator[str]:
         method, options, _ = method_and_options(read.method, **read.options)
         layout = layout_of(layer.module, layer.tensor, weight.shape, options)
         probe = torch.empty(layout.matrix, dtype=weight.dtype, device="meta")
-        made = method.fit(layout.matrix).init(probe)
+        made = method.fit(layout.matrix).init_parameters(probe)
     except AdaptationError as error:
         yield str(error)
         return
     for key, value in read.values.items():
-        if problem := cast_misfit(value, made[key].dtype if key in made else weight.dtype):
+        if problem := cast_incompatibility(value, made[key].dtype if key in made else weight.dtype):
             yield f"{key} {problem}"
     for key, expected in made.items():
         if key in read.values and read.values[key].shape != expected.shape:

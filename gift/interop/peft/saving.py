@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gift.core.forwards import named_extensions
+from gift.core.forwards import named_forward_deltas
 from gift.core.record import fine_tuned_part
-from gift.core.weights.record import adapters_of, is_sharded
+from gift.core.weights.record import is_sharded, weight_deltas
 from gift.errors import DeltaFileError
 from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.interop.peft.forms import Config, Form, Tensors, Written
 from gift.interop.peft.inplace import InPlace
 from gift.interop.peft.layers import (
     Place,
-    context_misfits,
+    context_incompatibilities,
     is_passed_by,
     kind_of,
-    layer_misfits,
+    layer_incompatibilities,
 )  # fmt: skip
 from gift.interop.peft.names import PREFIX, ends_with, exactly, targeted
 from gift.interop.peft.prompt import is_prompted, write_prompt
@@ -82,7 +82,7 @@ def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]
         return write_prompt(network, problems)
     problems += [
         f"{path or 'the network'}: PEFT has no counterpart for {extension.method}"
-        for path, _, extension in named_extensions(network)
+        for path, _, extension in named_forward_deltas(network)
     ]
     form = _form_of(places, problems)
     if form is None:
@@ -132,11 +132,11 @@ def _places(network: nn.Module, problems: list[str]) -> Iterator[Place]:
     for path, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
     for path, module in network.named_modules():
-        for tensor, adapter in adapters_of(module).items():
+        for tensor, adapter in weight_deltas(module).items():
             if adapter.follows:
                 continue
             place = Place(path, module, tensor, adapter, _attention_of(network, path, tensor))
-            found = list(_misfits(network, place))
+            found = list(_incompatibilities(network, place))
             if len(names[id(module)]) > 1:
                 found.append(
                     f"PEFT adapts a module under its first name only, not {names[id(module)][1:]}"
@@ -156,7 +156,7 @@ def _attention_of(network: nn.Module, path: str, tensor: str) -> str | None:
     )
 
 
-def _misfits(network: nn.Module, place: Place) -> Iterator[str]:
+def _incompatibilities(network: nn.Module, place: Place) -> Iterator[str]:
     adapter, frozen = place.adapter, place.module._parameters.get(place.tensor)
     if adapter.layout is None:
         yield "it has no shape yet: run a batch through the network first"
@@ -169,16 +169,16 @@ def _misfits(network: nn.Module, place: Place) -> Iterator[str]:
     if (own.matrix, own.order) != (adapter.layout.matrix, adapter.layout.order):
         yield "it is tied to a tensor that PEFT reads the other way round"
     path = place.path if place.attention is None else place.attention
-    yield from context_misfits(network, path)
+    yield from context_incompatibilities(network, path)
     if path and is_passed_by(network, path):
         yield "in evaluation, nn.TransformerEncoderLayer passes adapters of PEFT by"
     form = _forms_by_method().get(adapter.method.name)
     if form is None:
         return
     if place.attention is not None:
-        yield from layer_misfits(network.get_submodule(path), form.peft_type, form.kinds)
+        yield from layer_incompatibilities(network.get_submodule(path), form.peft_type, form.kinds)
     elif place.is_layer:
-        yield from layer_misfits(place.module, form.peft_type, form.kinds)
+        yield from layer_incompatibilities(place.module, form.peft_type, form.kinds)
     elif form.peft_type != "LORA":
         yield f"PEFT adapts single parameters by LoRA only, not by {adapter.method.name}"
 

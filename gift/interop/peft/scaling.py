@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gift.core.weights.record import adapters_of
+from gift.core.weights.record import weight_deltas
 from gift.interop.peft.forms import (
     Config,
     Form,
@@ -31,7 +31,7 @@ def write_ia3(places: list[Place]) -> Written:
         factors = place.values["ia3_l"]
         if place.path in feedforward:
             factors = _of_channels(place, factors, written)
-        elif getattr(place.module, "bias", None) is not None and "bias" not in adapters_of(
+        elif getattr(place.module, "bias", None) is not None and "bias" not in weight_deltas(
             place.module
         ):
             written.problems.append(

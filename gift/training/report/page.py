@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gift.support.atomic_files import write_bytes
-from gift.support.optional import needed
+from gift.support.optional import require
 from gift.training.report import plots, tables
 from gift.training.result import Result
 
@@ -65,7 +65,7 @@ def write_report(result: Result, folder: Path) -> Path:
 
 def _page(result: Result, pictures: list[Picture]) -> str:
     """The text of the page."""
-    jinja2 = needed("jinja2", "train")
+    jinja2 = require("jinja2", "train")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

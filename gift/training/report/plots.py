@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gift.support.optional import needed
+from gift.support.optional import require
 from gift.training.report.tables import class_names, words
 from gift.training.result import Result
 
@@ -36,7 +36,7 @@ class Theme:
 
     def settings(self) -> dict[str, Any]:
         """For matplotlib."""
-        cycler = needed("cycler", "train").cycler
+        cycler = require("cycler", "train").cycler
         return {
             "figure.facecolor": self.face,
             "axes.facecolor": self.face,
@@ -75,7 +75,7 @@ def render(draw: Draw, shown: Any, theme: Theme) -> bytes | None:
         shown: what is drawn.
         theme: in which colours.
     """
-    matplotlib = needed("matplotlib", "train")
+    matplotlib = require("matplotlib", "train")
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's tables have all names
         matplotlib.rcdefaults()
@@ -119,7 +119,7 @@ def metrics(result: Result, theme: Theme) -> Any:
         return None
     shares = [n for n, c in columns.items() if all(0 <= v <= 1 for _, v in c if math.isfinite(v))]
     panels = [shares] * bool(shares) + [[name] for name in columns if name not in shares]
-    figure = needed("matplotlib.figure", "train").Figure(
+    figure = require("matplotlib.figure", "train").Figure(
         (7.2, 3.2 * len(panels)), layout="constrained"
     )
     for axes, group in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
@@ -142,7 +142,7 @@ def rates(result: Result, theme: Theme) -> Any:
     figure, axes = panel(unit, "learning rate")
     colours = list(theme.colours)
     if len(names) > len(colours):
-        shades = needed("matplotlib", "train").colormaps["viridis"]
+        shades = require("matplotlib", "train").colormaps["viridis"]
         low, high = (0.25, 1.0) if theme.dark else (0.0, 0.85)
         colours = [shades(low + (high - low) * i / (len(names) - 1)) for i in range(len(names))]
     shown = {*range(GROUPS_NAMED - 1), len(names) - 1}
@@ -168,9 +168,9 @@ def confusion(result: Result, theme: Theme) -> Any:
     sums = [sum(row) or 1 for row in matrix]
     shares = [[cell / total for cell in row] for row, total in zip(matrix, sums, strict=True)]
     side = min(3.2 + 0.42 * count, 11)
-    figure = needed("matplotlib.figure", "train").Figure((side + 0.8, side), layout="constrained")
+    figure = require("matplotlib.figure", "train").Figure((side + 0.8, side), layout="constrained")
     axes = figure.add_subplot()
-    colours = needed("matplotlib.colors", "train")
+    colours = require("matplotlib.colors", "train")
     shades = colours.LinearSegmentedColormap.from_list("", [theme.face, theme.colours[0]])
     power = 1.0 if count <= 30 else 0.5 if count <= 100 else 0.35  # few among many stay visible
     norm = colours.PowerNorm(power, 0, 1)
@@ -197,7 +197,7 @@ def confusion(result: Result, theme: Theme) -> Any:
 
 def panel(unit: str, value: str) -> tuple[Any, Any]:
     """A figure with one panel, and that."""
-    figure = needed("matplotlib.figure", "train").Figure((7.2, 3.8), layout="constrained")
+    figure = require("matplotlib.figure", "train").Figure((7.2, 3.8), layout="constrained")
     axes = figure.add_subplot()
     _name_axes(axes, unit, value)
     return figure, axes
@@ -209,7 +209,7 @@ def _label(name: str) -> str:
 
 
 def _name_axes(axes: Any, unit: str, value: str) -> None:
-    ticker = needed("matplotlib.ticker", "train")
+    ticker = require("matplotlib.ticker", "train")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.set(xlabel=unit, ylabel=value)
 

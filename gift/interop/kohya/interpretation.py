@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gift.interop.kohya.kinds import KINDS, Kind, Parts, Told, trimmed
-from gift.interop.kohya.layers import Misfit, Target
+from gift.interop.kohya.layers import Incompatible, Target
 from gift.methods.settings import at_least_32_bits
 from gift.support.tensors import is_finite
 
@@ -16,12 +16,12 @@ def told(parts: Parts, target: Target) -> Told:
         target: the layer.
 
     Raises:
-        Misfit: naming all that is wrong.
+        Incompatible: naming all that is wrong.
     """
     kind = _kind_of(parts)
     problems = [text for name in parts if (text := _unusable(name, parts[name]))]
     if problems:
-        raise Misfit(*problems)
+        raise Incompatible(*problems)
     wanted = kind.shapes(parts, target)
     problems = [
         f"{name} has shape {list(parts[name].shape)}, expected {list(shape)}"
@@ -29,7 +29,7 @@ def told(parts: Parts, target: Target) -> Told:
         if trimmed(parts[name].shape) != trimmed(shape)
     ]
     if problems:
-        raise Misfit(*problems)
+        raise Incompatible(*problems)
     clean = {
         name: parts[name].to(at_least_32_bits(parts[name].dtype)).reshape(shape)
         for name, shape in wanted.items()
@@ -38,7 +38,7 @@ def told(parts: Parts, target: Target) -> Told:
     dtype = at_least_32_bits(target.weight.dtype)
     values = {name: value.to(dtype) for name, value in found.values.items()}
     if not all(map(is_finite, values.values())):
-        raise Misfit(f"its values overflow in {dtype}")
+        raise Incompatible(f"its values overflow in {dtype}")
     settings = found.settings | {"conv_layout": "out_as_h"}
     return Told(found.method, settings, values)
 
@@ -47,26 +47,26 @@ def _kind_of(parts: Parts) -> Kind:
     """The method whose tensors are all there, and nothing else."""
     unknown = sorted(set(parts) - {"alpha"}.union(*(kind.names for kind in KINDS)))
     if unknown:
-        raise Misfit(
+        raise Incompatible(
             f"it has {', '.join(unknown)}, which gift does not read: it reads LoRA (lora_up, "
             "lora_down, lora_mid, dora_scale), LoHa (hada_...) and LoKr (lokr_...)"
         )
     marked = [kind for kind in KINDS if set(parts) & kind.marks]
     if len(marked) != 1:
         methods = " and ".join(kind.title for kind in marked) or "no method"
-        raise Misfit(f"it has tensors of {methods}: {sorted(parts)}")
+        raise Incompatible(f"it has tensors of {methods}: {sorted(parts)}")
     kind = marked[0]
     if foreign := sorted(set(parts) - kind.names - {"alpha"}):
-        raise Misfit(
+        raise Incompatible(
             f"it has {', '.join(foreign)} along with {kind.title}; gift has no such method"
         )
     if not any(choice <= set(parts) for choice in kind.choices):
         missing = min((choice - set(parts) for choice in kind.choices), key=len)
-        raise Misfit(f"{', '.join(sorted(missing))} is missing")
+        raise Incompatible(f"{', '.join(sorted(missing))} is missing")
     optional = kind.optional | {"alpha"}
     extra = min((set(parts) - c - optional for c in kind.choices if c <= set(parts)), key=len)
     if extra:
-        raise Misfit(f"it has {', '.join(sorted(extra))}, but not all that goes with that")
+        raise Incompatible(f"it has {', '.join(sorted(extra))}, but not all that goes with that")
     return kind
 
 
@@ -88,8 +88,10 @@ def _scaling(kind: Kind, parts: Parts) -> float:
     if "alpha" not in parts or not dims:
         return 1.0
     if len(set(dims.values())) > 1:
-        raise Misfit(f"its alpha is relative to one rank, its factors have {dims}")
+        raise Incompatible(f"its alpha is relative to one rank, its factors have {dims}")
     alpha = float(parts["alpha"])
     if alpha == 0:
-        raise Misfit("alpha is 0, which some programs take for no delta and others for no scaling")
+        raise Incompatible(
+            "alpha is 0, which some programs take for no delta and others for no scaling"
+        )
     return alpha / next(iter(dims.values()))

@@ -64,7 +64,8 @@ class Plan:
 
     Args:
         form: see `Form`.
-        as_product: whether filters are applied by products of matrices (see `gift.kernels.thin`).
+        as_product: whether filters are applied by products of matrices (see
+            `gift.kernels.conv_as_gemm`).
     """
 
     form: Form

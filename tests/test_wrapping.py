@@ -105,7 +105,7 @@ def test_lora_on_the_extended_layer_itself(dropout: float, monkeypatch: pytest.M
     fill(net)
     for name in ("lora_A", "lora_B"):
         getattr(alone, name).data.copy_(getattr(net, name))
-    monkeypatch.setattr(LoRA, "weight", None)  # what makes the whole weight
+    monkeypatch.setattr(LoRA, "effective_weight", None)  # what makes the whole weight
     torch.manual_seed(1)
     output = net(x)
     torch.manual_seed(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gift.kernels.choice import GEMM, MERGE, TOUCH
+from gift.kernels.cost_model import GEMM, MERGE, TOUCH
 from gift.kernels.linear import Product
 
 
@@ -66,6 +66,6 @@ def through_weight(
     matrix = product.matrix
     dtype = method.working_dtype(matrix)
     factors = {key: value.to(dtype) for key, value in parameters.items()}
-    weight = method.weight(matrix.to(dtype), factors).to(matrix.dtype)
+    weight = method.effective_weight(matrix.to(dtype), factors).to(matrix.dtype)
     instead = replace(product, weight=weight.mT if product.transposed else weight)
     return instead.output(x, bias)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from gift.core.dynamic_class import plain_class
-from gift.core.forwards import extend_module
+from gift.core.forwards import wrap_forward
 from gift.errors import AdaptationError
 from gift.factories.actions import Action
 from gift.factories.checks import Check, Test
@@ -44,7 +44,7 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
                 f"it is never called, as {cls.__name__} reads its weight: extend {cls.__name__}"
             )
         method = Bottleneck(**({"size": size} | settings | params)) if params else made
-        extend_module(module, method, path)
+        wrap_forward(module, method, path)
 
     return Action(act, open=True)
 
@@ -70,7 +70,7 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
         given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
         method = Prompt(**given) if params else made
         if not takes_token_ids(module):
-            extend_module(module, method, path)
+            wrap_forward(module, method, path)
             return
         unused = sorted(set(given) - {"num_virtual_tokens", "dtype"})
         if unused:
