@@ -103,11 +103,21 @@ def finetune(
     """
     chosen = settings_of(settings)
     processes = Processes(chosen)
-    path = None if folder is None else Path(folder)
     run = prepare(
-        net, train, valid, strategy, schedule, old, task, loss, path, restart, begin, chosen,
-        processes,
-    )  # fmt: skip
+        net,
+        train,
+        settings=chosen,
+        processes=processes,
+        valid=valid,
+        strategy=strategy,
+        schedule=schedule,
+        old=old,
+        task=task,
+        loss=loss,
+        folder=None if folder is None else Path(folder),
+        restart=restart,
+        begin=begin,
+    )
     try:
         while not run.finished:
             train_epoch(run)

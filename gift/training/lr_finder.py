@@ -130,9 +130,15 @@ def find_lr(
         # Without these two, what is frozen stays so.
         twin = _copied(net, sharing=strategy is None and schedule is None)
         run = prepare(
-            twin, train, None, strategy, copy.deepcopy(schedule), None, task, loss, None,
-            False, None, chosen, processes,
-        )  # fmt: skip
+            twin,
+            train,
+            settings=chosen,
+            processes=processes,
+            strategy=strategy,
+            schedule=copy.deepcopy(schedule),
+            task=task,
+            loss=loss,
+        )
         rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
         losses = list(_sweep(run, rates))
     return LearningRates(rates[: len(losses)], losses, smooth(losses))

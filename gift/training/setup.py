@@ -47,19 +47,20 @@ _WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "device", "workers", "paralle
 def prepare(
     net: nn.Module,
     train: Any,
-    valid: Any,
-    strategy: FineTuningStrategy | None,
-    schedule: Schedule | None,
-    old: Any,
-    task: str | None,
-    loss: Loss | None,
-    folder: Path | None,
-    restart: bool,
-    begin: Callable[[], None] | None,
+    *,
     settings: Settings,
     processes: Processes,
+    valid: Any = None,
+    strategy: FineTuningStrategy | None = None,
+    schedule: Schedule | None = None,
+    old: Any = None,
+    task: str | None = None,
+    loss: Loss | None = None,
+    folder: Path | None = None,
+    restart: bool = False,
+    begin: Callable[[], None] | None = None,
 ) -> Run:
-    """A run that can begin, or go on where its checkpoint was written; see `finetune`."""
+    """A run that can begin, or resume where its checkpoint was written; see `finetune`."""
     _check_packages(settings, folder)
     if not isinstance(schedule, Schedule | None):
         raise TypeError(f"expected one of gift.schedules, got {schedule!r}")
