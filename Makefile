@@ -1,11 +1,11 @@
-# make demo, make test, make lint, make bench, make notebooks, make lanes, make constraints, make dist,
-# make clean
+# make demo, make test, make lint, make bench, make notebooks, make stubs, make lanes, make constraints,
+# make dist, make clean
 # Each makes the virtual environment .venv first, where there is none.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench notebooks lanes constraints dist clean
+.PHONY: demo test lint bench notebooks stubs lanes constraints dist clean
 .DEFAULT_GOAL := test
 
 demo: .venv/ready
@@ -26,6 +26,10 @@ bench: .venv/ready
 # Runs the notebooks again and stores their outputs.
 notebooks: .venv/ready
 	$(BIN)/python -m tests.test_notebooks
+
+# Writes the stub of the strategies that are made from methods.
+stubs: .venv/ready
+	$(BIN)/python -m tests.strategy_stubs
 
 # The tests that can differ, on the oldest versions, on the newest, and inside of other libraries.
 lanes: .venv/ready

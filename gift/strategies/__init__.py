@@ -19,6 +19,7 @@ from gift.strategies.classic import (
     HeadReplacementStrategy,
 )
 from gift.strategies.combine import DebugStrategy, MergedStrategy, merge_strategies
+from gift.strategies.of_methods import *  # noqa: F403 - its stub has the names
 from gift.strategies.parts import (
     BitFitFineTuningStrategy,
     ModulesFineTuningStrategy,
@@ -53,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The strategies of the registered methods: `LoRAAllFineTuningStrategy` and so on."""
+    """The strategies of methods that are registered later."""
     if name not in STRATEGIES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return STRATEGIES[name]

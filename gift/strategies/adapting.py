@@ -110,7 +110,7 @@ def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
         )
         namespace = {
             "__doc__": doc,
-            "__module__": __name__,
+            "__module__": "gift.strategies.of_methods",
             "__signature__": _signature(method, _FOR_ALL if kind == "All" else {}),
             "method": method,
             "layers": layers,
@@ -124,9 +124,7 @@ STRATEGIES: dict[str, Any] = {}
 
 
 def _add(method: type[Method]) -> None:
-    made = strategies_of(method)
-    STRATEGIES.update(made)
-    globals().update(made)  # where pickle looks for a class
+    STRATEGIES.update(strategies_of(method))
 
 
 for _method in METHODS.values():

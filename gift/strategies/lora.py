@@ -1,7 +1,13 @@
 """LoRA on all layers, on linear layers, or on convolutions."""
 
-from gift.strategies.adapting import STRATEGIES
+from gift.strategies.of_methods import (
+    LoRAAllFineTuningStrategy,
+    LoRAConvFineTuningStrategy,
+    LoRALinearFineTuningStrategy,
+)
 
-LoRAAllFineTuningStrategy = STRATEGIES["LoRAAllFineTuningStrategy"]
-LoRALinearFineTuningStrategy = STRATEGIES["LoRALinearFineTuningStrategy"]
-LoRAConvFineTuningStrategy = STRATEGIES["LoRAConvFineTuningStrategy"]
+__all__ = [
+    "LoRAAllFineTuningStrategy",
+    "LoRAConvFineTuningStrategy",
+    "LoRALinearFineTuningStrategy",
+]

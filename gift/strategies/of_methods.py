@@ -1,0 +1,17 @@
+"""The strategies of the registered methods: `LoRAAllFineTuningStrategy` and so on.
+
+They are made from the methods; ``of_methods.pyi`` shows them to editors and type checkers.
+"""
+
+from typing import Any
+
+from gift.strategies.adapting import STRATEGIES
+
+__all__ = list(STRATEGIES)
+
+
+def __getattr__(name: str) -> Any:
+    # Also where pickle looks for a class, and of methods that are registered later.
+    if name not in STRATEGIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return STRATEGIES[name]

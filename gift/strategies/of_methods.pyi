@@ -1,0 +1,718 @@
+"""Made by `make stubs` from the methods."""
+
+from typing import Literal
+
+import torch
+
+from gift.strategies.adapting import _AdaptingStrategy
+
+class LoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class LoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class RsLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class RsLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class RsLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class DoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        detach_norm: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class DoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        detach_norm: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class DoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        detach_norm: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class FourierFTAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        n_frequency: int | None = None,
+        scaling: float = 150.0,
+        seed: int = 777,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_n_frequency: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class FourierFTLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        n_frequency: int | None = None,
+        scaling: float = 150.0,
+        seed: int = 777,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_n_frequency: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class FourierFTConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        n_frequency: int | None = None,
+        scaling: float = 150.0,
+        seed: int = 777,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_n_frequency: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class HRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class HRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class HRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class IA3AllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        feedforward: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class IA3LinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        feedforward: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class IA3ConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        feedforward: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoHaAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class LoHaLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoHaConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoKrAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        factor: int = -1,
+        decompose_both: bool = False,
+        full_matrix: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        column_factor: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class LoKrLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        factor: int = -1,
+        decompose_both: bool = False,
+        full_matrix: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        column_factor: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoKrConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        factor: int = -1,
+        decompose_both: bool = False,
+        full_matrix: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        column_factor: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoRAFAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class LoRAFALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoRAFAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class OFTAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        block_share: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_block_size: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class OFTLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        block_share: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_block_size: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class OFTConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        block_share: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_block_size: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class OLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class OLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class OLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class PiSSAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class PiSSALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class PiSSAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class SHiRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        mask: str = "random",
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class SHiRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        mask: str = "random",
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class SHiRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        mask: str = "random",
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class SVDiffAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class SVDiffLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class SVDiffConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class VeRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        d_initial: float = 0.1,
+        vera_dropout: float = 0.0,
+        seed: int = 0,
+        save_projection: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class VeRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        d_initial: float = 0.1,
+        vera_dropout: float = 0.0,
+        seed: int = 0,
+        save_projection: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class VeRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        d_initial: float = 0.1,
+        vera_dropout: float = 0.0,
+        seed: int = 0,
+        save_projection: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
