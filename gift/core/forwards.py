@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import Delta, DeltaModule, add_tensor, put_values
+from gift.core.delta import Delta, DeltaModule, add_tensor, has_attribute, put_values
 from gift.core.dynamic_class import Generated, Spec, change_class, plain_class
 from gift.errors import AdaptationError
 from gift.methods.settings import Configured, dtype_of
@@ -197,7 +197,7 @@ def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
     cells = dict(zip(made.__code__.co_freevars, made.__closure__, strict=True))
     namespace = {
         "forward": forward,
-        "_gift_arguments": _argument_names(plain),
+        "_gift_arguments": argument_names(plain),
         "__classcell__": cells["generated"],
     }
     if _generates(plain):
@@ -220,7 +220,7 @@ def _generates(plain: type) -> bool:
     return callable(getattr(plain, "generate", None))
 
 
-def _argument_names(plain: Any) -> tuple[str, ...]:
+def argument_names(plain: Any) -> tuple[str, ...]:
     """What the arguments of a class's forward are called that can be given by position."""
     parameters = list(inspect.signature(plain.forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -252,7 +252,7 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
     with torch.inference_mode(False), torch.no_grad():
         values = method.init_parameters(module)
     names = {key: f"{method.name}_{key}" for key in values}
-    taken = [name for name in names.values() if hasattr(module, name)]
+    taken = [name for name in names.values() if has_attribute(module, name)]
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which this would hide")
     for key, value in values.items():

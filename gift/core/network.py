@@ -6,7 +6,7 @@ import itertools
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Set
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, MutableMapping, Set
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from gift.core.dynamic_class import (
 )
 from gift.core.frozen_base import hold_flags, release_flags, tell_unfrozen, watch
 from gift.core.incoming_state import Incoming
+from gift.core.movers import needs_all, refuse_offloaded
 from gift.core.record import NetworkRecord, record_of
 from gift.core.save_pretrained import parts_that_save, saving_methods
 from gift.core.state_settings import without_settings
@@ -89,7 +90,7 @@ class FineTunedNetwork(Generated):
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
-            left = dict(nn.Module.named_parameters(self)) if _drops_frozen_itself() else {}  # type: ignore[arg-type]
+            left = _left_in_state(self)
             _drop_names(self, state, prefix, left)
             if not left and _overrides(self, "state_dict"):
                 _drop_frozen(self, state)
@@ -158,13 +159,22 @@ def _is_averaging() -> bool:
     return asking is not None and asking.f_code is AveragedModel.update_parameters.__code__
 
 
+def _left_in_state(network: Any) -> Collection[str]:
+    """Names of frozen parameters that whoever asks for the state needs in there."""
+    if torch.compiler.is_compiling():
+        return ()
+    if needs_all(network):
+        return frozen_names(network)
+    return dict(nn.Module.named_parameters(network)) if _drops_frozen_itself() else ()
+
+
 def _drops_frozen_itself() -> bool:
     """Whether `torch.distributed.checkpoint` asks with ``ignore_frozen_params``.
 
     It takes each frozen parameter out of the state by its first name, and it must be in there.
     """
     checkpoint = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    if checkpoint is None or torch.compiler.is_compiling():
+    if checkpoint is None:
         return False
     asking = {checkpoint.get_model_state_dict.__code__, checkpoint.get_state_dict.__code__}
     return any(
@@ -256,6 +266,7 @@ def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
 
 def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: bool) -> Any:
     """Call `load` once to see whether it can be done, and then to do it."""
+    refuse_offloaded(network)
     record = record_of(network)
     record.rehearsing = True
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gift.core.dynamic_class import spec_of
+from gift.core.movers import refuse_offloaded
 from gift.core.report import Report
 from gift.core.undo.temporary_state import refuse_meanwhile
 
@@ -83,4 +84,6 @@ def fine_tuned_part(net: nn.Module) -> Any:
             f"expected a {type(net).__name__} that is being fine-tuned, {what}: call "
             "enable_fine_tuning first, and give one network at a time"
         )
-    return next(iter(found.values()))
+    (part,) = found.values()
+    refuse_offloaded(part)
+    return part

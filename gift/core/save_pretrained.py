@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from gift.core.delta import named_deltas
-from gift.core.dynamic_class import Generated, Spec
+from gift.core.dynamic_class import Generated, Spec, plain_class
 from gift.core.record import record_of
 from gift.errors import GiftWarning
 
@@ -33,7 +33,8 @@ def saving_methods(plain: type) -> dict[str, Any]:
 
 def parts_that_save(network: nn.Module) -> Iterator[nn.Module]:
     """The modules inside `network` that can save themselves as models."""
-    return (m for m in network.modules() if m is not network and hasattr(m, "save_pretrained"))
+    parts = (module for module in network.modules() if module is not network)
+    return (part for part in parts if hasattr(plain_class(type(part)), "save_pretrained"))
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.dynamic_class import spec_of
+from gift.core.holders import misfits_in_memory, refuse_held_elsewhere
 from gift.core.io_spec import drop_empty_io_spec, renew_io_spec
+from gift.core.movers import is_offloaded
 from gift.core.network import install_record, remove_record, trained_of_the_base
 from gift.core.record import NetworkRecord, record_of
 from gift.core.report import Report
@@ -24,6 +26,7 @@ from gift.engine.leftover import hints_for_strangers, told_leftover
 from gift.engine.walk import Walk, closest_names
 from gift.errors import AdaptationError, GiftWarning, some
 from gift.strategies.base import Cap, FineTuningStrategy
+from gift.support.threads import changing
 
 
 def enable_fine_tuning(
@@ -147,6 +150,7 @@ def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
     return report
 
 
+@changing
 def disable_fine_tuning(module: nn.Module) -> nn.Module:
     """Give back the base network bit for bit: classes, names, values, ``requires_grad``, modes.
 
@@ -177,13 +181,15 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
     refuse_meanwhile(module, "merged", "computing rows")
+    refuse_meanwhile(module, itself=False)  # a part would go back to what it was
+    refuse_held_elsewhere(module)
     sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
     if sharded:
         raise ValueError(
             f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
             "enable fine-tuning before sharding"
         )
-    offloaded = [path for path, part in module.named_modules() if _is_offloaded(part)]
+    offloaded = [path for path, part in module.named_modules() if is_offloaded(part)]
     if offloaded:
         raise ValueError(
             f"the weights of {len(offloaded)} modules are offloaded by accelerate, the first is "
@@ -202,12 +208,6 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
                 f"{path or 'the network'} is a {type(part).__name__}: enable fine-tuning on the "
                 "network inside first, then wrap, compile or script it"
             )
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    hook = vars(module).get("_hf_hook")
-    hooks = getattr(hook, "hooks", None) or [hook]  # several, in a sequence
-    return any(getattr(one, "offload", False) is True for one in hooks)
 
 
 def _recipe(strategy: FineTuningStrategy) -> dict[str, Any] | None:
@@ -261,6 +261,11 @@ def _apply(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged, as it trains "
             "what must stay frozen",
             wrong,
+        )
+    if wrong := misfits_in_memory(module, snapshot):
+        raise AdaptationError(
+            f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "
+            + "\n  ".join(wrong)
         )
     # Of tied ones the first name.
     report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]

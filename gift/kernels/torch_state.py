@@ -2,10 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gift.core.dynamic_class import plain_class
+from gift.private.torch import OVERRIDES_NOTHING
 
 
 def autocasts(kind: str) -> bool:
@@ -41,3 +45,36 @@ def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, T
             return backward(ctx, g)
 
     return run
+
+
+def for_every_tensor(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator for a fast path in the place of a layer's forward pass: it takes what that takes.
+
+    Tensors of other libraries override it, as they do with ``F.linear``: their class sees one
+    function, computed with plain tensors, and makes its own of what that gives. In an autograd
+    function it would make a view. Nested tensors have no other shape, which fast paths ask for: the
+    layer computes with its effective weight.
+    """
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and x.is_nested:
+            plain: Any = plain_class(type(self))
+            return plain.forward(self, *args, **kwargs)
+        cls: Any = type(x)
+        if cls is Tensor or not _overrides(cls):
+            return forward(self, *args, **kwargs)
+        found = cls.__torch_function__(MethodType(forward, self), (cls,), args, kwargs)
+        return forward(self, *args, **kwargs) if found is NotImplemented else found
+
+    return run
+
+
+def _overrides(cls: type) -> bool:
+    """Whether tensors of that class override functions of torch."""
+    if cls is nn.Parameter or not issubclass(cls, Tensor):
+        return False
+    return cls.__torch_function__ is not OVERRIDES_NOTHING

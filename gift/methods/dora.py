@@ -54,16 +54,22 @@ class DoRA(LoRA):
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
+    derives: ClassVar[tuple[str, ...]] = ("dora_squares",)
 
     detach_norm: bool = flag(True, enters_weight=False)
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """LoRA's factors, and no difference of magnitudes."""
-        squares = matrix.to(self.working_dtype(matrix)).abs().square().sum(-1, keepdim=True)
+        (squares,) = self.derived(matrix).values()
         return super().init_parameters(matrix) | {
             "dora_delta_m": torch.zeros_like(squares, dtype=self.delta_dtype(matrix).to_real()),
             "dora_squares": nn.Buffer(squares, persistent=False),
         }
+
+    def derived(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The squares of its rows."""
+        precise = matrix.to(self.working_dtype(matrix))
+        return {"dora_squares": precise.abs().square().sum(-1, keepdim=True)}
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``m V / |V|``."""
@@ -124,8 +130,9 @@ def _linear(
     dropped = dropped_inputs(method, x, training)
     ratio = method.ratio(product.matrix.to(parameters["lora_A"].dtype), parameters)
 
+    # Quoted, as the compiler of torch 2.6 makes no unions.
     def lora(
-        x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, dropped: Tensor | None
+        x: Tensor, bias: "Tensor | None", left: Tensor, right: Tensor, dropped: "Tensor | None"
     ) -> Tensor:
         return low_rank_product(x, product, bias, (left, right), dropped, form=method.form)
 
@@ -138,7 +145,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     adapter = self._gift_weights["weight"]
     method, parameters = adapter.delta_of(self)
 
-    def lora(x: Tensor, left: Tensor, right: Tensor, dropped: Tensor | None) -> Any:
+    def lora(x: Tensor, left: Tensor, right: Tensor, dropped: "Tensor | None") -> Any:  # quoted too
         return low_rank_conv(self, x, (left, right), dropped, method.form)
 
     if is_usual(self) and self.groups == 1:

@@ -16,8 +16,10 @@ from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import weight_deltas
 from gift.errors import GiftWarning
 from gift.quantization import is_quantised, requantised
+from gift.support.threads import changing
 
 
+@changing
 def merge(net: nn.Module) -> nn.Module:
     """Fold the deltas into the weights; gives the plain network, trained, with nothing of gift.
 
@@ -92,7 +94,7 @@ def _warn(losses: dict[str, float]) -> None:
             f"these: relative to the delta, the error is {mean(losses.values()):.1%} on average "
             f"and {losses[worst]:.1%} at most ({worst})",
             GiftWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from gift.core.delta import added_names, held
 from gift.core.dynamic_class import joined, spec_of
+from gift.core.movers import refuse_offloaded
 from gift.core.network import named_trainable
 from gift.core.record import record_of
 from gift.core.undo.temporary_state import refuse_meanwhile
@@ -48,6 +49,7 @@ def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
             f"{changed} were given another class since (a tensor was parametrised?): undo that "
             "first (remove_parametrizations with leave_parametrized=False)"
         )
+    refuse_offloaded(module)
     record = record_of(module)
     if not needs_base:
         return

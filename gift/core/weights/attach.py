@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
+from gift.core.delta import add_lazy_tensor, add_tensor, added_names, has_attribute, remove_tensor
 from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts
-from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
+from gift.core.weights.record import WeightDelta, in_precision_of, present_tensor, weight_deltas
 from gift.errors import AdaptationError
 from gift.layers.table import LayerRow, LayoutOptions, layout_of, row_of
 from gift.methods import Method
@@ -45,13 +45,14 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
         _check_shape(adapter, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
     adapter.names = {key: prefix + key for key in values}
-    taken = [name for name in adapter.names.values() if hasattr(module, name)]
+    taken = [name for name in adapter.names.values() if has_attribute(module, name)]
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which the delta would hide")
     install(module, tensor, adapter)
     add = add_lazy_tensor if is_lazy(frozen) else add_tensor
     for key, value in values.items():
         add(module, adapter.names[key], value)
+    adapter.note_source(module, tensor)
     if isinstance(frozen, nn.Parameter):
         frozen.requires_grad = False
 
@@ -104,14 +105,16 @@ _checked: set[tuple[type[Method], int, torch.dtype]] = set()
 
 
 def _check_shape(adapter: WeightDelta, frozen: Tensor, values: Mapping[str, Any]) -> None:
-    """That a method keeps shape and dtype: on the first matrix of each kind that it meets."""
+    """That a method keeps shape and precision: on the first matrix of each kind that it meets."""
     assert adapter.layout is not None
     key = (type(adapter.method), len(adapter.layout.matrix), frozen.dtype)
     if key in _checked:
         return
-    matrix = adapter.layout.to_matrix(frozen).to(adapter.method.delta_dtype(frozen))
+    dtype = adapter.method.working_dtype(frozen)
+    matrix = adapter.layout.to_matrix(frozen).to(dtype)
+    precise = {name: in_precision_of(value, dtype) for name, value in values.items()}
     with torch.no_grad():
-        result = adapter.method.effective_weight(matrix, values)
+        result = adapter.method.effective_weight(matrix, precise)
     if result.shape != matrix.shape or result.dtype != matrix.dtype:
         raise AdaptationError(
             f"{adapter.method} makes {tuple(result.shape)} {result.dtype} of a matrix "

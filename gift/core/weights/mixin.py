@@ -18,9 +18,11 @@ from torch.utils.weak import TensorWeakRef
 
 from gift.core.delta import DeltaModule, as_plain
 from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class
+from gift.core.movers import moves
 from gift.core.weights.effective import EffectiveWeight, refused
 from gift.core.weights.reading import one_call
 from gift.core.weights.record import WeightDelta, is_sharded, plain_tensor
+from gift.kernels.torch_state import for_every_tensor
 from gift.layers.table import dotted, row_of
 from gift.methods import METHODS
 from gift.private.torch import is_transformed
@@ -57,13 +59,18 @@ class AdaptedModule(DeltaModule):
             raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "__class__" and value is self._gift_plain and _is_parametrized(value):
+        if name == "__class__" and value is self._gift_plain and is_parametrized(value):
             # The last parametrization was removed: torch gives the module the base of the class
             # that it had made for it, which it takes for the module's own.
             value = generated_class(value.__bases__[0], self._gift_spec)
         if name in self.__dict__.get("_gift_weights", ()):
+            if name in self._parameters and moves(inspect.currentframe()):  # type: ignore[attr-defined]
+                self._parameters[name] = value  # type: ignore[attr-defined]
+                return
             self._gift_check_new(name, value)
         super().__setattr__(name, value)
+        if name in self.__dict__.get("_gift_weights", ()):
+            self._gift_note_sources()
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Register a parameter as `nn.Module` does, unless its values are a delta's already."""
@@ -94,6 +101,25 @@ class AdaptedModule(DeltaModule):
             name = f"{plain_class(type(self)).__name__}.{tensor}"
             raise refused(name, "assigning to it")
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._gift_note_sources()
+
+    def _gift_copied(self) -> None:
+        super()._gift_copied()
+        self._gift_note_sources()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        self._gift_note_sources()
+        return result
+
+    def _gift_note_sources(self) -> None:
+        """Frozen tensors are elsewhere now, and what was derived from them is still right."""
+        for tensor, adapter in self._gift_weights.items():
+            if adapter.method.derives:
+                adapter.note_source(self, tensor)  # type: ignore[arg-type]
+
     def __delattr__(self, name: str) -> None:
         if name in self._gift_weights:  # what reparametrises a weight begins like this
             raise _reparametrised(name)
@@ -108,6 +134,7 @@ class AdaptedModule(DeltaModule):
             del vars(self)["_gift_loading"]
         for tensor in changed:
             self._gift_weights[tensor].follow(self, tensor)
+        self._gift_note_sources()
 
     def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
         """Whether a state brings other values for a frozen tensor from which a delta was made."""
@@ -137,7 +164,7 @@ def _put_back(module: Any, tensor: str) -> bool:
     return True
 
 
-def _is_parametrized(cls: type) -> bool:
+def is_parametrized(cls: type) -> bool:
     """Whether it is a class that torch made for one module, with properties for its tensors."""
     return cls.__module__ == parametrize.__name__
 
@@ -180,8 +207,12 @@ def _asks_to_reparametrise(reader: FrameType | None) -> bool:
 
 def _effective(tensor: str) -> property:
     def read(self: Any) -> Any:
-        if not torch.compiler.is_compiling() and _asks_to_reparametrise(inspect.currentframe()):
-            raise _reparametrised(tensor)
+        if not torch.compiler.is_compiling():
+            reader = inspect.currentframe()
+            if moves(reader):
+                return self._gift_frozen(tensor)
+            if _asks_to_reparametrise(reader):
+                raise _reparametrised(tensor)
         weight = self._gift_weight(tensor)
         if torch.compiler.is_compiling() or type(weight) is not Tensor or is_transformed():
             return weight
@@ -241,7 +272,7 @@ def adapted_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]
     if fast := _fast_forward(plain, spec):
         mixins.append(fast)
     namespace: dict[str, Any] = {tensor: _effective(tensor) for tensor, _ in spec.tensors}
-    if _is_parametrized(plain):
+    if is_parametrized(plain):
         namespace["_gift_delete"] = _take_property
     if hasattr(plain, "reset_parameters"):
         namespace["reset_parameters"] = _reset_parameters
@@ -259,4 +290,6 @@ def _fast_forward(plain: type, spec: Spec) -> type | None:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: import the file that registers it first")
     fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
-    return None if fast is None else type("FastForward", (Generated,), {"forward": fast})
+    if fast is None:
+        return None
+    return type("FastForward", (Generated,), {"forward": for_every_tensor(fast)})

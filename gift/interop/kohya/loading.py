@@ -17,7 +17,7 @@ from gift.errors import DeltaFileError
 from gift.factories import ma_adapt, mc_path
 from gift.files.container import read_tensors
 from gift.interop.kohya.interpretation import Told, told
-from gift.interop.kohya.layers import Incompatible, Target, flat, is_layer, lead
+from gift.interop.kohya.layers import Incompatible, Target, elsewhere, flat, is_layer
 from gift.quantization import dequantised
 from gift.strategies import FineTuningStrategy
 
@@ -154,7 +154,7 @@ def _targets(
     absent = []
     for name in names:
         path = flat(rename(name) if rename else name)
-        places = list(known.get(path, known.get(path.removeprefix(lead(net)), {})).values())
+        places = list(known.get(path, known.get(elsewhere(net, path), {})).values())
         layers = [place for place in places if is_layer(place[1])]
         if not places:
             absent.append(name)

@@ -1,0 +1,91 @@
+"""Code that sends the tensors of a module elsewhere by their names, as accelerate's hooks do.
+
+Such code reads a tensor from its module and puts another one in its place: on another device, or on
+the meta device while the module does not run. Of an adapted weight it must see the frozen tensor,
+and its copies for a while come from a state that has all tensors. It treats deltas as it does any
+other tensor, so they are where the module computes.
+"""
+
+from types import FrameType
+
+from torch import nn
+
+from gift.core.delta import named_deltas
+from gift.core.forwards import named_forward_deltas
+from gift.core.weights.record import weight_deltas
+from gift.private.torch import callers
+
+_PACKAGE = "accelerate."
+_STATES = "accelerate.big_modeling"
+
+
+def moves(reader: FrameType | None) -> bool:
+    """Whether a function is called by code that moves what it reads or writes.
+
+    Args:
+        reader: the frame of the function.
+    """
+    caller = None if reader is None else reader.f_back
+    return caller is not None and caller.f_globals.get("__name__", "").startswith(_PACKAGE)
+
+
+def needs_all(network: nn.Module) -> bool:
+    """Whether the ``state_dict`` that is being made is to be all that `network` computes with.
+
+    It may be that of a bigger module, whose ``state_dict`` called this one's.
+
+    Raises:
+        RuntimeError: if its tensors cannot be fetched module by module, or have no values yet.
+    """
+    names = (frame.f_globals.get("__name__") or "" for frame in callers())
+    asking = next((name for name in names if not name.startswith(("gift.", "torch."))), "")
+    if not asking.startswith(_PACKAGE):
+        return False
+    if empty := [m for m, _, delta in named_deltas(network) if delta.is_on_meta(m)]:
+        raise RuntimeError(
+            f"the deltas of {len(empty)} modules are on the meta device, and no checkpoint of the "
+            "base has values for them: load it before enable_fine_tuning"
+        )
+    if asking != _STATES:
+        return False
+    if stuck := _stuck(network):
+        raise RuntimeError(
+            f"{stuck}, which cannot be fetched with each module: call gift.merge(network) before "
+            "offloading, or offload the network without them"
+        )
+    return True
+
+
+def _stuck(network: nn.Module) -> str:
+    """What computes with tensors outside of a module's own ``forward``; empty if nothing does."""
+    tied = [
+        path
+        for path, module in network.named_modules()
+        if any(a.owner not in (None, module) for a in weight_deltas(module).values())
+    ]
+    if tied:
+        return f"{tied} have the delta of a tied tensor"
+    extended = [path for path, _, extension in named_forward_deltas(network) if extension.names]
+    return f"{extended} are extended by deltas" if extended else ""
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the tensors of `module` itself are elsewhere while it does not run."""
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", None) or [hook]  # several, in a sequence
+    return any(getattr(one, "offload", False) is True for one in hooks)
+
+
+def refuse_offloaded(network: nn.Module) -> None:
+    """Refuse what needs the tensors of a network.
+
+    Raises:
+        RuntimeError: if they are elsewhere.
+    """
+    found = [path for path, module in network.named_modules() if is_offloaded(module)]
+    if found:
+        raise RuntimeError(
+            f"the tensors of {len(found)} modules are offloaded by accelerate, the first is "
+            f"{found[0] or 'the network'!r}: call "
+            "accelerate.hooks.remove_hook_from_submodules(network) before this"
+        )
