@@ -1,4 +1,4 @@
-"""kohya files beside LyCORIS and diffusers: the same outputs of the same tensors, both ways."""
+"""kohya files beside formulas, LyCORIS and diffusers: the same of the same tensors, both ways."""
 
 import copy
 import json
@@ -31,11 +31,6 @@ from gift.factories import (
 from gift.network import moved_buffers
 from tests.common import picture
 
-lycoris = pytest.importorskip("lycoris.wrapper")  # of which every version asks for its own torch
-LycorisNetwork, create_lycoris_from_weights = (
-    lycoris.LycorisNetwork,
-    lycoris.create_lycoris_from_weights,
-)
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
 X = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -86,9 +81,12 @@ class Volumes(nn.Module):
         return self.grouped(x.flatten(2, 3))
 
 
-@pytest.fixture(autouse=True)
-def _prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LycorisNetwork, "LORA_PREFIX", "lora_unet")
+@pytest.fixture
+def lycoris(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """LyCORIS, of which every version asks for its own torch."""
+    wrapper = pytest.importorskip("lycoris.wrapper")
+    monkeypatch.setattr(wrapper.LycorisNetwork, "LORA_PREFIX", "lora_unet")
+    return wrapper
 
 
 def randomise(net: nn.Module) -> None:
@@ -107,11 +105,13 @@ def adapted(net: nn.Module, method: str, families: Any = (), **settings: Any) ->
     return net
 
 
-def trained_by_lycoris(net: nn.Module, path: Path, dtype: Any = None, **settings: Any) -> nn.Module:
+def trained_by(
+    lycoris: Any, net: nn.Module, path: Path, dtype: Any = None, **settings: Any
+) -> nn.Module:
     """A copy of `net` with modules of LyCORIS, which writes them to `path`."""
     net = copy.deepcopy(net)
     settings = {"lora_dim": 4, "conv_lora_dim": 4, "alpha": 4, "conv_alpha": 4} | settings
-    network = LycorisNetwork(net, warn_on_unmatched=False, **settings)
+    network = lycoris.LycorisNetwork(net, warn_on_unmatched=False, **settings)
     network.apply_to()
     randomise(network.double())
     network.save_weights(str(path), dtype, {})
@@ -146,9 +146,11 @@ OF_LYCORIS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", OF_LYCORIS.values(), ids=OF_LYCORIS)
-def test_files_of_lycoris_give_its_outputs(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_files_of_lycoris_give_its_outputs(
+    settings: dict[str, Any], lycoris: Any, tmp_path: Path
+) -> None:
     base = UNet().double()
-    theirs = trained_by_lycoris(base, tmp_path / "lora.safetensors", **settings)
+    theirs = trained_by(lycoris, base, tmp_path / "lora.safetensors", **settings)
     ours = copy.deepcopy(base)
     report = load_kohya(ours, tmp_path / "lora.safetensors")
     assert_same(ours, theirs, base, 1e-9)
@@ -158,9 +160,11 @@ def test_files_of_lycoris_give_its_outputs(settings: dict[str, Any], tmp_path: P
 
 @pytest.mark.parametrize("settings", [{"network_module": "lora"}, {"network_module": "loha"}])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_other_convolutions(settings: dict[str, Any], rank: int, tmp_path: Path) -> None:
+def test_other_convolutions(
+    settings: dict[str, Any], rank: int, lycoris: Any, tmp_path: Path
+) -> None:
     base, path = Volumes().double(), tmp_path / "lora.safetensors"
-    theirs = trained_by_lycoris(base, path, conv_lora_dim=rank, conv_alpha=2 * rank, **settings)
+    theirs = trained_by(lycoris, base, path, conv_lora_dim=rank, conv_alpha=2 * rank, **settings)
     ours = copy.deepcopy(base)
     load_kohya(ours, path)
     assert_same(ours, theirs, base, 1e-9)
@@ -193,45 +197,93 @@ KRONECKER: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def through_lycoris(base: nn.Module, path: Path) -> nn.Module:
+def through(lycoris: Any, base: nn.Module, path: Path) -> nn.Module:
     """A copy of `base` with what LyCORIS reads from a file, into modules of float32."""
     net = copy.deepcopy(base)
-    network, tensors = create_lycoris_from_weights(1.0, str(path), net)
+    network, tensors = lycoris.create_lycoris_from_weights(1.0, str(path), net)
     assert len(network.loras) == len({key.partition(".")[0] for key in tensors})
     network.apply_to()
     network.double()
     return net
 
 
-@pytest.mark.parametrize(
-    ("method", "settings"), (BY_GIFT | KRONECKER).values(), ids=BY_GIFT | KRONECKER
+def by_formula(frozen: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    """The weight that these tensors of a file make of a frozen one, as the formats define it."""
+    rank = 0
+
+    def product(left: str, right: str) -> Tensor:
+        nonlocal rank
+        rank = len(parts[right])
+        return parts[left].flatten(1) @ parts[right].flatten(1)
+
+    def factor(name: str) -> Tensor:
+        return parts[name] if name in parts else product(f"{name}_a", f"{name}_b")
+
+    if "lora_up.weight" in parts:
+        delta = product("lora_up.weight", "lora_down.weight")
+    elif "hada_w1_a" in parts:
+        delta = factor("hada_w1") * factor("hada_w2")
+    else:
+        kernel = frozen.shape[2:]
+        left, right = factor("lokr_w1"), factor("lokr_w2").flatten(1)
+        right = right.reshape(len(right), -1, *kernel)
+        delta = torch.kron(left.reshape(*left.shape, *[1] * len(kernel)), right)
+    scale = parts["alpha"].double() / rank if rank else 1.0
+    weight = frozen + scale * delta.reshape(frozen.shape)
+    if "dora_scale" in parts:
+        rows = weight.flatten(1)
+        weight = (rows / rows.norm(dim=1, keepdim=True)).view_as(weight) * parts["dora_scale"]
+    return weight
+
+
+METHODS = BY_GIFT | KRONECKER
+WRITTEN = {f"U-Net, {name}": (UNet, *METHODS[name]) for name in METHODS}
+WRITTEN |= {f"volumes, {name}": (Volumes, *BY_GIFT[name]) for name in BY_GIFT}
+everything_written = pytest.mark.parametrize(
+    ("make", "method", "settings"), WRITTEN.values(), ids=WRITTEN
 )
-def test_gift_and_lycoris_read_what_gift_writes(
-    method: str, settings: dict[str, Any], tmp_path: Path
+
+
+@everything_written
+def test_what_gift_writes_is_what_the_format_defines(
+    make: Callable[[], nn.Module], method: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    base, path = UNet().double(), tmp_path / "lora.safetensors"
-    ours = adapted(base, method, **settings)
+    """And gift reads the same from it."""
+    base, path = make().double(), tmp_path / "lora.safetensors"
+    ours, again = adapted(base, method, **settings), copy.deepcopy(base)
     save_kohya(ours, path)
-    assert_same(ours, through_lycoris(base, path), base, 2e-5)
-    again = copy.deepcopy(base)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        layer, _, part = key.removeprefix("lora_unet_").partition(".")
+        parts.setdefault(layer, {})[part] = tensor
+    for name, module in base.named_modules():
+        if (of_layer := parts.pop(name.replace(".", "_"), None)) is not None:
+            expected, found = by_formula(module.weight, of_layer), ours.get_submodule(name).weight
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            assert not torch.allclose(expected, module.weight, rtol=1e-2, atol=1e-2)
+    assert not parts
     load_kohya(again, path)
     assert_same(again, ours, base, 1e-9)
 
 
-@pytest.mark.parametrize(("method", "settings"), BY_GIFT.values(), ids=BY_GIFT)
-def test_groups_and_other_axes_are_written(
-    method: str, settings: dict[str, Any], tmp_path: Path
+@everything_written
+def test_lycoris_reads_what_gift_writes(
+    make: Callable[[], nn.Module],
+    method: str,
+    settings: dict[str, Any],
+    lycoris: Any,
+    tmp_path: Path,
 ) -> None:
-    base, path = Volumes().double(), tmp_path / "lora.safetensors"
+    base, path = make().double(), tmp_path / "lora.safetensors"
     ours = adapted(base, method, **settings)
     save_kohya(ours, path)
-    assert_same(ours, through_lycoris(base, path), base, 2e-5)
+    assert_same(ours, through(lycoris, base, path), base, 2e-5)
 
 
-def test_files_of_16_bits_are_read_exactly(tmp_path: Path) -> None:
+def test_files_of_16_bits_are_read_exactly(lycoris: Any, tmp_path: Path) -> None:
     """Into factors of float32, beside a base of bfloat16 too."""
     base, path = UNet(), tmp_path / "lora.safetensors"
-    trained_by_lycoris(base.double(), path, torch.float16, network_module="lora")
+    trained_by(lycoris, base.double(), path, torch.float16, network_module="lora")
     file = load_file(path)
     for dtype in (torch.float32, torch.bfloat16):
         net = copy.deepcopy(base).to(dtype)
@@ -276,10 +328,10 @@ def test_linear_layers_and_1x1_convolutions_are_the_same(
     torch.testing.assert_close(net["proj"].weight, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_lokr_splits_rows_and_columns_by_factors_of_their_own(tmp_path: Path) -> None:
+def test_lokr_splits_rows_and_columns_by_factors_of_their_own(lycoris: Any, tmp_path: Path) -> None:
     """LyCORIS splits inputs, not columns: here 4 into 2 x 2, and with them 36 into 2 x 18."""
     base, path = nn.Sequential(nn.Conv2d(4, 320, 3)).double(), tmp_path / "lora.safetensors"
-    theirs = trained_by_lycoris(base, path, network_module="lokr", factor=8)
+    theirs = trained_by(lycoris, base, path, network_module="lokr", factor=8)
     assert load_file(path)["lora_unet_0.lokr_w1"].shape == (8, 2)
     ours = copy.deepcopy(base)
     load_kohya(ours, path)
@@ -373,7 +425,7 @@ def test_layers_with_other_names_are_renamed(tmp_path: Path) -> None:
     assert load_file(path).keys() == tensors.keys()
 
 
-def test_text_encoders_keep_the_names_that_files_have(tmp_path: Path) -> None:
+def test_text_encoders_keep_the_names_that_files_have(double: None, tmp_path: Path) -> None:
     """``text_model``, which transformers has dropped; files without are read as well."""
     config = CLIPTextConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -666,27 +718,27 @@ def test_what_16_bits_cannot_hold(tmp_path: Path) -> None:
     save_kohya(net, tmp_path / "a.safetensors", dtype=torch.bfloat16)
 
 
-def test_alpha_of_zero_is_a_delta_of_zero_for_everybody(tmp_path: Path) -> None:
+def test_alpha_of_zero_is_a_delta_of_zero_for_everybody(lycoris: Any, tmp_path: Path) -> None:
     """LyCORIS and sd-scripts take an alpha of zero for no scaling at all."""
     base, path = UNet().double(), tmp_path / "lora.safetensors"
     save_kohya(adapted(base, "lora", rank=2, lora_alpha=0.0), path)
-    torch.testing.assert_close(through_lycoris(base, path)(X), base(X))
+    torch.testing.assert_close(through(lycoris, base, path)(X), base(X))
 
 
-def test_rows_of_zeros_have_the_magnitude_of_their_update(tmp_path: Path) -> None:
+def test_rows_of_zeros_have_the_magnitude_of_their_update(lycoris: Any, tmp_path: Path) -> None:
     """Gift's DoRA trains them as LoRA does."""
     base, path = UNet().double(), tmp_path / "lora.safetensors"
     with torch.no_grad():
         base.proj_in.weight[3:7] = 0
     ours = adapted(base, "dora")
     save_kohya(ours, path)
-    assert_same(ours, through_lycoris(base, path), base, 2e-5)
+    assert_same(ours, through(lycoris, base, path), base, 2e-5)
 
 
-def test_gift_keeps_what_it_read(tmp_path: Path) -> None:
+def test_gift_keeps_what_it_read(lycoris: Any, tmp_path: Path) -> None:
     """The strategy has registered parts only, so a file of gift's own can name it."""
     base, path = UNet(), tmp_path / "lora.safetensors"
-    trained_by_lycoris(base, path, network_module="lokr", factor=4)
+    trained_by(lycoris, base, path, network_module="lokr", factor=4)
     net, again = copy.deepcopy(base), copy.deepcopy(base)
     load_kohya(net, path)
     gift.save(net, tmp_path / "delta.safetensors")
@@ -713,6 +765,10 @@ def test_diffusers_reads_what_gift_writes(tmp_path: Path) -> None:
             return net(X.float(), 3, torch.ones(2, 5, 12)).sample
 
     ours = adapted(base, "lora", rank=2, lora_alpha=4.0)
+    if diffusers.__version__.startswith("0.33"):  # it reads nothing for layers outside of blocks
+        for name, parameter in ours.named_parameters():
+            if "block" not in name and name.endswith("lora_B"):
+                nn.init.zeros_(parameter)
     save_kohya(ours, path)
     again = copy.deepcopy(base)
     load_kohya(again, path)

@@ -55,11 +55,24 @@ def flat(path: str) -> str:
     return path.replace(".", "_")
 
 
+TEXT = "text_model_"
+
+
 def lead(net: nn.Module) -> str:
     """What stands before the paths of a network's layers in keys.
 
     Files say ``text_model_encoder_...`` for the text encoder; transformers has dropped that module
     from `CLIPTextModel` since.
     """
-    is_clip = plain_class(type(net)).__name__ == "CLIPTextModel"
-    return "text_model_" if is_clip and not hasattr(net, "text_model") else ""
+    return TEXT if _is_text_encoder(net) and not hasattr(net, "text_model") else ""
+
+
+def elsewhere(net: nn.Module, path: str) -> str:
+    """The flat path that a layer of this network has in other versions of transformers."""
+    if not _is_text_encoder(net):
+        return path
+    return path.removeprefix(TEXT) if path.startswith(TEXT) else TEXT + path
+
+
+def _is_text_encoder(net: nn.Module) -> bool:
+    return plain_class(type(net)).__name__ == "CLIPTextModel"

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.adapter import adapters_of, present_tensor
 from gift.enable import enabling_trained
-from gift.exchange.kohya.layers import Misfit, Target, flat, is_layer, lead
+from gift.exchange.kohya.layers import Misfit, Target, elsewhere, flat, is_layer
 from gift.exchange.kohya.meaning import Told, told
 from gift.factories import ma_adapt, mc_path
 from gift.files.container import DeltaFileError, read_tensors
@@ -153,7 +153,7 @@ def _targets(
     absent = []
     for name in names:
         path = flat(rename(name) if rename else name)
-        places = list(known.get(path, known.get(path.removeprefix(lead(net)), {})).values())
+        places = list(known.get(path, known.get(elsewhere(net, path), {})).values())
         layers = [place for place in places if is_layer(place[1])]
         if not places:
             absent.append(name)
