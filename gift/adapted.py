@@ -23,6 +23,7 @@ from gift.generated import Generated, Spec, contributes, generated_class, plain_
 from gift.layers import row_of
 from gift.methods import METHODS
 from gift.methods.base import dotted
+from gift.movers import moves
 from gift.private.torch import is_transformed
 from gift.quantised import is_quantised, same_values
 from gift.reading import one_call
@@ -63,6 +64,9 @@ class AdaptedModule(DeltaModule):
             # that it had made for it, which it takes for the module's own.
             value = generated_class(value.__bases__[0], self._gift_spec)
         if name in self.__dict__.get("_gift_adapters", ()):
+            if name in self._parameters and moves(inspect.currentframe()):  # type: ignore[attr-defined]
+                self._parameters[name] = value  # type: ignore[attr-defined]
+                return
             self._gift_check_new(name, value)
         super().__setattr__(name, value)
 
@@ -181,8 +185,12 @@ def _asks_to_reparametrise(reader: FrameType | None) -> bool:
 
 def _effective(tensor: str) -> property:
     def read(self: Any) -> Any:
-        if not torch.compiler.is_compiling() and _asks_to_reparametrise(inspect.currentframe()):
-            raise _reparametrised(tensor)
+        if not torch.compiler.is_compiling():
+            reader = inspect.currentframe()
+            if moves(reader):
+                return self._gift_frozen(tensor)
+            if _asks_to_reparametrise(reader):
+                raise _reparametrised(tensor)
         weight = self._gift_weight(tensor)
         if torch.compiler.is_compiling() or type(weight) is not Tensor or is_transformed():
             return weight

@@ -18,6 +18,7 @@ from gift.in_place import misfits_in_place
 from gift.leftover import hints_for_strangers, told_leftover
 from gift.meanwhile import refuse_meanwhile
 from gift.methods import AdaptationError
+from gift.movers import is_offloaded, refuse_offloaded
 from gift.network import (
     NetworkRecord,
     install_record,
@@ -215,6 +216,7 @@ def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
             f"{changed} were given another class since (a tensor was parametrised?): undo that "
             "first (remove_parametrizations with leave_parametrized=False)"
         )
+    refuse_offloaded(module)
     record: NetworkRecord = module._gift_network  # type: ignore[assignment]
     if not needs_base:
         return
@@ -241,7 +243,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
             f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
             "enable fine-tuning before sharding"
         )
-    offloaded = [path for path, part in module.named_modules() if _is_offloaded(part)]
+    offloaded = [path for path, part in module.named_modules() if is_offloaded(part)]
     if offloaded:
         raise ValueError(
             f"the weights of {len(offloaded)} modules are offloaded by accelerate, the first is "
@@ -260,12 +262,6 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
                 f"{path or 'the network'} is a {type(part).__name__}: enable fine-tuning on the "
                 "network inside first, then wrap, compile or script it"
             )
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    hook = vars(module).get("_hf_hook")
-    hooks = getattr(hook, "hooks", None) or [hook]  # several, in a sequence
-    return any(getattr(one, "offload", False) is True for one in hooks)
 
 
 def _recipe(strategy: FineTuningStrategy) -> dict[str, Any] | None:

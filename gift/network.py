@@ -6,7 +6,7 @@ import itertools
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Set
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from gift.generated import Generated, Spec, change_class, contributes, joined, p
 from gift.guard import memory_of
 from gift.in_place import keep_values
 from gift.incoming import Incoming
+from gift.movers import asks_for_all, check_movable, refuse_offloaded
 from gift.pretrained import parts_that_save, saving_methods
 from gift.private.torch import callers, loads_strictly
 from gift.quantised import quant_state_names
@@ -130,7 +131,7 @@ class FineTunedNetwork(Generated):
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
-            left = dict(nn.Module.named_parameters(self)) if _drops_frozen_itself() else {}  # type: ignore[arg-type]
+            left = _left_in_state(self)
             _drop_names(self, state, prefix, left)
             if not left and _overrides(self, "state_dict"):
                 _drop_frozen(self, state)
@@ -199,13 +200,23 @@ def _is_averaging() -> bool:
     return asking is not None and asking.f_code is AveragedModel.update_parameters.__code__
 
 
+def _left_in_state(network: Any) -> Collection[str]:
+    """Names of frozen parameters that whoever asks for the state needs in there."""
+    if torch.compiler.is_compiling():
+        return ()
+    if asks_for_all():
+        check_movable(network)
+        return frozen_names(network)
+    return dict(nn.Module.named_parameters(network)) if _drops_frozen_itself() else ()
+
+
 def _drops_frozen_itself() -> bool:
     """Whether `torch.distributed.checkpoint` asks with ``ignore_frozen_params``.
 
     It takes each frozen parameter out of the state by its first name, and it must be in there.
     """
     checkpoint = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    if checkpoint is None or torch.compiler.is_compiling():
+    if checkpoint is None:
         return False
     asking = {checkpoint.get_model_state_dict.__code__, checkpoint.get_state_dict.__code__}
     return any(
@@ -297,6 +308,7 @@ def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
 
 def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: bool) -> Any:
     """Call `load` once to see whether it can be done, and then to do it."""
+    refuse_offloaded(network)
     record: NetworkRecord = network._gift_network
     record.rehearsing = True
     try:

@@ -16,6 +16,7 @@ from gift.files.digests import digest, digests
 from gift.generated import spec_of
 from gift.in_place import misfits_in_place
 from gift.meanwhile import refuse_meanwhile
+from gift.movers import refuse_offloaded
 from gift.network import (
     NetworkRecord,
     delta_names,
@@ -132,7 +133,9 @@ def fine_tuned_part(net: nn.Module) -> Any:
             f"expected a {type(net).__name__} that is being fine-tuned, {what}: call "
             "enable_fine_tuning first, and give one network at a time"
         )
-    return next(iter(found.values()))
+    (part,) = found.values()
+    refuse_offloaded(part)
+    return part
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """accelerate: its loop, its states, and weights that it sends elsewhere."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gift
-from gift import enable_fine_tuning
-from gift.strategies import LoRAAllFineTuningStrategy
+from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
+from gift.factories import ma_adapt, mc_layer, mc_path
+from gift.methods import METHODS
+from gift.strategies import BottleneckFineTuningStrategy, LoRAAllFineTuningStrategy
 from tests.clients._properties import Client
+from tests.common import all_bits, picture, trainable
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from accelerate.utils import set_module_tensor_to_device  # noqa: E402
 
 X = torch.linspace(-1, 1, 256).reshape(16, 16)
 Y = X[:, :2].sin()
@@ -39,9 +44,11 @@ def output(net: nn.Module) -> Tensor:
         return net.eval()(X)
 
 
-def tuned() -> Any:
+def tuned(method: str = "lora") -> Any:
     net = made()
-    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GiftWarning)
+        enable_fine_tuning(net, FineTuningStrategy([(mc_layer(), ma_adapt(method))]))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -96,6 +103,87 @@ def test_a_merged_network_is_offloaded(where: str, tmp_path: Path) -> None:
     offload(merged, where, tmp_path)
     assert any(parameter.is_meta for parameter in merged.parameters())
     torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("where", ["cpu", "disk", "both"])
+def test_a_tuned_network_is_offloaded(where: str, method: str, outer: bool, tmp_path: Path) -> None:
+    """Frozen tensors and deltas are fetched for each module, and come back when hooks go."""
+    net = tuned(method)
+    expected, before, flags = output(net), all_bits(net), trainable(net)
+    state = list(net.state_dict())
+    model = nn.Sequential(net, nn.Identity()) if outer else net
+    if outer and where == "both":
+        accelerate.dispatch_model(model, {"0": "disk", "1": "cpu"}, offload_dir=str(tmp_path))
+    else:
+        offload(model, where, tmp_path)
+    assert net[3].get_parameter("weight").is_meta
+    for _ in range(2):
+        assert torch.equal(output(model), expected)
+    assert list(net.state_dict()) == state
+    for refused in (gift.disable_fine_tuning, gift.merge, gift.reference):
+        with pytest.raises(RuntimeError, match="offloaded by accelerate"):
+            refused(net)
+    with pytest.raises(RuntimeError, match="offloaded by accelerate"):
+        gift.save(net, tmp_path / "deltas.safetensors")
+    with pytest.raises(RuntimeError, match="offloaded by accelerate"):
+        net.load_state_dict({})
+    for entered in (gift.merged, gift.disabled):
+        with pytest.raises(RuntimeError, match="offloaded by accelerate"), entered(net):
+            pass
+    assert torch.equal(output(model), expected)
+    remove_hook_from_submodules(model)
+    assert all_bits(net) == before
+    assert trainable(net) == flags
+    gift.disable_fine_tuning(net)
+    assert all_bits(net) == all_bits(made())
+
+
+def test_moving_an_adapted_weight_moves_the_frozen_tensor() -> None:
+    """The effective one would have the delta added again."""
+    net = tuned()
+    before = all_bits(net)
+    for name in ("weight", "bias", "lora_B"):
+        frozen = net[0].get_parameter(name)
+        set_module_tensor_to_device(net[0], name, "meta")
+        assert net[0].get_parameter(name).is_meta
+        assert net[0].get_parameter(name).requires_grad == frozen.requires_grad
+        set_module_tensor_to_device(net[0], name, "cpu", value=frozen.detach())
+    assert all_bits(net) == before
+    assert trainable(net) == trainable(tuned())
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens))
+
+
+@pytest.mark.filterwarnings("ignore::gift.GiftWarning")
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("net", "strategy", "told"),
+    [
+        (Tied, LoRAAllFineTuningStrategy(rank=1), r"\['head'\] have the delta of a tied tensor"),
+        (made, BottleneckFineTuningStrategy(2, after=mc_path("0")), r"\['0'\] are extended"),
+    ],
+)
+def test_what_cannot_be_fetched_by_module_is_refused(
+    net: Any, strategy: Any, told: str, where: str, tmp_path: Path
+) -> None:
+    """In words, and before any weight was sent elsewhere."""
+    net = net()
+    enable_fine_tuning(net, strategy)
+    before = picture(net)
+    with pytest.raises(RuntimeError, match=told):
+        offload(net, where, tmp_path)
+    assert picture(net) == before
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "dispatch"])

@@ -1,0 +1,81 @@
+"""Code that sends the tensors of a module elsewhere by their names, as accelerate's hooks do.
+
+Such code reads a tensor from its module and puts another one in its place: on another device, or on
+the meta device while the module does not run. Of an adapted weight it must see the frozen tensor,
+and its copies for a while come from a state that has all tensors. It treats deltas as it does any
+other tensor, so they are where the module computes.
+"""
+
+from types import FrameType
+
+from torch import nn
+
+from gift.adapter import adapters_of
+from gift.extension import named_extensions
+from gift.private.torch import callers
+
+_PACKAGE = "accelerate."
+_STATES = "accelerate.big_modeling"
+
+
+def moves(reader: FrameType | None) -> bool:
+    """Whether a function is called by code that moves what it reads or writes.
+
+    Args:
+        reader: the frame of the function.
+    """
+    caller = None if reader is None else reader.f_back
+    return caller is not None and caller.f_globals.get("__name__", "").startswith(_PACKAGE)
+
+
+def asks_for_all() -> bool:
+    """Whether the ``state_dict`` that is being made is to be all that a network is computed from.
+
+    It may be that of a bigger module, whose ``state_dict`` called this one's.
+    """
+    asking = (name for frame in callers() if (name := frame.f_globals.get("__name__")))
+    outside = (name for name in asking if not name.startswith(("gift.", "torch.")))
+    return next(outside, None) == _STATES
+
+
+def check_movable(network: nn.Module) -> None:
+    """Refuse what cannot be fetched module by module.
+
+    Raises:
+        RuntimeError: if a module computes with tensors outside of its own ``forward``.
+    """
+    tied = [
+        path
+        for path, module in network.named_modules()
+        if any(a.owner not in (None, module) for a in adapters_of(module).values())
+    ]
+    extended = [path for path, _, extension in named_extensions(network) if extension.names]
+    if tied or extended:
+        what = "have the delta of a tied tensor" if tied else "are extended by deltas"
+        raise RuntimeError(
+            f"{tied or extended} {what}, which cannot be fetched with each module: call "
+            "gift.merge(network) before offloading"
+            + ("" if tied else ", or offload the network without them")
+        )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the tensors of `module` itself are elsewhere while it does not run."""
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", None) or [hook]  # several, in a sequence
+    return any(getattr(one, "offload", False) is True for one in hooks)
+
+
+def refuse_offloaded(network: nn.Module) -> None:
+    """Refuse what needs the tensors of a network.
+
+    Raises:
+        RuntimeError: if they are elsewhere.
+    """
+    found = [path for path, module in network.named_modules() if is_offloaded(module)]
+    if found:
+        raise RuntimeError(
+            f"the tensors of {len(found)} modules are offloaded by accelerate, the first is "
+            f"{found[0] or 'the network'!r}: call "
+            "accelerate.hooks.remove_hook_from_submodules(network) before this"
+        )
