@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 import gift.adapted  # contributes what adapted modules gain
 import gift.quantised.layers  # noqa: F401 - and what those of bitsandbytes do
 from gift.adapter import Adapter, adapters_of, present_tensor
-from gift.delta import add_lazy_tensor, add_tensor, added_names, remove_tensor
+from gift.delta import add_lazy_tensor, add_tensor, added_names, has_attribute, remove_tensor
 from gift.generated import change_class, joined, plain_class
 from gift.iterator import named_parts
 from gift.layers import LayerRow, LayoutOptions, layout_of, row_of
@@ -46,7 +46,7 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
         _check_shape(adapter, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
     adapter.names = {key: prefix + key for key in values}
-    taken = [name for name in adapter.names.values() if hasattr(module, name)]
+    taken = [name for name in adapter.names.values() if has_attribute(module, name)]
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which the delta would hide")
     install(module, tensor, adapter)

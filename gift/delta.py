@@ -74,21 +74,34 @@ def held(module: nn.Module, name: str) -> dict[str, Any]:
     return module._buffers if name in module._buffers else module._parameters
 
 
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """Whether `module` has an attribute, whatever an author's ``__getattr__`` answers."""
+    holders = (vars(module), module._parameters, module._buffers, module._modules)
+    return any(name in holder for holder in holders) or hasattr(type(module), name)
+
+
 def add_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Let `module` hold a tensor, as the buffer or parameter that a method made it."""
     if isinstance(value, nn.Buffer):
-        module.register_buffer(name, value, persistent=value.persistent)
+        _add_buffer(module, name, value, value.persistent)
     else:
         parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-        module.register_parameter(name, parameter)
+        module._parameters[name] = parameter
 
 
 def add_lazy_tensor(module: nn.Module, name: str, like: Tensor) -> None:
     """The same for a tensor without shape yet; `like` says whether it will be a buffer."""
     if isinstance(like, nn.Buffer):
-        module.register_buffer(name, UninitializedBuffer(), persistent=like.persistent)
+        _add_buffer(module, name, UninitializedBuffer(), like.persistent)
     else:
-        module.register_parameter(name, UninitializedParameter())  # type: ignore[arg-type]
+        module._parameters[name] = UninitializedParameter()  # type: ignore[assignment]
+
+
+# Registering asks the module for the name, and a permissive ``__getattr__`` has all names.
+def _add_buffer(module: nn.Module, name: str, value: Tensor, persistent: bool) -> None:
+    module._buffers[name] = value
+    if not persistent:
+        module._non_persistent_buffers_set.add(name)
 
 
 def remove_tensor(module: nn.Module, name: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.delta import Delta, DeltaModule, add_tensor, put_values
+from gift.delta import Delta, DeltaModule, add_tensor, has_attribute, put_values
 from gift.generated import Generated, Spec, change_class, contributes, plain_class
 from gift.methods import AdaptationError
 from gift.methods.settings import Configured, dtype_of
@@ -252,7 +252,7 @@ def extend_module(module: nn.Module, method: CallMethod, path: str = "") -> None
     with torch.inference_mode(False), torch.no_grad():
         values = method.init(module)
     names = {key: f"{method.name}_{key}" for key in values}
-    taken = [name for name in names.values() if hasattr(module, name)]
+    taken = [name for name in names.values() if has_attribute(module, name)]
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which this would hide")
     for key, value in values.items():

@@ -156,7 +156,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if torch.compiler.is_compiling():
         return
     for network in tuple(_WATCHED):
-        record: Any = getattr(network, "_gift_network", None)
+        record: Any = vars(network).get("_gift_network")
         if record is None or record.told_unfrozen or not (found := unfrozen(network)):
             continue
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -18,7 +18,7 @@ from torch import nn
 
 from gift.delta import named_deltas
 from gift.errors import GiftWarning
-from gift.generated import Generated, Spec, contributes
+from gift.generated import Generated, Spec, contributes, plain_class
 
 
 def saving_methods(plain: type) -> dict[str, Any]:
@@ -32,7 +32,8 @@ def saving_methods(plain: type) -> dict[str, Any]:
 
 def parts_that_save(network: nn.Module) -> Iterator[nn.Module]:
     """The modules inside `network` that can save themselves as models."""
-    return (m for m in network.modules() if m is not network and hasattr(m, "save_pretrained"))
+    parts = (module for module in network.modules() if module is not network)
+    return (part for part in parts if hasattr(plain_class(type(part)), "save_pretrained"))
 
 
 @contributes

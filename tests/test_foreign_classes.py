@@ -1,10 +1,12 @@
 """Classes of any layout, metaclass and way of being copied, as networks and as layers."""
 
 import copy
+import json
 import pickle
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import pytest
@@ -12,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import gift
-from gift.strategies import LoRAAllFineTuningStrategy
+from gift.factories import mc_path
+from gift.strategies import (
+    BitFitFineTuningStrategy,
+    BottleneckFineTuningStrategy,
+    DoRAAllFineTuningStrategy,
+    FullFineTuningStrategy,
+    IA3AllFineTuningStrategy,
+    LoRAAllFineTuningStrategy,
+)
+from tests.common import picture
 
 Item = TypeVar("Item")
 
@@ -337,3 +348,102 @@ def test_get_parameter_of_the_author() -> None:
     gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=2))
     assert net.get_parameter("bias") is net.inner.bias
     assert net.inner.get_parameter("weight") is net.inner._parameters["weight"]
+
+
+class Anything:
+    """What has every attribute, and can be called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
+ANSWERS = {"nothing": None, "a function": lambda *args, **kwargs: None, "anything": Anything()}
+
+
+def _answering(base: type, answer: str, *arguments: Any) -> Any:
+    """A module with an answer for each name that is not there; its inner modules', if "inner"."""
+
+    class Answering(base):  # type: ignore[misc,valid-type]
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                # Torch itself asks before a module is complete.
+                if name.startswith("__") or "complete" not in vars(self):
+                    raise
+                if answer != "inner":
+                    return ANSWERS[answer]
+                for module in self.children():
+                    return getattr(module, name)
+                raise
+
+    made = Answering(*arguments)
+    vars(made)["complete"] = True
+    return made
+
+
+ANSWERED: dict[str, Any] = {
+    "lora": LoRAAllFineTuningStrategy(rank=1),
+    "dora": DoRAAllFineTuningStrategy(rank=1),
+    "ia3": IA3AllFineTuningStrategy(),
+    "bottleneck": BottleneckFineTuningStrategy(2, after=mc_path("3")),
+    "whole": FullFineTuningStrategy(),
+    "biases": BitFitFineTuningStrategy(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::gift.GiftWarning")
+@pytest.mark.parametrize("name", ANSWERED)
+@pytest.mark.parametrize("answer", [*ANSWERS, "inner"])
+def test_modules_with_an_answer_for_every_name(answer: str, name: str, tmp_path: Path) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return _answering(
+            nn.Sequential, answer,
+            _answering(nn.Conv2d, answer, 3, 4, 3), nn.Flatten(),
+            _answering(nn.Sequential, answer, _answering(nn.Linear, answer, 144, 8), nn.ReLU()),
+            _answering(nn.Linear, answer, 8, 4),
+        )  # fmt: skip
+
+    net, x, strategy = build(), torch.randn(2, 3, 8, 8), ANSWERED[name]
+    before, start = net(x), picture(net)
+    gift.plan_fine_tuning(net, strategy)
+    assert picture(net) == start
+    gift.enable_fine_tuning(net, strategy)
+    assert torch.equal(net(x), before)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):  # the first step may move one factor alone
+        net(x).square().sum().backward()
+        optimizer.step()
+    found = net(x)
+    assert not torch.allclose(found, before)
+    gift.save(net, tmp_path / "delta.safetensors")
+    fresh = build()
+    gift.load(fresh, tmp_path / "delta.safetensors")
+    assert torch.equal(fresh(x), found)
+    assert torch.equal(copy.deepcopy(net)(x), found)
+    assert torch.equal(gift.reference(net)(x), found)
+    with gift.merged(net):
+        torch.testing.assert_close(net(x), found)
+    with gift.disabled(net):
+        assert torch.equal(net(x), before)
+    assert torch.equal(net(x), found)
+    gift.disable_fine_tuning(net)
+    assert torch.equal(net(x), before)
+
+
+@pytest.mark.filterwarnings("ignore::gift.GiftWarning")
+@pytest.mark.parametrize("answer", [*ANSWERS, "inner"])
+def test_an_answer_for_every_name_is_no_configuration(answer: str, tmp_path: Path) -> None:
+    """Files of others, which tell where a network came from, if it knows."""
+    net = _answering(nn.Sequential, answer, _answering(nn.Linear, answer, 8, 4))
+    gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    gift.save_peft(net, tmp_path / "adapter")
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert told.get("base_model_name_or_path") is None
+    gift.save_kohya(net, tmp_path / "delta.safetensors")

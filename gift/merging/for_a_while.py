@@ -100,7 +100,7 @@ def _written(net: nn.Module) -> Iterator[Tensor]:
     """Buffers, and parameters that an optimizer or a forward pass writes to."""
     for module in net.modules():
         # Embeddings with a largest norm scale the rows that they look up.
-        scaled = getattr(module, "max_norm", None) is not None
+        scaled = vars(module).get("max_norm") is not None
         held: list[Any] = [p for p in module._parameters.values() if p is not None]
         held = [p for p in held if scaled or p.requires_grad]
         held += [buffer for buffer in module._buffers.values() if buffer is not None]

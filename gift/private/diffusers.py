@@ -10,4 +10,5 @@ def source_of(network: Any) -> str | None:
     without either it is not known, and files that would name it do not.
     """
     config = getattr(network, "config", None)
-    return getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+    told = (getattr(config, name, None) for name in ("name_or_path", "_name_or_path"))
+    return next((name for name in told if name and isinstance(name, str)), None)
