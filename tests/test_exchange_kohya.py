@@ -414,6 +414,7 @@ def test_layers_with_other_names_are_renamed(tmp_path: Path) -> None:
     tuned = adapted(base, "lora", families=["linear"])
     save_kohya(tuned, path)
     tensors = {k.replace("attn1", "input_blocks_4"): t for k, t in load_file(path).items()}
+    path = tmp_path / "renamed.safetensors"
     save_file(tensors, path)
     before = picture(base)
     with pytest.raises(ValueError, match=r"4 layers, the first is input_blocks_4.*rename="):
@@ -438,6 +439,7 @@ def test_text_encoders_keep_the_names_that_files_have(double: None, tmp_path: Pa
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in tensors
     tokens = torch.arange(5)[None]
     for name in ("lora_te_text_model_", "lora_te_"):
+        path = tmp_path / f"{name}.safetensors"  # the other one may still be mapped
         save_file({k.replace("lora_te_text_model_", name): t for k, t in tensors.items()}, path)
         again = copy.deepcopy(base)
         load_kohya(again, path, prefix="lora_te_")
