@@ -66,6 +66,10 @@ def refusal(base: Any, asked: dict[str, Any]) -> str:
     """The words that a model is refused with, as it makes caches that have no room for a prompt."""
     if asked.get("use_cache", True) and getattr(base.config, "cache_implementation", None):
         return "given a HybridCache of fixed length.*use a dynamic cache"  # before 4.56
+    if asked.get("use_cache", True) and not base.config.is_encoder_decoder:
+        cache = getattr(base(torch.tensor([[3]])), "past_key_values", None)
+        if isinstance(cache, tuple) and isinstance(cache[0], Tensor):  # CTRL in transformers 4
+            return "a tuple, which gift does not know|nothing tells whether 3 are those of virtual"
     return ""
 
 
@@ -121,7 +125,8 @@ def test_it_writes_as_a_loop_made_by_hand(kind: str, head: str) -> None:
     written, logits = [], []
     for _ in range(8):
         mask = torch.ones(x.shape[:2]).long()
-        logits.append(base(inputs_embeds=x, attention_mask=mask, use_cache=False).logits[:, -1])
+        given = x.clone()  # which CTRL scales in place
+        logits.append(base(inputs_embeds=given, attention_mask=mask, use_cache=False).logits[:, -1])
         written.append(without_end(logits[-1]).argmax(-1))
         x = torch.cat([x, words(written[-1])[:, None]], 1)
     for asked in ({}, {"use_cache": False}):

@@ -51,6 +51,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Jamba": {"num_key_value_heads": 1, "use_mamba_kernels": False, "attn_layer_period": 2,
               "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2,
               "mamba_d_state": 4, "mamba_dt_rank": 2, "num_hidden_layers": 4},
+    "CTRL": {"dff": 12},
     **dict.fromkeys(("Bart", "Marian", "Pegasus"), PARTS),
 }  # fmt: skip
 
@@ -141,4 +142,4 @@ EACH_SEQUENCE = [
 # Other families, of which some keep windows of the last tokens, states, or both.
 NEIGHBOURS = [(kind, "ForCausalLM") for kind in (
     "Qwen2", "Gemma3", "Mistral", "Mixtral", "GPTNeoX", "Falcon", "Phi", "Mamba2", "Jamba",
-)]  # fmt: skip
+)] + [("CTRL", "LMHeadModel")]  # fmt: skip
