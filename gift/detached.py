@@ -14,6 +14,7 @@ from gift.delta import added_names, held
 from gift.enable import check_undoable
 from gift.frozen import HELD, hold_flags
 from gift.generated import Spec, generated_class, plain_class, set_class, spec_of
+from gift.holders import refuse_held_elsewhere
 from gift.interrupts import switching
 from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
@@ -74,7 +75,8 @@ class Detached:
         """Put it back, onto the base as it is now.
 
         Raises:
-            RuntimeError: if layers are of another class than they were; nothing is changed then.
+            RuntimeError: if layers are of another class than they were, or another network that is
+                being fine-tuned holds a parameter; nothing is changed then.
         """
         modules = [frame.module for frame in self.frames]
         if changed := [m for m, cls in zip(modules, self.plain, strict=True) if type(m) is not cls]:
@@ -83,6 +85,7 @@ class Detached:
                 f"{names} were parametrised, or changed in their class in another way: deltas "
                 "cannot be put back onto them before that is undone"
             )
+        refuse_held_elsewhere(self.network)
         undo = self.record.undo
         # Flags are those of the base, whoever set them since: no delta has others to go back to.
         undo.requires_grad = [

@@ -14,6 +14,7 @@ from gift.claims import sizes_of
 from gift.delta import added_names, held
 from gift.errors import GiftWarning
 from gift.generated import joined, spec_of
+from gift.holders import misfits_in_memory, refuse_held_elsewhere
 from gift.in_place import misfits_in_place
 from gift.leftover import hints_for_strangers, told_leftover
 from gift.meanwhile import refuse_meanwhile
@@ -237,6 +238,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
     refuse_meanwhile(module, "merged", "computing rows")
+    refuse_held_elsewhere(module)
     sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
     if sharded:
         raise ValueError(
@@ -314,6 +316,11 @@ def _apply(
         raise AdaptationError(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged, as it trains "
             "what must stay frozen:\n  " + "\n  ".join(wrong)
+        )
+    if wrong := misfits_in_memory(module, snapshot):
+        raise AdaptationError(
+            f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "
+            + "\n  ".join(wrong)
         )
     # Of tied ones the first name.
     report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]

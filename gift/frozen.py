@@ -8,6 +8,7 @@ Nobody can be kept from setting the flag of a parameter itself; that is noticed,
 """
 
 import warnings
+from threading import RLock
 from typing import Any
 from weakref import WeakSet
 
@@ -139,6 +140,7 @@ def tell_unfrozen(network: Any) -> None:
 
 
 _WATCHED: WeakSet[nn.Module] = WeakSet()
+_watching = RLock()  # threads enable networks of their own
 _hooks: list[Any] = []
 
 
@@ -147,15 +149,22 @@ def watch(network: nn.Module) -> None:
 
     Calls of a network are not enough: others call its methods, or its parts.
     """
-    _WATCHED.add(network)
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+    with _watching:
+        _WATCHED.add(network)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def fine_tuned_networks() -> tuple[nn.Module, ...]:
+    """All networks that are being fine-tuned now."""
+    with _watching:
+        return tuple(_WATCHED)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for network in tuple(_WATCHED):
+    for network in fine_tuned_networks():
         record: Any = vars(network).get("_gift_network")
         if record is None or record.told_unfrozen or not (found := unfrozen(network)):
             continue
@@ -166,7 +175,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def release_flags(network: nn.Module) -> None:
     """Undo `hold_flags`."""
-    _WATCHED.discard(network)
+    with _watching:
+        _WATCHED.discard(network)
     for module in network.modules():
         if is_held(module):
             del module.__dict__[HELD]

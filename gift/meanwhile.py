@@ -25,6 +25,11 @@ def meanwhile(modules: Iterable[nn.Module], state: str) -> Iterator[None]:
                 _now[module] = other
 
 
+def modules_meanwhile() -> tuple[nn.Module, ...]:
+    """All modules that are in such a state now."""
+    return tuple(_now)
+
+
 def refuse_meanwhile(module: nn.Module, *states: str) -> None:
     """Refuse what cannot be done to a network in these states; all if none is named.
 

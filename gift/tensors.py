@@ -73,6 +73,15 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return bits is not None and torch.equal(one.detach().view(bits), other.detach().view(bits))
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor of torch's own kind with memory and a shape."""
+    kind = type(tensor)
+    own = kind is nn.Parameter or kind is Tensor or (
+        not is_lazy(tensor) and type(tensor.data) is Tensor
+    )  # fmt: skip
+    return own and tensor.layout is torch.strided and not tensor.is_meta
+
+
 def is_expanded(tensor: Tensor) -> bool:
     """Whether several of its elements share memory, so that torch refuses to write to it."""
     return tensor.layout is torch.strided and any(

@@ -1,0 +1,192 @@
+"""One memory that several tensors show: it takes one fate.
+
+A tensor with several names is one tensor, see `gift.ties`. Here are tensors of their own that share
+memory: a view of another one, a buffer or an attribute that shows a weight; and a parameter of two
+networks. What becomes of it in one place is not known to the other.
+"""
+
+import gc
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gift.adapter import adapters_of
+from gift.frozen import fine_tuned_networks
+from gift.generated import joined, plain_class
+from gift.layers import row_of
+from gift.meanwhile import modules_meanwhile
+from gift.private.torch import storage_key
+from gift.quantised import is_quantised
+from gift.report import some
+from gift.tensors import is_plain
+from gift.transaction import Snapshot
+
+
+class Holder(NamedTuple):
+    """Where a tensor stands.
+
+    Args:
+        module, name: the module, and the name there.
+        tensor: the tensor.
+        kind: "parameter", "buffer" or "attribute".
+    """
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    kind: str
+
+
+def misfits_in_memory(network: nn.Module, before: Snapshot) -> list[str]:
+    """What shares memory with an adapted weight, or a trained one, and is to stay what it is.
+
+    Args:
+        network: to which the caps were applied.
+        before: what it was before.
+    """
+    groups: dict[int, list[Holder]] = {}
+    for holder in _holders(before):
+        groups.setdefault(storage_key(holder.tensor), []).append(holder)
+    if not (shared := [group for group in groups.values() if len(group) > 1]):
+        return []
+    paths = {module: path for path, module in network.named_modules()}
+    adapted = {
+        id(module._parameters.get(tensor)) for module in paths for tensor in adapters_of(module)
+    }
+    wrong = []
+    for group in shared:
+        there = [holder for holder in group if holder.module in paths]
+        for one, other in _overlapping(there):
+            fates = [(_fate(h, adapted), joined(paths[h.module], h.name)) for h in (one, other)]
+            fates.sort(key=lambda fate: fate[0] not in ("adapted", "trained"))
+            if _contradict(*(fate for fate, _ in fates)):
+                wrong.append(", ".join(f"{name} is {fate}" for fate, name in fates))
+    if not wrong:
+        return []
+    return [
+        f"these share memory, and one would not be what fine-tuning makes of the other: "
+        f"{some(wrong, 5)}. Hold one parameter under both names, which is then tied; or give one "
+        "of them memory of its own (.clone()); or leave both to the same cap"
+    ]
+
+
+def _holders(before: Snapshot) -> Iterator[Holder]:
+    seen: set[int] = set()
+    for module, name, kept in before.parameters:
+        if id(kept.tensor) not in seen and is_plain(kept.tensor):
+            seen.add(id(kept.tensor))
+            yield Holder(module, name, kept.tensor, "parameter")
+    for module, name, kept in before.buffers:
+        if is_plain(kept.tensor):
+            yield Holder(module, name, kept.tensor, "buffer")
+    for module, _, state, _ in before.modules:
+        if _WITHOUT_TENSORS.issuperset(map(type, state.values())):  # most modules
+            continue
+        for name, value in state.items():
+            for tensor in _attributes(module, value):
+                yield Holder(module, name, tensor, "attribute")
+
+
+_WITHOUT_TENSORS = {bool, int, float, str, type(None), set, dict, OrderedDict}  # as attributes
+
+
+def _attributes(module: nn.Module, value: Any) -> Iterator[Tensor]:
+    """The tensors in an attribute, but for lists of weights that are made anew when adapted."""
+    if isinstance(value, Tensor):
+        found: Iterable[Any] = (value,)
+    elif isinstance(value, list | tuple):
+        row = row_of(plain_class(type(module)))
+        found = () if row is not None and row.mixin is not None else value
+    else:
+        return
+    yield from (t for t in found if isinstance(t, Tensor) and is_plain(t))
+
+
+def _fate(holder: Holder, adapted: set[int]) -> str:
+    if holder.kind != "parameter":
+        return f"a plain {holder.kind}" if holder.kind == "attribute" else "a buffer"
+    if id(holder.tensor) in adapted:
+        return "adapted"
+    return "trained" if holder.tensor.requires_grad else "frozen"
+
+
+def _contradict(one: str, other: str) -> bool:
+    """Whether two fates of one memory are not both had; what is trained in place is seen by all who
+    show it, but a parameter that is frozen shall not move.
+    """
+    return ("adapted" in (one, other) and one != other) or {one, other} == {"trained", "frozen"}
+
+
+def _overlapping(holders: Iterable[Holder]) -> Iterator[tuple[Holder, Holder]]:
+    """Pairs of tensors of one storage that show an element of it both."""
+    spans = sorted(((*_span(h.tensor), h) for h in holders), key=lambda span: span[:2])
+    for number, (_, end, one) in enumerate(spans):
+        for start, _, other in spans[number + 1 :]:
+            if start >= end:
+                break
+            if _share(one.tensor, other.tensor):
+                yield one, other
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its storage, and that after the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps) if tensor.numel() else -1
+    first, size = int(tensor.storage_offset()), tensor.element_size()
+    return first * size, (first + last + 1) * size
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors whose spans overlap have an element in common."""
+    gapless = one.is_contiguous() and other.is_contiguous()
+    if gapless or one.element_size() != other.element_size():
+        return True
+    count = one.untyped_storage().nbytes() // one.element_size()
+    places = torch.arange(count, device="cpu")
+    shown = torch.zeros(count, dtype=torch.bool, device="cpu")
+    own, others = (places.as_strided(t.shape, t.stride(), t.storage_offset()) for t in (one, other))
+    shown[own.reshape(-1)] = True
+    return bool(shown[others.reshape(-1)].any())
+
+
+def refuse_held_elsewhere(network: nn.Module) -> None:
+    """Refuse a network of which another one that is being fine-tuned holds a parameter.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    if _held_elsewhere(network) is None:
+        return
+    gc.collect()  # the other one may be gone
+    if found := _held_elsewhere(network):
+        name, other = found
+        raise RuntimeError(
+            f"{name} is a parameter of another {plain_class(type(other)).__name__} as well, which "
+            "is being fine-tuned: merging or disabling one would change the base of the other. "
+            "Fine-tune a module that has both (nn.ModuleList([a, b])), or give one a copy"
+        )
+
+
+def _held_elsewhere(network: nn.Module) -> tuple[str, nn.Module] | None:
+    inside = set(network.modules())
+    others = [m for m in (*fine_tuned_networks(), *modules_meanwhile()) if m not in inside]
+    if not others:
+        return None
+    own = {id(p): name for name, p in nn.Module.named_parameters(network)}
+    for other in others:
+        for parameter in _base_of(other):
+            # Of quantised tensors nothing is changed, and references hold the same.
+            if id(parameter) in own and not is_quantised(parameter):
+                return own[id(parameter)], other
+    return None
+
+
+def _base_of(other: Any) -> Iterable[Any]:
+    """The parameters of the base of another network."""
+    record = vars(other).get("_gift_network")
+    if record is None:  # as it is disabled for a while
+        return nn.Module.parameters(other)
+    return (module._parameters.get(name) for module, name, _ in record.undo.requires_grad)
