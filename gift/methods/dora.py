@@ -123,8 +123,9 @@ def _linear(
     dropped = dropped_inputs(method, x, training)
     ratio = method.ratio(product.matrix.to(parameters["lora_A"].dtype), parameters)
 
+    # Quoted, as the compiler of torch 2.6 makes no unions.
     def lora(
-        x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, dropped: Tensor | None
+        x: Tensor, bias: "Tensor | None", left: Tensor, right: Tensor, dropped: "Tensor | None"
     ) -> Tensor:
         return low_rank_product(x, product, bias, (left, right), dropped, form=method.form)
 
@@ -137,7 +138,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     adapter = self._gift_adapters["weight"]
     method, parameters = adapter.delta_of(self)
 
-    def lora(x: Tensor, left: Tensor, right: Tensor, dropped: Tensor | None) -> Any:
+    def lora(x: Tensor, left: Tensor, right: Tensor, dropped: "Tensor | None") -> Any:  # quoted too
         return low_rank_conv(self, x, (left, right), dropped, method.form)
 
     if is_usual(self) and self.groups == 1:

@@ -102,7 +102,8 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
         return convolve(self, seen, frozen, bias)
 
-    def compute(x: Tensor, bias: Tensor | None) -> Tensor:
+    # Quoted, as the compiler of torch 2.6 makes no unions.
+    def compute(x: Tensor, bias: "Tensor | None") -> Tensor:
         return convolve(self, x, frozen, bias)
 
     return rescaled(compute(input, bias), factor, bias, compute, (input, bias), -1 - axes)
