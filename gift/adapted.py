@@ -59,7 +59,7 @@ class AdaptedModule(DeltaModule):
             raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "__class__" and value is self._gift_plain and _is_parametrized(value):
+        if name == "__class__" and value is self._gift_plain and is_parametrized(value):
             # The last parametrization was removed: torch gives the module the base of the class
             # that it had made for it, which it takes for the module's own.
             value = generated_class(value.__bases__[0], self._gift_spec)
@@ -142,7 +142,7 @@ def _put_back(module: Any, tensor: str) -> bool:
     return True
 
 
-def _is_parametrized(cls: type) -> bool:
+def is_parametrized(cls: type) -> bool:
     """Whether it is a class that torch made for one module, with properties for its tensors."""
     return cls.__module__ == parametrize.__name__
 
@@ -250,7 +250,7 @@ def _adapted_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
     if fast := _fast_forward(plain, spec):
         mixins.append(fast)
     namespace: dict[str, Any] = {tensor: _effective(tensor) for tensor, _ in spec.tensors}
-    if _is_parametrized(plain):
+    if is_parametrized(plain):
         namespace["_gift_delete"] = _take_property
     if hasattr(plain, "reset_parameters"):
         namespace["reset_parameters"] = _reset_parameters

@@ -1,6 +1,6 @@
 """A fine-tuning that was taken off its network, and can be put back on."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gift.adapted import is_parametrized
 from gift.adapter import adapters_of
 from gift.delta import added_names, held
 from gift.enable import check_undoable
@@ -19,6 +20,7 @@ from gift.interrupts import switching
 from gift.meanwhile import meanwhile
 from gift.network import NetworkRecord, remove_record
 from gift.quantised import as_packed
+from gift.report import some
 from gift.statistics import kept_modes
 from gift.tensors import set_data, set_flag, with_data
 from gift.transaction import OWN, ModuleUndo, completed, place_of, tensor_of, transaction
@@ -58,7 +60,7 @@ class Detached:
         self.held = [(m, vars(m)[HELD]) for m in network.modules() if HELD in vars(m)]
         remove_record(network)
         replace(undo, values=[]).apply(network)
-        self.plain = [type(frame.module) for frame in self.frames]
+        self.plain = [_unparametrized(type(frame.module)) for frame in self.frames]
         replaced = _replaced(undo.modules, self.changes)
         self.replaced = [(base, new, place_of(base)) for base, new in replaced]
         # Tensors change their memory: writing to it would spoil graphs that wait for `backward`.
@@ -71,21 +73,36 @@ class Detached:
         values = [value for *_, value in self.record.undo.values]
         return [(kept[1], value) for kept, value in zip(self.values, values, strict=True)]
 
+    def _refuse(self) -> None:
+        """Refuse a base on which this cannot be put."""
+        found = {module: name for name, module in self.network.named_modules()}
+        changed = {
+            frame.module
+            for frame, plain in zip(self.frames, self.plain, strict=True)
+            if _unparametrized(type(frame.module)) is not plain
+        }
+        if tuned := [str(found.get(m)) for m in changed if spec_of(m) != Spec()]:
+            raise RuntimeError(
+                f"{some(tuned)} are being fine-tuned by another strategy: disable that first"
+            )
+        gone = {m for m, name, _ in self.record.undo.values
+                if name not in m._parameters and name not in m._buffers}  # fmt: skip
+        if names := [found.get(m) for m in (*changed, *gone)]:
+            raise RuntimeError(
+                f"{names} were parametrised where they are trained in place, or changed in their "
+                "class in another way: deltas cannot be put back onto them before that is undone"
+            )
+        refuse_held_elsewhere(self.network)
+
     def attach(self) -> None:
         """Put it back, onto the base as it is now.
 
         Raises:
-            RuntimeError: if layers are of another class than they were, or another network that is
-                being fine-tuned holds a parameter; nothing is changed then.
+            RuntimeError: if layers are of another class than they were, or are fine-tuned by
+                another strategy; if what was trained in place is computed now; if another network
+                that is being fine-tuned holds a parameter. Nothing is changed then.
         """
-        modules = [frame.module for frame in self.frames]
-        if changed := [m for m, cls in zip(modules, self.plain, strict=True) if type(m) is not cls]:
-            names = [name for name, m in self.network.named_modules() if m in changed]
-            raise RuntimeError(
-                f"{names} were parametrised, or changed in their class in another way: deltas "
-                "cannot be put back onto them before that is undone"
-            )
-        refuse_held_elsewhere(self.network)
+        self._refuse()
         undo = self.record.undo
         # Flags are those of the base, whoever set them since: no delta has others to go back to.
         undo.requires_grad = [
@@ -99,9 +116,10 @@ class Detached:
             change.apply()
         for frame in self.frames:
             frame.apply()
-        for module, name, flag in self.flags:
-            if (parameter := module._parameters.get(name)) is not None:
-                parameter.requires_grad = flag
+        flags = {(id(module), name): flag for module, name, flag in self.flags}
+        for module, name, parameter in _parameters(self.network):
+            # What computes a weight since is frozen, as the weight was.
+            set_flag(parameter, flags.get((id(module), name), False))
         for (module, name, now), dtype, (tensor, data, flag, grad) in zip(
             undo.values, self.dtypes, self.values, strict=True
         ):
@@ -149,16 +167,19 @@ class _Frame:
     def apply(self) -> None:
         module = self.module
         set_class(module, generated_class(plain_class(type(module)), self.spec))
-        module.__dict__.update(self.own)
+        # What computed a tensor may do so no more.
+        own = {k: v for k, v in self.own.items() if k in OWN or k in module.__dict__}
+        module.__dict__.update(own)
         if spec_of(module).statistics:  # they stand still again, in the mode that was asked for
             module.__dict__["_gift_mode"] = module.training
             module.training = False
         device, dtype = _place_of_base(module)
         # Base tensors are what they are now: they may have been moved, and deltas follow.
-        _put_among(module._parameters, self.parameters)
-        _put_among(module._buffers, self.buffers)
-        _put_among(module._load_state_dict_post_hooks, self.hooks)
-        for name in added_names(module) if device is not None else ():
+        added = added_names(module)
+        _put_among(module._parameters, self.parameters, added)
+        _put_among(module._buffers, self.buffers, added)
+        _put_among(module._load_state_dict_post_hooks, self.hooks, self.hooks)
+        for name in added if device is not None else ():
             delta = held(module, name)[name]
             cast = dtype != self.place[1] and delta.is_floating_point()
             data = delta.data.to(device=device, dtype=dtype if cast else None)
@@ -177,12 +198,19 @@ def _place_of_base(module: nn.Module) -> tuple[torch.device | None, torch.dtype 
     return next((tensor.device for tensor in own), None), next(dtypes, None)
 
 
-def _put_among(now: dict[Any, Any], then: dict[Any, Any]) -> None:
-    """Let `now` have what `then` had more, in its order."""
+def _put_among(now: dict[Any, Any], then: dict[Any, Any], names: Container[Any]) -> None:
+    """Let `now` have what `then` had under these names, and have the order of `then`."""
     present = {**now}
     now.clear()
-    now.update({key: present.pop(key, value) for key, value in then.items()})
+    for key, value in then.items():
+        if key in present or key in names:
+            now[key] = present.pop(key, value)
     now.update(present)
+
+
+def _unparametrized(cls: type) -> type:
+    """A class without what torch makes of it for a layer with parametrizations."""
+    return cls.__base__ if is_parametrized(cls) else cls  # type: ignore[return-value]
 
 
 @switching

@@ -238,6 +238,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
     refuse_meanwhile(module, "merged", "computing rows")
+    refuse_meanwhile(module, itself=False)  # a part would go back to what it was
     refuse_held_elsewhere(module)
     sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
     if sharded:

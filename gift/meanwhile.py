@@ -30,14 +30,19 @@ def modules_meanwhile() -> tuple[nn.Module, ...]:
     return tuple(_now)
 
 
-def refuse_meanwhile(module: nn.Module, *states: str) -> None:
+def refuse_meanwhile(module: nn.Module, *states: str, itself: bool = True) -> None:
     """Refuse what cannot be done to a network in these states; all if none is named.
+
+    Args:
+        module: the network.
+        states: the states.
+        itself: whether the module counts, or parts of it alone.
 
     Raises:
         RuntimeError: if `module`, or a part of it, is in one now.
     """
     for path, part in module.named_modules() if _now else ():
-        state = _now.get(part)
+        state = _now.get(part) if itself or path else None
         if state is not None and (not states or state in states):
             name = path or f"this {type(part).__name__}"
             raise RuntimeError(f"{name} is {state} for a while: do this after the with block")

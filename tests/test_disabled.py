@@ -303,16 +303,6 @@ def test_under_inference_mode() -> None:
     assert all_bits(net) == all_bits(base)
 
 
-def test_a_layer_that_is_parametrised_inside() -> None:
-    """Its delta has nothing to stand beside any more."""
-    net = enabled(mlp())
-    block = disabled(net)
-    block.__enter__()
-    nn.utils.parametrizations.weight_norm(net[0])
-    with pytest.raises(RuntimeError, match=r"\['0'\] were parametrised"):
-        block.__exit__(None, None, None)
-
-
 def test_hooks_fire_for_both() -> None:
     net, seen = enabled(mlp()), []
     net[0].register_forward_hook(lambda *args: seen.append(args[2].detach()))
