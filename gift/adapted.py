@@ -19,6 +19,7 @@ from torch.utils.weak import TensorWeakRef
 from gift.adapter import Adapter, is_sharded, plain_tensor
 from gift.delta import DeltaModule, as_plain
 from gift.effective import EffectiveWeight, refused
+from gift.fast.transforms import overridable
 from gift.generated import Generated, Spec, contributes, generated_class, plain_class
 from gift.layers import row_of
 from gift.methods import METHODS
@@ -268,4 +269,6 @@ def _fast_forward(plain: type, spec: Spec) -> type | None:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: import the file that registers it first")
     fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
-    return None if fast is None else type("FastForward", (Generated,), {"forward": fast})
+    if fast is None:
+        return None
+    return type("FastForward", (Generated,), {"forward": overridable(fast)})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from gift import disable_fine_tuning, enable_fine_tuning
 from gift.methods import METHODS
@@ -241,3 +242,66 @@ def test_a_network_that_is_cast_after_enabling(method: str) -> None:
     got.sum().backward()
     scale = expected.abs().max().item()
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.05 * scale)
+
+
+class Marked(Tensor):
+    """Of another library: functions of torch give this class, and keep where it came from."""
+
+    came_from = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs)
+        if type(found) is Marked:
+            found.came_from = next((a.came_from for a in args if type(a) is Marked), "")
+        return found
+
+
+class Unwilling(Tensor):
+    """Of a library that knows the functions of torch alone."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (getattr(func, "__module__", "") or "torch").startswith("torch"):
+            return NotImplemented
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6)),
+    "linear of a batch": (lambda: nn.Linear(6, 4), (2, 3, 6)),
+    "conv1d of transformers": (lambda: Conv1D(4, 6), (2, 3, 6)),
+    "conv2d": (lambda: nn.Conv2d(4, 4, 3), (2, 4, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(4, 4, 2), (2, 4, 3, 3, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3), (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("layer", FOREIGN)
+@everywhere
+def test_tensors_of_other_libraries(method: str, layer: str) -> None:
+    """They come out as they go in, may be written into, and have the gradients of plain ones."""
+    make, shape = FOREIGN[layer]
+    torch.manual_seed(0)
+    net = make()
+    enable(net, method)
+    train(net)
+    values = torch.randn(shape)
+
+    def gradients(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        net.zero_grad()
+        y = net(x := x.detach().requires_grad_() * 1)
+        y += 1
+        y.as_subclass(Tensor).square().sum().backward()
+        return y, [parameter.grad.clone() for parameter in net.parameters()]
+
+    expected, wanted = gradients(values)
+    marked = values.as_subclass(Marked)
+    marked.came_from = "a scanner"
+    found, theirs = gradients(marked)
+    assert (type(found), found.came_from) == (Marked, "a scanner")
+    torch.testing.assert_close(found.as_subclass(Tensor), expected)
+    torch.testing.assert_close(theirs, wanted)
+    unwilling = net(values.as_subclass(Unwilling))
+    assert type(unwilling) is Unwilling
+    torch.testing.assert_close(unwilling.as_subclass(Tensor) + 1, expected)

@@ -2,10 +2,13 @@
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gift.private.torch import OVERRIDES_NOTHING
 
 
 def autocasts(kind: str) -> bool:
@@ -41,3 +44,28 @@ def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, T
             return backward(ctx, g)
 
     return run
+
+
+def overridable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator for the forward pass of a layer: tensors of other libraries override it.
+
+    As they do with ``F.linear``: their class sees one function, computed with plain tensors, and
+    makes its own of what that gives. In an autograd function it would make a view.
+    """
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        cls: Any = type(args[0] if args else next(iter(kwargs.values()), None))
+        if cls is Tensor or torch.compiler.is_compiling() or not _overrides(cls):
+            return forward(self, *args, **kwargs)
+        found = cls.__torch_function__(MethodType(forward, self), (cls,), args, kwargs)
+        return forward(self, *args, **kwargs) if found is NotImplemented else found
+
+    return run
+
+
+def _overrides(cls: type) -> bool:
+    """Whether tensors of that class override functions of torch."""
+    if cls is nn.Parameter or not issubclass(cls, Tensor):
+        return False
+    return cls.__torch_function__ is not OVERRIDES_NOTHING
