@@ -52,16 +52,25 @@ def note_copy(weight: str, of: Tensor, result: Any) -> None:
     Args:
         weight: its name.
         of: the weight, or a view of it.
-        result: what was computed; a number or a vector of a matrix is no copy of it.
+        result: what was computed; several tensors, as of a decomposition, or an array of NumPy.
     """
     if (calls := calls_so_far()) is None or torch.compiler.is_compiling():
         return
-    if isinstance(result, Tensor) and result.is_floating_point() and result.dim() >= of.dim():
+    if _is_copy(of, result):
         _COPIED.frames = {id(frame): frame.f_code for frame in callers()}
         _COPIED.weight, _COPIED.calls = weight, calls
         if not _hooks:
             _hooks.append(register_module_module_registration_hook(_module_joins))
             _hooks.append(register_module_parameter_registration_hook(_parameter_joins))
+
+
+def _is_copy(of: Tensor, result: Any) -> bool:
+    """Whether a weight can be made again of what was computed: not of its norms, or a mask."""
+    if isinstance(result, list | tuple):
+        return any(_is_copy(of, one) for one in result)
+    if isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex()):
+        return False
+    return getattr(result, "ndim", -1) >= of.ndim
 
 
 def _module_joins(parent: nn.Module, name: str, module: nn.Module | None) -> None:

@@ -129,6 +129,45 @@ def test_a_norm_that_is_folded_in() -> None:
     torch.testing.assert_close(into_a_new_layer(gift.merge(net))(x), expected)
 
 
+def two_factors(net: Any) -> None:
+    """As those who make a layer smaller."""
+    u, sizes, v = torch.linalg.svd(net[0].weight.detach())
+    first, second = nn.Linear(8, 4, bias=False), nn.Linear(4, 8)
+    with torch.no_grad():
+        first.weight.copy_(v[:4])
+        second.weight.copy_(u[:, :4] * sizes[:4])
+    net[0] = nn.Sequential(first, second)
+
+
+def some_rows(net: Any) -> None:
+    made = nn.Linear(8, 4)
+    made.weight.data = net[0].weight.data[:4] * 1
+    net.set_submodule("0", made)
+
+
+def by_numpy(net: Any) -> None:
+    made = nn.Linear(8, 8)
+    made.weight.data = torch.from_numpy(net[0].weight.detach().numpy() * 2)
+    net[0] = made
+
+
+def by_its_state(net: Any) -> None:
+    made = nn.Linear(8, 8)
+    made.load_state_dict({"weight": net[0].weight, "bias": net[0].bias})
+    net[0] = made
+
+
+@pytest.mark.parametrize("surgery", [two_factors, some_rows, by_numpy, by_its_state])
+def test_a_layer_that_is_made_from_an_adapted_one(surgery: Callable[[Any], None]) -> None:
+    net, x = enabled(nn.Sequential(nn.Linear(8, 8))), torch.randn(3, 8)
+    expected, before = net(x), picture(net)
+    with pytest.raises(RuntimeError, match=r"Linear.weight is adapted.*gift.merge\(network\)"):
+        surgery(net)
+    assert picture(net) == before
+    assert torch.equal(net(x), expected)
+    surgery(gift.merge(net))
+
+
 MODELS = ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repghostnet_050", "levit_128s"]
 
 
@@ -171,9 +210,10 @@ def test_a_layer_that_was_made_of_nothing() -> None:
 def test_a_layer_after_a_look_at_weights() -> None:
     net = tuned()
     shape, norm, rows = net[1].weight.shape, net[1].weight.norm(), net[1].weight.norm(dim=1)
+    mask = net[1].weight > 0
     dtype, device = net[1].weight.data.dtype, net[1].weight.data.device
     assert norm > 0
-    assert len(rows) == 2
+    assert len(rows) == len(mask) == 2
     joins(net, nn.Linear(shape[1], 4, dtype=dtype, device=device))
 
 
