@@ -24,7 +24,9 @@ CONSTRAINTS = Path("constraints.txt")
 
 # What differs between versions of what gift is built on.
 DIFFERS = ["matrix", "state", "torch_features", "files*", "fast_*", "prompt*", "exchange_*"]
-DIFFERS += ["bottleneck_state", "*trainers", "quantised*", "peft_parity", "distributed"]
+DIFFERS += ["bottleneck*", "*trainers", "quantised*", "peft_parity", "distributed", "bank*"]
+DIFFERS += ["foreign_*", "frozen", "ties", "writes_*", "read_*", "saved_by_*", "state_*"]
+DIFFERS += ["schedules*", "private", "compiled_first", "merging"]
 
 # Packages that torch pins, or caps, differently in each of its versions.
 RANGES = ["torch", "torchvision", "setuptools"]

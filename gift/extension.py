@@ -197,7 +197,7 @@ def _extended_parts(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]
     cells = dict(zip(made.__code__.co_freevars, made.__closure__, strict=True))
     namespace = {
         "forward": forward,
-        "_gift_arguments": _argument_names(plain),
+        "_gift_arguments": argument_names(plain),
         "__classcell__": cells["generated"],
     }
     if _generates(plain):
@@ -220,7 +220,7 @@ def _generates(plain: type) -> bool:
     return callable(getattr(plain, "generate", None))
 
 
-def _argument_names(plain: Any) -> tuple[str, ...]:
+def argument_names(plain: Any) -> tuple[str, ...]:
     """What the arguments of a class's forward are called that can be given by position."""
     parameters = list(inspect.signature(plain.forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -16,6 +16,7 @@ from torchvision.models import resnet18
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -245,14 +246,19 @@ def llama() -> Any:
 
 @pytest.mark.parametrize("make", [bert, gpt2, llama])
 @pytest.mark.parametrize("length", [4, 7, 8])
-def test_language_models_with_tied_heads(make: Callable[[], nn.Module], length: int) -> None:
+def test_language_models_with_tied_heads(
+    make: Callable[[], nn.Module], length: int, double: None
+) -> None:
     """Positions are the same for all rows, also where there are as many as rows."""
     bank = bank_of(make().double())
     x = torch.randint(0, 50, (4, length))
     mask = torch.ones_like(x)
     mask[1, -1] = 0
     check(bank, lambda net: net(x).logits)
-    check(bank, lambda net: net(input_ids=x, attention_mask=mask).logits)
+    check(bank, lambda net: net(attention_mask=mask, input_ids=x).logits)
+    if make is not bert:  # positions first, as in `generate` of transformers 4
+        positions = torch.arange(length)[None]
+        check(bank, lambda net: net(position_ids=positions, input_ids=x).logits)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
@@ -267,8 +273,10 @@ def test_language_models_with_tied_heads(make: Callable[[], nn.Module], length: 
     ],
     ids=str,
 )
-def test_generation(make: Callable[[], Any], options: dict[str, Any]) -> None:
+def test_generation(make: Callable[[], Any], options: dict[str, Any], double: None) -> None:
     """Whatever is generated for a row is what its delta alone would generate."""
+    if not hasattr(GenerationConfig(), "disable_compile"):  # which 4.48 does not do
+        options = {name: value for name, value in options.items() if name != "disable_compile"}
     bank = bank_of(make().double())
     for length in (3, 4):  # one of them is the number of rows
         x = torch.randint(1, 48, (4, length))

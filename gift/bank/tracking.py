@@ -26,6 +26,8 @@ from gift.bank.axes import (
     name_of,
     permuted,
 )
+from gift.calls.arguments import in_order
+from gift.extension import argument_names
 
 
 class Hook:
@@ -109,7 +111,7 @@ class Tracking(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inside.append(module)
         if len(self._inside) == 1:
-            self._begin(module, [*_tensors(args), *_tensors(kwargs)])
+            self._begin(module, [*_tensors(in_order(argument_names(type(module)), args, kwargs))])
         self.was_called = True
 
     def _leave(self, *_: Any) -> None:

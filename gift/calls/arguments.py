@@ -7,10 +7,10 @@ from gift.extension import Forward, where
 from gift.methods import AdaptationError
 
 
-def in_order(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments of a call in the order in which the forward of an extended module has them."""
-    known = [kwargs[name] for name in module._gift_arguments if name in kwargs]
-    return [*args, *known, *kwargs.values()]
+def in_order(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call in the order of `names`, which are those of a forward."""
+    known = [kwargs[name] for name in names if name in kwargs]
+    return [*args, *known, *(value for name, value in kwargs.items() if name not in names)]
 
 
 class Arguments:

@@ -124,7 +124,8 @@ class Bottleneck(CallMethod):
         """``h'``."""
         beside = None
         if self.parallel:  # before the module, which may change its input in place
-            x = first_tensor(in_order(module, args, kwargs))
+            names: Any = module._gift_arguments
+            x = first_tensor(in_order(names, args, kwargs))
             if x is None:
                 raise AdaptationError(f"{where(module, self.name)} takes no tensor")
             beside = self._delta(module, parameters, x, "down_weight", "takes")
