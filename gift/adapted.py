@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 from gift.adapter import Adapter, is_sharded, plain_tensor
 from gift.delta import DeltaModule, as_plain
 from gift.effective import EffectiveWeight, refused
-from gift.fast.transforms import overridable
+from gift.fast.transforms import for_every_tensor
 from gift.generated import Generated, Spec, contributes, generated_class, plain_class
 from gift.layers import row_of
 from gift.methods import METHODS
@@ -271,4 +271,4 @@ def _fast_forward(plain: type, spec: Spec) -> type | None:
     fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
     if fast is None:
         return None
-    return type("FastForward", (Generated,), {"forward": overridable(fast)})
+    return type("FastForward", (Generated,), {"forward": for_every_tensor(fast)})

@@ -305,3 +305,22 @@ def test_tensors_of_other_libraries(method: str, layer: str) -> None:
     unwilling = net(values.as_subclass(Unwilling))
     assert type(unwilling) is Unwilling
     torch.testing.assert_close(unwilling.as_subclass(Tensor) + 1, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@everywhere
+def test_nested_tensors(method: str, layout: torch.layout) -> None:
+    """As each of the tensors in them, with their gradients."""
+    torch.manual_seed(0)
+    net, parts = nn.Linear(6, 4), [torch.randn(3, 6), torch.randn(5, 6)]
+    enable(net, method)
+    train(net)
+    found = net(torch.nested.nested_tensor(parts, layout=layout)).unbind()
+    expected = [net(part) for part in parts]
+    torch.testing.assert_close(list(found), expected)
+    given, wanted = (
+        torch.autograd.grad(torch.cat(outputs).square().sum(), list(net.parameters()))
+        for outputs in (list(found), expected)
+    )
+    torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-3)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gift.generated import plain_class
 from gift.private.torch import OVERRIDES_NOTHING
 
 
@@ -46,17 +47,25 @@ def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, T
     return run
 
 
-def overridable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorator for the forward pass of a layer: tensors of other libraries override it.
+def for_every_tensor(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator for a fast path in the place of a layer's forward pass: it takes what that takes.
 
-    As they do with ``F.linear``: their class sees one function, computed with plain tensors, and
-    makes its own of what that gives. In an autograd function it would make a view.
+    Tensors of other libraries override it, as they do with ``F.linear``: their class sees one
+    function, computed with plain tensors, and makes its own of what that gives. In an autograd
+    function it would make a view. Nested tensors have no other shape, which fast paths ask for: the
+    layer computes with its effective weight.
     """
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        cls: Any = type(args[0] if args else next(iter(kwargs.values()), None))
-        if cls is Tensor or torch.compiler.is_compiling() or not _overrides(cls):
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and x.is_nested:
+            plain: Any = plain_class(type(self))
+            return plain.forward(self, *args, **kwargs)
+        cls: Any = type(x)
+        if cls is Tensor or not _overrides(cls):
             return forward(self, *args, **kwargs)
         found = cls.__torch_function__(MethodType(forward, self), (cls,), args, kwargs)
         return forward(self, *args, **kwargs) if found is NotImplemented else found
