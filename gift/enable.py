@@ -30,6 +30,7 @@ from gift.network import (
 from gift.noted import drop_empty_note, renew_note
 from gift.report import Report, some
 from gift.strategies.base import Cap, FineTuningStrategy
+from gift.threads import changing
 from gift.transaction import Snapshot, all_or_nothing, tensor_of, transaction
 from gift.walk import Walk, closest_names
 
@@ -155,6 +156,7 @@ def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
     return report
 
 
+@changing
 def disable_fine_tuning(module: nn.Module) -> nn.Module:
     """Give back the base network bit for bit: classes, names, values, ``requires_grad``, modes.
 

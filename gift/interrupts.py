@@ -3,7 +3,8 @@
 A handler such as that of Ctrl-C may raise between any two steps. While a change is under way, every
 handler that is written in Python is therefore replaced by one that takes a note of the signal; when
 the change is complete, or undone, the handlers stand again and get what arrived. Python runs
-handlers in the main thread alone, so other threads need none of this.
+handlers in the main thread alone, so other threads need none of this; what they do meanwhile is
+the matter of `gift.threads`.
 
 Handlers run between bytecodes: when a function begins, after a call and at the end of a turn of a
 loop. A signal may so arrive when `__exit__` has begun, before its first line. The replaced handler
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from types import CodeType, FrameType
 from typing import Any, ParamSpec, Self, TypeVar
+
+from gift.threads import alone, network_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -142,22 +145,23 @@ class held_interrupts:
 class _Switch(ContextDecorator):
     """A ``with`` block in which a network is another one: signals wait at both of its ends."""
 
-    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]], network: Any) -> None:
         self._make = make
+        self._network = network
         self._manager: AbstractContextManager[Any] | None = None
 
     def _recreate_cm(self) -> Self:
-        return type(self)(self._make)
+        return type(self)(self._make, self._network)
 
     def __enter__(self) -> Any:
         self._manager = manager = self._make()
         if not _is_main():
-            return manager.__enter__()
+            return self._enter(manager)
         hold = held_interrupts()
         hold.__enter__()
         try:
             _watching.append(self)
-            value = manager.__enter__()
+            value = self._enter(manager)
         except BaseException as error:
             if self in _watching:
                 _watching.remove(self)
@@ -176,13 +180,21 @@ class _Switch(ContextDecorator):
     def __exit__(self, *error: Any) -> bool | None:
         assert self._manager is not None
         if not _is_main():
-            return self._manager.__exit__(*error)
+            return self._leave(self._manager, *error)
         with held_interrupts():
             try:
-                return self._manager.__exit__(*error)
+                return self._leave(self._manager, *error)
             finally:
                 if self in _watching:
                     _watching.remove(self)
+
+    def _enter(self, manager: AbstractContextManager[Any]) -> Any:
+        with alone(self._network):
+            return manager.__enter__()
+
+    def _leave(self, manager: AbstractContextManager[Any], *error: Any) -> bool | None:
+        with alone(self._network, insists=True):
+            return manager.__exit__(*error)
 
 
 def switching(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
@@ -191,7 +203,7 @@ def switching(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContext
 
     @functools.wraps(function)
     def switch(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-        return _Switch(lambda: make(*args, **kwargs))
+        return _Switch(lambda: make(*args, **kwargs), network_of(args, kwargs))
 
     return switch
 

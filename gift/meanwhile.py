@@ -27,7 +27,7 @@ def meanwhile(modules: Iterable[nn.Module], state: str) -> Iterator[None]:
 
 def modules_meanwhile() -> tuple[nn.Module, ...]:
     """All modules that are in such a state now."""
-    return tuple(_now)
+    return tuple(m for known in _now.keyrefs() if (m := known()) is not None)
 
 
 def refuse_meanwhile(module: nn.Module, *states: str, itself: bool = True) -> None:

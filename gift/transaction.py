@@ -38,6 +38,7 @@ from gift.frozen import HELD
 from gift.generated import plain_class, set_class
 from gift.guard import KeptValues, parts_of
 from gift.interrupts import held_interrupts
+from gift.private.torch import as_called
 from gift.statistics import release_statistics
 from gift.tensors import is_expanded, same_bits, set_data, set_flag
 
@@ -255,6 +256,8 @@ class Snapshot:
         self, network: nn.Module, objects: Iterable[Any] = (), writes: Iterable[Tensor] = ()
     ) -> None:
         states = [(m, type(m), dict(attributes_of(m))) for m in network.modules()]
+        for *_, state in states:
+            as_called(state)  # a thread that changes it keeps others from calling it
         self.modules = [(m, cls, state, _contents(state)) for m, cls, state in states]
         slots = {cls: _slots(cls) for _, cls, _ in states}
         self.slots = [(slot, m, _value(slot, m)) for m, cls, _ in states for slot in slots[cls]]

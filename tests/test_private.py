@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -28,6 +29,7 @@ from gift.methods import AdaptationError
 from gift.methods.draws import seeded_buffer, sorted_entries
 from gift.private import torch as private
 from gift.private.diffusers import source_of
+from gift.private.python import frames_of_threads
 from gift.strategies import LoRAAllFineTuningStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
@@ -543,3 +545,11 @@ def test_nothing_that_gift_does_imports_the_compiler() -> None:
         cwd=ROOT.parent,
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_without_stacks_no_thread_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change then waits for nobody, as it did before."""
+    own = threading.get_ident()
+    assert "frames_of_threads" in frames_of_threads()[own].f_code.co_name
+    monkeypatch.delattr(sys, "_current_frames")
+    assert frames_of_threads() == {}

@@ -30,6 +30,7 @@ from gift.network import NetworkRecord, delta_names, frozen_names, whole_state
 from gift.quantised import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.tensors import is_finite
+from gift.threads import changing
 from gift.transaction import all_or_nothing, completed, transaction
 
 
@@ -87,6 +88,7 @@ class DeltaBank:
         """The name of the delta that the network wears, None while it is the base."""
         return self._active
 
+    @changing
     def add(
         self,
         name: str,
@@ -146,6 +148,7 @@ class DeltaBank:
         config = self.net._gift_network.recipe or resolve(self.net).to_config()
         return load_strategy_from_config(config)
 
+    @changing
     def activate(self, name: str | None) -> None:
         """Let the network wear the delta of that name, or none: the base.
 
@@ -163,6 +166,7 @@ class DeltaBank:
             if name is not None:
                 self._put_on(name)
 
+    @changing
     def remove(self, name: str) -> None:
         """Forget a delta; if the network wears it, it is the base then."""
         self._known(name)
@@ -172,6 +176,7 @@ class DeltaBank:
                 self._take_off()
             del self._deltas[name]
 
+    @changing
     def scale(self, name: str, factor: float) -> None:
         """Make a delta `factor` times as strong as it is, exactly.
 
@@ -183,6 +188,7 @@ class DeltaBank:
         with self._wearing(name):
             scale(self.net, factor)
 
+    @changing
     def combine(
         self, weights: Mapping[str, float], name: str = "combined", rank: int | None = None
     ) -> Combination:
@@ -230,6 +236,8 @@ class DeltaBank:
         order, or by a mask computed from data, which reads them in one order and writes them in
         another. Nor has a row a result of its own if rows are mixed, as by a mean over the batch.
 
+        It is for the thread that opens it; calls by another one are an error.
+
         Args:
             names: for each row of the batch the name of its delta, or None for the base.
             dim: the axis of the batch in what layers get.
@@ -273,7 +281,7 @@ class DeltaBank:
                 f"{self._active!r} was taken off or merged without the bank, which forgets it (if "
                 "it was merged, the others were trained for another base)",
                 GiftWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             self._active = self._worn = None
         if self._active is not None and worn is not self._worn:

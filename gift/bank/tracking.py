@@ -1,5 +1,6 @@
 """What the rows of a batch become inside a network: which tensors have them, and where."""
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -67,6 +68,7 @@ class Tracking(TorchFunctionMode):
         self.batch = n_rows
         self.sizes = {n_rows}  # of batches: beam search repeats rows, each right after itself
         self.was_called = False
+        self._thread = threading.get_ident()
         self._inside: list[nn.Module] = []
         self._same = WeakTensorKeyDictionary()
         self._axes = WeakTensorKeyDictionary()  # of rows, if not `dim`; None is unknown
@@ -109,13 +111,19 @@ class Tracking(TorchFunctionMode):
         self._followed[tensor] = True
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                f"{type(module).__name__} is computing rows for another thread: rows differ in the "
+                "thread of the with block alone"
+            )
         self._inside.append(module)
         if len(self._inside) == 1:
             self._begin(module, [*_tensors(in_order(argument_names(type(module)), args, kwargs))])
         self.was_called = True
 
     def _leave(self, *_: Any) -> None:
-        self._inside.pop()
+        if threading.get_ident() == self._thread:
+            self._inside.pop()
 
     def _begin(self, module: nn.Module, inputs: list[Tensor]) -> None:
         """The first input has the batch; others of another size are the same for all rows."""

@@ -15,9 +15,11 @@ from gift.merging.weights import effective, write
 from gift.network import remove_record
 from gift.quantised import is_quantised, requantised
 from gift.statistics import release_statistics
+from gift.threads import changing
 from gift.transaction import transaction
 
 
+@changing
 def merge(net: nn.Module) -> nn.Module:
     """Fold the deltas into the weights; gives the plain network, trained, with nothing of gift.
 
@@ -92,7 +94,7 @@ def _warn(losses: dict[str, float]) -> None:
             f"these: relative to the delta, the error is {mean(losses.values()):.1%} on average "
             f"and {losses[worst]:.1%} at most ({worst})",
             GiftWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -37,6 +37,7 @@ PARTS = (
     "torch.nn.LSTM._init_flat_weights",
     "torch.Tensor._version",
     "torch.UntypedStorage._cdata",
+    "torch.nn.Module._call_impl",
 )
 """Dotted paths of what this file needs and any torch has. Others are parts of instances, or of some
 builds alone: the tests of the functions below tell."""
@@ -436,3 +437,52 @@ def loads_strictly() -> bool:
     load = nn.Module.load_state_dict.__code__
     frame = next((frame for frame in callers() if frame.f_code is load), None)
     return frame is not None and frame.f_locals.get("strict") is True
+
+
+_COMPILED_CALL = "_compiled_call_impl"
+
+
+class _Instead:
+    """What is called instead of a module for a while; then it does what the module does."""
+
+    def __init__(self, module: nn.Module, first: Callable[[], bool]) -> None:
+        self.module = module
+        self.first: Callable[[], bool] | None = first
+        self.compiled = module.__dict__.get(_COMPILED_CALL)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if self.first is not None and self.first():
+            return type(module).__call__(module, *args, **kwargs)
+        return (self.compiled or module._call_impl)(*args, **kwargs)
+
+    def take_out(self, state: dict[str, Any]) -> None:
+        """Let the state of the module have what was there."""
+        if self.compiled is None:
+            del state[_COMPILED_CALL]
+        else:
+            state[_COMPILED_CALL] = self.compiled
+
+
+@contextlib.contextmanager
+def instead_of_calls(module: nn.Module, first: Callable[[], bool]) -> Iterator[None]:
+    """Within it, calls of a module do something first, and begin anew if that gives True.
+
+    A hook would not do: when hooks run, the forward method is chosen already. Where torch has no
+    place for a compiled call, calls are as ever.
+    """
+    instead = _Instead(module, first)
+    if hasattr(nn.Module, _COMPILED_CALL):
+        module.__dict__[_COMPILED_CALL] = instead
+    try:
+        yield
+    finally:
+        instead.first = None
+        as_called(module.__dict__)
+
+
+def as_called(state: dict[str, Any]) -> None:
+    """Let the state of a module have nothing of `instead_of_calls`."""
+    instead = state.get(_COMPILED_CALL)
+    if isinstance(instead, _Instead):
+        instead.take_out(state)
