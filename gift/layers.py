@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gift.errors import AdaptationError
 from gift.private.torch import CONV, CONV_TRANSPOSE, FlatWeights, knows_recurrent
+from gift.weak import known_by_class
 
 ConvLayout = Literal["balanced", "out_as_h"]
 
@@ -275,7 +276,7 @@ def row_of(cls: type) -> LayerRow | None:
     return _row_of(cls, "transformers.pytorch_utils" in sys.modules)
 
 
-@lru_cache(maxsize=512)
+@known_by_class
 def _row_of(cls: type, with_transformers: bool) -> LayerRow | None:
     # That package may be imported after a first look, hence the second argument.
     return next((row for row in LAYERS if row.matches(cls)), None)

@@ -3,7 +3,6 @@
 No package is imported here: a tensor of a package can be met only where somebody has imported that.
 """
 
-import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from gift.errors import AdaptationError
 from gift.quantised import bitsandbytes, torchao
 from gift.quantised.rows import QuantisedRow
+from gift.weak import known_by_class
 
 QUANTISED: tuple[QuantisedRow, ...] = (*torchao.ROWS, *bitsandbytes.ROWS)
 
@@ -179,6 +179,6 @@ def _row_for(tensor: Any) -> QuantisedRow | None:
     return row if row is not None and row.holds(tensor) else None
 
 
-@functools.cache
+@known_by_class
 def _row_of(cls: type) -> QuantisedRow | None:
     return next((row for row in QUANTISED if row.matches(cls)), None)
