@@ -53,6 +53,7 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     add = add_lazy_tensor if is_lazy(frozen) else add_tensor
     for key, value in values.items():
         add(module, adapter.names[key], value)
+    adapter.note_source(module, tensor)
     if isinstance(frozen, nn.Parameter):
         frozen.requires_grad = False
 

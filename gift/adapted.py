@@ -70,6 +70,8 @@ class AdaptedModule(DeltaModule):
                 return
             self._gift_check_new(name, value)
         super().__setattr__(name, value)
+        if name in self.__dict__.get("_gift_adapters", ()):
+            self._gift_note_sources()
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Register a parameter as `nn.Module` does, unless its values are a delta's already."""
@@ -100,6 +102,25 @@ class AdaptedModule(DeltaModule):
             name = f"{plain_class(type(self)).__name__}.{tensor}"
             raise refused(name, "assigning to it")
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._gift_note_sources()
+
+    def _gift_copied(self) -> None:
+        super()._gift_copied()
+        self._gift_note_sources()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        self._gift_note_sources()
+        return result
+
+    def _gift_note_sources(self) -> None:
+        """Frozen tensors are elsewhere now, and what was derived from them is still right."""
+        for tensor, adapter in self._gift_adapters.items():
+            if adapter.method.derives:
+                adapter.note_source(self, tensor)  # type: ignore[arg-type]
+
     def __delattr__(self, name: str) -> None:
         if name in self._gift_adapters:  # what reparametrises a weight begins like this
             raise _reparametrised(name)
@@ -114,6 +135,7 @@ class AdaptedModule(DeltaModule):
             del vars(self)["_gift_loading"]
         for tensor in changed:
             self._gift_adapters[tensor].follow(self, tensor)
+        self._gift_note_sources()
 
     def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
         """Whether a state brings other values for a frozen tensor from which a delta was made."""

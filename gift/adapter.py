@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Adapter(Delta):
             theirs, and the module its owner.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
         memory: where the effective weight was when it was read last.
+        source: of what a method derived from the frozen tensor, see `note_source`.
     """
 
     method: Method = field(kw_only=True)
@@ -42,10 +43,37 @@ class Adapter(Delta):
     follows: tuple[str, ...] = ()
     reads_alike: bool = True
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
+    source: "_Source | None" = field(default=None, compare=False, repr=False)
 
     def delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
         """The method and its parameters for the adapted tensor of `module`."""
-        return self.method, self.tensors(module)
+        parameters = self.tensors(module)
+        if self.source is not None and not torch.compiler.is_compiling():
+            parameters |= self._derived_anew(module, self.source, parameters)
+        return self.method, parameters
+
+    def note_source(self, module: nn.Module, tensor: str) -> None:
+        """Note from which frozen tensor the method derived parameters, if it did.
+
+        Others may put another tensor in its place for a call, as `torch.func.functional_call` does.
+        """
+        frozen, derives = module._parameters.get(tensor), self.method.derives
+        if frozen is not None and derives and _is_plain(frozen) and not is_lazy(frozen):
+            derived = self.tensors(module)[derives[0]]
+            self.source = _Source(tensor, frozen.data_ptr(), id(derived))
+
+    def _derived_anew(
+        self, module: nn.Module, source: "_Source", parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the method derives from another tensor in the place of its own; else nothing."""
+        if id(parameters[self.method.derives[0]]) != source.derived:
+            self.note_source(module, source.tensor)  # both were moved, or both are others
+            return {}
+        frozen: Any = module._parameters.get(source.tensor)
+        if not _is_plain(frozen) or source.is_of(frozen):
+            return {}
+        assert self.layout is not None
+        return self.method.derived(self.layout.to_matrix(frozen))
 
     def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight, in the frozen one's dtype, rounded once."""
@@ -156,6 +184,7 @@ class Adapter(Delta):
                 warnings.warn(message, GiftWarning, stacklevel=2)
         # Where a state was loaded before the first forward, its values stay.
         put_values(module, self.initial(frozen), only_lazy=unknown)
+        self.note_source(module, key)
 
     def follow_weights(self, module: nn.Module, bias: str) -> None:
         """Take names, layout and method of a bias from the adapters of its weights."""
@@ -198,6 +227,31 @@ class Adapter(Delta):
 
     def _frozen(self, module: Any, tensor: str) -> Tensor:
         return dequantised(present_tensor(module, tensor), module)
+
+
+class _Source(NamedTuple):
+    """A frozen tensor from which parameters were derived.
+
+    Args:
+        tensor: its name.
+        memory: where its values are.
+        derived: the identity of what was derived.
+    """
+
+    tensor: str
+    memory: int
+    derived: int
+
+    def is_of(self, frozen: Tensor) -> bool:
+        """Whether it is that tensor, and nobody asks for its gradient."""
+        try:
+            return frozen.data_ptr() == self.memory and not frozen.requires_grad
+        except RuntimeError:  # transforms of functions have tensors without memory
+            return False
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)

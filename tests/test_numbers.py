@@ -1,6 +1,8 @@
 """Forward-mode differentiation, infinities and what is no number, in every method."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gift
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, ma_bottleneck, mc_any, mc_layer
 from gift.methods import METHODS
 from gift.methods.dora import DoRA
+from tests.cases.methods import METHODS as CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.enable.GiftWarning")
 
@@ -143,3 +147,92 @@ def test_a_bottleneck_that_is_no_number_shows(parallel: bool) -> None:
         with torch.no_grad():
             parameter.fill_(math.nan)
         assert base(x).isnan().any()
+
+
+def given_weight(net: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.func.functional_call(net, {"weight": weight}, (x,))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_another_base_for_one_call(name: str, copied: bool) -> None:
+    """What a method knows of the frozen weight is that of the one which is given."""
+    case = CASES[name]
+    net = moved(adapt(nn.Linear(6, 5, bias=False).double(), case.method, **case.settings))
+    net = pickle.loads(pickle.dumps(net)) if copied else net
+    other, x = torch.randn(5, 6, dtype=torch.float64), inputs("linear", torch.float64)
+    known = {n: t.detach() for n, t in [*net.named_parameters(), *net.named_buffers()]}
+    if case.method == "svdiff":
+        u, _, vh = torch.linalg.svd(other, full_matrices=False)
+        known |= {"svdiff_U": u, "svdiff_Vh": vh}
+    found, expected = given_weight(net, other)(x), x @ case.formula(other, known).T
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(given_weight(net, nn.Parameter(other, requires_grad=False))(x), found)
+    before = net(x)
+    assert torch.equal(given_weight(net, known["weight"].clone())(x), before)
+    assert torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize("name", ["dora", "dora_full_gradient"])
+def test_the_gradient_of_a_base_that_is_given_to_dora(name: str) -> None:
+    """Its magnitude is the norm of that base, which depends on it: also where it is the own one."""
+    case = CASES[name]
+    net = moved(adapt(nn.Linear(6, 5, bias=False).double(), "dora", **case.settings))
+    x, known = inputs("linear", torch.float64), dict(net.named_parameters())
+
+    def expected(weight: Tensor) -> Tensor:
+        return (x @ case.formula(weight, known).T).square().sum()
+
+    def found(weight: Tensor) -> Tensor:
+        return given_weight(net, weight)(x).square().sum()
+
+    own = net.get_parameter("weight").detach()
+    for weight in (own, torch.randn_like(own)):
+        by_formula = torch.func.grad(expected)(weight)
+        torch.testing.assert_close(torch.func.grad(found)(weight), by_formula)
+        asked = weight.requires_grad_()
+        (by_backward,) = torch.autograd.grad(found(asked), asked)
+        torch.testing.assert_close(by_backward, by_formula)
+
+
+def assigned(net: nn.Module) -> nn.Module:
+    state = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net.load_state_dict(state, assign=True)
+    return net
+
+
+def merged(net: nn.Module) -> nn.Module:
+    with gift.merged(net):
+        net(inputs("linear"))
+    with gift.disabled(net):
+        net(inputs("linear"))
+    return net
+
+
+@pytest.mark.parametrize("method", ["dora", "svdiff"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net,
+        lambda net: net.double().float(),
+        lambda net: net.share_memory(),
+        lambda net: net.to("meta").to_empty(device="cpu"),
+        copy.deepcopy,
+        lambda net: pickle.loads(pickle.dumps(net)),
+        gift.reference,
+        assigned,
+        merged,
+    ],
+)
+def test_what_is_derived_from_the_base_is_derived_once(
+    method: str, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is derived anew while a network computes with its own base."""
+    net = change(moved(adapt(nn.Linear(6, 5), method)))
+
+    def derived(*_: Any) -> Any:
+        raise AssertionError("the base is its own")
+
+    monkeypatch.setattr(METHODS[method], "derived", derived)
+    for mode in (True, False):
+        net.train(mode)(inputs("linear"))

@@ -59,6 +59,10 @@ class Method(Configured):
     reads_weight: ClassVar[bool] = False
     """Whether the initial parameters depend on the values of the weight."""
 
+    derives: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that say something of the frozen matrix itself, as its norms do. Where
+    another matrix takes its place for a call, they are made by `derived` for that one."""
+
     shows_matrix: ClassVar[bool] = False
     """Whether the shapes of the parameters differ wherever those of two matrices do, so that a
     saved delta need not tell how the weight was read."""
@@ -128,6 +132,10 @@ class Method(Configured):
         on the meta device.
         """
         raise NotImplementedError
+
+    def derived(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The parameters that `derives` names, anew for that matrix."""
+        return {}
 
     def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The effective matrix, of the shape and dtype of `matrix`, from what `init` gave."""

@@ -53,16 +53,22 @@ class DoRA(LoRA):
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
+    derives: ClassVar[tuple[str, ...]] = ("dora_squares",)
 
     detach_norm: bool = flag(True, enters_weight=False)
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """LoRA's factors, and no difference of magnitudes."""
-        squares = matrix.to(self.working_dtype(matrix)).abs().square().sum(-1, keepdim=True)
+        (squares,) = self.derived(matrix).values()
         return super().init(matrix) | {
             "dora_delta_m": torch.zeros_like(squares, dtype=self.delta_dtype(matrix).to_real()),
             "dora_squares": nn.Buffer(squares, persistent=False),
         }
+
+    def derived(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The squares of its rows."""
+        precise = matrix.to(self.working_dtype(matrix))
+        return {"dora_squares": precise.abs().square().sum(-1, keepdim=True)}
 
     def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """``m V / |V|``."""

@@ -38,17 +38,24 @@ class SVDiff(Method):
     title: ClassVar[str] = "SVDiff"
     conv_layouts = ("out_as_h", "balanced")
     reads_weight: ClassVar[bool] = True
+    derives: ClassVar[tuple[str, ...]] = ("svdiff_U", "svdiff_sigma", "svdiff_Vh")
 
     def init(self, matrix: Tensor) -> dict[str, Tensor]:
         """No shifts, and the factors of the frozen matrix."""
-        u, sigma, vh = svd(matrix)
+        factors = self.derived(matrix)
+        delta = torch.zeros_like(factors["svdiff_sigma"])
+        buffers = {key: nn.Buffer(factor, persistent=False) for key, factor in factors.items()}
+        return {"svdiff_delta": delta, **buffers}
+
+    def derived(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Its factors, constants in every gradient."""
+        u, sigma, vh = svd(matrix.detach())
         like = self.like(matrix)
         real: dict[str, Any] = like | {"dtype": torch.empty(0, dtype=like["dtype"]).real.dtype}
         return {
-            "svdiff_delta": torch.zeros(sigma.shape, **real),
-            "svdiff_U": nn.Buffer(u.to(**like), persistent=False),
-            "svdiff_sigma": nn.Buffer(sigma.to(**real), persistent=False),
-            "svdiff_Vh": nn.Buffer(vh.to(**like), persistent=False),
+            "svdiff_U": u.to(**like),
+            "svdiff_sigma": sigma.to(**real),
+            "svdiff_Vh": vh.to(**like),
         }
 
     def weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
