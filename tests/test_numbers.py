@@ -236,3 +236,23 @@ def test_what_is_derived_from_the_base_is_derived_once(
     monkeypatch.setattr(METHODS[method], "derived", derived)
     for mode in (True, False):
         net.train(mode)(inputs("linear"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_start_is_the_network_with_its_base_frozen(method: str) -> None:
+    """Bit for bit, also where torch multiplies in another order by a weight that is trained.
+
+    It does so without a bias, and with an input that is not contiguous, as in the mixer of Mamba.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 10, bias=False), nn.Linear(10, 5))
+    x = torch.randn(2, 64, 8).transpose(1, 2)
+    with torch.no_grad():
+        trained = net(x)
+        net.requires_grad_(False)
+        frozen = net(x)
+        net.requires_grad_(True)
+        adapt(net, method)
+        assert torch.equal(net(x), frozen)
+        gift.disable_fine_tuning(net)
+        assert torch.equal(net(x), trained)
