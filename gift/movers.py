@@ -11,6 +11,7 @@ from types import FrameType
 from torch import nn
 
 from gift.adapter import adapters_of
+from gift.delta import named_deltas
 from gift.extension import named_extensions
 from gift.private.torch import callers
 
@@ -28,35 +29,44 @@ def moves(reader: FrameType | None) -> bool:
     return caller is not None and caller.f_globals.get("__name__", "").startswith(_PACKAGE)
 
 
-def asks_for_all() -> bool:
-    """Whether the ``state_dict`` that is being made is to be all that a network is computed from.
+def needs_all(network: nn.Module) -> bool:
+    """Whether the ``state_dict`` that is being made is to be all that `network` computes with.
 
     It may be that of a bigger module, whose ``state_dict`` called this one's.
-    """
-    asking = (name for frame in callers() if (name := frame.f_globals.get("__name__")))
-    outside = (name for name in asking if not name.startswith(("gift.", "torch.")))
-    return next(outside, None) == _STATES
-
-
-def check_movable(network: nn.Module) -> None:
-    """Refuse what cannot be fetched module by module.
 
     Raises:
-        RuntimeError: if a module computes with tensors outside of its own ``forward``.
+        RuntimeError: if its tensors cannot be fetched module by module, or have no values yet.
     """
+    names = (frame.f_globals.get("__name__") or "" for frame in callers())
+    asking = next((name for name in names if not name.startswith(("gift.", "torch."))), "")
+    if not asking.startswith(_PACKAGE):
+        return False
+    if empty := [m for m, _, delta in named_deltas(network) if delta.is_on_meta(m)]:
+        raise RuntimeError(
+            f"the deltas of {len(empty)} modules are on the meta device, and no checkpoint of the "
+            "base has values for them: load it before enable_fine_tuning"
+        )
+    if asking != _STATES:
+        return False
+    if stuck := _stuck(network):
+        raise RuntimeError(
+            f"{stuck}, which cannot be fetched with each module: call gift.merge(network) before "
+            "offloading, or offload the network without them"
+        )
+    return True
+
+
+def _stuck(network: nn.Module) -> str:
+    """What computes with tensors outside of a module's own ``forward``; empty if nothing does."""
     tied = [
         path
         for path, module in network.named_modules()
         if any(a.owner not in (None, module) for a in adapters_of(module).values())
     ]
+    if tied:
+        return f"{tied} have the delta of a tied tensor"
     extended = [path for path, _, extension in named_extensions(network) if extension.names]
-    if tied or extended:
-        what = "have the delta of a tied tensor" if tied else "are extended by deltas"
-        raise RuntimeError(
-            f"{tied or extended} {what}, which cannot be fetched with each module: call "
-            "gift.merge(network) before offloading"
-            + ("" if tied else ", or offload the network without them")
-        )
+    return f"{extended} are extended by deltas" if extended else ""
 
 
 def is_offloaded(module: nn.Module) -> bool:

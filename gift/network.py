@@ -23,7 +23,7 @@ from gift.generated import Generated, Spec, change_class, contributes, joined, p
 from gift.guard import memory_of
 from gift.in_place import keep_values
 from gift.incoming import Incoming
-from gift.movers import asks_for_all, check_movable, refuse_offloaded
+from gift.movers import needs_all, refuse_offloaded
 from gift.pretrained import parts_that_save, saving_methods
 from gift.private.torch import callers, loads_strictly
 from gift.quantised import quant_state_names
@@ -204,8 +204,7 @@ def _left_in_state(network: Any) -> Collection[str]:
     """Names of frozen parameters that whoever asks for the state needs in there."""
     if torch.compiler.is_compiling():
         return ()
-    if asks_for_all():
-        check_movable(network)
+    if needs_all(network):
         return frozen_names(network)
     return dict(nn.Module.named_parameters(network)) if _drops_frozen_itself() else ()
 

@@ -33,7 +33,7 @@ class Client:
     def __init__(self, net: nn.Module, output: Callable[[], Tensor], atol: float = 1e-5) -> None:
         self.net, self.atol = net, atol
         self._output = output
-        self.classes = [type(module) for module in net.modules()]
+        self.classes, self.flags = [type(module) for module in net.modules()], flags(net)
         self.base, self.base_output = all_bits(net), self.output()
 
     def output(self) -> Tensor:
@@ -131,7 +131,7 @@ def merged_equals_enabled(client: Client) -> None:
 
 
 def disabled_is_the_base(client: Client) -> None:
-    """For a while, and for good: classes, tensors and output."""
+    """For a while, and for good: classes, tensors, flags and output."""
     before, expected = all_bits(client.net), client.output()
     with gift.disabled(client.net):
         assert torch.equal(client.output(), client.base_output)
@@ -140,7 +140,13 @@ def disabled_is_the_base(client: Client) -> None:
     gift.disable_fine_tuning(client.net)
     assert [type(module) for module in client.net.modules()] == client.classes
     assert all_bits(client.net) == client.base
+    assert flags(client.net) == client.flags
     assert torch.equal(client.output(), client.base_output)
+
+
+def flags(net: nn.Module) -> dict[str, bool]:
+    """What an optimizer may move."""
+    return {name: parameter.requires_grad for name, parameter in net.named_parameters()}
 
 
 # The last one takes the deltas off.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -184,6 +185,34 @@ def test_what_cannot_be_fetched_by_module_is_refused(
     with pytest.raises(RuntimeError, match=told):
         offload(net, where, tmp_path)
     assert picture(net) == before
+
+
+@pytest.mark.parametrize("places", [{"": "cpu"}, {"0": "cpu", "1": "cpu", "2": "cpu", "3": "disk"}])
+def test_the_base_is_loaded_before_it_is_fine_tuned(places: Any, tmp_path: Path) -> None:
+    base, file = made(), str(tmp_path / "model.safetensors")
+    save_file(base.state_dict(), file, {"format": "pt"})
+    folder = str(tmp_path / "weights")
+    with accelerate.init_empty_weights():
+        empty, net = made(), made()
+    enable_fine_tuning(empty, LoRAAllFineTuningStrategy(rank=1))
+    before = picture(empty)
+    with pytest.raises(RuntimeError, match="load it before enable_fine_tuning"):
+        accelerate.load_checkpoint_and_dispatch(empty, file, dict(places), offload_folder=folder)
+    assert picture(empty) == before
+    accelerate.load_checkpoint_and_dispatch(net, file, {"": "cpu"})
+    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    accelerate.dispatch_model(net, places, offload_dir=folder)
+    assert torch.equal(output(net), output(base))
+
+
+def test_deltas_are_loaded_as_a_checkpoint(tmp_path: Path) -> None:
+    net = tuned()
+    file = str(tmp_path / "model.safetensors")
+    save_file(net.state_dict(), file, {"format": "pt"})
+    fresh = made()
+    enable_fine_tuning(fresh, FineTuningStrategy([(mc_layer(), ma_adapt("lora"))]))
+    accelerate.load_checkpoint_in_model(fresh, file)
+    assert torch.equal(output(fresh), output(net))
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "dispatch"])

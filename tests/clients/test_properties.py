@@ -70,6 +70,7 @@ def test_an_output_that_differs_is_found() -> None:
         lambda net: net[0].lora_A.requires_grad_(False),
         lambda net: setattr(net, "1", nn.BatchNorm1d(16, eps=1.0)),
         lambda net: net[1].register_buffer("more", torch.zeros(2)),
+        lambda net: net._gift_network.undo.requires_grad.clear(),
     ],
 )
 def test_a_network_that_differs_is_found(spoil: Callable[[Any], object]) -> None:
