@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 import gift.adapted  # contributes what adapted modules gain
 import gift.quantised.layers  # noqa: F401 - and what those of bitsandbytes do
-from gift.adapter import Adapter, adapters_of, present_tensor
+from gift.adapter import Adapter, adapters_of, in_precision_of, present_tensor
 from gift.delta import add_lazy_tensor, add_tensor, added_names, has_attribute, remove_tensor
 from gift.generated import change_class, joined, plain_class
 from gift.iterator import named_parts
@@ -106,14 +106,16 @@ _checked: set[tuple[type[Method], int, torch.dtype]] = set()
 
 
 def _check_shape(adapter: Adapter, frozen: Tensor, values: Mapping[str, Any]) -> None:
-    """That a method keeps shape and dtype: on the first matrix of each kind that it meets."""
+    """That a method keeps shape and precision: on the first matrix of each kind that it meets."""
     assert adapter.layout is not None
     key = (type(adapter.method), len(adapter.layout.matrix), frozen.dtype)
     if key in _checked:
         return
-    matrix = adapter.layout.to_matrix(frozen).to(adapter.method.delta_dtype(frozen))
+    dtype = adapter.method.working_dtype(frozen)
+    matrix = adapter.layout.to_matrix(frozen).to(dtype)
+    precise = {name: in_precision_of(value, dtype) for name, value in values.items()}
     with torch.no_grad():
-        result = adapter.method.weight(matrix, values)
+        result = adapter.method.weight(matrix, precise)
     if result.shape != matrix.shape or result.dtype != matrix.dtype:
         raise AdaptationError(
             f"{adapter.method} makes {tuple(result.shape)} {result.dtype} of a matrix "

@@ -300,13 +300,13 @@ class _Making:
         frozen, *others = tensors
         dtype = self.method.working_dtype(frozen)
         named = zip(self.keys, others, strict=True)
-        return frozen, {key: _in_precision_of(value, dtype) for key, value in named}
+        return frozen, {key: in_precision_of(value, dtype) for key, value in named}
 
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
-def _in_precision_of(value: Tensor, dtype: torch.dtype) -> Tensor:
+def in_precision_of(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor with as many bits, real if it is real; indices stay as they are."""
     if value.is_floating_point():
         return value.to(_REAL.get(dtype, dtype))
