@@ -1,8 +1,8 @@
 """One memory that several tensors show: it takes one fate.
 
-A tensor with several names is one tensor, see `gift.engine.ties`. Here are tensors of their own that
-share memory: a view of another one, a buffer or an attribute that shows a weight; and a parameter
-of two networks. What becomes of it in one place is not known to the other.
+A tensor with several names is one tensor, see `gift.engine.ties`. Here are tensors of their own
+that share memory: a view of another one, a buffer or an attribute that shows a weight; and a
+parameter of two networks. What becomes of it in one place is not known to the other.
 """
 
 import gc

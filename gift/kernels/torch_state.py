@@ -1,4 +1,4 @@
-"""Who else follows what is computed, and does not know autograd functions of one's own."""
+"""What custom autograd functions must respect: autocast, views, tensor subclasses."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.core.dynamic_class import plain_class
 from gift.private.torch import OVERRIDES_NOTHING
 
 
@@ -47,13 +46,19 @@ def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, T
     return run
 
 
-def for_every_tensor(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def for_every_tensor(
+    forward: Callable[..., Tensor], plain: Callable[..., Any]
+) -> Callable[..., Tensor]:
     """Decorator for a fast path in the place of a layer's forward pass: it takes what that takes.
 
     Tensors of other libraries override it, as they do with ``F.linear``: their class sees one
     function, computed with plain tensors, and makes its own of what that gives. In an autograd
     function it would make a view. Nested tensors have no other shape, which fast paths ask for: the
     layer computes with its effective weight.
+
+    Args:
+        forward: the fast path.
+        plain: the layer's own forward pass.
     """
 
     @functools.wraps(forward)
@@ -62,8 +67,7 @@ def for_every_tensor(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor) and x.is_nested:
-            plain: Any = plain_class(type(self))
-            return plain.forward(self, *args, **kwargs)
+            return plain(self, *args, **kwargs)
         cls: Any = type(x)
         if cls is Tensor or not _overrides(cls):
             return forward(self, *args, **kwargs)

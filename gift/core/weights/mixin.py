@@ -292,4 +292,5 @@ def _fast_forward(plain: type, spec: Spec) -> type | None:
     fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
     if fast is None:
         return None
-    return type("FastForward", (Generated,), {"forward": for_every_tensor(fast)})
+    forward = for_every_tensor(fast, plain.forward)  # type: ignore[attr-defined]
+    return type("FastForward", (Generated,), {"forward": forward})
