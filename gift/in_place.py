@@ -1,6 +1,6 @@
 """Training more or fewer of a fine-tuned network's own parameters while it is being fine-tuned."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,12 +159,15 @@ def untrainable(network: nn.Module) -> Mapping[str, str]:
     return found
 
 
-def misfits_in_place(network: nn.Module, trained: Iterable[nn.Parameter]) -> list[str]:
-    """For each name of those that must not be trained, as a delta is made from them: the reason."""
+def misfits_in_place(network: nn.Module, trained: Sequence[nn.Parameter]) -> list[str]:
+    """For each name of those that must not be trained the reason: a delta is made from them, or
+    they are packed, so that no gradient reaches them.
+    """
     read = {id(p): method for module in network.modules() for p, method in _read(module)}
-    wrong = {id(p) for p in trained} & read.keys() if read else set()
-    named = network.named_parameters(remove_duplicate=False) if wrong else ()
-    return [f"{name}: {_READ.format(read[id(p)])}" for name, p in named if id(p) in wrong]
+    why = {id(p): _READ.format(read[id(p)]) for p in trained if id(p) in read}
+    why |= {id(p): told for p in trained if (told := packed_values(p))}
+    named = network.named_parameters(remove_duplicate=False) if why else ()
+    return [f"{name}: {why[id(p)]}" for name, p in named if id(p) in why]
 
 
 def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
@@ -190,11 +193,19 @@ _READ = (
 )
 
 
+_PACKED = "its values are packed, by quantising"
+
+
+def packed_values(parameter: nn.Parameter) -> str:
+    """Why no gradient reaches a parameter; empty if one does."""
+    return f"{_PACKED}: train a delta (ma_adapt, pa_adapt)" if is_quantised(parameter) else ""
+
+
 def _unfit(parameter: Tensor) -> str:
     if is_lazy(parameter):
         return "it has no shape yet: run a batch through the network first"
     if is_quantised(parameter):
-        return "its values are packed, by quantising"
+        return _PACKED
     return "" if is_inexact(parameter) else f"it is {parameter.dtype}"
 
 

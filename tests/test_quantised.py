@@ -26,11 +26,11 @@ from gift import (
 )
 from gift.adapter import adapters_of
 from gift.delta import added_names
-from gift.factories import ma_adapt, mc_layer, mc_name
+from gift.factories import ma_adapt, ma_train, mc_layer, mc_name, mc_path, pa_train, pc_name
 from gift.methods import METHODS, AdaptationError
 from gift.quantised import dequantised, is_quantised, requantised, shape_of
 from gift.state_settings import without_settings
-from gift.strategies import STRATEGIES
+from gift.strategies import STRATEGIES, BitFitFineTuningStrategy
 from tests.cases.methods import METHODS as FORMULAS
 from tests.cases.methods import MethodCase
 
@@ -753,3 +753,32 @@ def test_language_models_learn(make: Callable[[Any], Any], method: str, tmp_path
 def test_neither_package_is_imported_by_gift() -> None:
     code = "import sys, gift; sys.exit(bool({'torchao', 'bitsandbytes'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# By gift, or by torch where packed values are integers to it.
+_UNTRAINABLE = "weight: its values are packed|only Tensors of floating point"
+
+
+@of_every_kind
+def test_packed_weights_are_not_trained_as_they_are(kind: Kind) -> None:
+    """No gradient reaches them."""
+    for strategy in (
+        FineTuningStrategy(para_caps=[(pc_name("weight"), pa_train())]),
+        FineTuningStrategy([(mc_path("0"), ma_train())]),
+        FineTuningStrategy([(mc_path("0"), lambda *place: place[-1].weight.requires_grad_())]),
+    ):
+        net = kind.network()
+        before = {name: (p, p.requires_grad) for name, p in net.named_parameters()}
+        with pytest.raises((AdaptationError, RuntimeError), match=_UNTRAINABLE):
+            enable_fine_tuning(net, strategy)
+        after = {name: (p, p.requires_grad) for name, p in net.named_parameters()}
+        assert all(after[n][0] is p and after[n][1] == flag for n, (p, flag) in before.items())
+        assert type(net[0]) is type(kind.linear(64, 128))
+
+
+@of_some_kinds
+def test_biases_beside_packed_weights_are_trained(kind: Kind) -> None:
+    net = kind.network()
+    enable_fine_tuning(net, BitFitFineTuningStrategy())
+    net(torch.randn(2, 64)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

@@ -1,15 +1,17 @@
 """Actions: what a cap does. ``ma_...`` act on a module, ``pa_...`` on a parameter."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from gift.adapt import adapt_module, adapt_tensor
+from gift.errors import AdaptationError
 from gift.factories.recorded import Recorded, recorded
 from gift.generated import plain_class
+from gift.in_place import packed_values
 from gift.layers import LAYOUT_CHOICES, LayoutOptions
 from gift.methods import Method, method_of
 from gift.noted import forget_classes
@@ -93,8 +95,8 @@ def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
 
 @recorded
 def ma_train() -> Action:
-    """Train all parameters of the module and below it, as they are."""
-    return Action(lambda *place: _set_trainable(place[4], True))
+    """Train all parameters of the module and below it, as they are; not packed ones."""
+    return Action(lambda *place: _train(nn.Module.named_parameters(place[4])))
 
 
 @recorded
@@ -107,22 +109,26 @@ def ma_freeze(statistics: bool = False) -> Action:
     """
 
     def act(*place: Any) -> None:
-        _set_trainable(place[4], False)
+        for parameter in nn.Module.parameters(place[4]):
+            parameter.requires_grad = False
         if statistics:
             freeze_statistics(place[4])
 
     return Action(act)
 
 
-def _set_trainable(module: nn.Module, flag: bool) -> None:
-    for parameter in nn.Module.parameters(module):
-        parameter.requires_grad = flag
+def _train(named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    named = list(named)
+    if packed := [f"{name}: {why}" for name, p in named if (why := packed_values(p))]:
+        raise AdaptationError("; ".join(packed))
+    for _, parameter in named:
+        parameter.requires_grad = True
 
 
 @recorded
 def pa_train() -> Action:
     """Train the parameter as it is."""
-    return Action(lambda *place: setattr(place[6], "requires_grad", True))
+    return Action(lambda *place: _train([(place[5], place[6])]))
 
 
 @recorded
