@@ -25,6 +25,7 @@ def _open_class(cls: Any) -> type[Method]:
         cls.__name__,
         (cls,),
         {
+            "derives": (),
             "fit": lambda self, shape: self,
             "init_parameters": lambda self, matrix: {
                 "_gift_open": torch.empty(0, **self.factory_kwargs(matrix))
