@@ -209,10 +209,10 @@ def _asks_to_reparametrise(reader: FrameType | None) -> bool:
 def _effective(tensor: str) -> property:
     def read(self: Any) -> Any:
         if not torch.compiler.is_compiling():
-            reader = inspect.currentframe()
-            if moves(reader):
+            # A variable for the frame would make it hold itself, and with it the weight.
+            if moves(inspect.currentframe()):
                 return self._gift_frozen(tensor)
-            if _asks_to_reparametrise(reader):
+            if _asks_to_reparametrise(inspect.currentframe()):
                 raise _reparametrised(tensor)
         weight = self._gift_weight(tensor)
         if torch.compiler.is_compiling() or type(weight) is not Tensor or is_transformed():

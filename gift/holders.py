@@ -99,7 +99,8 @@ def _attributes(module: nn.Module, value: Any) -> Iterator[Tensor]:
         found: Iterable[Any] = (value,)
     elif isinstance(value, list | tuple):
         row = row_of(plain_class(type(module)))
-        found = () if row is not None and row.mixin is not None else value
+        items: Any = list if isinstance(value, list) else tuple  # its class may be somebody's own
+        found = () if row is not None and row.mixin is not None else items.__iter__(value)
     else:
         return
     yield from (t for t in found if isinstance(t, Tensor) and is_plain(t))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import torchao
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -151,6 +150,7 @@ def test_a_milestone_that_would_unfreeze_nothing_is_told_with_what_there_is() ->
 
 
 def test_packed_weights_cannot_be_unfrozen() -> None:
+    torchao = pytest.importorskip("torchao")
     net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
     torchao.quantize_(net, torchao.quantization.Int8WeightOnlyConfig())
     enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
