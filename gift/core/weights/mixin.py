@@ -116,7 +116,7 @@ class AdaptedModule(DeltaModule):
 
     def _gift_note_sources(self) -> None:
         """Frozen tensors are elsewhere now, and what was derived from them is still right."""
-        for tensor, adapter in self._gift_weights.items():
+        for tensor, adapter in (self._gift_weights or {}).items():  # None: it is only looked at
             if adapter.method.derives:
                 adapter.note_source(self, tensor)  # type: ignore[arg-type]
 
