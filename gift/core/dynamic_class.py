@@ -257,6 +257,7 @@ def generated_class(plain: type, spec: Spec) -> type:
 
 def _generate(plain: type, spec: Spec) -> type:
     namespace: dict[str, Any] = {"_gift_plain": plain, "_gift_spec": spec}
+    # nn.Module.get_parameter uses getattr, and refuses the effective weight: it is not a parameter.
     if plain.get_parameter is nn.Module.get_parameter:  # type: ignore[attr-defined]
         namespace["get_parameter"] = _get_parameter
     if hasattr(plain, "__deepcopy__"):
@@ -280,7 +281,7 @@ def subclass_with(mixins: Iterable[type], plain: type, namespace: dict[str, Any]
     """Create a subclass of `plain` with its name and layout, and with the mixins first in the MRO.
 
     Neither ``__init_subclass__`` of the author (if a mixin defines its own) nor the author's
-    metaclass is told about the class, as no author wrote it.
+    metaclass sees the class, as no author wrote it.
 
     Args:
         mixins: the classes in front.
@@ -294,6 +295,7 @@ def subclass_with(mixins: Iterable[type], plain: type, namespace: dict[str, Any]
         "_gift_mixins": tuple(mixins),
     } | namespace
     metaclass = _mixing(type(plain))
+    # Call ``__new__`` of Python directly: an author's metaclass may register its classes.
     maker: Any = ABCMeta if issubclass(metaclass, ABCMeta) else type
     return maker.__new__(metaclass, plain.__name__, (plain, *namespace["_gift_mixins"]), namespace)
 

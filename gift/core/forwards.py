@@ -167,7 +167,7 @@ class NestingEncoder(Generated):
     @property
     def use_nested_tensor(self) -> bool:
         """The flag of the encoder while no gradient is recorded, else False."""
-        if torch.is_grad_enabled() or is_compiled_by_old():  # it reads this for `__dict__`, too
+        if torch.is_grad_enabled() or is_compiled_by_old():  # its `__dict__` gives this property
             return False
         return self.__dict__.get("use_nested_tensor", False)
 

@@ -19,7 +19,7 @@ class Missing:
 
 
 def kind_of(value: Any) -> Any:
-    """The most derived built-in class of which `value` is an instance, among the known ones."""
+    """The most derived of the known built-in classes that `value` is an instance of."""
     return next(kind for kind in _KINDS if issubclass(type(value), kind))
 
 

@@ -231,7 +231,7 @@ class _Kept:
         tensor, grad = self.tensor, self.grad
         moved = self.data is not None and _moved(tensor, self.data)
         if moved:
-            tensor.grad = None  # torch wants the dtype of the tensor
+            tensor.grad = None  # must have the dtype of its tensor
             set_data(tensor, self.data)  # type: ignore[arg-type]
         set_flag(tensor, self.flag)
         if grad is None:
@@ -259,7 +259,7 @@ class Snapshot:
     ) -> None:
         states = [(m, type(m), dict(attributes_of(m))) for m in network.modules()]
         for *_, state in states:
-            as_called(state)  # `changing` blocks calls of other threads
+            as_called(state)  # not the call that makes other threads wait
         self.modules = [(m, cls, state, _contents(state)) for m, cls, state in states]
         slots = {cls: _slots(cls) for _, cls, _ in states}
         self.slots = [(slot, m, _value(slot, m)) for m, cls, _ in states for slot in slots[cls]]

@@ -131,7 +131,7 @@ class UnloadedDelta:
                 "device": now.device,
                 "dtype": data.dtype if now.dtype == dtype else now.dtype,
             }
-            tensor.grad = None  # torch wants the dtype of the tensor
+            tensor.grad = None  # must have the dtype of its tensor
             tensor = with_data(tensor, data.to(**to))
             tensor.grad = None if grad is None else grad.to(**to)
             set_flag(tensor, flag)
@@ -187,7 +187,7 @@ class _Frame:
             cast = dtype != self.place[1] and delta.is_floating_point()
             data = delta.data.to(device=device, dtype=dtype if cast else None)
             if data is not delta.data and (delta.device, delta.dtype) != (data.device, data.dtype):
-                delta.grad = None  # torch wants the dtype of the tensor
+                delta.grad = None  # must have the dtype of its tensor
                 held(module, name)[name] = with_data(delta, data)
         module._non_persistent_buffers_set.update(self.not_saved)
 

@@ -281,6 +281,7 @@ def adapted_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]
         namespace["reset_parameters"] = _reset_parameters
     if hasattr(plain, "initialize_parameters"):
         namespace["initialize_parameters"] = _initialize_parameters
+    # A lazy module sets its class to `cls_to_become` once it has shapes: keep it a generated one.
     if getattr(plain, "cls_to_become", None) is not None:
         namespace["cls_to_become"] = generated_class(plain.cls_to_become, spec)  # type: ignore[attr-defined]
     return mixins, namespace
