@@ -56,7 +56,7 @@ class AdaptedModule(DeltaModule):
             return make(self, frozen)  # type: ignore[arg-type]
         except AttributeError as error:
             # An AttributeError in a property makes Python call ``nn.Module.__getattr__``, which
-            # would return the frozen tensor without a word.
+            # would silently return the frozen tensor.
             raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -49,8 +49,7 @@ class Making(Protocol):
 
         Returns:
             Pairs of a part and its gradient if there are parts cheaper than the weight, else None.
-                The
-            gradients have a graph only if `differentiable`.
+            The gradients have a graph only if `differentiable`.
         """
         ...
 
@@ -312,7 +311,7 @@ class _Made(torch.autograd.Function):
         ctx.versions = [writes_of(tensor) for tensor in tensors]
         ctx.cast = _cast(value.device.type)
         ctx.set_materialize_grads(False)
-        return value.new_full((), float("nan")).expand(value.shape)  # reads would show
+        return value.new_full((), float("nan")).expand(value.shape)  # NaN shows any read
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:

@@ -329,7 +329,7 @@ def weight_deltas(module: nn.Module) -> Mapping[str, WeightDelta]:
 
 
 def plain_tensor(module: nn.Module, tensor: str) -> Any:
-    """The tensor of `module` itself before adapting: a parameter or a computed tensor; or None."""
+    """The own tensor of `module`, not the effective one: a parameter, a computed one, or None."""
     value = module._parameters.get(tensor)
     if value is None:
         value = module.__dict__.get(tensor)
@@ -340,7 +340,7 @@ def plain_tensor(module: nn.Module, tensor: str) -> Any:
 
 
 def present_tensor(module: nn.Module, tensor: str) -> Any:
-    """The tensor of `module` itself before adapting, up to date.
+    """The own tensor of `module`, not the effective one, computed again if necessary.
 
     A hook computes a tensor before each forward pass. Its last result may be outdated, because
     other values of its inputs may have been loaded since.
