@@ -1,5 +1,5 @@
-"""What happens to one module, or to one network, that is fine-tuned in place.
+"""Adapting modules and networks in place.
 
-Here are generated classes, deltas, effective weights, states, and the way back. No strategy, no
-file format and no method by its name: those are above and below.
+This package holds generated classes, deltas, effective weights, state dicts and undo. It names no
+strategy, file format or method. Strategies and file formats are above it, methods are below.
 """

@@ -1,4 +1,4 @@
-"""Deltas: the tensors that a module gained, trained parameters and what belongs to them."""
+"""Deltas: the tensors that fine-tuning added to a module, and their settings."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,49 +16,49 @@ from gift.core.undo.containers import put_order
 
 @dataclass
 class Delta:
-    """What a module knows of tensors that it gained.
+    """Record of the tensors that a method added to a module.
 
     Args:
-        names: from a method's names for them to those on the module.
-        owner: the module that holds them where that is another one, None for itself.
+        names: maps the method's name of each tensor to its name on the module.
+        owner: the module that holds the tensors if that is another one, None for the module itself.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     owner: nn.Module | None = field(default=None, kw_only=True)
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
-        """The tensors by the method's names."""
+        """The tensors, by the method's names."""
         holder = module if self.owner is None else self.owner
         return {key: getattr(holder, name) for key, name in self.names.items()}
 
     def is_on_meta(self, module: nn.Module) -> bool:
-        """Whether they are held by `module` and have no values yet."""
+        """Whether `module` itself holds the tensors and they have no values yet."""
         names = self.names.values() if self.owner is None else ()
         return any(held(module, name)[name].is_meta for name in names)
 
     def reset(self, module: Any, key: str) -> None:
-        """Give them their initial values, and a shape where they had none yet."""
+        """Give the tensors their initial values, and a shape if they are still lazy."""
         raise NotImplementedError
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a saved delta and this one must agree on; empty while that is unknown."""
+        """The settings in which a saved delta must match this one; empty while unknown."""
         raise NotImplementedError
 
     def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
-        """Those among the settings that the names and shapes of the tensors do not show.
+        """The settings that the names and shapes of the tensors do not show.
 
-        Empty where all are the defaults of the method, for tensors of these shapes.
+        Empty if all of them are the method's defaults for tensors of these shapes.
         """
         raise NotImplementedError
 
     def has_effect(self, module: nn.Module, key: str) -> bool:
-        """Whether the network computes something else than it would without this delta."""
+        """Whether this delta changes what the network computes."""
         raise NotImplementedError
 
 
 def deltas_of(module: nn.Module) -> dict[str, Delta]:
-    """The deltas that `module` itself uses, by what they change."""
+    """The deltas that `module` itself uses, by the name of what they change."""
     state = module.__dict__
     return {**state.get("_gift_weights", {}), **state.get("_gift_forwards", {})}
 
@@ -70,18 +70,18 @@ def added_names(module: nn.Module) -> list[str]:
 
 
 def held(module: nn.Module, name: str) -> dict[str, Any]:
-    """The dictionary of `module` in which its tensor of that name stands."""
+    """The dictionary of `module` that holds its tensor `name`: ``_buffers`` or ``_parameters``."""
     return module._buffers if name in module._buffers else module._parameters
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
-    """Whether `module` has an attribute, whatever an author's ``__getattr__`` answers."""
+    """Whether `module` has an attribute, without calling the author's ``__getattr__``."""
     holders = (vars(module), module._parameters, module._buffers, module._modules)
     return any(name in holder for holder in holders) or hasattr(type(module), name)
 
 
 def add_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Let `module` hold a tensor, as the buffer or parameter that a method made it."""
+    """Add a tensor to `module`: an ``nn.Buffer`` as a buffer, all others as a parameter."""
     if isinstance(value, nn.Buffer):
         _add_buffer(module, name, value, value.persistent)
     else:
@@ -90,14 +90,15 @@ def add_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def add_lazy_tensor(module: nn.Module, name: str, like: Tensor) -> None:
-    """The same for a tensor without shape yet; `like` says whether it will be a buffer."""
+    """Add a tensor that has no shape yet; it becomes a buffer if `like` is one."""
     if isinstance(like, nn.Buffer):
         _add_buffer(module, name, UninitializedBuffer(), like.persistent)
     else:
         module._parameters[name] = UninitializedParameter()  # type: ignore[assignment]
 
 
-# Registering asks the module for the name, and a permissive ``__getattr__`` has all names.
+# Not `register_buffer`: it asks ``hasattr(module, name)`` first, and a permissive ``__getattr__``
+# of an author says yes to every name.
 def _add_buffer(module: nn.Module, name: str, value: Tensor, persistent: bool) -> None:
     module._buffers[name] = value
     if not persistent:
@@ -111,12 +112,12 @@ def remove_tensor(module: nn.Module, name: str) -> None:
 
 
 def put_values(module: nn.Module, values: Mapping[str, Tensor], only_lazy: bool = False) -> None:
-    """Give tensors that `module` holds other values, and a shape or device where they need one.
+    """Write values into tensors of `module`, and give them a shape or device where needed.
 
     Args:
-        module: the module that holds them.
-        values: by their names on the module.
-        only_lazy: leave those alone that have a shape already.
+        module: the module that holds the tensors.
+        values: the new values, by the names on the module.
+        only_lazy: skip the tensors that already have a shape.
     """
     with torch.no_grad():
         for name, value in values.items():
@@ -134,12 +135,12 @@ def put_values(module: nn.Module, values: Mapping[str, Tensor], only_lazy: bool 
 
 
 def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """For each delta of `module`, its method and what that means for the result."""
+    """For each delta of `module`, its method and the settings that affect the result."""
     return {key: delta.settings for key, delta in deltas_of(module).items()}
 
 
 def hidden_settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Of each delta that `module` holds, the settings that no shape shows, if there are any."""
+    """The settings that no shape shows, for each delta that `module` holds and that has any."""
     own = {key: delta for key, delta in deltas_of(module).items() if delta.owner is None}
     found = {key: delta.hidden_settings(module, key) for key, delta in own.items()}
     return {key: settings for key, settings in found.items() if settings}
@@ -148,18 +149,18 @@ def hidden_settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
 def settings_incompatibilities(
     module: nn.Module, path: str, metadata: Mapping[str, Any], state: Mapping[str, Any]
 ) -> list[str]:
-    """Where a state was trained with settings that `module` does not have.
+    """Compare the settings that a state was trained with to those of `module`, and list mismatches.
 
     Args:
-        module: one that has deltas.
+        module: a module with deltas.
         path: its path, for messages.
-        metadata: what torch keeps of the module beside its state.
-        state: of the module, by its own names.
+        metadata: torch's metadata of the module, from ``state_dict()._metadata``.
+        state: the state of the module, by its own names.
     """
     here, there = settings_of(module), metadata.get("gift")
     if not here or not all(here.values()):
         return []
-    if there is None:  # the metadata is lost, as in a plain dictionary
+    if there is None:  # a plain dictionary has lost the metadata
         if KEY not in state and not any(name in state for name in added_names(module)):
             return []
         here = hidden_settings_of(module)
@@ -179,20 +180,21 @@ def settings_incompatibilities(
 
 
 def named_deltas(network: nn.Module) -> Iterator[tuple[nn.Module, str, Delta]]:
-    """All deltas in `network` with the modules that use them."""
+    """All deltas in `network`: the module that uses it, the name of what it changes, the delta."""
     for module in network.modules():
         for key, delta in deltas_of(module).items():
             yield module, key, delta
 
 
 class DeltaModule(Generated):
-    """What every module that gained tensors gains."""
+    """Mixin of every module that gained tensors."""
 
     def _gift_added(self) -> list[str]:
         return added_names(self)  # type: ignore[arg-type]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # `to_empty` gives a network from the meta device memory without values: fill the delta's.
+        # `to_empty` moves a network off the meta device into uninitialized memory, so initialize
+        # the deltas, for which no checkpoint of the base has values.
         own = deltas_of(self)  # type: ignore[arg-type]
         waiting = [key for key, delta in own.items() if delta.is_on_meta(self)]  # type: ignore[arg-type]
         result = super()._apply(*args, **kwargs)  # type: ignore[misc]
@@ -202,8 +204,9 @@ class DeltaModule(Generated):
 
     @property
     def gift_settings(self) -> Tensor:
-        """The value of the state's entry of that name, which torch's distributed checkpoints ask
-        the module for.
+        """The value of the entry `gift_settings` in the state.
+
+        torch's distributed checkpoints look up each key of a state as an attribute of the module.
         """
         return encoded(hidden_settings_of(self))  # type: ignore[arg-type]
 
@@ -219,17 +222,18 @@ class DeltaModule(Generated):
         *_, errors = rest
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         problems = settings_incompatibilities(self, prefix.rstrip("."), metadata, own)  # type: ignore[arg-type]
-        state_dict.pop(prefix + KEY, None)  # which would be unexpected
+        state_dict.pop(prefix + KEY, None)  # else torch would report it as unexpected
         errors += problems
         if not problems:
             super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[misc]
 
 
 class OwnState(Generated):
-    """What a module gains whose author says what is written into its state, and read from it.
+    """Mixin for a module whose author overrides how its state is saved and loaded.
 
-    The author's code sees the module as it was, so it writes the frozen tensors and not the
-    effective ones, and takes no delta for an unknown key. The deltas are written and read here.
+    The author's code sees the module as it was before adapting. It therefore writes the frozen
+    tensors instead of the effective ones, and does not reject a delta as an unknown key. This mixin
+    saves and loads the deltas.
     """
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -252,13 +256,13 @@ class OwnState(Generated):
         with as_plain(module):
             module._load_from_state_dict(state_dict, prefix, *rest)
         own._load_from_state_dict(coming, prefix, *rest)
-        for name in added:  # which may be others, if they were to be assigned
+        for name in added:  # `assign=True` replaces the tensors
             held(module, name)[name] = held(own, name)[name]
         state_dict.update(coming)
 
 
 def _plain_twin(module: Any, added: list[str]) -> Any:
-    """An object of the plain class with the same attributes, to be looked at only."""
+    """A read-only object of the plain class that has the same attributes, without the deltas."""
     state = vars(module)
     own = {**state, "_parameters": dict(state["_parameters"]), "_buffers": dict(state["_buffers"])}
     for name in added:
@@ -270,7 +274,7 @@ def _plain_twin(module: Any, added: list[str]) -> Any:
 
 @contextmanager
 def as_plain(module: nn.Module) -> Iterator[None]:
-    """Within it, `module` is as if it had never been adapted: plain class, no deltas."""
+    """Context in which `module` is as before adapting: plain class, no deltas."""
     adapted = type(module)
     deltas = [(h, n, h[n]) for n in added_names(module) if n in (h := held(module, n))]
     orders = [(holder, list(holder)) for holder in (module._parameters, module._buffers)]
@@ -289,8 +293,9 @@ def as_plain(module: nn.Module) -> Iterator[None]:
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """States of modules whose author writes them."""
-    # Torch's own (of lazy modules, say) take whatever tensors a module has.
+    """Let modules with state methods of an author save and load deltas too."""
+    # Overrides in torch itself (those of lazy modules, for example) save every tensor of a module,
+    # so only authors outside of torch count.
     own = any(not getattr(plain, name).__module__.startswith("torch.nn.") for name in _STATE)
     return ([OwnState] if own and (spec.tensors or spec.extended) else []), {}
 

@@ -1,13 +1,14 @@
-"""Generated classes: how a module changes its behaviour without ceasing to be what it was.
+"""Generated classes: change the behaviour of a module without changing what it is.
 
-A generated class is a subclass of a module's own ("plain") class, with the same name and with
-mixins in front. Its `Spec` says which, so that a copy or a pickle can generate it again. The
-features, each of which knows nothing of the others, stand in `gift.core.features`.
+A generated class is a subclass of the module's own ("plain") class. It has the same name, and
+mixins in front. Its `Spec` says which mixins, so a copy or a pickle can generate the class again.
+The features that contribute the mixins are listed in `gift.core.features` and are independent of
+each other.
 
-An object may change its class only to one of the same memory layout, and Python takes the layout of
-a class from its first base. So the plain class is the first base of a generated one, whatever bases
-it has itself (``ABC``, ``Generic``, others with ``__slots__``); a metaclass then puts the mixins in
-front of it in the method resolution order.
+Python lets an object change its class only to one of the same memory layout, and takes the layout
+of a class from its first base. The plain class is therefore the first base of a generated class,
+whatever bases it has itself (``ABC``, ``Generic``, classes with ``__slots__``). A metaclass then
+moves the mixins in front of it in the method resolution order.
 """
 
 import copy
@@ -21,14 +22,15 @@ from torch import nn
 
 
 class Spec(NamedTuple):
-    """What distinguishes a generated class from the plain one.
+    """The difference between a generated class and the plain one.
 
     Args:
         tensors: the adapted tensors, each with the name of its method.
-        network: whether the module is a whole network that is being fine-tuned.
+        network: whether the module is the network that was passed to `enable_fine_tuning`.
         statistics: whether the running statistics of a norm layer are frozen.
-        extended: whether the module's call is extended.
-        part: whether it is a part of such a network, and has a method to save itself as a model.
+        extended: whether the module's forward pass is wrapped.
+        part: whether the module is inside such a network and has a method to save itself as a
+            model.
     """
 
     tensors: tuple[tuple[str, str], ...] = ()
@@ -43,31 +45,32 @@ _PLAIN = Spec()
 _PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs_ex__")
 
 Feature = Callable[[type, Spec], tuple[list[type], dict[str, Any]]]
-"""From a plain class and a spec, the mixins and attributes that a feature gives the class."""
+"""Maps a plain class and a spec to the mixins and class attributes of one feature."""
 
 _classes: WeakValueDictionary[tuple[type, Spec], type] = WeakValueDictionary()
 _metaclasses: WeakValueDictionary[type, type] = WeakValueDictionary()
 
 
 class Generated:
-    """Base of all mixins."""
+    """Base class of all mixins."""
 
     _gift_plain: type[nn.Module]
     _gift_spec: Spec
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Ends here: a hook of the plain class would see a subclass that nobody wrote.
+        # Stop here: ``__init_subclass__`` of the plain class must not see a subclass that no author
+        # wrote.
         pass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Somebody calls the class of a module to make another one, as a slice of `nn.Sequential`
-        # does: that is a plain one.
+        # Some code calls the class of a module to make another one: slicing an `nn.Sequential`
+        # does. The new module is plain.
         set_class(self, plain_class(type(self)))
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds a class by its name, and the generated one has the plain one's name: pickle
-        # the plain class, and generate the other again.
+        # Pickle finds a class by its name, and a generated class has the name of the plain one. So
+        # pickle the plain class, and generate the class again when loading.
         reduced: Any = super().__reduce_ex__(protocol)
         rebuild, args, *rest = reduced
         plain = plain_class(type(self))
@@ -80,11 +83,11 @@ class Generated:
         return []
 
     def _gift_copied(self) -> None:
-        """Called on a copy that the author's own code made and gift completed."""
+        """Hook that runs on a copy that the author's code made, after gift has completed it."""
 
 
 def _get_parameter(self: Any, target: str) -> nn.Parameter:
-    """The parameter itself: of an adapted weight, the frozen one."""
+    """``get_parameter`` that returns the frozen parameter of an adapted weight."""
     path, _, name = target.rpartition(".")
     module: nn.Module = self.get_submodule(path)
     parameter = module._parameters.get(name)
@@ -94,7 +97,7 @@ def _get_parameter(self: Any, target: str) -> nn.Parameter:
 
 
 class _Gained(NamedTuple):
-    """What gift put on one module, for copies that the author's own code makes without it."""
+    """What gift added to one module, to restore it on a copy that the author's code made."""
 
     spec: Spec
     attributes: dict[str, Any]
@@ -103,7 +106,7 @@ class _Gained(NamedTuple):
     not_saved: list[str]
 
     def put(self, module: Any) -> None:
-        """Complete a copy."""
+        """Add it to a copy."""
         state = vars(module)
         state.update(self.attributes)
         state["_parameters"].update(self.parameters)
@@ -125,13 +128,13 @@ def _gained(module: Any) -> _Gained:
 
 
 class _State(NamedTuple):
-    """The state of a module whose author says how it is copied, and what gift adds to it.
+    """State of a module whose author customized copying, with what gift adds to it.
 
     Args:
-        theirs: the author's, if there is one.
-        parts: the module and all in it, by path.
-        gained: what gift put on them.
-        flags: ``requires_grad`` of the parameters.
+        theirs: what the author's method returned, if there is one.
+        parts: the module and all of its submodules, by path.
+        gained: what gift added to each of them, by path.
+        flags: ``requires_grad`` of the parameters, by name.
     """
 
     theirs: tuple[Any, ...]
@@ -140,10 +143,10 @@ class _State(NamedTuple):
     flags: dict[str, bool]
 
     def complete(self, twin: nn.Module, memo: dict[int, Any]) -> None:
-        """Put on a copy what its original had, wherever it has such a part.
+        """Add to a copy what its original had, for every path that the copy has too.
 
-        Its author may have made the parts anew. What gift knows of the original ones is then to be
-        known of these.
+        If the author's code made new submodules, what gift recorded about the original ones is
+        copied and refers to the new ones.
         """
         now = dict(twin.named_modules())
         for path, part in self.parts.items():
@@ -172,9 +175,10 @@ def _state_of(module: nn.Module, theirs: tuple[Any, ...] = ()) -> _State:
 
 @contextmanager
 def _as_plain(module: nn.Module) -> Iterator[None]:
-    """Within it, `module` is to be copied as its author knows it: plain, with its own tensors.
+    """Context in which the author's code can copy `module`: plain classes, original tensors only.
 
-    It is looked at only, so other dictionaries take the place of those with deltas meanwhile.
+    The module itself is only read: copies of its dictionaries, without deltas, replace them
+    meanwhile.
     """
     modules: list[Any] = [part for part in module.modules() if any(spec_of(part))]
     keys = ("_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -195,7 +199,7 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    """Of classes with a way of their own to be copied: as a plain module, then as this one."""
+    """``__deepcopy__`` for classes that customize copying: copy the plain module, complete it."""
     with _as_plain(self):
         twin = copy.deepcopy(self, memo)
     _state_of(self).complete(twin, memo)
@@ -203,7 +207,7 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Of classes with a way of their own to be pickled: the same."""
+    """``__reduce_ex__`` for classes that customize pickling: pickle as a plain module."""
     with _as_plain(self):
         reduced = self.__reduce_ex__(protocol)
     rebuild, args, theirs, *rest = (*reduced, None) if len(reduced) == 2 else reduced
@@ -212,7 +216,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _set_state(self: Any, state: Any) -> None:
-    """Undo `_reduce`."""
+    """``__setstate__`` that restores what `_reduce` gave."""
     generated = type(self)
     set_class(self, plain_class(generated))
     if not isinstance(state, _State):
@@ -225,7 +229,7 @@ def _set_state(self: Any, state: Any) -> None:
 
 
 def _recompile(self: Any) -> Any:
-    """A graph module writes code into its class: into its own, not into the generated one."""
+    """``recompile`` of a `GraphModule`: write the code into the plain class, not this one."""
     generated = type(self)
     set_class(self, generated._gift_plain)
     try:
@@ -241,7 +245,7 @@ def _rebuild(spec: Spec, rebuild: Any, args: tuple[Any, ...]) -> nn.Module:
 
 
 def generated_class(plain: type, spec: Spec) -> type:
-    """The subclass of `plain` for that spec, the same one each time; `plain` itself for none."""
+    """The subclass of `plain` for `spec`, cached; `plain` itself for an empty spec."""
     if not any(spec):
         return plain
     key = (plain, spec)
@@ -253,17 +257,18 @@ def generated_class(plain: type, spec: Spec) -> type:
 
 def _generate(plain: type, spec: Spec) -> type:
     namespace: dict[str, Any] = {"_gift_plain": plain, "_gift_spec": spec}
+    # nn.Module.get_parameter uses getattr, and refuses the effective weight: it is not a parameter.
     if plain.get_parameter is nn.Module.get_parameter:  # type: ignore[attr-defined]
         namespace["get_parameter"] = _get_parameter
     if hasattr(plain, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy
-    # Compared with what is there now: torch.compile replaces `nn.Module.__setstate__`.
+    # Compare with the current methods: torch.compile replaces `nn.Module.__setstate__`.
     if any(getattr(plain, n, None) is not getattr(nn.Module, n, None) for n in _PICKLING):
         namespace |= {"__reduce_ex__": _reduce, "__setstate__": _set_state}
     if hasattr(plain, "recompile"):
         namespace["recompile"] = _recompile
     mixins: list[type] = []
-    from gift.core.features import FEATURES  # which need this file themselves
+    from gift.core.features import FEATURES  # circular: features import this file
 
     for feature in FEATURES:
         more_mixins, attributes = feature(plain, spec)
@@ -273,15 +278,15 @@ def _generate(plain: type, spec: Spec) -> type:
 
 
 def subclass_with(mixins: Iterable[type], plain: type, namespace: dict[str, Any]) -> type:
-    """A subclass of `plain` with its name and its layout, in which the mixins come first.
+    """Create a subclass of `plain` with its name and layout, and with the mixins first in the MRO.
 
-    Hooks of the author do not see it, as nobody wrote it: neither ``__init_subclass__``, if a mixin
-    has one of its own, nor what a metaclass does with new classes.
+    Neither ``__init_subclass__`` of the author (if a mixin defines its own) nor the author's
+    metaclass sees the class, as no author wrote it.
 
     Args:
         mixins: the classes in front.
         plain: any class.
-        namespace: further attributes.
+        namespace: further class attributes.
     """
     namespace = {
         "__module__": plain.__module__,
@@ -290,24 +295,26 @@ def subclass_with(mixins: Iterable[type], plain: type, namespace: dict[str, Any]
         "_gift_mixins": tuple(mixins),
     } | namespace
     metaclass = _mixing(type(plain))
+    # Call ``__new__`` of Python directly: an author's metaclass may register its classes.
     maker: Any = ABCMeta if issubclass(metaclass, ABCMeta) else type
     return maker.__new__(metaclass, plain.__name__, (plain, *namespace["_gift_mixins"]), namespace)
 
 
 def _mixing(metaclass: type) -> type:
-    """The metaclass under which mixins come before the first base."""
+    """A subclass of `metaclass` that puts mixins before the first base in the MRO."""
     found = _metaclasses.get(metaclass)
     if found is None:
 
         def mro(cls: Any) -> list[type]:
             order = super(made, cls).mro()  # type: ignore[arg-type]
             if "_gift_mixins" not in vars(cls):
-                return order  # somebody's subclass of a generated class
+                return order  # a user's subclass of a generated class
             plain = cls.__bases__[0].__mro__
             return [cls, *(base for base in order[1:] if base not in plain), *plain]
 
         def delete(cls: Any, name: str) -> None:
-            # A feature may stand in for a class of which torch expects to have made it.
+            # torch deletes attributes of classes that it believes to have made
+            # (`nn.utils.parametrize`), so a feature can handle the deletion itself.
             instead = vars(cls).get("_gift_delete")
             super(made, cls).__delattr__(name) if instead is None else instead(cls, name)  # type: ignore[arg-type]
 
@@ -317,34 +324,34 @@ def _mixing(metaclass: type) -> type:
 
 
 def joined(*names: str) -> str:
-    """Names joined to a dotted path; the network's own name is empty."""
+    """Join names to a dotted path; the root network's own name is empty."""
     return ".".join(filter(None, names))
 
 
 def plain_class(cls: type) -> type:
-    """The class before any fine-tuning."""
+    """The class as it was before fine-tuning."""
     return getattr(cls, "_gift_plain", cls)
 
 
 def spec_of(module: nn.Module) -> Spec:
-    """What fine-tuning made of the module's class; an empty spec for a plain one."""
+    """The spec of the module's class; an empty spec for a plain class."""
     return getattr(type(module), "_gift_spec", _PLAIN)
 
 
 def change_class(module: nn.Module, **changes: Any) -> None:
-    """Give `module` the generated class in which its spec has these values."""
+    """Update the spec of `module` with `changes` and set the matching class."""
     spec = spec_of(module)._replace(**changes)
     set_class(module, generated_class(plain_class(type(module)), spec))
 
 
 def set_class(module: Any, cls: type) -> None:
-    """Give `module` a class, past its own ``__setattr__``, whose author may refuse."""
+    """Set the class of `module` without its own ``__setattr__``, which may refuse."""
     object.__setattr__(module, "__class__", cls)
 
 
 def bare(cls: type, state: dict[str, Any]) -> Any:
-    """An object of that class with these attributes, which no code of its author made."""
-    heap = 1 << 9  # Py_TPFLAGS_HEAPTYPE: what is left are `object` and the like of `dict`
+    """Create an object of `cls` with these attributes, without running code of its author."""
+    heap = 1 << 9  # Py_TPFLAGS_HEAPTYPE: only built-ins (`object`, `dict`) lack it
     base: Any = next(base for base in cls.__mro__ if not base.__flags__ & heap)
     made = base.__new__(cls)
     object.__setattr__(made, "__dict__", state)

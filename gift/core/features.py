@@ -1,24 +1,26 @@
-"""The features of generated classes, in one order."""
+"""All features of generated classes, in order of precedence."""
 
 from gift.core import delta, forwards, frozen_norms, network, save_pretrained
 from gift.core.dynamic_class import Feature
 from gift.core.weights import bitsandbytes, mixin
 
 FEATURES: tuple[Feature, ...] = (
-    # A wrapped forward pass has the layer's own within it, be that a fast path or not.
+    # Outermost: the wrapped forward pass runs the layer's own one inside, fast path or not.
     forwards.feature,
-    # A call must have begun before anything in it reads a weight.
+    # A call must be registered as begun before anything in it reads a weight.
     mixin.called_feature,
-    # A fast path is preferred to ...
+    # A fast path takes precedence over ...
     mixin.adapted_feature,
-    # ... the forward that computes with any weight, which layers of bitsandbytes have beside it.
+    # ... the general forward that layers of bitsandbytes have for any effective weight.
     bitsandbytes.feature,
     frozen_norms.feature,
     save_pretrained.feature,
-    # A network that is itself a layer loads its state as that layer does.
+    # After the features of layers: a network that is itself a layer loads its state as the layer
+    # does.
     network.feature,
-    # The author's own methods of a state come last: deltas are around what those see.
+    # Last: deltas are added around what the author's own state methods see.
     delta.feature,
 )
-"""Each gives mixins and attributes for a plain class and a spec. In the method resolution order the
-mixins of an earlier one come before those of a later one; of attributes the later one counts."""
+"""The features, each a function of a plain class and a spec. In the method resolution order, the
+mixins of an earlier feature precede those of a later one. If several set the same class attribute,
+the last one wins."""

@@ -1,8 +1,8 @@
-"""Extending the call of a module: parameters of its own, before or after what it computes.
+"""Wrapped forward passes: parameters that act before or after what a module computes.
 
-As with adapted tensors, the module stays the object that it was, and the new parameters stand on it
-under names of their own. Its class becomes a generated subclass whose ``forward`` calls the plain
-one as the extension says.
+As with adapted tensors, the module stays the same object, and the new parameters are stored on it
+under their own names. Its class becomes a generated subclass whose ``forward`` lets the wrapper
+call the plain one.
 """
 
 import functools
@@ -27,10 +27,10 @@ FORWARD_METHODS: dict[str, type["ForwardMethod"]] = {}
 
 @dataclass(frozen=True)
 class ForwardMethod(Configured):
-    """Base of what extends a call; a subclass is a frozen dataclass of its settings.
+    """Base class of methods that wrap a forward pass; a subclass is a frozen dataclass of settings.
 
     Args:
-        dtype: of the new parameters, or its name; None means that of the module, but at least
+        dtype: of the new parameters, or its name. None means the dtype of the module, but at least
             float32.
 
     Raises:
@@ -38,32 +38,32 @@ class ForwardMethod(Configured):
     """
 
     name: ClassVar[str]
-    """The name of the extension, and the beginning of its parameters' names."""
+    """The name of the wrapper, and the prefix of its parameters' names."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        known = FORWARD_METHODS.setdefault(cls.__name__, cls)  # files name it so
+        known = FORWARD_METHODS.setdefault(cls.__name__, cls)  # the name that files use
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the name {cls.__name__!r} is taken by {known.__module__}")
 
     def fit(self, module: nn.Module) -> Self:
-        """The method with what its call must know of the module.
+        """Return the method with what its call must know about `module`.
 
         Raises:
-            AdaptationError: if this module cannot be extended.
+            AdaptationError: if the forward pass of this module cannot be wrapped.
         """
         return self
 
     def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
-        """New parameters for a module that is about to be extended.
+        """New parameters for a module whose forward pass is about to be wrapped.
 
         Raises:
-            AdaptationError: if this module cannot be extended.
+            AdaptationError: if the forward pass of this module cannot be wrapped.
         """
         raise NotImplementedError
 
     def reset(self, module: nn.Module) -> dict[str, Tensor]:
-        """New parameters for one that came from the meta device, whose own may have no values."""
+        """New parameters for a module from the meta device, whose own may still have no values."""
         return self.init_parameters(module)
 
     def call(
@@ -74,31 +74,32 @@ class ForwardMethod(Configured):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """What the extended module gives; `forward` is what it would have called without it."""
+        """Compute the output of the wrapped module; `forward` is the forward pass inside."""
         raise NotImplementedError
 
     def has_effect(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether the extended module gives something else than the plain one."""
+        """Whether the wrapped module computes something else than the plain one."""
         return bool(parameters)
 
     def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
-        """Called before ``generate()`` of the extended module, or of one around it.
+        """Called before ``generate()`` of the wrapped module, or of a module around it.
 
         Args:
-            module: the extended module.
-            named: the keywords of ``generate()``.
+            module: the wrapped module.
+            named: the keyword arguments of ``generate()``.
 
         Raises:
-            AdaptationError: if the module could not be called as it will be.
+            AdaptationError: if generation would call the module in a way that the wrapper cannot
+                handle.
         """
 
     def beside(self, weight: Tensor | None) -> dict[str, Any]:
-        """Dtype and device of new parameters in a module that may have none, as keywords."""
+        """Keyword arguments (dtype, device) for new parameters; `weight` may be None."""
         return {"dtype": dtype_of(self.dtype)} if weight is None else self.factory_kwargs(weight)
 
 
 def forward_method_of(name: str, settings: Mapping[str, Any]) -> ForwardMethod:
-    """What extends a call, by the name of its class, with these settings.
+    """Create a forward method from the name of its class and its settings.
 
     Raises:
         ValueError: for an unknown name or setting.
@@ -114,10 +115,10 @@ def forward_method_of(name: str, settings: Mapping[str, Any]) -> ForwardMethod:
 
 @dataclass
 class ForwardDelta(Delta):
-    """What a module knows of one extension of its call.
+    """Record of one wrapper around a module's forward pass.
 
     Args:
-        method: what extends it, fitted to the module.
+        method: the wrapper, fitted to the module.
         path: where the module stood in its network, for messages.
     """
 
@@ -130,12 +131,12 @@ class ForwardDelta(Delta):
         return {"method": self.method.name} | self.method.compat_settings
 
     def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
-        """What differs from the method with its defaults."""
+        """The settings that differ from the method's defaults."""
         hidden = self.method.hidden_settings
         return hidden and {"method": self.method.name} | hidden
 
     def has_effect(self, module: nn.Module, key: str) -> bool:
-        """Whether its parameters say so."""
+        """Whether the values of its parameters change what the module computes."""
         return not self.is_on_meta(module) and self.method.has_effect(self.tensors(module))
 
     def reset(self, module: Any, key: str) -> None:
@@ -145,7 +146,7 @@ class ForwardDelta(Delta):
 
 
 class WrappedModule(DeltaModule):
-    """What every module with an extended call gains."""
+    """Mixin of every module with a wrapped forward pass."""
 
     _gift_forwards: dict[str, ForwardDelta]
     _gift_arguments: ClassVar[tuple[str, ...]]
@@ -157,14 +158,16 @@ class WrappedModule(DeltaModule):
 
 
 class NestingEncoder(Generated):
-    """An ``nn.TransformerEncoder`` packs padded batches as nested tensors where its first layer
-    needs no gradient. Layers that are extended need one although that layer is frozen.
+    """Mixin of an ``nn.TransformerEncoder`` around wrapped layers: no nested tensors in training.
+
+    The encoder packs padded batches as nested tensors if its first layer needs no gradient. Wrapped
+    layers need gradients although that first layer is frozen.
     """
 
     @property
     def use_nested_tensor(self) -> bool:
-        """Whether it may, which is as before while no gradient is recorded."""
-        if torch.is_grad_enabled() or is_compiled_by_old():  # which takes the flag for this again
+        """The flag of the encoder while no gradient is recorded, else False."""
+        if torch.is_grad_enabled() or is_compiled_by_old():  # its `__dict__` gives this property
             return False
         return self.__dict__.get("use_nested_tensor", False)
 
@@ -180,16 +183,17 @@ def _extended(
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """A wrapped forward pass, and what reads it: its signature, ``generate``, nested tensors."""
+    """Wrap the forward pass, and adapt what depends on it: ``generate``, nested tensors."""
     if not spec.extended:
         return [], {}
-    generated: Any = None  # the class that is being made: Python puts it into this variable's cell
+    generated: Any = None  # ``__classcell__`` below: Python stores the new class in this cell
 
-    # The signature stays: trainers look into it to see which columns of a data set are used.
+    # Keep the signature: trainers inspect it to see which columns of a data set are used.
     @functools.wraps(plain.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_gift_forwards" not in self.__dict__:
-            # Somebody kept this method, and the module is a plain one again.
+            # This method outlived the wrapper (a reference was kept), and the module is plain
+            # again.
             return type(self).forward(self, *args, **kwargs)
         return self._gift_call(super(generated, self).forward, args, kwargs)
 
@@ -216,33 +220,33 @@ def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
 
 
 def _generates(plain: type) -> bool:
-    """Whether it is a class that writes texts, as models of transformers do."""
+    """Whether a class generates text, as models of transformers do."""
     return callable(getattr(plain, "generate", None))
 
 
 def argument_names(plain: Any) -> tuple[str, ...]:
-    """What the arguments of a class's forward are called that can be given by position."""
+    """Names of the arguments of a class's forward that can be passed by position."""
     parameters = list(inspect.signature(plain.forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in parameters if p.kind in kinds)
 
 
 def where(module: Any, name: str) -> str:
-    """An extended module in words; `name` is that of the extension."""
+    """Describe a wrapped module for messages; `name` is the name of the wrapper."""
     path = module._gift_forwards[name].path
     return f"{path or 'the network'} ({plain_class(type(module)).__name__})"
 
 
 def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> None:
-    """Extend the call of `module`; its own parameters are left as they are.
+    """Wrap the forward pass of `module`; its own parameters stay as they are.
 
     Args:
-        module: any module that is called by itself.
-        method: what extends it.
-        path: where it stands in its network, for messages.
+        module: any module that is called itself.
+        method: the wrapper.
+        path: where the module stands in its network, for messages.
 
     Raises:
-        AdaptationError: if it cannot be extended; nothing is changed then.
+        AdaptationError: if the forward pass cannot be wrapped; nothing is changed then.
     """
     own: dict[str, ForwardDelta] = module.__dict__.get("_gift_forwards", {})
     _refuse(module)
@@ -259,8 +263,9 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
         add_tensor(module, names[key], value)
     extension = ForwardDelta(names, method=method, path=path)
     module.__dict__["_gift_forwards"] = own | {method.name: extension}
-    # Fused kernels that compute a whole block without calling its parts look for hooks only. The
-    # block's own kernel is what is called here, and may be used as before.
+    # Fused kernels compute a whole block without calling its submodules, unless these have hooks.
+    # An encoder layer gets no hook: the wrapper calls the layer itself, which may use its own
+    # kernel.
     if not isinstance(module, nn.TransformerEncoderLayer):
         module.register_forward_hook(_seen)
     change_class(module, extended=True)
@@ -280,20 +285,20 @@ def _refuse(module: nn.Module) -> None:
 
 
 def _seen(module: nn.Module, args: Any, output: Any) -> None:
-    """A hook that does nothing but be there."""
+    """A forward hook that does nothing; its presence disables fused kernels."""
 
 
 def named_forward_deltas(
     module: nn.Module, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Module, ForwardDelta]]:
-    """All extensions in `module`: path, the extended module, what extends it."""
+    """All wrappers in `module`: path, wrapped module, record of the wrapper."""
     for path, part in module.named_modules(prefix=prefix):
         for extension in part.__dict__.get("_gift_forwards", {}).values():
             yield path, part, extension
 
 
 def settle_modules_around(network: nn.Module) -> None:
-    """Let modules around extended ones know: `NestingEncoder`, and those that generate."""
+    """Generate classes for modules around wrapped ones: encoders (`NestingEncoder`), generators."""
     for module in network.modules():
         concerned = isinstance(module, nn.TransformerEncoder) or _generates(type(module))
         if concerned and any(True for _ in named_forward_deltas(module)):
@@ -302,6 +307,6 @@ def settle_modules_around(network: nn.Module) -> None:
 
 
 def unwrap_forwards(module: nn.Module) -> None:
-    """Undo `wrap_forward`, whose parameters are gone already; hooks go as all that is new goes."""
+    """Undo `wrap_forward`, after its parameters and hooks were removed with all other additions."""
     if module.__dict__.pop("_gift_forwards", None) is not None:
         change_class(module, extended=False)

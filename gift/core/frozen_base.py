@@ -1,10 +1,10 @@
-"""Flags of a frozen base: whoever calls ``requires_grad_`` on a part of a network, it stays frozen.
+"""Keep the base frozen when ``requires_grad_`` is called on a part of a fine-tuned network.
 
-``net.encoder.requires_grad_(True)`` is how libraries unfreeze a part, and that part may be any
-module: one that fine-tuning left as it is, too. Its class is not changed for that, since somebody
-may ask for it (``type(net.encoder) is nn.Sequential``): the module is given an attribute that
-stands in front of its method, an object that copies and pickles like any other part of the module.
-Nobody can be kept from setting the flag of a parameter itself; that is noticed, see `unfrozen`.
+Libraries unfreeze a part with ``net.encoder.requires_grad_(True)``. That part can be any module,
+also one that fine-tuning left unchanged. Its class stays the same, because code may check for it
+(``type(net.encoder) is nn.Sequential``). Instead, the module gets an instance attribute that
+shadows the method: an object that is copied and pickled like any other part of the module. Setting
+``requires_grad`` of a parameter directly cannot be prevented, only detected, see `unfrozen`.
 """
 
 import warnings
@@ -21,20 +21,21 @@ from gift.core.record import record_of
 from gift.errors import GiftWarning, some
 
 HELD = "requires_grad_"
-"""The attribute, which stands in front of the method of that name."""
+"""The name of the instance attribute, which shadows the method of that name."""
 
 
 class HeldFlags:
-    """``requires_grad_`` of a module in a network that is being fine-tuned.
+    """Replacement for ``requires_grad_`` of a module in a network that is being fine-tuned.
 
-    It freezes all in the module, or trains what is trained there; the frozen base stays frozen.
+    Freezes every parameter in the module, or unfreezes those that fine-tuning trains. The frozen
+    base stays frozen.
 
     Args:
         module: the module.
         frozen: names of its own parameters that stay frozen.
 
     Attributes:
-        empty: names of attributes that are None, places of modules that may come.
+        empty: names of the module's attributes that are None, where a submodule may be set later.
     """
 
     def __init__(self, module: nn.Module, frozen: frozenset[str]) -> None:
@@ -43,7 +44,7 @@ class HeldFlags:
         self.empty = tuple(name for name, value in module.__dict__.items() if value is None)
 
     def __call__(self, requires_grad: bool = True) -> nn.Module:
-        """Freeze the parameters in the module, or train those that are not held."""
+        """Freeze the parameters in the module, or train those that are not held frozen."""
         module = self.module
         held = {id(p) for part in module.modules() for p in held_in(part)}
         written = getattr(plain_class(type(module)), HELD)
@@ -52,7 +53,7 @@ class HeldFlags:
             for parameter in parameters:
                 if not requires_grad or id(parameter) not in held:
                     parameter.requires_grad = requires_grad
-        else:  # a method that the module's author wrote: what it does beyond that is theirs
+        else:  # the author's own method may do more: call it, then freeze the base again
             before = {id(p) for p in parameters if p.requires_grad}
             written(module, requires_grad)
             for parameter in parameters:
@@ -70,7 +71,7 @@ class HeldFlags:
 
 
 def held_in(module: nn.Module) -> list[nn.Parameter]:
-    """The own parameters of `module` that stay frozen."""
+    """The parameters of `module` itself that stay frozen."""
     if not is_held(module):
         return []
     own = [module._parameters.get(name) for name in module.__dict__[HELD].frozen]
@@ -78,14 +79,14 @@ def held_in(module: nn.Module) -> list[nn.Parameter]:
 
 
 def is_held(module: nn.Module) -> bool:
-    """Whether `module` is a part of a fine-tuned network that has, or holds, parameters."""
+    """Whether `module` is in a fine-tuned network and has parameters, its own or in submodules."""
     return isinstance(module.__dict__.get(HELD), HeldFlags)
 
 
 def hold_flags(network: Any) -> None:
-    """Let the parameters that a fine-tuned network does not train stay frozen, and only these.
+    """Hold the parameters that a fine-tuned network does not train frozen, and only these.
 
-    Called whenever that changes.
+    Called whenever the set of trained parameters changes.
     """
     watch(network)
     record = record_of(network)
@@ -98,7 +99,7 @@ def hold_flags(network: Any) -> None:
             continue
         known = module.__dict__.get(HELD)
         if known is not None and not isinstance(known, HeldFlags):
-            continue  # somebody else's
+            continue  # an attribute of the author's own
         own = module._parameters.items()
         frozen = frozenset(n for n, p in own if p is not None and id(p) not in free)
         if known is None or known.frozen != frozen:
@@ -108,9 +109,7 @@ def hold_flags(network: Any) -> None:
 
 
 def unfrozen(network: Any) -> list[nn.Parameter]:
-    """Parameters of a fine-tuned network that are to stay frozen, and of which somebody has set the
-    flag since.
-    """
+    """Parameters that fine-tuning froze and whose ``requires_grad`` was set since."""
     return [
         parameter
         for flags in record_of(network).held
@@ -120,8 +119,8 @@ def unfrozen(network: Any) -> list[nn.Parameter]:
 
 
 def tell_unfrozen(network: Any) -> None:
-    """Warn once of what `unfrozen` finds."""
-    if torch.compiler.is_compiling():  # which cannot look at flags, and warns nobody
+    """Warn once about the parameters that `unfrozen` finds."""
+    if torch.compiler.is_compiling():  # Dynamo cannot read flags or issue warnings
         return
     record = record_of(network)
     if record.told_unfrozen or not (found := {id(p) for p in unfrozen(network)}):
@@ -140,14 +139,15 @@ def tell_unfrozen(network: Any) -> None:
 
 
 _WATCHED: WeakSet[nn.Module] = WeakSet()
-_watching = RLock()  # threads enable networks of their own
+_watching = RLock()  # several threads may enable networks
 _hooks: list[Any] = []
 
 
 def watch(network: nn.Module) -> None:
-    """Let every optimizer say what `unfrozen` finds in `network` before it moves that.
+    """Let every optimizer warn about what `unfrozen` finds in `network` before it updates that.
 
-    Calls of a network are not enough: others call its methods, or its parts.
+    A check in the network's ``__call__`` is not enough, because other code may call its methods or
+    its submodules.
     """
     with _watching:
         _WATCHED.add(network)

@@ -1,4 +1,4 @@
-"""Norm layers whose running statistics stand still, whatever ``train()`` says."""
+"""Norm layers whose running statistics stay frozen, whatever ``train()`` says."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +11,21 @@ from gift.private.torch import NORM_WITH_STATISTICS
 
 
 class FrozenStatistics(Generated):
-    """A norm layer that stays in evaluation mode, so that its running statistics do not move."""
+    """Mixin of a norm layer that stays in evaluation mode, which freezes its running statistics."""
 
     def train(self, mode: bool = True) -> Any:
-        """Remember the mode that was asked for: releasing the layer gives it back."""
+        """Remember the requested mode, which `release_statistics` restores."""
         self.__dict__["_gift_mode"] = mode
         return super().train(False)  # type: ignore[misc]
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """Norm layers that stay in evaluation mode."""
+    """Keep norm layers in evaluation mode."""
     return ([FrozenStatistics] if spec.statistics else []), {}
 
 
 def freeze_statistics(module: nn.Module) -> int:
-    """Freeze the running statistics of all norm layers in `module`; gives their number."""
+    """Freeze the running statistics of all norm layers in `module`, and return their number."""
     norms = [m for m in module.modules() if isinstance(m, NORM_WITH_STATISTICS)]
     layers = [norm for norm in norms if norm.track_running_stats]
     for layer in layers:
@@ -36,7 +36,7 @@ def freeze_statistics(module: nn.Module) -> int:
 
 
 def release_statistics(module: nn.Module) -> None:
-    """Undo `freeze_statistics` for one layer: its mode is the last that was asked for."""
+    """Undo `freeze_statistics` for one layer and set the mode that was last requested."""
     if "_gift_mode" in module.__dict__:
         module.training = module.__dict__.pop("_gift_mode")
         change_class(module, statistics=False)
@@ -44,7 +44,7 @@ def release_statistics(module: nn.Module) -> None:
 
 @contextmanager
 def kept_modes(net: nn.Module) -> Iterator[None]:
-    """Whatever modes are set within it, each module has afterwards the one that it had before."""
+    """Context that restores the training mode of each module at its end."""
     modes = [(m, m.training, vars(m).get("_gift_mode")) for m in net.modules()]
     try:
         yield

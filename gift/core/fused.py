@@ -1,12 +1,14 @@
-"""Layers that are made from adapted weights, and join the network that has these.
+"""Refuse fused layers that are made from adapted weights and added to the same network.
 
 Fusing (``fuse_qkv_projections``, ``reparameterize``, ``switch_to_deploy``) copies weights into a
-new layer, which is computed in the place of the others. Of adapted ones it copies the deltas as
-they are now: they would be trained no more, the new layer whole, and a file of the network would
-fit no other. So the new layer is refused when it is registered, before anything has changed.
+new layer that replaces others. A copy of adapted weights contains the deltas as they are now. The
+deltas would no longer be trained, the new layer would be trained as a whole, and a saved file would
+not fit any other copy of the network. So the new layer is refused when it is registered, before
+anything has changed.
 
-Its values do not tell, for they are often written later. What tells is who registers it: a function
-that has copied adapted weights, itself or by what it called, since a network was called last.
+The values of the new layer do not identify it, as they are often written later. What identifies it
+is the function that registers it: one that copied adapted weights, itself or through a function
+that it called, since the last call of a network.
 """
 
 import itertools
@@ -29,11 +31,12 @@ _REGISTERING = {"__setattr__", "register_module", "add_module", "register_parame
 
 
 class _Copied(threading.local):
-    """What was copied last in a thread.
+    """The last copy of an adapted weight in each thread.
 
     Attributes:
-        weight: its name, as errors say it.
-        frames: the functions that ran, by the identity of their frames, which are not kept.
+        weight: the name of the weight, as in errors.
+        frames: the code of the functions that were running, by the id of their frames. The frames
+            themselves are not stored.
         calls: how many calls of networks there had been.
     """
 
@@ -47,12 +50,12 @@ _hooks: list[Any] = []
 
 
 def note_copy(weight: str, of: Tensor, result: Any) -> None:
-    """Remember who computes something from an adapted weight, outside of the calls of networks.
+    """Record which functions compute something from an adapted weight outside of a network's call.
 
     Args:
-        weight: its name.
+        weight: the name of the weight.
         of: the weight, or a view of it.
-        result: what was computed; several tensors, as of a decomposition, or an array of NumPy.
+        result: what was computed: a tensor, several tensors (a decomposition) or a NumPy array.
     """
     if (calls := calls_so_far()) is None or torch.compiler.is_compiling():
         return
@@ -65,7 +68,7 @@ def note_copy(weight: str, of: Tensor, result: Any) -> None:
 
 
 def _is_copy(of: Tensor, result: Any) -> bool:
-    """Whether a weight can be made again of what was computed: not of its norms, or a mask."""
+    """Whether a weight could be made from `result`; not from norms or a mask of the weight."""
     if isinstance(result, list | tuple):
         return any(_is_copy(of, one) for one in result)
     if isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex()):
@@ -87,10 +90,10 @@ def _parameter_joins(parent: nn.Module, name: str, parameter: nn.Parameter | Non
 
 
 def _is_copying(parent: nn.Module) -> bool:
-    """Whether a part of a fine-tuned network gains something from who has copied its weights."""
+    """Whether code that has copied adapted weights adds something to a fine-tuned module."""
     if _COPIED.calls is None or _COPIED.calls != calls_so_far() or not is_held(parent):
         return False
-    for frame in itertools.islice(callers(), 1, None):  # the first is a hook of this file
+    for frame in itertools.islice(callers(), 1, None):  # skip the hook in this file
         library = frame.f_globals.get("__name__", "").partition(".")[0]
         if library != "torch" and frame.f_code.co_name not in _REGISTERING:
             return _COPIED.frames.get(id(frame)) is frame.f_code
@@ -98,7 +101,7 @@ def _is_copying(parent: nn.Module) -> bool:
 
 
 def _joined(parent: nn.Module, name: str, what: str) -> RuntimeError:
-    if name in parent.__dict__[HELD].empty:  # torch has taken it away already
+    if name in parent.__dict__[HELD].empty:  # torch deletes it before it calls the hook
         parent.__dict__.setdefault(name, None)
     return RuntimeError(
         f"{what} is about to join a {type(parent).__name__} as {name!r}, where {_COPIED.weight} is "

@@ -1,8 +1,9 @@
-"""One memory that several tensors show: it takes one fate.
+"""Find tensors that share memory but would be fine-tuned in different ways.
 
-A tensor with several names is one tensor, see `gift.engine.ties`. Here are tensors of their own
-that share memory: a view of another one, a buffer or an attribute that shows a weight; and a
-parameter of two networks. What becomes of it in one place is not known to the other.
+A tensor with several names is one tensor, see `gift.engine.ties`. This module is about distinct
+tensors over the same memory (a view of another tensor, a buffer or an attribute that shows a
+weight), and about a parameter of two networks. What one place does to the memory is not known to
+the other.
 """
 
 import gc
@@ -26,7 +27,7 @@ from gift.support.tensors import is_plain
 
 
 class Holder(NamedTuple):
-    """Where a tensor stands.
+    """One place that holds a tensor.
 
     Args:
         module, name: the module, and the name there.
@@ -41,11 +42,11 @@ class Holder(NamedTuple):
 
 
 def misfits_in_memory(network: nn.Module, before: Snapshot) -> list[str]:
-    """What shares memory with an adapted weight, or a trained one, and is to stay what it is.
+    """Report tensors that share memory with an adapted or trained weight but must stay unchanged.
 
     Args:
-        network: to which the caps were applied.
-        before: what it was before.
+        network: the network, after the caps were applied.
+        before: a snapshot of the network before that.
     """
     groups: dict[int, list[Holder]] = {}
     for holder in _holders(before):
@@ -83,7 +84,7 @@ def _holders(before: Snapshot) -> Iterator[Holder]:
         if is_plain(kept.tensor):
             yield Holder(module, name, kept.tensor, "buffer")
     for module, _, state, _ in before.modules:
-        if _WITHOUT_TENSORS.issuperset(map(type, state.values())):  # most modules
+        if _WITHOUT_TENSORS.issuperset(map(type, state.values())):  # the common case
             continue
         for name, value in state.items():
             for tensor in _attributes(module, value):
@@ -94,7 +95,7 @@ _WITHOUT_TENSORS = {bool, int, float, str, type(None), set, dict, OrderedDict}  
 
 
 def _attributes(module: nn.Module, value: Any) -> Iterator[Tensor]:
-    """The tensors in an attribute, but for lists of weights that are made anew when adapted."""
+    """The tensors in an attribute, except lists of weights that are rebuilt when adapted."""
     if isinstance(value, Tensor):
         found: Iterable[Any] = (value,)
     elif isinstance(value, list | tuple):
@@ -115,14 +116,15 @@ def _fate(holder: Holder, adapted: set[int]) -> str:
 
 
 def _contradict(one: str, other: str) -> bool:
-    """Whether two fates of one memory are not both had; what is trained in place is seen by all who
-    show it, but a parameter that is frozen shall not move.
+    """Whether two fates of the same memory exclude each other.
+
+    Training in place is seen by every tensor over the memory, but must not move a frozen parameter.
     """
     return ("adapted" in (one, other) and one != other) or {one, other} == {"trained", "frozen"}
 
 
 def _overlapping(holders: Iterable[Holder]) -> Iterator[tuple[Holder, Holder]]:
-    """Pairs of tensors of one storage that show an element of it both."""
+    """Pairs of tensors over the same storage that have at least one element in common."""
     spans = sorted(((*_span(h.tensor), h) for h in holders), key=lambda span: span[:2])
     for number, (_, end, one) in enumerate(spans):
         for start, _, other in spans[number + 1 :]:
@@ -133,7 +135,7 @@ def _overlapping(holders: Iterable[Holder]) -> Iterator[tuple[Holder, Holder]]:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor in its storage, and that after the last."""
+    """The offset of a tensor's first byte in its storage, and the offset after its last byte."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps) if tensor.numel() else -1
     first, size = int(tensor.storage_offset()), tensor.element_size()
@@ -154,14 +156,14 @@ def _share(one: Tensor, other: Tensor) -> bool:
 
 
 def refuse_held_elsewhere(network: nn.Module) -> None:
-    """Refuse a network of which another one that is being fine-tuned holds a parameter.
+    """Refuse a network that shares a parameter with another one that is being fine-tuned.
 
     Raises:
-        RuntimeError: naming it.
+        RuntimeError: naming the parameter.
     """
     if _held_elsewhere(network) is None:
         return
-    gc.collect()  # the other one may be gone
+    gc.collect()  # the other network may be garbage
     if found := _held_elsewhere(network):
         name, other = found
         raise RuntimeError(
@@ -179,7 +181,7 @@ def _held_elsewhere(network: nn.Module) -> tuple[str, nn.Module] | None:
     own = {id(p): name for name, p in nn.Module.named_parameters(network)}
     for other in others:
         for parameter in _base_of(other):
-            # Of quantised tensors nothing is changed, and references hold the same.
+            # Quantised tensors are never changed in place, and reference copies share them.
             if id(parameter) in own and not is_quantised(parameter):
                 return own[id(parameter)], other
     return None
@@ -188,6 +190,6 @@ def _held_elsewhere(network: nn.Module) -> tuple[str, nn.Module] | None:
 def _base_of(other: Any) -> Iterable[Any]:
     """The parameters of the base of another network."""
     record = vars(other).get("_gift_network")
-    if record is None:  # as it is disabled for a while
+    if record is None:  # disabled temporarily
         return nn.Module.parameters(other)
     return (module._parameters.get(name) for module, name, _ in record.undo.requires_grad)

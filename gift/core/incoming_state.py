@@ -1,8 +1,8 @@
-"""Judging a state before a fine-tuned network loads it.
+"""Check a state before a fine-tuned network loads it.
 
-torch only compares keys and shapes, and with ``strict=False`` not even that is an error. Here the
-state is asked what it is: one whose deltas were renamed by another library would leave all deltas
-untrained, and the state of a model that another library rebuilt would replace the frozen base.
+torch only compares keys and shapes, and with ``strict=False`` not even a mismatch is an error. The
+checks here find out what a state is. If another library renamed its deltas, all deltas would stay
+untrained. If another library rebuilt the model, its state would replace the frozen base.
 """
 
 from collections.abc import Iterator, Mapping, Set
@@ -25,14 +25,14 @@ class Incoming:
     """A state, and the network that is about to load it.
 
     Args:
-        network: one that is being fine-tuned.
-        state: by the network's own names.
+        network: a network that is being fine-tuned.
+        state: the state, by the network's own names.
         own: the network's whole state.
-        frozen: names of what is not trained.
-        deltas: names of what methods added.
-        trained: names of all that is trained.
+        frozen: names of the parameters that are not trained.
+        deltas: names of the tensors that methods added.
+        trained: names of all trained parameters.
         strict: whether torch refuses missing and unexpected keys.
-        prefix: before the names in the state of a bigger module.
+        prefix: what precedes the names in the state of a bigger module.
     """
 
     network: nn.Module
@@ -45,7 +45,7 @@ class Incoming:
     prefix: str
 
     def problems(self) -> Iterator[str]:
-        """Why nothing of it may be loaded."""
+        """Reasons why nothing of the state may be loaded."""
         if found := self._renamed():
             pairs = [
                 f"{self.prefix + theirs} (here {self.prefix + ours})"
@@ -64,11 +64,11 @@ class Incoming:
             )
 
     def surprises(self) -> Iterator[str]:
-        """What to warn of where it may be loaded."""
+        """Warnings about a state that may be loaded."""
         if not self.own_deltas:
             return
         if self.own_deltas & self.state.keys():
-            # Base and deltas together are consistent: what is lost is what was trained here.
+            # Base and deltas from one state fit together, so only what was trained here is lost.
             whole = self.frozen <= self.state.keys()
             if whole and (changed := self._changed()) and self._has_effect():
                 yield (
@@ -82,7 +82,7 @@ class Incoming:
 
     @property
     def _is_for_it(self) -> bool:
-        """Whether it is for this network at all, not for other parts of a bigger module."""
+        """Whether the state has anything for this network, rather than for its siblings."""
         return bool(self.state) or not self.prefix
 
     def _surprises_of_a_base(self) -> Iterator[str]:
@@ -107,11 +107,11 @@ class Incoming:
 
     @property
     def own_deltas(self) -> Set[str]:
-        """The deltas that a state has."""
+        """The deltas that a state contains."""
         return self.deltas & self.own.keys()
 
     def _renamed(self) -> dict[str, str]:
-        """Unexpected keys that can only be trained tensors of the network under other names."""
+        """Map unexpected keys that can only be renamed trained tensors to the names of these."""
         missing = (self.own_deltas | (self.trained & self.own.keys())) - self.state.keys()
         unexpected = [key for key in self.state if key not in self.own and not is_settings(key)]
         if not missing or not unexpected:
@@ -125,7 +125,7 @@ class Incoming:
             for key in unexpected
             if kinds.get(kind := _kind(key, self.state[key]))
         }
-        # `weight` and `bias` are names that everybody uses: there all must have a counterpart.
+        # Every network has names like `weight` and `bias`, so there all must have a counterpart.
         certain = any(name in self.deltas for name in found.values())
         return found if certain or len(found) == len(missing) else {}
 
@@ -138,13 +138,13 @@ class Incoming:
         ]
 
     def _changed(self) -> list[str]:
-        """Frozen tensors that would get other values."""
+        """Names of the frozen tensors whose values would change."""
         return sorted(
             name for name in self._comparable if not _equal(self.own[name], self.state[name])
         )
 
     def _is_merged(self) -> bool:
-        """Whether only adapted weights differ from the base, although other tensors are there."""
+        """Whether only adapted weights differ from the base, among all the tensors of the state."""
         if self.own_deltas & self.state.keys() or not self.own_deltas:
             return False
         tensors = {id(p) for m in self.network.modules() for p in _adapted(m)}
@@ -158,7 +158,8 @@ class Incoming:
     def _has_effect(self) -> bool:
         """Whether a delta changes what the network computes."""
         found = named_deltas(self.network)
-        # Those of tied tensors, and of biases that follow their weights, are told where they stand.
+        # Deltas of tied tensors, and of biases that follow weights, are reported where they are
+        # held.
         return any(delta.owner is None and delta.has_effect(m, key) for m, key, delta in found)
 
 

@@ -1,4 +1,4 @@
-"""What a network knows of its inputs and outputs."""
+"""What a network records about its inputs and outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,22 +14,22 @@ IO_SPEC = "_gift_io_spec"
 
 
 class InputReader(Protocol):
-    """All that is asked here of what reads inputs; see `gift.data.Reader`."""
+    """The part of `gift.data.Reader` that this package needs."""
 
     stands_alone: ClassVar[bool]
 
     def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """Itself as plain data; the folder gets files that it needs."""
+        """The reader as plain data; files that it needs are written into the folder."""
 
 
 @dataclass(frozen=True)
 class IOSpec:
-    """What is known of the inputs and outputs of a network.
+    """Description of the inputs and outputs of a network.
 
     Args:
-        reader: makes the inputs; None where it is not known.
-        classes: names of the classes; None where they are not known.
-        task: as of `gift.data.Examples`.
+        reader: makes the inputs; None if unknown.
+        classes: names of the classes; None if unknown.
+        task: the task, as in `gift.data.Examples`.
     """
 
     reader: Any = None
@@ -37,14 +37,14 @@ class IOSpec:
     task: str = "classification"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IOSpec":
-        return self  # nothing in it changes
+        return self  # immutable
 
     def to_config(self, folder: Path | None = None) -> dict[str, Any]:
-        """Itself as plain data.
+        """The description as plain data.
 
         Args:
-            folder: gets the files that the reader needs, as of a tokenizer. Without one, such a
-                reader is left out.
+            folder: where to write the files that the reader needs (those of a tokenizer, for
+                example). Without a folder, a reader that needs files is left out.
         """
         reader: InputReader | None = self.reader
         if folder is None and reader is not None and not reader.stands_alone:
@@ -59,14 +59,14 @@ class IOSpec:
 def set_io_spec(net: nn.Module, reader: Any, classes: Sequence[str] | None, task: str) -> None:
     """Store on a network how its inputs are read and what its outputs are.
 
-    Copies and pickles of the network keep it. What is stored during fine-tuning is gone when
-    fine-tuning is disabled.
+    Copies and pickles of the network keep this. If it is stored during fine-tuning, disabling
+    fine-tuning removes it.
     """
     vars(net)[IO_SPEC] = IOSpec(reader, None if classes is None else tuple(classes), task)
 
 
 def io_spec_of(net: nn.Module) -> IOSpec:
-    """The `IOSpec` of a network, also where DDP or ``torch.compile`` wraps it."""
+    """The `IOSpec` of a network, also if DDP or ``torch.compile`` wraps it."""
     for name in (COMPILED, "module"):
         inner = net._modules.get(name)
         if IO_SPEC not in vars(net) and inner is not None:
@@ -75,25 +75,25 @@ def io_spec_of(net: nn.Module) -> IOSpec:
 
 
 def renew_io_spec(net: nn.Module) -> None:
-    """Give a network an equal `IOSpec` of its own when its fine-tuning begins.
+    """Give a network its own equal copy of the `IOSpec` when fine-tuning begins.
 
-    The present one belongs to the base: disabling puts it back.
+    The previous object belongs to the base, and disabling restores it.
     """
     vars(net)[IO_SPEC] = replace(io_spec_of(net))
 
 
 def drop_empty_io_spec(net: nn.Module) -> None:
-    """Remove an `IOSpec` that says nothing."""
+    """Remove an `IOSpec` that contains no information."""
     if io_spec_of(net) == IOSpec():
         vars(net).pop(IO_SPEC, None)
 
 
 def forget_classes(net: nn.Module) -> None:
-    """Drop the names of the classes: the head was replaced."""
+    """Remove the names of the classes, because the head was replaced."""
     vars(net)[IO_SPEC] = replace(io_spec_of(net), classes=None)
 
 
 def load_io_spec(net: nn.Module, spec: IOSpec) -> None:
-    """Store `spec` on a network; where `spec` has no reader, that of the base stays."""
+    """Store `spec` on a network; if `spec` has no reader, keep the reader of the base."""
     vars(net)[IO_SPEC] = replace(spec, reader=spec.reader or io_spec_of(net).reader)
     drop_empty_io_spec(net)

@@ -1,4 +1,4 @@
-"""Walking over the direct submodules of a module."""
+"""Iteration over the direct submodules of a module."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,9 @@ ModuleEntry = tuple[str, str, str, nn.Module, bool]
 class ModuleIterator:
     """The direct submodules of a module, in registration order; can be iterated again.
 
-    Yields ``(current_name, global_name, class_name, current_module, has_children)``, where
-    ``global_name`` is ``parent_name`` and the module's name joined by a dot, and ``class_name`` is
-    the name of its class before any adaptation. A submodule that is None is skipped.
+    Yields ``(current_name, global_name, class_name, current_module, has_children)``.
+    ``global_name`` is ``parent_name`` and the name of the submodule joined by a dot. ``class_name``
+    is the name of its class before any adaptation. Submodules that are None are skipped.
 
     Args:
         module: the module whose submodules are wanted.
@@ -48,5 +48,5 @@ class ModuleIterator:
 
 
 def named_parts(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """What `named_modules` gives, at once for a module that has none inside."""
+    """`named_modules` as a list, with a fast path for a module without submodules."""
     return list(module.named_modules(prefix=prefix)) if module._modules else [(prefix, module)]

@@ -1,9 +1,9 @@
-"""Code that sends the tensors of a module elsewhere by their names, as accelerate's hooks do.
+"""Support for code that moves the tensors of a module by name, such as accelerate's hooks.
 
-Such code reads a tensor from its module and puts another one in its place: on another device, or on
-the meta device while the module does not run. Of an adapted weight it must see the frozen tensor,
-and its copies for a while come from a state that has all tensors. It treats deltas as it does any
-other tensor, so they are where the module computes.
+Such code reads a tensor from its module and replaces it by another one: on another device, or on
+the meta device while the module does not run. For an adapted weight it must see the frozen tensor.
+The state from which it copies tensors back must contain all tensors. It treats deltas like any
+other tensor, so they are on the device on which the module computes.
 """
 
 from types import FrameType
@@ -20,7 +20,7 @@ _STATES = "accelerate.big_modeling"
 
 
 def moves(reader: FrameType | None) -> bool:
-    """Whether a function is called by code that moves what it reads or writes.
+    """Whether a function is called by code that moves tensors.
 
     Args:
         reader: the frame of the function.
@@ -30,12 +30,12 @@ def moves(reader: FrameType | None) -> bool:
 
 
 def needs_all(network: nn.Module) -> bool:
-    """Whether the ``state_dict`` that is being made is to be all that `network` computes with.
+    """Whether the ``state_dict`` being made must contain everything that `network` computes with.
 
-    It may be that of a bigger module, whose ``state_dict`` called this one's.
+    The call may be on a bigger module, whose ``state_dict`` calls that of the network.
 
     Raises:
-        RuntimeError: if its tensors cannot be fetched module by module, or have no values yet.
+        RuntimeError: if tensors cannot be fetched module by module, or have no values yet.
     """
     names = (frame.f_globals.get("__name__") or "" for frame in callers())
     asking = next((name for name in names if not name.startswith(("gift.", "torch."))), "")
@@ -57,7 +57,7 @@ def needs_all(network: nn.Module) -> bool:
 
 
 def _stuck(network: nn.Module) -> str:
-    """What computes with tensors outside of a module's own ``forward``; empty if nothing does."""
+    """What uses tensors outside of a module's own ``forward``, in words; empty if nothing does."""
     tied = [
         path
         for path, module in network.named_modules()
@@ -70,17 +70,17 @@ def _stuck(network: nn.Module) -> str:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether the tensors of `module` itself are elsewhere while it does not run."""
+    """Whether the tensors of `module` itself are offloaded while it does not run."""
     hook = vars(module).get("_hf_hook")
-    hooks = getattr(hook, "hooks", None) or [hook]  # several, in a sequence
+    hooks = getattr(hook, "hooks", None) or [hook]  # a `SequentialHook` has several
     return any(getattr(one, "offload", False) is True for one in hooks)
 
 
 def refuse_offloaded(network: nn.Module) -> None:
-    """Refuse what needs the tensors of a network.
+    """Refuse an offloaded network, for operations that need its tensors.
 
     Raises:
-        RuntimeError: if they are elsewhere.
+        RuntimeError: if tensors are offloaded.
     """
     found = [path for path, module in network.named_modules() if is_offloaded(module)]
     if found:

@@ -1,4 +1,4 @@
-"""What a network gains while it is being fine-tuned: it shows its trained parameters only."""
+"""The methods of a network that is being fine-tuned: it shows only its trained parameters."""
 
 import functools
 import inspect
@@ -39,12 +39,12 @@ from gift.quantization import quant_state_names
 
 
 class FineTunedNetwork(Generated):
-    """Methods of the network that was given to `enable_fine_tuning`."""
+    """Mixin of the network that was passed to `enable_fine_tuning`."""
 
     _gift_network: NetworkRecord
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network; before a training step it is seen whether its base is still frozen."""
+        """Call the network; before a training step, check that its base is still frozen."""
         if torch.is_grad_enabled():
             tell_unfrozen(self)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -61,7 +61,8 @@ class FineTunedNetwork(Generated):
     def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
         """The trained parameters; ``named_parameters()`` gives all.
 
-        Among them are those of the base of which somebody has set the flag since, with a warning.
+        They include frozen parameters of the base whose ``requires_grad`` was set since. A warning
+        reports these.
         """
         if not self._gift_network.only_trainable_parameters or _is_averaging():
             return super().parameters(*args, **kwargs)  # type: ignore[misc]
@@ -71,7 +72,7 @@ class FineTunedNetwork(Generated):
         return (p for _, p in named_trainable(self, *args, **kwargs))  # type: ignore[arg-type]
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        # Buffers that layers share stay shared where they are moved.
+        # Move each buffer once, so that buffers which layers share stay shared.
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
         def once(tensor: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class FineTunedNetwork(Generated):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters and the persistent buffers, under any prefix."""
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(state, MutableMapping):  # which only its author understands
+        if not isinstance(state, MutableMapping):  # an author's own format
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if self._gift_network.only_trainable_state:
@@ -101,11 +102,11 @@ class FineTunedNetwork(Generated):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load trained parameters and buffers, or a whole checkpoint of the base.
 
-        A bigger module that contains the network loads it by torch's own code, which goes on after
-        an error and raises at the end. If something is wrong with what is for this network, nothing
-        of it is loaded. What other parts of the bigger module have loaded stays, as torch does it;
-        and a signal, or an error that a module's own code raises, cannot be caught there: load into
-        the network itself where that matters.
+        If a bigger module contains the network, torch's own code loads it. That code continues
+        after an error and raises at the end. If something is wrong with the part of the state that
+        is for this network, nothing of that part is loaded. What other parts of the bigger module
+        have loaded stays, as always in torch. A signal, or an exception from a module's own code,
+        cannot be caught there. Load into the network itself where that matters.
 
         Raises:
             RuntimeError: naming every key that is missing, unknown, of another shape, or trained
@@ -115,7 +116,7 @@ class FineTunedNetwork(Generated):
         return _load(self, super().load_state_dict, args, kwargs, strict)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        # Also called when a bigger module loads its state, which passes `load_state_dict` by.
+        # A bigger module that loads its state calls this method directly, not `load_state_dict`.
         keys: Set[str] = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         record = self._gift_network
         record.loading, record.refusing, record.before = (prefix, keys), False, None
@@ -136,12 +137,12 @@ class FineTunedNetwork(Generated):
             if problems := list(incoming.problems()):
                 errors += [f"{problem}. Nothing of it was loaded" for problem in problems]
                 record.refusing = True
-                for key in keys:  # so that no part of the network finds anything to load
+                for key in keys:  # leave nothing that a submodule could load
                     del state_dict[prefix + key]
                 return
             for surprise in incoming.surprises():
                 warnings.warn(surprise, GiftWarning, stacklevel=2)
-            if prefix:  # a bigger module loads, within no transaction
+            if prefix:  # a bigger module loads, without a transaction
                 snapshot = Snapshot(self, writes=_overwritten(self, (coming,), {}))  # type: ignore[arg-type]
                 record.before = snapshot, errors, len(errors)
             keep_values(self, coming, frozen, deltas)  # type: ignore[arg-type]
@@ -149,9 +150,10 @@ class FineTunedNetwork(Generated):
 
 
 def _is_averaging() -> bool:
-    """Whether `AveragedModel` asks, which pairs what it gets with all parameters of its copy.
+    """Whether the caller is `AveragedModel`, which needs all parameters.
 
-    It goes by their order alone, so the trained ones would be averaged into others.
+    It pairs them by their order with all parameters of its copy, so the trained parameters alone
+    would be averaged into others.
     """
     if torch.compiler.is_compiling():
         return False
@@ -160,7 +162,7 @@ def _is_averaging() -> bool:
 
 
 def _left_in_state(network: Any) -> Collection[str]:
-    """Names of frozen parameters that whoever asks for the state needs in there."""
+    """Names of the frozen parameters that the caller of ``state_dict()`` needs in the state."""
     if torch.compiler.is_compiling():
         return ()
     if needs_all(network):
@@ -169,9 +171,9 @@ def _left_in_state(network: Any) -> Collection[str]:
 
 
 def _drops_frozen_itself() -> bool:
-    """Whether `torch.distributed.checkpoint` asks with ``ignore_frozen_params``.
+    """Whether `torch.distributed.checkpoint` is the caller, with ``ignore_frozen_params``.
 
-    It takes each frozen parameter out of the state by its first name, and it must be in there.
+    It deletes each frozen parameter from the state by its first name, and fails if one is missing.
     """
     checkpoint = sys.modules.get("torch.distributed.checkpoint.state_dict")
     if checkpoint is None:
@@ -185,12 +187,12 @@ def _drops_frozen_itself() -> bool:
 
 
 def _overrides(network: Any, name: str) -> bool:
-    """Whether the author of a network has a method of that name instead of torch's."""
+    """Whether the network's author overrides this method of `nn.Module`."""
     return getattr(plain_class(type(network)), name) is not getattr(nn.Module, name)
 
 
 def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
-    """What the author's ``parameters()`` gives, but for what is frozen; then what it left out."""
+    """The author's ``parameters()`` without the frozen ones, then the trained ones it left out."""
     trained = {id(p): p for _, p in named_trainable(network)}
     frozen = {id(p) for p in nn.Module.parameters(network)} - trained.keys()
     for one in given:
@@ -203,9 +205,13 @@ def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
 def _drop_names(
     network: Any, state: MutableMapping[str, Any], prefix: str, left: Container[str] = ()
 ) -> None:
-    """Drop what is frozen, and what belongs to quantised tensors, by torch's names.
+    """Drop frozen parameters and quantization states from a state, by torch's names.
 
-    But for the names that are to be `left`.
+    Args:
+        network: the network.
+        state: the state, changed in place.
+        prefix: what precedes the network's names in it.
+        left: names that stay.
     """
     for name in (*frozen_names(network), *quant_state_names(network)):
         if name not in left:
@@ -213,7 +219,7 @@ def _drop_names(
 
 
 def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:
-    """Drop frozen tensors to which the author of a network gave other names."""
+    """Drop frozen tensors to which the network's author gave other names."""
     trained = {id(p) for _, p in named_trainable(network)}
     frozen = {memory_of(p) for p in nn.Module.parameters(network) if id(p) not in trained}
     frozen -= {memory_of(p) for p in nn.Module.parameters(network) if id(p) in trained}
@@ -223,7 +229,7 @@ def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:
 
 
 def _complete(network: Any, state: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-    """Add what is trained and is not in a state under any name, as an author's code left it out."""
+    """Add the trained tensors that an author's ``state_dict`` left out under every name."""
     wanted = trained_tensors(network)
     missing = {name: t for name, t in wanted.items() if prefix + name not in state}
     if missing:
@@ -234,8 +240,10 @@ def _complete(network: Any, state: MutableMapping[str, Any], prefix: str, keep_v
 
 
 def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """All that a state of a fine-tuned network must have: trained parameters, persistent buffers of
-    methods; tied ones under their first name.
+    """Everything that a state of a fine-tuned network must contain.
+
+    These are the trained parameters and the persistent buffers of methods; a tied one has its first
+    name.
     """
     wanted: dict[str, Tensor] = dict(named_trainable(network))
     for path, module in network.named_modules():
@@ -247,7 +255,7 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def own_state(network: Any) -> dict[str, Any]:
-    """What ``state_dict()`` gives, by torch's names whatever names the author has for it."""
+    """The result of ``state_dict()`` under torch's names, even if the author renames tensors."""
     state = nn.Module.state_dict(network)
     _drop_names(network, state, "")
     _complete(network, state, "", False)
@@ -256,7 +264,7 @@ def own_state(network: Any) -> dict[str, Any]:
 
 
 def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
-    """Load what `own_state` gave, by torch's own code.
+    """Load the result of `own_state` with torch's own code.
 
     Raises:
         RuntimeError: as ``load_state_dict``.
@@ -265,7 +273,7 @@ def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
 
 
 def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: bool) -> Any:
-    """Call `load` once to see whether it can be done, and then to do it."""
+    """Call `load` twice: a rehearsal that finds every error, then for real in a transaction."""
     refuse_offloaded(network)
     record = record_of(network)
     record.rehearsing = True
@@ -283,33 +291,34 @@ def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: b
 
 
 def _overwritten(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors of a network that a state has, and those that are made from these."""
+    """The tensors of a network that loading a state writes to, deltas included."""
     given = {
         key for state in (*args, *kwargs.values()) if isinstance(state, Mapping) for key in state
     }
     named = [*nn.Module.named_parameters(network, remove_duplicate=False),
              *network.named_buffers(remove_duplicate=False)]  # fmt: skip
     known, deltas = {name for name, _ in named}, delta_names(network)
-    everything = not given <= known  # the author of a network may have other names for them
+    everything = not given <= known  # the network's author may rename tensors
     found = {id(t): t for name, t in named if everything or name in given or name in deltas}
     yield from (tensor for tensor in found.values() if not is_lazy(tensor))
 
 
 def _given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``load_state_dict`` by the names that the author of a network gave them."""
+    """The arguments of ``load_state_dict`` by the parameter names of the author's signature."""
     load: Any = plain_class(type(network)).load_state_dict  # type: ignore[attr-defined]
     try:
         bound = inspect.signature(load).bind(network, *args, **kwargs)
     except TypeError:
-        return kwargs  # the call will tell what is wrong with it
+        return kwargs  # the call itself raises a clear error
     variable = (p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD)
     return dict(bound.arguments) | bound.arguments.get(next(variable, ""), {})
 
 
 def _rehearse(network: Any, load: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call `load` with the network's own values in the place of those in the state.
+    """Call `load` with the network's own values in place of those in the state.
 
-    Never with ``assign=True``, which would put those into it.
+    The rehearsal never passes ``assign=True``, which would put the tensors of the state into the
+    network.
     """
     if args:
         args = (_rehearsal(network, args[0]), *args[1:])
@@ -324,13 +333,15 @@ def _rehearse(network: Any, load: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state with the network's own values: loading it tells all that is wrong with the keys and
-    shapes, in torch's own way with its hooks and old versions, and changes nothing.
+    """A copy of the state with the network's own values, to find errors without changing anything.
+
+    Loading it reports everything that is wrong with keys and shapes, through torch's own code with
+    its hooks and its handling of old versions.
     """
     if not isinstance(state_dict, Mapping):
-        return state_dict  # torch says what it expected
+        return state_dict  # torch raises an error that says what it expected
     own = whole_state(network)
-    if _overrides(network, "load_state_dict"):  # which may know the tensors by other names
+    if _overrides(network, "load_state_dict"):  # the author may rename tensors
         theirs = network.state_dict()
         own |= theirs if isinstance(theirs, Mapping) else {}
     rehearsal = OrderedDict(state_dict)
@@ -346,7 +357,7 @@ def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def whole_state(network: nn.Module) -> dict[str, Any]:
-    """All that the state of a network has, frozen parameters too, without settings of deltas."""
+    """The whole state of a network, frozen parameters included, without settings of deltas."""
     state = nn.Module.state_dict(network)
     if spec_of(network).network:
         _complete(network, state, "", False)
@@ -358,12 +369,14 @@ def _shape(value: Any) -> torch.Size | None:
 
 
 def _loaded(network: Any, incompatible: Any) -> None:
-    """Hook after loading: what a saved delta rightly lacks is not missing, and a new base is the
-    base from then on.
+    """Hook after loading: remove keys that may be absent from the missing keys, accept a new base.
+
+    A saved delta has no frozen parameters, and a checkpoint of the base has no deltas. If a whole
+    base was loaded, its values become those that `disable_fine_tuning` restores.
     """
     record = record_of(network)
     prefix, keys = record.loading
-    if record.refusing:  # there is an error already
+    if record.refusing:  # an error was reported already
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not key.startswith(prefix)]
         return
@@ -380,11 +393,11 @@ def _loaded(network: Any, incompatible: Any) -> None:
             if delta.is_on_meta(module):
                 delta.reset(module, key)
             elif key in weight_deltas(module) and key not in module._parameters:
-                weight_deltas(module)[key].follow(module, key)  # a tensor that is computed
+                weight_deltas(module)[key].follow(module, key)  # a computed tensor
 
 
 def _undone(record: NetworkRecord, incompatibilities: list[str]) -> bool:
-    """Whether a bigger module found errors in what it loaded, of which nothing is left then."""
+    """Roll back if a bigger module found errors while loading; return whether it did."""
     if record.before is None:
         return False
     snapshot, errors, count = record.before
@@ -399,7 +412,7 @@ def _undone(record: NetworkRecord, incompatibilities: list[str]) -> bool:
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """A network that shows its trained parameters only."""
+    """Let a network show only its trained parameters."""
     if not spec.network:
         return [], {}
     readers = {name: getattr(plain, name, None) for name in ("dtype", "device")}
@@ -415,7 +428,7 @@ def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
 
 
 class _Whole:
-    """A network as it was: its ``parameters()`` are all of them."""
+    """View of a network in which ``parameters()`` gives all parameters."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
@@ -428,8 +441,10 @@ class _Whole:
 
 
 def _of_the_base(reader: property) -> property:
-    """`model.dtype` and `model.device` of transformers read ``parameters()``, whose first is now a
-    delta, of another dtype perhaps, or missing.
+    """Let ``model.dtype`` and ``model.device`` of transformers read the base.
+
+    They look at the first of ``parameters()``. During fine-tuning that is a delta, which may have
+    another dtype, or there is none.
     """
     assert reader.fget is not None
     read = reader.fget
@@ -437,12 +452,13 @@ def _of_the_base(reader: property) -> property:
 
 
 def _refuse_to_resize(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-    # transformers would write the new rows into the effective weight, which is made anew each time.
+    # transformers would write the new rows into the effective weight, which is recomputed each
+    # time.
     raise RuntimeError("resize the token embeddings before enable_fine_tuning, not after")
 
 
 def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained: chosen by the strategy, or unfrozen since."""
+    """Names and parameters that are trained: chosen by the strategy, or unfrozen later."""
     record = network.__dict__.get("_gift_network")
     chosen = record.chosen if record is not None else ()
     for name, parameter in nn.Module.named_parameters(network, recurse=recurse):
@@ -451,15 +467,15 @@ def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[
 
 
 def trained_of_the_base(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the network's own that are trained."""
+    """Names and parameters of the base that are trained, without deltas."""
     deltas = delta_names(network)
     return ((name, p) for name, p in named_trainable(network) if name not in deltas)
 
 
 def moved_buffers(network: Any) -> Iterator[str]:
-    """Names of buffers that changed since enabling; all where that is not known.
+    """Names of buffers whose values changed since enabling, or may have changed.
 
-    Of those that are saved, and that no method added. Another dtype or device is no change.
+    Only persistent buffers that no method added count. Another dtype or device is not a change.
     """
     undo: Undo = network._gift_network.undo
     before = {id(m._buffers[name]): value for m, name, value in undo.values if name in m._buffers}
@@ -475,13 +491,13 @@ def moved_buffers(network: Any) -> Iterator[str]:
 
 
 def _same(buffer: Tensor, before: Tensor) -> bool:
-    if buffer.is_meta or before.is_meta:  # there is no value, or was none when it was kept
+    if buffer.is_meta or before.is_meta:  # no value now, or none when it was saved
         return False
     return buffer.shape == before.shape and torch.equal(buffer, before.to(buffer))
 
 
 def frozen_names(network: Any) -> list[str]:
-    """Names of the parameters that are not trained, including the second names of tied ones."""
+    """Names of the parameters that are not trained, including every name of tied ones."""
     chosen = network._gift_network.chosen
     return [
         name
@@ -500,7 +516,7 @@ def delta_names(network: Any) -> set[str]:
 
 
 def _describe_deltas(network: Any, state: Any, prefix: str) -> None:
-    """Say in the state's metadata with which settings each delta was trained."""
+    """Store the settings with which each delta was trained in the metadata of the state."""
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
         for path, module in network.named_modules():
@@ -509,7 +525,7 @@ def _describe_deltas(network: Any, state: Any, prefix: str) -> None:
 
 
 def install_record(network: nn.Module, record: NetworkRecord) -> None:
-    """Make `network` show its trained parameters only."""
+    """Attach the record to `network`, which then shows only its trained parameters."""
     network.__dict__["_gift_network"] = record
     change_class(network, network=True)
     for part in parts_that_save(network):
@@ -519,7 +535,7 @@ def install_record(network: nn.Module, record: NetworkRecord) -> None:
 
 
 def remove_record(network: nn.Module) -> NetworkRecord:
-    """Undo `install_record`."""
+    """Undo `install_record` and return the record."""
     record: NetworkRecord = network.__dict__.pop("_gift_network")
     network.__dict__.pop("_gift_schedule", None)
     release_flags(network)

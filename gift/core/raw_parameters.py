@@ -12,15 +12,15 @@ from gift.layers.table import row_of
 from gift.quantization import is_quantised, shape_of
 from gift.support.tensors import is_inexact
 
-# Tables of positions, tokens and biases are looked up or added: no matrix of them is multiplied.
+# Such tables (positions, tokens, biases) are looked up or added, never multiplied as a matrix.
 _TABLES = re.compile(r"bias|pos|embed|token|table|latent|quer", re.IGNORECASE)
 
 
 def raw_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a module of unknown class that look like weights, with their names.
+    """Names and parameters that look like weights, in a module of a class without a layer row.
 
-    They have at least two axes, and a first one that is longer than one, which position embeddings
-    and class tokens of networks do not have.
+    They have at least two axes longer than one, and the first axis is longer than one. Position
+    embeddings and class tokens have a first axis of length one.
     """
     if isinstance(module, ParametrizationList) or row_of(plain_class(type(module))) is not None:
         return
@@ -34,15 +34,16 @@ def raw_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-# Raw parameters of three axes may mean other things: those of XLNet's attention are (features,
-# heads, size of a head). So a name must say that there are experts.
+# A raw parameter with three axes may be something else: XLNet's attention has (features, heads,
+# head size). So a name must say that there are experts.
 _EXPERTS = re.compile(r"expert|moe(?![a-z])|mixture", re.IGNORECASE)
 
 
 def is_experts(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the weights of several experts in one: three axes, all above one.
+    """Whether a parameter stacks the weights of several experts: three axes, all longer than one.
 
-    The class of the module, the parameter or an attribute with the number of experts says so.
+    The class of the module, the parameter's name, or the name of an attribute that holds the number
+    of experts must say so.
     """
     if parameter.ndim != 3 or is_lazy(parameter) or min(parameter.shape) < 2:
         return False

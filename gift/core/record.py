@@ -1,4 +1,4 @@
-"""What gift knows of a network that is being fine-tuned, and where it is found."""
+"""The record of a network that is being fine-tuned, and how to get it."""
 
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -11,35 +11,36 @@ from gift.core.movers import refuse_offloaded
 from gift.core.report import Report
 from gift.core.undo.temporary_state import refuse_meanwhile
 
-if TYPE_CHECKING:  # both are made for a network that has a record
+if TYPE_CHECKING:  # circular: both import this file
     from gift.core.frozen_base import HeldFlags
     from gift.core.undo.snapshot import Snapshot, Undo
 
 
 @dataclass
 class NetworkRecord:
-    """What fine-tuning keeps on the network.
+    """What fine-tuning stores on a network.
 
     Args:
         chosen: names of the parameters that the strategy left trainable. They stay chosen while
-            somebody freezes them for a while.
+            they are frozen temporarily.
         report: what the strategy did.
-        undo: the way back.
-        late: those among them that were chosen later, see `gift.core.unfreeze`.
-        waiting: those that stay frozen until they are due, whatever ``requires_grad_`` says.
-        held: what keeps frozen parameters frozen, module by module.
-        told_unfrozen: whether somebody was warned that flags of them were set.
-        keeps_base: whether the way back has the values of what is trained in place.
+        undo: how to restore the base.
+        late: the chosen names that were added later, see `gift.core.unfreeze`.
+        waiting: the chosen names that stay frozen until they are due, whatever ``requires_grad_``
+            says.
+        held: what keeps frozen parameters frozen, one entry per module.
+        told_unfrozen: whether the warning about flags set by others has been issued.
+        keeps_base: whether `undo` has the values of what is trained in place.
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
-        only_trainable_state: whether ``state_dict()`` gives these and buffers only.
-        recipe: the strategy as plain data, None where a file cannot name it.
-        loading: of the state that is being loaded, the prefix and the keys.
-        rehearsing: whether that is only tried.
-        refusing: whether nothing of it is loaded.
-        strict: whether missing keys are errors, as far as that is known: torch does not tell parts
-            of a bigger module.
-        before: what the network was before a bigger module began to load it, torch's list of
-            errors, and how many there were.
+        only_trainable_state: whether ``state_dict()`` gives trained parameters and buffers only.
+        recipe: the strategy as plain data, None if a file cannot name it.
+        loading: prefix and keys of the state that is being loaded.
+        rehearsing: whether that load is only a rehearsal.
+        refusing: whether nothing of that state is loaded.
+        strict: whether missing keys are errors, as far as that is known: torch does not pass
+            ``strict`` to parts of a bigger module.
+        before: a snapshot from before a bigger module began to load the network, torch's list of
+            errors, and its length at that time.
     """
 
     chosen: set[str]
@@ -69,9 +70,10 @@ def record_of(network: Any) -> NetworkRecord:
 
 
 def fine_tuned_part(net: nn.Module) -> Any:
-    """The network in `net`, or itself, that is being fine-tuned.
+    """The network that is being fine-tuned: `net` itself or a module inside.
 
     Raises:
+        TypeError: if `net` is not a module.
         RuntimeError: if there is none, or several.
     """
     if not isinstance(net, nn.Module):

@@ -1,4 +1,4 @@
-"""A frozen copy of a fine-tuned network, for what compares a policy with where it started."""
+"""A frozen copy of a fine-tuned network, as a reference model for preference optimisation."""
 
 import copy
 from typing import Any
@@ -13,17 +13,17 @@ from gift.quantization import is_quantised
 
 
 def reference(net: nn.Module) -> nn.Module:
-    """A frozen copy of a fine-tuned network as it is now, which shares the memory of the base.
+    """Create a frozen copy of a fine-tuned network that shares the memory of the base.
 
-    It is what preference optimisation calls the reference model: training `net` does not change
-    it, also where `net` had been fine-tuned before. Deltas, other trained parameters and buffers
-    are copied; frozen parameters use the memory of those of `net`, so it costs little more than
-    the deltas. It is in evaluation mode and needs no gradients. Its ``state_dict()`` is whole, so
-    that a digest of it tells one base from another; its ``parameters()`` are the copies of those
-    of ``net.parameters()``, in their order.
+    Preference optimisation calls such a copy the reference model: training `net` does not change
+    it, even if `net` was fine-tuned before. Deltas, other trained parameters and buffers are
+    copied. Frozen parameters use the memory of those of `net`, so the copy costs little more than
+    the deltas. It is in evaluation mode and needs no gradients. Its ``state_dict()`` contains all
+    parameters, so a digest of it distinguishes one base from another. Its ``parameters()`` are the
+    copies of ``net.parameters()``, in the same order.
 
-    Moving or casting the copy leaves `net` alone, and gives the copy memory of its own. What is
-    written into the frozen values of one can be read from the other.
+    Moving or casting the copy does not affect `net`, and gives the copy its own memory. A write
+    into the frozen values of one is visible in the other.
 
     Args:
         net: a network that is being fine-tuned, or a bigger module around one.
@@ -32,8 +32,8 @@ def reference(net: nn.Module) -> nn.Module:
         The copy.
 
     Raises:
-        RuntimeError: if nothing in `net` is being fine-tuned, or it is merged or disabled for a
-            while.
+        RuntimeError: if nothing in `net` is being fine-tuned, or it is temporarily merged or
+            disabled.
 
     Example:
         >>> import gift, torch
@@ -49,7 +49,8 @@ def reference(net: nn.Module) -> nn.Module:
     refuse_meanwhile(net)
     frozen, names = set(frozen_names(network)), network.named_parameters(remove_duplicate=False)
     shared: list[Any] = [parameter for name, parameter in names if name in frozen]
-    # The values to which disabling returns what is trained in place are written to by nobody.
+    # Share also the saved values to which disabling restores trained base parameters: nothing
+    # writes to them.
     shared += [value for _, _, value in record_of(network).undo.values]
     copied = copy.deepcopy(net, {id(tensor): _alias(tensor) for tensor in shared})
     copied.eval()
@@ -60,10 +61,10 @@ def reference(net: nn.Module) -> nn.Module:
 
 
 def _alias(tensor: Any) -> Any:
-    """Another tensor over the same memory, of the same kind."""
+    """A tensor of the same kind over the same memory."""
     if is_lazy(tensor):
         return copy.deepcopy(tensor)
     if is_quantised(tensor):
-        return tensor  # of which nothing is ever moved in place
+        return tensor  # never moved or written in place
     alias = tensor.detach()
     return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias

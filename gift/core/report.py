@@ -10,13 +10,13 @@ from gift.errors import some
 
 @dataclass(frozen=True)
 class Claim:
-    """One module or parameter that one cap took.
+    """One module or parameter that a cap claimed.
 
     Args:
         cap: number of the cap, as in `Report.caps`.
         name: dotted path of the module or parameter; empty for the network itself.
         class_name: class of the module, before any adaptation.
-        what: what became of it.
+        what: what the cap's action did with it.
         trainable: trainable elements in it afterwards.
         larger: paths of the tensors in it whose delta has more parameters than they have.
     """
@@ -37,12 +37,12 @@ class Report:
         network: class of the network.
         strategy: the strategy, with its arguments.
         caps: what each cap is: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``.
-        optional: numbers of caps of which nobody need be told where they take nothing.
-        claims: what the caps took, in the order in which they took it.
-        frozen: names of the parameters that were frozen because nothing matched them.
-        clipped: for the paths of weights that cannot have the size which was asked for, the setting
-            and what they got: ``("rank", 2)``.
-        leftover: what is to be told of raw weights that a strategy for all layers leaves out.
+        optional: numbers of caps that are not reported if they claim nothing.
+        claims: what the caps claimed, in the order in which they claimed it.
+        frozen: names of the parameters that were frozen because no cap matched them.
+        clipped: for the path of each weight that cannot have the requested size, the setting and
+            the size that it got: ``("rank", 2)``.
+        leftover: a note on raw weights that a strategy for all layers leaves out.
         total_before, trainable_before, total_after, trainable_after: elements of all parameters.
     """
 
@@ -61,13 +61,13 @@ class Report:
 
     @property
     def unmatched(self) -> list[str]:
-        """The caps that took nothing."""
+        """The caps that claimed nothing."""
         taken = {claim.cap for claim in self.claims}
         return [self.caps[number] for number in self._shown if number not in taken]
 
     @property
     def _shown(self) -> list[int]:
-        """The numbers of the caps that somebody wants to know of."""
+        """Numbers of the caps to show: all except optional ones that claimed nothing."""
         taken = {claim.cap for claim in self.claims}
         return [n for n in range(len(self.caps)) if n in taken or n not in self.optional]
 
@@ -78,11 +78,11 @@ class Report:
 
     @property
     def clipped_texts(self) -> list[str]:
-        """The weights that cannot have the size which was asked for: ``"fc.weight (rank 2)"``."""
+        """The weights that cannot have the requested size, as text: ``"fc.weight (rank 2)"``."""
         return [f"{path} ({setting} {size})" for path, (setting, size) in self.clipped.items()]
 
     def summary(self) -> str:
-        """Totals, and what each cap took."""
+        """Totals, and what each cap claimed."""
         share = self.trainable_after / self.total_after if self.total_after else 0
         taken = Counter(claim.cap for claim in self.claims)
         trainable: Counter[int] = Counter()

@@ -1,8 +1,8 @@
-"""``save_pretrained`` of other libraries' classes while a network is being fine-tuned.
+"""``save_pretrained`` of other libraries while a network is being fine-tuned.
 
-Such a method writes ``state_dict()`` into a folder from which ``from_pretrained`` makes a model.
-With deltas alone in it, that would be a model of random weights. So a whole model is written, with
-merged weights, unless the caller hands over a state: trainers do that, who load it again with
+Such a method writes ``state_dict()`` into a folder, from which ``from_pretrained`` makes a model.
+With only the deltas in it, that model would have random weights. So gift writes a whole model with
+merged weights, unless the caller passes a state. Trainers pass one and load it again with
 ``load_state_dict``. That state is written under the network's own names.
 """
 
@@ -23,7 +23,7 @@ from gift.errors import GiftWarning
 
 
 def saving_methods(plain: type) -> dict[str, Any]:
-    """What a fine-tuned network has in the place of the saving methods of its class."""
+    """Replacements for the saving methods of a class, for a fine-tuned network."""
     if not callable(getattr(plain, "save_pretrained", None)):
         return {}
     names = ("save_pretrained", "save")
@@ -38,7 +38,7 @@ def parts_that_save(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """A warning from parts of a network that save themselves as models."""
+    """Let parts of a network that save themselves as models warn about missing deltas."""
     if not spec.part or spec.network:
         return [], {}
     return [Generated], {"save_pretrained": _warning(plain.save_pretrained)}  # type: ignore[attr-defined]
@@ -62,11 +62,11 @@ def _warning(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _saving(method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
-    # Since version 5, transformers writes the names that tensors had before version 5.
+    # Since version 5, transformers converts names back to those from before version 5.
     renames = "save_original_format" in signature.parameters
     own_names = {"save_original_format": False} if renames else {}
 
-    @functools.wraps(method)  # pipelines of diffusers look into its signature
+    @functools.wraps(method)  # pipelines of diffusers inspect its signature
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         if "state_dict" not in given:
@@ -106,7 +106,7 @@ def _save_whole(network: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _is_partial(network: Any, state: Any) -> bool:
-    """Whether a state has something that was trained, and is no state of the whole plain model."""
+    """Whether a state has trained tensors and is not the state of the whole plain model."""
     from gift.core.network import delta_names, frozen_names
 
     deltas, frozen = delta_names(network), set(frozen_names(network))
@@ -116,5 +116,5 @@ def _is_partial(network: Any, state: Any) -> bool:
 
 
 def _is_checkpoint(folder: Any) -> bool:
-    """Whether it is a folder of the Trainer of transformers, which it resumes from by itself."""
+    """Whether the folder is a checkpoint of transformers' Trainer, which knows how to resume."""
     return bool(re.fullmatch(r"checkpoint-\d+", os.path.basename(os.path.normpath(str(folder)))))

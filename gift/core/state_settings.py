@@ -1,10 +1,11 @@
 """The settings of a delta as a tensor, so that they survive in a plain dictionary of tensors.
 
 ``state_dict()._metadata`` is lost in ``{k: v.cpu() for ...}``, in safetensors files and in every
-copy of a state. Settings that the shapes of a delta do not show (another ``lora_alpha``, say) are
-therefore also an entry of the state, one for each module that has such settings: its key is the
-module's path and `KEY`, its value the bytes of a JSON text as float32 numbers. These are exact
-in every floating-point dtype that deltas have, and code that averages states can average them.
+copy of a state. Settings that the shapes of a delta do not show (another ``lora_alpha``, for
+example) are therefore also entries of the state, one for each module with such settings. The key is
+the module's path followed by `KEY`. The value holds the bytes of a JSON text as float32 numbers.
+These are exact in every floating-point dtype that deltas have, and code that averages states can
+average them.
 """
 
 import json
@@ -18,7 +19,7 @@ KEY = "gift_settings"
 
 
 def encoded(settings: Mapping[str, Any], device: torch.device | None = None) -> Tensor:
-    """The settings as a tensor.
+    """Encode settings as a tensor.
 
     Args:
         settings: plain data.
@@ -32,12 +33,12 @@ def encoded(settings: Mapping[str, Any], device: torch.device | None = None) -> 
 
 
 def decoded(tensor: Any) -> dict[str, Any] | None:
-    """The settings that `encoded` wrote, or None if the tensor holds none."""
+    """The settings that `encoded` wrote, or None if the tensor contains none."""
     try:
         text = bytes(int(number) for number in tensor.detach().float().cpu().round().tolist())
         settings = json.loads(text)
     except (AttributeError, RuntimeError, TypeError, ValueError, OverflowError, RecursionError):
-        return None  # whatever else may stand there
+        return None  # not written by `encoded`, or damaged
     return settings if isinstance(settings, dict) else None
 
 

@@ -1,4 +1,4 @@
-"""Training more or fewer of a fine-tuned network's own parameters while it is being fine-tuned."""
+"""Unfreeze and freeze parameters of the base while a network is being fine-tuned."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -25,18 +25,18 @@ Place = tuple[set[str], nn.Module, str]
 
 
 def unfreeze(network: nn.Module, names: Iterable[str]) -> None:
-    """Train these parameters of the network's own too, as they are, or those that waited.
+    """Train these parameters of the base in place, or resume training of parameters on hold.
 
-    The values that they have in the base are kept, if those of others are, so the way back stays
-    open; they count among ``parameters()`` and ``state_dict()``, and `gift.save` saves them. Under
-    a delta the gradient is that of the effective weight.
+    If the base is kept (``keep_base``), the present values are saved first, so that disabling can
+    restore them. The parameters then belong to ``parameters()`` and ``state_dict()``, and
+    `gift.save` saves them. The gradient of an adapted parameter is that of the effective weight.
 
     Args:
-        network: one that is being fine-tuned.
-        names: of parameters, also of deltas that were made to wait.
+        network: a network that is being fine-tuned.
+        names: of parameters, including those of deltas that `hold_frozen` froze.
 
     Raises:
-        AdaptationError: naming all that cannot be trained as they are; nothing is changed then.
+        AdaptationError: naming all that cannot be trained in place; nothing is changed then.
     """
     record = record_of(network)
     wanted = set(names)
@@ -57,7 +57,7 @@ def unfreeze(network: nn.Module, names: Iterable[str]) -> None:
 
 
 def hold_frozen(network: nn.Module, names: Iterable[str]) -> None:
-    """Freeze these parameters until `unfreeze`; what is chosen stays so, and is saved."""
+    """Freeze these parameters until `unfreeze`; chosen ones stay chosen and are still saved."""
     record = record_of(network)
     places = _places(network, set(names))
     for names_of_it, *_ in places:
@@ -67,10 +67,10 @@ def hold_frozen(network: nn.Module, names: Iterable[str]) -> None:
 
 
 def refreeze(network: nn.Module, names: Iterable[str]) -> None:
-    """Undo `unfreeze`: what it chose has the values of the base again; the others wait.
+    """Undo `unfreeze`: restore the base values of what it chose, and hold the others frozen.
 
     Raises:
-        RuntimeError: if these values were not kept; nothing is changed then.
+        RuntimeError: if the base values were not kept; nothing is changed then.
     """
     record = record_of(network)
     late = set(names) & record.late
@@ -96,16 +96,16 @@ def refreeze(network: nn.Module, names: Iterable[str]) -> None:
 def keep_values(
     network: nn.Module, new: Mapping[str, Tensor], frozen: set[str], deltas: set[str]
 ) -> None:
-    """Keep the values of frozen parameters that a trained state is about to change.
+    """Save the values of frozen parameters that loading a trained state is about to change.
 
-    They were trained there, as a schedule unfroze them, and are not yet here. The state of a base
-    is another matter: it is the base from then on.
+    In that state they were trained, because a schedule unfroze them; here they are still frozen. A
+    checkpoint of the base is different: it becomes the new base.
 
     Args:
-        network: one that is being fine-tuned.
+        network: a network that is being fine-tuned.
         new: the state.
         frozen: names of the parameters that are not trained.
-        deltas: names of what methods added.
+        deltas: names of the tensors that methods added.
     """
     record = record_of(network)
     trained = not deltas.isdisjoint(new) if deltas else record.chosen <= new.keys()
@@ -122,7 +122,7 @@ def keep_values(
 
 
 def flags_of_the_base(network: nn.Module) -> dict[str, bool]:
-    """For each parameter of a fine-tuned network, whether it was trainable before."""
+    """For each parameter of a fine-tuned network, whether it was trainable before fine-tuning."""
     record = record_of(network)
     before = {
         id(parameter): flag
@@ -134,9 +134,9 @@ def flags_of_the_base(network: nn.Module) -> dict[str, bool]:
 
 
 def untrainable(network: nn.Module) -> Mapping[str, str]:
-    """The network's own parameters that cannot be trained as they are, each with the reason.
+    """The base parameters that cannot be trained in place, each with the reason.
 
-    Under all of their names, wherever a tensor is held.
+    A parameter appears under all of its names.
     """
     parts = list(network.named_modules(remove_duplicate=False))
     read = {id(p): method for _, module in parts for p, method in _read(module)}
@@ -165,12 +165,12 @@ def unfreezable_problems(network: nn.Module, trained: Sequence[nn.Parameter]) ->
 
 
 def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
-    """The parameters of which the values made a delta, and the method that made it."""
+    """The parameters whose values a delta was made from, and the name of the delta's method."""
     reading = {t: a for t, a in weight_deltas(module).items() if a.method.reads_weight}
     row = row_of(plain_class(type(module))) if reading else None
     apart = {*added_names(module), *(row.names(module, row.biases) if row is not None else ())}
     for tensor, adapter in reading.items():
-        # A computed tensor has no parameter of its own: any here may be what it is made from.
+        # A computed tensor is not a parameter: it may be computed from any parameter of the module.
         own = [tensor] if tensor in module._parameters else module._parameters.keys() - apart
         for name in own:
             if (parameter := module._parameters[name]) is not None:
@@ -204,7 +204,7 @@ def _unfit(parameter: Tensor) -> str:
 
 
 def _places(network: nn.Module, names: set[str]) -> list[Place]:
-    """Of each tensor that one of the names tells, all its names, and where it stands."""
+    """All names, the module and the name there of each tensor that has one of these names."""
     found: dict[int, Place] = {}
     for path, module in network.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
@@ -226,4 +226,4 @@ def _set_flags(record: "NetworkRecord", places: Iterable[Place], flag: bool) -> 
             undo.requires_grad.append((module, name, parameter.requires_grad))
         parameter.requires_grad = flag
         if not flag:
-            parameter.grad = None  # an optimizer would go on by it
+            parameter.grad = None  # an optimizer would still apply it

@@ -1,4 +1,4 @@
-"""One run of one strategy over one network: enabling, planning, disabling, and their report.
+"""One run of one strategy over one network: enable, plan, disable, and the report.
 
-It knows no method and no layer; caps bring these.
+This package names no method and no layer type; caps bring these.
 """

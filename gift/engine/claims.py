@@ -1,4 +1,4 @@
-"""What became of the modules and parameters that caps took, told as `Claim`s."""
+"""The modules and parameters that caps claimed, and their report as `Claim`s."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,21 +17,21 @@ from gift.errors import some
 from gift.quantization import shape_of
 
 Adapted = tuple[str, nn.Module, WeightDelta]
-Placed = tuple[str, nn.Module, Any]  # an WeightDelta or an ForwardDelta
+Placed = tuple[str, nn.Module, Any]  # a WeightDelta or a ForwardDelta
 
 
 class Claimed(NamedTuple):
-    """A module, or one parameter of it, that a cap took.
+    """A module, or one parameter of it, that a cap claimed.
 
     Args:
         cap: number of the cap.
         path: dotted path of the module or parameter.
         class_name: class of the module that the cap saw.
         module: the module that stands there now, if any.
-        replaced: whether that is another one than before.
+        replaced: whether that is another module than before.
         parameter: name of the parameter, or None for the whole module.
-        gained: of a module that was changed and left open, its new deltas and where they are; None
-            where the module is the cap's.
+        gained: for a module that an open action changed, its new deltas and where they are. None if
+            the module belongs to the cap.
     """
 
     cap: int
@@ -43,7 +43,7 @@ class Claimed(NamedTuple):
     gained: tuple[Placed, ...] | None = None
 
     def adapters(self) -> Iterator[Adapted]:
-        """The adapted tensors in what was taken: path, module that holds it, adapter."""
+        """The adapted tensors in the claim: path, module that holds the tensor, its record."""
         if self.module is None:
             return
         if self.gained is not None:
@@ -58,9 +58,9 @@ class Claimed(NamedTuple):
                 yield joined(path, tensor), part, adapter
 
     def parameters(self) -> list[nn.Parameter | None]:
-        """The parameters in what was taken, those that a method added included.
+        """The parameters in the claim, including those that a method added.
 
-        Those of an open cap belong to it, and to no other.
+        Parameters that an open cap added belong to that cap only.
         """
         if self.module is None:
             return []
@@ -76,7 +76,7 @@ class Claimed(NamedTuple):
 
 
 def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[Placed]:
-    """All deltas in `module`: the path of the tensor or call, what has it, what changes it."""
+    """All deltas in `module`: the path of the tensor or wrapped module, that module, the delta."""
     for path, part in module.named_modules(prefix=prefix):
         for key, delta in deltas_of(part).items():
             yield (joined(path, key) if isinstance(delta, WeightDelta) else path), part, delta
@@ -89,9 +89,9 @@ def _parameters_of(placed: Iterable[Placed]) -> list[nn.Parameter | None]:
 
 
 def claims_of(all_taken: Iterable[Claimed]) -> list[Claim]:
-    """The claims, once ties are settled: what is tied counts where it was taken first."""
+    """The claims, after ties are settled; a tied tensor counts where it was claimed first."""
     claims, counted = [], set[int]()
-    texts: dict[int, str] = {}  # by method, one object of which serves all layers that agree
+    texts: dict[int, str] = {}  # by id of the method, which many layers share
     for taken in all_taken:
         trained = {id(p): p for p in taken.parameters() if p is not None and p.requires_grad}
         trainable = sum(_size(p) for key, p in trained.items() if key not in counted)
@@ -105,12 +105,12 @@ def claims_of(all_taken: Iterable[Claimed]) -> list[Claim]:
 
 
 def size_of(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of elements, tied ones once; a lazy parameter has none yet."""
+    """Number of elements, tied parameters once; a lazy parameter has none yet."""
     return sizes_of(parameters)[0]
 
 
 def sizes_of(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """The same, and that of the parameters among them that are trained."""
+    """Number of elements, tied parameters once, of all and of the trained parameters."""
     total = trained = 0
     for parameter in {id(p): p for p in parameters}.values():
         size = _size(parameter)
@@ -149,7 +149,7 @@ def _what(taken: Claimed, adapters: list[Adapted], trained: bool, texts: Mapping
 
 
 def _gained(path: str, placed: Iterable[Placed]) -> str:
-    """What became of a module that stayed open; parts that only help are not worth a word."""
+    """What an open action did to a module; deltas without tensors are left out."""
     told = []
     for place, _, delta in placed:
         inside = place.removeprefix(path).strip(".")

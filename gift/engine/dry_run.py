@@ -1,4 +1,4 @@
-"""Rehearsals: what a strategy would do, on a copy of the network that has shapes but no values."""
+"""Dry runs: what a strategy would do, on a copy of the network with shapes but no values."""
 
 import copy
 import warnings
@@ -21,10 +21,10 @@ from gift.strategies.base import FineTuningStrategy
 
 
 def on_meta(net: nn.Module) -> nn.Module:
-    """A copy of the network whose tensors are on the meta device: shapes and ties, no values.
+    """Copy the network onto the meta device: shapes and ties, no values.
 
     Raises:
-        TypeError: if it is no module, or holds something that cannot be copied.
+        TypeError: if `net` is not a module, or contains something that cannot be copied.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
@@ -49,7 +49,7 @@ def _tensor_on_meta(tensor: Tensor) -> Tensor:
 
 
 class _NoValues(TorchFunctionMode):
-    """Within it, the copy of a tensor is on the meta device, wherever the tensor is found."""
+    """Mode in which every copy of a tensor is on the meta device, wherever the tensor is found."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.__deepcopy__, Tensor.clone) and not is_lazy(args[0]):
@@ -59,11 +59,11 @@ class _NoValues(TorchFunctionMode):
 
 
 class Cost(NamedTuple):
-    """What is trained and saved.
+    """The cost of what is trained and saved.
 
     Args:
-        parameters: number of trained parameters.
-        bytes: size of the state: of these, and of persistent buffers.
+        parameters: number of elements of the trained parameters.
+        bytes: size of the state: the trained parameters and persistent buffers.
     """
 
     parameters: int = 0
@@ -74,7 +74,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(net: nn.Module) -> Cost:
-    """What a network that is being fine-tuned trains and saves, tied tensors once."""
+    """The cost of a network that is being fine-tuned, tied tensors once."""
     trained = [p for _, p in named_trainable(net)]
     buffers = [
         buffer
@@ -88,9 +88,9 @@ def cost_of(net: nn.Module) -> Cost:
 
 @contextmanager
 def rehearsed(net: nn.Module, strategy: FineTuningStrategy) -> Iterator[Report]:
-    """Within it, `net`, a copy without values, is fine-tuned; gives the report.
+    """Context in which `net`, a copy without values, is fine-tuned; yields the report.
 
-    What is surprising about that is told when the network itself is.
+    Warnings are suppressed. They are issued when the network itself is fine-tuned.
     """
     snapshot = Snapshot(net)
     try:

@@ -1,4 +1,4 @@
-"""The three calls: enable, disable, plan."""
+"""Enable, plan and disable fine-tuning."""
 
 import warnings
 from collections.abc import Iterator
@@ -36,28 +36,29 @@ def enable_fine_tuning(
     trainable_state_dict: bool = True,
     keep_base: bool = True,
 ) -> Report:
-    """Fine-tune `module` by a strategy: its caps decide what is trained, all else is frozen.
+    """Fine-tune `module` by a strategy: its caps decide what is trained, everything else is frozen.
 
-    The network is changed in place and stays the object that it was, with every base name
-    unchanged. From then on ``module.parameters()`` gives the trained parameters only, and
-    ``module.state_dict()`` these and the persistent buffers. Whatever goes wrong, the network is
-    left as it was.
+    The network is changed in place and stays the same object, with all base names unchanged.
+    Afterwards, ``module.parameters()`` gives the trained parameters only, and
+    ``module.state_dict()`` gives these and the persistent buffers. If anything goes wrong, the
+    network is left as it was.
 
     Args:
         module: the network.
-        strategy: what is done to it.
+        strategy: what to do with it.
         replace_parameter_function: let ``parameters()`` give the trained parameters only;
             `gift.utils.network_tool.trainable_parameters` gives them in any case.
         trainable_state_dict: let ``state_dict()`` give trained parameters and buffers only.
-        keep_base: keep a copy of what training changes in place (parameters that are trained
-            themselves, and buffers), so that `disable_fine_tuning` can give the base back.
+        keep_base: keep a copy of what training changes in place (base parameters that are trained,
+            and buffers), so that `disable_fine_tuning` can restore the base.
 
     Returns:
         What the strategy did; it prints as a table.
 
     Raises:
-        TypeError: if `module` is no module, `strategy` no strategy, or does not fit its type.
-        ValueError: if no cap matches anything, or weights cannot be adapted as asked; all of
+        TypeError: if `module` is not a module, `strategy` is not a strategy, or the strategy is for
+            another type of network.
+        ValueError: if no cap matches anything, or weights cannot be adapted as requested; all of
             them are named.
         RuntimeError: if the network is being fine-tuned already.
 
@@ -91,9 +92,9 @@ def enable_fine_tuning(
             recipe=_recipe(strategy),
         )
         install_record(module, record)
-        _warn(report, strategy, module)  # which raises, where warnings are errors
+        _warn(report, strategy, module)  # it raises where warnings are errors
         for parameter in named.values():
-            parameter.grad = None  # an optimizer would move a frozen tensor by an old gradient
+            parameter.grad = None  # else an optimizer applies it to a frozen tensor
     return report
 
 
@@ -101,10 +102,10 @@ def enable_fine_tuning(
 def enabling_trained(
     module: nn.Module, strategy: FineTuningStrategy, **options: Any
 ) -> Iterator[Report]:
-    """Enable a strategy that was trained before; its values are put within the with block.
+    """Enable a strategy that was trained before; its values are loaded inside the context.
 
-    Whatever goes wrong in it, the network is as it was before. What is surprising about the
-    strategy was told when it was enabled first.
+    If anything fails in the context, the network is restored. Warnings about the strategy are
+    suppressed, because they were issued when it was enabled first.
     """
     with all_or_nothing(module) as change:
         with warnings.catch_warnings():
@@ -115,7 +116,7 @@ def enabling_trained(
 
 
 def values_of_the_base(module: Any) -> list[tuple[Tensor, Tensor]]:
-    """What a trained state is about to write into, and the values that it has in the base."""
+    """The tensors that a trained state is about to overwrite, and their values in the base."""
     record = record_of(module)
     if record.keeps_base:
         return [(tensor_of(m, name), value) for m, name, value in record.undo.values]
@@ -124,7 +125,7 @@ def values_of_the_base(module: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
-    """The report that `enable_fine_tuning` would give; the network is not touched.
+    """Return the report that `enable_fine_tuning` would give, without changing the network.
 
     Args:
         module: the network.
@@ -152,9 +153,9 @@ def plan_fine_tuning(module: nn.Module, strategy: FineTuningStrategy) -> Report:
 
 @changing
 def disable_fine_tuning(module: nn.Module) -> nn.Module:
-    """Give back the base network bit for bit: classes, names, values, ``requires_grad``, modes.
+    """Restore the base network bit for bit: classes, names, values, ``requires_grad``, modes.
 
-    The deltas are gone then, and so are the values of what was trained in place.
+    The deltas are discarded, and so are the values of what was trained in place.
 
     Args:
         module: a network that `enable_fine_tuning` was called with, or a copy of one.
@@ -181,7 +182,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         hint = " (an instance of it, with parentheses)" if isinstance(strategy, type) else ""
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
     refuse_meanwhile(module, "merged", "computing rows")
-    refuse_meanwhile(module, itself=False)  # a part would go back to what it was
+    refuse_meanwhile(module, itself=False)  # the context would restore that part at its end
     refuse_held_elsewhere(module)
     sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
     if sharded:
@@ -213,7 +214,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
 def _recipe(strategy: FineTuningStrategy) -> dict[str, Any] | None:
     try:
         return strategy.to_config()
-    except ValueError:  # lambdas, which no file can name
+    except ValueError:  # lambdas: a file cannot name them
         return None
 
 
@@ -228,7 +229,7 @@ _WRAPPERS = (
 def _apply(
     module: nn.Module, strategy: FineTuningStrategy, snapshot: Snapshot
 ) -> tuple[Report, dict[str, nn.Parameter]]:
-    """Apply the caps and freeze what none took; gives all parameters by all their names as well."""
+    """Apply the caps and freeze the rest; returns the report and all parameters by all names."""
     parameters: list[Any] = [kept.tensor for _, _, kept in snapshot.parameters]
     total, trainable = sizes_of(parameters)
     report = Report(
@@ -267,7 +268,7 @@ def _apply(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "
             + "\n  ".join(wrong)
         )
-    # Of tied ones the first name.
+    # Tied parameters are listed under their first name.
     report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]
     report.total_after, report.trainable_after = sizes_of(named.values())
     return report, named
@@ -290,7 +291,7 @@ def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Re
 
 
 def _hint(cap: Cap, module: nn.Module) -> str:
-    """The names in the network that are close to those that a cap looks for."""
+    """The closest names in the network to those that a cap looks for, as text."""
     names = closest_names(cap.check, module)
     return f"; closest names: {names}" if names else ""
 
@@ -311,7 +312,7 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
             GiftWarning,
             stacklevel=3,
         )
-    # Of what was clipped it is told already.
+    # Clipped weights were reported above.
     if names := [name for name in report.larger_than_weight if name not in report.clipped]:
         shown = some(names)
         warnings.warn(

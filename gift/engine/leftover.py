@@ -14,20 +14,20 @@ from gift.quantization import shape_of
 from gift.strategies.base import Cap, FineTuningStrategy
 
 SHARE = 0.1
-"""From which share of the base on a strategy for all layers tells what it leaves out."""
+"""Share of the base from which on raw weights that are left out are reported."""
 
 
 def told_leftover(
     network: nn.Module, strategy: FineTuningStrategy, kept: Set[int], known: Set[int], total: int
 ) -> str:
-    """What to tell of raw weights that a strategy for all layers leaves out; nothing if few.
+    """Describe the raw weights that a strategy for all layers leaves out; empty if they are few.
 
     Args:
         network: the network, after the strategy.
         strategy: the strategy.
-        kept: identities of the parameters that caps took.
-        known: identities of the parameters of the base.
-        total: number of elements of these.
+        kept: ids of the parameters that caps claimed.
+        known: ids of the parameters of the base.
+        total: number of elements of the base.
     """
     cap = next(filter(_is_for_all, strategy.module_caps), None)
     if cap is None:
@@ -47,16 +47,16 @@ def told_leftover(
 
 
 def cap_for(paths: list[str], cap: Cap) -> str:
-    """A parameter cap for these paths, ready to copy, that adapts as a cap for modules does."""
+    """Code of a parameter cap for these paths that adapts as a module cap does, ready to copy."""
     globs = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths))
     params = f", {cap.params}" if cap.params else ""
     return f"(pc_path(glob={globs}), {repr(cap.action).replace('ma_adapt', 'pa_adapt', 1)}{params})"
 
 
 def strangers(network: nn.Module) -> list[str]:
-    """For classes in the network that are named like a layer of torch and are none: what they are.
+    """Describe classes in the network that have the name of a torch layer but are not that layer.
 
-    Their weights are raw parameters.
+    Only classes with raw weights are listed.
     """
     names = {row.kind.__name__ for row in LAYERS if isinstance(row.kind, type)}
     names |= {n for n, c in vars(nn).items() if isinstance(c, type) and row_of(c) is not None}
@@ -69,7 +69,7 @@ def strangers(network: nn.Module) -> list[str]:
 
 
 def hints_for_strangers(network: nn.Module, strategy: FineTuningStrategy) -> list[str]:
-    """The same for a strategy that adapts layers and found none, with a cap that takes them."""
+    """`strangers` for a strategy that adapts layers and found none, with a cap that matches."""
     cap = next((cap for cap in strategy.module_caps if _recipe(cap.action) == "ma_adapt"), None)
     hints = strangers(network)
     if cap is None or not hints:
@@ -79,11 +79,11 @@ def hints_for_strangers(network: nn.Module, strategy: FineTuningStrategy) -> lis
 
 
 def _is_for_all(cap: Cap) -> bool:
-    """Whether a cap adapts all layers that gift knows, by an action that a file can name."""
+    """Whether a cap adapts all layers that gift knows, with an action that a file can name."""
     recipe: Any = getattr(cap.check, "recipe", ("", {}))
     return recipe[0] == "mc_layer" and not recipe[1].get("*") and _recipe(cap.action) == "ma_adapt"
 
 
 def _recipe(part: Any) -> str:
-    """The name of the factory that made a check or an action."""
+    """The name of the factory that made a check or an action; empty if there is none."""
     return getattr(part, "recipe", ("", {}))[0]

@@ -1,4 +1,4 @@
-"""Tensors with several names: what caps make of them under each name, and whether that agrees."""
+"""Tied tensors: what caps do to a tensor under each of its names, and whether that agrees."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from gift.strategies.base import Cap
 
 
 class Fate(NamedTuple):
-    """What a cap makes of a tensor under one of its names.
+    """What a cap does to a tensor under one of its names.
 
     Args:
         path: that name.
         cap: number of the cap.
         what: "trained", "frozen", or the method by which it is adapted.
-        firm: whether the cap is about the tensor; False for one that is frozen since it stands
-            beside another that the cap adapts, as a bias does: another cap may train it.
+        firm: whether the cap is about this tensor. False if it is only frozen because the cap
+            adapts another tensor of the module, as for a bias; then another cap may train it.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Fate(NamedTuple):
 
 
 class Ties:
-    """The parameters that have several names, and what each cap made of them.
+    """The parameters that have several names, and what each cap did to them.
 
     Args:
         network: the network, before any cap acts.
@@ -46,7 +46,7 @@ class Ties:
         self.flags = {key: p.requires_grad for key, p in self.tensors.items()}
         self.fates: dict[int, list[Fate]] = {}
         self.takers: dict[int, tuple[Cap, int, str]] = {}
-        """For modules and parameters that a cap took: the cap, its number, the name there."""
+        """For each claimed module or parameter, by id: the cap, its number, and the name there."""
         self.contradicted: set[int] = set()
         self._contradictions: list[str] = []
 
@@ -54,15 +54,17 @@ class Ties:
         return bool(self.tensors)
 
     def forget_flags(self, parameters: Iterable[nn.Parameter | None]) -> None:
-        """Before a cap acts on them: it finds what the network had, not what another cap made of
-        it, so that an action which does nothing trains what was trainable.
+        """Restore the original ``requires_grad`` of tied parameters before a cap acts on them.
+
+        The cap then sees what the network had rather than the result of another cap, so an action
+        that does nothing trains what was trainable.
         """
         for parameter in parameters:
             if parameter is not None and id(parameter) in self.fates:
                 parameter.requires_grad = self.flags[id(parameter)]
 
     def note_module(self, cap: Cap, taken: Claimed) -> None:
-        """Note what became of a module that a cap claimed."""
+        """Record what happened to the tied parameters of a module that a cap claimed."""
         if taken.module is None:
             return
         gained = next(taken.adapters(), None) is not None
@@ -77,7 +79,7 @@ class Ties:
     def note_parameter(
         self, cap: Cap, number: int, module: nn.Module, name: str, path: str
     ) -> None:
-        """Note what became of a parameter that a cap took."""
+        """Record what happened to a tied parameter that a cap claimed."""
         parameter = module._parameters.get(name)
         if parameter is not None and id(parameter) in self.tensors:
             self.takers.setdefault(id(parameter), (cap, number, path))
@@ -87,17 +89,17 @@ class Ties:
         self.fates.setdefault(id(parameter), []).append(fate)
 
     def takes_anew(self, cap: Cap, what: object) -> bool:
-        """Whether a cap does to a module or parameter under another name what was not done yet."""
+        """Whether a cap does something else than the cap that claimed the module or parameter."""
         first = self.takers.get(id(what))
         return first is None or not _same_action(first[0], cap)
 
     def contradict(
         self, module: nn.Module, number: int, path: str, caps: list[str], name: str = ""
     ) -> None:
-        """What was taken is taken by another cap under another name.
+        """Record that another cap claims something again under another name.
 
         Args:
-            module: a module that was taken, or one in which a parameter was.
+            module: a claimed module, or one with a claimed parameter.
             number: number of the cap.
             path: the other name.
             caps: what each cap is, by its number.
@@ -115,9 +117,9 @@ class Ties:
     def contradicts(
         self, cap: Cap, module: nn.Module, number: int, path: str, caps: list[str]
     ) -> bool:
-        """Whether a cap is about to claim a module in which others adapted something.
+        """Whether a cap would claim a module in which others adapted something under another name.
 
-        They did that under another name; arguments are those of `contradict`.
+        The arguments are those of `contradict`.
         """
         adapted = [
             (part, name, joined(inside, name))
@@ -130,13 +132,13 @@ class Ties:
         return bool(adapted)
 
     def settle(self, caps: list[str]) -> Iterator[str]:
-        """Train what one cap trains and another left frozen beside what it adapts.
+        """Train a tensor if one cap trains it and another only froze it beside what it adapts.
 
         Args:
             caps: what each cap is, by its number.
 
         Returns:
-            What contradicts.
+            The contradictions, as text.
         """
         yield from dict.fromkeys(self._contradictions)
         for key, fates in self.fates.items():
@@ -162,7 +164,7 @@ def _fate(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Method
 
 
 def _same_action(one: Cap, other: Cap) -> bool:
-    """Whether two caps do the same; what they are given may be tensors, hence as text."""
+    """Whether two caps do the same; compared as text, since their arguments may be tensors."""
     if one.action is not other.action:
         recipes = [getattr(cap.action, "recipe", ("",)) for cap in (one, other)]
         if not recipes[0][0] or describe(recipes[0]) != describe(recipes[1]):
@@ -171,7 +173,7 @@ def _same_action(one: Cap, other: Cap) -> bool:
 
 
 def _with_several_names(network: nn.Module) -> dict[int, nn.Parameter]:
-    """The parameters that modules hold together, and those in a module with several names."""
+    """The parameters that several modules hold, and those in a module with several names."""
     seen: set[int] = {id(network)}
     found: dict[int, nn.Parameter] = {}
     known: set[int] = set()

@@ -1,4 +1,4 @@
-"""Applying the caps of a strategy to a network, from the network down."""
+"""Apply the caps of a strategy to a network, from the root down."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -33,14 +33,14 @@ Visit = Callable[[Caps, Place, int | None], None]
 class Walk:
     """One pass over a network.
 
-    An action that is `open` extends its module and leaves it open: the caps after it are tried on
-    the same module, and the walk goes on below. It runs when all that is done, so that it finds
-    the module as those caps left it, and what it adds is not theirs.
+    An `open` action (a wrapper) leaves its module open to other caps: the caps after it are tried
+    on the same module, and the walk continues below it. The action runs after all of that. It
+    therefore finds the module as the other caps left it, and what it adds does not belong to them.
 
     Args:
         network: the network.
-        strategy: whose caps are applied.
-        guard: gives the context in which foreign actions run.
+        strategy: the strategy whose caps are applied.
+        guard: returns the context in which actions of other authors run.
     """
 
     def __init__(self, network: nn.Module, strategy: FineTuningStrategy, guard: Guard) -> None:
@@ -48,9 +48,9 @@ class Walk:
         self.guard = guard
         self.taken: list[Claimed] = []
         self.problems: list[str] = []
-        self.kept: set[int] = set()  # parameters that caps took, by identity
-        self.done: dict[int, nn.Module | None] = {}  # claimed modules, and what stands there now
-        self.extended: dict[int, str] = {}  # modules that open actions acted on, and their paths
+        self.kept: set[int] = set()  # ids of the parameters that caps claimed
+        self.done: dict[int, nn.Module | None] = {}  # by id of a claimed module: its replacement
+        self.extended: dict[int, str] = {}  # paths of modules of open actions, by id
         self.ties = Ties(network)
         self.caps = strategy.cap_texts if self.ties else []
         caps = self._caps_for(strategy, network)
@@ -59,7 +59,7 @@ class Walk:
         self._tie()
         if self.extended:
             settle_modules_around(network)
-        self.clipped: dict[str, tuple[str, int]] = {}  # for weights that cannot have their size
+        self.clipped: dict[str, tuple[str, int]] = {}  # weights without the requested size
         self._settle_sizes()
         self.claims = claims_of(self.taken)
 
@@ -80,7 +80,7 @@ class Walk:
         return bound(strategy.module_caps), bound(strategy.para_caps)
 
     def _visit(self, caps: Caps, place: Place, top: int | None) -> None:
-        """One module and all below it; `top` is the cap to which nested claims are credited."""
+        """Visit a module and all modules in it; claims are credited to the cap `top`, if given."""
         parent, name, _, _, module = place
         if id(module) in self.done:
             self._look_again(caps, place, top)
@@ -103,7 +103,7 @@ class Walk:
     def _descend(
         self, caps: Caps, place: Place, top: int | None, visit: Visit | None = None
     ) -> None:
-        """The parameters of a module that no cap claimed, then its children."""
+        """Offer the parameters of a module that no cap claimed to caps, then visit its children."""
         module_caps, para_caps = caps
         module = place[4]
         for parameter_name, parameter in list(module._parameters.items()):
@@ -113,7 +113,7 @@ class Walk:
             (visit or self._visit)(caps, (module, child_name, path, class_name, child), top)
 
     def _look_again(self, caps: Caps, place: Place, top: int | None) -> None:
-        """A claimed module under another name: no other cap may claim it, or what is in it."""
+        """Check a claimed module under another name: no other cap may claim it or its contents."""
         module = place[4]
         for number, cap in enumerate(caps[0]):
             if getattr(cap.action, "open", False) is True:
@@ -154,7 +154,7 @@ class Walk:
             self.ties.note_module(cap, self.taken[-1])
 
     def _extend(self, cap: Cap, place: Place, number: int) -> None:
-        """Run an open action on what stands at `place` once all else is done there."""
+        """Run an open action on the module at `place`, after everything else there is done."""
         parent, name, path, class_name, module = place
         now = module if parent is None else parent._modules.get(name)
         if now is None:
@@ -162,7 +162,7 @@ class Walk:
                                  "later cap removed the module")  # fmt: skip
             return
         if self.extended.setdefault(id(now), path) != path:
-            return  # under its first name already
+            return  # done already, under its first name
         before = {id(delta) for *_, delta in placed_deltas(now)}
         self._run(cap, (parent, name, path, _class_name(now), now), path)
         gained = [d for d in placed_deltas(now, path) if id(d[2]) not in before]
@@ -190,7 +190,7 @@ class Walk:
             return
 
     def _offer_again(self, cap: Cap, place: tuple[Any, ...], path: str, number: int) -> None:
-        """A parameter that was taken under another name."""
+        """Let a cap act on a parameter that was claimed under another name, if they agree."""
         *_, module, name, parameter = place
         if id(parameter) not in self.ties.tensors or not self.ties.takes_anew(cap, parameter):
             return
@@ -213,26 +213,26 @@ class Walk:
         try:
             with nullcontext() if isinstance(cap.action, Action) else self.guard():
                 cap.action(*place, **cap.params)  # type: ignore[operator]
-        except AdaptationError as error:  # all of these are collected
+        except AdaptationError as error:  # collect all of these, raise once
             self.problems.append(f"{path or 'the network'} ({place[3]}): {error}")
         except Exception as error:
             error.add_note(f"raised by the action of {cap!r} on {path or 'the network'}")
             raise
 
     def _tie(self) -> None:
-        """One delta for each tensor: whoever else holds an adapted tensor reads the same delta."""
+        """Keep one delta for each tied tensor, which every module that holds the tensor reads."""
         parts = list(self.network.named_modules())
         for owner, path, module, name in list(_with_owners(parts)):
             self._drop_second(owner, path, module, name)
-        # Anew, since a delta that was dropped may have been that of a bias, too.
+        # Search again: a dropped delta may also have been the delta of a bias.
         for owner, _, module, name in list(_with_owners(parts)):
             if name not in weight_deltas(module):
                 _share(*owner, module, name)
 
     def _settle_sizes(self) -> None:
-        """A size that some weights cannot have is clipped there; one that none can have is refused.
+        """Clip a size that some weights cannot have, and refuse a size that none can have.
 
-        Those count together that are adapted by the same method of the same settings.
+        Weights that are adapted by the same method with the same settings are judged together.
         """
         asked: dict[Method, list[tuple[Claimed, str, WeightDelta]]] = {}
         for taken in self.taken:
@@ -256,13 +256,13 @@ class Walk:
     def _drop_second(
         self, owner: tuple[nn.Module, str], path: str, module: nn.Module, name: str
     ) -> None:
-        """Of two deltas of one tensor keep the first, if both are by the same method."""
+        """Drop the second delta of a tied tensor, or report a problem if the methods differ."""
         holder, tensor = owner
         adapter, second = weight_deltas(holder).get(tensor), weight_deltas(module).get(name)
         if adapter is None or second is None:
             return
         if id(holder._parameters[tensor]) in self.ties.contradicted:
-            return  # which is told already
+            return  # reported already
         if second.method != adapter.method:
             self.problems.append(
                 f"{path} is tied to a tensor that is adapted by {adapter.method}, and was to "
@@ -275,13 +275,13 @@ class Walk:
 def _with_owners(
     parts: Iterable[tuple[str, nn.Module]],
 ) -> Iterator[tuple[tuple[nn.Module, str], str, nn.Module, str]]:
-    """Each further place of an adapted tensor, after the first place where it is adapted.
+    """Every further place of each adapted tensor, after the first place where it is adapted.
 
     Args:
         parts: the modules of a network, with their paths.
 
     Yields:
-        The module and the name there, then the tensor's other path, module and name.
+        The first module and the name there, then the tensor's other path, module and name.
     """
     owners: dict[int, tuple[nn.Module, str]] = {}
     for _, module in parts:
@@ -296,7 +296,7 @@ def _with_owners(
 
 
 def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
-    """Let `module` read a tensor of its own by the delta that `owner` has for it."""
+    """Let `module` read its tensor through the delta of the tied tensor in `owner`."""
     adapter = weight_deltas(owner)[tensor]
     shared = replace(adapter, owner=owner, follows=())
     if adapter.layout is not None:
@@ -306,7 +306,7 @@ def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
 
 
 def _drop(module: nn.Module, tensor: str) -> None:
-    """Remove a delta, and what else in `module` uses it: the bias that belongs to a weight."""
+    """Remove a delta, and the use of it for the bias that belongs to the weight."""
     adapter = weight_deltas(module)[tensor]
     uninstall(module, tensor)
     if adapter.owner is not None:
@@ -324,7 +324,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def closest_names(check: Callable[..., Any], network: nn.Module) -> list[str]:
-    """Names in the network that are close to those that a check looks for."""
+    """Names in the network that are similar to those that a check looks for."""
     wanted = set(_strings(check))
     known: set[str] = set()
     for path, module in network.named_modules():

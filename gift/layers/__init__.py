@@ -1,1 +1,1 @@
-"""Layer types: every table that says something about a class of layers. No methods."""
+"""Layer types: every table that describes a class of layers. No methods."""

@@ -1,8 +1,8 @@
-"""How each layer type holds its weights: the only file that knows layers.
+"""Table of layer types and how each holds its weights; the only file that knows layers.
 
-A *row* says which tensors of a layer are weights, which are biases, and how a weight is read
-as a matrix. Everything else (methods, adapting, saving) is written for matrices. A layer type
-that has no row is reached by a parameter cap, with the layout of a raw parameter.
+A *row* says which tensors of a layer are weights, which are biases, and how a weight is read as a
+matrix. Everything else (methods, adapting, saving) works on matrices. A layer type without a row
+can be adapted by a parameter cap, with the layout of a raw parameter.
 """
 
 import math
@@ -22,12 +22,12 @@ from gift.support.weak import known_by_class
 
 ConvLayout = Literal["balanced", "out_as_h"]
 
-LAYOUT_CHOICES = ("conv_layout", "split_qkv")  # what users choose; the rest of the options is not
+LAYOUT_CHOICES = ("conv_layout", "split_qkv")  # what users choose; methods choose the others
 
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """What a user may choose about layouts.
+    """Options for how weights are read as matrices.
 
     Args:
         conv_layout: ``"balanced"`` sees a convolution's weight ``(o, i, kh, kw)`` as a matrix of
@@ -36,8 +36,9 @@ class LayoutOptions:
             flattened ``(i, kh, kw)`` into equal chunks. With `n` kernel axes, the first ``n // 2``
             of them count for the rows. None is the method's own choice.
         split_qkv: see the packed ``in_proj_weight`` of ``nn.MultiheadAttention`` as three
-            matrices (query, key, value), each with factors of its own, instead of one.
-        rows_are_outputs: read embeddings with output features as rows, not tokens; the method says.
+            matrices (query, key, value), each with its own factors, instead of one.
+        rows_are_outputs: read embeddings with output features as rows instead of tokens. The method
+            decides this.
     """
 
     conv_layout: ConvLayout | None = None
@@ -53,7 +54,11 @@ class LayoutOptions:
     def settled(
         self, conv_layouts: tuple[ConvLayout, ...], rows_are_outputs: bool
     ) -> "LayoutOptions":
-        """The options as a method needs them, which allows these layouts, its default first.
+        """Complete the options for a method.
+
+        Args:
+            conv_layouts: the layouts that the method allows, its default first.
+            rows_are_outputs: as in the options.
 
         Raises:
             ValueError: if another layout was chosen.
@@ -73,12 +78,12 @@ class LayoutOptions:
 class Layout:
     """How one weight is read as a matrix, or as one matrix for each of its groups.
 
-    ``weight.reshape(view).permute(order).reshape(matrix)`` is the matrix; `matrix` is
+    The matrix is ``weight.reshape(view).permute(order).reshape(matrix)``; the shape `matrix` is
     ``(rows, columns)`` or ``(groups, rows, columns)``.
 
     Args:
         shape: the weight's own shape.
-        view: the shape in which its axes come apart.
+        view: the shape in which its axes are split.
         order: the permutation that brings the axis of outputs before that of inputs.
         matrix: the shape as matrix or matrices.
         input_axis: the matrix axis along which the layer's input features lie: -1, or -2 for
@@ -93,18 +98,18 @@ class Layout:
     is_trivial: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # At once: torch.compile cannot look into a cached property's first time.
+        # Computed here, because torch.compile cannot trace the first access of a cached property.
         trivial = self.shape == self.matrix and list(self.order) == sorted(self.order)
         object.__setattr__(self, "is_trivial", trivial)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """The weight as matrix or matrices."""
+        """Reshape the weight to its matrix or matrices."""
         if self.is_trivial:
             return weight
         return weight.reshape(self.view).permute(self.order).reshape(self.matrix)
 
     def to_weight(self, matrix: Tensor) -> Tensor:
-        """The matrix or matrices as a weight."""
+        """Reshape the matrix or matrices to a weight."""
         if self.is_trivial:
             return matrix
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
@@ -139,9 +144,10 @@ def _matrix(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layo
 
 
 def _lookup(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    """Rows are entries that are looked up. A factor per row that starts at zero then leaves the
-    padding row exactly as it is, and a tied output layer sees the same matrix. Methods that act on
-    output features see those as rows.
+    """Rows are the entries that are looked up, or output features if the method needs them.
+
+    A factor per row that starts at zero leaves the padding row exactly as it is, and a tied output
+    layer sees the same matrix.
     """
     if options.rows_are_outputs:
         return _transposed(module, shape, options)
@@ -161,7 +167,7 @@ def _attention(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> L
 
 
 def _conv(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    """``(out, in / groups, *kernel)``; transposed ``(in, out / groups, *kernel)``."""
+    """``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` if transposed."""
     first, second, *kernel = shape
     groups = module.groups
     n_rows = len(kernel) // 2 if options.conv_layout == "balanced" else 0
@@ -187,13 +193,15 @@ def _recurrent(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions
 
 
 class DenseGradient:
-    """``sparse=True`` asks for sparse gradients of the looked-up table. The table is frozen and
-    its delta is small, and most optimizers refuse sparse gradients: the delta's are dense.
+    """Mixin of adapted embeddings that ignores ``sparse=True``: gradients are dense.
+
+    ``sparse=True`` requests sparse gradients of the table. The adapted table is frozen and its
+    delta is small, and most optimizers refuse sparse gradients.
     """
 
     @property
     def sparse(self) -> bool:
-        """Never, while the table is adapted."""
+        """Always False while the table is adapted."""
         return False
 
     @sparse.setter
@@ -206,13 +214,13 @@ class LayerRow:
     """One layer type.
 
     Args:
-        kind: the type, or its dotted path where the package may be absent.
-        weights: glob patterns of the names of its weights.
+        kind: the type, or its dotted path if the package may be absent.
+        weights: glob patterns for the names of its weights.
         layout: reads a weight's shape as a matrix.
-        biases: glob patterns of the names of its biases, for ``train_bias``.
-        family: what users call it: see `mc_layer`.
+        biases: glob patterns for the names of its biases, for ``train_bias``.
+        family: the name for users: see `mc_layer`.
         mixin: a class put in front of the adapted layer's own.
-        bias_of: from a weight's name, that of the bias which is added to its outputs.
+        bias_of: maps a weight's name to that of the bias which is added to its outputs.
     """
 
     kind: type[nn.Module] | str
@@ -231,10 +239,11 @@ class LayerRow:
         return issubclass(cls, getattr(sys.modules.get(package), name, ()))
 
     def names(self, module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-        """The tensors of `module` that any of the patterns names.
+        """Names of the tensors of `module` that match any of the patterns.
 
-        A tensor that is computed before it is used (by a parametrization, weight norm, pruning)
-        is no parameter, but is read under its own name; what it is computed from is left alone.
+        A tensor that is computed before use (by a parametrization, weight norm, pruning) is not a
+        parameter, but counts under its own name. The tensors from which it is computed do not
+        count.
         """
         computed = list(getattr(module._modules.get("parametrizations"), "keys", list)())
         computed += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
@@ -272,19 +281,19 @@ def _names(patterns: tuple[str, ...], name: str) -> bool:
 
 
 def row_of(cls: type) -> LayerRow | None:
-    """The row of a layer class, or None where its weights are not known."""
+    """The row of a layer class, or None if its weights are unknown."""
     return _row_of(cls, "transformers.pytorch_utils" in sys.modules)
 
 
 @known_by_class
 def _row_of(cls: type, with_transformers: bool) -> LayerRow | None:
-    # That package may be imported after a first look, hence the second argument.
+    # The package may be imported after the first call, so its presence is part of the cache key.
     return next((row for row in LAYERS if row.matches(cls)), None)
 
 
 CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
 
-# Layers whose parents read their weights and never call them.
+# Layers whose parents read their weights and never call the layers.
 _READ = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
@@ -292,7 +301,7 @@ _READ = {
 
 
 def reader_of(parent: nn.Module | None, name: str) -> type | None:
-    """The class of `parent` that reads the weight of its layer of that name and never calls it."""
+    """The class of `parent` that reads the weight of its layer `name` without calling the layer."""
     for cls in type(parent).__mro__:
         if name in _READ.get(f"{cls.__module__}.{cls.__qualname__}", ()):
             return cls
@@ -300,7 +309,7 @@ def reader_of(parent: nn.Module | None, name: str) -> type | None:
 
 
 def bias_layout(size: int, weights: Sequence[Layout]) -> Layout:
-    """How the bias that belongs to these weights is read: a row for each row of theirs."""
+    """The layout of the bias that belongs to these weights: one row for each row of theirs."""
     if len(weights) == 1:
         matrix = (*weights[0].matrix[:-1], 1)
         return _plain((size,), matrix)
@@ -308,7 +317,7 @@ def bias_layout(size: int, weights: Sequence[Layout]) -> Layout:
 
 
 def layout_of(module: nn.Module, tensor: str, shape: torch.Size, options: LayoutOptions) -> Layout:
-    """How the tensor of that name in `module` is read as a matrix."""
+    """The layout that reads the tensor `tensor` of `module` as a matrix."""
     row = row_of(type(module))
     if row is not None and _names(row.weights, tensor):
         return row.layout(module, tuple(shape), options)

@@ -4,10 +4,10 @@ from typing import Any
 
 
 def source_of(network: Any) -> str | None:
-    """Where a network of diffusers or transformers was loaded from, by its configuration.
+    """Where a network of diffusers or transformers was loaded from, according to its configuration.
 
-    Configurations of transformers say it publicly, those of diffusers under a private name alone;
-    without either it is not known, and files that would name it do not.
+    Configurations of transformers have a public name for it, those of diffusers only a private one.
+    Without either it is unknown, and files that would name it leave it out.
     """
     config = getattr(network, "config", None)
     told = (getattr(config, name, None) for name in ("name_or_path", "_name_or_path"))

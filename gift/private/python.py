@@ -5,9 +5,9 @@ from types import FrameType
 
 
 def frames_of_threads() -> dict[int, FrameType]:
-    """What each thread is doing now, by its identity; nothing where Python does not tell.
+    """The current frame of each thread, by thread id; empty if Python does not provide them.
 
-    No public name gives the stacks of other threads.
+    No public function gives the stacks of other threads.
     """
     frames = getattr(sys, "_current_frames", None)
     return {} if frames is None else frames()

@@ -1,7 +1,7 @@
-"""Private parts of torch: what they answer, why no public name does, and what answers otherwise.
+"""Private parts of torch: what each tells, why no public name does, and the fallback.
 
-See `gift.private` for the rules. A part is looked up by its dotted path each time that it is asked
-for, unless a compiler traces the call or each step pays for it: then once, at import.
+See `gift.private` for the rules. A part is looked up by its dotted path on each use. It is looked
+up once, at import, if a compiler traces the use or if each training step would pay for it.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ PARTS = (
     "torch.UntypedStorage._cdata",
     "torch.nn.Module._call_impl",
 )
-"""Dotted paths of what this file needs and any torch has. Others are parts of instances, or of some
-builds alone: the tests of the functions below tell."""
+"""Dotted paths of the parts that every version of torch has. Others are attributes of instances, or
+exist in some builds only; the tests of the functions below check these."""
 
 
 def part(path: str) -> Any:
-    """What the dotted path of a part leads to; None where it is gone."""
+    """The object at the dotted path of a part, or None if it is gone."""
     root, *names = path.split(".")
     found: Any = sys.modules.get(root)
     for i, name in enumerate(names):
@@ -70,30 +70,32 @@ _old_compiler = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9)
 def is_transformed() -> bool:
     """Whether a transform of torch.func, dual numbers or a trace of TorchScript is active.
 
-    torch asks this itself before it applies an autograd function; no public name tells it without a
-    tensor. Where it cannot be known the answer is yes: whoever asks then leaves all to autograd.
+    torch itself checks this before it applies an autograd function, but no public name tells it
+    without a tensor. If it is unknown, the answer is True, and the caller then leaves everything to
+    autograd.
     """
     if _functorch_is_active is None:
         return True
-    # Dual numbers can be made by hand, with no transform around them.
+    # Dual numbers can be made without a transform around them.
     level = getattr(torch.autograd.forward_ad, "_current_level", 0)
     return _functorch_is_active() or torch.jit.is_tracing() or level >= 0
 
 
 def is_compiled_by_old() -> bool:
-    """Whether a compiler traces that does not follow autograd functions where sizes are left open,
-    and for which a property of a module hides what lies in its ``__dict__`` under that name.
+    """Whether an old compiler is tracing, with two known defects.
 
-    That of torch 2.6 fails at both, that of 2.14 does not; no version between was tried.
+    It does not follow autograd functions with dynamic sizes, and reads a property of a module
+    instead of the entry of that name in its ``__dict__``. torch 2.6 fails at both and 2.14 at
+    neither; no version in between was tried.
     """
     return _old_compiler and torch.compiler.is_compiling()
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Whether a gradient stands for several (``is_grads_batched``): few operations allow that.
+    """Whether a gradient is a batch of gradients (``is_grads_batched``); few operations allow it.
 
-    A tensor's public attributes are those of one of them. Where it cannot be known the answer is
-    yes: what such a gradient allows any other allows as well.
+    The public attributes of such a tensor are those of one gradient. If it is unknown, the answer
+    is True: what works for a batched gradient works for any other.
     """
     if torch.compiler.is_compiling():
         return False
@@ -101,9 +103,9 @@ def is_batched(gradient: Tensor) -> bool:
 
 
 def is_followed() -> bool:
-    """Whether a mode follows functions or operations, which knows torch's own names alone.
+    """Whether a mode of torch intercepts functions or operations; it knows torch's own ones only.
 
-    Modes are public, their number is not. Where it cannot be known the answer is yes.
+    Modes are public, their number is not. If it is unknown, the answer is True.
     """
     if _dispatch_modes is None or _function_modes is None:
         return True
@@ -111,23 +113,23 @@ def is_followed() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether a network is exported, as what serves all sizes.
+    """Whether a network is being exported, so the graph must serve all sizes.
 
-    This is public since torch 2.7. Before, all that is compiled is taken for it.
+    This is public since torch 2.7. Before that, everything that is compiled counts as exported.
     """
     return torch.compiler.is_compiling() if _exporting is None else _exporting()
 
 
 def is_known(condition: Any) -> bool:
-    """Whether it holds; compiled, whether it does for all sizes that the graph serves.
+    """Whether a condition holds; while compiling, whether it holds for all sizes of the graph.
 
-    To ask a size that is left open as such would fix it. Where that cannot be asked otherwise, no
-    condition is known to hold.
+    A plain ``bool`` of a dynamic size would fix that size. If there is no other way to evaluate it,
+    the condition counts as unknown, which is False.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and type(condition) is bool:
         return condition
-    if compiling and _old_compiler:  # that of 2.6 does not let them be asked at all
+    if compiling and _old_compiler:  # torch 2.6 cannot evaluate them at all
         return False
     try:
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second
@@ -137,44 +139,45 @@ def is_known(condition: Any) -> bool:
 
 
 def unfollowed() -> AbstractContextManager[Any]:
-    """A context in which no mode follows functions, ours or another's.
+    """A context in which no mode intercepts functions, neither gift's nor another one.
 
-    A mode leaves itself alone in its own code only. Otherwise what is done there is followed too,
-    which takes longer.
+    A mode is only disabled in its own code. Without this context, the work inside is intercepted
+    too, which takes longer.
     """
     disable = part("torch._C.DisableTorchFunction")
     return contextlib.nullcontext() if disable is None else disable()
 
 
 OVERRIDES_NOTHING: Any = part("torch._C._disabled_torch_function_impl")
-"""The ``__torch_function__`` of a class of tensors that overrides no function; torch's notes on
-extending it name this and the next, in private places. None if it is gone."""
+"""The ``__torch_function__`` of a tensor class that overrides no function. torch's notes on
+extending it name this and the next part, in private places. None if it is gone."""
 
 _as_plain = part("torch._C.DisableTorchFunctionSubclass")
 
 
 def can_guard() -> bool:
-    """Whether a class of tensors can look at the functions that it is given to, and then let them
-    be as for plain tensors. Otherwise there is no such class, and nothing is guarded.
+    """Whether a tensor subclass can inspect functions and then run them as for plain tensors.
+
+    If not, there is no such subclass, and effective weights are not guarded.
     """
     return OVERRIDES_NOTHING is not None and _as_plain is not None
 
 
 def as_plain_tensors() -> AbstractContextManager[Any]:
-    """A context in which no class of tensors overrides functions."""
+    """A context in which no tensor subclass overrides functions."""
     context: AbstractContextManager[Any] = _as_plain()
     return context
 
 
 def has_onednn() -> bool:
-    """Whether torch was built with oneDNN, and lets it multiply two matrices (`by_onednn`)."""
+    """Whether torch was built with oneDNN and can multiply two matrices with it (`by_onednn`)."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, by oneDNN where torch has that; autograd and tracers know nothing of it.
+    """``a @ b`` by oneDNN if torch has it; autograd and tracers do not see the operation.
 
-    ``a @ b`` is given to MKL, the flags of ``torch.backends`` do not change that.
+    torch passes ``a @ b`` to MKL, and the flags of ``torch.backends`` do not change that.
     """
     if not has_onednn():
         return a @ b
@@ -183,18 +186,19 @@ def by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def writes_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written into, as autograd counts; None where torch does not tell.
+    """How often a tensor was written, as counted by autograd; None if torch does not tell.
 
-    Autograd speaks of this count in its public notes and errors, but shows it under this name
-    alone. Tensors of inference mode have none either.
+    Autograd's public notes and errors mention this version counter, but only the private name gives
+    it. Tensors of inference mode have none.
     """
     return None if tensor.is_inference() else getattr(tensor, "_version", None)
 
 
 def written_since(tensor: Tensor) -> Callable[[], bool]:
-    """What tells later whether the tensor has been written into: see `writes_of`.
+    """Return a function that tells whether the tensor has been written since now: see `writes_of`.
 
-    Where torch does not tell, by a copy of its values. Of tensors of inference mode nobody knows.
+    Without a version counter, it compares values with a copy. For tensors of inference mode, writes
+    cannot be detected.
     """
     if tensor.is_inference():
         return lambda: False
@@ -206,9 +210,9 @@ def written_since(tensor: Tensor) -> Callable[[], bool]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that tensors have in common that share memory.
+    """A number that is equal for all tensors that share memory.
 
-    The public address of the memory does as well, but for fake memory, which has none.
+    The public address of the memory would do, but fake memory has none.
     """
     storage = tensor.untyped_storage()
     key: int | None = getattr(storage, "_cdata", None)
@@ -219,24 +223,24 @@ _Dispatching: Any = part("torch.utils._python_dispatch.TorchDispatchMode") or ob
 
 
 class BeforeWrites(_Dispatching):
-    """A context in which `before_write` hears of each tensor that is about to be written into.
+    """A context that calls `before_write` for each tensor that is about to be written.
 
-    Operations say in their schema what they write into, and modes that see operations are
-    documented, but both under such names. Otherwise it is taken that all is written into.
+    The schema of an operation says what it writes to, and modes that see operations are documented,
+    but both have private names. Without them, all watched tensors count as written.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # To keep its compiler away from what runs in a mode, torch would import it: two seconds in
-        # the first `gift.load` of a process. Nothing is compiled here.
+        # torch's default disables Dynamo inside a mode, which imports Dynamo: two seconds in the
+        # first `gift.load` of a process. Nothing is compiled here.
         return False
 
     def watched(self) -> Iterable[Tensor]:
-        """The tensors that matter."""
+        """The tensors to watch."""
         raise NotImplementedError
 
     def before_write(self, tensor: Tensor) -> None:
-        """Called with a tensor that still has its value."""
+        """Called with a tensor that still has its old value."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:
@@ -250,7 +254,7 @@ class BeforeWrites(_Dispatching):
         return super().__exit__(*error) if _Dispatching is not object else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Tell what `func` is about to write into, then run it."""
+        """Report what `func` is about to write, then run it."""
         kwargs = kwargs or {}
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -262,10 +266,10 @@ class BeforeWrites(_Dispatching):
 
 
 def tree_map(function: Callable[..., Any], tree: Any) -> Any:
-    """`function` of each leaf of nested containers, in containers like them.
+    """Apply `function` to each leaf of nested containers and return containers of the same types.
 
-    torch's own knows the containers that other libraries have registered; otherwise lists, tuples
-    and dictionaries are containers.
+    torch's own version knows the containers that other libraries have registered. The fallback
+    knows lists, tuples and dictionaries.
     """
     own = part("torch.utils._pytree.tree_map")
     return _mapped(function, tree) if own is None else own(function, tree)
@@ -284,7 +288,7 @@ def _mapped(function: Callable[..., Any], tree: Any) -> Any:
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """The leaves of nested containers, as `tree_map` sees them."""
+    """The leaves of nested containers, by the rules of `tree_map`."""
     own = part("torch.utils._pytree.tree_leaves")
     if own is not None:
         return list(own(tree))
@@ -298,7 +302,7 @@ CONV_TRANSPOSE: Any = part("torch.nn.modules.conv._ConvTransposeNd") or (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-"""The base of transposed convolutions, or all of torch's: for ``isinstance``."""
+"""The base class of transposed convolutions, or a tuple of torch's classes, for ``isinstance``."""
 
 CONV: Any = part("torch.nn.modules.conv._ConvNd") or (
     nn.Conv1d,
@@ -306,7 +310,7 @@ CONV: Any = part("torch.nn.modules.conv._ConvNd") or (
     nn.Conv3d,
     *(CONV_TRANSPOSE if isinstance(CONV_TRANSPOSE, tuple) else (CONV_TRANSPOSE,)),
 )
-"""The base of all convolutions, transposed ones too, or all of torch's."""
+"""The base class of all convolutions, transposed ones included, or a tuple of torch's classes."""
 
 NORM_WITH_STATISTICS: Any = part("torch.nn.modules.batchnorm._NormBase") or (
     nn.BatchNorm1d,
@@ -323,14 +327,14 @@ NORM_WITH_STATISTICS: Any = part("torch.nn.modules.batchnorm._NormBase") or (
     nn.LazyInstanceNorm2d,
     nn.LazyInstanceNorm3d,
 )
-"""The base of norm layers that keep running statistics, or all of torch's."""
+"""The base class of norm layers with running statistics, or a tuple of torch's classes."""
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a convolution gives with another weight and bias.
+    """Compute a convolution with another weight and bias.
 
-    This is the method that subclasses override to convolve otherwise. Without it they cannot, and
-    the public function does the same.
+    Subclasses override this private method to convolve in another way. Without the method they
+    cannot, and the public function does the same.
     """
     own = getattr(layer, "_conv_forward", None)
     return _convolved(layer, x, weight, bias) if own is None else own(x, weight, bias)
@@ -345,15 +349,15 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def convolves_as(layer: Any, kinds: Iterable[type[nn.Module]]) -> bool:
-    """Whether a layer convolves as one of these types does: see `convolve`."""
-    if "_conv_forward" in layer.__dict__:  # as recipes for tileable pictures set it
+    """Whether a layer uses the same convolution as one of these types: see `convolve`."""
+    if "_conv_forward" in layer.__dict__:  # recipes for tileable images set it
         return False
     own = getattr(type(layer), "_conv_forward", None)
     return any(own is getattr(kind, "_conv_forward", None) for kind in kinds)
 
 
 def padding_around(layer: Any) -> tuple[int, ...]:
-    """What a convolution with a padding mode puts around its input, as ``F.pad`` takes it."""
+    """The padding that a convolution with a padding mode adds to its input, as for ``F.pad``."""
     own = getattr(layer, "_reversed_padding_repeated_twice", None)
     if own is not None:
         return tuple(own)
@@ -369,14 +373,15 @@ def padding_around(layer: Any) -> tuple[int, ...]:
 
 
 class FlatWeights:
-    """Recurrent layers hand a list of their weights to one kernel: here it is made when asked
-    for, so that it holds the effective weights, and never stored.
+    """Mixin of recurrent layers that passes effective weights to their fused kernel.
 
-    The kernel takes nothing but that list, and the layer reads it from this name. Where the name is
-    gone there is no other way in: `refuse_recurrent` says so.
+    The kernel takes a list of weights, which the layer reads from this private name. Here the list
+    is a property: it is computed when it is read, and never stored. There is no other way to pass
+    weights to the kernel. If the name is gone, recurrent layers are refused (see
+    `knows_recurrent`).
     """
 
-    # Their own one would also store what it sets in the list.
+    # ``__setattr__`` of nn.RNNBase would also write into the list.
     __setattr__ = nn.Module.__setattr__
 
     @property
@@ -394,18 +399,18 @@ class FlatWeights:
         pass
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: the effective weights are new tensors each time."""
+        """Do nothing: effective weights are new tensors each time."""
 
     @staticmethod
     def restored(module: nn.RNNBase) -> None:
-        """Called once the layer is its plain self again: point the list at its weights."""
+        """Called when the layer is plain again: let the list refer to its weights."""
         module._init_flat_weights()
 
 
 @functools.cache
 def knows_recurrent() -> bool:
-    """Whether recurrent layers of this torch read their weights as `FlatWeights` has it."""
-    layer: Any = nn.LSTM(1, 1, device="meta")  # which draws no random numbers
+    """Whether recurrent layers of this torch read their weights as `FlatWeights` expects."""
+    layer: Any = nn.LSTM(1, 1, device="meta")  # on meta it draws no random numbers
     names = getattr(layer, "_flat_weights_names", ())
     held = getattr(layer, "_flat_weights", ())
     methods = ("_init_flat_weights", "_update_flat_weights")
@@ -417,12 +422,12 @@ def knows_recurrent() -> bool:
 
 
 COMPILED = "_orig_mod"
-"""The name of the compiled module in what ``torch.compile`` gives, and so in names in its states.
-Files have such names, whatever this torch calls it."""
+"""The name of the original module in the result of ``torch.compile``, and so in its state dicts.
+Existing files have such names, whatever this version of torch calls it."""
 
 
 def callers() -> Iterator[FrameType]:
-    """The frames of who called, the caller of who asks first; none where Python has no frames."""
+    """The frames of the callers, innermost first; empty if Python provides no frames."""
     frame = inspect.currentframe()
     frame = None if frame is None else frame.f_back
     while frame is not None and (frame := frame.f_back) is not None:
@@ -432,7 +437,8 @@ def callers() -> Iterator[FrameType]:
 def loads_strictly() -> bool:
     """Whether missing and unexpected keys of the state that a module is loading are errors.
 
-    Hooks of its parts are not told, so the frame of `load_state_dict` is asked; False without one.
+    torch does not pass ``strict`` to the hooks of submodules, so this reads it from the frame of
+    `load_state_dict`. False if there is no such frame.
     """
     load = nn.Module.load_state_dict.__code__
     frame = next((frame for frame in callers() if frame.f_code is load), None)
@@ -443,7 +449,7 @@ _COMPILED_CALL = "_compiled_call_impl"
 
 
 class _Instead:
-    """What is called instead of a module for a while; then it does what the module does."""
+    """Temporary replacement for the call of a module; afterwards it only calls the module."""
 
     def __init__(self, module: nn.Module, first: Callable[[], bool]) -> None:
         self.module = module
@@ -457,7 +463,7 @@ class _Instead:
         return (self.compiled or module._call_impl)(*args, **kwargs)
 
     def take_out(self, state: dict[str, Any]) -> None:
-        """Let the state of the module have what was there."""
+        """Restore the entry in the module's ``__dict__``."""
         if self.compiled is None:
             del state[_COMPILED_CALL]
         else:
@@ -466,10 +472,10 @@ class _Instead:
 
 @contextlib.contextmanager
 def instead_of_calls(module: nn.Module, first: Callable[[], bool]) -> Iterator[None]:
-    """Within it, calls of a module do something first, and begin anew if that gives True.
+    """Context in which calls of a module run `first`, and start again if that returns True.
 
-    A hook would not do: when hooks run, the forward method is chosen already. Where torch has no
-    place for a compiled call, calls are as ever.
+    A hook would come too late, because torch has chosen the forward method before it runs hooks. If
+    torch has no place for a compiled call, calls are unchanged.
     """
     instead = _Instead(module, first)
     if hasattr(nn.Module, _COMPILED_CALL):
@@ -482,7 +488,7 @@ def instead_of_calls(module: nn.Module, first: Callable[[], bool]) -> Iterator[N
 
 
 def as_called(state: dict[str, Any]) -> None:
-    """Let the state of a module have nothing of `instead_of_calls`."""
+    """Remove the replacement of `instead_of_calls` from the ``__dict__`` of a module."""
     instead = state.get(_COMPILED_CALL)
     if isinstance(instead, _Instead):
         instead.take_out(state)

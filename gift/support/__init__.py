@@ -1,1 +1,1 @@
-"""Tools that know nothing of fine-tuning: optional packages, YAML, files, signals, tensors."""
+"""General tools without fine-tuning: optional packages, YAML, files, signals, tensors."""

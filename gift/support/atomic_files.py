@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes: a file is replaced completely or not at all."""
 
 import hashlib
 import os
@@ -20,35 +20,35 @@ except ImportError:  # Windows
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text in UTF-8, whole or not at all."""
+    """Write a text in UTF-8 atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     replace_file(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
 def replace_file(path: str | os.PathLike[str], make: Callable[[str], object]) -> None:
-    """Let `make` write a temporary file beside `path`, and put that in its place.
+    """Let `make` write a temporary file beside `path`, then rename it to `path`.
 
     Raises:
         IsADirectoryError: for a directory.
         OSError: for a device, a pipe or a socket, or if the file cannot be written, as on a full
-            disk; the file that was there is as it was.
+            disk; the previous file is unchanged.
     """
     replace_files({path: make})
 
 
 def replace_files(makes: Mapping[str | os.PathLike[str], Callable[[str], object]]) -> None:
-    """Put several new files in the places of old ones, which belong together.
+    """Replace several files that belong together.
 
-    What was written is on the disk before it gets its name, so that no crash leaves less than one
-    whole file. Of several files the last is away while the others are exchanged: a reader that
-    needs all of them finds the old ones, the new ones, or that one is missing, and never a mix.
+    Each new file is flushed to the disk before it gets its name, so a crash leaves at least one
+    complete file. While several files are exchanged, the last one is absent. A reader that needs
+    all of them therefore finds all old ones, all new ones, or that one is missing, but never a mix.
 
     Args:
-        makes: for each path what writes it, called with the name of an empty file.
+        makes: for each path a function that writes the file, called with the name of an empty file.
     """
     ready: dict[Path, str] = {}
     try:
@@ -60,18 +60,18 @@ def replace_files(makes: Mapping[str | os.PathLike[str], Callable[[str], object]
             _fill(target, ready[target], make)
         with _alone_in({target.parent for target in ready} if len(ready) > 1 else set()):
             _exchange(ready)
-    except BaseException:  # which is raised again
+    except BaseException:  # reraised below
         for temporary in ready.values():
             with suppress(OSError):
                 os.unlink(temporary)
         raise
     if os.name == "posix":
         for folder in {target.parent for target in ready}:
-            _flush(str(folder))  # the names
+            _flush(str(folder))  # flush the new names, too
 
 
 def _regular(path: str | os.PathLike[str]) -> Path:
-    """The file at a path, of a link that to which it leads; refuses all but files."""
+    """Resolve a path, following links; refuse everything except regular files and new paths."""
     target = Path(path).expanduser().resolve()
     mode = _mode(target)
     if mode is None or stat.S_ISREG(mode):
@@ -85,7 +85,7 @@ def _regular(path: str | os.PathLike[str]) -> Path:
 
 
 def _mode(target: Path) -> int | None:
-    """What kind of file there is and who may use it; None where there is none."""
+    """Type and permissions of a file; None if it does not exist."""
     try:
         return target.stat().st_mode
     except FileNotFoundError:
@@ -93,7 +93,8 @@ def _mode(target: Path) -> int | None:
 
 
 def _new_file(target: Path) -> str:
-    # Made here, so that the system says which permissions a new file has; an old one keeps its own.
+    # Create it here instead of in tempfile, so that the umask decides about the permissions of a
+    # new file. A file that is replaced keeps its own.
     name = f"{_name_of_temporaries(target)}{_writer()}-{secrets.token_hex(8)}.tmp"
     temporary = str(target.with_name(name))
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -102,12 +103,12 @@ def _new_file(target: Path) -> str:
 
 def _fill(target: Path, temporary: str, make: Callable[[str], object]) -> None:
     try:
-        mode = _mode(target)  # another writer may exchange it meanwhile
+        mode = _mode(target)  # read it now: another writer may replace it
         mode = Path(temporary).stat().st_mode if mode is None else mode
         make(temporary)
         _flush(temporary)
         os.chmod(temporary, mode & 0o777)
-    except (OSError, SafetensorError, RuntimeError) as error:  # which name another file, or none
+    except (OSError, SafetensorError, RuntimeError) as error:  # they name no target
         number = getattr(error, "errno", None)
         told = getattr(error, "strerror", None) or str(error).replace(temporary, str(target))
         raise OSError(
@@ -116,9 +117,9 @@ def _fill(target: Path, temporary: str, make: Callable[[str], object]) -> None:
 
 
 def _exchange(ready: Mapping[Path, str]) -> None:
-    """Give the temporary files their names; an interrupt waits until they belong together.
+    """Rename the temporary files; an interrupt waits until all files belong together.
 
-    Where not even the first can be given its name, the file that was away comes back.
+    If not even the first one can be renamed, the file that was removed is restored.
     """
     held: BaseException | None = None
     last = list(ready)[-1]
@@ -145,27 +146,27 @@ def _exchange(ready: Mapping[Path, str]) -> None:
 
 @contextmanager
 def _alone_in(folders: set[Path]) -> Iterator[None]:
-    """Let no other writer exchange files that belong together meanwhile."""
+    """Context in which no other writer exchanges files that belong together in these folders."""
     if fcntl is None or not folders:
         yield
         return
     with ExitStack() as stack:
         for folder in sorted(folders):
             handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)  # which gives the lock back, as does the end of all
-            with suppress(OSError):  # where the system of files has no locks
+            stack.callback(os.close, handle)  # closing releases the lock, as does exiting
+            with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def _name_of_temporaries(target: Path) -> str:
-    # Names have at most 255 bytes: the end of a long one is left out.
+    # File names have at most 255 bytes, so cut off the end of a long one.
     return f".{target.name.encode()[:150].decode(errors='ignore')}."
 
 
 @cache
 def _machine() -> str:
-    """What tells processes of this machine, and of this container, from others."""
+    """A key of this machine and container, which distinguishes their processes from others."""
     known = [platform.node()]
     for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
                  lambda: os.readlink("/proc/self/ns/pid")):  # fmt: skip
@@ -182,7 +183,7 @@ _TEMPORARY = re.compile(r"([0-9a-f]{12})-([0-9]+)-[0-9a-f]{16}\.tmp")
 
 
 def _clean(target: Path) -> None:
-    """Remove what writers of the same file left that were killed."""
+    """Remove temporary files of the same target whose writers were killed."""
     start = _name_of_temporaries(target)
     with suppress(OSError):
         for entry in os.scandir(target.parent):
@@ -196,7 +197,7 @@ def _clean(target: Path) -> None:
 
 def _is_alive(process: int) -> bool:
     if os.name != "posix":
-        return True  # where asking would end it
+        return True  # on Windows, os.kill would end the process
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -216,9 +217,9 @@ def _flush(path: str) -> None:
 
 @contextmanager
 def held_file(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A name of the file that is at a path now, whoever puts another one there meanwhile.
+    """A name for the file that is at a path now, even if another file replaces it meanwhile.
 
-    What opens a file by its name several times, as safetensors does, then opens the same one.
+    Code that opens a file by its name several times, as safetensors does, then opens the same file.
     """
     with Path(path).open("rb") as file:
         own = f"/proc/self/fd/{file.fileno()}"

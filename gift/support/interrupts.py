@@ -1,14 +1,14 @@
-"""Signals that arrive while a network is being changed wait until it is done.
+"""Defer signals that arrive while a network is being changed.
 
-A handler such as that of Ctrl-C may raise between any two steps. While a change is under way, every
-handler that is written in Python is therefore replaced by one that takes a note of the signal; when
-the change is complete, or undone, the handlers stand again and get what arrived. Python runs
-handlers in the main thread alone, so other threads need none of this; what they do meanwhile is
-the matter of `gift.support.threads`.
+A signal handler, such as that of Ctrl-C, may raise between any two steps. While a change is under
+way, every handler written in Python is therefore replaced by one that records the signal. After the
+change is complete or undone, the original handlers are restored and called for the recorded
+signals. Python runs handlers in the main thread only, so other threads need none of this.
+`gift.support.threads` handles what other threads do meanwhile.
 
-Handlers run between bytecodes: when a function begins, after a call and at the end of a turn of a
-loop. A signal may so arrive when `__exit__` has begun, before its first line. The replaced handler
-sees the frame that was interrupted, and takes a note there as well.
+Handlers run between bytecodes: when a function begins, after a call, and at the end of a loop
+iteration. So a signal may arrive after `__exit__` has begun, before its first line. The replacement
+handler looks at the interrupted frame, and records the signal there too.
 """
 
 import functools
@@ -27,7 +27,7 @@ _Arrived = tuple["_Handler", int, FrameType | None]
 
 
 class _Handler:
-    """Stands for the handler of one signal."""
+    """Replacement for the handler of one signal."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
@@ -39,9 +39,9 @@ class _Handler:
             self.give(number, frame)
 
     def give(self, number: int, frame: FrameType | None) -> None:
-        """Call the handler."""
+        """Call the original handler."""
         opened = [*_holding]
-        for held in opened:  # if this raises, all else waits until the change is undone
+        for held in opened:  # if it raises, hold later signals until the undo is done
             held.open = False
         self.original(number, frame)
         for held in opened:
@@ -68,7 +68,7 @@ def _is_main() -> bool:
 
 
 def _watch() -> None:
-    """Replace the handlers; one that is replaced does what it did, unless something is held."""
+    """Replace the handlers; a replacement calls the original unless signals are held."""
     for number in signal.valid_signals():
         now = signal.getsignal(number)
         if callable(now) and not isinstance(now, _Handler | signal.Handlers):
@@ -77,7 +77,7 @@ def _watch() -> None:
 
 
 def _release() -> None:
-    """Undo `_watch`, if nobody needs it any more; handlers that were set since stay."""
+    """Undo `_watch` if nothing needs it any more; handlers that were set since then stay."""
     if _watching or _holding:
         return
     for number, handler in list(_replaced.items()):
@@ -88,7 +88,7 @@ def _release() -> None:
 
 
 def _deliver() -> None:
-    """Give the handlers what arrived; all of it, whichever of them raises."""
+    """Call the handlers of all recorded signals, even if some of them raise."""
     while _arrived:
         handler, number, frame = _arrived.pop(0)
         try:
@@ -98,10 +98,10 @@ def _deliver() -> None:
 
 
 class held_interrupts:
-    """Within it, signals wait; then their handlers are called. It nests.
+    """Context that holds signals and calls their handlers at its end. It can be nested.
 
     Args:
-        open: let them through until one raises, and hold what comes after that. That is for long
+        open: let signals through until a handler raises, then hold later ones. This is for long
             work that is undone if it is interrupted.
     """
 
@@ -131,7 +131,7 @@ class held_interrupts:
                 self._leave()
 
     def ending(self, *error: Any) -> None:
-        """What is done at the end, while signals wait."""
+        """Hook for the end of the context, while signals still wait."""
 
     def _leave(self) -> None:
         _holding[:] = [held for held in _holding if held is not self]
@@ -143,7 +143,7 @@ class held_interrupts:
 
 
 class _Switch(ContextDecorator):
-    """A ``with`` block in which a network is another one: signals wait at both of its ends."""
+    """Context that changes a network and changes it back; signals wait during both changes."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]], network: Any) -> None:
         self._make = make
@@ -169,7 +169,7 @@ class _Switch(ContextDecorator):
             raise
         _holding[:] = [held for held in _holding if held is not hold]
         if not _arrived or _holding:
-            return value  # no signal can arrive between that and the block
+            return value  # no signal can arrive between here and the block
         try:
             _deliver()
         except BaseException as error:
@@ -198,7 +198,7 @@ class _Switch(ContextDecorator):
 
 
 def switching(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
-    """Decorator as `contextmanager`, for a block in which a network is another one."""
+    """Like `contextmanager`, for contexts that change a network and change it back."""
     make = contextmanager(function)
 
     @functools.wraps(function)

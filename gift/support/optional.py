@@ -1,4 +1,4 @@
-"""Packages that only parts of gift need are imported where they are used."""
+"""Import packages that only parts of gift need, at the place of use."""
 
 import importlib
 from typing import Any
@@ -20,12 +20,12 @@ def require(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         if error.name is None or not module.startswith(error.name):
-            raise  # it is there, but broken
+            raise  # installed, but broken
         raise ImportError(f"this needs {error.name}: {install(extra)}") from error
 
 
 def install(extra: str) -> str:
-    """The command that installs gift with an extra.
+    """Return the command that installs gift with an extra.
 
     >>> install("cli")
     'pip install "gift-torch[cli]"'

@@ -1,8 +1,7 @@
-"""Recipes: how strategies, checks and actions remember their construction, and files name them.
+"""Recipes: how strategies, checks and actions record their construction, so files can name them.
 
-A recipe is the name of a registered class or function and the arguments it was called with. A file
-can name what is registered here and nothing else, with plain values, so loading one runs no
-foreign code.
+A recipe is the name of a registered class or function and the arguments of the call. A file can
+name only what is registered here, with plain values, so loading a file runs no foreign code.
 """
 
 import inspect
@@ -19,10 +18,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register(maker: F) -> F:
-    """Decorator: lets files name this strategy, check or action by its ``__name__``.
+    """Decorator that lets files name a strategy, check or action by its ``__name__``.
 
     Raises:
-        ValueError: if another one has the name.
+        ValueError: if the name belongs to another one.
     """
     known = REGISTRY.get(maker.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (
@@ -35,7 +34,7 @@ def register(maker: F) -> F:
 
 
 def registered(base: type) -> dict[str, Any]:
-    """The registered classes of a kind, by name."""
+    """The registered subclasses of `base`, by name."""
     classes = {name: made for name, made in REGISTRY.items() if isinstance(made, type)}
     return {name: classes[name] for name in sorted(classes) if issubclass(classes[name], base)}
 
@@ -44,7 +43,7 @@ def bound_arguments(maker: Callable[..., Any], *args: Any, **kwargs: Any) -> dic
     """The arguments of a call by name, defaults included; containers are copied.
 
     Raises:
-        TypeError: if they do not fit, naming `maker` and the closest keywords.
+        TypeError: if the arguments do not fit, naming `maker` and the closest keywords.
     """
     signature = inspect.signature(maker)
     bound = _bind(maker, args, kwargs)
@@ -84,14 +83,19 @@ def own_copy(value: Any) -> Any:
 
 
 DEEPEST = 100
-"""Levels of strategies, lists and mappings in each other, of which each strategy takes two."""
+"""Maximum nesting of strategies, lists and mappings; each strategy counts as two levels."""
 
 
 def encode(value: Any, where: str = "", depth: int = 0) -> Any:
-    """A value as plain data; `where` says in errors where it stands, below how many levels `depth`.
+    """Convert a value to plain data.
+
+    Args:
+        value: the value.
+        where: where the value stands, for errors.
+        depth: how many levels are around it.
 
     Raises:
-        ValueError: for what no file can hold, such as a lambda, or what is nested too deeply.
+        ValueError: for what a file cannot hold, such as a lambda, or what is nested too deeply.
     """
     if depth > DEEPEST:
         raise ValueError(f"the strategy is nested deeper than {DEEPEST} levels")
@@ -114,7 +118,7 @@ def encode(value: Any, where: str = "", depth: int = 0) -> Any:
 
 
 def decode(data: Any, depth: int = 0) -> Any:
-    """The value that `encode` made plain.
+    """Convert the plain data of `encode` back to a value.
 
     Args:
         data: plain data.

@@ -1,4 +1,4 @@
-"""What several parts ask of tensors."""
+"""Small functions on tensors that several packages need."""
 
 import torch
 from torch import Tensor, nn
@@ -11,40 +11,40 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in double precision, complex if it is."""
+    """The tensor in double precision; complex tensors stay complex."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def is_inexact(tensor: Tensor) -> bool:
-    """Whether its numbers are floating-point, or complex."""
+    """Whether its dtype is floating-point or complex."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number in it is infinite or none."""
+    """Whether it contains no infinity and no NaN."""
     if not is_inexact(tensor):
         return True
-    if tensor.element_size() == 1:  # float8 has few operations of its own
+    if tensor.element_size() == 1:  # few operations support float8
         tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
 
 
 def set_flag(tensor: Tensor, flag: bool) -> None:
-    """Set ``requires_grad``, also where torch asks for inference mode."""
+    """Set ``requires_grad``, also of tensors that require inference mode for that."""
     if tensor.requires_grad != flag:
-        # torch 2.6 does not answer for a parameter that has no shape yet.
+        # In torch 2.6, `is_inference` raises for a parameter without shape.
         with torch.inference_mode(not is_lazy(tensor) and tensor.is_inference()):
             tensor.requires_grad = flag
 
 
 def set_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor other memory, also where torch asks for inference mode."""
+    """Set ``tensor.data``, also of tensors that require inference mode for that."""
     with torch.inference_mode(tensor.is_inference()):
         tensor.data = data
 
 
 def with_data(tensor: Tensor, data: Tensor) -> Tensor:
-    """The tensor with other memory; another tensor where torch cannot do that (the meta device)."""
+    """Set ``tensor.data`` and return the tensor, or a new one if torch refuses (meta device)."""
     try:
         set_data(tensor, data)
     except RuntimeError:
@@ -58,7 +58,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bit by bit, as far as that can be told."""
+    """Whether two tensors are equal bit by bit; False if that cannot be determined."""
     if type(one.data) is not Tensor or type(other.data) is not Tensor:
         return False
     if (one.shape, one.dtype, one.device, one.layout) != (
@@ -74,7 +74,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor of torch's own kind with memory and a shape."""
+    """Whether it is a plain strided tensor with memory and a shape."""
     kind = type(tensor)
     own = kind is nn.Parameter or kind is Tensor or (
         not is_lazy(tensor) and type(tensor.data) is Tensor
@@ -83,14 +83,14 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_expanded(tensor: Tensor) -> bool:
-    """Whether several of its elements share memory, so that torch refuses to write to it."""
+    """Whether elements of it share memory, so that torch refuses writes into it."""
     return tensor.layout is torch.strided and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
 def cast_incompatibility(value: Tensor, dtype: torch.dtype) -> str:
-    """Why a tensor cannot become one of another type with its numbers; empty where it can."""
+    """Why casting a tensor to `dtype` would change its values; empty if it would not."""
     if value.dtype == dtype:
         return ""
     told = f"is {dtype_name(value.dtype)}, expected {dtype_name(dtype)}"

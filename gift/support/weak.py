@@ -1,4 +1,4 @@
-"""What is known of classes, for as long as these are there."""
+"""Cache of facts about classes that does not keep the classes alive."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,15 +11,15 @@ T = TypeVar("T")
 
 
 def known_by_class(function: Callable[..., T]) -> Callable[..., T]:
-    """Decorator: ask a function once for each class, which is not kept alive by that.
+    """Decorator that caches the result of a function for each class, without keeping it alive.
 
-    What it gives must not refer to the class. Further arguments are positional and hashable.
+    The result must not refer to the class. Further arguments must be positional and hashable.
     """
     known: WeakKeyDictionary[type, dict[tuple[Any, ...], T]] = WeakKeyDictionary()
 
     @wraps(function)
     def asked_once(cls: type, *args: Any) -> T:
-        if torch.compiler.is_compiling():  # compilers cannot look into weak references
+        if torch.compiler.is_compiling():  # compilers cannot trace weak references
             return function(cls, *args)
         own = known.get(cls)
         if own is None:

@@ -1,7 +1,7 @@
-"""YAML as plain data: scalars mean what YAML 1.2 says, and a file costs no more than its size.
+"""Safe YAML as plain data: scalars as in YAML 1.2, and limits on size and nesting.
 
 PyYAML reads YAML 1.1, where ``yes`` is true, ``1:30`` is 90 and ``010`` is 8. Here the first two
-are texts, as in YAML 1.2, and the third is refused, since people mean different things by it.
+are strings, as in YAML 1.2. The third is refused, because readers disagree about it.
 """
 
 import re
@@ -14,14 +14,14 @@ from gift.errors import YamlError
 from gift.support.optional import require
 
 LARGEST_FILE = 2**20
-"""Bytes of a file."""
+"""Maximum size of a file in bytes."""
 LARGEST = 100_000
-"""Values in a file, where each alias counts as all that it stands for."""
+"""Maximum number of values in a file; each alias counts as everything that it stands for."""
 DEEPEST = 150
-"""Levels of lists and mappings in each other."""
+"""Maximum nesting of lists and mappings."""
 
 _TAG = "tag:yaml.org,2002:"
-# The core schema of YAML 1.2 (section 10.3.2), and "<<", which many files use.
+# The core schema of YAML 1.2 (section 10.3.2), plus "<<" (merge), which many files use.
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
@@ -37,11 +37,11 @@ _AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+")
 
 @cache
 def _classes() -> tuple[Any, Any]:
-    """What reads, and what writes so that this and readers of YAML 1.1 read the same."""
+    """Loader and dumper; what the dumper writes means the same to readers of YAML 1.1 and 1.2."""
     yaml = require("yaml", "yaml")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]  # a module of any type
-        yaml_implicit_resolvers: dict[str, Any] = {}  # PyYAML's own way
+        yaml_implicit_resolvers: dict[str, Any] = {}  # replaces the resolvers of YAML 1.1
 
     class Dumper(yaml.SafeDumper):  # type: ignore[name-defined]
         yaml_implicit_resolvers = {k: list(v) for k, v in
@@ -58,11 +58,11 @@ def _classes() -> tuple[Any, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a YAML file.
+    """Read the text of a YAML file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        YamlError: if it is too large, or no text in UTF-8.
+        YamlError: if it is too large, or is not text in UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -75,10 +75,11 @@ def read_text(path: Path) -> str:
 
 
 def load(text: str) -> tuple[Any, Any]:
-    """The plain data of a text, and the node of PyYAML, which has lines.
+    """Parse a text; returns the plain data and PyYAML's node, which has line numbers.
 
     Raises:
-        YamlError: if it is no YAML, says something twice, or stands for more than its size.
+        YamlError: if it is not YAML, gives a key twice, or is too large or too deep with aliases
+            written out.
     """
     yaml = require("yaml", "yaml")
     loader = _classes()[0](text)
@@ -101,21 +102,21 @@ def load(text: str) -> tuple[Any, Any]:
 
 
 def dump(data: Any, width: int | None = None) -> str:
-    """Plain data as a text that `load` reads again."""
+    """Convert plain data to a text that `load` can read."""
     yaml = require("yaml", "yaml")
     return yaml.dump(data, Dumper=_classes()[1], sort_keys=False, allow_unicode=True, width=width)
 
 
 def children(node: Any) -> list[tuple[Any, Any]]:
-    """Pairs of key and value in a mapping, of place and value in a list; none for others."""
+    """Pairs of key and value of a mapping, or of index and value of a list; empty for others."""
     if node.id == "mapping":
         return list(node.value)
     return list(enumerate(node.value)) if node.id == "sequence" else []
 
 
 def _refuse_size(node: Any) -> None:
-    """Refuse what is too deep, within itself, or too much where aliases are written out."""
-    sizes: dict[int, int] = {}  # of nodes, written out
+    """Refuse nodes that are too deep, contain themselves, or are too large once aliases expand."""
+    sizes: dict[int, int] = {}  # by id of the node, with aliases expanded
     above: set[int] = set()
 
     def size(node: Any, depth: int) -> int:
@@ -141,7 +142,7 @@ def _refuse_size(node: Any) -> None:
 
 
 def _problems(node: Any, place: str, seen: set[int]) -> Iterator[str]:
-    """Keys that are given twice, and numbers of which it is not clear which they are."""
+    """Duplicate keys, and numbers that readers of YAML interpret differently."""
     if id(node) in seen:
         return
     seen.add(id(node))

@@ -1,4 +1,4 @@
-"""Folding deltas into the weights, for good or for a while. No file formats."""
+"""Merge deltas into the weights, permanently or temporarily. No file formats."""
 
 from gift.core.merging.for_a_while import merged
 from gift.core.merging.for_good import merge

@@ -1,4 +1,4 @@
-"""Folding deltas into the weights for a while."""
+"""Merge deltas into the weights temporarily."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -24,29 +24,30 @@ from gift.support.interrupts import switching
 
 @switching
 def merged(net: nn.Module) -> Iterator[nn.Module]:
-    """Within it, the deltas are folded into the weights, for inference at the speed of the base.
+    """Context in which deltas are merged into the weights, for inference at the speed of the base.
 
-    The network is then a plain one with all its parameters frozen: it can be called, traced,
-    exported and copied, copies are plain networks, and its ``state_dict()`` has the merged weights.
-    Loading a state into it, and whatever needs its deltas, is refused. Afterwards it is what it was
-    before, bit for bit: merged weights, trained parameters and buffers are copies meanwhile, and
-    memory grows by them. Other frozen parameters are shared with the base, and must not be written
-    to. A computed or quantised weight, and what extends a call, work on as they do without this.
+    Inside the context, the network is a plain one with all parameters frozen. It can be called,
+    traced, exported and copied. Copies are plain networks, and its ``state_dict()`` has the merged
+    weights. Loading a state into it, and whatever needs its deltas, is refused. After the context,
+    the network is the same as before, bit for bit: merged weights, trained parameters and buffers
+    are temporary copies, which need additional memory. Other frozen parameters are shared with the
+    base and must not be written to. Computed weights, quantised weights and wrapped forward passes
+    are not merged, and keep working.
 
     Args:
         net: a network that is being fine-tuned.
 
     Raises:
-        RuntimeError: if it is not, or is sharded; afterwards, if parameters of the base were
-            written to.
-        AdaptationError: if merged numbers are not finite.
+        RuntimeError: if it is not being fine-tuned, or is sharded; at the end of the context, if
+            parameters of the base were written to.
+        AdaptationError: if merged values are not finite.
     """
     check(net)
     snapshot = Snapshot(net)
     shared: dict[nn.Parameter, Callable[[], bool]] = {}
     try:
         for parameter in nn.Module.parameters(net):
-            parameter.grad = None  # so an optimizer that steps meanwhile passes it by
+            parameter.grad = None  # an optimizer skips parameters without gradient
         remove_record(net)
         _merge_copies(net)
         names = {p: name for name, p in net.named_parameters()}
@@ -68,7 +69,7 @@ def merged(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def _merge_copies(net: nn.Module) -> None:
-    """Put tensors of their own in the place of those that are merged or may be written to."""
+    """Replace the tensors that are merged, or that may be written to, by copies."""
     staying = _staying(net)
     instead: dict[int, Any] = {id(t): _copied(t) for t in _written(net)}
     problems: list[str] = []
@@ -80,7 +81,7 @@ def _merge_copies(net: nn.Module) -> None:
     refuse(problems)
     for module in net.modules():
         if module not in staying:
-            extensions = vars(module).pop("_gift_forwards", None)  # which stay
+            extensions = vars(module).pop("_gift_forwards", None)  # they stay
             release_tensors(module)
             if extensions is not None:
                 vars(module)["_gift_forwards"] = extensions
@@ -88,7 +89,7 @@ def _merge_copies(net: nn.Module) -> None:
             holder.update({n: instead[id(t)] for n, t in holder.items() if id(t) in instead})
         if "_gift_mode" in vars(module):
             release_statistics(module)
-            module.training = False  # so they stand still unless somebody asks for another mode
+            module.training = False  # freeze the statistics until ``train()`` is called
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _copied(tensor: Tensor) -> Tensor:
 def _written(net: nn.Module) -> Iterator[Tensor]:
     """Buffers, and parameters that an optimizer or a forward pass writes to."""
     for module in net.modules():
-        # Embeddings with a largest norm scale the rows that they look up.
+        # An embedding with `max_norm` rescales the rows that it looks up, in place.
         scaled = vars(module).get("max_norm") is not None
         held: list[Any] = [p for p in module._parameters.values() if p is not None]
         held = [p for p in held if scaled or p.requires_grad]
@@ -108,7 +109,7 @@ def _written(net: nn.Module) -> Iterator[Tensor]:
 
 
 def _staying(net: nn.Module) -> set[nn.Module]:
-    """The modules whose deltas stay: their tensors, or tied ones, are computed or quantised."""
+    """Modules that keep their deltas, as their tensors or tied ones are computed or quantised."""
     users = [(module, weight_deltas(module)) for module in net.modules() if weight_deltas(module)]
     found = {m for m, own in users if not all(_is_plain(m._parameters.get(t)) for t in own)}
     while True:
@@ -129,19 +130,19 @@ def _is_plain(parameter: nn.Parameter | None) -> bool:
 
 
 class _Merged:
-    """A network that is merged for a while."""
+    """Mixin of a network that is merged temporarily."""
 
     _gift_unmerged: type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        pass  # as for `gift.core.dynamic_class.Generated`
+        pass  # as in `gift.core.dynamic_class.Generated`
 
     def _load_from_state_dict(self, *args: Any) -> None:
         raise RuntimeError("the network is merged for a while: load after the with block")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with _as_unmerged(self):
-            return self.__reduce_ex__(0)  # later protocols tell that it is of another class
+            return self.__reduce_ex__(0)  # from protocol 2 on, pickle compares classes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with _as_unmerged(self):
@@ -150,7 +151,7 @@ class _Merged:
 
 @contextmanager
 def _as_unmerged(network: Any) -> Iterator[None]:
-    """Within it, the class is the one that copies have."""
+    """Context in which the network has its class without `_Merged`, which copies get."""
     cls = type(network)
     set_class(network, cls._gift_unmerged)
     try:
@@ -160,5 +161,5 @@ def _as_unmerged(network: Any) -> Iterator[None]:
 
 
 def _merged_class(cls: type) -> type:
-    """The class of a merged network, which takes no state."""
+    """The class of a merged network, which refuses to load a state."""
     return subclass_with([_Merged], cls, {"_gift_unmerged": cls})

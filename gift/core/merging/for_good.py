@@ -1,4 +1,4 @@
-"""Folding deltas into the weights for good."""
+"""Merge deltas into the weights permanently."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ from gift.support.threads import changing
 
 @changing
 def merge(net: nn.Module) -> nn.Module:
-    """Fold the deltas into the weights; gives the plain network, trained, with nothing of gift.
+    """Merge the deltas into the weights and return the plain trained network.
 
-    Classes, names, dtypes and ``requires_grad`` are those that the base had; what was trained as it
-    is, and new heads, stay. Weights are computed in the precision of the deltas, float32 at least,
-    and rounded once. Quantised ones are quantised again in the same way; a `GiftWarning` says by
-    how much that misses the deltas. All is computed once to see whether it can be, before anything
-    is changed.
+    Nothing of gift remains on it. Classes, names, dtypes and ``requires_grad`` are those of the
+    base. Parameters that were trained in place, and new heads, stay. Weights are computed in the
+    precision of the deltas, at least float32, and rounded once. Quantised weights are quantised
+    again in the same way; a `GiftWarning` reports how far the result is from the deltas. Before
+    anything is changed, everything is computed once to find what cannot be merged.
 
     Args:
         net: a network that is being fine-tuned; it is changed in place.
@@ -37,8 +37,8 @@ def merge(net: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: if it is not being fine-tuned, or is sharded.
-        AdaptationError: naming all that cannot be merged: what extends a call, numbers that are
-            not finite, computed weights that cannot take every value.
+        AdaptationError: naming everything that cannot be merged: wrapped forward passes, values
+            that are not finite, computed weights that cannot take every value.
 
     Example:
         >>> import gift, torch
@@ -56,7 +56,7 @@ def merge(net: nn.Module) -> nn.Module:
     losses: dict[str, float] = {}
     with transaction(net, writes=_written(net)):
         refuse(list(unmergeable(net, losses)))
-        _warn(losses)  # which raises, where warnings are errors
+        _warn(losses)  # before merging: it raises where warnings are errors
         _merge(net)
     return net
 
@@ -99,14 +99,14 @@ def _warn(losses: dict[str, float]) -> None:
 
 
 def _written(net: nn.Module) -> Iterator[Tensor]:
-    """Tensors from which an adapted weight is computed; others get new memory."""
+    """Tensors from which an adapted weight is computed; merging writes only to these in place."""
     for module in net.modules():
         if any(module._parameters.get(tensor) is None for tensor in weight_deltas(module)):
             yield from (*nn.Module.parameters(module), *module.buffers())
 
 
 def _separate(net: nn.Module) -> None:
-    """Give adapted parameters memory of their own where others share it, which are not they."""
+    """Clone storage that adapted parameters share with other parameters."""
     adapted = {id(m._parameters.get(tensor)) for m in net.modules() for tensor in weight_deltas(m)}
     first: dict[int, nn.Parameter] = {}
     for parameter in net.parameters():

@@ -1,4 +1,4 @@
-"""What can be merged, and what is lost; nothing is changed to find that out."""
+"""Find out what can be merged and with what loss, without changing anything."""
 
 import copy
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from gift.support.tensors import is_finite
 
 
 def check(net: nn.Module) -> None:
-    """That `net` is being fine-tuned and whole.
+    """Check that `net` is being fine-tuned and not sharded.
 
     Raises:
-        RuntimeError: if it is not, or is sharded.
+        RuntimeError: if it is not being fine-tuned, or is sharded.
     """
     check_undoable(net, needs_base=False)
     if any(is_sharded(parameter) for parameter in nn.Module.parameters(net)):
@@ -37,11 +37,11 @@ def refuse(problems: list[str]) -> None:
 
 
 def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:
-    """What cannot be merged for good, and why; once for tied tensors.
+    """What cannot be merged permanently, with the reason; tied tensors once.
 
     Args:
         net: the network.
-        losses: gets, for each quantised weight, the error of quantising it with its delta.
+        losses: receives, for each quantised weight, the error of quantising it with its delta.
     """
     for path, _, extension in named_forward_deltas(net):
         if extension.names:
@@ -64,7 +64,7 @@ def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:
 
 
 def _loss(frozen: Any, value: Tensor, module: nn.Module) -> float:
-    """How far from `value` it is when quantised, relative to the delta."""
+    """Distance from `value` after quantising it, relative to the norm of the delta."""
     new = requantised(frozen, value)
     change = (value - dequantised(frozen, module)).norm()
     return float(
@@ -73,7 +73,7 @@ def _loss(frozen: Any, value: Tensor, module: nn.Module) -> float:
 
 
 def without_values(path: str, module: nn.Module, values: dict[str, Tensor]) -> Iterator[str]:
-    """Which effective tensors of `module` are no weights to compute with."""
+    """Effective tensors of `module` that have no usable values, each with the reason."""
     for tensor in weight_deltas(module):
         frozen: Any = module._parameters.get(tensor)
         value = values.get(tensor)
@@ -91,8 +91,9 @@ def without_values(path: str, module: nn.Module, values: dict[str, Tensor]) -> I
 
 
 def _unsettable(module: nn.Module, tensor: str, value: Tensor) -> str | None:
-    """Why a computed tensor cannot take a value, if so: it is tried on a copy, in double precision,
-    so that what is left is no matter of rounding.
+    """Why a computed tensor cannot be set to a value, or None if it can.
+
+    The write is tried on a copy in double precision, so the remaining error is not due to rounding.
     """
     twin = _plain_twin(module)
     try:
@@ -115,7 +116,7 @@ def _plain_twin(module: nn.Module) -> nn.Module:
     children = (m for name, m in module._modules.items() if name != "parametrizations")
     memo: dict[int, Any] = {id(child): nn.Module() for child in children}
     memo |= {id(state[key]): None for key in OWN if key in state}
-    # What a hook computed cannot be copied, as it is no leaf.
+    # deepcopy refuses a tensor that a hook computed, as it is not a leaf of the graph.
     memo |= {id(value): value.detach() for value in state.values() if isinstance(value, Tensor)}
     twin = copy.deepcopy(module, memo)
     for key in OWN:

@@ -1,4 +1,4 @@
-"""Effective weights of a module, and writing them into it."""
+"""Compute the effective weights of a module and write them into it."""
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,21 @@ from gift.support.tensors import set_data
 
 
 def effective(module: nn.Module) -> dict[str, Tensor]:
-    """The adapted tensors of `module` itself with their deltas, as without dropout.
+    """The adapted tensors of `module` itself with their deltas, without dropout.
 
-    A tied tensor whose delta stands elsewhere is told there.
+    A tied tensor whose delta is held by another module is reported for that module.
     """
     own = {t: a for t, a in weight_deltas(module).items() if a.owner is None or a.follows}
-    own = {t: a for t, a in own.items() if a.layout is not None}  # which lazy ones lack
+    own = {t: a for t, a in own.items() if a.layout is not None}  # None for lazy tensors
     return {t: trained_value(a, module, present_tensor(module, t)) for t, a in own.items()}
 
 
 def write(module: nn.Module, tensor: str, value: Tensor) -> None:
-    """Let `module`, which has no deltas any more, hold that value."""
+    """Write a value into a tensor of `module`, which has no deltas any more."""
     with torch.no_grad():
         parameter = module._parameters.get(tensor)
         if parameter is not None:
-            # Memory of its own, as the present one may be nobody's to write: expanded, or a file
-            # that is mapped to be read.
+            # Use new memory: the present memory may be read-only (a mapped file) or expanded.
             set_data(parameter, torch.empty_like(parameter.data).copy_(value))
         elif parametrize.is_parametrized(module, tensor):
             setattr(module, tensor, value)
@@ -34,7 +33,7 @@ def write(module: nn.Module, tensor: str, value: Tensor) -> None:
 
 
 def _write_normed(module: nn.Module, tensor: str, value: Tensor) -> None:
-    """The same for the hook of the old ``weight_norm``, which computes ``g v / norm(v)``."""
+    """Write a tensor of the old ``weight_norm``, whose hook computes ``g v / norm(v)``."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == tensor:
             getattr(module, f"{tensor}_v").copy_(value)

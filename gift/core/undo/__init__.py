@@ -1,1 +1,1 @@
-"""The way back: snapshots, transactions, copies on write. What changes a network is elsewhere."""
+"""Undo of fine-tuning: snapshots, transactions and copy on write. Changes are made elsewhere."""

@@ -1,9 +1,9 @@
-"""Containers in the state of a module: what they hold, and how they are given that again.
+"""Save and restore the contents of containers in the state of a module.
 
-Authors put containers of their own into modules, which may refuse to be written (`FrozenDict`), or
-do more than that. Those that derive from a built-in one are read and written by the methods of the
-built-in one, and written only where they differ; all others are left to their authors. No step
-calls code of an author, but for hashes and comparisons of keys, and all can be repeated.
+Authors put their own containers into modules. These may refuse writes (`FrozenDict`) or do more
+than store values. Containers that derive from a built-in class are read and written with the
+methods of that class, and written only where they differ. All others are left alone. No step calls
+an author's code, except for hashes and comparisons of keys, and every step can be repeated.
 """
 
 from collections import OrderedDict, deque
@@ -15,16 +15,16 @@ _EXACT = frozenset(_KINDS)
 
 
 class Missing:
-    """Nothing stood here. A class, so that copies and pickles keep its identity."""
+    """Marks an absent entry. It is a class, so copies and pickles keep its identity."""
 
 
 def kind_of(value: Any) -> Any:
-    """The built-in class of which `value` is an instance, the most derived; None for others."""
+    """The most derived of the known built-in classes that `value` is an instance of."""
     return next(kind for kind in _KINDS if issubclass(type(value), kind))
 
 
 def filled(state: Mapping[str, Any], also: Container[str] = ()) -> Iterator[tuple[str, Any]]:
-    """The containers in the state of a module that hold something, and those `also` named."""
+    """The containers in the state of a module that are not empty, and those named in `also`."""
     for key, value in state.items():
         cls = type(value)
         if cls in _EXACT:
@@ -35,7 +35,7 @@ def filled(state: Mapping[str, Any], also: Container[str] = ()) -> Iterator[tupl
 
 
 def copied(container: Any) -> Any:
-    """What a container holds, as a plain dictionary, list or set."""
+    """A shallow copy of a container, as a plain dictionary, list or set."""
     kind = kind_of(container)
     if issubclass(kind, dict):
         return dict(kind.items(container))
@@ -45,13 +45,13 @@ def copied(container: Any) -> Any:
 def difference(
     before: Mapping[Any, Any], after: Mapping[Any, Any], own: Container[str]
 ) -> dict[Any, Any]:
-    """What `before` had otherwise than `after`, where `own` keys are not counted as new."""
+    """Entries of `before` that changed or are gone; new keys except `own` map to `Missing`."""
     changed = {k: v for k, v in before.items() if after.get(k, Missing) is not v}
     return changed | {k: Missing for k in after.keys() - before.keys() if k not in own}
 
 
 def differ(before: Any, container: Any) -> bool:
-    """Whether a list or set holds other objects; what it holds may not compare (tensors)."""
+    """Whether a list or set holds other objects, by identity (``==`` of tensors gives no bool)."""
     now = copied(container)
     if isinstance(before, set):
         return set(map(id, before)) != set(map(id, now))
@@ -59,7 +59,7 @@ def differ(before: Any, container: Any) -> bool:
 
 
 def restore(container: Any, before: Any) -> None:
-    """Let a container hold exactly what it held, in that order."""
+    """Restore exactly what a container held, in the same order."""
     if isinstance(before, dict):
         put_entries(container, difference(before, copied(container), ()))
         put_order(container, list(before))
@@ -68,7 +68,7 @@ def restore(container: Any, before: Any) -> None:
 
 
 def put_entries(container: Any, entries: Mapping[Any, Any]) -> None:
-    """Give a dictionary these values; what is `Missing` is removed."""
+    """Set entries of a dictionary; those with the value `Missing` are deleted."""
     kind = kind_of(container)
     for key, value in entries.items():
         now = kind.get(container, key, Missing)
@@ -81,7 +81,7 @@ def put_entries(container: Any, entries: Mapping[Any, Any]) -> None:
 
 
 def put_order(container: Any, order: Iterable[Any]) -> None:
-    """Order a dictionary; keys that `order` does not name come last."""
+    """Reorder a dictionary; keys that are not in `order` come last."""
     kind, now = kind_of(container), copied(container)
     wanted = {key: now[key] for key in order if key in now}
     wanted |= now
@@ -91,13 +91,13 @@ def put_order(container: Any, order: Iterable[Any]) -> None:
         for key, value in wanted.items():
             kind.__delitem__(container, key)
             kind.__setitem__(container, key, value)
-    finally:  # nothing is lost if that is interrupted
+    finally:  # an interrupt must not lose an entry
         for key, value in wanted.items():
             kind.__setitem__(container, key, value)
 
 
 def refill(container: Any, before: Any) -> None:
-    """Let a list or set hold these objects."""
+    """Replace the contents of a list or set, by identity."""
     if not differ(before, container):
         return
     kind = kind_of(container)

@@ -1,4 +1,4 @@
-"""Values that a foreign action writes into are kept, so that they can be put back."""
+"""Copy on write: save the values of tensors that someone else's action writes into."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,9 +11,9 @@ from gift.private.torch import BeforeWrites, storage_key
 
 
 class CopyOnWrite(BeforeWrites):
-    """While it is active, copies the memory of a tensor before an operation writes into it.
+    """Context that copies the memory of a tensor before an operation writes into it.
 
-    Only the tensors that it was made for are looked after; nothing is copied until it must be.
+    Only the given tensors are watched, and nothing is copied before the first write.
 
     Args:
         tensors: parameters and buffers.
@@ -27,11 +27,11 @@ class CopyOnWrite(BeforeWrites):
         self.kept: dict[int, torch.UntypedStorage] = {}
 
     def watched(self) -> Iterable[Tensor]:
-        """The tensors that it was made for."""
+        """The tensors to watch."""
         return self.tensors
 
     def before_write(self, tensor: Tensor) -> None:
-        """Keep what is about to be written into."""
+        """Save the memory of a tensor that is about to be written."""
         for part in parts_of(tensor):
             self._keep(part)
 
@@ -42,12 +42,12 @@ class CopyOnWrite(BeforeWrites):
                 self.kept[key] = self.storages[key].clone()
 
     def restore(self) -> None:
-        """Put back all that was written into."""
+        """Restore everything that was written."""
         for key, value in self.kept.items():
             self.storages[key].copy_(value)
 
     def original(self, tensor: Tensor) -> Tensor | None:
-        """What `tensor` was, if it was written into."""
+        """A copy of `tensor` as it was before writes, or None if it was not written."""
         if hasattr(tensor, "__tensor_flatten__"):
             return self._rebuilt(tensor)
         storage = self.kept.get(storage_key(tensor)) if _has_memory(tensor) else None
@@ -70,16 +70,16 @@ class CopyOnWrite(BeforeWrites):
 
 
 def parts_of(tensor: Any) -> Iterator[Tensor]:
-    """The tensors with memory of which a tensor consists: itself, or those that it wraps."""
+    """The tensors that hold the memory of a tensor: itself, or those that a subclass wraps."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts_of(getattr(tensor, name))
-    elif isinstance(tensor, Tensor):  # a DTensor flattens to its mesh as well
+    elif isinstance(tensor, Tensor):  # not the mesh, to which a DTensor also flattens
         yield tensor
 
 
 def memory_of(tensor: Tensor) -> Any:
-    """What is the same for all tensors that show the same memory in the same way."""
+    """A key that is equal for all tensors that show the same memory in the same way."""
     parts = list(parts_of(tensor))
     if any(is_lazy(t) or t.layout is not torch.strided for t in parts):
         return id(tensor)

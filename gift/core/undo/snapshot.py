@@ -1,13 +1,13 @@
-"""All or nothing: what a network was before its strategy ran, and the way back.
+"""Snapshots and transactions: change a network completely or not at all, and undo the change.
 
 A `Snapshot` is taken before any action runs. If something goes wrong, `rollback` restores the
-network exactly, whatever foreign actions did to it. If all goes well, `commit` keeps only what
-differs, as an `Undo`, which `disable_fine_tuning` applies. An `Undo` refers to modules and tensors
-by object, so copies and pickles of the network carry a working one.
+network exactly, whatever actions of other authors did to it. If all goes well, `commit` keeps only
+the differences, as an `Undo`, which `disable_fine_tuning` applies. An `Undo` refers to modules and
+tensors by object, so copies and pickles of the network contain a working one.
 
-Both ways back compare first and write only what differs: what nobody changed belongs to its author
-and may refuse. Their steps allocate nothing that is large, call no code of an author, and can be
-repeated, so what an interrupt leaves behind is completed by a second pass.
+`rollback` and `Undo` compare first and write only what differs, because something that nobody
+changed belongs to its author and may refuse writes. Their steps allocate no large memory, call no
+author's code and can be repeated. A second pass therefore completes what an interrupt cut off.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,12 +49,12 @@ _ATTRIBUTES: Any = vars(nn.Module)["__dict__"]
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The real ``__dict__`` of a module, whatever its class shows under that name."""
+    """The real ``__dict__`` of a module, even if its class overrides that name."""
     return _ATTRIBUTES.__get__(module)
 
 
 def completed(step: Callable[[], None], passes: int = 4) -> None:
-    """Run a step that can be repeated again if it was interrupted, and raise that afterwards."""
+    """Run a repeatable step; if it is interrupted, run it again, then raise the interrupt."""
     try:
         step()
     except BaseException:
@@ -65,16 +65,16 @@ def completed(step: Callable[[], None], passes: int = 4) -> None:
 
 @dataclass
 class ModuleUndo:
-    """What the actions of a strategy changed on one module, and what stood there before.
+    """What the actions of a strategy changed on one module, with the previous values.
 
     Args:
         module: the module.
-        plain: its class, where an action changed that.
-        attributes: entries of ``module.__dict__``.
-        entries: for each dictionary in it (parameters, submodules, hooks ...) entries of that.
-        order: for each of those, the order of its keys.
-        contents: of lists and sets in it, all that they held.
-        places: of new submodules, their dtype and device: originals follow where these change.
+        plain: its previous class, if an action changed that.
+        attributes: changed entries of ``module.__dict__``.
+        entries: for each dictionary in it (parameters, submodules, hooks ...), the changed entries.
+        order: for each of those dictionaries, the order of its keys.
+        contents: for each changed list or set in it, everything that it held.
+        places: dtype and device of new submodules. If these change, the originals follow.
     """
 
     module: nn.Module
@@ -86,7 +86,7 @@ class ModuleUndo:
     places: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def apply(self) -> None:
-        """Put back what stood there before."""
+        """Restore the previous values."""
         if self.plain is not None:
             set_class(self.module, self.plain)
         state = attributes_of(self.module)
@@ -100,7 +100,7 @@ class ModuleUndo:
             refill(state[key], content)
 
     def present(self) -> "ModuleUndo":
-        """The same with what stands now where something was changed: the way forth again."""
+        """The same entries with their present values, to redo the change after an undo."""
         state = attributes_of(self.module)
         return ModuleUndo(
             self.module,
@@ -112,8 +112,9 @@ class ModuleUndo:
         )
 
     def _follow(self, originals: dict[Any, Any]) -> None:
-        """Modules that come back take the mode of what stood in their place, and are cast and
-        moved as that was.
+        """Give modules that come back the training mode of their replacements.
+
+        They are also cast and moved as the replacements were.
         """
         for name, original in originals.items():
             instead = self.module._modules.get(name)
@@ -127,13 +128,13 @@ class ModuleUndo:
 
 @dataclass
 class Undo:
-    """The way back from a fine-tuned network to the one it was.
+    """What restores the base from a fine-tuned network.
 
     Args:
-        modules: what changed on modules.
-        requires_grad: the flags that the parameters of the base had when it was last the base.
-        values: for each module, values of parameters that are trained in place and of buffers.
-        recast: those among them of which an action changed dtype or device.
+        modules: the changes of modules.
+        requires_grad: the flags that the parameters had when the network was last the plain base.
+        values: for each module, values of buffers and of parameters that are trained in place.
+        recast: the entries of `values` whose dtype or device an action changed.
     """
 
     modules: list[ModuleUndo] = field(default_factory=list)
@@ -142,14 +143,14 @@ class Undo:
     recast: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def value(self, module: nn.Module, name: str, kept: Tensor) -> Tensor:
-        """A kept value with the dtype and device to which its tensor was brought since."""
+        """A saved value, with the dtype and device that its tensor has now."""
         tensor = tensor_of(module, name)
         if kept.is_meta or any(m is module and n == name for m, n in vars(self).get("recast", ())):
             return kept
         return kept.to(device=tensor.device, dtype=tensor.dtype)
 
     def refresh_values(self) -> None:
-        """Take the values that the tensors in `values` have now for those of the base."""
+        """Replace the saved values by the present ones, which belong to the base from now on."""
         self.values = [(m, name, tensor_of(m, name).detach().clone()) for m, name, _ in self.values]
 
     def apply(self, network: nn.Module) -> None:
@@ -158,7 +159,7 @@ class Undo:
         self.put_values(self.present_values())
 
     def put_structure(self, network: nn.Module) -> None:
-        """Undo all but values."""
+        """Undo everything except values."""
         for module in network.modules():
             release_tensors(module)
             unwrap_forwards(module)
@@ -172,25 +173,25 @@ class Undo:
             left.grad = None
 
     def present_values(self) -> list[tuple[Tensor, Tensor]]:
-        """The tensors that have other values in the base, and these, where the tensors are."""
+        """Pairs of a tensor and its value in the base, on the tensor's present device."""
         return [(tensor_of(m, name), self.value(m, name, kept)) for m, name, kept in self.values]
 
     @staticmethod
     def put_values(values: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Undo the values; it can be repeated."""
+        """Write the values; can be repeated."""
         with torch.no_grad():
             for tensor, value in values:
                 put_value(tensor, value)
 
 
 def place_of(module: nn.Module) -> dict[str, Any]:
-    """Dtype and device of the first parameter of a module, as keywords of ``to``."""
+    """Dtype and device of the first parameter of a module, as keyword arguments of ``to``."""
     parameter = next(nn.Module.parameters(module), None)
     return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that name, itself rather than the effective weight."""
+    """The parameter or buffer `name` itself, not the effective weight."""
     parameter = module._parameters.get(name)
     tensor = module._buffers[name] if parameter is None else parameter
     assert tensor is not None
@@ -198,12 +199,13 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
 
 
 def put_value(tensor: Tensor, value: Tensor) -> None:
-    """Give a tensor in place another value, and its shape and dtype.
+    """Set the value of a tensor in place, with its shape and dtype.
 
-    It is written only where it differs, as memory that nobody wrote may refuse it (a mapped file).
+    An equal value is not written, because memory that nobody changed may be read-only (a mapped
+    file).
     """
     if value.is_meta or same_bits(tensor, value):
-        return  # there was no value when it was kept, or it is the present one
+        return  # there was no value to save, or it is equal
     alike = (tensor.shape, tensor.dtype, tensor.device) == (value.shape, value.dtype, value.device)
     if alike and not is_expanded(tensor):
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
@@ -213,7 +215,7 @@ def put_value(tensor: Tensor, value: Tensor) -> None:
 
 
 class _Kept:
-    """A parameter or buffer as it was found: its flag, memory and gradient."""
+    """The flag, memory and gradient of a parameter or buffer, as they were found."""
 
     __slots__ = ("data", "flag", "grad", "tensor")
 
@@ -221,7 +223,7 @@ class _Kept:
         self.tensor = tensor
         self.flag = tensor.requires_grad
         self.data = None if is_lazy(tensor) else tensor.data
-        # A module that changes dtype or device changes the gradient in place.
+        # Keep ``grad.data`` too: `Module.to` changes the gradient in place.
         grad = tensor.grad if tensor.is_leaf else None
         self.grad = None if grad is None else (grad, grad.data)
 
@@ -229,7 +231,7 @@ class _Kept:
         tensor, grad = self.tensor, self.grad
         moved = self.data is not None and _moved(tensor, self.data)
         if moved:
-            tensor.grad = None  # which must have the dtype that the tensor has
+            tensor.grad = None  # must have the dtype of its tensor
             set_data(tensor, self.data)  # type: ignore[arg-type]
         set_flag(tensor, self.flag)
         if grad is None:
@@ -243,13 +245,13 @@ class _Kept:
 
 
 class Snapshot:
-    """The structure of a network, and the state of its parameters, before anything changes.
+    """The structure of a network and the state of its parameters before a change.
 
     Args:
-        network: the network; what it knows of its fine-tuning is kept as well.
-        objects: others whose attributes may change, and the containers among these; dictionaries
-            of which the entries may.
-        writes: tensors that may be written to, of which the values are kept.
+        network: the network; its record of fine-tuning is included.
+        objects: other objects whose attributes may change, with the containers in them, or
+            dictionaries whose entries may change.
+        writes: tensors that may be written to, whose values are copied.
     """
 
     def __init__(
@@ -257,7 +259,7 @@ class Snapshot:
     ) -> None:
         states = [(m, type(m), dict(attributes_of(m))) for m in network.modules()]
         for *_, state in states:
-            as_called(state)  # a thread that changes it keeps others from calling it
+            as_called(state)  # not the call that makes other threads wait
         self.modules = [(m, cls, state, _contents(state)) for m, cls, state in states]
         slots = {cls: _slots(cls) for _, cls, _ in states}
         self.slots = [(slot, m, _value(slot, m)) for m, cls, _ in states for slot in slots[cls]]
@@ -277,18 +279,18 @@ class Snapshot:
         known = [vars(one) for r in records for one in (r, r.undo)]
         known += [one if isinstance(one, dict) else vars(one) for one in objects]
         self.objects = [(state, dict(state), _contents(state)) for state in known]
-        # Of quantised tensors the parts, since a clone of some kinds would quantise again.
+        # Clone the parts of quantised tensors: clone() of some subclasses would quantise again.
         written = [part for t in writes if not is_lazy(t) for part in parts_of(t)]
         self.written = [(part, part.detach().clone()) for part in written]
 
     @cached_property
     def values(self) -> CopyOnWrite:
-        """Within it, an action may write into the tensors of the network."""
+        """The context in which an action may write into the tensors of the network."""
         return CopyOnWrite(kept.tensor for _, _, kept in self._tensors())
 
     @property
     def _foreign(self) -> bool:
-        """Whether a foreign action ran, which may have changed values."""
+        """Whether someone else's action ran, which may have changed values."""
         return "values" in vars(self)
 
     def _tensors(self) -> Iterator[tuple[nn.Module, str, _Kept]]:
@@ -297,7 +299,7 @@ class Snapshot:
         yield from self.buffers
 
     def rollback(self) -> None:
-        """Restore everything, exactly."""
+        """Restore everything exactly."""
         completed(self._restore)
 
     def _restore(self) -> None:
@@ -318,7 +320,7 @@ class Snapshot:
             put_value(tensor, value)
 
     def commit(self, keep_values: bool) -> Undo:
-        """What the actions changed, to be undone later.
+        """Return what the actions changed, for undoing it later.
 
         Args:
             keep_values: copy the values of what training changes in place.
@@ -336,7 +338,7 @@ class Snapshot:
         return undo
 
     def _values(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """Copies of what training will change, or foreign actions have changed."""
+        """Copies of values that training will change, or that foreign actions have changed."""
         seen: set[int] = set()
         for module, name, kept in self._tensors():
             tensor = kept.tensor
@@ -357,7 +359,7 @@ class Snapshot:
             now = attributes_of(module)
             attributes = difference(state, now, OWN)
             if "_gift_mode" in now:
-                attributes.pop("training", None)  # it knows the mode that was asked for last
+                attributes.pop("training", None)  # it holds the mode that was requested last
             undo = ModuleUndo(module, plain, attributes)
             for key, value in filled(state, contents):
                 if key in attributes:
@@ -377,13 +379,13 @@ class Snapshot:
 
 
 class transaction(held_interrupts):
-    """Whatever goes wrong within it, the network is as it was before.
+    """Context that restores the network if anything in it fails.
 
-    Signals wait until it is done, or undone. In another thread none arrive.
+    Signals wait until the change is complete or undone. Python delivers none to other threads.
 
     Args:
-        network, objects, writes: as of a `Snapshot`.
-        open: let signals through, which undo it: for what may take long.
+        network, objects, writes: as in `Snapshot`.
+        open: let signals through, which then undo the change: for changes that may take long.
     """
 
     def __init__(
@@ -410,25 +412,25 @@ class transaction(held_interrupts):
 
     @property
     def before(self) -> Snapshot:
-        """What the network was."""
+        """The snapshot of the network before the change."""
         assert self._before is not None
         return self._before
 
     def finish(self, step: Callable[[], None]) -> None:
-        """Do the last step, which can be repeated: from now on, all is completed, not undone."""
+        """Run the last, repeatable step: from now on, the change is completed, not undone."""
         self._is_decided = True
         completed(step)
 
     def ending(self, *error: Any) -> None:
-        """Undo all, if it was not completed."""
+        """Undo everything if the change was not completed."""
         if error[0] is not None and self._before is not None and not self._is_decided:
             self._before.rollback()
-        if error[0] is not None:  # a signal may keep torch's own blocks from being left
+        if error[0] is not None:  # a signal can prevent torch's contexts from exiting
             torch.set_grad_enabled(self._with_gradients)
 
 
 def all_or_nothing(network: nn.Module) -> transaction:
-    """A transaction that a signal may interrupt, and so undoes: for what may take long."""
+    """A transaction that a signal can interrupt and thereby undo, for changes that take long."""
     return transaction(network, open=True)
 
 
@@ -439,12 +441,12 @@ def _restore_state(now: dict[str, Any], state: dict[str, Any], contents: dict[st
 
 
 def _contents(state: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the containers in a module; most are empty, and those are left out."""
+    """Copies of the containers in a module; empty ones (most) are left out."""
     return {key: copied(value) for key, value in filled(state)}
 
 
 def _slots(cls: type) -> list[MemberDescriptorType]:
-    """Where instances of a class have attributes outside of their ``__dict__``."""
+    """The slots of a class, which hold attributes of instances outside of their ``__dict__``."""
     own = [value for base in cls.__mro__[:-1] for value in vars(base).values()]
     return [value for value in own if isinstance(value, MemberDescriptorType)]
 

@@ -1,4 +1,4 @@
-"""Modules of which a ``with`` block makes something else for a while."""
+"""Temporary states of modules, set by a ``with`` block: "merged", "disabled"."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-# By identity: a copy is a module of its own.
+# Keyed by identity: a copy of a module is not in the state.
 _now: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @contextmanager
 def meanwhile(modules: Iterable[nn.Module], state: str) -> Iterator[None]:
-    """Within it, the modules are in that state, in a word: "merged", say."""
+    """Context in which the modules are in a state, named by one word such as "merged"."""
     before = {module: _now.get(module) for module in modules}
     _now.update(dict.fromkeys(before, state))
     try:
@@ -26,20 +26,20 @@ def meanwhile(modules: Iterable[nn.Module], state: str) -> Iterator[None]:
 
 
 def modules_meanwhile() -> tuple[nn.Module, ...]:
-    """All modules that are in such a state now."""
+    """All modules that are in a temporary state now."""
     return tuple(m for known in _now.keyrefs() if (m := known()) is not None)
 
 
 def refuse_meanwhile(module: nn.Module, *states: str, itself: bool = True) -> None:
-    """Refuse what cannot be done to a network in these states; all if none is named.
+    """Refuse an operation on a network that is in one of these states; any state if none is named.
 
     Args:
         module: the network.
         states: the states.
-        itself: whether the module counts, or parts of it alone.
+        itself: whether the module counts, or only modules inside.
 
     Raises:
-        RuntimeError: if `module`, or a part of it, is in one now.
+        RuntimeError: if `module`, or a module inside, is in one of the states now.
     """
     for path, part in module.named_modules() if _now else ():
         state = _now.get(part) if itself or path else None

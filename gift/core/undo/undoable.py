@@ -1,4 +1,4 @@
-"""Whether a fine-tuning can be taken off its network."""
+"""Check whether fine-tuning can be removed from a network."""
 
 from torch import nn
 
@@ -11,10 +11,12 @@ from gift.core.undo.temporary_state import refuse_meanwhile
 
 
 def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
-    """Whether the deltas can be taken off; and, if `needs_base`, the base be given back.
+    """Check that the deltas can be removed and, if `needs_base`, that the base can be restored.
 
     Raises:
-        RuntimeError: if the network is not being fine-tuned, or the base was not kept.
+        TypeError: if `module` is not a module.
+        RuntimeError: if the network is not being fine-tuned, if the base was not kept, or if
+            something has changed the network since.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")

@@ -1,4 +1,4 @@
-"""A fine-tuning that was taken off its network, and can be put back on."""
+"""Remove fine-tuning from a network and put it back later."""
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -28,16 +28,16 @@ from gift.support.tensors import set_data, set_flag, with_data
 
 
 class UnloadedDelta:
-    """What fine-tuning put on a network, taken off it: the network is the plain base.
+    """What fine-tuning added to a network, removed from it: the network is the plain base.
 
-    Deltas and new modules keep their identity, so an optimizer that holds them goes on when they
+    Deltas and new modules keep their identity, so an optimizer that holds them continues after they
     are back. No tensor is copied.
 
     Args:
-        network: one that is being fine-tuned.
+        network: a network that is being fine-tuned.
 
     Raises:
-        RuntimeError: if it is not, or its base was not kept.
+        RuntimeError: if it is not being fine-tuned, or its base was not kept.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -52,7 +52,7 @@ class UnloadedDelta:
         self.changes = [change.present() for change in undo.modules]
         for change in self.changes:
             change.plain = None if change.plain is None else plain_class(change.plain)
-        # Of all parameters: the base may have other flags when this is put back.
+        # Save the flags of all parameters: those of the base may change before this is put back.
         self.flags = [(m, name, p.requires_grad) for m, name, p in _parameters(network)]
         tensors = [tensor_of(m, name) for m, name, _ in undo.values]
         self.values = [(t, t.data, t.requires_grad, t.grad) for t in tensors]
@@ -64,18 +64,19 @@ class UnloadedDelta:
         self.plain = [_unparametrized(type(frame.module)) for frame in self.frames]
         replaced = _replaced(undo.modules, self.changes)
         self.replaced = [(base, new, place_of(base)) for base, new in replaced]
-        # Tensors change their memory: writing to it would spoil graphs that wait for `backward`.
+        # Swap the memory of tensors instead of writing: a write would break graphs that wait for
+        # `backward`.
         for module, name, value in undo.values:
             if not value.is_meta or tensor_of(module, name).is_meta:
                 set_data(tensor_of(module, name), value)
 
     def exchanged(self) -> list[tuple[Tensor, Tensor]]:
-        """The memory that was taken from the base, with what the base has instead."""
+        """Pairs of the memory taken from the base and what the base has instead."""
         values = [value for *_, value in self.record.undo.values]
         return [(kept[1], value) for kept, value in zip(self.values, values, strict=True)]
 
     def _refuse(self) -> None:
-        """Refuse a base on which this cannot be put."""
+        """Refuse a base onto which this cannot be put back."""
         found = {module: name for name, module in self.network.named_modules()}
         changed = {
             frame.module
@@ -96,16 +97,16 @@ class UnloadedDelta:
         refuse_held_elsewhere(self.network)
 
     def attach(self) -> None:
-        """Put it back, onto the base as it is now.
+        """Put it back onto the base as it is now.
 
         Raises:
-            RuntimeError: if layers are of another class than they were, or are fine-tuned by
-                another strategy; if what was trained in place is computed now; if another network
+            RuntimeError: if layers have another class than before, or are fine-tuned by another
+                strategy; if a tensor that was trained in place is computed now; if another network
                 that is being fine-tuned holds a parameter. Nothing is changed then.
         """
         self._refuse()
         undo = self.record.undo
-        # Flags are those of the base, whoever set them since: no delta has others to go back to.
+        # Take the present flags of the base, whoever set them: disabling restores these.
         undo.requires_grad = [
             (m, name, p.requires_grad) for m, name, p in _parameters(self.network)
         ]
@@ -119,17 +120,18 @@ class UnloadedDelta:
             frame.apply()
         flags = {(id(module), name): flag for module, name, flag in self.flags}
         for module, name, parameter in _parameters(self.network):
-            # What computes a weight since is frozen, as the weight was.
+            # A parameter that is new since then (a parametrization computes a weight from it) is
+            # frozen, as the weight was.
             set_flag(parameter, flags.get((id(module), name), False))
         for (module, name, now), dtype, (tensor, data, flag, grad) in zip(
             undo.values, self.dtypes, self.values, strict=True
         ):
-            # It follows the base to another device, and to another dtype.
+            # Follow the base if it was moved to another device or cast to another dtype.
             to: dict[str, Any] = {
                 "device": now.device,
                 "dtype": data.dtype if now.dtype == dtype else now.dtype,
             }
-            tensor.grad = None  # which must have the dtype that the tensor has
+            tensor.grad = None  # must have the dtype of its tensor
             tensor = with_data(tensor, data.to(**to))
             tensor.grad = None if grad is None else grad.to(**to)
             set_flag(tensor, flag)
@@ -142,7 +144,7 @@ class UnloadedDelta:
 def _replaced(
     undos: list[ModuleUndo], changes: list[ModuleUndo]
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Modules of the base, and the new ones in their place."""
+    """Pairs of a module of the base and the new module in its place."""
     for undo, change in zip(undos, changes, strict=True):
         for name, base in undo.entries.get("_modules", {}).items():
             new = change.entries["_modules"][name]
@@ -151,12 +153,12 @@ def _replaced(
 
 
 class _Frame:
-    """Of one module, what `ModuleUndo` leaves out: the class, and what gift put on it."""
+    """The parts of one module that `ModuleUndo` leaves out: its class, and what gift added."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.spec = spec_of(module)  # rather than the class, which no pickle finds by its name
-        # A hook may have computed what is adapted.
+        self.spec = spec_of(module)  # not the class, which pickle cannot find by name
+        # Include adapted tensors in ``__dict__``: a hook computed these.
         keys = [key for key in (*OWN, *weight_deltas(module)) if key in module.__dict__]
         self.own = {key: module.__dict__[key] for key in keys}
         self.parameters = dict(module._parameters)
@@ -168,14 +170,14 @@ class _Frame:
     def apply(self) -> None:
         module = self.module
         set_class(module, generated_class(plain_class(type(module)), self.spec))
-        # What computed a tensor may do so no more.
+        # A hook that computed a tensor may be gone.
         own = {k: v for k, v in self.own.items() if k in OWN or k in module.__dict__}
         module.__dict__.update(own)
-        if spec_of(module).statistics:  # they stand still again, in the mode that was asked for
+        if spec_of(module).statistics:  # freeze them again, remember the requested mode
             module.__dict__["_gift_mode"] = module.training
             module.training = False
         device, dtype = _place_of_base(module)
-        # Base tensors are what they are now: they may have been moved, and deltas follow.
+        # Base tensors stay as they are now. If they were moved or cast, the deltas follow.
         added = added_names(module)
         _put_among(module._parameters, self.parameters, added)
         _put_among(module._buffers, self.buffers, added)
@@ -185,13 +187,13 @@ class _Frame:
             cast = dtype != self.place[1] and delta.is_floating_point()
             data = delta.data.to(device=device, dtype=dtype if cast else None)
             if data is not delta.data and (delta.device, delta.dtype) != (data.device, data.dtype):
-                delta.grad = None  # which must have the dtype that the tensor has
+                delta.grad = None  # must have the dtype of its tensor
                 held(module, name)[name] = with_data(delta, data)
         module._non_persistent_buffers_set.update(self.not_saved)
 
 
 def _place_of_base(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Where the module's own tensors are, and of which dtype its first floating-point one is."""
+    """Device of the module's own tensors, and dtype of its first floating-point one."""
     added = added_names(module)
     named = [*module._parameters.items(), *module._buffers.items()]
     own = [tensor for name, tensor in named if tensor is not None and name not in added]
@@ -200,7 +202,7 @@ def _place_of_base(module: nn.Module) -> tuple[torch.device | None, torch.dtype 
 
 
 def _put_among(now: dict[Any, Any], then: dict[Any, Any], names: Container[Any]) -> None:
-    """Let `now` have what `then` had under these names, and have the order of `then`."""
+    """Restore the entries of `then` with these names in `now`, and the order of `then`."""
     present = {**now}
     now.clear()
     for key, value in then.items():
@@ -210,22 +212,23 @@ def _put_among(now: dict[Any, Any], then: dict[Any, Any], names: Container[Any])
 
 
 def _unparametrized(cls: type) -> type:
-    """A class without what torch makes of it for a layer with parametrizations."""
+    """The class without the subclass that torch generates for a parametrized module."""
     return cls.__base__ if is_parametrized(cls) else cls  # type: ignore[return-value]
 
 
 @switching
 def disabled(net: nn.Module) -> Iterator[nn.Module]:
-    """Within it, the network is the base, with all parameters frozen: to compare with, say.
+    """Context in which the network is the base with all parameters frozen, for comparison.
 
-    Afterwards it is what it was before, bit for bit, its gradients and modes included. What is done
-    to the base meanwhile is done to the base; what is enabled meanwhile is disabled.
+    After the context, the network is the same as before, bit for bit, gradients and modes included.
+    Changes made to the base inside the context stay in the base. Fine-tuning that is enabled inside
+    the context is disabled at its end.
 
     Args:
         net: a network that is being fine-tuned.
 
     Raises:
-        RuntimeError: if it is not, or its base was not kept.
+        RuntimeError: if it is not being fine-tuned, or its base was not kept.
 
     Example:
         >>> import gift, torch
@@ -250,7 +253,7 @@ def _disabled(net: nn.Module) -> Iterator[None]:
     with transaction(net):
         detached = UnloadedDelta(net)
         for parameter, _ in gradients:
-            parameter.grad = None  # so an optimizer that steps meanwhile passes it by
+            parameter.grad = None  # an optimizer skips parameters without gradient
         frozen = [(m, name, p, p.requires_grad) for m, name, p in _parameters(net)]
         for _, _, parameter, _ in frozen:
             parameter.requires_grad = False
@@ -258,9 +261,9 @@ def _disabled(net: nn.Module) -> Iterator[None]:
     def put_back() -> None:
         with transaction(net):
             for part in [part for part in net.modules() if spec_of(part).network]:
-                remove_record(part).undo.apply(part)  # enabled by another strategy inside
+                remove_record(part).undo.apply(part)  # fine-tuning enabled inside the context
             for module, name, parameter, flag in frozen:
-                now = module._parameters.get(name)  # another one, if a state was assigned
+                now = module._parameters.get(name)  # a new one after load_state_dict(assign=True)
                 (parameter if now is None else now).requires_grad = flag
             detached.attach()
             for parameter, gradient in gradients:

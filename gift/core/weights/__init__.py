@@ -1,1 +1,1 @@
-"""Adapted weights: the record of one, the mixin of its module, and what others read as it."""
+"""Adapted weights: their record, the mixin of their module, and the effective weight."""

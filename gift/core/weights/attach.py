@@ -1,4 +1,4 @@
-"""Adapting the tensors of a module in place, and the way back."""
+"""Adapt the tensors of a module in place, and release them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,13 +22,13 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     """Adapt one tensor of `module`; the tensor is frozen, its new parameters are trainable.
 
     Args:
-        module: the module that holds it.
+        module: the module that holds the tensor.
         tensor: its name, as in ``module.weight``.
-        method: what becomes of it.
+        method: the method that adapts it.
         options: the choice of layouts.
 
     Raises:
-        AdaptationError: if it cannot be adapted; nothing is changed then.
+        AdaptationError: if the tensor cannot be adapted; nothing is changed then.
     """
     frozen = present_tensor(module, tensor)
     _check(module, tensor, frozen)
@@ -58,7 +58,7 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
 
 
 def install(module: nn.Module, tensor: str, adapter: WeightDelta) -> None:
-    """Let `module` read its tensor through `adapter`."""
+    """Store the record of an adapted tensor and turn its name into a property of `module`."""
     module.__dict__.setdefault("_gift_weights", {})[tensor] = adapter
     _read_through_adapters(module)
 
@@ -96,7 +96,7 @@ def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
 
 
 def _lazy_probe(method: Method) -> tuple[int, int]:
-    """A shape, for the names of the parameters alone, that the method's size divides."""
+    """A shape that the method's size divides, used only to get the names of its parameters."""
     size = getattr(method, method.size_setting or "", None) or 1
     return 2**16, max(1, 2**16 // size) * size
 
@@ -105,7 +105,7 @@ _checked: set[tuple[type[Method], int, torch.dtype]] = set()
 
 
 def _check_shape(adapter: WeightDelta, frozen: Tensor, values: Mapping[str, Any]) -> None:
-    """That a method keeps shape and precision: on the first matrix of each kind that it meets."""
+    """Check that a method keeps shape and dtype, on the first matrix of each kind."""
     assert adapter.layout is not None
     key = (type(adapter.method), len(adapter.layout.matrix), frozen.dtype)
     if key in _checked:
@@ -126,13 +126,13 @@ def _check_shape(adapter: WeightDelta, frozen: Tensor, values: Mapping[str, Any]
 def adapt_module(
     module: nn.Module, method: Method, options: LayoutOptions, train_bias: bool = False
 ) -> None:
-    """Adapt every weight in `module` and below it that `gift.layers` knows; freeze all else there.
+    """Adapt every weight in `module` that `gift.layers` knows, and freeze all else in it.
 
     Args:
         module: a layer, or any module with layers inside.
-        method: what becomes of each weight.
+        method: the method that adapts each weight.
         options: the choice of layouts.
-        train_bias: also train the biases of the layers that are adapted.
+        train_bias: also train the biases of the adapted layers.
 
     Raises:
         AdaptationError: naming each weight that cannot be adapted, or if there is none at all.
@@ -168,7 +168,7 @@ def adapt_tensors(
     """Adapt several tensors, each given after its name for messages.
 
     Raises:
-        AdaptationError: naming all that cannot be adapted; the others are.
+        AdaptationError: naming all tensors that cannot be adapted; the others are adapted.
     """
     problems = []
     for name, module, tensor, method, options in work:
@@ -181,7 +181,7 @@ def adapt_tensors(
 
 
 def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
-    """Let each bias in `module` follow the weights to whose outputs it is added."""
+    """Let each bias in `module` use the delta of the weights to whose outputs it is added."""
     adapters = dict(weight_deltas(module))
     for bias in row.names(module, row.biases) if row is not None else ():
         weights = tuple(w for w in adapters if row is not None and row.bias_of(w) == bias)

@@ -1,4 +1,4 @@
-"""Adapted layers of bitsandbytes, whose own code expects to find their packed weight."""
+"""Adapted layers of bitsandbytes, whose own code expects their packed weight."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from gift.quantization.bitsandbytes import LINEAR_FORWARDS
 
 
 class QuantisedLayer(Generated):
-    """What each of them gains: it saves and loads its packed weight, not the effective one."""
+    """Mixin of these layers: save and load the packed weight instead of the effective one."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         try:
             _plain_view(self)._save_to_state_dict(destination, prefix, keep_vars)
-        except NotImplementedError:  # embeddings cannot save their weight, but the delta can be
+        except NotImplementedError:  # embeddings cannot save their weight, but the delta can
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]  # a mixin
             del destination[f"{prefix}weight"]
 
@@ -25,7 +25,7 @@ class QuantisedLayer(Generated):
 
 
 def _plain_view(module: Any) -> Any:
-    """The same module by its plain class, which reads the frozen weight."""
+    """An object of the plain class with the same attributes, which reads the frozen weight."""
     plain = plain_class(type(module))
     view: Any = object.__new__(plain)
     object.__setattr__(view, "__dict__", module.__dict__)
@@ -47,11 +47,11 @@ FORWARDS = {
     "bitsandbytes.nn.modules.Embedding4bit.forward": _embedding,
     "bitsandbytes.nn.modules.Embedding8bit.forward": _embedding,
 }
-"""From the dotted name of a layer's forward to one that computes with any weight."""
+"""Maps the dotted name of a layer's forward to one that computes with any weight."""
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """Packed weights in states, and a forward that takes an effective weight."""
+    """Save and load packed weights, and compute with effective weights."""
     own = plain.forward if issubclass(plain, nn.Module) else None
     forward = FORWARDS.get(dotted(own)) if own is not None and spec.tensors else None
     if forward is None:

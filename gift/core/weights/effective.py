@@ -1,8 +1,8 @@
-"""What others read as the weight of an adapted layer: a tensor that tells whoever writes to it.
+"""The effective weight as others read it: a tensor subclass that refuses writes.
 
-An effective weight is made from a frozen tensor and a delta. What is written into it would be gone
-when the weight is made again, without a word; so it is refused where it is tried. In all else the
-tensor is one like others: what is computed from it is a plain tensor.
+An effective weight is computed from a frozen tensor and a delta. A write into it would be lost
+silently when it is computed again, so the write raises an error instead. In all other respects it
+behaves like any tensor, and results computed from it are plain tensors.
 """
 
 import copy
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from gift.core.fused import note_copy
 from gift.private.torch import OVERRIDES_NOTHING, as_plain_tensors, can_guard, writes_of
 
-# Torch's encoder layers ask their weights whether these override functions, and compute in another
-# way then. They write into none, so they get no for an answer.
+# torch's encoder layers disable their fast path for weights that override torch functions. They
+# never write into weights, so tell them that nothing is overridden.
 _ASKING: frozenset[CodeType] = frozenset(
     cls.forward.__code__
     for cls in (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 )
 
-# To the compiler, a weight that is an argument of a function is a tensor like others.
+# The compiler must see a weight that is an argument of a function as a plain tensor.
 _COMPILER = ("torch._dynamo", "torch._subclasses", "torch._functorch")
 
-_ASSIGNED = frozenset(  # as by `weight += 1` and `weight[0] = 1`
+_ASSIGNED = frozenset(  # `weight += 1`, `weight[0] = 1`
     {f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "div", "truediv", "floordiv")}
     | {f"__i{name}__" for name in ("mod", "pow", "and", "or", "xor", "lshift", "rshift")}
     | {"__setitem__"}
@@ -36,10 +36,11 @@ _ASSIGNED = frozenset(  # as by `weight += 1` and `weight[0] = 1`
 
 
 class _Overriding:
-    """``__torch_function__``: a descriptor, since the answer depends on who asks."""
+    """``__torch_function__`` as a descriptor, because the result depends on the calling code."""
 
     def __get__(self, tensor: Any, cls: type) -> Any:
-        # In one go: a frame that holds itself would hold the tensor until garbage is collected.
+        # Do not keep the current frame in a variable: it would refer to itself, and so keep the
+        # tensor alive until the next garbage collection.
         frame: Any = inspect.currentframe().f_back  # type: ignore[union-attr]
         if frame.f_code in _ASKING or frame.f_globals.get("__name__", "").startswith(_COMPILER):
             return OVERRIDES_NOTHING
@@ -47,11 +48,11 @@ class _Overriding:
 
 
 class _RelatedToAll(type(Tensor)):  # type: ignore[misc]
-    """Metaclass: every tensor counts as an instance.
+    """Metaclass that makes every tensor an instance of `EffectiveWeight`.
 
-    `torch.testing.assert_close` compares two tensors only where one is an instance of the other's
-    class. An effective weight is compared with parameters as a plain tensor is. Whether a tensor is
-    one is asked by ``type(tensor) is EffectiveWeight``.
+    `torch.testing.assert_close` compares two tensors only if one is an instance of the other's
+    class, and an effective weight must compare with parameters like a plain tensor. To test whether
+    a tensor is an effective weight, use ``type(tensor) is EffectiveWeight``.
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -59,7 +60,7 @@ class _RelatedToAll(type(Tensor)):  # type: ignore[misc]
 
 
 class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
-    """An effective weight, or a view of one, which refuses to be written to.
+    """An effective weight, or a view of one, which refuses writes.
 
     Its detached copies (``clone()``, ``nn.Parameter(weight)``, deep copies, pickles) are plain.
     """
@@ -74,12 +75,12 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
 
     @staticmethod
     def of(tensor: Tensor, name: str, whole: bool = True) -> Any:
-        """The tensor, guarded; itself where torch does not allow that.
+        """Guard a tensor against writes, or return it unchanged where torch does not allow that.
 
         Args:
             tensor: an effective weight, or a view of one.
-            name: as errors say it.
-            whole: whether it is the weight itself.
+            name: its name in errors.
+            whole: whether it is the weight itself rather than a view.
         """
         if not can_guard():
             return tensor
@@ -88,7 +89,7 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
         return guarded
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_is_param":  # the last thing that `nn.Parameter(weight)` does
+        if name == "_is_param":  # the last step of `nn.Parameter(weight)`
             _become_parameter(self)
         elif name == "__class__":  # `torch.utils.swap_tensors`
             raise refused(self._gift_name, "swapping it")
@@ -96,7 +97,7 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
             super().__setattr__(name, value)
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused as other writes; torch calls no ``__torch_function__`` for it."""
+        """Refuse the write; torch does not call ``__torch_function__`` for this method."""
         raise refused(self._gift_name, "`set_`")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -107,13 +108,13 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
 
 
 def refused(name: str, what: str) -> RuntimeError:
-    """The error for a write that would have no effect.
+    """Create the error for a write that would have no effect.
 
     Args:
         name: of the weight.
-        what: was tried.
+        what: the operation that was tried.
     """
-    # No TypeError: `weight += 1` would take that for "not implemented", and add to a copy.
+    # Not a TypeError: `weight += 1` would treat it as "not implemented" and add to a copy.
     return RuntimeError(
         f"{name} is adapted: what is read under this name is made from the frozen tensor and the "
         f"delta, so {what} has no effect on the layer. Call gift.merge(network) first and write "
@@ -123,13 +124,13 @@ def refused(name: str, what: str) -> RuntimeError:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The same tensor without its guard."""
+    """The tensor without its guard."""
     with as_plain_tensors():
         return tensor.as_subclass(Tensor)
 
 
 def _become_parameter(tensor: Any) -> None:
-    """Make a parameter of what ``nn.Parameter`` detached, with memory of its own."""
+    """Turn what ``nn.Parameter`` detached into a plain parameter with its own memory."""
     with as_plain_tensors():
         tensor.data = tensor.detach().clone()
     note_copy(tensor._gift_name, tensor, tensor)
@@ -138,7 +139,7 @@ def _become_parameter(tensor: Any) -> None:
 
 
 def _answer(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """What an effective weight does with a function of torch that it is given to."""
+    """``__torch_function__`` of an effective weight."""
     kwargs = kwargs or {}
     if torch.compiler.is_compiling():
         with as_plain_tensors():
@@ -150,16 +151,16 @@ def _answer(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0]
     if _writes(func, what, args, kwargs):
         raise refused(guarded[0]._gift_name, f"`{_told(func, what)}`")
-    if not all(issubclass(EffectiveWeight, cls) for cls in types):  # tensors of other libraries
+    if not all(issubclass(EffectiveWeight, cls) for cls in types):  # other subclasses
         return func(*_unguarded(args), **_unguarded(kwargs))
     with as_plain_tensors():
         return _computed(func, what, args, kwargs, guarded)
 
 
 def _computed(func: Any, what: str, args: Any, kwargs: dict[str, Any], guarded: list[Any]) -> Any:
-    """What a function of torch gives that only reads effective weights."""
+    """Call a torch function that only reads effective weights."""
     if func in (F.embedding, F.embedding_bag) and kwargs.get("max_norm") is not None:
-        args, kwargs = _copied(args), _copied(kwargs)  # the rows that are looked up are scaled
+        args, kwargs = _copied(args), _copied(kwargs)  # `max_norm` rescales rows in place
     if what == "__getitem__" and (matrix := _matrix(*args)) is not None:
         return matrix
     versions = [writes_of(tensor) for tensor in guarded]
@@ -176,7 +177,7 @@ def _computed(func: Any, what: str, args: Any, kwargs: dict[str, Any], guarded: 
 
 
 def _writes(func: Any, what: str, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the function is about to write into an effective weight."""
+    """Whether the function would write into an effective weight."""
     if what == "__set__":
         attribute, value = func.__self__.__name__, args[1]
         return attribute != "requires_grad" and not (attribute == "grad" and value is None)
@@ -188,7 +189,7 @@ def _writes(func: Any, what: str, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _flag_for(func: Any, what: str, args: Any, kwargs: dict[str, Any]) -> bool | None:
-    """The ``requires_grad`` that an effective weight itself is about to be given, if it is."""
+    """The new ``requires_grad`` if the call sets that of a whole effective weight, else None."""
     if what == "requires_grad_":
         flag = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
     elif what == "__set__" and func.__self__.__name__ == "requires_grad":
@@ -207,7 +208,7 @@ def _check_flag(tensor: Any, requires_grad: bool) -> None:
 
 
 def _matrix(weight: Any, index: Any) -> EffectiveWeight | None:
-    """One of a batch of matrices, where that is read in another way than as part of the whole."""
+    """One matrix of a batch, if it can be read without the whole weight; else None."""
     slices = weight._gift_slices if type(weight) is EffectiveWeight else None
     if isinstance(index, Tensor) and index.dim() == 0 and index.dtype == torch.int64:
         index = int(index)
@@ -229,7 +230,7 @@ def _guarded(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _mapped(change: Any, values: Any) -> Any:
-    """The change of each effective weight among arguments."""
+    """Apply `change` to each effective weight among arguments."""
     if type(values) is EffectiveWeight:
         return change(values)
     if type(values) in (list, tuple):
@@ -248,7 +249,7 @@ def _copied(values: Any) -> Any:
 
 
 def _guard_views(result: Any, guarded: list[Any]) -> Any:
-    """What a function gave, guarded where it has the memory of an effective weight."""
+    """Guard the result of a function if it shares memory with an effective weight."""
     if type(result) is Tensor and result.layout is torch.strided:
         memory = result.untyped_storage().data_ptr()
         for tensor in guarded if memory else ():

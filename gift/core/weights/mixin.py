@@ -1,10 +1,10 @@
 """Modules with adapted tensors.
 
-The module stays the object that it was. Its class becomes a generated subclass of its own class in
-which the tensor's name is a property that gives the effective weight; the frozen tensor stays in
-``_parameters`` under its name, and the new parameters stand beside it. Whoever reads
-``module.weight`` therefore sees the adapted weight: the layer's own forward, fused kernels, outer
-modules and user code alike.
+The module stays the same object. Its class becomes a generated subclass, in which the tensor's name
+is a property that returns the effective weight. The frozen tensor stays in ``_parameters`` under
+its name, and the new parameters are stored beside it. All code that reads ``module.weight``
+therefore sees the adapted weight: the layer's own forward, fused kernels, outer modules and user
+code.
 """
 
 import inspect
@@ -30,20 +30,20 @@ from gift.quantization import is_quantised, same_values
 
 
 class AdaptedModule(DeltaModule):
-    """What every module with an adapted tensor gains."""
+    """Mixin of every module with an adapted tensor."""
 
     _gift_weights: dict[str, WeightDelta]
 
     def _gift_frozen(self, tensor: str) -> Tensor:
-        """The frozen tensor: a parameter, or what a parametrization or hook computed."""
+        """The frozen tensor: a parameter, or the result of a parametrization or hook."""
         return plain_tensor(self, tensor)  # type: ignore[arg-type]
 
     def _gift_weight(self, tensor: str, once: bool = False) -> Any:
-        """What the module itself computes with: the effective weight, if the tensor is adapted.
+        """The tensor that the module computes with: the effective weight, if it is adapted.
 
         Args:
             tensor: its name.
-            once: whether it is read once in a call, so that nobody need find it again.
+            once: whether the call reads it only once, so that it need not be cached.
         """
         adapter = self._gift_weights.get(tensor)
         if adapter is None:
@@ -55,13 +55,15 @@ class AdaptedModule(DeltaModule):
             make = adapter.weight if once else adapter.read
             return make(self, frozen)  # type: ignore[arg-type]
         except AttributeError as error:
-            # Of a property, nn.Module would answer an AttributeError with the frozen tensor.
+            # An AttributeError in a property makes Python call ``nn.Module.__getattr__``, which
+            # would silently return the frozen tensor.
             raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and value is self._gift_plain and is_parametrized(value):
-            # The last parametrization was removed: torch gives the module the base of the class
-            # that it had made for it, which it takes for the module's own.
+            # The last parametrization was removed: torch sets the first base of the module's class.
+            # That is the class that torch generated, as gift's class is derived from it. Go on to
+            # the base of torch's class.
             value = generated_class(value.__bases__[0], self._gift_spec)
         if name in self.__dict__.get("_gift_weights", ()):
             if name in self._parameters and moves(inspect.currentframe()):  # type: ignore[attr-defined]
@@ -73,21 +75,22 @@ class AdaptedModule(DeltaModule):
             self._gift_note_sources()
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """Register a parameter as `nn.Module` does, unless its values are a delta's already."""
-        source = name.removesuffix("_g")  # what the old `weight_norm` begins with
+        """Register a parameter as `nn.Module` does, but refuse values that contain a delta."""
+        source = name.removesuffix("_g")  # the old `weight_norm` registers `weight_g` first
         if type(param) is EffectiveWeight or (
             source != name and source in self._gift_weights and _put_back(self, source)
         ):
-            raise _reparametrised(source.removesuffix("_orig"))  # with that, pruning begins
+            raise _reparametrised(source.removesuffix("_orig"))  # pruning's first step
         if name in self._gift_weights:
             self._gift_check_new(name, param)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _gift_check_new(self, tensor: str, value: Any) -> None:
-        """Refuse what is assigned to an adapted tensor.
+        """Refuse an assignment to an adapted tensor.
 
-        Unless it is the frozen tensor itself, or another one that a state brings; and FSDP2
-        exchanges parts of a parameter for the whole of it, and back.
+        Allowed are the frozen tensor itself and a tensor that comes from a state. Sharded
+        parameters are also allowed, because FSDP2 exchanges parts of a parameter for the whole, and
+        back.
         """
         now = self._gift_frozen(tensor)
         if is_quantised(value) and not is_quantised(now):
@@ -115,19 +118,20 @@ class AdaptedModule(DeltaModule):
         return result
 
     def _gift_note_sources(self) -> None:
-        """Frozen tensors are elsewhere now, and what was derived from them is still right."""
-        for tensor, adapter in (self._gift_weights or {}).items():  # None: it is only looked at
+        """Record where frozen tensors are now; what was derived from them is still valid."""
+        # It is None in a copy that is made only to look at it, see `gift.core.merging`.
+        for tensor, adapter in (self._gift_weights or {}).items():
             if adapter.method.derives:
                 adapter.note_source(self, tensor)  # type: ignore[arg-type]
 
     def __delattr__(self, name: str) -> None:
-        if name in self._gift_weights:  # what reparametrises a weight begins like this
+        if name in self._gift_weights:  # the first step of reparametrising a weight
             raise _reparametrised(name)
         super().__delattr__(name)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         changed = [t for t in self._gift_weights if self._gift_changes(t, state_dict, prefix)]
-        vars(self)["_gift_loading"] = True  # which may assign to parameters
+        vars(self)["_gift_loading"] = True  # it may assign to parameters
         try:
             super()._load_from_state_dict(state_dict, prefix, *rest)
         finally:
@@ -137,7 +141,7 @@ class AdaptedModule(DeltaModule):
         self._gift_note_sources()
 
     def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
-        """Whether a state brings other values for a frozen tensor from which a delta was made."""
+        """Whether a state changes the values of a frozen tensor from which a delta was made."""
         adapter, new = self._gift_weights[tensor], state_dict.get(prefix + tensor)
         if new is None or not adapter.method.reads_weight or adapter.is_on_meta(self):  # type: ignore[arg-type]
             return False
@@ -153,7 +157,7 @@ def _reparametrised(tensor: str) -> RuntimeError:
 
 
 def _put_back(module: Any, tensor: str) -> bool:
-    """Put a frozen tensor back that was just taken out by one who holds the effective weight."""
+    """Put a frozen tensor back that was just removed by code holding the effective weight."""
     reader = module._gift_weights[tensor].memory.reader()
     if tensor in module._parameters or reader is None:
         return False
@@ -165,19 +169,19 @@ def _put_back(module: Any, tensor: str) -> bool:
 
 
 def is_parametrized(cls: type) -> bool:
-    """Whether it is a class that torch made for one module, with properties for its tensors."""
+    """Whether torch generated the class for a module with parametrizations."""
     return cls.__module__ == parametrize.__name__
 
 
 def _take_property(cls: Any, name: str) -> None:
-    """Torch takes the property from the module's class where it removes a parametrization."""
+    """Delete a property as torch does when it removes a parametrization; refuse adapted ones."""
     if name in dict(cls._gift_spec.tensors):
         raise _reparametrised(name)
     delattr(cls._gift_plain, name)
 
 
 def _reset_parameters(self: Any) -> None:
-    """Reset the layer as its own class does, then the delta."""
+    """Reset the layer with its own method, then the delta."""
     with as_plain(self):
         self.reset_parameters()
     for tensor, adapter in self._gift_weights.items():
@@ -185,7 +189,7 @@ def _reset_parameters(self: Any) -> None:
 
 
 def _initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
-    """A lazy module learns its shapes, and with them the delta does."""
+    """Let a lazy module infer its shapes, then initialize the delta with them."""
     with as_plain(self):
         self.initialize_parameters(*args, **kwargs)
     for tensor, adapter in self._gift_weights.items():
@@ -196,11 +200,11 @@ def _initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
 _REPARAMETRISING = frozenset(
     function.__code__
     for function in (parametrize.register_parametrization, parametrize.remove_parametrizations)
-)  # which read a tensor before they change it
+)  # they read a tensor before they change it
 
 
 def _asks_to_reparametrise(reader: FrameType | None) -> bool:
-    """Whether what reads a property is about to change what the tensor is computed from."""
+    """Whether the reader of a property is about to change what the tensor is computed from."""
     caller = None if reader is None else reader.f_back
     return caller is not None and caller.f_code in _REPARAMETRISING
 
@@ -226,7 +230,7 @@ def _effective(tensor: str) -> property:
         return guarded
 
     def write(self: Any, value: Any) -> None:
-        # Only values that are no parameters come here: a hook that recomputes the tensor.
+        # nn.Module passes only non-parameters on to a property: a hook recomputed the tensor.
         if tensor not in self.__dict__:
             raise _reparametrised(tensor)
         self.__dict__[tensor] = value
@@ -235,7 +239,7 @@ def _effective(tensor: str) -> property:
 
 
 class Called(Generated):
-    """What a network gains, and each module that may read an adapted tensor many times."""
+    """Mixin of the network, and of modules that may read an adapted tensor many times."""
 
     _gift_reads_often = False
 
@@ -248,13 +252,13 @@ class Called(Generated):
 
 
 class ReadsOften(Called):
-    """A module whose forward is not torch's, so that it may read a weight in a loop."""
+    """Mixin of a module whose forward is not torch's, so it may read a weight in a loop."""
 
     _gift_reads_often = True
 
 
 def called_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """Calls in which an effective weight is made once."""
+    """Mark calls, within which an effective weight is made once."""
     forward = getattr(plain, "forward", None)
     if spec.tensors and not getattr(forward, "__module__", "").startswith("torch.nn."):
         return [ReadsOften], {}
@@ -262,7 +266,7 @@ def called_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
 
 
 def adapted_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
-    """Effective weights as properties, and the fast path of the method where it has one."""
+    """Turn adapted tensors into properties, and add the method's fast path if it has one."""
     if not spec.tensors:
         return [], {}
     mixins: list[type] = [AdaptedModule]
@@ -278,6 +282,7 @@ def adapted_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]
         namespace["reset_parameters"] = _reset_parameters
     if hasattr(plain, "initialize_parameters"):
         namespace["initialize_parameters"] = _initialize_parameters
+    # A lazy module sets its class to `cls_to_become` once it has shapes: keep it a generated one.
     if getattr(plain, "cls_to_become", None) is not None:
         namespace["cls_to_become"] = generated_class(plain.cls_to_become, spec)  # type: ignore[attr-defined]
     return mixins, namespace

@@ -1,20 +1,20 @@
-"""Reading an effective weight: made once for as long as nothing changes that it is made from.
+"""Cache of effective weights: each is computed once as long as its inputs do not change.
 
 A layer may read its weight many times in one forward pass, as experts in a loop and cells of
-recurrent networks do. Two things are kept apart for that.
+recurrent networks do. The cache separates graph and values:
 
-* *The graph.* A function of autograd that stands for making the weight, `_Made`, gives a tensor
-  of its shape without memory; it saves nothing, and makes the weight again where its backward pass
-  must. So no backward pass frees what another one needs, checkpointing sees no saved tensors
-  more or less, and the intermediate results of a method are kept nowhere.
-* *The values.* Each reading gives a tensor with the values, `_Held`, which hangs on the first. They
-  are known by a weak reference to their memory: while a graph, a loop or a user keeps it, it is
-  given to the next reader as well, and nobody keeps it for longer.
+* *The graph.* An autograd function `_Made` represents the computation of the weight. Its output has
+  the shape of the weight but no memory. It saves no tensors, and computes the weight again in the
+  backward pass where needed. So a backward pass frees nothing that another one needs, checkpointing
+  sees the same saved tensors in each pass, and the intermediate results of a method are not stored.
+* *The values.* Each read returns a tensor with the values, `_Held`, attached to the first graph
+  node. The cache has only a weak reference to their memory. While a graph, a loop or a user keeps
+  the memory alive, the next reader gets it too.
 
-What a weight is made from may be written to behind torch's back (``parameter.data.add_(...)``) but
-hardly while a network is running. Within one call of a network or of a module with adapted tensors
-an effective weight is therefore taken again without a look at the numbers; elsewhere it is made
-again, and given up for the one that is alive if both are equal, bit by bit.
+Inputs of a weight may be written without torch noticing (``parameter.data.add_(...)``), but hardly
+while a network runs. Within one call of a network, or of a module with adapted tensors, a cached
+weight is therefore reused without comparing values. Elsewhere it is computed again, and replaced by
+the cached one if both are equal bit by bit.
 """
 
 import threading
@@ -32,31 +32,33 @@ from gift.private.torch import is_transformed, writes_of
 
 
 def _nobody() -> None:
-    """What a memory that knows nothing gives."""
+    """Weak reference of a memory that refers to nothing."""
 
 
 class Making(Protocol):
-    """How an effective weight is made from the tensors that it depends on, the frozen one first."""
+    """A function that computes an effective weight from its inputs, the frozen tensor first."""
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """The weight."""
+        """The effective weight."""
         ...
 
     def parts(
         self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
     ) -> list[tuple[Tensor, Tensor]] | None:
-        """For a gradient `g` of the weight, that of each part of which it is made, where there are
-        parts that are cheaper than the weight; None where there are none. Only a `differentiable`
-        one has a graph.
+        """Split the gradient `g` of the weight into gradients of parts from which it is made.
+
+        Returns:
+            Pairs of a part and its gradient if there are parts cheaper than the weight, else None.
+            The gradients have a graph only if `differentiable`.
         """
         ...
 
 
 class Memory:
-    """Where the values of a weight are, which it does not keep. A copy of it knows nothing.
+    """Weak reference to the values of a weight. A copy of it refers to nothing.
 
     Attributes:
-        reader: gives the tensor that was read last, if somebody keeps it.
+        reader: returns the tensor that was read last, or None if it is gone.
     """
 
     def __init__(self) -> None:
@@ -67,12 +69,12 @@ class Memory:
         return Memory, ()
 
     def put(self, value: Tensor) -> None:
-        """Remember where these values are."""
+        """Refer to these values."""
         place = value.storage_offset(), value.shape, value.stride()
         self._known = weakref.ref(value.untyped_storage()), value.dtype, value.device, place
 
     def get(self) -> Tensor | None:
-        """The values, if somebody keeps them."""
+        """The values if something keeps them alive, else None."""
         if self._known is None:
             return None
         storage, dtype, device, place = self._known
@@ -84,14 +86,14 @@ class Memory:
 
 @dataclass(eq=False)
 class _Entry:
-    """An effective weight within one call.
+    """A cached effective weight within one call.
 
     Args:
-        tensors: what it is made from, which keep their identity while they are here.
-        making: how.
-        graph: its place in the graph; None without gradients.
-        memory: its values.
-        value: the same, for as long as the module runs that reads it.
+        tensors: its inputs. Holding them here keeps their ids valid.
+        making: the function that computes it.
+        graph: its node in the graph; None without gradients.
+        memory: a weak reference to its values.
+        value: a strong reference to its values, while the module that reads it runs.
     """
 
     tensors: tuple[Tensor, ...]
@@ -102,14 +104,13 @@ class _Entry:
 
 
 class _Calls(threading.local):
-    """What runs in a thread.
+    """The running calls of a thread.
 
     Attributes:
-        entries: the effective weights of the outermost call, by what they are made from; None
-            while there is no call.
-        kept_bytes: of those among them that are kept until it ends.
-        begun: how many of such calls there were.
-        running: the modules that may read a weight often, each with what it has read.
+        entries: the cached weights of the outermost call, by their inputs; None outside of a call.
+        kept_bytes: size of the cached values that are kept until it ends.
+        begun: number of outermost calls so far.
+        running: the modules that may read a weight often, each with the entries that it has read.
     """
 
     def __init__(self) -> None:
@@ -124,11 +125,11 @@ _FEW_BYTES = 2**24
 
 @contextmanager
 def one_call(module: nn.Module, reads_often: bool) -> Iterator[None]:
-    """Within it, an effective weight is made once.
+    """Context in which each effective weight is computed once.
 
     Args:
-        module: what is called.
-        reads_often: keep the weights of this module until it has run, whoever else needs them.
+        module: the module that is called.
+        reads_often: keep the weights of this module alive until it has run.
     """
     calls = _CALLS
     is_outermost = calls.entries is None
@@ -148,21 +149,21 @@ def one_call(module: nn.Module, reads_often: bool) -> Iterator[None]:
 
 
 def calls_so_far() -> int | None:
-    """How many calls of networks this thread has begun; None while one runs."""
+    """How many calls of networks this thread has begun; None inside a call."""
     return _CALLS.begun if _CALLS.entries is None else None
 
 
 def made_once(
     module: nn.Module, making: Making, tensors: tuple[Tensor, ...], memory: Memory, of: Any
 ) -> Tensor:
-    """An effective weight, the one that there is already or a new one.
+    """Return the cached effective weight, or compute it.
 
     Args:
         module: the module that reads it.
-        making: how it is made.
-        tensors: from what, the frozen tensor first.
-        memory: where its values were when it was read last.
-        of: what distinguishes it from other weights that are made from these tensors.
+        making: the function that computes it.
+        tensors: its inputs, the frozen tensor first.
+        memory: a weak reference to the values that were read last.
+        of: distinguishes it from other weights with the same inputs.
     """
     if not _is_usual(tensors):
         return making(*tensors)
@@ -176,7 +177,7 @@ def made_once(
         with torch.no_grad():
             value = making(*tensors)
         if type(value) is not Tensor:
-            return making(*tensors)  # a mode is on that makes them of another kind
+            return making(*tensors)  # a mode of torch returns another type
         value = _alive_alike(memory, value)
         memory.put(value)
         if entry is None:
@@ -190,14 +191,14 @@ def made_once(
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """The matrices of an effective weight that is a batch of them, such as that of experts.
+    """The matrices of an effective weight that is a batch of them, such as weights of experts.
 
-    The gradient of one goes to its own factors. Through the whole weight it would have the size of
-    all matrices, for each that is read.
+    The gradient of one matrix goes to its own factors. Through the whole weight, each matrix that
+    is read would need a gradient of the size of all matrices.
 
     Args:
-        left: of each matrix the left factor of its delta.
-        right: the right one.
+        left: the left factors of the delta, one per matrix.
+        right: the right factors.
         frozen: the frozen matrices.
     """
 
@@ -206,7 +207,7 @@ class Slices:
     frozen: Tensor
 
     def __call__(self, weight: Tensor, index: int) -> Tensor:
-        """The matrix at that index of the effective weight."""
+        """The matrix of the effective weight at `index`."""
         value = weight.detach()[index]
         making = _Sum()
         factors = self.left[index], self.right[index]
@@ -216,7 +217,7 @@ class Slices:
 
 
 class _Sum:
-    """A frozen matrix and the product of two factors."""
+    """A `Making` of a frozen matrix plus the product of two factors."""
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         frozen, left, right = tensors
@@ -232,7 +233,7 @@ class _Sum:
 def product_parts(
     left: Tensor, right: Tensor, g: Tensor, scale: float, differentiable: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """The factors of a product and a number, each with its gradient for one of the product."""
+    """Pairs of factor and gradient, for ``scale * left @ right`` with the gradient `g`."""
     with torch.set_grad_enabled(differentiable):
         g = g.to(left.dtype) if scale == 1 else g.to(left.dtype) * scale
         return [(left, g @ right.mH), (right, left.mH @ g)]
@@ -245,8 +246,10 @@ def _graph(making: Making, value: Tensor, tensors: tuple[Tensor, ...]) -> Tensor
 
 
 def _keep(entry: _Entry, module: nn.Module, value: Tensor) -> None:
-    """Keep the values until the module has run, if it is one that may read them often; if they are
-    few, until all has run: a cell is called many times.
+    """Keep the values alive until the module has run, if it may read them often.
+
+    Small values of other modules stay alive until the outermost call ends, because a cell of a
+    recurrent network is called many times.
     """
     calls = _CALLS
     for running, kept in calls.running:
@@ -260,8 +263,8 @@ def _keep(entry: _Entry, module: nn.Module, value: Tensor) -> None:
 
 
 def _alive_alike(memory: Memory, value: Tensor) -> Tensor:
-    """The values that somebody keeps, if they are these; otherwise these."""
-    known = memory.get() if value.device.type == "cpu" else None  # others would be waited for
+    """The values that are still alive, if equal to `value`; else `value`."""
+    known = memory.get() if value.device.type == "cpu" else None  # others need a synchronization
     if known is None or _form(known) != _form(value):
         return value
     return known if torch.equal(known, value) else value
@@ -272,14 +275,14 @@ def _form(value: Tensor) -> tuple[Any, ...]:
 
 
 def _is_usual(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether they are of no special kind, and nobody else follows what is computed from them."""
+    """Whether all are plain tensors, and no compiler or function transform observes them."""
     if torch.compiler.is_compiling() or is_transformed():
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def _modes(device: torch.device) -> tuple[Any, ...]:
-    """In which a weight is made."""
+    """The modes of torch on which the computation of a weight depends."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _cast(device.type), stream
 
@@ -300,7 +303,7 @@ def _autocast(kind: str, dtype: torch.dtype | None) -> AbstractContextManager[An
 
 
 class _Made(torch.autograd.Function):
-    """Stands for making a weight: of its shape, without memory, and read by nobody."""
+    """Graph node of computing a weight; its output has the shape of the weight but no memory."""
 
     @staticmethod
     def forward(ctx: Any, making: Making, value: Tensor, *tensors: Tensor) -> Tensor:
@@ -308,14 +311,14 @@ class _Made(torch.autograd.Function):
         ctx.versions = [writes_of(tensor) for tensor in tensors]
         ctx.cast = _cast(value.device.type)
         ctx.set_materialize_grads(False)
-        return value.new_full((), float("nan")).expand(value.shape)  # which would be noticed
+        return value.new_full((), float("nan")).expand(value.shape)  # NaN shows any read
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         wanted = ctx.needs_input_grad[2:]
         if g is None:
             return (None,) * (2 + len(wanted))
-        if _CALLS.entries is not None:  # what learns while it is called changes what it learns
+        if _CALLS.entries is not None:  # training inside a call changes the inputs
             _CALLS.entries.clear()
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -341,11 +344,11 @@ class _Made(torch.autograd.Function):
 def _gradients(
     parts: list[tuple[Tensor, Tensor]], asked: list[Tensor], differentiable: bool
 ) -> list[Tensor | None]:
-    """The gradients of the tensors that are asked for, from those of parts made of them."""
+    """Gradients of the tensors in `asked`, from those of parts that were computed from them."""
     known = {id(part): gradient for part, gradient in parts}
     are_parts = len({*map(id, asked)} & known.keys()) == len(asked)
     if are_parts and not differentiable and all(part.grad_fn is None for part, _ in parts):
-        return [known[id(tensor)] for tensor in asked]  # nothing else is made of them
+        return [known[id(tensor)] for tensor in asked]  # the parts are these tensors
     trained = [(part, gradient) for part, gradient in parts if part.requires_grad]
     outputs, gradients = [part for part, _ in trained], [gradient for _, gradient in trained]
     return list(
@@ -356,8 +359,8 @@ def _gradients(
 
 
 def _check_unchanged(ctx: Any, from_parts: bool) -> None:
-    """As autograd does: the gradient is that of the values which the forward pass had."""
-    first = int(from_parts)  # the frozen tensor is no factor of a gradient then
+    """Raise if an input was written since the forward pass, as autograd does for saved tensors."""
+    first = int(from_parts)  # gradients of parts do not use the frozen tensor
     for tensor, version in list(zip(ctx.tensors, ctx.versions, strict=True))[first:]:
         if writes_of(tensor) != version:
             raise RuntimeError(
@@ -368,7 +371,7 @@ def _check_unchanged(ctx: Any, from_parts: bool) -> None:
 
 
 class _Held(torch.autograd.Function):
-    """The values of a weight at its place in the graph."""
+    """The values of a weight, attached to its node in the graph."""
 
     @staticmethod
     def forward(ctx: Any, graph: Tensor, value: Tensor) -> Tensor:

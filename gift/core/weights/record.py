@@ -1,4 +1,4 @@
-"""What a module knows of a tensor that was adapted, and how the two make the effective weight."""
+"""The record of an adapted tensor, and how it computes the effective weight."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +22,18 @@ from gift.support.tensors import is_finite
 
 @dataclass
 class WeightDelta(Delta):
-    """What a module knows of one adapted tensor of its own.
+    """Record of one adapted tensor of a module.
 
     Args:
         method: the method, fitted to the tensor's shape once that is known.
         options: the choice of layouts.
-        asked: the method as it was asked for, before it was fitted; None for what is not fitted.
+        asked: the method as requested, before it was fitted; None if it is not fitted.
         layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
-        follows: for a bias, the weights of the module to whose outputs it is added; its delta is
-            theirs, and the module its owner.
+        follows: for a bias, the weights of the module to whose outputs it is added. The bias uses
+            their delta, and the module is its owner.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
-        memory: where the effective weight was when it was read last.
-        source: of what a method derived from the frozen tensor, see `note_source`.
+        memory: a weak reference to the effective weight that was read last.
+        source: the frozen tensor from which the method derived parameters, see `note_source`.
     """
 
     method: Method = field(kw_only=True)
@@ -53,9 +53,9 @@ class WeightDelta(Delta):
         return self.method, parameters
 
     def note_source(self, module: nn.Module, tensor: str) -> None:
-        """Note from which frozen tensor the method derived parameters, if it did.
+        """Record the frozen tensor from which the method derived parameters, if it did.
 
-        Others may put another tensor in its place for a call, as `torch.func.functional_call` does.
+        Other code may replace that tensor for one call, as `torch.func.functional_call` does.
         """
         frozen, derives = module._parameters.get(tensor), self.method.derives
         if frozen is not None and derives and _is_plain(frozen) and not is_lazy(frozen):
@@ -65,9 +65,9 @@ class WeightDelta(Delta):
     def _derived_anew(
         self, module: nn.Module, source: "_Source", parameters: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What the method derives from another tensor in the place of its own; else nothing."""
+        """Derived parameters for a tensor that replaces the recorded one; empty if none does."""
         if id(parameters[self.method.derives[0]]) != source.derived:
-            self.note_source(module, source.tensor)  # both were moved, or both are others
+            self.note_source(module, source.tensor)  # both were moved or replaced
             return {}
         frozen: Any = module._parameters.get(source.tensor)
         if not _is_plain(frozen) or source.is_of(frozen):
@@ -76,7 +76,7 @@ class WeightDelta(Delta):
         return self.method.derived(self.layout.to_matrix(frozen))
 
     def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
-        """The effective weight, in the frozen one's dtype, rounded once."""
+        """The effective weight in the frozen one's dtype, rounded once."""
         if self.layout is None or is_sharded(frozen):
             return frozen
         method, parameters = self.delta_of(module)
@@ -86,18 +86,18 @@ class WeightDelta(Delta):
         return making(dequantised(frozen, module), *parameters.values())
 
     def read(self, module: nn.Module, frozen: Tensor) -> Tensor:
-        """The same, made once where it is read many times: see `gift.core.weights.reading`."""
+        """The effective weight through the cache of `gift.core.weights.reading`."""
         if self.layout is None or is_sharded(frozen) or is_quantised(frozen):
             return self.weight(module, frozen)
         method, parameters = self.delta_of(module)
-        if method.dropout and module.training:  # each reading draws
+        if method.dropout and module.training:  # each read draws a mask
             return self.weight(module, frozen)
         making = _Making(self.layout, method, tuple(parameters))
         of = id(self.layout), id(method)
         return made_once(module, making, (frozen, *parameters.values()), self.memory, of)
 
     def slices(self, module: nn.Module, frozen: Tensor) -> Slices | None:
-        """The matrices of a weight that is a batch of them; None where it is read as a whole."""
+        """The matrices of a weight that is a batch of them; None if they cannot be read singly."""
         if self.layout is None or len(self.layout.matrix) != 3 or not self.layout.is_trivial:
             return None
         method, parameters = self.delta_of(module)
@@ -111,7 +111,7 @@ class WeightDelta(Delta):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method, how it sees the tensor, and what its settings mean for the weight."""
+        """The method, the shape of the matrix, and the settings that affect the weight."""
         if self.layout is None:
             return {}
         matrix = list(self.layout.matrix)
@@ -119,14 +119,14 @@ class WeightDelta(Delta):
 
     @property
     def clipped(self) -> bool:
-        """Whether the tensor got another size than was asked for, without anybody's consent."""
+        """Whether the tensor got another size than requested, and the user did not allow that."""
         asked = self.asked
         if asked is None or asked.clips is not None or self.layout is None:
             return False
         return asked.size not in (None, self.method.size)
 
     def refusal(self) -> str:
-        """What is wrong with the size that was asked for, where it was clipped."""
+        """Why the requested size was clipped."""
         assert self.asked is not None
         assert self.layout is not None
         try:
@@ -136,7 +136,7 @@ class WeightDelta(Delta):
         return ""
 
     def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
-        """What differs from the method with its defaults, and a layout that was chosen."""
+        """The settings that differ from the method's defaults, and a layout that the user chose."""
         if self.layout is None:
             return {}
         hidden = self.method.hidden_settings
@@ -145,7 +145,7 @@ class WeightDelta(Delta):
         return hidden and {"method": self.method.name} | hidden
 
     def _has_chosen_layout(self, module: nn.Module, key: str) -> bool:
-        """Whether the tensor is read in another way than the method's own choice."""
+        """Whether the layout differs from the method's own choice."""
         assert self.layout is not None
         own = LayoutOptions().settled(self.method.conv_layouts, self.method.rows_are_outputs)
         if self.options == own:
@@ -155,7 +155,7 @@ class WeightDelta(Delta):
     def has_effect(self, module: nn.Module, key: str) -> bool:
         """Whether the effective tensor differs from the frozen one.
 
-        A frozen tensor that is not finite, as memory without values may be, tells nothing.
+        False if the frozen tensor is not finite, as uninitialized memory may be.
         """
         frozen = present_tensor(module, key)
         if self.layout is None or frozen.is_meta or is_sharded(frozen) or self.is_on_meta(module):
@@ -164,7 +164,7 @@ class WeightDelta(Delta):
         return is_finite(frozen) and not torch.equal(trained_value(self, module, frozen), frozen)
 
     def reset(self, module: Any, key: str) -> None:
-        """Give the delta its initial values, and a shape where it had none yet."""
+        """Give the delta its initial values, and a shape if it is lazy."""
         if self.follows:
             self.link_to_weights(module, key)
             return
@@ -178,16 +178,16 @@ class WeightDelta(Delta):
         if self.layout is None:
             layout = layout_of(module, key, frozen.shape, self.options)
             self.method, self.layout = self.method.nearest(layout.matrix), layout
-            if self.clipped:  # no other layer is known yet that can have the size
+            if self.clipped:  # no layer is known yet that can have the size
                 refused = f"{type(module).__name__}, {key}: {self.refusal()}"
                 message = f"{refused}; it got {self.method.size}"
                 warnings.warn(message, GiftWarning, stacklevel=2)
-        # Where a state was loaded before the first forward, its values stay.
+        # If a state was loaded before the first forward pass, keep its values.
         put_values(module, self.initial(frozen), only_lazy=unknown)
         self.note_source(module, key)
 
     def link_to_weights(self, module: nn.Module, bias: str) -> None:
-        """Take names, layout and method of a bias from the adapters of its weights."""
+        """Use the names, layout and method of the weights' deltas for a bias."""
         adapters = [weight_deltas(module)[weight] for weight in self.follows]
         several = len(adapters) > 1
         self.names = {
@@ -201,16 +201,17 @@ class WeightDelta(Delta):
             self.layout = bias_layout(present_tensor(module, bias).numel(), layouts)
 
     def initial(self, frozen: Tensor) -> dict[str, Tensor]:
-        """What the method makes for the frozen tensor, by its names on the module."""
+        """The method's initial parameters for the frozen tensor, by their names on the module."""
         assert self.layout is not None
         with torch.inference_mode(False), torch.no_grad():
             made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
         return {self.names.get(key, key): value for key, value in made.items()}
 
     def follow(self, module: Any, tensor: str) -> None:
-        """The frozen tensor has new values: what was made from the old ones is made anew.
+        """Derive parameters again after the frozen tensor got new values.
 
-        That is what is never saved, and a delta that has no effect yet.
+        These are the parameters that are never saved and, while the delta has no effect yet, all of
+        them.
         """
         if self.owner is not None or self.layout is None or not self.method.reads_weight:
             return
@@ -234,8 +235,8 @@ class _Source(NamedTuple):
 
     Args:
         tensor: its name.
-        memory: where its values are.
-        derived: the identity of what was derived.
+        memory: the address of its values.
+        derived: the id of the derived parameter.
     """
 
     tensor: str
@@ -243,10 +244,10 @@ class _Source(NamedTuple):
     derived: int
 
     def is_of(self, frozen: Tensor) -> bool:
-        """Whether it is that tensor, and nobody asks for its gradient."""
+        """Whether `frozen` is that tensor and needs no gradient."""
         try:
             return frozen.data_ptr() == self.memory and not frozen.requires_grad
-        except RuntimeError:  # transforms of functions have tensors without memory
+        except RuntimeError:  # tensors of function transforms have no memory
             return False
 
 
@@ -256,12 +257,12 @@ def _is_plain(tensor: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Making:
-    """How an effective weight is made from the frozen one and the tensors of a delta.
+    """A `Making` of an effective weight from the frozen one and the tensors of a delta.
 
     Args:
         layout: how the weight is read as a matrix.
-        method: what becomes of the matrix.
-        keys: the names that the method has for the tensors.
+        method: the method that changes the matrix.
+        keys: the method's names of the tensors.
     """
 
     layout: Layout
@@ -269,7 +270,7 @@ class _Making:
     keys: tuple[str, ...]
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """The effective weight, in the frozen one's dtype."""
+        """The effective weight in the frozen one's dtype."""
         frozen, parameters = self._precise(tensors)
         dtype = self.method.working_dtype(frozen)
         matrix = self.layout.to_matrix(frozen).to(dtype)
@@ -280,7 +281,7 @@ class _Making:
     def parts(
         self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
     ) -> list[tuple[Tensor, Tensor]] | None:
-        """Of a low-rank delta the factors, and the frozen tensor itself."""
+        """Gradients of the frozen tensor and the factors of a low-rank delta; None for others."""
         if not self.method.low_rank_is_cheap:
             return None
         factors = self.method.scaled_low_rank(self._precise(tensors)[1])
@@ -291,14 +292,14 @@ class _Making:
         return [(tensors[0], g), *product_parts(left, right, matrix, scale, differentiable)]
 
     def factors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Of a low-rank delta; None for others."""
+        """The factors of a low-rank delta; None for others."""
         if not self.method.low_rank_is_cheap:
             return None
         factors: tuple[Tensor, Tensor] | None = self.method.low_rank(self._precise(tensors)[1])
         return factors
 
     def _precise(self, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The frozen tensor, and the others in the precision of computing."""
+        """The frozen tensor, and the others in the dtype for computing."""
         frozen, *others = tensors
         dtype = self.method.working_dtype(frozen)
         named = zip(self.keys, others, strict=True)
@@ -309,26 +310,26 @@ _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def in_precision_of(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor with as many bits, real if it is real; indices stay as they are."""
+    """Convert to the precision of `dtype`; real tensors stay real, and indices stay as they are."""
     if value.is_floating_point():
         return value.to(_REAL.get(dtype, dtype))
     return value.to(dtype) if value.is_complex() else value
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a part of one that is spread over processes."""
-    # FSDP2 asks a module for its leaf while the parameters are sharded; the effective weight exists
-    # only between unshard and reshard, when the parameters are plain tensors.
+    """Whether the tensor is sharded: a part of one that is spread over processes."""
+    # FSDP2 asks a module for its leaf tensor while the parameters are sharded. The effective weight
+    # exists only between unshard and reshard, when the parameters are plain tensors.
     return hasattr(tensor, "device_mesh")
 
 
 def weight_deltas(module: nn.Module) -> Mapping[str, WeightDelta]:
-    """The adapted tensors of `module` itself, by name."""
+    """Records of the adapted tensors of `module` itself, by name."""
     return module.__dict__.get("_gift_weights", {})
 
 
 def plain_tensor(module: nn.Module, tensor: str) -> Any:
-    """The tensor of `module` itself, whatever was adapted: parameter, or computed; or None."""
+    """The own tensor of `module`, not the effective one: a parameter, a computed one, or None."""
     value = module._parameters.get(tensor)
     if value is None:
         value = module.__dict__.get(tensor)
@@ -339,10 +340,10 @@ def plain_tensor(module: nn.Module, tensor: str) -> Any:
 
 
 def present_tensor(module: nn.Module, tensor: str) -> Any:
-    """The same as it is now.
+    """The own tensor of `module`, not the effective one, computed again if necessary.
 
-    What a hook computes before each forward may be that of an earlier state: of what it is
-    computed from, other values may have been loaded since.
+    A hook computes a tensor before each forward pass. Its last result may be outdated, because
+    other values of its inputs may have been loaded since.
     """
     parameter = module._parameters.get(tensor)
     if parameter is not None:
@@ -360,7 +361,7 @@ def present_tensor(module: nn.Module, tensor: str) -> Any:
 
 
 def trained_value(adapter: WeightDelta, module: nn.Module, frozen: Tensor) -> Tensor:
-    """The effective weight as without dropout, whatever mode the module is in; no graph."""
+    """The effective weight without dropout and graph, whatever mode the module is in."""
     training, module.training = module.training, False
     try:
         with torch.no_grad():
@@ -371,9 +372,9 @@ def trained_value(adapter: WeightDelta, module: nn.Module, frozen: Tensor) -> Te
 
 @contextmanager
 def looking(module: nn.Module) -> Iterator[None]:
-    """Within it, reading a computed tensor changes nothing.
+    """Context in which reading a computed tensor changes nothing.
 
-    A spectral norm moves its estimate at each reading in training mode.
+    In training mode, a spectral norm updates its estimate at each read.
     """
     computing = module._modules.get("parametrizations")
     parts = list(computing.modules()) if computing is not None else []
