@@ -106,9 +106,7 @@ def _linear(
 def _conv(self: Any, input: Tensor) -> Tensor:
     """Use LoRA's path for convolutions, which saves less even where it makes the weight."""
     rank = self._gift_weights["weight"].method.rank
-    if (
-        rank is None or rank > 8
-    ):  # summing r^2 terms takes longer than two products and their Hadamard product
+    if rank is None or rank > 8:  # summing r^2 terms takes longer than the Hadamard product
         return convolve(self, input, self.weight, self.bias)
     return conv(self, input)
 

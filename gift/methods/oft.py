@@ -86,9 +86,7 @@ class OFT(Method):
     def change(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return ``R^T - I`` for each block, ``(..., blocks, b, b)``, in float32 or better."""
         q = parameters["oft_Q"]
-        q = q.to(
-            torch.promote_types(q.dtype, torch.float32)
-        )  # torch solves no half-precision systems
+        q = q.to(torch.promote_types(q.dtype, torch.float32))  # no half-precision solver
         size = self.block_size
         assert size is not None
         row, column = torch.triu_indices(size, size, 1, device=q.device)

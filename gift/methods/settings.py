@@ -88,9 +88,7 @@ def floating_dtype() -> Any:
 
     def check(value: Any) -> bool:
         dtype = dtype_of(value)
-        if (
-            not isinstance(dtype, torch.dtype) or dtype.itemsize < 2
-        ):  # torch cannot draw random numbers in these
+        if not isinstance(dtype, torch.dtype) or dtype.itemsize < 2:  # has no random numbers
             return False
         return dtype.is_floating_point or dtype.is_complex
 
