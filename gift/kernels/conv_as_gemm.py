@@ -64,7 +64,7 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
 
 
 def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
-    """Invert `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
+    """The adjoint of `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
     pads = [pad for pad in reversed(geometry.margins) for _ in range(2)]
     padded = F.pad(h, pads).contiguous()
     batch, filters, *steps = padded.stride()

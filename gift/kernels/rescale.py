@@ -46,7 +46,7 @@ def rescaled(
 
 
 def _is_plain(z: Tensor, ratio: Tensor) -> bool:
-    """Whether plain autograd, or the tracer, needs no help."""
+    """Whether to leave the computation to plain autograd, or to the tracer."""
     return (
         not (torch.is_grad_enabled() and ratio.requires_grad)
         or z.is_complex()
