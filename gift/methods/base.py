@@ -183,7 +183,7 @@ class Method(Configured):
         raise AdaptationError(f"no parameters of {self.name} give a multiple of a delta")
 
     def working_dtype(self, weight: Tensor) -> torch.dtype:
-        """Return the dtype for computing the effective weight, which is exact for both parts."""
+        """Return the dtype for computing the effective weight, exact for weight and delta."""
         return torch.promote_types(at_least_32_bits(weight.dtype), self.delta_dtype(weight))
 
 

@@ -38,11 +38,11 @@ class DoRA(LoRA):
     (rows, 1)``, the difference of the magnitude `m` from that of the frozen weight. ``B`` and
     ``delta_m`` start at zero. That is ``r * (rows + columns) + rows`` parameters.
 
-    The norm needs neither a forward pass nor a second weight. Given the row sums of squares of
-    ``W0`` (``dora_squares``, never saved), its square is their sum with ``2 s <W0 A^T, B> + s^2 B A
-    A^T B^T`` for each row. A row of zeros has no direction. Neither has a row with an infinite
-    norm, be it that its values are infinite or that their squares overflow. Such rows are trained
-    as in LoRA, without a magnitude.
+    The norm needs neither a forward pass nor a second weight. Its square for each row is the sum of
+    squares of the row of ``W0`` (``dora_squares``, never saved) plus ``2 s <W0 A^T, B> + s^2 B A
+    A^T B^T``. A row of zeros has no direction. Neither has a row with an infinite norm, whether its
+    values are infinite or their squares overflow. Such rows are trained as in LoRA, without a
+    magnitude.
 
     Args:
         detach_norm: treat the norm of ``V`` as a constant in the gradient, as the paper proposes in
