@@ -101,7 +101,7 @@ def features_of(module: nn.Module, dim: int | None = None, axis: int | None = No
     Args:
         module: a layer, or a module that contains layers.
         dim: the number of features, if the module does not reveal it, or wrongly.
-        axis: the axis of the features, likewise.
+        axis: the axis of the features, if the module does not reveal it, or wrongly.
 
     Raises:
         AdaptationError: if the features cannot be determined.
