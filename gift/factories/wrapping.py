@@ -86,9 +86,9 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
 def mc_blocks() -> Check:
     """Match the blocks of a network: consecutive modules of one class.
 
-    The blocks' class is that of the longest ``nn.Sequential`` or ``nn.ModuleList`` whose modules
-    all have one class (encoder layers, residual blocks of a stage). All such containers of that
-    class count. A network without blocks is an error.
+    The blocks' class is that of the longest ``nn.Sequential`` or ``nn.ModuleList`` whose modules,
+    apart from those without parameters, all have one class (encoder layers, residual blocks of a
+    stage). All such containers of that class count. A network without blocks is an error.
     """
 
     def prepare(network: nn.Module) -> Test:
