@@ -21,7 +21,7 @@ class BitFitFineTuningStrategy(FineTuningStrategy):
     belong to it: its option ``train_bias`` trains their biases.
 
     Raises:
-        ValueError: if the network has no bias, on application.
+        ValueError: on application, if the network has no bias.
 
     Example:
         >>> from torch import nn
@@ -80,8 +80,8 @@ class NormFineTuningStrategy(FineTuningStrategy):
             with the delta. False keeps norm layers in evaluation mode.
 
     Raises:
-        ValueError: if the network has no norm layers, or if these have no parameters, on
-            application.
+        ValueError: on application, if the network has no norm layers, or only some without
+            parameters.
 
     Example:
         >>> from torch import nn
