@@ -1,4 +1,4 @@
-"""The bank: named deltas, of which the network has one active."""
+"""The bank: named deltas on one network, of which at most one is active."""
 
 import os
 import warnings
