@@ -1,4 +1,4 @@
-"""Many deltas on one base network. What a single delta is belongs to `gift.core`."""
+"""Many deltas on one base network. `gift.core` implements a single delta."""
 
 from gift.bank.bank import DeltaBank
 from gift.bank.combining import Combination

@@ -28,19 +28,19 @@ PUTTING = (
     "__setitem__", "index_put", "index_add", "index_copy", "index_fill", "index_reduce", "scatter",
     "scatter_add", "scatter_reduce",
 )
-# Whose result has the axes of the first argument only.
+# Functions whose result has axes of the first argument only.
 _WEIGHTED = (
     "linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d", "cdist", "outer", "ger",
 )
 COMBINING = (*_MULTIPLYING, *_WEIGHTED, "einsum", "pad", "as_strided")
-# After which the rows may be anywhere.
+# Functions after which the rows may be anywhere.
 ANYWHERE = (
     "take", "masked_select", "nonzero", "argwhere", "unique", "diagonal", "diag", "tensordot",
     "kron", "block_diag", "cartesian_prod", "combinations", "__rmatmul__",
 )
-# What mixes, chooses, splits or reduces along axes: which argument these are (9: none), and what
-# they are if it is not given (None: all).
+# Functions that mix, choose, split or reduce along axes: which argument holds the axes (9: none),
+# and their default (None: all).
 ALONG: dict[str, tuple[int, Any]] = {
     "flip": (1, None), "flipud": (9, 0), "fliplr": (9, 1), "rot90": (2, (0, 1)),
     "roll": (2, None), "fftshift": (1, None), "fft_fftshift": (1, None),
@@ -64,7 +64,7 @@ ALONG: dict[str, tuple[int, Any]] = {
     ),
     **dict.fromkeys(("median", "nanmedian", "mode"), (1, None)),
 }
-# Whose values come from nowhere, or from some of the tensors only.
+# Functions whose values depend on no tensor, or on some of the tensors only.
 READS = dict.fromkeys(
     ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
      "zeros_like", "ones_like", "full_like", "empty_like"), "making",
@@ -75,7 +75,7 @@ READS = dict.fromkeys(
 
 
 def name_of(func: Any) -> str:
-    """The name of a function, also of one in place; of an attribute that is read, its own."""
+    """Return a function's name without a trailing underscore; for an attribute, its name."""
     name: str = func.__name__
     if name == "__get__":
         return str(func.__self__.__name__)
@@ -83,7 +83,7 @@ def name_of(func: Any) -> str:
 
 
 def _axes(name: str, args: Any, kwargs: Any, x: Tensor) -> set[int]:
-    """The axes along which a function of `ALONG` works."""
+    """Return the axes along which a function of `ALONG` works."""
     place, default = ALONG[name]
     given = next((kwargs[key] for key in ("dims", "dim", "axis") if key in kwargs), None)
     if given is None and len(args) > place:
@@ -94,7 +94,7 @@ def _axes(name: str, args: Any, kwargs: Any, x: Tensor) -> set[int]:
 
 
 def left_by(name: str, args: Any, kwargs: Any, x: Tensor, made: Tensor, axis: int) -> int | None:
-    """Where a function of `ALONG` leaves another axis than those along which it works."""
+    """Return where a function of `ALONG` moves an axis along which it does not work."""
     axes = _axes(name, args, kwargs, x)
     if name == "squeeze":
         axes = {a for a in axes if x.shape[a] == 1}
@@ -105,7 +105,7 @@ def left_by(name: str, args: Any, kwargs: Any, x: Tensor, made: Tensor, axis: in
 def combined(
     name: str, args: Any, kwargs: Any, read: list[Tensor], x: Tensor, made: Tensor, axis: int
 ) -> int | None:
-    """Where a function of `COMBINING` leaves an axis."""
+    """Return where a function of `COMBINING` moves an axis."""
     if name in _MULTIPLYING:
         return _multiplied(read, x, made, axis)
     if name == "einsum":
@@ -118,11 +118,11 @@ def combined(
         same = start == (x.storage_offset(), x.shape[axis : axis + 1], x.stride()[axis : axis + 1])
         return axis if same else None
     summed = name == "linear" and axis == x.ndim - 1
-    return None if summed or x is not read[0] else axis  # not the rows of weights
+    return None if summed or x is not read[0] else axis  # rows of weights are not the batch's
 
 
 def items_of(index: Any, ndim: int) -> tuple[Any, ...]:
-    """What an index says of each axis, as far as it does; a mask says it of several."""
+    """Return the items of an index, with dots expanded; a mask covers several axes."""
     items = index if isinstance(index, tuple) else (index,)
     for i, item in enumerate(items):
         if item is Ellipsis:
@@ -132,14 +132,14 @@ def items_of(index: Any, ndim: int) -> tuple[Any, ...]:
 
 
 def _width(item: Any) -> int:
-    """How many axes an item of an index stands for."""
+    """Return the number of axes that an item of an index covers."""
     if item is None or item is Ellipsis:
         return 0
     return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
 def at(items: tuple[Any, ...], axis: int) -> Any:
-    """What an index says of an axis."""
+    """Return the item of an index for an axis."""
     for item in items:
         if axis < _width(item):
             return item
@@ -148,7 +148,7 @@ def at(items: tuple[Any, ...], axis: int) -> Any:
 
 
 def is_whole(item: Any, size: int) -> bool:
-    """Whether an item of an index stands for everything there, in order."""
+    """Whether an item of an index selects everything along an axis, in order."""
     if isinstance(item, slice):
         return item.indices(size) == (0, size, 1)
     if isinstance(item, Tensor) and item.dtype != torch.bool:
@@ -157,7 +157,7 @@ def is_whole(item: Any, size: int) -> bool:
 
 
 def _multiplied(factors: list[Tensor], x: Tensor, made: Tensor, axis: int) -> int | None:
-    """Where a product of matrices has an axis of one of them; None if it is summed over."""
+    """Return where a matrix product moves an axis of a factor; None if it is summed over."""
     left, right = factors[:2]
     if axis == (x.ndim - 1 if x is left else max(x.ndim - 2, 0)):
         return None
@@ -181,7 +181,7 @@ def _summed(args: Any, factors: list[Tensor], x: Tensor, axis: int) -> int | Non
 
 
 def permuted(func: Any, args: Any, kwargs: Any, axis: int | None) -> int | None:
-    """Where a function that permutes the axes of its first argument leaves this one."""
+    """Return where a function that permutes the axes of its first argument moves an axis."""
     if axis is None or not args:
         return None
     with unfollowed():

@@ -1,4 +1,4 @@
-"""The bank: deltas by name, of which the network wears one."""
+"""The bank: named deltas on one network, of which at most one is active."""
 
 import os
 import warnings
@@ -31,18 +31,18 @@ from gift.support.threads import changing
 
 
 class DeltaBank:
-    """Many deltas on one base, of different strategies if need be.
+    """Many deltas on one base network, possibly of different strategies.
 
-    The network is the base, or wears one of them: then it is a fine-tuned one like any other, which
-    can be trained, saved and merged. To switch, the tensors of a delta are put beside the weights
-    that they change; what is copied are values of parameters that are trained as they are, and of
-    buffers. No base weight is copied or written.
+    The network is either the plain base, or has one delta active. Then it is an ordinary fine-tuned
+    network, which can be trained, saved and merged. Switching registers the tensors of a delta
+    beside the weights that they change. It copies only the values of buffers and of the network's
+    own trained parameters. Frozen base weights are neither copied nor written.
 
     Args:
-        net: the plain base; or a network that is being fine-tuned, to which `add` gives a name.
+        net: the plain base, or a network that is being fine-tuned, whose delta `add` names.
 
     Raises:
-        RuntimeError: for a network whose base was not kept, or that has lazy layers without shapes.
+        RuntimeError: if the network's base was not kept, or if it has lazy layers without shapes.
 
     Example:
         >>> import torch
@@ -70,20 +70,18 @@ class DeltaBank:
         if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise RuntimeError(f"{lazy} have no shape yet: run a batch through the network first")
         self.net: Any = net
-        self._deltas: dict[
-            str, UnloadedDelta | None
-        ] = {}  # None for the one that the network wears
+        self._deltas: dict[str, UnloadedDelta | None] = {}  # None for the active delta
         self._active: str | None = None
-        self._worn: NetworkRecord | None = None  # by which that one is known again
+        self._worn: NetworkRecord | None = None  # identifies the active delta
 
     @property
     def names(self) -> list[str]:
-        """The names of the deltas, in the order in which they came."""
+        """The names of the deltas, in the order in which they were added."""
         return list(self._deltas)
 
     @property
     def active(self) -> str | None:
-        """The name of the delta that the network wears, None while it is the base."""
+        """The name of the active delta; None while the network is the base."""
         return self._active
 
     @changing
@@ -94,20 +92,20 @@ class DeltaBank:
         strategy: FineTuningStrategy | None = None,
         check_base: bool = True,
     ) -> None:
-        """Take a delta into the bank; the network wears what it wore.
+        """Add a delta to the bank, without changing which one is active.
 
         Args:
-            name: under which it is known from now on.
+            name: name of the delta from now on.
             source: a file of `gift.save`, or a ``state_dict()`` of a fine-tuned network. None takes
-                what the network wears without a name, or starts afresh by `strategy`.
-            strategy: which a state, or a fresh start, needs; for a state, None means that of the
+                the network's unnamed active delta, or starts a new one by `strategy`.
+            strategy: the strategy of a state or a new delta. For a state, None means that of the
                 active delta.
             check_base: as in `gift.load`.
 
         Raises:
-            ValueError: for a name that is taken, or no delta to take.
-            DeltaFileError, RuntimeError: if a file or state does not fit; all that does not is
-                named, bank and network are as before.
+            ValueError: if the name exists already, or there is no delta to add.
+            DeltaFileError, RuntimeError: if a file or state does not fit. The message names
+                everything that does not fit. Bank and network are unchanged.
         """
         self._check_new(name)
         if source is None and strategy is None:
@@ -150,11 +148,11 @@ class DeltaBank:
 
     @changing
     def activate(self, name: str | None) -> None:
-        """Let the network wear the delta of that name, or none: the base.
+        """Activate the delta of that name, or none for the base.
 
         Raises:
             KeyError: if there is no such delta.
-            RuntimeError: if the network wears one that has no name, or is merged or disabled.
+            RuntimeError: if the active delta has no name, or is merged or disabled.
         """
         if name is not None:
             self._known(name)
@@ -168,7 +166,7 @@ class DeltaBank:
 
     @changing
     def remove(self, name: str) -> None:
-        """Forget a delta; if the network wears it, it is the base then."""
+        """Remove a delta; if it is active, the network becomes the base."""
         self._known(name)
         self._check(may_wear=True)
         with transaction(self.net, self):
@@ -178,12 +176,13 @@ class DeltaBank:
 
     @changing
     def scale(self, name: str, factor: float) -> None:
-        """Make a delta `factor` times as strong as it is, exactly.
+        """Multiply a delta by `factor`, exactly.
 
-        What is trained as it is goes as far from the base; new heads, and what extends calls, stay.
+        For trained parameters of the network, the difference from the base is multiplied. New heads
+        and wrapped forwards are not scaled.
 
         Raises:
-            AdaptationError: naming what has a method under which that cannot be told.
+            AdaptationError: naming everything with a method that cannot be scaled.
         """
         with self._wearing(name):
             scale(self.net, factor)
@@ -192,20 +191,21 @@ class DeltaBank:
     def combine(
         self, weights: Mapping[str, float], name: str = "combined", rank: int | None = None
     ) -> Combination:
-        """A new delta, the sum of others, each times a number: a LoRA under the given name.
+        """Add a weighted sum of deltas as a new delta, a LoRA under the given name.
 
         Args:
-            weights: from the names of deltas to numbers.
-            name: of the new one.
+            weights: maps names of deltas to their factors.
+            name: name of the new delta.
             rank: None concatenates the factors of low-rank deltas, which is exact. A number keeps
-                the best approximation of that rank in each layer, also of other methods' deltas.
+                the best approximation of that rank in each layer, and works for deltas of all
+                methods.
 
         Returns:
             The ranks, and the relative error in the Frobenius norm.
 
         Raises:
-            ValueError: for unknown names or numbers that are not finite, or if `rank` is needed.
-            AdaptationError: naming what cannot be summed: new heads, extended calls.
+            ValueError: if names are unknown, factors are not finite, or `rank` is needed.
+            AdaptationError: naming everything that cannot be summed: new heads, wrapped forwards.
         """
         self._check_new(name)
         if not isinstance(weights, Mapping):
@@ -221,32 +221,33 @@ class DeltaBank:
 
     @switching
     def rows(self, names: Sequence[str | None], dim: int = 0) -> Iterator[nn.Module]:
-        """Within it, each row of a batch is computed with a delta of its own, for inference.
+        """Context manager that computes each row of a batch with its own delta, for inference.
 
-        That is for deltas which are low-rank changes of linear layers, convolutions and embeddings
-        (LoRA, rsLoRA, PiSSA, OLoRA, LoRA-FA, VeRA, LoHa), and nothing else. Each of these layers
-        must get the batch along axis `dim`; if it gets a multiple of it along the first axis (beam
-        search, tokens that were flattened), the parts are taken to follow each other. What the
-        network computes is followed, so that a layer whose rows are elsewhere, or that gets the
-        same for all rows (positions), is told from one with the batch, and refused.
+        The deltas must be low-rank changes of linear layers, convolutions and embeddings only
+        (LoRA, rsLoRA, PiSSA, OLoRA, LoRA-FA, VeRA, LoHa). Each of these layers must get the batch
+        along axis `dim`. If it gets a multiple of the batch along the first axis (beam search,
+        flattened tokens), the entries of one row are assumed to be consecutive. The computation is
+        tracked to distinguish layers that get the batch from layers whose rows are elsewhere, or
+        that get the same for all rows (positions). Layers without the batch are rejected.
 
-        What cannot be told, and must not happen: rows that change places in numpy, in a function
-        of another library, in a part of a tensor that is written to by itself (`part = x[1:]`,
-        `part.copy_(...)`), by a reshape that takes a batch apart and puts it together in another
-        order, or by a mask computed from data, which reads them in one order and writes them in
-        another. Nor has a row a result of its own if rows are mixed, as by a mean over the batch.
+        Some changes in the order of rows cannot be detected, and must not happen: in numpy, in a
+        function of another library, in a slice of a tensor that is written to separately (`part =
+        x[1:]`, `part.copy_(...)`), by a reshape that splits a batch and joins it in another order,
+        or by a mask computed from data that reads rows in one order and writes them in another. If
+        rows are mixed, as by a mean over the batch, no row has its own result.
 
-        It is for the thread that opens it; calls by another one are an error.
+        Only the thread that enters the context may call the network. Calls by another thread are an
+        error.
 
         Args:
-            names: for each row of the batch the name of its delta, or None for the base.
-            dim: the axis of the batch in what layers get.
+            names: name of the delta of each row of the batch; None means the base.
+            dim: axis of the batch in the inputs of layers.
 
         Raises:
-            KeyError: for an unknown name.
-            AdaptationError: naming what a delta changes that cannot differ between rows.
-            ValueError, RuntimeError: within it, if a layer does not get the batch, or another one
-                reads its weight.
+            KeyError: if a name is unknown.
+            AdaptationError: naming every change of a delta that cannot differ between rows.
+            ValueError, RuntimeError: in the context, if a layer does not get the batch, or another
+                one reads its weight.
         """
         for name in names:
             if name is not None:
@@ -272,7 +273,11 @@ class DeltaBank:
             raise KeyError(f"no delta {name!r}; there are {self.names}, closest: {close}")
 
     def _check(self, may_wear: bool = False) -> None:
-        """That the network wears what the bank thinks; `may_wear` also one without a name."""
+        """Check that the network's state is the bank's.
+
+        Args:
+            may_wear: whether an active delta without a name is allowed.
+        """
         refuse_meanwhile(self.net)
         worn = record_of(self.net) if spec_of(self.net).network else None
         if self._active is not None and worn is None:
@@ -311,7 +316,7 @@ class DeltaBank:
         self._deltas[name] = delta
 
     def _uncover(self) -> UnloadedDelta | str | None:
-        """Let the network be the base; gives what it wore, which may have no name."""
+        """Turn the network into the base, and return its active delta or the name of it."""
         if self._active is None and spec_of(self.net).network:
             return UnloadedDelta(self.net)
         name = self._active
@@ -327,7 +332,7 @@ class DeltaBank:
 
     @contextmanager
     def _base(self) -> Iterator[None]:
-        """Within it the network is the base; then it wears again what it wore."""
+        """Context manager in which the network is the base; the active delta is restored after."""
         self._check(may_wear=True)
         with transaction(self.net, self):
             worn = self._uncover()
@@ -343,7 +348,7 @@ class DeltaBank:
 
     @contextmanager
     def _changing(self) -> Iterator[transaction]:
-        """The same for a change of the bank, which is undone where something goes wrong."""
+        """The same for a change of the bank, which is rolled back on errors."""
         self._check(may_wear=True)
         with transaction(self.net, self) as change:
             worn = self._uncover()
@@ -352,7 +357,7 @@ class DeltaBank:
 
     @contextmanager
     def _wearing(self, name: str) -> Iterator[None]:
-        """Within it the network wears that delta; then again what it wore."""
+        """Context manager in which that delta is active; the former one is restored after."""
         self._known(name)
         with transaction(self.net, self):
             before = self._active
@@ -362,10 +367,10 @@ class DeltaBank:
 
 
 def _without_base(net: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state without frozen tensors, which are those of all deltas.
+    """Return the state without frozen tensors, which all deltas share.
 
     Raises:
-        RuntimeError: if they have other values there.
+        RuntimeError: if the state has other values of frozen tensors.
     """
     present, frozen = whole_state(net), {*frozen_names(net)}
     others = [name for name in state if name in frozen and not _same(present[name], state[name])]

@@ -1,4 +1,4 @@
-"""What a delta changes, read off a network that wears it."""
+"""Read what a delta changes from a network in which it is active."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,14 +23,14 @@ class Change:
     """The change of one weight.
 
     Args:
-        name: its path; of a tied one, the first.
-        module: that holds it and the delta.
-        tensor: its name there.
-        layout: how it is read as a matrix.
+        name: path of the weight; for tied weights, the first one.
+        module: the module that holds the weight and the delta.
+        tensor: name of the weight in the module.
+        layout: how the weight is read as a matrix.
         options: the choice of layouts.
-        dtype: of the delta.
+        dtype: dtype of the delta.
         factors: ``(left, right)`` whose product is the change, or None.
-        matrix: the change as a matrix, in double precision, where there are no factors.
+        matrix: the change as a matrix, in double precision, if there are no factors.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Change:
     matrix: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """The change as a matrix, in double precision."""
+        """Return the change as a matrix, in double precision."""
         if self.factors is None:
             assert self.matrix is not None
             return self.matrix
@@ -53,13 +53,13 @@ class Change:
 
 @dataclass
 class Changes:
-    """All that a delta changes.
+    """Everything that a delta changes.
 
     Args:
         weights: changes of weights, by the path of the weight.
         tied: paths of further tensors that read one of these deltas.
-        values: parameters trained as they are, and buffers, with base and present values.
-        foreign: what is none of these, in words.
+        values: the network's own trained parameters and buffers, with base and present values.
+        foreign: descriptions of all other changes.
     """
 
     weights: dict[str, Change] = field(default_factory=dict)
@@ -69,17 +69,17 @@ class Changes:
 
 
 def changes_of(net: Any, delta: UnloadedDelta, dense: bool) -> Changes:
-    """What a delta changes; it is put on the base for that, and taken off again.
+    """Return what a delta changes; it is attached to the base for that, and unloaded again.
 
     Args:
         net: the base.
         delta: the delta.
-        dense: also make the whole change of weights that have no factors.
+        dense: whether to compute the dense change of weights that have no factors.
     """
     with transaction(net):
         delta.attach()
         found = _read(net, dense)
-        UnloadedDelta(net)  # is what `delta` was: nothing has changed
+        UnloadedDelta(net)  # equal to `delta`: nothing has changed
     return found
 
 
@@ -105,7 +105,7 @@ def _read(net: Any, dense: bool) -> Changes:
 
 
 def _foreign(net: Any, paths: Mapping[int, str]) -> Iterator[str]:
-    """What is no change of a weight or value."""
+    """Yield descriptions of changes that are not changes of a weight or value."""
     record = record_of(net)
     for path, _, extension in named_forward_deltas(net):
         if extension.names:
@@ -132,12 +132,12 @@ def _change(name: str, module: nn.Module, tensor: str, adapter: WeightDelta, den
 
 
 def _difference(module: nn.Module, tensor: str, adapter: WeightDelta) -> Tensor:
-    """The effective matrix less the frozen one."""
+    """Return the effective matrix minus the frozen one."""
     frozen = wide(dequantised(present_tensor(module, tensor).detach(), module))
     assert adapter.layout is not None
     return adapter.layout.to_matrix(trained_value(adapter, module, frozen) - frozen)
 
 
 def trained_values(changes: Changes) -> Iterator[str]:
-    """Names of the parameters that are trained as they are."""
+    """Return the names of the network's own parameters that are trained."""
     return (name for name, (module, own, *_) in changes.values.items() if own in module._parameters)

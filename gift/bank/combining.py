@@ -1,4 +1,4 @@
-"""A sum of deltas as one delta."""
+"""Combine several deltas into one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from gift.support.tensors import dtype_name, is_inexact, wide
 
 @dataclass(frozen=True)
 class Combination:
-    """What a combined delta is; it prints as a table.
+    """The ranks and errors of a combined delta; prints as a table.
 
     Args:
-        ranks: of each weight that it changes, by path.
-        errors: of each, how far it is from the sum, relative to that, in the Frobenius norm.
-        error: of all of them together.
+        ranks: rank of each weight that it changes, by path.
+        errors: relative error of each weight's change against the exact sum, in the Frobenius norm.
+        error: relative error of all changes together.
     """
 
     ranks: dict[str, int]
@@ -48,7 +48,7 @@ def combine(
     weights: Mapping[str, float],
     rank: int | None,
 ) -> tuple[UnloadedDelta, Combination]:
-    """The sum of deltas, each times its number, as a LoRA on the base `net`, taken off it."""
+    """Return the weighted sum of deltas as a LoRA, unloaded from the base `net`."""
     _check(weights, rank)
     read = {name: changes_of(net, delta, dense=rank is not None) for name, delta in deltas.items()}
     problems = [f"{name}: {what}" for name, changes in read.items() for what in changes.foreign]
@@ -88,13 +88,13 @@ def _check(weights: Mapping[str, float], rank: int | None) -> None:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum of changes as a low-rank one.
+    """A sum of changes in low-rank form.
 
     Args:
         options, layout: how LoRA reads the weight.
         left, right: the factors, in double precision.
-        dtype: of the delta.
-        lost: squared norm of what the factors lack.
+        dtype: dtype of the delta.
+        lost: squared norm of the truncated part.
     """
 
     options: LayoutOptions
@@ -106,13 +106,13 @@ class _Sum:
 
     @property
     def square(self) -> float:
-        """Squared norm of the whole sum."""
+        """The squared norm of the whole sum."""
         kept = (self.left.mH @ self.left) * (self.right @ self.right.mH).mT
         return float(kept.sum().real) + self.lost
 
 
 def _sum(module: nn.Module, terms: list[tuple[float, Change]], rank: int | None) -> _Sum:
-    """The factors side by side, or the best approximation of that rank; groups share a rank."""
+    """Concatenate factors, or find the best approximation of that rank; groups share a rank."""
     first = terms[0][1]
     options = first.options.settled(LoRA.conv_layouts, LoRA.rows_are_outputs)
     layout = layout_of(
@@ -127,7 +127,7 @@ def _sum(module: nn.Module, terms: list[tuple[float, Change]], rank: int | None)
         rank = min(rank or largest, largest)
         if rank >= left.shape[-1]:
             return _Sum(options, layout, left, right, dtype)
-    else:  # others see the same weight as another matrix
+    else:  # others read the same weight as another matrix
         parts = [weight * change.layout.to_weight(change.dense()) for weight, change in terms]
         left = layout.to_matrix(torch.stack(parts).sum(0))
         right = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
@@ -137,7 +137,7 @@ def _sum(module: nn.Module, terms: list[tuple[float, Change]], rank: int | None)
 
 
 def _factors(change: Change, layout: Layout) -> tuple[Tensor, Tensor] | None:
-    """Its factors in that layout, wherever inputs lie; None if they are those of another matrix."""
+    """Return a change's factors in that layout; None if they belong to another matrix."""
     own = change.layout
     if change.factors is None or (own.view, own.order, own.matrix) == (
         layout.view, layout.order, layout.matrix
@@ -150,10 +150,10 @@ def _factors(change: Change, layout: Layout) -> tuple[Tensor, Tensor] | None:
 
 
 def _compressed(left: Tensor, right: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of a product, by the singular values of a small matrix.
+    """Return the best low-rank approximation of a product, by the SVD of a small matrix.
 
-    None keeps all that is not rounding. The right factor has no zero rows, so that what is zero can
-    still be trained.
+    A rank of None keeps everything above rounding errors. The right factor has no zero rows, so
+    that a zero product can still be trained.
     """
     q1, r1 = torch.linalg.qr(left)
     q2, r2 = torch.linalg.qr(right.mT)
@@ -175,9 +175,9 @@ def _values(
     weights: Mapping[str, float],
     whole: Mapping[str, list[tuple[float, Change]]],
 ) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """What is trained as it is, and buffers: the base, and each difference times its number.
+    """Return trained parameters and buffers: the base plus the weighted differences.
 
-    What only some deltas train `whole` takes the changes that others make to it.
+    Where only some deltas train a parameter, `whole` holds the other deltas' changes of it.
     """
     made: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for name, changes in read.items():

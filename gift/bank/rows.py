@@ -1,4 +1,4 @@
-"""Different deltas for different rows of one batch."""
+"""Different deltas for different rows of a batch."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ Factors = tuple[Tensor, Tensor]
 def rows_added(
     net: nn.Module, deltas: Mapping[str, Any], rows: list[str | None], dim: int
 ) -> Iterator[None]:
-    """Within it, the base `net` adds to each row of a batch what the delta of that row gives."""
+    """Context manager in which the base `net` adds to each row of a batch the row's own delta."""
     read = {name: changes_of(net, delta, dense=False) for name, delta in deltas.items()}
     if not rows:
         raise ValueError("there are no rows")
@@ -36,12 +36,12 @@ def rows_added(
     with tracking, ExitStack() as hooks:
         for path, (module, by_name) in layers.items():
             own = Hook(_Rows(path, by_name, rows, tracking, seen))
-            # Before those of others, which see what the layer gives.
+            # Prepended, so that other hooks see the complete output.
             hook = module.register_forward_hook(own, prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
         yield
     held = {path: id(module._parameters.get("weight")) for path, (module, _) in layers.items()}
-    reached = {held[path] for path in seen}  # of tied layers one is enough
+    reached = {held[path] for path in seen}  # one of several tied layers is enough
     never = [path for path in layers if path not in seen and held[path] not in reached]
     if tracking.was_called and never:
         warnings.warn(
@@ -52,7 +52,7 @@ def rows_added(
 def _layers(
     net: nn.Module, read: Mapping[str, Changes]
 ) -> dict[str, tuple[nn.Module, dict[str, Factors]]]:
-    """The layers that are changed, and for each delta the factors of the weight as it is held."""
+    """Return the changed layers, and for each delta the factors of the weight as it is stored."""
     layers: dict[str, tuple[nn.Module, dict[str, Factors]]] = {}
     problems = []
     parents = {id(c): (parent, n) for parent in net.modules() for n, c in parent.named_children()}
@@ -72,7 +72,7 @@ def _layers(
 
 
 def _all_changes(changes: Changes) -> dict[str, Change]:
-    """Those of tied tensors included: each is the change of the one whose delta it reads."""
+    """Return all changes, with tied tensors as changes by the delta that they read."""
     found = dict(changes.weights)
     for path, (module, tensor, adapter) in changes.tied.items():
         owner = next(c for c in found.values() if c.module is adapter.owner)
@@ -81,7 +81,7 @@ def _all_changes(changes: Changes) -> dict[str, Change]:
 
 
 def _unfit(change: Change, parent: tuple[nn.Module, str] | None) -> str:
-    """Why rows cannot differ in a change; empty if they can."""
+    """Return why a change cannot differ between rows; empty if it can."""
     layer: Any = change.module
     cls: Any = plain_class(type(layer))
     if change.factors is None:
@@ -101,7 +101,7 @@ def _unfit(change: Change, parent: tuple[nn.Module, str] | None) -> str:
 
 
 class _Rows:
-    """Forward hook of one layer of the base: adds to each row the delta that it wants."""
+    """Forward hook of one layer of the base: adds each row's delta to the output."""
 
     def __init__(
         self,
@@ -123,21 +123,21 @@ class _Rows:
         self.seen.add(self.path)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         side = _SIDES[dotted(type(module).forward)]
-        if len({*self.rows}) == 1:  # wherever they are
+        if len({*self.rows}) == 1:  # wherever the rows are
             name = self.rows[0]
             if name is None:
                 return output
             return (output + side(module, x, self.by_name[name])).to(output.dtype)
         dim = self.tracking.dim
         if x.ndim > dim and x.shape[dim] == 1 and self.tracking.is_same(x):
-            # What is computed once for all rows, positions perhaps, is there for each of them.
+            # An input computed once for all rows, like positions, is expanded to all of them.
             x, output = (_repeated(tensor, len(self.rows), dim) for tensor in (x, output))
         elif dim not in _axes_before_features(module, x) or not self.tracking.has_rows(x):
             raise ValueError(
                 f"{self.path} gets {tuple(x.shape)}, where axis {dim} is not the batch of "
                 f"{len(self.rows)} rows, as far as can be told: rows cannot differ there"
             )
-        with unfollowed():  # what follows need not be followed
+        with unfollowed():  # these operations need no tracking
             for name, index in self._places(x.shape[dim], x.device).items():
                 taken = output.index_select(dim, index)
                 change = side(module, x.index_select(dim, index), self.by_name[name])
@@ -146,7 +146,7 @@ class _Rows:
         return output
 
     def _places(self, size: int, device: torch.device) -> dict[str, Tensor]:
-        """For each delta its places along the axis of the batch."""
+        """Return the indices of each delta along the axis of the batch."""
         if (size, device) not in self.known:
             times = size // len(self.rows)
             rows = torch.tensor(
@@ -168,7 +168,7 @@ def _repeated(tensor: Tensor, times: int, dim: int) -> Tensor:
 
 
 def _axes_before_features(layer: Any, x: Tensor) -> range:
-    """Where the batch can be in what a layer gets."""
+    """Return the axes of a layer's input that can be the batch."""
     if isinstance(layer, nn.Embedding):
         return range(x.ndim)
     if isinstance(layer, nn.Linear) or not hasattr(layer, "kernel_size"):
@@ -177,7 +177,7 @@ def _axes_before_features(layer: Any, x: Tensor) -> range:
 
 
 def _of_weight(layout: Layout, left: Tensor, right: Tensor) -> Factors:
-    """Factors of the weight as the layer holds it; of a convolution, the weight and nothing."""
+    """Return the factors as the layer stores the weight; for a convolution, the whole change."""
     if len(layout.shape) != 2:
         return layout.to_weight(left @ right), right
     return (right.mT, left.mT) if layout.order == (1, 0) else (left, right)

@@ -1,4 +1,4 @@
-"""A delta as many times as strong."""
+"""Multiply a delta by a number."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,11 +17,11 @@ from gift.support.tensors import is_finite, wide
 
 
 def scale(net: Any, factor: float) -> None:
-    """Make the delta that `net` wears `factor` times as strong; all or nothing.
+    """Multiply the active delta of `net` by `factor`, completely or not at all.
 
     Raises:
         ValueError: if `factor` is not finite.
-        AdaptationError: naming what has a method under which that cannot be told.
+        AdaptationError: naming everything with a method that cannot be scaled.
     """
     if not is_number(factor):
         raise ValueError(f"the factor is {factor!r}, expected a finite number")
@@ -29,7 +29,7 @@ def scale(net: Any, factor: float) -> None:
     for path, module in net.named_modules():
         for tensor, adapter in weight_deltas(module).items():
             if adapter.owner is not None:
-                continue  # the delta of another one
+                continue  # reads the delta of another tensor
             method, parameters = adapter.delta_of(module)
             try:
                 with torch.no_grad():
@@ -56,7 +56,7 @@ def _put(values: Iterable[tuple[nn.Module, Mapping[str, Tensor]]]) -> None:
 
 
 def _trained(record: NetworkRecord, factor: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """What is trained as it is, that many times as far from the base: rounded once."""
+    """Yield the trained parameters with scaled differences from the base, rounded once."""
     for module, name, base in record.undo.values:
         tensor = tensor_of(module, name).detach()
         if name in module._parameters:

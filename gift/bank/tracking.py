@@ -1,4 +1,4 @@
-"""What the rows of a batch become inside a network: which tensors have them, and where."""
+"""Track the rows of a batch inside a network: which tensors have them, along which axis."""
 
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -32,13 +32,13 @@ from gift.wrappers.arguments import in_order
 
 
 class Hook:
-    """A hook of a module that does nothing in a copy of the module."""
+    """A hook of a module that does nothing in copies of the module."""
 
     def __init__(self, call: Callable[..., Any] | None = None) -> None:
         self.call = call
 
     def __call__(self, *args: Any) -> Any:
-        """What `call` gives; of a copy, nothing."""
+        """Return the result of `call`; None in a copy."""
         return None if self.call is None else self.call(*args)
 
     def __reduce__(self) -> Any:
@@ -46,17 +46,17 @@ class Hook:
 
 
 class Tracking(TorchFunctionMode):
-    """Within it, what a network computes is followed as far as shapes cannot tell where rows are.
+    """Context manager that tracks where rows are, as far as shapes do not show it.
 
-    A tensor made of constants alone (positions, say) is the same for all rows, however long its
-    axes are; and one whose axes were permuted has its rows elsewhere.
+    A tensor computed from constants only, such as positions, is the same for all rows, whatever the
+    length of its axes. A tensor whose axes were permuted has its rows along another axis.
 
     Args:
         net: the network.
-        weights: of which the changes are added to what their layers give, so that whoever else
-            reads them would see the base.
+        weights: the weights whose changes are added to the outputs of their layers. Any other
+            module that reads them would see the base.
         n_rows: the number of rows.
-        dim: their axis in what layers get.
+        dim: axis of the rows in the inputs of layers.
     """
 
     def __init__(self, net: nn.Module, weights: Collection[Tensor], n_rows: int, dim: int) -> None:
@@ -66,13 +66,13 @@ class Tracking(TorchFunctionMode):
         self.n_rows = n_rows
         self.dim = dim
         self.batch = n_rows
-        self.sizes = {n_rows}  # of batches: beam search repeats rows, each right after itself
+        self.sizes = {n_rows}  # batch sizes: beam search repeats each row in place
         self.was_called = False
         self._thread = threading.get_ident()
         self._inside: list[nn.Module] = []
         self._same = WeakTensorKeyDictionary()
-        self._axes = WeakTensorKeyDictionary()  # of rows, if not `dim`; None is unknown
-        self._followed = WeakTensorKeyDictionary()  # what was made of the batch, as was seen
+        self._axes = WeakTensorKeyDictionary()  # axis of rows, if not `dim`; None if unknown
+        self._followed = WeakTensorKeyDictionary()  # tensors known to come from the batch
         self._modules = list(net.modules())
         self._hooks: list[Any] = []
 
@@ -92,20 +92,20 @@ class Tracking(TorchFunctionMode):
         super().__exit__(*error)
 
     def is_same(self, tensor: Tensor) -> bool:
-        """Whether a tensor is known to be the same for all rows."""
+        """Return whether a tensor is known to be the same for all rows."""
         return id(tensor) in self.constants or tensor in self._same
 
     def has_rows(self, tensor: Tensor) -> bool:
-        """Whether a tensor has the rows along `dim`, as far as is known."""
+        """Return whether a tensor has the rows along `dim`, as far as is known."""
         size, axis = tensor.shape[self.dim], self._axes.get(tensor, self.dim)
-        if self.is_same(tensor):  # unless it was made for each row, all alike
+        if self.is_same(tensor):  # unless it has a row for each, all equal
             axis = None if tensor.ndim == 1 or not _alike(tensor, self.dim) else axis
         return axis == self.dim and (
             size % self.batch == 0 if self.dim == 0 else size == self.batch
         )
 
     def now_has_rows(self, tensor: Tensor) -> None:
-        """Whatever it was made of, the tensor has the rows along `dim`."""
+        """Record that a tensor has the rows along `dim`, whatever it was computed from."""
         self._same.pop(tensor, None)
         self._axes.pop(tensor, None)
         self._followed[tensor] = True
@@ -126,7 +126,7 @@ class Tracking(TorchFunctionMode):
             self._inside.pop()
 
     def _begin(self, module: nn.Module, inputs: list[Tensor]) -> None:
-        """The first input has the batch; others of another size are the same for all rows."""
+        """Find the batch: the first input has it; inputs of other sizes are equal for all rows."""
         for tensor in inputs:
             self.now_has_rows(tensor)
         batches = [tensor for tensor in inputs if tensor.ndim]
@@ -142,13 +142,14 @@ class Tracking(TorchFunctionMode):
                 f"{type(module).__name__} gets a batch of {self.batch}, expected {self.n_rows} rows"
             )
         for tensor in batches[1:]:
-            # Numbers for each row cannot be told from positions, if there are as many.
+            # A vector as long as the second axis may hold positions, and cannot be distinguished
+            # from values for each row.
             either = tensor.ndim == 1 and first.shape[1:2] == tensor.shape
             if len(tensor) != self.batch or either:
                 self._same[tensor] = True
 
     def _find(self, inputs: list[Tensor]) -> None:
-        """A network whose layers get the batch along another axis may itself get it first."""
+        """Find the batch in a network that may get it first, though layers get it along `dim`."""
         for tensor in inputs:
             found = [a for a, size in enumerate(tensor.shape) if size == self.n_rows]
             if self.dim not in found and 0 in found:
@@ -161,7 +162,7 @@ class Tracking(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name_of(func) == "repeat_interleave" and args[0].shape[:1] == (self.n_rows,):
             self.sizes.update(size for size in result.shape[:1] if size % self.n_rows == 0)
-        if name_of(func) == "__iter__":  # over slices, which are followed as well
+        if name_of(func) == "__iter__":  # over slices, which are tracked too
             result = list(result)
         if self._inside:
             made = [args[0]] if name_of(func) == "__setitem__" else list(_tensors(result))
@@ -186,8 +187,8 @@ class Tracking(TorchFunctionMode):
         if not varying:
             self._same.update(dict.fromkeys(made, True))
             return
-        # Where the rows are is taken from what comes first, before masks and the like, unless it
-        # comes from elsewhere.
+        # The first tensor decides where the rows are, before masks and the like, unless it was not
+        # computed from the batch.
         first = min(varying, key=lambda tensor: (tensor not in self._followed, not tensor.ndim))
         axis = self._axes.get(first, self.dim)
         moved = [
@@ -213,7 +214,7 @@ class Tracking(TorchFunctionMode):
         made: Tensor,
         axis: int | None,
     ) -> int | None:
-        """Where in a result the rows are that were at an axis; None if that is not known."""
+        """Return the axis of the rows in a result, given their axis before; None if unknown."""
         if axis is None or name in ANYWHERE or axis >= first.ndim:
             return None
         if name in PERMUTING:
@@ -222,7 +223,7 @@ class Tracking(TorchFunctionMode):
             return self._indexed(args[0], args[1], made, axis)
         if name in COMBINING:
             return combined(name, args, kwargs, read, first, made, axis)
-        if name in GROWING:  # one batch after the other, which is no batch of these rows
+        if name in GROWING:  # concatenated batches are not a batch of these rows
             same = made.ndim == first.ndim and made.shape[axis] == first.shape[axis]
             return axis if same else None
         if name in BROADCASTING or (name in ("max", "min") and len(read) > 1):
@@ -233,19 +234,19 @@ class Tracking(TorchFunctionMode):
         return None if unknown else axis
 
     def _indexed(self, x: Tensor, index: Any, made: Tensor, axis: int) -> int | None:
-        """The same for what is read by an index."""
-        if self.is_same(x):  # a table, whose entries are where the index has them
+        """The same for indexing."""
+        if self.is_same(x):  # a table: entries are where the index has them
             is_number = isinstance(index, Tensor) and index.dtype != torch.bool
             return axis if is_number else None
         items = items_of(index, x.ndim)
         if isinstance(items[0], Tensor) and axis == 0 and len(items) > 1:
             dims = [item.ndim for item in items if isinstance(item, Tensor)]
-            # Of each row another place.
+            # Each row is indexed at another position.
             return 0 if max(dims) == 1 and is_whole(items[0], self.batch) else None
         chosen = [isinstance(item, Tensor | list) for item in items if type(item) is not int]
         first, last = (chosen.index(True), chosen[::-1].index(True)) if any(chosen) else (0, 0)
         if any(chosen) and not all(chosen[first : len(chosen) - last]):
-            return None  # what is chosen at places apart comes first
+            return None  # with separated index tensors, their axis comes first
         there, left = 0, axis
         for item in items:
             if item is None:
@@ -259,7 +260,7 @@ class Tracking(TorchFunctionMode):
         return there + left
 
     def _put(self, name: str, args: Any, kwargs: Any, axis: int | None) -> int | None:
-        """Where the rows are in what is put at places that an index says into something else."""
+        """Return the axis of the rows after writing values into a tensor at indices."""
 
         def given(place: int, *names: str) -> Any:
             found = (kwargs[n] for n in names if n in kwargs)
@@ -288,7 +289,7 @@ class Tracking(TorchFunctionMode):
 
 
 def _alike(tensor: Tensor, dim: int) -> bool:
-    """Whether all slices along an axis are equal."""
+    """Return whether all slices along an axis are equal."""
     return tensor.stride(dim) == 0 or torch.equal(
         tensor.narrow(dim, 0, 1).expand_as(tensor), tensor
     )

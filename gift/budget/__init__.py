@@ -1,6 +1,6 @@
-"""Ranks for a parameter budget, chosen on a copy of the network without values.
+"""Choose ranks for a parameter budget, on a copy of the network without values.
 
-Nothing here trains.
+Nothing in this package trains.
 """
 
 from gift.budget.suggestion import Suggestion as Suggestion

@@ -1,4 +1,4 @@
-"""Budgets: what a user means by one, and what it allows."""
+"""Parse budgets, and compare costs with them."""
 
 import math
 import re
@@ -15,17 +15,17 @@ _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gi
 
 @dataclass(frozen=True)
 class Budget:
-    """A number of parameters, or of bytes."""
+    """A number of parameters or of bytes."""
 
     limit: int
     in_bytes: bool = False
 
     @staticmethod
     def of(given: Any, total: int) -> "Budget":
-        """The budget that a user means, for a network of `total` parameters.
+        """Parse a user's budget for a network of `total` parameters.
 
         Raises:
-            ValueError, TypeError: if it is none.
+            ValueError, TypeError: if it is not a budget.
         """
         wrong = ValueError(
             f"the budget is {given!r}, expected a positive number of parameters (100_000, '100k', "
@@ -51,9 +51,9 @@ class Budget:
         return Budget(int(amount * factors[unit]), unit in _BYTES)
 
     def allows(self, cost: Cost) -> bool:
-        """Whether that is not too much."""
+        """Return whether the cost is within the budget."""
         return (cost.bytes if self.in_bytes else cost.parameters) <= self.limit
 
     def told(self, cost: Cost) -> str:
-        """The cost as text that is a budget."""
+        """Format the cost as a text that is itself a budget."""
         return f"{cost.bytes / 1e6:.6f}MB" if self.in_bytes else f"{cost.parameters:_}"

@@ -1,4 +1,4 @@
-"""The layers of a network that get a size each, and what each gets of a budget."""
+"""The layers of a network that get a size each, and their shares of a budget."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,9 +18,9 @@ from gift.strategies.base import Cap
 from gift.strategies.sized import AdaptEach, Layer, setting_of
 
 
-@lru_cache(maxsize=64)  # one class for each, so that methods of it can be equal
+@lru_cache(maxsize=64)  # cached, since methods are equal only if they have the same class
 def _open_class(cls: Any) -> type[Method]:
-    """Methods like these which fit every shape and add nothing yet."""
+    """Make a subclass whose methods fit every shape and add nothing yet."""
     return type(
         cls.__name__,
         (cls,),
@@ -36,14 +36,14 @@ def _open_class(cls: Any) -> type[Method]:
 
 
 class AdaptOpen(AdaptEach):
-    """Finds the layers for which a size is to be chosen."""
+    """Collects the layers for which a size is to be chosen."""
 
     def __init__(self, cap: Cap, found: "list[tuple[Layer, Method]]") -> None:
         super().__init__(cap)
         self.found = found
 
     def method_at(self, layer: Layer) -> Method:
-        """One that adds nothing yet."""
+        """Return a method that adds nothing yet."""
         self.found.append((layer, self.method))
         own: Any = type(self.method)
         method = object.__new__(_open_class(own))
@@ -56,12 +56,12 @@ class AdaptOpen(AdaptEach):
 
 @dataclass
 class Choice:
-    """Layers that get one size: one, or several that share a tensor.
+    """Layers that get one size: a single layer, or several that share a tensor.
 
     Args:
-        paths: of the layers.
-        sizes: what they can have.
-        proportion: the size that the strategy gives them, to which others' are in proportion.
+        paths: paths of the layers.
+        sizes: the sizes that they can have.
+        proportion: the size that the strategy gives them, which sets their proportion to others.
     """
 
     paths: list[str]
@@ -71,15 +71,15 @@ class Choice:
 
     @property
     def cost(self) -> Cost:
-        """What they cost."""
+        """The cost of these layers."""
         return self.sizes.cost(self.size)
 
 
 def choices_for(found: list[tuple[Layer, Method]]) -> list[Choice]:
-    """What is to be chosen, in the order of the network.
+    """Return the choices to make, in the order of the network.
 
     Raises:
-        AdaptationError: naming all that cannot be adapted with any size.
+        AdaptationError: naming all layers that cannot be adapted with any size.
     """
     kinds: dict[Any, Sizes] = {}
     choices, problems = [], []
@@ -98,7 +98,7 @@ def choices_for(found: list[tuple[Layer, Method]]) -> list[Choice]:
 
 
 def _tied(layers: list[Layer]) -> list[list[int]]:
-    """The numbers of the layers, those together that share a delta."""
+    """Group the indices of layers that share a delta."""
     home: dict[Any, int] = {}
     groups = {number: [number] for number in range(len(layers))}
     for number, layer in enumerate(layers):
@@ -122,13 +122,13 @@ def _weight(
 
 def _default_size(method: Method) -> int:
     size = getattr(method, setting_of(method))
-    if size is None:  # what it is for a matrix that can have any
+    if size is None:  # the size for a matrix that can have any
         size = getattr(method.fit((2**16, 2**16)), setting_of(method))
     return size or 1
 
 
 def choose(choices: list[Choice], fixed: Cost, budget: Budget) -> None:
-    """Settle all sizes, see `suggest`; the least ones fit."""
+    """Choose all sizes, see `suggest`; the least sizes must fit the budget."""
 
     def cost() -> Cost:
         return sum((choice.cost for choice in choices), fixed)
@@ -156,7 +156,7 @@ def choose(choices: list[Choice], fixed: Cost, budget: Budget) -> None:
         choice.size, spent = larger, spent + more
         return True
 
-    # What did not fit once will not fit later, as there is only less left then.
+    # What did not fit once cannot fit later, since the remaining budget only shrinks.
     growing = sorted(choices, key=lambda choice: -choice.sizes.elements)
     while growing:
         growing = [choice for choice in growing if grows(choice)]

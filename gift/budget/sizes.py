@@ -14,17 +14,18 @@ from gift.strategies.sized import setting_of, with_size
 
 
 class Sizes:
-    """The sizes that a method can have for a layer, and what each costs.
+    """The sizes that a method can have for a layer, and the cost of each.
 
-    They are found by asking: some methods refuse what does not divide a side of the matrix, or
-    is odd. Neighbours are asked for as far as `_NEAR`, then the divisors of the sides.
+    They are found by trial, since some methods reject sizes that do not divide a side of the
+    matrix, or that are odd. Neighbours are tried up to a distance of `_NEAR`, then the divisors of
+    the sides.
 
     Args:
-        method: the method, of any size.
-        weights: shape as matrix, and dtype, of the weights that get one size.
+        method: the method, with any size.
+        weights: matrix shape and dtype of each of the weights that get one size.
 
     Raises:
-        AdaptationError: if there is none.
+        AdaptationError: if there is no such size.
     """
 
     def __init__(
@@ -46,22 +47,22 @@ class Sizes:
         full = self.cost(self.most)
         if full == self.cost(self.least):
             self.most = self.least
-        else:  # larger ones that add nothing are of no use either
+        else:  # larger sizes that add nothing are useless too
             cheaper = last_that(
                 self.least, self.most, lambda size: self.cost(self._down(size)) < full
             )
             self.most = self._above(cheaper)
 
     def cost(self, size: int) -> Cost:
-        """What the layer costs with a size that it can have."""
+        """Return the cost of the layer with a possible size."""
         return self._costed(size)[0]
 
     def at_most(self, size: int) -> int:
-        """The largest size that is no larger than that; the least there is, if none."""
+        """Return the largest possible size up to `size`, or else the least possible one."""
         return self._down(min(max(size, self.least), self.most))
 
     def above(self, size: int) -> int:
-        """The next larger size; 0 if there is none."""
+        """Return the next larger size; 0 if there is none."""
         return 0 if size >= self.most else self._above(size)
 
     def _above(self, size: int) -> int:
@@ -72,7 +73,7 @@ class Sizes:
     def _down(self, size: int) -> int:
         settled = self._settle(size)
         if settled is None and self._takes(self._longest + 1):
-            # What need not divide a side is refused only where it is too large.
+            # A size that need not divide a side is only rejected if it is too large.
             return last_that(self._longest + 1, size, self._takes)
         if settled is not None and settled <= size:
             return settled
@@ -85,7 +86,7 @@ class Sizes:
         return self._settle(size) == size
 
     def _settle(self, size: int) -> int | None:
-        """What becomes of a size that is asked for; None if it is refused."""
+        """Return the size that a requested one becomes; None if it is rejected."""
         if size not in self._settled:
             fitted = self._fitted(size)
             sizes = [getattr(method, setting_of(method)) for method in fitted]
@@ -102,11 +103,11 @@ class Sizes:
             return []
 
     def _is_useful(self, size: int) -> bool:
-        """Whether no delta becomes larger than its weight that was smaller."""
+        """Whether no more deltas exceed their weight than with the least size."""
         return self._costed(self._down(size))[1] <= self._costed(self.least)[1]
 
     def _costed(self, size: int) -> tuple[Cost, int]:
-        """The cost, and the number of weights that have fewer parameters than their delta."""
+        """Return the cost, and the number of weights that are smaller than their delta."""
         if size not in self._costs:
             total, larger = Cost(), 0
             for method, (shape, dtype) in zip(self._fitted(size), self.weights, strict=True):
@@ -132,7 +133,10 @@ def _divisors(number: int) -> set[int]:
 
 
 def last_that(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The last number for which it holds: it does for `low`, and once it does not, no more."""
+    """Return the last number for which `holds` is True, given that it is True first, then False.
+
+    It must be True for `low`, and False for all numbers after the first for which it is False.
+    """
     high = max(low, high)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""The largest ranks, layer by layer, that a budget allows."""
+"""Suggest the largest rank of each layer that a budget allows."""
 
 from dataclasses import dataclass, field
 
@@ -17,15 +17,16 @@ from gift.strategies.sized import Layer, SizedStrategy, rewritten, setting_of
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Sizes for the layers of a network, and the strategy that gives them; prints as a table.
+    """Sizes for the layers of a network, and the strategy that applies them; prints as a table.
 
     Args:
-        ranks: from the path of each layer, or adapted parameter, to its rank, or what other
-            setting of its method decides the size.
-        strategy: gives `enable_fine_tuning` these ranks; it holds for this network, by its paths.
-        parameters: what is then trained, number of parameters.
-        megabytes: size of the state that is then saved, in millions of bytes.
-        rows: for each layer its path, weights, method with the setting, parameters.
+        ranks: maps the path of each layer or adapted parameter to its rank, or to another size
+            setting of its method.
+        strategy: strategy that makes `enable_fine_tuning` use these ranks. It refers to paths of
+            this network.
+        parameters: number of parameters that it trains.
+        megabytes: size of the saved state, in millions of bytes.
+        rows: path, weights, method with its setting, and number of parameters of each layer.
     """
 
     ranks: dict[str, int]
@@ -35,7 +36,7 @@ class Suggestion:
     rows: list[tuple[str, str, str, int]] = field(repr=False, default_factory=list)
 
     def details(self, limit: int | None = None) -> str:
-        """A table of the layers, or of the first `limit` of them."""
+        """Return a table of the layers, or of the first `limit` of them."""
         rows = [(*rest, f"{count:,}") for *rest, count in self.rows[:limit]]
         more = len(self.rows) - len(rows)
         table = tabulate(
@@ -53,39 +54,39 @@ class Suggestion:
 def suggest(
     net: nn.Module, budget: int | float | str, strategy: FineTuningStrategy | None = None
 ) -> Suggestion:
-    """The largest ranks, layer by layer, that a budget allows.
+    """Return the largest rank of each layer that a budget allows.
 
-    The caps of the strategy decide which layers are adapted and by which method; what is chosen is
-    the setting that decides how many parameters the method adds: a rank, a number of frequencies,
-    the size of blocks. All that is trained counts, also new heads, biases, and methods without
-    such a setting.
+    The caps of the strategy decide which layers are adapted, and by which method. This function
+    chooses the setting that determines how many parameters the method adds: a rank, a number of
+    frequencies, a block size. Everything that is trained counts, including new heads, biases, and
+    methods without such a setting.
 
     All layers get the same rank, the largest that the budget allows. A layer that cannot have it
-    gets its largest, which is also the last at which its delta has no more parameters than its
-    weight. If the strategy gives some layers twice the rank of others, that proportion is kept.
-    What is left of the budget then raises single layers by one step each, those with the largest
-    weights first, ties in the order of the network; and again, until no layer can be raised within
-    the budget. A layer with several weights has one rank for all of them, and so have layers that
-    share a weight.
+    gets its own largest rank, which is bounded by the last one at which its delta has no more
+    parameters than its weight. If the strategy gives some layers twice the rank of others, that
+    proportion is kept. The rest of the budget then raises single layers by one step each, those
+    with the largest weights first, and ties in the order of the network. This repeats until no
+    layer can be raised within the budget. A layer with several weights has one rank for all of
+    them, and layers that share a weight have one rank too.
 
-    The network is not touched, and its values are neither read nor copied: the caps act on a copy
-    on the meta device, so that their checks and actions must not look at values.
+    The network is not changed, and its values are neither read nor copied. The caps act on a copy
+    on the meta device, so their checks and actions must not read values.
 
     Args:
         net: the network.
         budget: trained parameters, ``100_000`` or ``"100k"`` or ``"1.5M"``; or a share of the
             parameters of the network, ``"1%"`` or ``0.01``; or megabytes of the state that is
             saved, ``"2MB"`` (a million bytes each, buffers such as running statistics included).
-        strategy: whose caps adapt layers; None is LoRA on all of them.
+        strategy: the strategy whose caps adapt layers; None means LoRA on all layers.
 
     Returns:
         The ranks, and a strategy that gives exactly these.
 
     Raises:
-        ValueError: if the budget is no budget, or too small: the error names the least that works.
-            Also if the strategy has no cap that adapts by a method with a size, or if it fits the
-            network with no size.
-        TypeError: if the network is no module, or the strategy no strategy.
+        ValueError: if the budget is invalid, or too small, in which case the error names the
+            smallest one that works. Also if the strategy has no cap that adapts by a method with a
+            size, or if no size fits the network.
+        TypeError: if the network is not a module, or the strategy not a strategy.
 
     Example:
         >>> from torch import nn

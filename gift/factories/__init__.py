@@ -1,6 +1,6 @@
 """Ready-made checks and actions for caps.
 
-What an action does to a module belongs to `gift.core`.
+`gift.core` implements what an action does to a module.
 """
 
 from gift.factories.actions import (

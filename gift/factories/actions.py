@@ -19,13 +19,14 @@ from gift.methods import Method, method_of
 
 
 class Action(Recorded):
-    """What is done at the place of a module or parameter.
+    """An action on a module or parameter.
 
     Args:
-        act: takes what the cap's action takes.
-        prepare: where an action must know the whole network, gives the action for it.
-        open: whether the action extends a module and leaves it open: the caps after it are tried
-            on the same module too, and what is below it. It runs after all of these.
+        act: function with the arguments of a cap's action.
+        prepare: function that returns the action for a network, if the action depends on the whole
+            network.
+        open: whether the action wraps a module and leaves it open: later caps are still tried on
+            the same module and on what is inside it. The action runs after all of theirs.
     """
 
     def __init__(
@@ -39,20 +40,20 @@ class Action(Recorded):
         self.open = open
 
     def __call__(self, *place: Any, **params: Any) -> None:
-        """Act on what stands at `place`."""
+        """Act on the module or parameter at `place`."""
         if self.act is None:
             raise RuntimeError(f"{self!r} needs the whole network: use it as the action of a cap")
         self.act(*place, **params)
 
     def bind(self, network: nn.Module) -> Self:
-        """The action for that network."""
+        """Return the action for that network."""
         if self.prepare is None:
             return self
         return self.like(type(self)(self.prepare(network), open=self.open))
 
 
 def method_and_options(method: str | Method, **settings: Any) -> tuple[Method, LayoutOptions, bool]:
-    """The method, the layouts, and whether biases are trained."""
+    """Return the method, the layouts, and whether biases are trained."""
     train_bias = settings.pop("train_bias", False)
     options = {k: settings.pop(k) for k in LAYOUT_CHOICES if k in settings}
     made = method_of(method, settings)
@@ -62,14 +63,14 @@ def method_and_options(method: str | Method, **settings: Any) -> tuple[Method, L
 
 @recorded
 def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
-    """Adapt every weight of the module and below it that gift knows; freeze all else there.
+    """Adapt every known weight in the module and its submodules, and freeze the rest of them.
 
     Args:
         method: name of a method, or a method with its settings.
-        settings: the method's settings, and ``train_bias``, ``conv_layout``, ``split_qkv``.
+        settings: settings of the method, and ``train_bias``, ``conv_layout``, ``split_qkv``.
 
     Raises:
-        ValueError: for an unknown method or setting, or a value out of range.
+        ValueError: if the method or a setting is unknown, or a value is out of range.
     """
     made = method_and_options(method, **settings)
 
@@ -83,7 +84,7 @@ def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
 
 @recorded
 def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
-    """Adapt one parameter of any module, whatever the module is; see `ma_adapt`."""
+    """Adapt one parameter of a module of any type; see `ma_adapt`."""
     made = method_and_options(method, **settings)
 
     def act(*place: Any, **params: Any) -> None:
@@ -95,17 +96,17 @@ def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
 
 @recorded
 def ma_train() -> Action:
-    """Train all parameters of the module and below it, as they are; not packed ones."""
+    """Train all parameters of the module and its submodules; packed ones are refused."""
     return Action(lambda *place: _train(nn.Module.named_parameters(place[4])))
 
 
 @recorded
 def ma_freeze(statistics: bool = False) -> Action:
-    """Freeze all parameters of the module and below it.
+    """Freeze all parameters of the module and its submodules.
 
     Args:
-        statistics: also keep the norm layers in it in evaluation mode, whatever ``train()`` says,
-            so that their running statistics stand still.
+        statistics: whether to keep its norm layers in evaluation mode too, whatever ``train()``
+            sets, so that their running statistics are frozen.
     """
 
     def act(*place: Any) -> None:
@@ -127,7 +128,7 @@ def _train(named: Iterable[tuple[str, nn.Parameter]]) -> None:
 
 @recorded
 def pa_train() -> Action:
-    """Train the parameter as it is."""
+    """Train the parameter; a packed one is refused."""
     return Action(lambda *place: _train([(place[5], place[6])]))
 
 
@@ -139,11 +140,11 @@ def pa_freeze() -> Action:
 
 @recorded
 def ma_replace(replacement: nn.Module | Callable[[nn.Module], nn.Module]) -> Action:
-    """Put another module in the module's place; it is trained as its flags say.
+    """Replace the module by another one, whose own ``requires_grad`` flags apply.
 
     Args:
-        replacement: the new module, copied for each place, or a function that makes it from the
-            old one.
+        replacement: the new module, copied for each place, or a function that makes it from the old
+            one.
     """
     if not callable(replacement):  # a module is callable
         raise TypeError(f"the replacement is {replacement!r}, expected a module or a function")
@@ -161,12 +162,13 @@ def ma_replace(replacement: nn.Module | Callable[[nn.Module], nn.Module]) -> Act
 
 @recorded
 def ma_replace_head(num_classes: int) -> Action:
-    """Put a new layer with that many outputs in the place of a linear layer or 1x1 convolution.
+    """Replace a linear layer or 1x1 convolution by a new one with that many outputs.
 
-    The network's ``num_classes`` or ``num_labels`` follow, where it has them (timm, transformers).
+    The network's attribute ``num_classes`` or ``num_labels`` is updated, if it has one (timm,
+    transformers).
 
     Raises:
-        ValueError: if the module is no such layer, or `num_classes` is below 1.
+        ValueError: if the module is not such a layer, or `num_classes` is below 1.
     """
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(f"num_classes is {num_classes!r}, expected an integer of at least 1")
@@ -196,10 +198,10 @@ def _replace(place: tuple[Any, ...], new: nn.Module) -> None:
 
 
 def new_head(old: nn.Module, num_classes: int) -> nn.Module:
-    """A layer like `old`, a linear one or 1x1 convolution, with that many outputs.
+    """Return a layer like `old`, a linear layer or 1x1 convolution, with that many outputs.
 
     Raises:
-        ValueError: if it is no such layer.
+        ValueError: if `old` is not such a layer.
     """
     if isinstance(old, LazyModuleMixin):
         raise ValueError("a lazy layer does not know its inputs yet: run a batch through it first")
@@ -219,7 +221,7 @@ def new_head(old: nn.Module, num_classes: int) -> nn.Module:
 
 
 CLASS_COUNTS = ("num_classes", "num_labels")
-"""Attributes of networks that say how many classes there are (timm, transformers)."""
+"""Attributes of networks that hold the number of classes (timm, transformers)."""
 
 
 def _tell_number_of_classes(module: nn.Module, num_classes: int) -> None:
@@ -228,8 +230,8 @@ def _tell_number_of_classes(module: nn.Module, num_classes: int) -> None:
             setattr(module, name, num_classes)
     config: Any = vars(module).get("config")
     if hasattr(config, "num_labels"):
-        # A copy, so that the module gets its own configuration back when it is restored.
+        # A copy, so that restoring the module restores its own configuration.
         config = vars(module)["config"] = copy.deepcopy(config)
         config.num_labels = num_classes
         if getattr(config, "problem_type", None) != "multi_label_classification":
-            config.problem_type = None  # transformers chooses it anew from the number of labels
+            config.problem_type = None  # transformers infers it again from the number of labels

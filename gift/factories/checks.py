@@ -1,7 +1,8 @@
-"""Checks: what a cap looks at. Each is usable where a lambda is, and with ``&``, ``|``, ``~``.
+"""Checks: what a cap matches. A check works like a lambda, and combines by ``&``, ``|``, ``~``.
 
-``mc_...`` look at a module, ``pc_...`` at a parameter. In a parameter cap, a module check looks at
-the module that holds the parameter, so ``mc_type(nn.Conv2d) & pc_name("bias")`` is what it says.
+``mc_...`` check a module, ``pc_...`` a parameter. In a parameter cap, a module check applies to the
+module that holds the parameter. So ``mc_type(nn.Conv2d) & pc_name("bias")`` matches the biases of
+convolutions.
 """
 
 import re
@@ -25,15 +26,16 @@ Test = Callable[..., bool]
 
 
 class Check(Recorded):
-    """A predicate over the place of a module or parameter.
+    """A predicate on a module or parameter and its place in the network.
 
     Args:
-        test: takes what the cap's check takes, gives whether it matches.
-        prepare: where a check must know the whole network, gives the test for it.
+        test: function with the arguments of a cap's check that returns whether it matches.
+        prepare: function that returns the test for a network, if the check depends on the whole
+            network.
     """
 
     optional = False
-    """Whether nobody need be told where a cap with the check takes nothing."""
+    """Whether a cap with the check may match nothing without a warning."""
 
     def __init__(
         self, test: Test | None = None, prepare: Callable[[nn.Module], Test] | None = None
@@ -42,13 +44,13 @@ class Check(Recorded):
         self.prepare = prepare
 
     def __call__(self, *place: Any) -> bool:
-        """Whether what stands at `place` matches."""
+        """Return whether the module or parameter at `place` matches."""
         if self.test is None:
             raise RuntimeError(f"{self!r} needs the whole network: use it as the check of a cap")
         return bool(self.test(*place))
 
     def bind(self, network: nn.Module) -> "Check":
-        """The check for that network."""
+        """Return the check for that network."""
         if self.prepare is None:
             return self
         return self.like(Check(self.prepare(network)))
@@ -89,19 +91,19 @@ def _combined(fold: Callable[[Iterable[bool]], bool], checks: tuple[Test, ...]) 
 
 @recorded
 def all_of(*checks: Test) -> Check:
-    """True where all of the checks are: ``check & check``."""
+    """Match if all of the checks match: ``check & check``."""
     return _combined(all, checks)
 
 
 @recorded
 def any_of(*checks: Test) -> Check:
-    """True where at least one of the checks is: ``check | check``."""
+    """Match if at least one of the checks matches: ``check | check``."""
     return _combined(any, checks)
 
 
 @recorded
 def none_of(*checks: Test) -> Check:
-    """True where none of the checks is: ``~check``."""
+    """Match if none of the checks matches: ``~check``."""
     return _combined(lambda results: not any(results), checks)
 
 
@@ -132,7 +134,7 @@ def _listed(names: Names) -> list[str]:
 
 @recorded
 def mc_any() -> Check:
-    """Every module; as the first that is visited is the network, that is the whole network."""
+    """Match every module. The network is visited first, so a cap claims the whole network."""
     return Check(lambda *place: True)
 
 
@@ -140,13 +142,15 @@ def mc_any() -> Check:
 def mc_name(
     *names: str, contains: Names = None, glob: Names = None, regex: Names = None
 ) -> Check:  # fmt: skip
-    """Modules by the own name that their parent has for them: ``fc`` of ``head.fc``.
+    """Match modules by their name in their parent: ``fc`` for ``head.fc``.
+
+    A module matches if any of the arguments matches.
 
     Args:
-        names: equal to one of these.
-        contains: or containing one of these.
-        glob: or matching one of these shell patterns.
-        regex: or matching one of these regular expressions, as a whole.
+        names: names to equal.
+        contains: substrings.
+        glob: shell patterns.
+        regex: regular expressions that match the whole name.
     """
     test = _name_test(names, contains, glob, regex)
     return Check(lambda *place: test(place[1]))
@@ -156,21 +160,21 @@ def mc_name(
 def mc_path(
     *names: str, contains: Names = None, glob: Names = None, regex: Names = None
 ) -> Check:  # fmt: skip
-    """Modules by their dotted path from the network, ``layer4.0.conv1``; see `mc_name`."""
+    """Match modules by their dotted path from the network, ``layer4.0.conv1``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
     return Check(lambda *place: test(place[2]))
 
 
 @recorded
 def mc_class_name(*names: str) -> Check:
-    """Modules by the exact name of their class before any adaptation, subclasses not included."""
+    """Match modules by the exact name of their class before adaptation, without subclasses."""
     test = _name_test(names, None, None, None)
     return Check(lambda *place: test(place[3]))
 
 
 @recorded
 def mc_type(*types: type) -> Check:
-    """Modules that are instances of one of the types, subclasses included."""
+    """Match instances of any of the types, subclasses included."""
     wrong = [t for t in types if not isinstance(t, type)]
     if wrong or not types:
         raise TypeError(f"mc_type expects classes, got {wrong or 'none'}")
@@ -179,11 +183,11 @@ def mc_type(*types: type) -> Check:
 
 @recorded
 def mc_layer(*families: str) -> Check:
-    """Layers whose weights gift knows; of these families, or of any.
+    """Match layers whose weights gift knows, optionally only those of some families.
 
     Args:
-        families: among ``linear``, ``conv``, ``embedding``, ``bilinear``, ``recurrent``,
-            ``attention``. A subclass belongs to the family of its base.
+        families: some of ``linear``, ``conv``, ``embedding``, ``bilinear``, ``recurrent``,
+            ``attention``; none means all. A subclass belongs to the family of its base.
     """
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown:
@@ -198,17 +202,17 @@ def mc_layer(*families: str) -> Check:
 
 @recorded
 def mc_norm() -> Check:
-    """Norm layers: torch's batch, instance, layer, group and RMS norms and their subclasses.
+    """Match norm layers: torch's batch, instance, layer, group and RMS norms and their subclasses.
 
-    Also those of other packages (``LlamaRMSNorm``, ``T5LayerNorm``, timm's ``RmsNorm``), which are
-    known by their looks: a class with "norm" in its name, no submodules, and no parameter with more
-    than one long axis.
+    This includes norm layers of other packages (``LlamaRMSNorm``, ``T5LayerNorm``, timm's
+    ``RmsNorm``), recognised by their structure: a class with "norm" in its name, no submodules, and
+    no parameter with more than one axis longer than one.
     """
     return Check(_is_norm)
 
 
 _NORMS = (NORM_WITH_STATISTICS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_NORM_NAME = re.compile(r"[Nn]orm(?!al(?!i[sz]))")  # as in "Normalize", but not in "Normal"
+_NORM_NAME = re.compile(r"[Nn]orm(?!al(?!i[sz]))")  # matches "Normalize", but not "Normal"
 
 
 def _is_norm(*place: Any) -> bool:
@@ -223,7 +227,7 @@ def _is_norm(*place: Any) -> bool:
 
 @recorded
 def mc_depth(at_least: int = 0, at_most: int | None = None) -> Check:
-    """Modules by depth: the network has depth 0, its submodules 1, and so on."""
+    """Match modules by depth: the network has depth 0, its submodules 1, and so on."""
 
     def test(*place: Any) -> bool:
         depth = len(place[2].split(".")) if place[2] else 0
@@ -234,10 +238,10 @@ def mc_depth(at_least: int = 0, at_most: int | None = None) -> Check:
 
 @recorded
 def mc_last(number: int, within: str = "") -> Check:
-    """The last blocks of a network: direct submodules, with parameters, of one container.
+    """Match the last blocks of a network: direct submodules of a container that have parameters.
 
     Args:
-        number: how many blocks, from the end.
+        number: number of blocks, counted from the end.
         within: dotted path of the container, such as ``encoder.layer``; "" is the network.
     """
     if number < 1:
@@ -263,7 +267,7 @@ def mc_last(number: int, within: str = "") -> Check:
 
 @recorded
 def mc_last_linear() -> Check:
-    """The last linear layer of the network in registration order: its head, as a rule."""
+    """Match the last linear layer of the network in registration order, usually its head."""
 
     def prepare(network: nn.Module) -> Test:
         _, last = last_linear(network)
@@ -273,7 +277,7 @@ def mc_last_linear() -> Check:
 
 
 def last_linear(network: nn.Module) -> tuple[str, nn.Module | None]:
-    """The last linear layer in registration order, and its path; None where there is none."""
+    """Return path and module of the last linear layer in registration order, or None."""
     packed = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
     layers = [(n, m) for n, m in network.named_modules() if _is_linear(m) and id(m) not in packed]
     return layers[-1] if layers else ("", None)
@@ -297,7 +301,7 @@ def _parameter_test(test: Callable[[Any], bool]) -> Check:
 
 @recorded
 def pc_any() -> Check:
-    """Every parameter."""
+    """Match every parameter."""
     return _parameter_test(lambda place: True)
 
 
@@ -305,7 +309,7 @@ def pc_any() -> Check:
 def pc_name(
     *names: str, contains: Names = None, glob: Names = None, regex: Names = None
 ) -> Check:  # fmt: skip
-    """Parameters by their own name, ``bias``; see `mc_name`."""
+    """Match parameters by their own name, ``bias``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
     return _parameter_test(lambda place: test(place[5]))
 
@@ -314,19 +318,19 @@ def pc_name(
 def pc_path(
     *names: str, contains: Names = None, glob: Names = None, regex: Names = None
 ) -> Check:  # fmt: skip
-    """Parameters by their dotted path from the network, ``layer4.0.bn1.bias``; see `mc_name`."""
+    """Match parameters by their dotted path, ``layer4.0.bn1.bias``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
     return _parameter_test(lambda place: test(joined(place[2], place[5])))
 
 
 @recorded
 def pc_experts() -> Check:
-    """The weights of a mixture's experts in one parameter, ``(experts, rows, columns)``.
+    """Match the expert weights of a mixture that are one parameter, ``(experts, rows, columns)``.
 
-    That is a raw parameter of three axes, each longer than one, of a module whose weights gift
-    does not know otherwise: ``gate_up_proj`` and ``down_proj`` of Mixtral, Qwen3-MoE, DeepSeek,
-    GPT-OSS, Llama 4. Tables of positions, tokens and biases are not. A strategy in which it takes
-    nothing is not warned about.
+    Such a parameter has three axes, each longer than one, and belongs to a module whose weights
+    gift does not know otherwise: ``gate_up_proj`` and ``down_proj`` of Mixtral, Qwen3-MoE,
+    DeepSeek, GPT-OSS, Llama 4. Tables of positions or tokens and biases do not match. There is no
+    warning if nothing matches.
     """
     check = _parameter_test(lambda place: is_experts(*place[4:]))
     check.optional = True
@@ -335,7 +339,7 @@ def pc_experts() -> Check:
 
 @recorded
 def pc_ndim(at_least: int = 0, at_most: int | None = None) -> Check:
-    """Parameters by their number of axes: 2 for a matrix, 1 for a bias."""
+    """Match parameters by their number of axes: 2 for a matrix, 1 for a bias."""
     return _parameter_test(
         lambda place: place[6].ndim >= at_least and (at_most is None or place[6].ndim <= at_most)
     )
@@ -343,20 +347,20 @@ def pc_ndim(at_least: int = 0, at_most: int | None = None) -> Check:
 
 @recorded
 def pc_bias() -> Check:
-    """Biases: parameters named ``bias``, or with a name that ends so, ``q_bias``.
+    """Match biases: parameters named ``bias``, or with a name that ends in it, like ``q_bias``.
 
-    Of layers that gift knows also those of other names, ``bias_ih_l0``. What a bias is computed
-    from counts as the bias: ``bias_orig`` of a pruned layer, the original of a parametrised one.
-    No biases are the weight of an embedding, as T5's ``relative_attention_bias`` holds it, a
-    ``relative_position_bias_table``, and the additional key and value, ``bias_k`` and ``bias_v``,
-    of ``nn.MultiheadAttention``.
+    In layers that gift knows, biases of other names match too, like ``bias_ih_l0``. What a bias is
+    computed from counts as the bias: ``bias_orig`` of a pruned layer, the original of a
+    parametrised one. Three kinds are not biases: the weight of an embedding (T5's
+    ``relative_attention_bias``), a ``relative_position_bias_table``, and the additional key and
+    value of ``nn.MultiheadAttention``, ``bias_k`` and ``bias_v``.
     """
     return _parameter_test(_is_bias)
 
 
 def _is_bias(place: Any) -> bool:
     module, name = place[4], place[5]
-    if isinstance(module, ParametrizationList):  # it stands under the name of what it computes
+    if isinstance(module, ParametrizationList):  # named after the tensor that it computes
         return name.startswith("original") and _is_bias_name(place[1], _BIASES)
     for suffix in ("_orig", "_g", "_v"):
         if isinstance(vars(module).get(name.removesuffix(suffix)), Tensor):

@@ -1,4 +1,4 @@
-"""New last layers for torchvision's detectors, for other classes."""
+"""New last layers with another number of classes for torchvision's detectors."""
 
 import math
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from gift.factories.serializable import recorded
 
 
 class Predictor(NamedTuple):
-    """A part of a detector that tells classes apart.
+    """The part of a detector that predicts classes.
 
     Args:
-        layers: names of its layers that have outputs for each class; "*" in them is any number.
-        classes: tells how many classes it knows.
-        attribute: the attribute that says so to the detector, if there is one.
-        std: of the new weights, None is what the layer takes itself.
-        bias: of the new layers, None is what the layer takes itself.
+        layers: names of its layers that have outputs for each class; "*" stands for any number.
+        classes: function that returns the number of classes of the part.
+        attribute: the attribute that holds that number for the detector, if there is one.
+        std: standard deviation of the new weights; None keeps the layer's own initialisation.
+        bias: value of the new biases; None keeps the layer's own initialisation.
     """
 
     layers: tuple[str, ...]
@@ -33,7 +33,7 @@ class Predictor(NamedTuple):
 
 _RARE = -math.log((1 - 0.01) / 0.01)  # objects are rare at the start: Lin et al. 2017, section 4.1
 
-# By the names of torchvision's classes, which need not be installed; starts as there.
+# By names of torchvision's classes, since it need not be installed; initialised as there.
 PREDICTORS = {
     "FastRCNNPredictor": Predictor(
         ("cls_score", "bbox_pred"), lambda head: head.cls_score.out_features
@@ -57,7 +57,7 @@ PREDICTORS = {
 
 
 def _layers(network: nn.Module) -> dict[int, tuple[nn.Module, Predictor]]:
-    """By identity, the layers to be replaced, with what they belong to."""
+    """Map the id of each layer to be replaced to the part that it belongs to."""
     found: dict[int, tuple[nn.Module, Predictor]] = {}
     for head in network.modules():
         row = PREDICTORS.get(plain_class(type(head)).__name__)
@@ -78,7 +78,7 @@ def _layers(network: nn.Module) -> dict[int, tuple[nn.Module, Predictor]]:
 
 @recorded
 def mc_detection_head() -> Check:
-    """The last layers of torchvision's detectors, which have outputs for each class."""
+    """Match the last layers of torchvision's detectors, which have outputs for each class."""
 
     def prepare(network: nn.Module) -> Callable[..., bool]:
         layers = _layers(network)
@@ -89,10 +89,10 @@ def mc_detection_head() -> Check:
 
 @recorded
 def ma_replace_detection_head(num_classes: int) -> Action:
-    """Put a layer for that many classes in the place of such a layer.
+    """Replace a layer that `mc_detection_head` matches by one for that many classes.
 
     Raises:
-        ValueError: if `num_classes` is below 2: the background is one of them.
+        ValueError: if `num_classes` is below 2, since the background is one of the classes.
     """
     if type(num_classes) is not int or num_classes < 2:
         raise ValueError(
@@ -120,7 +120,7 @@ def ma_replace_detection_head(num_classes: int) -> Action:
 
 
 def _like(old: Any, num_classes: int, known: int, row: Predictor) -> nn.Module:
-    """A layer like the old one, for another number of classes."""
+    """Return a layer like the old one, for another number of classes."""
     like = {"device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.Linear):
         outputs = old.out_features // known * num_classes

@@ -1,4 +1,4 @@
-"""What checks and actions have in common: they remember how they were made."""
+"""Base class of checks and actions, which record how they were made."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ P = ParamSpec("P")
 R = TypeVar("R", bound="Recorded")
 
 
-_SHOWN = 5  # of a list of names, which may be as long as a network
+_SHOWN = 5  # items of a list of names, which may be as long as a network
 
 
 class Recorded:
@@ -19,16 +19,16 @@ class Recorded:
     recipe: tuple[str, dict[str, Any]] = ("", {})
 
     def like(self, other: R) -> R:
-        """`other`, with this object's recipe."""
+        """Return `other` with this object's recipe."""
         other.recipe = self.recipe
         return other
 
     def bind(self, network: Any) -> Self:
-        """The object for that network; most need not know it."""
+        """Return the object for that network; most objects do not depend on it."""
         return self
 
     def __reduce__(self) -> Any:
-        # By recipe: the functions inside are local ones, which pickle cannot name.
+        # By recipe, since the functions inside are local and cannot be pickled.
         return _made_again, self.recipe
 
     def __repr__(self) -> str:
@@ -36,7 +36,7 @@ class Recorded:
         given = arguments.get("*", [])
         shown = [describe(item) for item in given[:_SHOWN]]
         shown += [f"and {len(given) - _SHOWN} more"] * (len(given) > _SHOWN)
-        # What is None, False or zero is an option that nobody took.
+        # None, False and zero are options that nobody set.
         taken = {k: v for k, v in arguments.items() if k != "*" and not _is_off(v)}
         shown += [f"{k}={describe(v)}" for k, v in taken.items()]
         return f"{name}({', '.join(shown)})"
@@ -52,7 +52,7 @@ def _is_off(value: Any) -> bool:
 
 
 def recorded(factory: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: what the factory makes remembers its recipe, and files can name the factory."""
+    """Decorator: record the recipe of what the factory returns, and let files name the factory."""
 
     @functools.wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,19 +65,19 @@ def recorded(factory: Callable[P, R]) -> Callable[P, R]:
 
 
 def bind(part: Callable[..., Any], network: Any) -> Callable[..., Any]:
-    """The check or action for that network, if it must know it."""
+    """Return the check or action for that network, if it depends on it."""
     bound = getattr(part, "bind", None)
     return part if bound is None else bound(network)
 
 
 def describe(value: Any) -> str:
-    """A short text for a check, an action or an argument of theirs."""
+    """Return a short text for a check, an action or an argument of these."""
     if isinstance(value, type):
         return value.__name__
     code = getattr(value, "__code__", None)
     if code is not None:
         folder, _, file = code.co_filename.replace("\\", "/").rpartition("/")
-        if "/ipykernel_" in folder:  # whose names for cells say nothing
+        if "/ipykernel_" in folder:  # its file names for cells are meaningless
             return f"{value.__name__} (line {code.co_firstlineno} of a cell)"
         return f"{value.__name__} ({file}:{code.co_firstlineno})"
     return repr(value)

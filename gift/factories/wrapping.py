@@ -1,4 +1,4 @@
-"""Actions that extend the call of a module and leave it open for other caps; blocks to extend."""
+"""Actions that wrap a module's forward and leave the module open for later caps; block checks."""
 
 from typing import Any
 
@@ -22,10 +22,10 @@ from gift.wrappers import (
 
 @recorded
 def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
-    """Extend the module by a bottleneck adapter and leave it open; see `gift.wrappers.Bottleneck`.
+    """Add a bottleneck adapter to the module and leave it open; see `gift.wrappers.Bottleneck`.
 
-    Caps after this one are tried on the same module and on what is inside it, so that one strategy
-    can put bottlenecks after blocks, adapt layers in the blocks and replace the head.
+    Later caps are tried on the same module and on what is inside it. So one strategy can add
+    bottlenecks after blocks, adapt layers in the blocks and replace the head.
 
     Args:
         size: width of the bottleneck.
@@ -33,7 +33,7 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
             ``dtype`` of `gift.wrappers.Bottleneck`.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: if values are out of range.
     """
     made = Bottleneck(size=size, **settings)
 
@@ -51,17 +51,18 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
 
 @recorded
 def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
-    """Extend the module by prompt tuning and leave it open; see `gift.wrappers.Prompt`.
+    """Add prompt tuning to the module and leave it open; see `gift.wrappers.Prompt`.
 
-    A language model of transformers may be given with its head; all others take embeddings.
+    The module may be a language model of transformers, head included. Any other module must take
+    embeddings.
 
     Args:
-        num_virtual_tokens: how many vectors stand before each sequence.
-        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`; of a
-            language model, ``dtype`` only.
+        num_virtual_tokens: number of vectors in front of each sequence.
+        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`; for a
+            language model only ``dtype``.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: if values are out of range.
     """
     made = Prompt(num_virtual_tokens=num_virtual_tokens, **settings)
 
@@ -83,11 +84,11 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
 
 @recorded
 def mc_blocks() -> Check:
-    """The blocks of a network: modules of one class that follow each other.
+    """Match the blocks of a network: consecutive modules of one class.
 
-    They are found where most modules of one class stand in one ``nn.Sequential`` or
-    ``nn.ModuleList`` that has no others (encoder layers, residual blocks of a stage), and in all
-    such containers of that class. A network without any is an error.
+    The blocks' class is that of the longest ``nn.Sequential`` or ``nn.ModuleList`` whose modules,
+    apart from those without parameters, all have one class (encoder layers, residual blocks of a
+    stage). All such containers of that class count. A network without blocks is an error.
     """
 
     def prepare(network: nn.Module) -> Test:
@@ -106,7 +107,7 @@ def mc_blocks() -> Check:
 
 
 def _row(module: nn.Module) -> list[nn.Module]:
-    """What stands in a container, if that is of one class; parts without parameters aside."""
+    """Return a container's modules that have parameters, if all are of one class, or nothing."""
     if not isinstance(module, nn.Sequential | nn.ModuleList):
         return []
     parts = [part for part in module.children() if any(True for _ in part.parameters())]

@@ -1,4 +1,4 @@
-"""Fast paths: a layer's output without its effective weight.
+"""Fast paths: compute a layer's output without its effective weight.
 
-No method and no adapted module by name.
+This package refers to no method and no adapted module by name.
 """

@@ -1,12 +1,13 @@
-"""Convolutions with few filters, and their gradients, as products of matrices.
+"""Convolutions with few filters, and their gradients, as matrix products.
 
-Kernels for convolutions compute whole blocks of output channels, 16 as a rule, and a low-rank delta
-has fewer. Where the stride is one, the same numbers come from one product over the channels and a
-sum of shifted pictures (`fold`), or from shifted pictures (`unfold`) and one product:
+Convolution kernels compute whole blocks of output channels, usually 16, and a low-rank delta has
+fewer. Where the stride is one, the same values come from one product over the channels and a sum of
+shifted images (`fold`), or from shifted images (`unfold`) and one product:
 
     h = fold(F x),    dF = unfold(dh) x^T,    dx = F^T unfold(dh)
 
-Activations are seen as ``(batch, channels, positions)``, which is a view in both memory formats.
+Activations are viewed as ``(batch, channels, positions)``, which needs no copy in either memory
+format.
 """
 
 import math
@@ -22,25 +23,25 @@ from gift.kernels.products import for_each, outer, product
 
 
 def add_product(y: Tensor, matrix: Tensor, x: Tensor, scale: float = 1) -> None:
-    """To `y` is added ``scale matrix x``; both ``(batch, channels, *positions)``."""
+    """Add ``scale matrix x`` to `y` in place; both are ``(batch, channels, *positions)``."""
     target, x, rows = y.flatten(2), x.flatten(2), for_each(matrix, x)
     if y.is_contiguous():
         target.baddbmm_(rows, x, alpha=scale)
     elif y.movedim(1, -1).is_contiguous():
         target.mT.baddbmm_(x.mT, rows.mT, alpha=scale)
-    else:  # what looks flat is a copy
+    else:  # flattening makes a copy
         y.add_(torch.bmm(rows, x).view(y.shape), alpha=scale)
 
 
-FEW = 2**15  # elements, up to which one slow operation takes less than several fast ones
+FEW = 2**15  # elements, up to which one slow operation takes less time than several fast ones
 
 
 def fold(columns: Tensor, geometry: Geometry) -> Tensor:
-    """``h[p] = sum over taps t of columns[t, p + t]``, one axis after the other.
+    """Compute ``h[p] = sum over taps t of columns[t, p + t]``, one axis after the other.
 
     Args:
         columns: ``(batch, filters, *taps, *positions of the input)``.
-        geometry: of stride one.
+        geometry: the convolution, of stride one.
     """
     axes = len(geometry.kernel)
     positions = geometry.positions(tuple(columns.shape[-axes:]))
@@ -49,7 +50,7 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
         turned = columns.flip(2, 3).flatten(4).flatten(1, 3)
         return F.fold(turned, positions, geometry.kernel, geometry.dilation, geometry.margins)
     for axis in range(-1, -axes - 1, -1):
-        parts = columns.unbind(-axes - 1)  # the last axis of taps that is left
+        parts = columns.unbind(-axes - 1)  # the last remaining axis of taps
         shape = list(parts[0].shape)
         size, shape[axis] = shape[axis], positions[axis]
         columns = columns.new_zeros(shape)
@@ -63,7 +64,7 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
 
 
 def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
-    """The way back from `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
+    """The adjoint of `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
     pads = [pad for pad in reversed(geometry.margins) for _ in range(2)]
     padded = F.pad(h, pads).contiguous()
     batch, filters, *steps = padded.stride()
@@ -75,14 +76,14 @@ def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
 
 @dataclass(frozen=True)
 class Filters:
-    """The filters of a low-rank delta, of whose outputs its own are combinations.
+    """The filters of a low-rank delta, whose outputs the layer combines linearly.
 
     Args:
         right: the factor ``(rank, columns)``.
-        cuts: into how many rows each output was cut: a filter is a row of `right` on one of as many
-            equal chunks of the flattened ``(in, *kernel)``, and zero elsewhere.
-        geometry: of the convolution.
-        as_product: whether to compute by products of matrices.
+        cuts: the number of rows of the delta's matrix for each output. A filter is a row of `right`
+            on one of `cuts` equal chunks of the flattened ``(in, *kernel)``, and zero elsewhere.
+        geometry: the convolution.
+        as_product: whether to compute by matrix products.
     """
 
     right: Tensor
@@ -91,7 +92,7 @@ class Filters:
     as_product: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Their outputs for ``x (batch, in, *positions)``."""
+        """Return the filters' outputs for ``x (batch, in, *positions)``."""
         g = self.geometry
         if not self.as_product:
             return g.apply(x, self.weight())
@@ -105,7 +106,7 @@ class Filters:
         return fold(columns.view(x.shape[0], filters, *g.kernel, *x.shape[2:]), g)
 
     def prepared(self, gh: Tensor, x: Tensor) -> Tensor:
-        """The gradient of the outputs, as `gradient` and `add_input_gradient` take it."""
+        """Prepare the gradient of the outputs for `gradient` and `add_input_gradient`."""
         shifts = self.as_product and not self.geometry.pointwise
         return unfold(gh, self.geometry, tuple(x.shape[2:])) if shifts else gh
 
@@ -127,7 +128,7 @@ class Filters:
         return self._of_right(found.flip(1).mT)
 
     def add_input_gradient(self, gx: Tensor, prepared: Tensor, x: Tensor) -> None:
-        """To `gx`, the gradient of `x`, is added what goes through the filters."""
+        """Add the part of the gradient of `x` that flows through the filters to `gx` in place."""
         g = self.geometry
         if not self.as_product:
             gx += g.gradient_of_input(prepared, x, self.weight())
@@ -141,7 +142,7 @@ class Filters:
             add_product(gx, turned.mT, prepared.flatten(1, 2))
 
     def weight(self) -> Tensor:
-        """All of them, ``(number, in, *kernel)``."""
+        """Return all filters as a weight, ``(number, in, *kernel)``."""
         right = self.right
         if self.cuts > 1:
             chunks = torch.eye(self.cuts, dtype=right.dtype, device=right.device)
@@ -149,14 +150,14 @@ class Filters:
         return right.reshape(-1, *self.geometry.shape[1:])
 
     def _of_right(self, gradient: Tensor) -> Tensor:
-        """The gradient of `right` from that of `weight`."""
+        """Return the gradient of `right`, given that of `weight`."""
         if self.cuts == 1:
             return gradient.reshape(self.right.shape)
         chunks = gradient.reshape(self.cuts, len(self.right), self.cuts, -1)
         return chunks.diagonal(dim1=0, dim2=2).sum(-1)
 
     def _seen(self, x: Tensor) -> Tensor:
-        """The positions that a pointwise convolution looks at."""
+        """Return the positions that a pointwise convolution reads."""
         for axis, step in enumerate(self.geometry.stride, 2):
             if step > 1:
                 x = x[(slice(None),) * axis + (slice(None, None, step),)]
@@ -171,7 +172,7 @@ class Filters:
         return self.weight().flatten(2).mT
 
     def _chunks(self) -> Iterator[tuple[slice, slice]]:
-        """Which filters see which channels."""
+        """Yield which filters read which channels."""
         channels, rank = self.geometry.shape[1], len(self.right)
         for cut in range(self.cuts):
             first, last = cut * channels // self.cuts, -(-(cut + 1) * channels // self.cuts)

@@ -1,4 +1,4 @@
-"""The choice, from shapes alone, of how a layer with a low-rank delta is computed."""
+"""Choose from shapes alone how to compute a layer with a low-rank delta."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,14 @@ from typing import Literal
 from gift.kernels.geometry import Geometry
 
 Form = Literal["merged", "side", "whole"]
-"""``"merged"`` computes with ``W + left right``, which is made for the forward pass and again for
-the backward pass, and takes the factors' gradients from ``right x`` and ``left^T g``, the outputs
-of the delta's filters and their gradients. ``"side"`` adds the delta's output to that of the frozen
-weight, and takes the gradients from the same. ``"whole"`` is merged, and takes them from the
-gradient of the whole weight."""
+"""How a layer with a low-rank delta is computed.
+
+``"merged"`` computes with ``W + left right``, which is made for the forward pass and again for the
+backward pass. It takes the factors' gradients from ``right x`` and ``left^T g``, the outputs of the
+delta's filters and their gradients. ``"side"`` adds the delta's output to that of the frozen
+weight, and takes the gradients from the same tensors. ``"whole"`` computes like ``"merged"``, and
+takes the gradients from the gradient of the whole weight.
+"""
 
 FORMS: tuple[Form, ...] = ("merged", "side", "whole")
 
@@ -24,19 +27,19 @@ def linear_form(
     form: Form | None = None,
     on_processor: bool = True,
 ) -> Form:
-    """The cheapest form of a linear layer, by the multiplications that it takes on a processor.
+    """Return the form of a linear layer that needs the fewest multiplications on a CPU.
 
-    Each thin product, of a factor and what comes in or out, is one of ``rank rows inputs`` or
-    ``rank rows outputs``. While training all forms but "whole" take two of either for the factors'
-    gradients; "side" takes one more of either, and "merged" makes the weight twice.
+    A thin product multiplies a factor by the layer's inputs or outputs, and costs ``rank rows
+    inputs`` or ``rank rows outputs``. In training, all forms but "whole" take two of each kind for
+    the factors' gradients. "side" takes one more of each kind, and "merged" makes the weight twice.
 
     Args:
-        shape: of the weight, ``(outputs, inputs)``.
-        rank: of the delta.
-        rows: that are computed.
+        shape: shape of the weight, ``(outputs, inputs)``.
+        rank: rank of the delta.
+        rows: number of rows that are computed.
         trained: whether there will be a backward pass.
-        form: take this one.
-        on_processor: elsewhere it is "side".
+        form: the form to return; None chooses the cheapest.
+        on_processor: whether the layer runs on a CPU. Elsewhere the form is "side".
 
     Example:
         Many rows and a small weight, the reverse, and a rank that saves nothing:
@@ -60,11 +63,11 @@ def linear_form(
 
 @dataclass(frozen=True)
 class Plan:
-    """How a convolution is computed.
+    """How to compute a convolution.
 
     Args:
         form: see `Form`.
-        as_product: whether filters are applied by products of matrices (see
+        as_product: whether filters are applied by matrix products (see
             `gift.kernels.conv_as_gemm`).
     """
 
@@ -73,15 +76,15 @@ class Plan:
 
 
 # Nanoseconds, measured on two cores of a server's processor; only their ratios matter.
-CONV = 0.0138  # a multiplication in a convolution, or in the gradient of its input
-WHOLE = 0.0108  # in the gradient of its weight
-GEMM = 0.02  # in a product of matrices
-SHIFT = 0.3  # an element of shifted pictures
-TOUCH = 0.2  # an element of activations that is read or written once more
-NARROW = 24  # positions more, for each picture, that products of matrices take the time of
-MERGE = 0.5  # an element of a weight that is made
-START = 1.5e4  # any operation, however small
-BLOCK = 16  # outputs that kernels for convolutions compute at once
+CONV = 0.0138  # per multiplication in a convolution, or in the gradient of its input
+WHOLE = 0.0108  # per multiplication in the gradient of its weight
+GEMM = 0.02  # per multiplication in a matrix product
+SHIFT = 0.3  # per element of shifted images
+TOUCH = 0.2  # per element of activations that is read or written once more
+NARROW = 24  # overhead of matrix products for each image, in positions
+MERGE = 0.5  # per element of a weight that is made
+START = 1.5e4  # per operation, however small
+BLOCK = 16  # outputs that convolution kernels compute at once
 
 
 def plan(
@@ -95,17 +98,18 @@ def plan(
     form: Form | None = None,
     on_processor: bool = True,
 ) -> Plan:
-    """The cheapest plan.
+    """Return the cheapest plan for a convolution.
 
     Args:
         geometry: the convolution.
-        rank: of the delta.
+        rank: rank of the delta.
         cuts: rows of the delta's matrix for each output.
-        positions: that are computed, in the whole batch.
-        pictures: in the batch.
+        positions: number of positions that are computed in the whole batch.
+        pictures: number of images in the batch.
         trained: whether there will be a backward pass.
-        form: take this one.
-        on_processor: whether many small operations are cheap, as on an accelerator they are not.
+        form: the form to use; None chooses the cheapest.
+        on_processor: whether the layer runs on a CPU, where many small operations are cheap. On an
+            accelerator they are not.
 
     Example:
         Many positions and a small weight, the reverse, and a rank that saves nothing:
@@ -129,7 +133,8 @@ def plan(
     shifts = on_processor and geometry.stride_one and by_product < by_conv
     as_product = geometry.pointwise or shifts
 
-    # The filters on the input, or their gradient; their outputs to those of the layer, or back.
+    # `thin`: the filters on the input, or their gradient. `wide`: from the filters' outputs to
+    # those of the layer, or back.
     thin = by_product if as_product else by_conv
     wide = (GEMM * filters + TOUCH) * outputs * positions
     merging = (MERGE + GEMM * rank) * size
@@ -144,7 +149,7 @@ def plan(
             "whole": 2 * merging + whole,
         }
     if form is None:
-        form, *others = costs  # torch.compile has no `min` with a key for sizes that it leaves open
+        form, *others = costs  # torch.compile does not support `min` with a key for symbolic sizes
         for other in others:
             if costs[other] < costs[form]:
                 form = other

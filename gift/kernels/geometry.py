@@ -1,4 +1,4 @@
-"""What a convolution does, apart from its weights."""
+"""The hyperparameters of a convolution, without its weights."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution without groups whose borders are zeros.
+    """A convolution without groups and with zero padding.
 
     Args:
-        shape: of its weight, ``(out, in, *kernel)``.
-        stride, padding, dilation: for each axis of the kernel.
+        shape: shape of the weight, ``(out, in, *kernel)``.
+        stride, padding, dilation: one value for each axis of the kernel.
     """
 
     shape: Sizes
@@ -26,60 +26,60 @@ class Geometry:
 
     @property
     def kernel(self) -> Sizes:
-        """Its sizes."""
+        """The size of the kernel."""
         return self.shape[2:]
 
     @property
     def taps(self) -> int:
-        """Elements of the kernel."""
+        """The number of elements of the kernel."""
         return math.prod(self.kernel)
 
     @property
     def pointwise(self) -> bool:
-        """Whether each output sees one position."""
+        """Whether each output reads a single position."""
         return self.taps == 1 and not any(self.padding)
 
     @property
     def stride_one(self) -> bool:
-        """Whether no position is left out."""
+        """Whether the stride is one along all axes."""
         return all(step == 1 for step in self.stride)
 
     @property
     def reach(self) -> Sizes:
-        """By how much the last tap is apart from the first, for each axis."""
+        """The distance between the first and the last tap, for each axis."""
         return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True))
 
     @property
     def margins(self) -> Sizes:
-        """By how much the taps reach over the padding, for each axis: it may be less than zero."""
+        """How far the taps reach beyond the padding, for each axis; it may be negative."""
         return tuple(r - p for r, p in zip(self.reach, self.padding, strict=True))
 
     def positions(self, sizes: Sizes) -> Sizes:
-        """The sizes of the output for those of the input."""
+        """Return the output size for an input size."""
         axes = zip(sizes, self.reach, self.stride, self.padding, strict=True)
         return tuple((n + 2 * p - reach - 1) // s + 1 for n, reach, s, p in axes)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The convolution with such a weight, or with more or fewer outputs."""
+        """Apply the convolution with the given weight, which may have another number of outputs."""
         none = [0] * len(self.kernel)
         return torch.convolution(
             x, weight, bias, self.stride, self.padding, self.dilation, False, none, 1
         )
 
     def gradient_of_input(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """From that of the output; `x` tells the shape."""
+        """Return the gradient of the input; `x` only gives its shape."""
         found: Tensor = self._backward(g, x, weight, [True, False, False])[0]
         return found
 
     def gradient_of_weight(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """From that of the output; `weight` tells the shape."""
+        """Return the gradient of the weight; `weight` only gives its shape."""
         found: Tensor = self._backward(g, x, weight, [False, True, False])[1]
         return found
 
     def gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, of_input: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Those of the input, if asked for, and of the weight, which share some work."""
+        """Return the gradients of the input (if requested) and weight, which share some work."""
         of_x, of_weight, _ = self._backward(g, x, weight, [of_input, True, False])
         return of_x, of_weight
 

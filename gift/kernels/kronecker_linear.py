@@ -1,4 +1,4 @@
-"""A linear layer with a Kronecker product beside it, in the products that are fast for few rows."""
+"""A linear layer with a Kronecker-product delta, as matrix products that are fast for few rows."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ from gift.kernels.torch_state import gives_no_view, without_autocast
 class KroneckerLinear(torch.autograd.Function):
     """``W x + bias + (w1 (x) left right) x``.
 
-    The features of `x` are a matrix ``X (c, d)``, those of the delta ``left (w1 X right^T)^T``, for
-    the rank is the smallest size. For the backward pass it keeps the inputs as they are given, and
-    ``X right^T``. Gradients are made of operations with gradients of their own.
+    The features of `x` are viewed as a matrix ``X (c, d)``, and the delta is computed as ``left (w1
+    X right^T)^T``, since the rank is the smallest size. For the backward pass it saves the inputs
+    as they are given, and ``X right^T``. The backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(..., c * d)``.
         weight: frozen, ``(a * b, c * d)``.
         bias: or None.
-        w1: ``(a, c)``.
-        left, right: ``(b, rank)`` and ``(rank, d)``.
+        w1: left Kronecker factor, ``(a, c)``.
+        left, right: factors of the right one, ``(b, rank)`` and ``(rank, d)``.
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class KroneckerLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
         x, weight, w1, left, right, hidden = ctx.saved_tensors
         rank = len(right)
-        if torch.is_grad_enabled():  # what was kept has no graph
+        if torch.is_grad_enabled():  # the saved tensor has no graph
             hidden = _hidden(x, w1, right)
         flat = g.reshape(-1, g.shape[-1])
         rows = flat.reshape(-1, len(left))
@@ -64,10 +64,10 @@ class KroneckerLinear(torch.autograd.Function):
 
 
 def _hidden(x: Tensor, w1: Tensor, right: Tensor) -> Tensor:
-    """``right X^T``, as ``(positions * rank, c)``."""
+    """Compute ``right X^T``, as ``(positions * rank, c)``."""
     return _turned(F.linear(x.reshape(-1, right.shape[1]), right), w1.shape[1])
 
 
 def _turned(tensor: Tensor, rows: int) -> Tensor:
-    """A matrix of so many rows for each position, turned: ``(positions * columns, rows)``."""
+    """Transpose the matrix of `rows` rows at each position: ``(positions * columns, rows)``."""
     return tensor.view(-1, rows, tensor.shape[1]).mT.reshape(-1, rows)

@@ -1,4 +1,4 @@
-"""Fast paths for layers that do nothing but multiply by their matrix and add a bias."""
+"""Fast paths for layers that only multiply by a matrix and add a bias."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from gift.quantization import product as quantised_product
 class Product:
     """The product with a frozen matrix.
 
-    Its `output` is a method, since the compiler of torch 2.6 does not call an object that is made
-    while it traces.
+    `output` is a method instead of ``__call__``, since the compiler of torch 2.6 cannot call an
+    object that was created during tracing.
 
     Args:
-        layer: that holds the matrix.
+        layer: the layer that holds the matrix.
         weight: the matrix as the layer holds it.
-        transposed: whether that is ``(in, out)``.
+        transposed: whether `weight` is ``(in, out)``.
     """
 
     layer: nn.Module
@@ -31,7 +31,7 @@ class Product:
     transposed: bool
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``W0 x + bias``."""
+        """Return ``W0 x + bias``."""
         if not self.transposed:
             return F.linear(x, self.weight, bias)
         flat = x.reshape(-1, x.shape[-1])
@@ -40,28 +40,28 @@ class Product:
 
     @property
     def matrix(self) -> Tensor:
-        """The frozen matrix, outputs as rows."""
+        """The frozen matrix, ``(out, in)``."""
         return self.weight.mT if self.transposed else self.weight
 
 
 @dataclass(frozen=True)
 class QuantisedProduct(Product):
-    """The product by the kernel of a quantised layer, which sees the packed matrix."""
+    """The product computed by the kernel of a quantised layer, which reads the packed matrix."""
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``W0 x + bias``, also of a matrix that a method puts in place of the packed one."""
+        """Return ``W0 x + bias``, also if a method replaces the packed matrix by another one."""
         if is_quantised(self.weight):
             return quantised_product(self.weight, self.layer, x, bias)
         return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @property
     def matrix(self) -> Tensor:
-        """What the packed matrix stands for, made each time."""
+        """The dequantised matrix, computed on each access."""
         return dequantised(self.weight, self.layer)
 
 
 def product_of(layer: Any, transposed: bool) -> Product:
-    """The product with the frozen matrix of an adapted layer."""
+    """Return the product with the frozen matrix of an adapted layer."""
     frozen = layer._gift_frozen("weight")
     if is_quantised(frozen) and not transposed:
         return QuantisedProduct(layer, frozen, transposed)
@@ -69,10 +69,10 @@ def product_of(layer: Any, transposed: bool) -> Product:
 
 
 class LinearPath(Protocol):
-    """How a method gives ``W' x + bias`` without making ``W'``.
+    """How a method computes ``W' x + bias`` without making ``W'``.
 
-    A function of the method, its parameters, the input ``x (..., columns)``, the product with the
-    frozen matrix, the layer's bias or None, and whether it trains.
+    It is a function of the method, its parameters, the input ``x (..., columns)``, the product with
+    the frozen matrix, the layer's bias or None, and whether the layer is in training mode.
     """
 
     def __call__(
@@ -84,19 +84,19 @@ class LinearPath(Protocol):
         bias: Tensor | None,
         training: bool,
     ) -> Tensor:
-        """The output, in the dtype of the product."""
+        """Return the output, in the dtype of the product."""
         ...
 
 
 def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
-    """Entries for `Method.forwards`: ``nn.Linear``, and the ``Conv1D`` of transformers."""
+    """Return entries for `Method.forwards`: ``nn.Linear`` and the ``Conv1D`` of transformers."""
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
         try:
             adapter = self._gift_weights["weight"]
-        except AttributeError:  # somebody kept this method, and the layer is a plain one again
+        except AttributeError:  # a reference to this method outlived the adaptation
             return type(self).forward(self, x)
-        if not adapter.reads_alike:  # tied to a table that is read the other way round
+        if not adapter.reads_alike:  # tied to an embedding whose layout is transposed
             return Product(self, self.weight, transposed).output(x, self.bias)
         method, parameters = adapter.delta_of(self)
         product = product_of(self, transposed)
@@ -107,7 +107,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
     def linear(self: Any, input: Tensor) -> Tensor:
         return forward(self, input, transposed=False)
 
-    # Arguments are called as in the layer itself, since they may be given by name.
+    # Parameters are named as in the layer itself, since callers may pass them by name.
     def linear_of_bitsandbytes(self: Any, x: Tensor) -> Tensor:
         return forward(self, x, transposed=False)
 

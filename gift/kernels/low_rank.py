@@ -29,11 +29,11 @@ from gift.private.torch import (
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 WATCHING: list[Callable[[nn.Module, Form], None]] = []
-"""Called with each layer and what was chosen for it: see `gift.utils.info.forms`."""
+"""Callbacks that receive each layer and the form chosen for it: see `gift.utils.info.forms`."""
 
 
 def low_rank_forwards() -> dict[str, Callable[..., Any]]:
-    """Entries for `Method.forwards`, for methods with `Method.low_rank`."""
+    """Return entries for `Method.forwards`, for methods with `Method.low_rank`."""
     return linear_forwards(linear) | {dotted(layer.forward): conv for layer in CONVOLUTIONS}
 
 
@@ -46,16 +46,16 @@ def low_rank_product(
     scale: float = 1,
     form: Form | None = None,
 ) -> Tensor:
-    """``W0 x + bias + s left right x``, in the dtype of the product.
+    """Compute ``W0 x + bias + s left right x``, in the dtype of the product.
 
     Args:
         x: ``(..., columns)``.
-        product: with the frozen matrix.
-        bias: of the layer, or None.
+        product: the product with the frozen matrix.
+        bias: bias of the layer, or None.
         factors: `left` and `right`.
-        dropped: what the factors see in place of `x`.
+        dropped: the factors' input, if it is not `x`.
         scale: `s`.
-        form: see `gift.kernels.cost_model`; None chooses.
+        form: see `gift.kernels.cost_model`; None chooses the cheapest.
     """
     left, right = factors
     if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
@@ -71,7 +71,7 @@ def low_rank_product(
         )
         for told in WATCHING:
             told(product.layer, chosen)
-        if not trained:  # what autograd would add takes longer than small layers
+        if not trained:  # autograd's overhead takes longer than a small layer
             return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
         output: Tensor = LowRankLinear.apply(x, weight, bias, left, right, scale, dropped, chosen)
         return output
@@ -81,11 +81,11 @@ def low_rank_product(
 
 
 def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | None:
-    """All of them in the dtype in which a layer computes; None where there is no fast path.
+    """Cast all operands to the dtype in which a layer computes; None if no fast path applies.
 
-    The fast paths' functions are neither for transforms nor for traces of TorchScript, and give no
-    gradient of the weight. A weight of 16 bits has factors of 32, which are rounded like all that
-    it meets.
+    The autograd functions of the fast paths support neither functorch transforms nor TorchScript
+    tracing, and return no gradient of the weight. Beside a weight of 16 bits the factors have 32
+    bits, and are rounded like all its operands.
     """
     given = [x, weight, *others]
     if weight.requires_grad or not weight.is_floating_point() or x.dim() == 0:
@@ -108,7 +108,7 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
 
 
 def dropped_inputs(method: Any, x: Tensor, training: bool) -> Tensor | None:
-    """What a delta sees in place of `x`, while inputs are dropped."""
+    """Return the delta's input with dropout; None while there is no dropout."""
     return F.dropout(x, method.dropout) if method.dropout and training else None
 
 
@@ -120,34 +120,34 @@ def linear(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """The product and the factors', which see inputs dropped while training."""
+    """Compute the frozen product plus the delta, whose input is dropped out in training."""
     dropped = dropped_inputs(method, x, training)
     *factors, scale = method.scaled_low_rank(parameters)
     return low_rank_product(x, product, bias, factors, dropped, scale, method.form)
 
 
 def _only_beside(x: Tensor, dropped: Tensor | None) -> bool:
-    """Whether the delta must go beside the frozen weight.
+    """Whether the delta must be computed beside the frozen weight.
 
-    What is rounded to 16 bits at the size of the weight would lose small deltas; and what is
-    exported is for all sizes.
+    Merging rounds to 16 bits at the magnitude of the weight, which would lose small deltas. An
+    exported program must work for all sizes.
     """
     return dropped is not None or x.dtype.itemsize < 4 or is_exporting() or _is_open(x)
 
 
 def _is_open(x: Tensor) -> bool:
-    """Whether sizes are no numbers: a tracer computes with them that does not look in here.
+    """Whether sizes are symbolic: an outer tracer is active that does not trace into this code.
 
-    That of torch 2.6 does so with layers that say that they are torch's own.
+    The tracer of torch 2.6 does so with layers whose class claims to belong to torch.
     """
     return not torch.compiler.is_compiling() and type(x.numel()) is not int
 
 
 def conv(self: Any, input: Tensor) -> Tensor:
-    """The convolution in the cheapest form; the general way where there is no fast one."""
+    """Compute a convolution in its cheapest form, or with the effective weight if none applies."""
     try:
         adapter = self._gift_weights["weight"]
-    except AttributeError:  # somebody kept this method, and the layer is a plain one again
+    except AttributeError:  # a reference to this method outlived the adaptation
         return type(self).forward(self, input)
     method, parameters = adapter.delta_of(self)
     dropped = dropped_inputs(method, input, self.training)
@@ -172,14 +172,14 @@ def low_rank_conv(
     form: Form | None,
     scale: float = 1,
 ) -> Tensor | None:
-    """What a convolution of one group gives with ``W0 + s left right``; None where that is barred.
+    """Apply a convolution of one group with ``W0 + s left right``; None if no fast path applies.
 
     Args:
-        layer: that holds the frozen weight, and `is_usual`.
-        input: with or without a batch.
-        factors: of a delta whose rows are pieces of the weight's rows, in order.
-        dropped: what the delta sees in place of the input.
-        form: see `gift.kernels.cost_model`; None chooses.
+        layer: the layer that holds the frozen weight, for which `is_usual` is True.
+        input: input with or without a batch axis.
+        factors: factors of a delta whose rows are pieces of the weight's rows, in order.
+        dropped: the delta's input, if it is not `input`.
+        form: see `gift.kernels.cost_model`; None chooses the cheapest.
         scale: `s`.
     """
     weight = layer._gift_frozen("weight")
@@ -212,7 +212,7 @@ def low_rank_conv(
     )
     if pads is not None:
         mode, dtype = "constant" if around is None else layer.padding_mode, x.dtype
-        x = F.pad(x, pads, mode).to(dtype)  # under autocast some modes give 32 bits
+        x = F.pad(x, pads, mode).to(dtype)  # under autocast some padding modes return 32 bits
         dropped = dropped if dropped is None else F.pad(dropped, pads, mode).to(dtype)
     for told in WATCHING:
         told(layer, chosen.form)
@@ -233,10 +233,10 @@ def _settle(
     form: Form | None,
     on_processor: bool,
 ) -> tuple[Geometry, Sizes | None, Plan]:
-    """What sizes alone decide: the convolution, what is put around its input before, the plan.
+    """Decide from sizes alone: the convolution, the padding added to its input, the plan.
 
-    `shape` is that of the weight, `sizes` those of the batch. Where the layer puts something
-    `around` its input, that stands for its `padding`. The rest is as `plan` takes it.
+    `shape` is that of the weight, `sizes` that of the batch. Where the layer pads its input
+    explicitly by `around`, that replaces its `padding`. The other arguments are those of `plan`.
     """
     axes = len(shape) - 2
     stride, dilation = _for_each(axes, stride), _for_each(axes, dilation)
@@ -245,7 +245,7 @@ def _settle(
     )
     geometry = Geometry(tuple(shape), stride, zeros or (0,) * axes, dilation)
     pictures, _, *inputs = sizes
-    if pads is not None:  # the last axis comes first
+    if pads is not None:  # pads list the last axis first
         inputs = [n + pads[-2 * i - 2] + pads[-2 * i - 1] for i, n in enumerate(inputs)]
     positions = pictures * math.prod(geometry.positions(tuple(inputs)))
     chosen = plan(
@@ -265,9 +265,9 @@ _settled = lru_cache(maxsize=4096)(_settle)
 
 
 def is_usual(layer: Any) -> bool:
-    """Whether an adapted convolution computes as torch's, with a weight that it reads as its own.
+    """Whether an adapted convolution computes as torch's does, with its weight in its own layout.
 
-    A subclass may compute something else, or the instance itself; a lazy one has no shape yet.
+    A subclass or the instance itself may override the computation; a lazy layer has no shape yet.
     """
     adapter = layer._gift_weights["weight"]
     if adapter.layout is None or not adapter.reads_alike:
@@ -276,12 +276,12 @@ def is_usual(layer: Any) -> bool:
 
 
 def _padding(kernel: Sizes, padding: Any, dilation: Sizes) -> tuple[Sizes | None, Sizes | None]:
-    """The zeros on both sides of each axis, or those to be put around the input before."""
+    """Return the zero padding of each axis, or the padding to add to the input explicitly."""
     if padding == "valid":
         return None, None
     if padding != "same":
         return _for_each(len(kernel), padding), None
-    # From what the layer is now: its own list is of when it was made.
+    # Computed from the layer's current attributes: its own list dates from when it was made.
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if all(total % 2 == 0 for total in totals):
         return tuple(total // 2 for total in totals), None
@@ -290,7 +290,7 @@ def _padding(kernel: Sizes, padding: Any, dilation: Sizes) -> tuple[Sizes | None
 
 
 def _for_each(axes: int, given: Any) -> Sizes:
-    """One number for each axis, of what torch's functions take: one for all, or a list."""
+    """Expand an argument of torch's functions, a number or a list, to one number for each axis."""
     sizes = (given,) if isinstance(given, int) else tuple(given)
     return sizes * axes if len(sizes) == 1 else sizes
 

@@ -1,4 +1,4 @@
-"""A convolution with a low-rank delta, without a gradient of the size of its weight."""
+"""A convolution with a low-rank delta, without a gradient of the weight's size."""
 
 import math
 from typing import Any
@@ -13,14 +13,14 @@ from gift.kernels.products import effective, outer, product, scaled
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_batched
 
-SMALL = 32  # of the inputs, which part the outputs of filters may be that are kept
+SMALL = 32  # outputs of filters are saved if they are at most this part of the inputs
 
 
 class LowRankConv(torch.autograd.Function):
-    """``conv(x, W + s left right) + bias``, also with other inputs for the delta.
+    """``conv(x, W + s left right) + bias``, optionally with another input for the delta.
 
-    For the backward pass it keeps the inputs, which the layers before it keep as a rule, and at
-    most the outputs of few filters. Gradients are made of operations with gradients of their own.
+    For the backward pass it saves the inputs, which the preceding layers usually save anyway, and
+    the outputs of the filters only if they are few. The backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(batch, in, *positions)``.
@@ -28,8 +28,8 @@ class LowRankConv(torch.autograd.Function):
         bias: or None.
         left, right: the factors; each output has as many rows of `left` as any other.
         scale: `s`.
-        dropped: what the delta sees in place of `x`, for the form "side"; or None.
-        geometry, plan: what is convolved, and how.
+        dropped: the delta's input in place of `x`, for the form "side"; or None.
+        geometry, plan: the convolution, and how to compute it.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class LowRankConv(torch.autograd.Function):
         seen = x if dropped is None else dropped
         if of_bias:
             gb = g.sum((0, *range(2, g.dim())))
-        # Without a gradient of the input, the values of the weight do not matter.
+        # If the input needs no gradient, the values of the weight do not matter.
         used = weight if side or not of_x else effective(weight, left, right, scale)
         if form == "whole":
             gx, whole = geometry.gradients(g, x, used, of_x)
@@ -84,7 +84,7 @@ class LowRankConv(torch.autograd.Function):
             gx = geometry.gradient_of_input(g, x, used)
         filters, flat = filters_of(weight, left, right, geometry, plan), g.flatten(2)
         if of_left:
-            if hidden is None or torch.is_grad_enabled():  # the one kept has no graph
+            if hidden is None or torch.is_grad_enabled():  # the saved tensor has no graph
                 hidden = filters(seen)
             gl = scaled(outer(hidden.flatten(2), flat).mT.contiguous(), scale).view(left.shape)
         target = gx if dropped is None else torch.zeros_like(dropped) if of_dropped else None
@@ -102,5 +102,5 @@ class LowRankConv(torch.autograd.Function):
 def filters_of(
     weight: Tensor, left: Tensor, right: Tensor, geometry: Geometry, plan: Plan
 ) -> Filters:
-    """The filters of the delta."""
+    """Return the filters of the delta."""
     return Filters(right, len(left) // len(weight), geometry, plan.as_product)

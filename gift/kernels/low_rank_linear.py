@@ -1,4 +1,4 @@
-"""A linear layer with a low-rank delta, in the products that are fast for few rows."""
+"""A linear layer with a low-rank delta, as matrix products that are fast for few rows."""
 
 from typing import Any
 
@@ -12,15 +12,14 @@ from gift.kernels.products import effective, for_each, outer, product, scaled
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_known
 
-MANY = 1024  # rows from which on they are computed in parts
+MANY = 1024  # number of rows from which they are computed in parts
 
 
 class LowRankLinear(torch.autograd.Function):
-    """``W x + bias + s left right x``, or with ``dropped`` for the second `x`.
+    """``W x + bias + s left right x``, where `dropped` replaces the second `x` if it is given.
 
-    For the backward pass it keeps the inputs as they are given and, in the form "side", ``right
-    x``; if `right` is frozen, ``right x`` alone. Gradients are made of operations with gradients
-    of their own.
+    For the backward pass it saves the inputs as they are given and, in the form "side", ``right
+    x``. If `right` is frozen it saves ``right x`` alone. The backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(..., in)``.
@@ -28,8 +27,8 @@ class LowRankLinear(torch.autograd.Function):
         bias: or None.
         left, right: the factors ``(out, rank)`` and ``(rank, in)``.
         scale: `s`.
-        dropped: what the delta sees in place of `x`, for the form "side"; or None.
-        form: how it is computed.
+        dropped: the delta's input in place of `x`, for the form "side"; or None.
+        form: how to compute it, see `gift.kernels.cost_model`.
     """
 
     @staticmethod
@@ -62,7 +61,7 @@ class LowRankLinear(torch.autograd.Function):
         shape, scale, drops, form = ctx.rest
         of_x, _, of_bias, of_left, of_right, _, of_dropped, _ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
-        g = g.contiguous()  # attention gives another one, which each use would copy
+        g = g.contiguous()  # attention returns a non-contiguous one, which each use would copy
         flat = g.reshape(-1, g.shape[-1])
         side = form == "side"
         if of_bias:
@@ -101,7 +100,7 @@ def outputs(
     dropped: Tensor | None,
     form: Form,
 ) -> tuple[Tensor, Tensor | None]:
-    """The layer's output, and ``right x`` where that was made on the way."""
+    """Return the layer's output, and ``right x`` if it was computed on the way."""
     if form != "side":
         return F.linear(x, effective(weight, left, right, scale), bias), None
     y = F.linear(x, weight, bias)
@@ -111,7 +110,7 @@ def outputs(
 
 
 def _add_product(y: Tensor, few: Tensor, matrix: Tensor, scale: float = 1) -> None:
-    """To the rows of `y`, which is contiguous, is added ``scale few^T matrix``."""
+    """Add ``scale few^T matrix`` to the rows of `y`, which is contiguous, in place."""
     if few.dim() == 2:
         y.view(-1, y.shape[-1]).addmm_(few.mT, matrix, alpha=scale)
     else:
@@ -120,7 +119,7 @@ def _add_product(y: Tensor, few: Tensor, matrix: Tensor, scale: float = 1) -> No
 
 
 def _columns(x: Tensor) -> Tensor:
-    """``(features, rows)``, or parts of that, a view of what is contiguous."""
+    """View `x` as ``(features, rows)``, or in parts; there is no copy if `x` is contiguous."""
     features = x.shape[-1]
     rows = x.numel() // max(1, features)
     parts = 1
@@ -132,7 +131,7 @@ def _columns(x: Tensor) -> Tensor:
 
 
 def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None, like: Tensor) -> Tensor:
-    """``right x`` as it was kept, or made anew where it was not, or its graph is needed."""
+    """Return the saved ``right x``; recompute it if it was not saved or its graph is needed."""
     if kept is None or torch.is_grad_enabled():
         if x is None:
             raise RuntimeError(
@@ -140,6 +139,6 @@ def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None, like: Tensor) 
                 "its gradient has none: train both factors, or differentiate by torch.func"
             )
         return product(right, _columns(x))
-    if kept.dim() > like.dim():  # in parts, and compiled since
+    if kept.dim() > like.dim():  # saved in parts, and compiled since
         return kept.movedim(0, 1).flatten(1)
     return kept

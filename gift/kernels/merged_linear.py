@@ -1,4 +1,4 @@
-"""The effective weight of a linear layer, for deltas with too many terms to go beside it."""
+"""The effective weight of a linear layer, for deltas of a rank too high to compute beside it."""
 
 import math
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from gift.kernels.linear import Product
 
 @dataclass(frozen=True)
 class Terms:
-    """A delta of low rank, and what comes through its layer.
+    """The sizes of a low-rank delta and of its layer's input.
 
     Args:
-        rows, columns: of the weight.
-        rank: of the delta.
-        positions: for which the layer computes.
+        rows, columns: shape of the weight.
+        rank: rank of the delta.
+        positions: number of positions for which the layer computes.
     """
 
     rows: int
@@ -27,7 +27,7 @@ class Terms:
     positions: int
 
     def go_beside(self, trains: bool = True, both: bool = True) -> bool:
-        """Whether the factors on the activations cost less than the effective weight.
+        """Whether applying the factors to the activations costs less than the effective weight.
 
         Args:
             trains: whether there will be a backward pass.
@@ -50,7 +50,7 @@ class Terms:
 
 
 def terms(x: Tensor, rows: int, rank: int) -> Terms:
-    """For inputs ``(..., columns)``."""
+    """Return the sizes for inputs ``(..., columns)``."""
     *batch, columns = x.shape
     return Terms(rows, columns, rank, math.prod(batch))
 
@@ -62,7 +62,7 @@ def through_weight(
     product: Product,
     bias: Tensor | None,
 ) -> Tensor:
-    """``W' x + bias``."""
+    """Compute ``W' x + bias`` with the effective weight ``W'``."""
     matrix = product.matrix
     dtype = method.working_dtype(matrix)
     factors = {key: value.to(dtype) for key, value in parameters.items()}

@@ -1,4 +1,4 @@
-"""Large products of two matrices, by the quicker of the libraries that torch has on a processor."""
+"""Large matrix products on a CPU, by the faster of torch's libraries."""
 
 from functools import lru_cache
 from typing import Any
@@ -13,31 +13,31 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, rounded otherwise than by torch: for gradients, not for what a layer gives.
+    """Compute ``a @ b`` with other rounding than torch's: for gradients, not for a layer's output.
 
     Args:
         a: a matrix.
-        b: another one, not a thin one: for those there is `gift.kernels.products`.
+        b: another one. For thin matrices see `gift.kernels.products`.
     """
     return by_onednn(a, b) if _is_for_onednn(a, b) else a @ b
 
 
 @lru_cache(maxsize=1)
 def prefers_onednn() -> bool:
-    """Whether oneDNN is the quicker one, as it is on processors of AMD with AVX-512.
+    """Whether oneDNN is faster than MKL, as it is on AMD processors with AVX-512.
 
-    There it takes 0.75 to 0.95 of the time of MKL, which torch takes for all products of 32 bits:
-    see ``benchmarks/gemm.py``.
+    There it takes 0.75 to 0.95 of the time of MKL, which torch uses for all float32 products: see
+    ``benchmarks/gemm.py``.
     """
     if not (torch.backends.mkl.is_available() and has_onednn()):
         return False
-    # Older versions of torch do not tell.
+    # Older versions of torch do not report capabilities.
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(told.get("avx512_f")) and str(told.get("cpu_name")).startswith("AMD")
 
 
 def _is_for_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether the product is large, and nobody follows it who knows torch's own alone."""
+    """Whether the product is large and plain: no tracer, transform or tensor subclass sees it."""
     return (
         not torch.compiler.is_compiling()
         and type(a) in PLAIN

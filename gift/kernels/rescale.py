@@ -1,4 +1,4 @@
-"""Outputs times a factor each, for methods that scale what a layer gives."""
+"""Scale each output by a factor, for methods that scale a layer's outputs."""
 
 import math
 from collections.abc import Callable
@@ -21,14 +21,14 @@ def rescaled(
     inputs: tuple[Tensor | None, ...],
     channel: int = -1,
 ) -> Tensor:
-    """``ratio o (z - bias) + bias``, in the dtype of `z`, and `z` itself where the ratio is one.
+    """Compute ``ratio o (z - bias) + bias`` in the dtype of `z`; exactly `z` for a ratio of one.
 
     Args:
         z: outputs of a layer, bias included.
         ratio: a factor for each output feature.
-        bias: what is not scaled; or None.
-        compute: gives `z` once more.
-        inputs: of `compute`.
+        bias: the part of `z` that is not scaled, or None.
+        compute: function that computes `z` again.
+        inputs: arguments of `compute`.
         channel: the axis of output features, from the end.
     """
     shape = [1] * z.dim()
@@ -37,7 +37,7 @@ def rescaled(
     if bias is not None:
         bias = bias.view(shape)
         finite = bias.abs() < math.inf
-        # Nothing takes infinity off an output again: it passes as it is.
+        # An infinite bias cannot be subtracted again: such outputs pass unchanged.
         ratio, bias = torch.where(finite, ratio, 1), torch.where(finite, bias, 0)
     if _is_plain(z, ratio):
         return _scale(z, ratio, bias)
@@ -46,7 +46,7 @@ def rescaled(
 
 
 def _is_plain(z: Tensor, ratio: Tensor) -> bool:
-    """Whether autograd, or who traces, does best by itself."""
+    """Whether to leave the computation to plain autograd, or to the tracer."""
     return (
         not (torch.is_grad_enabled() and ratio.requires_grad)
         or z.is_complex()
@@ -61,11 +61,12 @@ def _scale(z: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Rescaled(torch.autograd.Function):
-    """What `rescaled` says. The gradient of the ratio needs `z`, which nobody else keeps.
+    """The autograd function of `rescaled`, which avoids saving `z` for the ratio's gradient.
 
-    So it keeps its own output, as what comes next does as a rule, and divides by the ratio. Where
-    what comes next has overwritten that output, `z` is computed again. Where a ratio is too small
-    to divide by, and on accelerators, which would have to wait for an answer to that, `z` is kept.
+    Nothing else saves `z`. So this function saves its own output, which the next operation usually
+    saves too, and divides it by the ratio. If the next operation has overwritten that output, `z`
+    is computed again. If a ratio is too small to divide by, `z` is saved. It is also saved on
+    accelerators, which would have to synchronise to check the ratio.
     """
 
     @staticmethod
@@ -83,7 +84,7 @@ class Rescaled(torch.autograd.Function):
         ctx.rest = channel, compute, z.dtype
         ctx.divides = y.device.type == "cpu" and bool(ratio.abs().amin() > 2**-4)
         ctx.writes = Writes(y)
-        # An output that is kept as such would be an error once it is overwritten.
+        # Saving the output itself would raise an error once it is overwritten.
         ctx.save_for_backward(y.data if ctx.divides else z, ratio, bias, *inputs)
         return y
 
@@ -109,7 +110,7 @@ class Rescaled(torch.autograd.Function):
 
 
 def _total(tensor: Tensor, channel: int, like: Tensor) -> Tensor:
-    """The sums for each feature, in the shape and dtype of `like`."""
+    """Sum over all axes but the features, in the shape and dtype of `like`."""
     tensor = tensor.to(like.dtype)
     if channel < -1:
         tensor = tensor.flatten(channel + 1).sum(-1)
@@ -117,13 +118,13 @@ def _total(tensor: Tensor, channel: int, like: Tensor) -> Tensor:
 
 
 class Writes:
-    """Tells whether a tensor was written into, without keeping it."""
+    """Detects whether a tensor was written into, without keeping it alive."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.alias = tensor.detach()  # counts writes together with the tensor
+        self.alias = tensor.detach()  # shares the version counter of the tensor
         self.alias.data = tensor.new_empty(0)
         self.before = writes_of(self.alias)
 
     def happened(self) -> bool:
-        """Whether it was, or may have been."""
+        """Return whether it was written into, or may have been."""
         return self.before is None or writes_of(self.alias) != self.before

@@ -12,28 +12,28 @@ from gift.private.torch import OVERRIDES_NOTHING
 
 
 def autocasts(kind: str) -> bool:
-    """Whether autocast is on for that kind of device; the meta device has none."""
+    """Whether autocast is enabled for that device type; the meta device has no autocast."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def gives_no_view(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorator for the forward pass of an autograd function: what it gives is no view.
+    """Decorator for the forward pass of an autograd function: ensure that its output is not a view.
 
-    Views that are made in there must not be written into later, as autograd could not follow. For
-    some shapes ``F.linear`` makes one, which of them is a matter of torch's version.
+    Autograd forbids in-place writes to views that were made inside a function. For some shapes
+    ``F.linear`` returns a view; for which ones depends on torch's version.
     """
 
     @functools.wraps(forward)
     def run(ctx: Any, *args: Any) -> Tensor:
-        return forward(ctx, *args).detach()  # the same memory and count of writes, no view
+        return forward(ctx, *args).detach()  # the same memory and version counter, not a view
 
     return run
 
 
 def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """Decorator for a backward pass whose tensors have one dtype already.
+    """Decorator for a backward pass whose tensors already have one dtype: disable autocast.
 
-    It may run under another autocast than its forward pass did.
+    The backward pass may run under another autocast state than the forward pass did.
     """
 
     @functools.wraps(backward)
@@ -49,12 +49,12 @@ def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, T
 def for_every_tensor(
     forward: Callable[..., Tensor], plain: Callable[..., Any]
 ) -> Callable[..., Tensor]:
-    """Decorator for a fast path in the place of a layer's forward pass: it takes what that takes.
+    """Decorator for a fast path that replaces a layer's forward pass: accept all its inputs.
 
-    Tensors of other libraries override it, as they do with ``F.linear``: their class sees one
-    function, computed with plain tensors, and makes its own of what that gives. In an autograd
-    function it would make a view. Nested tensors have no other shape, which fast paths ask for: the
-    layer computes with its effective weight.
+    Tensor subclasses of other libraries override the fast path as they override ``F.linear``: their
+    class sees one function, which is computed with plain tensors, and wraps the result. Within an
+    autograd function, wrapping would make a view. Nested tensors have no regular shape, which fast
+    paths need: for them the layer computes with its effective weight.
 
     Args:
         forward: the fast path.

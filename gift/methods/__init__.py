@@ -1,4 +1,7 @@
-"""Methods: functions of a frozen matrix, one file and one row here each. No layers, no modules."""
+"""Methods: functions of a frozen matrix, one file and one line here each.
+
+Methods know neither layers nor modules.
+"""
 
 from gift.errors import AdaptationError as AdaptationError
 from gift.methods.base import METHODS as METHODS

@@ -1,4 +1,4 @@
-"""LoRA whose factors start at a part of the weight itself."""
+"""LoRA whose factors start at a part of the weight."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,28 +21,28 @@ class AnchoredLoRA(LoRA):
 
     .. math:: W' = W_0 + s (B A - B_0 A_0)
 
-    The papers replace the frozen weight by the residual :math:`W_0 - s B_0 A_0`. Here it stays as
-    it is, and the start is subtracted instead. The two products are written as one,
+    The papers replace the frozen weight by the residual :math:`W_0 - s B_0 A_0`. Here it stays
+    unchanged, and the initial product is subtracted instead. The two products are written as one,
 
     .. math:: B A - B_0 A_0 = [B - B_0, B_0] \begin{bmatrix} A \\ A - A_0 \end{bmatrix},
 
     which costs what a LoRA of twice the rank costs, is exactly zero at the start, and keeps the
     digits of a small difference.
 
-    ``B0`` and ``A0`` are buffers that are saved with the delta, so that it means the same wherever
-    it is loaded: no decomposition is made again, no two libraries need to agree on one. A state is
-    therefore twice as large as LoRA's.
+    ``B0`` and ``A0`` are buffers that are saved with the delta. So the delta means the same
+    wherever it is loaded: no decomposition is computed again, and no two libraries need to agree on
+    one. A state is therefore twice as large as LoRA's.
     """
 
     reads_weight: ClassVar[bool] = True
 
     def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """``B0 (rows, r)`` and ``A0 (r, columns)`` in double precision."""
+        """Return ``B0 (rows, r)`` and ``A0 (r, columns)`` in double precision."""
         raise NotImplementedError
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """``B`` and ``A`` at their start, and where that was."""
-        # Copies, for what is sliced from a decomposition would keep, and save, the whole of it.
+        """Return ``B`` and ``A`` at their initial values, and these values as buffers."""
+        # Copies: a slice of a decomposition would keep, and save, the whole decomposition.
         copied: Any = {
             "copy": True,
             "memory_format": torch.contiguous_format,
@@ -56,26 +56,26 @@ class AnchoredLoRA(LoRA):
         }
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        r"""Factors of :math:`s (B A - B_0 A_0)`, of rank ``2 r``."""
+        r"""Return factors of :math:`s (B A - B_0 A_0)`, of rank ``2 r``."""
         return super().factors(self.difference(parameters))
 
     def scaled_low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-        """Factors of twice the rank and the scaling."""
+        """Return factors of twice the rank, and the scaling."""
         b, a = self.difference(parameters).values()
         return b, a, self.scaling
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """``B`` and ``B0`` times the number."""
+        """Multiply ``B`` and ``B0`` by the number."""
         start = f"{self.name}_B0"
         return super().multiplied(parameters, number) | {start: parameters[start] * number}
 
     def anchors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``B0`` and ``A0`` under the names of ``B`` and ``A``."""
+        """Return ``B0`` and ``A0`` under the names of ``B`` and ``A``."""
         b0, a0 = parameters[f"{self.name}_B0"], parameters[f"{self.name}_A0"]
         return {"lora_B": b0, "lora_A": a0}
 
     def difference(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Factors of twice the rank whose product is ``B A - B0 A0``."""
+        """Return factors of twice the rank whose product is ``B A - B0 A0``."""
         b, a = parameters["lora_B"], parameters["lora_A"]
         b0, a0 = self.anchors(parameters).values()
         return {"lora_B": torch.cat([b - b0, b0], -1), "lora_A": torch.cat([a, a - a0], -2)}
@@ -89,7 +89,7 @@ def _linear(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``W0 x + bias + s B A dropout(x) - s B0 A0 x``."""
+    """Compute ``W0 x + bias + s B A dropout(x) - s B0 A0 x``."""
     if not (method.lora_dropout and training):
         return linear(method, parameters, x, product, bias, training)
     trained, start = (
@@ -103,7 +103,7 @@ def _linear(
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
-    """While inputs are dropped: those of ``B A``, as in `AnchoredLoRA.side`."""
+    """The same for convolutions: with dropout, only the input of ``B A`` is dropped."""
     adapter = self._gift_weights["weight"]
     if not (adapter.method.lora_dropout and self.training):
         return conv(self, input)

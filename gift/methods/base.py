@@ -1,4 +1,4 @@
-"""What a method is: a function of a frozen matrix and of a few trained parameters."""
+"""The base class of methods: functions of a frozen matrix and a few trained parameters."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,65 +17,77 @@ METHODS: dict[str, type["Method"]] = {}
 
 @dataclass(frozen=True)
 class Method(Configured):
-    """Base of all methods: a frozen matrix ``W`` becomes an effective one.
+    """Base class of all methods, which turn a frozen matrix ``W`` into an effective one.
 
-    A subclass is a frozen dataclass whose fields are its settings (see `gift.methods.settings`).
-    It sees every weight as a matrix ``(rows, columns)`` or as a batch ``(groups, rows, columns)``;
-    layers are unknown to it.
+    A subclass is a frozen dataclass whose fields are its settings (see `gift.methods.settings`). It
+    sees every weight as a matrix ``(rows, columns)`` or as a batch ``(groups, rows, columns)``, and
+    knows nothing of layers.
 
     Args:
-        dtype: of the new parameters, or its name; None means the weight's, but at least float32.
+        dtype: dtype of the new parameters, or its name; None means the weight's, but at least
+            float32.
 
     Raises:
-        ValueError: for settings out of range; all of them are named.
+        ValueError: if settings are out of range; the message names all of them.
     """
 
     name: ClassVar[str]
-    """The name under which the method is chosen: ``ma_adapt(name)``."""
+    """The name that selects the method: ``ma_adapt(name)``."""
 
     strategy_prefix: ClassVar[str]
-    """Its name in the names of strategies: ``<title>LinearFineTuningStrategy``."""
+    """The prefix of the method's strategy names: ``<prefix>LinearFineTuningStrategy``."""
 
     forwards: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """Fast paths, from the dotted name of a stock layer's ``forward`` to one of the same signature.
-    Each must agree with the materialised weight in value and gradient."""
+    """Fast paths, by the dotted name of the stock layer's ``forward`` that each one replaces.
+
+    A fast path has the signature of that ``forward``, and must agree with the materialised weight
+    in value and gradient.
+    """
 
     dropout: ClassVar[float] = 0.0
-    """Probability for `drop`; a method with such a setting has a property of this name."""
+    """Dropout probability for `drop`; a method with such a setting overrides it by a property."""
 
     conv_layouts: ClassVar[tuple[Literal["balanced", "out_as_h"], ...]] = ("balanced", "out_as_h")
-    """The layouts of convolutions that the method allows, its default first."""
+    """The convolution layouts that the method allows; the first is the default."""
 
     form: ClassVar[Form | None] = None
-    """How fast paths compute; None chooses by shapes. A setting, where there is one."""
+    """How fast paths compute; None chooses by shapes. Some methods have a setting of this name."""
 
     rows_are_outputs: ClassVar[bool] = False
-    """Whether rows must be output features also of embeddings, where they are tokens otherwise."""
+    """Whether rows must be output features for embeddings too, where rows are otherwise tokens."""
 
     scales_outputs: ClassVar[bool] = False
-    """Whether the method acts on a layer's outputs, so that its bias takes part."""
+    """Whether the method acts on a layer's outputs, so that its bias is adapted too."""
 
     reads_weight: ClassVar[bool] = False
     """Whether the initial parameters depend on the values of the weight."""
 
     derives: ClassVar[tuple[str, ...]] = ()
-    """Names of buffers that say something of the frozen matrix itself, as its norms do. Where
-    another matrix takes its place for a call, they are made by `derived` for that one."""
+    """Names of buffers that are computed from the frozen matrix, such as its norms.
+
+    If another matrix replaces it for one call, `derived` computes them for that matrix.
+    """
 
     shows_matrix: ClassVar[bool] = False
-    """Whether the shapes of the parameters differ wherever those of two matrices do, so that a
-    saved delta need not tell how the weight was read."""
+    """Whether parameter shapes determine the shape of the matrix.
+
+    A saved delta then need not record the layout in which the weight was read.
+    """
 
     low_rank_is_cheap: ClassVar[bool] = True
     """Whether gradients are cheaper through the factors of `low_rank` than through the matrix."""
 
     size_setting: ClassVar[str | None] = None
-    """The setting, an integer, that decides how many parameters are added. A method with a setting
-    ``clip_<size_setting>`` settles in `fit` by `settled` what becomes of a matrix that cannot have
-    the size."""
+    """The integer setting that determines the number of added parameters.
+
+    If a method has a setting ``clip_<size_setting>``, its `fit` calls `settled` to handle a matrix
+    that cannot have the size.
+    """
 
     def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with settings for a matrix of that shape; see also `nearest`.
+        """Return the method with its settings fitted to a matrix of that shape.
+
+        See also `nearest`.
 
         Raises:
             AdaptationError: if no such matrix can be adapted with these settings.
@@ -84,24 +96,26 @@ class Method(Configured):
 
     @property
     def size(self) -> int | None:
-        """The value of `size_setting`; None where there is none."""
+        """The value of `size_setting`; None if there is no such setting."""
         return None if self.size_setting is None else getattr(self, self.size_setting)
 
     @property
     def clips(self) -> bool | None:
-        """Whether a matrix that cannot have the size gets the nearest one; None: with a warning,
-        as long as some matrix has the size.
+        """Whether a matrix that cannot have the size gets the nearest size instead of an error.
+
+        None means yes, with a warning, provided that some matrix has the size.
         """
         return getattr(self, f"clip_{self.size_setting}", True)
 
     def exact(self) -> Self:
-        """The method that refuses a matrix which cannot have its size."""
+        """Return the method that rejects a matrix which cannot have its size."""
         clip = f"clip_{self.size_setting}"
         return with_settings(self, **{clip: False}) if hasattr(self, clip) else self
 
     def nearest(self, shape: tuple[int, ...]) -> Self:
-        """As `fit`, but for a matrix of many: one that cannot have the size is refused where
-        `clips` is False alone.
+        """Fit the method to one matrix of many.
+
+        Like `fit`, but a matrix that cannot have the size is an error only if `clips` is False.
         """
         if self.clips is not None or self.size is None:
             return self.fit(shape)
@@ -109,14 +123,14 @@ class Method(Configured):
         return with_settings(with_settings(self, **{clip: True}).fit(shape), **{clip: None})
 
     def settled(self, possible: int, refusal: str) -> Self:
-        """The method with the size that a matrix can have.
+        """Return the method with a size that the matrix can have.
 
         Args:
-            possible: the nearest to the one asked for.
-            refusal: what is wrong with the one asked for, where it is another.
+            possible: the possible size nearest to the requested one.
+            refusal: the error message, if that is not the requested size.
 
         Raises:
-            AdaptationError: if another size was asked for, and is not to be clipped.
+            AdaptationError: if another size was requested and must not be clipped.
         """
         assert self.size_setting is not None
         if not self.clips and self.size not in (None, possible):
@@ -124,62 +138,66 @@ class Method(Configured):
         return with_settings(self, **{self.size_setting: possible})
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """New tensors for a frozen matrix, in the order in which they are listed.
+        """Return the new tensors for a frozen matrix, in the order in which they are listed.
 
-        A tensor becomes a trained parameter, an ``nn.Buffer`` is left as it is: it is saved with
-        the delta if it is persistent, and made anew from the matrix if it is not. The matrix may be
-        on the meta device.
+        A tensor becomes a trained parameter. An ``nn.Buffer`` stays a buffer: it is saved with the
+        delta if it is persistent, and recomputed from the matrix if it is not. The matrix may be on
+        the meta device.
         """
         raise NotImplementedError
 
     def derived(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The parameters that `derives` names, anew for that matrix."""
+        """Return the parameters that `derives` names, recomputed for that matrix."""
         return {}
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The effective matrix, of the shape and dtype of `matrix`, from what `init` gave."""
+        """Return the effective matrix, in shape and dtype of `matrix`, given the parameters."""
         raise NotImplementedError
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
-        """The parameters with dropout on the input features, for a training step in which the
-        layer reads its weight itself; `input_axis` is the matrix axis of the input features.
+        """Drop input features in a training step of a layer that reads its weight itself.
+
+        Args:
+            parameters: the parameters of the delta.
+            input_axis: the matrix axis of the input features.
         """
         return parameters
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Factors whose product is the delta, whatever the matrix is; None where there are none."""
+        """Return factors whose product is the delta of any matrix; None if there are none."""
         return None
 
     def scaled_low_rank(
         self, parameters: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, float] | None:
-        """The same and a number before it, for a product that needs no copy of a factor."""
+        """Return the factors and a scale of their product, which needs no scaled copy."""
         factors = self.low_rank(parameters)
         return None if factors is None else (*factors, 1)
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """Parameters, of these names and shapes, whose delta is `number` times that of these.
+        """Return parameters of the same names and shapes whose delta is `number` times as large.
 
         Raises:
-            AdaptationError: if there are none.
+            AdaptationError: if no such parameters exist.
         """
         raise AdaptationError(f"no parameters of {self.name} give a multiple of a delta")
 
     def working_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype in which the effective weight is computed, which loses nothing of either."""
+        """Return the dtype for computing the effective weight, exact for weight and delta."""
         return torch.promote_types(at_least_32_bits(weight.dtype), self.delta_dtype(weight))
 
 
 @dataclass(frozen=True)
 class RankedMethod(Method):
-    """Base of methods with a rank.
+    """Base class of methods with a rank.
 
     Args:
-        rank: of the update. None means `default_rank`, or less where a matrix is smaller.
+        rank: rank of the update. None means `default_rank`, or less for a smaller matrix.
         clip_rank: whether a matrix that cannot have the rank gets its largest one. None means yes,
-            with a warning that names it, unless no matrix can have the rank: that is refused. False
-            refuses every such matrix; True asks for no warning.
-        dtype: of the new parameters, or its name; None means the weight's, but at least float32.
+            with a warning that names the matrix, unless no matrix can have the rank, which is an
+            error. False makes every such matrix an error. True clips without a warning.
+        dtype: dtype of the new parameters, or its name; None means the weight's, but at least
+            float32.
     """
 
     default_rank: ClassVar[int] = 3
@@ -189,11 +207,11 @@ class RankedMethod(Method):
     clip_rank: bool | None = flag(None, enters_weight=False, kw_only=True)
 
     def largest_rank(self, shape: tuple[int, ...]) -> int:
-        """The largest rank that a matrix ``(..., rows, columns)`` can have."""
+        """Return the largest rank that a matrix ``(..., rows, columns)`` can have."""
         return min(shape[-2:])
 
     def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with its rank settled for a matrix ``(..., rows, columns)``."""
+        """Return the method with its rank settled for a matrix ``(..., rows, columns)``."""
         largest = self.largest_rank(shape)
         rank = self.default_rank if self.rank is None else self.rank
         rows, columns = shape[-2:]
@@ -206,16 +224,16 @@ class RankedMethod(Method):
 
 @lru_cache(maxsize=512)
 def with_settings(method: Any, **settings: Any) -> Any:
-    """The method with other settings: one object for all weights that have them."""
+    """Return the method with other settings, cached so that weights share one object."""
     return replace(method, **settings)
 
 
 WHEN_REGISTERED: list[Callable[[type[Method]], None]] = []
-"""Called with each method that is registered from then on."""
+"""Callbacks that receive each method registered after them."""
 
 
 def register_method(cls: type[Method]) -> type[Method]:
-    """Class decorator: makes a method known by its name."""
+    """Class decorator that registers a method under its name."""
     known = METHODS.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise ValueError(f"method name {cls.name!r} is taken by {known.__qualname__}")
@@ -226,10 +244,10 @@ def register_method(cls: type[Method]) -> type[Method]:
 
 
 def method_of(name: str | Method, settings: Mapping[str, Any]) -> Method:
-    """The method of that name with these settings.
+    """Return the method of that name with these settings.
 
     Raises:
-        ValueError: for an unknown name or setting.
+        ValueError: if the name or a setting is unknown.
     """
     if isinstance(name, Method):
         if settings:

@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of each output apart."""
+"""DoRA: separate magnitude and direction of each output."""
 
 import math
 from collections.abc import Mapping
@@ -33,15 +33,16 @@ class DoRA(LoRA):
     .. math:: W' = m \frac{V}{\|V\|_c}, \quad V = W_0 + \frac{\alpha}{r} B A,
         \quad m = \|W_0\|_c + \Delta m
 
-    The norm is that of the weights of each output feature, a row here. For a matrix ``(rows,
+    The norm is taken over the weights of each output feature, a row here. For a matrix ``(rows,
     columns)`` it adds LoRA's ``lora_B (rows, r)`` and ``lora_A (r, columns)``, and ``dora_delta_m
-    (rows, 1)``, by which the magnitude `m` differs from that of the frozen weight; ``B`` and
+    (rows, 1)``, the difference of the magnitude `m` from that of the frozen weight. ``B`` and
     ``delta_m`` start at zero. That is ``r * (rows + columns) + rows`` parameters.
 
-    The norm costs no forward pass and no second weight: with the squares of ``W0`` at hand
-    (``dora_squares``, never saved), its square is theirs plus ``2 s <W0 A^T, B> + s^2 B A A^T B^T``
-    for each row. A row of zeros has no direction, nor has one whose norm is infinite, by its
-    values or since their squares overflow; it is trained as LoRA does, without magnitude.
+    The norm needs neither a forward pass nor a second weight. Its square for each row is the sum of
+    squares of the row of ``W0`` (``dora_squares``, never saved) plus ``2 s <W0 A^T, B> + s^2 B A
+    A^T B^T``. A row of zeros has no direction. Neither has a row with an infinite norm, whether its
+    values are infinite or their squares overflow. Such rows are trained as in LoRA, without a
+    magnitude.
 
     Args:
         detach_norm: treat the norm of ``V`` as a constant in the gradient, as the paper proposes in
@@ -59,7 +60,7 @@ class DoRA(LoRA):
     detach_norm: bool = flag(True, enters_weight=False)
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """LoRA's factors, and no difference of magnitudes."""
+        """Return LoRA's factors, and a zero difference of magnitudes."""
         (squares,) = self.derived(matrix).values()
         return super().init_parameters(matrix) | {
             "dora_delta_m": torch.zeros_like(squares, dtype=self.delta_dtype(matrix).to_real()),
@@ -67,24 +68,24 @@ class DoRA(LoRA):
         }
 
     def derived(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The squares of its rows."""
+        """Return the sum of squares of each row."""
         precise = matrix.to(self.working_dtype(matrix))
         return {"dora_squares": precise.abs().square().sum(-1, keepdim=True)}
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``m V / |V|``."""
+        """Compute ``m V / |V|``."""
         ratio = self.ratio(matrix, parameters)
         factors = {**parameters, "lora_A": parameters.get("dropped_A", parameters["lora_A"])}
         return ratio * super().effective_weight(matrix, factors)
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> None:
-        """None: the norms of the rows take part."""
+        """Return None: the norms of the rows make the update depend on the matrix."""
 
     def scaled_low_rank(self, parameters: Mapping[str, Tensor]) -> None:
-        """None, likewise."""
+        """Return None, as `low_rank` does."""
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """Refused, as there is none."""
+        """Raise, since no parameters give a multiple of the delta."""
         return Method.multiplied(self, parameters, number)
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
@@ -92,27 +93,27 @@ class DoRA(LoRA):
         return {**parameters, "dropped_A": super().drop(parameters, input_axis)["lora_A"]}
 
     def ratio(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``m / |V|`` for each row; one where the frozen row has no direction."""
+        """Return ``m / |V|`` for each row; one where the frozen row has no direction."""
         directed, seen = self.directed(parameters), parameters
         if self.detach_norm:
-            # Not by torch.no_grad: forward-mode differentiation goes on in there, and autocast of
-            # older versions of torch keeps what it casts in there, without a graph, for later.
+            # Not by torch.no_grad: forward-mode differentiation continues within it, and autocast
+            # of older versions of torch caches its casts within it, without a graph, for later use.
             matrix, seen = matrix.detach(), {k: v.detach() for k, v in parameters.items()}
         norm = (seen["dora_squares"] + self._growth(matrix, seen)).clamp_min(0).sqrt()
         ratio = self.magnitude(parameters) / torch.where(norm == 0, 1, norm)
         return torch.where(directed, ratio, 1)
 
     def directed(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Which frozen rows have a direction: those whose norm is a number, and not zero."""
+        """Whether each frozen row has a direction: its norm is finite and not zero."""
         squares = parameters["dora_squares"]
         return (squares > 0) & (squares < math.inf)
 
     def magnitude(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """`m` for each row; it has no meaning where the frozen row has no direction."""
+        """Return `m` for each row; it is meaningless where the frozen row has no direction."""
         return parameters["dora_squares"].sqrt() + parameters["dora_delta_m"]
 
     def _growth(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """By how much the squares of rows grow from ``W0`` to ``V``: zero where B is."""
+        """Return by how much the rows' squared norms grow from ``W0`` to ``V``: zero where B is."""
         b, a = scaled(parameters["lora_B"], self.scaling), parameters["lora_A"]
         crossed = 2 * (matrix @ a.mH) + b @ (a @ a.mH)
         return (crossed * b.conj()).sum(-1, keepdim=True).real
@@ -126,11 +127,11 @@ def _linear(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``ratio o (W0 x + s B A dropout(x)) + bias``: what LoRA gives, rescaled."""
+    """Compute ``ratio o (W0 x + s B A dropout(x)) + bias``, the rescaled output of LoRA."""
     dropped = dropped_inputs(method, x, training)
     ratio = method.ratio(product.matrix.to(parameters["lora_A"].dtype), parameters)
 
-    # Quoted, as the compiler of torch 2.6 makes no unions.
+    # Annotations are quoted, since the compiler of torch 2.6 cannot evaluate unions.
     def lora(
         x: Tensor, bias: "Tensor | None", left: Tensor, right: Tensor, dropped: "Tensor | None"
     ) -> Tensor:
@@ -141,7 +142,7 @@ def _linear(
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
-    """The same for a convolution of one group; the general way where LoRA has no other."""
+    """The same for convolutions of one group; otherwise use the effective weight, as LoRA does."""
     adapter = self._gift_weights["weight"]
     method, parameters = adapter.delta_of(self)
 

@@ -1,7 +1,8 @@
-"""Random tensors: where parameters start, and buffers that no file holds.
+"""Random initial values, and random buffers that no file stores.
 
 Such buffers are drawn from a seed, on the CPU and in float32 whatever the delta's device and dtype
-are, so that a delta finds the same ones wherever it is loaded; all who need the same share one.
+are. So a delta finds the same values wherever it is loaded, and layers that need the same buffer
+share one.
 """
 
 import math
@@ -18,10 +19,10 @@ _buffers: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
 def kaiming_uniform(*shape: int, **like: Any) -> Tensor:
-    """A matrix or batch of matrices, uniform in ``±1/sqrt(columns)``.
+    """Draw a matrix or a batch of matrices, uniform in ``±1/sqrt(columns)``.
 
-    That is Kaiming's draw with ``a = sqrt(5)``, as of ``nn.Linear``; torch's function would misread
-    the fan-in of a batch. Of complex numbers both parts are drawn so.
+    This is Kaiming's distribution with ``a = sqrt(5)``, as in ``nn.Linear``. torch's function would
+    compute the wrong fan-in for a batch. Complex numbers have both parts drawn in this way.
     """
     tensor = torch.empty(shape, **like)
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -38,18 +39,18 @@ def seeded_buffer(
     device: torch.device,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """A buffer that is never saved, one object for all layers that ask for the same.
+    """Return a buffer that is never saved, one object for all layers that request the same.
 
-    Nobody has other values to write into it. If somebody has written into it all the same, or has
-    moved it, those who ask from then on get a new one.
+    Nothing should write other values into it. If something has written into it all the same, or has
+    moved it, later requests get a new one.
 
     Args:
-        draw: gives the values, from a generator, the shape and what `more` says.
-        seed: of the generator.
-        shape: of the buffer.
+        draw: function that draws the values, given a generator, the shape and `more`.
+        seed: seed of the generator.
+        shape: shape of the buffer.
         more: further arguments of `draw`.
-        device: of the buffer; on the meta device nothing is drawn.
-        dtype: of the buffer.
+        device: device of the buffer; on the meta device nothing is drawn.
+        dtype: dtype of the buffer.
     """
     key = (draw, seed, shape, more, dtype, device)
     buffer = _buffers.get(key)
@@ -59,17 +60,17 @@ def seeded_buffer(
         else:
             values = draw(torch.Generator().manual_seed(seed), shape, *more).to(device, dtype)
         buffer = nn.Buffer(values, persistent=False)
-        if type(buffer) is Tensor:  # no fake one of a tracer
+        if type(buffer) is Tensor:  # not a fake tensor of a tracer
             _buffers[key] = buffer
     return buffer
 
 
 def entries(generator: torch.Generator, shape: tuple[int, ...], size: int) -> Tensor:
-    """Which of `size` entries are chosen: the head of a random permutation.
+    """Choose some of `size` entries: the head of a random permutation.
 
     Args:
         generator: the source of randomness.
-        shape: ``(count,)``, or ``(groups, count)`` for a choice of its own for each group.
+        shape: ``(count,)``, or ``(groups, count)`` for an independent choice for each group.
         size: the number of entries to choose from.
     """
     *groups, count = shape
@@ -80,5 +81,5 @@ def entries(generator: torch.Generator, shape: tuple[int, ...], size: int) -> Te
 
 
 def sorted_entries(generator: torch.Generator, shape: tuple[int, ...], size: int) -> Tensor:
-    """The same choice as `entries`, in the order of memory."""
+    """Choose the same entries as `entries`, sorted by position in memory."""
     return entries(generator, shape, size).sort(-1).values

@@ -1,37 +1,38 @@
-"""Matrix factors that are the same wherever they are computed.
+"""Matrix decompositions that are reproducible wherever they are computed.
 
-Deltas that are told relative to factors of the frozen weight are saved without them: they are
-computed again where the delta is loaded. Singular vectors are not unique, though. Where values are
-equal (an orthogonal weight) any rotation among their vectors will do, where they are zero (pruned
-channels) anything in the null space, and each library, device or number of threads may choose
-another. So the work is done in float64, which tells values apart that differ in a float32 weight,
-and where they do not differ a basis is chosen by a rule that depends on the matrix alone.
+Deltas that are expressed relative to factors of the frozen weight are saved without these factors,
+which are computed again where the delta is loaded. Singular vectors are not unique, though. If
+singular values are equal (an orthogonal weight), any rotation of their vectors is valid. If they
+are zero (pruned channels), anything in the null space is. Each library, device or number of threads
+may choose another. So the work is done in float64, which distinguishes values that differ in a
+float32 weight. Where values do not differ, a rule that depends on the matrix alone chooses a basis.
 """
 
 import torch
 from torch import Tensor
 
-# Values closer than this, relative to the largest, are one. Rounding moves vectors by about 1e-15
-# over the distance of their values, so those further apart are found to float32 precision.
+# Values closer than this, relative to the largest, count as equal. Rounding moves vectors by about
+# 1e-15 divided by the distance of their values, so vectors of values further apart are found to
+# float32 precision.
 _SAME = 1e-9
 
 
 def in_double(matrix: Tensor) -> Tensor:
-    """The matrix in float64 or complex128, on the CPU where its device has no such numbers."""
+    """Return the matrix in float64 or complex128, on the CPU if its device lacks these dtypes."""
     dtype = torch.complex128 if matrix.is_complex() else torch.float64
     return matrix.detach().to("cpu" if matrix.device.type == "mps" else matrix.device, dtype)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The reduced singular value decomposition :math:`W = U \operatorname{diag}(\sigma) V^H`.
+    r"""Return the reduced SVD, :math:`W = U \operatorname{diag}(\sigma) V^H`.
 
     Args:
-        matrix: ``(..., rows, columns)``; where it has infinite values, which is memory that waits
-            for its values, all factors are zero.
+        matrix: ``(..., rows, columns)``. If it is not finite, as uninitialised memory may be, all
+            factors are zero.
 
     Returns:
-        ``U (..., rows, n)``, ``sigma (..., n)`` falling, and ``V^H (..., n, columns)``, where `n`
-        is the smaller of rows and columns, in float64 or complex128.
+        ``U (..., rows, n)``, ``sigma (..., n)`` in descending order, and ``V^H (..., n, columns)``,
+        where `n` is the smaller of rows and columns, in float64 or complex128.
     """
     if matrix.is_meta:
         return torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
@@ -47,14 +48,14 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The reduced QR decomposition whose ``R`` has a diagonal that is nowhere negative.
+    r"""Return the reduced QR decomposition with a nonnegative diagonal of ``R``.
 
-    Where the first columns of the matrix are independent it is the only one; where a column depends
-    on those before it, its place in `Q` is taken by some vector that is orthogonal to all others.
+    It is unique if the first columns of the matrix are independent. If a column depends on those
+    before it, `Q` has some vector orthogonal to all others in its place.
 
     Args:
-        matrix: ``(..., rows, columns)``; one with infinite values, which is memory that waits for
-            its values, is taken as zero.
+        matrix: ``(..., rows, columns)``. If it is not finite, as uninitialised memory may be, it
+            counts as zero.
 
     Returns:
         ``Q (..., rows, n)`` and ``R (..., n, columns)``, where `n` is the smaller of rows and
@@ -70,15 +71,15 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _settle(u: Tensor, sigma: Tensor, vh: Tensor) -> None:
-    """Choose the vectors of equal values, in place."""
+    """Choose the singular vectors of equal values, in place."""
     largest = sigma[0]
     rank = int((sigma > _SAME * largest).sum())
     ends = (sigma[:rank].diff() < -_SAME * largest).nonzero().flatten() + 1
     start = 0
     for end in [*ends.tolist(), rank]:
         if end - start > 1:
-            # The first of them has a part along the first reference vector, the second none along
-            # that but one along the second, and so on: one basis does that.
+            # The first vector has a component along the first reference vector, the second has none
+            # along that but one along the second, and so on: exactly one basis satisfies this.
             turn = _orthonormal(vh[start:end] @ _references(vh.shape[1], end - start, vh))
             u[:, start:end] = u[:, start:end] @ turn
             vh[start:end] = turn.mH @ vh[start:end]
@@ -89,7 +90,7 @@ def _settle(u: Tensor, sigma: Tensor, vh: Tensor) -> None:
 
 
 def _completion(basis: Tensor, count: int) -> Tensor:
-    """That many more orthonormal columns: reference vectors without their part in the basis."""
+    """Return `count` more orthonormal columns: reference vectors minus their part in the basis."""
     more = _references(len(basis), count, basis)
     for _ in range(2):  # twice is enough for float64
         more = more - basis @ (basis.mH @ more)
@@ -97,11 +98,11 @@ def _completion(basis: Tensor, count: int) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns that span, one by one, what these do."""
+    """Return orthonormal columns whose leading columns span what the given ones do."""
     return qr(columns)[0]
 
 
 def _references(size: int, count: int, like: Tensor) -> Tensor:
-    """Fixed vectors in general position, as columns."""
+    """Return fixed vectors in general position, as columns."""
     angles = torch.arange(1, size * count + 1, dtype=torch.float64).reshape(size, count)
     return torch.sin(angles.square()).to(like.device, like.dtype)

@@ -21,25 +21,26 @@ class FourierFT(Method):
     .. math:: W' = W_0 + \alpha \operatorname{Re}(\operatorname{IDFT2}(F)), \quad
         F_{j, k} = \sum_{l=1}^{n} c_l \, [(j, k) = E_l]
 
-    For a matrix ``(rows, columns)`` it adds ``fourierft_c (n,)``, the spectral coefficients, for
-    each group where there are several: `n` parameters. Beside them stands ``fourierft_E (n,)``,
-    their entries in the flattened spectrum, which is never saved: it is drawn from the seed, as
-    PEFT draws it, the same for all matrices of one shape; the groups of a weight have entries of
-    their own. The inverse transform divides by ``rows * columns``. A complex weight takes complex
-    coefficients and the whole transform, not its real part.
+    For a matrix ``(rows, columns)`` it adds ``fourierft_c (n,)``, the spectral coefficients. That
+    is `n` parameters, for each group of a weight with groups. A buffer ``fourierft_E (n,)`` holds
+    their positions in the flattened spectrum. It is never saved but drawn from the seed, as in
+    PEFT, and is the same for all matrices of one shape. The groups of a weight have different
+    entries. The inverse transform divides by ``rows * columns``. A complex weight has complex
+    coefficients, and uses the whole transform instead of its real part.
 
     The coefficients start at zero, so that the update is zero. The paper draws them from a standard
-    normal distribution, and so begins at another network.
+    normal distribution, and so starts from a changed network.
 
     Args:
         n_frequency: `n`, up to ``rows * columns``. None means 1000, the paper's for GLUE, or less
-            where a matrix is smaller.
-        scaling: :math:`\alpha`. 150 is PEFT's; the paper's are 100 or 150 for GLUE, and 300 for
-            instruction tuning and images.
-        seed: of the choice of the entries.
-        clip_n_frequency: give a matrix with fewer entries than `n_frequency` all of them instead of
-            refusing.
-        dtype: of the coefficients, or its name; None means the weight's, but at least float32.
+            for a smaller matrix.
+        scaling: :math:`\alpha`. The default is PEFT's. The paper uses 100 or 150 for GLUE, and 300
+            for instruction tuning and images.
+        seed: seed for the choice of the entries.
+        clip_n_frequency: whether a matrix with fewer entries than `n_frequency` gets all of them
+            instead of an error.
+        dtype: dtype of the coefficients, or its name; None means the weight's, but at least
+            float32.
     """
 
     name: ClassVar[str] = "fourierft"
@@ -53,7 +54,7 @@ class FourierFT(Method):
     clip_n_frequency: bool | None = flag(None, enters_weight=False, kw_only=True)
 
     def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with its number of coefficients settled."""
+        """Return the method with its number of coefficients settled."""
         rows, columns = shape[-2:]
         wanted = self.default_n_frequency if self.n_frequency is None else self.n_frequency
         return self.settled(
@@ -63,7 +64,7 @@ class FourierFT(Method):
         )
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """No coefficients, at seeded entries."""
+        """Return zero coefficients, at entries drawn from the seed."""
         assert self.n_frequency is not None
         shape = (*matrix.shape[:-2], self.n_frequency)
         size = math.prod(matrix.shape[-2:])
@@ -73,8 +74,8 @@ class FourierFT(Method):
         }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``W0 + alpha Re(IDFT2(F))``."""
-        # No device transforms numbers of 16 bits in all shapes.
+        """Compute ``W0 + alpha Re(IDFT2(F))``."""
+        # No device transforms 16-bit numbers in all shapes.
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         values, where = parameters["fourierft_c"].to(dtype), parameters["fourierft_E"]
         spectrum = torch.zeros_like(matrix, dtype=dtype).flatten(-2).scatter(-1, where, values)
@@ -83,5 +84,5 @@ class FourierFT(Method):
         return matrix + (self.scaling * change).to(matrix.dtype)
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """The coefficients times the number."""
+        """Multiply the coefficients by the number."""
         return {**parameters, "fourierft_c": parameters["fourierft_c"] * number}

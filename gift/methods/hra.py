@@ -26,26 +26,26 @@ class HRA(RankedMethod):
 
     .. math:: W' = W_0 H_1 H_2 \cdots H_r, \quad H_i = I - 2 \frac{u_i u_i^H}{\|u_i\|^2}
 
-    For a matrix ``(rows, columns)`` it adds ``hra_u (r, columns)``, a reflection in each row. They
-    start in equal pairs, each drawn as LoRA's ``A``: a reflection that is repeated is none. That is
-    ``r * columns`` parameters.
+    For a matrix ``(rows, columns)`` it adds ``hra_u (r, columns)``, one reflection for each row.
+    They start in equal pairs, each drawn like LoRA's ``A``: a reflection applied twice is the
+    identity. That is ``r * columns`` parameters.
 
-    Rounding would leave a trace of each reflection, so the product is computed by what it differs
-    from one. For unit vectors `u`, `v` of a pair and their difference `d` it is
+    Rounding would leave a trace of each reflection, so the product is computed by its difference
+    from the identity. For unit vectors `u`, `v` of a pair and their difference `d` it is
 
     .. math:: H_u H_v = I + L R, \quad L = [u, \, d - 2 (u^H d) u], \quad
         R = \begin{bmatrix} 2 d^H \\ -2 v^H \end{bmatrix},
 
-    exactly one where `d` is zero. The chain of all pairs is :math:`I + L (I - N)^{-1} R` with their
-    `L` and `R` side by side, and `N` what is above the 2 x 2 blocks on the diagonal of ``R L``. A
-    linear layer applies that to its input and makes no weight.
+    exactly the identity where `d` is zero. The chain of all pairs is :math:`I + L (I - N)^{-1} R`
+    with their `L` and `R` side by side, and `N` the part above the 2 x 2 blocks on the diagonal of
+    ``R L``. A linear layer applies that to its input and does not make the effective weight.
 
     Args:
-        rank: `r`, the number of reflections; even, and at most that of columns. None means 8, or
-            less where a matrix has fewer columns.
+        rank: `r`, the number of reflections; even, and at most the number of columns. None means 8,
+            or less for a matrix with fewer columns.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
-        dtype: of the vectors, or its name; None means the weight's, but at least float32.
+        dtype: dtype of the vectors, or its name; None means the weight's, but at least float32.
     """
 
     name: ClassVar[str] = "hra"
@@ -56,11 +56,11 @@ class HRA(RankedMethod):
     rank: int | None = setting(None, "an even number, for they start as equal pairs", _is_even)
 
     def largest_rank(self, shape: tuple[int, ...]) -> int:
-        """The largest even number of reflections in so many columns."""
+        """Return the largest even number of reflections for that many columns."""
         return shape[-1] // 2 * 2
 
     def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with its rank settled for a matrix ``(..., rows, columns)``."""
+        """Return the method with its rank settled for a matrix ``(..., rows, columns)``."""
         if shape[-1] == 1:
             raise AdaptationError(
                 "a matrix of one column has nothing to turn: two reflections of a number are none"
@@ -68,19 +68,19 @@ class HRA(RankedMethod):
         return super().fit(shape)
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Random vectors, each of them twice."""
+        """Return random vectors, each of them twice."""
         *groups, _, columns = matrix.shape
         assert self.rank is not None
         half = kaiming_uniform(*groups, self.rank // 2, columns, **self.factory_kwargs(matrix))
         return {"hra_u": half.repeat_interleave(2, -2)}
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``W0 + W0 L (I - N)^{-1} R``."""
+        """Compute ``W0 + W0 L (I - N)^{-1} R``."""
         left, right = self.factors(parameters)
         return matrix + (matrix @ left) @ right
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``L (columns, r)`` and ``(I - N)^{-1} R (r, columns)``, in at least single precision."""
+        """Return ``L (columns, r)`` and ``(I - N)^{-1} R (r, columns)`` in float32 or better."""
         vectors = parameters["hra_u"]
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         first, second = vectors.unflatten(-2, (-1, 2)).unbind(-2)
@@ -88,8 +88,8 @@ class HRA(RankedMethod):
             torch.linalg.vector_norm(half, dim=-1, keepdim=True) for half in (first, second)
         )
         u, v = first / length, second / other
-        # v - u by the difference of the vectors themselves, which is zero at the start however a
-        # device adds up lengths.
+        # v - u from the difference of the vectors themselves, which is zero at the start however a
+        # device rounds norms.
         gap = second - first
         longer = (gap.conj() * (first + second)).sum(-1, keepdim=True).real / (length + other)
         d = (gap - u * longer) / other
@@ -110,7 +110,7 @@ def _turned(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``W0 (x + L (I - N)^{-1} R x) + bias``."""
+    """Compute ``W0 (x + L (I - N)^{-1} R x) + bias``."""
     left, right = method.factors(parameters)
     change = F.linear(F.linear(x.to(right.dtype), right), left)
     return product.output((x + change).to(x.dtype), bias)

@@ -1,4 +1,4 @@
-"""(IA)^3: factors for the features that go through a layer."""
+"""(IA)^3: factors for a layer's input or output features."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class IA3(Method):
 
     .. math:: y' = l \odot (W_0 x + b), \qquad \text{or} \quad y' = W_0 (l \odot x) + b
 
-    For a matrix ``(rows, columns)`` it adds ``ia3_l (rows, 1)``, one factor for each output, or, of
-    a layer whose inputs are scaled, ``ia3_l (1, columns)``; all start at one. That is `rows` (or
-    `columns`) parameters. Scaled outputs include the layer's bias, which is why `ma_adapt` also
-    adapts that; `pa_adapt` changes the one parameter that it is given.
+    For a matrix ``(rows, columns)`` it adds ``ia3_l (rows, 1)``, one factor for each output, or
+    ``ia3_l (1, columns)`` if inputs are scaled. All factors start at one. That is `rows` (or
+    `columns`) parameters. Scaled outputs include the layer's bias, so `ma_adapt` adapts the bias
+    too. `pa_adapt` changes only the parameter that it is given.
 
     The paper scales the outputs of the key and value projections, and the inputs of the second
     layer of each feed-forward block::
@@ -36,9 +36,9 @@ class IA3(Method):
         (mc_path(glob="*.output.dense"), ma_adapt("ia3", feedforward=True)),
 
     Args:
-        feedforward: scale inputs instead of outputs; of a convolution with a kernel, each position
-            in the kernel has a factor of its own.
-        dtype: of the factors, or its name; None means the weight's, but at least float32.
+        feedforward: scale inputs instead of outputs. In a convolution, each position in the kernel
+            has its own factor.
+        dtype: dtype of the factors, or its name; None means the weight's, but at least float32.
     """
 
     name: ClassVar[str] = "ia3"
@@ -51,23 +51,23 @@ class IA3(Method):
 
     @property
     def scales_outputs(self) -> bool:  # type: ignore[override]
-        """Whether biases take part."""
+        """Whether biases are adapted too."""
         return not self.feedforward
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """All factors one."""
+        """Return factors that are all one."""
         *groups, rows, columns = matrix.shape
         shape = (1, columns) if self.feedforward else (rows, 1)
         return {"ia3_l": torch.ones(*groups, *shape, **self.factory_kwargs(matrix))}
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Rows or columns times their factors."""
-        # A bias that belongs to several weights has the factors of each, one after the other.
+        """Multiply rows or columns by their factors."""
+        # A bias that belongs to several weights has the factors of each, concatenated.
         factors = list(parameters.values())
         return matrix * (factors[0] if len(factors) == 1 else torch.cat(factors, -2))
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """Factors as many times as far from one."""
+        """Multiply the factors' distance from one by the number."""
         return {key: 1 + number * (factor - 1) for key, factor in parameters.items()}
 
 
@@ -79,7 +79,7 @@ def _linear(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """Activations times their factors, so that no gradient of the weight's size is made."""
+    """Scale activations, so that no gradient of the weight's size is made."""
     factor = parameters["ia3_l"]
     if method.feedforward:
         return product.output((x * factor.squeeze(-2)).to(x.dtype), bias)
@@ -87,7 +87,7 @@ def _linear(
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
-    """The same for channels; the general way where each position in a kernel has a factor."""
+    """Scale channels; use the effective weight if each kernel position has its own factor."""
     adapter = self._gift_weights["weight"]
     method, parameters = adapter.delta_of(self)
     axes = len(self.kernel_size)
@@ -103,7 +103,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
         return convolve(self, seen, frozen, bias)
 
-    # Quoted, as the compiler of torch 2.6 makes no unions.
+    # Annotations are quoted, since the compiler of torch 2.6 cannot evaluate unions.
     def compute(x: Tensor, bias: "Tensor | None") -> Tensor:
         return convolve(self, x, frozen, bias)
 

@@ -19,23 +19,23 @@ from gift.private.torch import convolve
 @register_method
 @dataclass(frozen=True)
 class LoHa(RankedMethod):
-    r"""Low-rank Hadamard product (FedPara, Hyeon-Woo et al. 2021,
-    https://arxiv.org/abs/2108.06098; LoHa in LyCORIS, https://arxiv.org/abs/2309.14859).
+    r"""Low-rank Hadamard product (FedPara, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098;
+    LoHa in LyCORIS, https://arxiv.org/abs/2309.14859).
 
     .. math:: W' = W_0 + \frac{\alpha}{r} (B_1 A_1) \odot (B_2 A_2)
 
     For a matrix ``(rows, columns)`` it adds ``loha_B1 (rows, r)``, ``loha_A1 (r, columns)``,
-    ``loha_B2 (rows, r)`` and ``loha_A2 (r, columns)``, for each group where there are several:
-    ``2 r (rows + columns)`` parameters for an update of rank up to :math:`r^2`. ``B2`` starts at
-    zero, so that the product is zero; the others are normal with standard deviation 0.1 (``B1``)
+    ``loha_B2 (rows, r)`` and ``loha_A2 (r, columns)``, for each group of a weight with groups. That
+    is ``2 r (rows + columns)`` parameters for an update of rank up to :math:`r^2`. ``B2`` starts at
+    zero, so that the product is zero. The others are normal with standard deviation 0.1 (``B1``)
     and 1 (``A1``, ``A2``), as in LyCORIS.
 
     Args:
-        rank: `r`. None means 3, or less where a matrix is smaller.
+        rank: `r`. None means 3, or less for a smaller matrix.
         alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
-        dtype: of the factors, or its name; None means the weight's, but at least float32.
+        dtype: dtype of the factors, or its name; None means the weight's, but at least float32.
     """
 
     name: ClassVar[str] = "loha"
@@ -48,17 +48,17 @@ class LoHa(RankedMethod):
 
     @property
     def scaling(self) -> float:
-        """The factor before the product."""
+        """The factor that multiplies the product."""
         rank = self.rank or self.default_rank
         return 1.0 if self.alpha is None else self.alpha / rank
 
     @property
     def compat_settings(self) -> dict[str, Any]:
-        """Rank and scaling."""
+        """The rank and the scaling."""
         return {"rank": self.rank, "scaling": self.scaling}
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """One factor zero, the others normal."""
+        """Return one factor that is zero, and normal others."""
         assert self.rank is not None
         *groups, rows, columns = matrix.shape
         like = self.factory_kwargs(matrix)
@@ -71,20 +71,20 @@ class LoHa(RankedMethod):
         }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``W0 + s (B1 A1) o (B2 A2)``."""
+        """Compute ``W0 + s (B1 A1) o (B2 A2)``."""
         first = parameters["loha_B1"] @ parameters["loha_A1"]
         second = parameters["loha_B2"] @ parameters["loha_A2"]
         return torch.addcmul(matrix, first, second, value=self.scaling)
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Factors of rank ``r^2``: each column of ``B1`` with each of ``B2``, so the rows."""
+        """Return factors of rank ``r^2``: products of all column pairs, and of all row pairs."""
         b1, a1, b2, a2 = (parameters[f"loha_{factor}"] for factor in ("B1", "A1", "B2", "A2"))
         b = (b1[..., :, :, None] * b2[..., :, None, :]).flatten(-2)
         a = (a1[..., :, None, :] * a2[..., None, :, :]).flatten(-3, -2)
         return b, a * self.scaling
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """``B2`` times the number."""
+        """Multiply ``B2`` by the number."""
         return {**parameters, "loha_B2": parameters["loha_B2"] * number}
 
 
@@ -96,7 +96,7 @@ def _linear(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """By the factors of rank ``r^2``, or by the effective weight, which is cheaper for many."""
+    """Use the factors of rank ``r^2``, or the effective weight if that is cheaper."""
     rows, rank = parameters["loha_B1"].shape
     if terms(x, rows, rank**2).go_beside(torch.is_grad_enabled()):
         return linear(method, parameters, x, product, bias, training)
@@ -104,9 +104,9 @@ def _linear(
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
-    """The same, but that LoRA's way with a convolution keeps less even if it makes the weight."""
+    """Use LoRA's path for convolutions, which saves less even where it makes the weight."""
     rank = self._gift_weights["weight"].method.rank
-    if rank is None or rank > 8:  # to add up r^2 terms takes longer than two products and theirs
+    if rank is None or rank > 8:  # summing r^2 terms takes longer than the Hadamard product
         return convolve(self, input, self.weight, self.bias)
     return conv(self, input)
 

@@ -31,33 +31,32 @@ class LoKr(RankedMethod):
     .. math:: W' = W_0 + \frac{\alpha}{r} w_1 \otimes (w_{2a} w_{2b})
 
     The rows of a matrix are split into ``a * b`` and its columns into ``c * d`` by `factorization`.
-    It adds ``lokr_w1 (a, c)``, ``lokr_w2_a (b, r)`` and ``lokr_w2_b (r, d)``, for each group where
-    there are several: ``a c + r (b + d)`` parameters. With `decompose_both`, ``lokr_w1_a (a, q)``
-    and ``lokr_w1_b (q, c)`` with ``q = min(r, a, c)`` stand for `w1`: ``(a + c) q + r (b + d)``
-    parameters. With `full_matrix`, ``lokr_w2 (b, d)`` stands for the other two, and the scaling is
-    1: ``a c + b d`` parameters. The last factor (``lokr_w2_b`` or ``lokr_w2``) starts at zero, so
-    that the product is zero; the others are drawn like the weight of a linear layer, as in LyCORIS.
+    It adds ``lokr_w1 (a, c)``, ``lokr_w2_a (b, r)`` and ``lokr_w2_b (r, d)``, for each group of a
+    weight with groups: ``a c + r (b + d)`` parameters. With `decompose_both`, ``lokr_w1_a (a, q)``
+    and ``lokr_w1_b (q, c)`` with ``q = min(r, a, c)`` replace `w1`: ``(a + c) q + r (b + d)``
+    parameters. With `full_matrix`, ``lokr_w2 (b, d)`` replaces the other two, and the scaling is 1:
+    ``a c + b d`` parameters. The last factor (``lokr_w2_b`` or ``lokr_w2``) starts at zero, so that
+    the product is zero. The others are drawn like the weight of a linear layer, as in LyCORIS.
 
-    LyCORIS chooses by itself, layer by layer, which factors to decompose; here that is said once.
-    It splits the channels of a convolution; here its columns, channels and kernel, are split as a
-    whole, which is the same for a small `factor` that divides the channels.
+    LyCORIS decides for each layer which factors to decompose. Here the settings decide for all
+    layers. LyCORIS splits the channels of a convolution. Here its columns (channels and kernel) are
+    split as a whole, which is the same for a small `factor` that divides the channels.
 
     Args:
-        rank: `r`, up to the smaller of `b` and `d`. None means 3, or less where a matrix is
-            smaller.
+        rank: `r`, up to the smaller of `b` and `d`. None means 3, or less for a smaller matrix.
         alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
-        factor: what the smaller part of a split should be, or at most be where it is no divisor; -1
+        factor: the smaller part of a split, or an upper bound of it where it is not a divisor. -1
             splits as evenly as possible.
         column_factor: the same for the columns; None means `factor`.
-        decompose_both: let `w1` be a product of two factors as well.
-        full_matrix: let `w2` be one matrix; there is no rank, then.
+        decompose_both: whether `w1` is a product of two factors too.
+        full_matrix: whether `w2` is one matrix, without a rank.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
-        dtype: of the factors, or its name; None means the weight's, but at least float32.
+        dtype: dtype of the factors, or its name; None means the weight's, but at least float32.
 
     Raises:
-        ValueError: for settings out of range, and for a rank, alpha or `decompose_both` along with
-            `full_matrix`, where they would have no effect.
+        ValueError: if settings are out of range, or if `full_matrix` comes with a rank, alpha or
+            `decompose_both`, which would have no effect.
     """
 
     name: ClassVar[str] = "lokr"
@@ -79,38 +78,38 @@ class LoKr(RankedMethod):
         given = [key for key, value in useless.items() if value is not None and value is not False]
         if self.full_matrix and given:
             raise ValueError(f"LoKr: full_matrix leaves nothing for {', '.join(given)} to do")
-        if self.full_matrix:  # nothing decides its size, then
+        if self.full_matrix:  # then no setting determines its size
             object.__setattr__(self, "size_setting", None)
 
     @property
     def scaling(self) -> float:
-        """The factor before the product."""
+        """The factor that multiplies the product."""
         rank = self.rank or self.default_rank
         return 1.0 if self.alpha is None else self.alpha / rank
 
     @property
     def compat_settings(self) -> dict[str, Any]:
-        """All settings, alpha as the scaling that it gives."""
+        """All settings, with alpha replaced by the scaling."""
         rest = {key: value for key, value in super().compat_settings.items() if key != "alpha"}
         return rest | {"scaling": self.scaling}
 
     def largest_rank(self, shape: tuple[int, ...]) -> int:
-        """The smaller side of `w2`."""
+        """Return the smaller side of `w2`."""
         return min(self._split(shape)[1])
 
     def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with its rank settled, if it has one."""
+        """Return the method with its rank settled, if it has one."""
         return self if self.full_matrix else super().fit(shape)
 
     def _split(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The shapes ``(a, c)`` and ``(b, d)`` of `w1` and `w2`."""
+        """Return the shapes ``(a, c)`` and ``(b, d)`` of `w1` and `w2`."""
         rows, columns = shape[-2:]
         of_columns = self.factor if self.column_factor is None else self.column_factor
         (a, b), (c, d) = factorization(rows, self.factor), factorization(columns, of_columns)
         return (a, c), (b, d)
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """`w2` zero by its last factor, the others as the weight of a linear layer is drawn."""
+        """Return zeros for the last factor of `w2`, and the others drawn as in ``nn.Linear``."""
         groups, like = matrix.shape[:-2], self.factory_kwargs(matrix)
         (a, c), (b, d) = self._split(matrix.shape)
         if self.full_matrix:
@@ -129,7 +128,7 @@ class LoKr(RankedMethod):
         }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``W0 + s w1 (x) w2``."""
+        """Compute ``W0 + s w1 (x) w2``."""
         w1, w2 = self._w1(parameters), parameters.get("lokr_w2")
         if w2 is None:
             w2 = parameters["lokr_w2_a"] @ parameters["lokr_w2_b"]
@@ -137,12 +136,12 @@ class LoKr(RankedMethod):
         return matrix + product.reshape(matrix.shape)
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """The last factor of `w2`, or `w2` itself, times the number."""
+        """Multiply the last factor of `w2`, or `w2` itself, by the number."""
         last = "lokr_w2" if "lokr_w2" in parameters else "lokr_w2_b"
         return {**parameters, last: parameters[last] * number}
 
     def _w1(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """`w1` with the scaling."""
+        """Return `w1` times the scaling."""
         w1 = parameters.get("lokr_w1")
         if w1 is None:
             w1 = parameters["lokr_w1_a"] @ parameters["lokr_w1_b"]
@@ -150,10 +149,10 @@ class LoKr(RankedMethod):
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """Two integers whose product is `size`, the smaller one first.
+    """Return two integers whose product is `size`, the smaller one first.
 
     Args:
-        size: what is split.
+        size: the number to split.
         factor: one of the two, if it is a divisor of `size`. Otherwise the smaller one is the
             largest divisor up to `factor` and up to the root of `size`; -1 sets no bound.
 
@@ -177,7 +176,7 @@ def _linear(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``W0 x + bias + s w1 X w2^T`` with the features of `x` as a matrix ``X (c, d)``.
+    """Compute ``W0 x + bias + s w1 X w2^T`` with the features of `x` as a matrix ``X (c, d)``.
 
     The rank is the smallest size, so `w1` acts between the two factors of `w2`.
     """
@@ -198,11 +197,11 @@ def _linear(
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
-    """As LoRA with a matrix whose rows are pieces of the weight's, `c` for each output.
+    """Use LoRA's path with a matrix whose rows are pieces of the weight's, `c` for each output.
 
-    Piece by piece, ``w1 (x) left right`` is a number of `w1` times a row of ``left right``. Each
-    piece has filters of its own, and to go from one to the next takes longer than they do: it pays
-    where few positions meet a large weight.
+    Each piece of ``w1 (x) left right`` is a number of `w1` times a row of ``left right``. Each
+    piece has its own filters, and moving from one to the next takes longer than applying them. So
+    this pays off only where few positions meet a large weight.
     """
     adapter = self._gift_weights["weight"]
     method, parameters = adapter.delta_of(self)

@@ -1,4 +1,4 @@
-"""LoRA, low-rank adaptation, and its rank-stabilised scaling."""
+"""LoRA (low-rank adaptation) and its rank-stabilised scaling."""
 
 import math
 from collections.abc import Mapping
@@ -25,27 +25,26 @@ class LoRA(RankedMethod):
     .. math:: W' = W_0 + \frac{\alpha}{r} B A
 
     For a matrix ``(rows, columns)`` it adds ``lora_B (rows, r)``, which starts at zero, and
-    ``lora_A (r, columns)``, Kaiming-uniform with ``a = sqrt(5)``: the draw of ``nn.Linear`` itself,
-    uniform in ``±1/sqrt(columns)``. A weight with groups has such a pair for each, with the group
-    as first axis. That is ``r * (rows + columns)`` parameters for each matrix.
+    ``lora_A (r, columns)``, Kaiming-uniform with ``a = sqrt(5)`` as in ``nn.Linear``, that is
+    uniform in ``±1/sqrt(columns)``. A weight with groups has such a pair for each group, with the
+    group as first axis. That is ``r * (rows + columns)`` parameters for each matrix.
 
     Args:
-        rank: `r`. None means 3, or less where a matrix is smaller.
+        rank: `r`. None means 3, or less for a smaller matrix.
         lora_alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
         lora_dropout: probability with which an input of the delta is dropped while training. Where
             the layer reads its weight itself (recurrent layers, attention, raw parameters) one mask
             over the input features serves the whole batch.
         use_rslora: scale by :math:`\alpha / \sqrt{r}` (Kalajdzievski 2023,
             https://arxiv.org/abs/2312.03732).
-        form: how linear layers and convolutions of one group are computed: ``"merged"``,
-            ``"side"`` or ``"whole"``, which `gift.kernels.cost_model` explains. None chooses the
-            cheapest by shapes.
+        form: how linear layers and convolutions of one group are computed: ``"merged"``, ``"side"``
+            or ``"whole"``, see `gift.kernels.cost_model`. None chooses the cheapest by shapes.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
-        dtype: of the factors, or its name; None means the weight's, but at least float32.
+        dtype: dtype of the factors, or its name; None means the weight's, but at least float32.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: if settings are out of range.
     """
 
     name: ClassVar[str] = "lora"
@@ -59,23 +58,23 @@ class LoRA(RankedMethod):
 
     @property
     def dropout(self) -> float:  # type: ignore[override]
-        """The probability for `drop`."""
+        """The dropout probability for `drop`."""
         return self.lora_dropout
 
     @property
     def scaling(self) -> float:
-        """The factor before ``B A``."""
+        """The factor that multiplies ``B A``."""
         rank = self.rank or self.default_rank
         alpha = rank if self.lora_alpha is None else self.lora_alpha
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     @property
     def compat_settings(self) -> dict[str, Any]:
-        """Rank and scaling."""
+        """The rank and the scaling."""
         return {"rank": self.rank, "scaling": self.scaling}
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """``B`` zero and ``A`` random, so that the effective weight is the frozen one."""
+        """Return a zero ``B`` and a random ``A``: the effective weight starts at the frozen one."""
         *groups, rows, columns = matrix.shape
         assert self.rank is not None
         like = self.factory_kwargs(matrix)
@@ -85,34 +84,34 @@ class LoRA(RankedMethod):
         }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        r""":math:`W_0 + s B A`."""
+        r"""Compute :math:`W_0 + s B A`."""
         return matrix + self.delta(parameters)
 
     def delta(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        r""":math:`s B A`."""
+        r"""Compute :math:`s B A`."""
         left, right = self.factors(parameters)
         return left @ right
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``s B`` and ``A``."""
+        """Return ``s B`` and ``A``."""
         return scaled(parameters["lora_B"], self.scaling), parameters["lora_A"]
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The factors."""
+        """Return the factors."""
         return self.factors(parameters)
 
     def scaled_low_rank(
         self, parameters: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, float] | None:
-        """`B`, `A` and the scaling."""
+        """Return `B`, `A` and the scaling."""
         return parameters["lora_B"], parameters["lora_A"], self.scaling
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """``B`` times the number."""
+        """Multiply ``B`` by the number."""
         return {**parameters, "lora_B": parameters["lora_B"] * number}
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
-        """Drop input features: columns of ``A``, or rows of ``B`` for looked-up rows."""
+        """Drop input features: columns of ``A``, or rows of ``B`` in embeddings."""
         key = "lora_A" if input_axis == -1 else "lora_B"
         factor = parameters[key]
         features = factor.shape[input_axis]
@@ -127,7 +126,8 @@ class RsLoRA(LoRA):
 
     .. math:: W' = W_0 + \frac{\alpha}{\sqrt{r}} B A
 
-    Shapes, parameters and arguments are those of `LoRA`, of which it is the option `use_rslora`.
+    Shapes, parameters and arguments are those of `LoRA`. It is the same as `LoRA` with
+    `use_rslora`.
     """
 
     name: ClassVar[str] = "rslora"

@@ -17,14 +17,14 @@ class LoRAFA(LoRA):
     .. math:: W' = W_0 + \frac{\alpha}{r} B A
 
     For a matrix ``(rows, columns)`` it adds ``lora_B (rows, r)``, which is trained and starts at
-    zero, and ``lora_A (r, columns)``, Kaiming-uniform as in `LoRA`, which stays as it is. That is
-    ``r * rows`` parameters. ``A`` is a buffer that is saved with the delta: it is random, and
-    without it ``B`` means nothing.
+    zero, and ``lora_A (r, columns)``, Kaiming-uniform as in `LoRA`, which stays frozen. That is ``r
+    * rows`` parameters. ``A`` is a buffer that is saved with the delta: it is random, and ``B`` is
+    meaningless without it.
 
-    A linear layer needs its input for the gradients of its weight and of ``A`` only, and both are
-    frozen: for the backward pass it keeps ``A x``, `r` numbers for each token. (A layer that reads
-    its weight, like a convolution, keeps its input all the same.) To multiply the gradient of ``B``
-    by :math:`(A A^T)^{-1}`, as PEFT does for this method, is an optimizer's affair.
+    A linear layer needs its input only for the gradients of its weight and of ``A``, and both are
+    frozen. So it saves ``A x`` for the backward pass, `r` numbers for each token. (A layer that
+    reads its weight, like a convolution, saves its input all the same.) PEFT multiplies the
+    gradient of ``B`` by :math:`(A A^T)^{-1}` for this method. Here that is left to the optimizer.
 
     Args:
         rank: as in `LoRA`, like all other arguments.
@@ -34,6 +34,6 @@ class LoRAFA(LoRA):
     strategy_prefix: ClassVar[str] = "LoRAFA"
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """LoRA's factors, of which only ``B`` will be trained."""
+        """Return LoRA's factors; only ``B`` is trained."""
         factors = super().init_parameters(matrix)
         return factors | {"lora_A": nn.Buffer(factors["lora_A"])}

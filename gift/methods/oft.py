@@ -1,4 +1,4 @@
-"""OFT: rotations of blocks of inputs."""
+"""OFT: rotations of blocks of input features."""
 
 import math
 from collections.abc import Mapping
@@ -22,25 +22,25 @@ class OFT(Method):
     .. math:: W' = W_0 R^T, \quad R = \operatorname{diag}(R_1, \dots, R_n), \quad
         R_i = (I + Q_i)(I - Q_i)^{-1}, \quad Q_i = -Q_i^T
 
-    Each block of `b` inputs is rotated, the same for all outputs: lengths of neurons and angles
-    between them stay. For a matrix ``(rows, columns)`` it adds ``oft_Q (n, b (b-1) / 2)`` with ``n
-    = columns / b``: the upper triangles of the skew-symmetric blocks, row by row, starting at zero.
-    That is ``columns * (b-1) / 2`` parameters. For a complex weight `Q` is skew-Hermitian with a
-    zero diagonal, and `R` unitary.
+    Each block of `b` inputs is rotated in the same way for all outputs, which preserves the norms
+    of neurons and the angles between them. For a matrix ``(rows, columns)`` it adds ``oft_Q (n, b
+    (b-1) / 2)`` with ``n = columns / b``: the upper triangles of the skew-symmetric blocks, row by
+    row, starting at zero. That is ``columns * (b-1) / 2`` parameters. For a complex weight `Q` is
+    skew-Hermitian with a zero diagonal, and `R` unitary.
 
     The effective weight is computed as :math:`W_0 + W_0 (R^T - I)` with :math:`R^T - I = -2 (I +
-    Q)^{-1} Q`, exactly zero at the start. A linear layer rotates its input instead: that is cheap,
-    and makes neither a weight nor a gradient of its size. PEFT has the sign of `Q` as here in its
-    default, a series, and the opposite one where it computes exactly and in embeddings.
+    Q)^{-1} Q`, exactly zero at the start. A linear layer rotates its input instead, which is cheap
+    and makes neither a weight nor a gradient of its size. PEFT has the same sign of `Q` in its
+    default, a series, and the opposite sign where it computes exactly and in embeddings.
 
     Args:
         block_size: `b`, which must divide the columns. None means the divisor nearest to 32.
-        block_share: one rotation for all blocks: ``b (b-1) / 2`` parameters.
+        block_share: whether all blocks share one rotation, with ``b (b-1) / 2`` parameters.
         clip_block_size: whether a matrix whose columns `block_size` does not divide gets the
-            nearest divisor. None means yes, with a warning that names it, unless it divides the
-            columns of none: that is refused. False refuses every such matrix; True asks for no
-            warning.
-        dtype: of `Q`, or its name; None means the weight's, but at least float32.
+            nearest divisor. None means yes, with a warning that names the matrix, unless it divides
+            the columns of no matrix, which is an error. False makes every such matrix an error.
+            True clips without a warning.
+        dtype: dtype of `Q`, or its name; None means the weight's, but at least float32.
     """
 
     name: ClassVar[str] = "oft"
@@ -54,7 +54,7 @@ class OFT(Method):
     clip_block_size: bool | None = flag(None, enters_weight=False, kw_only=True)
 
     def fit(self, shape: tuple[int, ...]) -> Self:
-        """The method with its block size settled for a matrix ``(..., rows, columns)``."""
+        """Return the method with its block size settled for a matrix ``(..., rows, columns)``."""
         columns = shape[-1]
         if columns == 1:
             raise AdaptationError(
@@ -72,7 +72,7 @@ class OFT(Method):
         )
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """``Q`` zero, so that each rotation is none."""
+        """Return a zero ``Q``, so that each rotation is the identity."""
         *groups, _, columns = matrix.shape
         assert self.block_size is not None
         blocks = 1 if self.block_share else columns // self.block_size
@@ -80,13 +80,13 @@ class OFT(Method):
         return {"oft_Q": torch.zeros(*groups, blocks, above, **self.factory_kwargs(matrix))}
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``W0 + W0 (R^T - I)``."""
+        """Compute ``W0 + W0 (R^T - I)``."""
         return matrix + self.times(matrix, self.change(parameters))
 
     def change(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``R^T - I`` for each block ``(..., blocks, b, b)``, in at least single precision."""
+        """Return ``R^T - I`` for each block, ``(..., blocks, b, b)``, in float32 or better."""
         q = parameters["oft_Q"]
-        q = q.to(torch.promote_types(q.dtype, torch.float32))  # none is solved in half precision
+        q = q.to(torch.promote_types(q.dtype, torch.float32))  # no half-precision solver
         size = self.block_size
         assert size is not None
         row, column = torch.triu_indices(size, size, 1, device=q.device)
@@ -94,11 +94,11 @@ class OFT(Method):
         above = above.unflatten(-1, (size, size))
         skew = above - above.mH
         one = torch.eye(size, dtype=q.dtype, device=q.device)
-        # I + Q always has an inverse: a check would only make a GPU wait.
+        # I + Q is always invertible: a check would only make a GPU synchronise.
         return torch.linalg.solve_ex(one + skew, -2 * skew)[0]
 
     def times(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """Rows ``(..., rows, columns)`` times a matrix with these blocks on its diagonal."""
+        """Multiply rows ``(..., rows, columns)`` by a matrix with these blocks on its diagonal."""
         parts = rows.unflatten(-1, (-1, blocks.shape[-1]))
         return torch.einsum("...rni,...nij->...rnj", parts, blocks).flatten(-2)
 
@@ -111,7 +111,7 @@ def _rotated(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """``W0 (R^T x) + bias``."""
+    """Compute ``W0 (R^T x) + bias``."""
     blocks = method.change(parameters).mT
     change = method.times(x.reshape(-1, x.shape[-1]).to(blocks.dtype), blocks)
     return product.output((x + change.view(x.shape)).to(x.dtype), bias)

@@ -19,17 +19,18 @@ class OLoRA(AnchoredLoRA):
         W_0 = Q R, \quad s = \frac{\alpha}{r}
 
     The factors start at the first `r` columns of `Q` and rows of `R` of the weight's QR
-    decomposition, that with a positive diagonal of `R`. For a matrix ``(rows, columns)`` it adds
-    ``lora_B (rows, r)`` and ``lora_A (r, columns)``, which start at ``olora_B0`` and ``olora_A0``:
-    at the start nothing changes. That is ``r * (rows + columns)`` parameters.
+    decomposition with a positive diagonal of `R`. For a matrix ``(rows, columns)`` it adds ``lora_B
+    (rows, r)`` and ``lora_A (r, columns)``, which start at ``olora_B0`` and ``olora_A0``, so that
+    nothing changes at the start. That is ``r * (rows + columns)`` parameters.
 
-    ``B0`` and ``A0`` are saved with the delta, which makes a state twice as large as LoRA's; in
-    return a reload needs neither the decomposition nor the base that it was made of. What was
-    trained is a LoRA of rank ``2 r``, see `gift.methods.anchored`.
+    ``B0`` and ``A0`` are saved with the delta, which makes a state twice as large as LoRA's. In
+    return, loading needs neither the decomposition nor the base weight that it was computed from.
+    The trained delta is a LoRA of rank ``2 r``, see `gift.methods.anchored`.
 
     Args:
-        lora_dropout: probability with which an input of ``B A`` is dropped while training, and none
-            of ``W0 - s B0 A0``: with it, outputs of training mode differ from the start.
+        lora_dropout: probability with which an input of ``B A`` is dropped while training. Inputs
+            of ``W0 - s B0 A0`` are not dropped, so outputs in training mode differ from the base
+            even at the start.
         rank: as in `LoRA`, like all other arguments.
     """
 
@@ -37,6 +38,6 @@ class OLoRA(AnchoredLoRA):
     strategy_prefix: ClassVar[str] = "OLoRA"
 
     def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """The first columns of `Q` and rows of `R`."""
+        """Return the first columns of `Q` and rows of `R`."""
         q, r = qr(matrix)
         return q[..., : self.rank], r[..., : self.rank, :]

@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts at the principal part of the weight."""
+"""PiSSA: LoRA that starts at the principal components of the weight."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,19 +26,20 @@ class PiSSA(AnchoredLoRA):
         W_0 = U \operatorname{diag}(S) V^H, \quad s = \frac{\alpha}{r}
 
     The factors start at the `r` largest singular values with their vectors, so that the first steps
-    move what matters most in the weight. For a matrix ``(rows, columns)`` it adds ``lora_B (rows,
-    r)`` and ``lora_A (r, columns)``, which start at ``pissa_B0`` and ``pissa_A0``: at the start
-    nothing changes. That is ``r * (rows + columns)`` parameters.
+    change the principal components of the weight. For a matrix ``(rows, columns)`` it adds ``lora_B
+    (rows, r)`` and ``lora_A (r, columns)``, which start at ``pissa_B0`` and ``pissa_A0``, so that
+    nothing changes at the start. That is ``r * (rows + columns)`` parameters.
 
-    ``B0`` and ``A0`` are saved with the delta, which makes a state twice as large as LoRA's; in
-    return a reload needs neither the decomposition nor the base that it was made of. What was
-    trained is a LoRA of rank ``2 r``, see `gift.methods.anchored`. A direction in which the weight
-    is zero has factors of zero, which do not train.
+    ``B0`` and ``A0`` are saved with the delta, which makes a state twice as large as LoRA's. In
+    return, loading needs neither the decomposition nor the base weight that it was computed from.
+    The trained delta is a LoRA of rank ``2 r``, see `gift.methods.anchored`. Directions with a
+    singular value of zero have zero factors, which get no gradient.
 
     Args:
         lora_alpha: :math:`\alpha`, above zero; None means `r`, so that the scaling is 1.
-        lora_dropout: probability with which an input of ``B A`` is dropped while training, and none
-            of ``W0 - s B0 A0``: with it, outputs of training mode differ from the start.
+        lora_dropout: probability with which an input of ``B A`` is dropped while training. Inputs
+            of ``W0 - s B0 A0`` are not dropped, so outputs in training mode differ from the base
+            even at the start.
         rank: as in `LoRA`, like all other arguments.
     """
 
@@ -48,7 +49,7 @@ class PiSSA(AnchoredLoRA):
     lora_alpha: float | None = setting(None, "a finite number above zero", _is_positive)
 
     def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """The singular vectors of the largest values, times the roots of these."""
+        """Return the singular vectors of the largest values, times the square roots of these."""
         u, sigma, vh = svd(matrix)
         r = self.rank
         root = (sigma[..., :r] / self.scaling).sqrt()

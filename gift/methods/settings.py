@@ -1,6 +1,6 @@
-"""Settings of methods: dataclass fields that say what they may be.
+"""Settings of methods: dataclass fields that declare their valid values.
 
-`Configured` checks each of its fields, all at once, when one is made.
+`Configured` checks all of its fields at once when an instance is made.
 """
 
 import math
@@ -23,15 +23,16 @@ def setting(
     kw_only: bool = False,
     found: bool = False,
 ) -> Any:
-    """A field of a method; None is allowed where it is the default.
+    """Declare a setting; None is a valid value if it is the default.
 
     Args:
-        default: its value if none is given.
-        expected: what it may be, in words.
-        check: whether a value is that.
-        enters_weight: whether a saved delta means another weight under another value.
-        kw_only: whether it is given by keyword alone.
-        found: whether `fit` finds it out where none is given, so that it tells nothing of a choice.
+        default: the default value.
+        expected: description of the valid values.
+        check: function that returns whether a value is valid.
+        enters_weight: whether the effective weight of a saved delta depends on the value.
+        kw_only: whether the setting is keyword-only.
+        found: whether `fit` determines the value if it is not given, so that it does not represent
+            a user's choice.
     """
     metadata = {
         "expected": expected,
@@ -43,7 +44,7 @@ def setting(
 
 
 def whole(default: int | None, least: int = 1, **options: Any) -> Any:
-    """An integer of at least `least`."""
+    """Declare a setting: an integer of at least `least`."""
 
     def check(value: Any) -> bool:
         return is_integer(value) and value >= least
@@ -52,12 +53,12 @@ def whole(default: int | None, least: int = 1, **options: Any) -> Any:
 
 
 def number(default: float | None, **options: Any) -> Any:
-    """A finite number."""
+    """Declare a setting: a finite number."""
     return setting(default, "a finite number", is_number, **options)
 
 
 def probability(default: float = 0.0) -> Any:
-    """A probability below one, of something that happens in training alone."""
+    """Declare a setting: a probability below one, which only matters in training."""
 
     def check(value: Any) -> bool:
         return is_number(value) and 0 <= value < 1
@@ -66,28 +67,28 @@ def probability(default: float = 0.0) -> Any:
 
 
 def flag(default: bool | None = False, **options: Any) -> Any:
-    """True or False."""
+    """Declare a setting: True or False."""
     return setting(default, "True or False", lambda value: isinstance(value, bool), **options)
 
 
 def choice(default: str | None, *others: str, **options: Any) -> Any:
-    """One of some words."""
+    """Declare a setting: one of several words."""
     words = [word for word in (default, *others) if word is not None]
     expected = " or ".join(repr(word) for word in words)
     return setting(default, expected, lambda value: value in words, **options)
 
 
 def form_of_computing() -> Any:
-    """How fast paths compute."""
+    """Declare a setting: how fast paths compute."""
     return choice(None, *FORMS, enters_weight=False, kw_only=True)
 
 
 def floating_dtype() -> Any:
-    """A floating-point or complex torch dtype of 16 bits at least, or its name."""
+    """Declare a setting: a floating-point or complex dtype of at least 16 bits, or its name."""
 
     def check(value: Any) -> bool:
         dtype = dtype_of(value)
-        if not isinstance(dtype, torch.dtype) or dtype.itemsize < 2:  # in which nothing is drawn
+        if not isinstance(dtype, torch.dtype) or dtype.itemsize < 2:  # has no random numbers
             return False
         return dtype.is_floating_point or dtype.is_complex
 
@@ -101,12 +102,12 @@ def floating_dtype() -> Any:
 
 
 def dtype_of(given: torch.dtype | str | None) -> Any:
-    """The dtype of that name; what is none stays as it is."""
+    """Return the dtype of that name; anything that is not a dtype's name is returned unchanged."""
     return getattr(torch, given, given) if isinstance(given, str) else given
 
 
 def misfit(field: Field[Any], value: Any) -> str | None:
-    """What is wrong with the value of a field, if anything."""
+    """Return why the value of a field is invalid, or None."""
     check = field.metadata.get("check")
     if check is None or (value is None and field.default is None) or check(value):
         return None
@@ -115,35 +116,37 @@ def misfit(field: Field[Any], value: Any) -> str | None:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer, which True is not."""
+    """Whether the value is an integer; True is not one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, which True is not."""
+    """Whether the value is a finite number; True is not one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
 class Configured:
-    """Base of what has settings: methods, and what extends calls.
+    """Base class of methods with settings, whether they adapt weights or wrap forwards.
 
     Args:
-        dtype: of the new parameters, or its name; None means that of the weight beside which they
-            stand, but at least float32.
+        dtype: dtype of the new parameters, or its name; None means that of the adapted weight, but
+            at least float32.
 
     Raises:
-        ValueError: for settings out of range; all of them are named.
+        ValueError: if settings are out of range; the message names all of them.
     """
 
     name: ClassVar[str]
 
     size_setting: ClassVar[str | None] = None
-    """The setting, an integer, that decides how many parameters are added."""
+    """The integer setting that determines the number of added parameters."""
 
     shares_names: ClassVar[bool] = False
-    """Whether another method gives its parameters the same names, so that only the settings of a
-    saved delta tell the two apart."""
+    """Whether another method gives its parameters the same names.
+
+    Then only the settings of a saved delta distinguish the two.
+    """
 
     dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
 
@@ -155,22 +158,20 @@ class Configured:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings as plain values: what a file says of a delta."""
+        """The settings as plain values, as a file stores them with a delta."""
         plain = (bool, int, float, str, type(None))
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: v if isinstance(v, plain) else dtype_name(v) for k, v in values.items()}
 
     @property
     def compat_settings(self) -> dict[str, Any]:
-        """What a saved delta and a network must agree on: the settings that enter the result."""
+        """The settings that a saved delta and a network must agree on, as they enter the result."""
         entering = {f.name for f in fields(self) if f.metadata.get("enters_weight", True)}
         return {name: value for name, value in self.settings.items() if name in entering}
 
     @property
     def hidden_settings(self) -> dict[str, Any]:
-        """Of `meaning` what differs from the defaults, and neither names nor shapes of the
-        parameters show.
-        """
+        """The non-default part of `compat_settings` that parameter names and shapes do not show."""
         if self.shares_names:
             return dict(self.compat_settings)
         shown = {self.size_setting, *(f.name for f in fields(self) if f.metadata.get("found"))}
@@ -192,16 +193,16 @@ class Configured:
         return f"{self.name}({', '.join(shown)})"
 
     def delta_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype of new parameters: the one asked for, else the weight's, 32 bits at least."""
+        """Return the dtype of new parameters: `dtype`, or else the weight's, at least 32 bits."""
         return at_least_32_bits(weight.dtype) if self.dtype is None else dtype_of(self.dtype)
 
     def factory_kwargs(self, weight: Tensor) -> dict[str, Any]:
-        """Dtype and device of new parameters beside that one, as keywords."""
+        """Return dtype and device of new parameters for that weight, as keyword arguments."""
         return {"dtype": self.delta_dtype(weight), "device": weight.device}
 
 
 def at_least_32_bits(dtype: torch.dtype) -> torch.dtype:
-    """The same with more bits, where it has fewer."""
-    if dtype.itemsize == 1:  # float8 takes no part in promotion
+    """Promote a dtype of fewer than 32 bits to 32 bits."""
+    if dtype.itemsize == 1:  # float8 does not support type promotion
         return torch.float32
     return torch.promote_types(dtype, torch.float32)

@@ -20,17 +20,17 @@ class SVDiff(Method):
         \quad W_0 = U \operatorname{diag}(\sigma) V^T
 
     For a matrix ``(rows, columns)`` it adds ``svdiff_delta (n,)`` with ``n = min(rows, columns)``,
-    starting at zero: `n` parameters. Beside them stand ``svdiff_U (rows, n)``, ``svdiff_sigma
-    (n,)`` and ``svdiff_Vh (n, columns)``, which take twice the memory of a square weight. They are
-    never saved: they are made from the weight, and as `gift.methods.factors` says, also where
-    singular values are equal or nearly so, the same ones come out again.
+    starting at zero: `n` parameters. The buffers ``svdiff_U (rows, n)``, ``svdiff_sigma (n,)`` and
+    ``svdiff_Vh (n, columns)`` take twice the memory of a square weight. They are never saved but
+    recomputed from the weight. The result is reproducible even where singular values are equal or
+    nearly so, see `gift.methods.factors`.
 
     The effective weight is computed as ``W0 + U diag(ReLU(sigma + delta) - sigma) V^T``, which is
-    the same and exact at the start. A singular value of zero can be raised: where ReLU has a kink
-    the gradient from above is taken.
+    the same and exact at the start. A singular value of zero can be raised, since the gradient of
+    ReLU at zero is taken from above.
 
     Args:
-        dtype: of the shifts and factors, or its name; None means the weight's, but at least
+        dtype: dtype of the shifts and factors, or its name; None means the weight's, but at least
             float32.
     """
 
@@ -41,14 +41,14 @@ class SVDiff(Method):
     derives: ClassVar[tuple[str, ...]] = ("svdiff_U", "svdiff_sigma", "svdiff_Vh")
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """No shifts, and the factors of the frozen matrix."""
+        """Return zero shifts, and the factors of the frozen matrix."""
         factors = self.derived(matrix)
         delta = torch.zeros_like(factors["svdiff_sigma"])
         buffers = {key: nn.Buffer(factor, persistent=False) for key, factor in factors.items()}
         return {"svdiff_delta": delta, **buffers}
 
     def derived(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Its factors, constants in every gradient."""
+        """Return the factors of the matrix, constants in every gradient."""
         u, sigma, vh = svd(matrix.detach())
         like = self.factory_kwargs(matrix)
         real: dict[str, Any] = like | {"dtype": torch.empty(0, dtype=like["dtype"]).real.dtype}
@@ -59,10 +59,10 @@ class SVDiff(Method):
         }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``W0 + U diag(ReLU(sigma + delta) - sigma) V^T``."""
+        """Compute ``W0 + U diag(ReLU(sigma + delta) - sigma) V^T``."""
         sigma = parameters["svdiff_sigma"]
         shifted = sigma + parameters["svdiff_delta"]
-        raised = torch.where(shifted < 0, 0, shifted)  # where NaN stays NaN
+        raised = torch.where(shifted < 0, 0, shifted)  # NaN stays NaN
         change = raised - sigma
         scaled = parameters["svdiff_U"] * change.unsqueeze(-2)
         return matrix + scaled @ parameters["svdiff_Vh"]

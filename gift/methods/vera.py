@@ -1,4 +1,4 @@
-"""VeRA: two vectors that scale random matrices which all layers share."""
+"""VeRA: two vectors that scale random matrices shared by all layers."""
 
 import math
 from collections.abc import Mapping
@@ -26,29 +26,30 @@ class VeRA(RankedMethod):
     .. math:: W' = W_0 + \operatorname{diag}(b) \, B \operatorname{diag}(d) \, A
 
     For a matrix ``(rows, columns)`` it adds ``vera_b (rows,)``, which starts at zero, so that the
-    update is zero, and ``vera_d (r,)``, which starts at `d_initial`, for each group where there are
-    several: ``rows + r`` parameters. Beside them stand ``vera_A (r, columns)`` and ``vera_B (rows,
-    r)``, which are frozen, drawn from the seed, and as a rule never saved.
+    update is zero, and ``vera_d (r,)``, which starts at `d_initial`. That is ``rows + r``
+    parameters, for each group of a weight with groups. The buffers ``vera_A (r, columns)`` and
+    ``vera_B (rows, r)`` are frozen and drawn from the seed. They are not saved by default.
 
-    Whatever its size, each layer takes the leading part of one pair that has no end: there is no
-    largest layer that must be known before. That part is scaled to the bounds of Kaiming's uniform
-    draw, ``±sqrt(6/columns)`` and ``±sqrt(6/r)``. Layers that need the same matrix share its
-    memory; the groups of a weight have equal ones. PEFT draws another pair from the same seed, so
-    what it trained is read with `save_projection`: each layer has a pair of its own then, which any
-    values may be written into, and which is saved with the delta.
+    Each layer takes the leading part of one infinite pair, so the size of the largest layer need
+    not be known in advance. That part is scaled to the bounds of Kaiming's uniform distribution,
+    ``±sqrt(6/columns)`` and ``±sqrt(6/r)``. Layers that need the same matrix share its memory, and
+    the groups of a weight have equal ones. PEFT draws another pair from the same seed, so its
+    adapters are read with `save_projection`. Then each layer has its own pair, which may hold any
+    values and is saved with the delta.
 
     Args:
         rank: `r`. It may exceed both rows and columns, up to ``rows * columns``: terms beyond that
-            add nothing. None means 256, or less where a matrix is smaller than that.
-        d_initial: where `d` starts.
+            add nothing. None means 256, or less for a smaller matrix.
+        d_initial: initial value of `d`.
         vera_dropout: probability with which an input of the delta is dropped while training. Where
             the layer reads its weight itself, one mask over the columns serves the whole batch.
-        seed: of the random pair.
-        save_projection: save the pair with the delta, ``r * (rows + columns)`` numbers that are not
-            trained.
+        seed: seed of the random pair.
+        save_projection: whether to save the pair with the delta, ``r * (rows + columns)`` numbers
+            that are not trained.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
-        dtype: of vectors and matrices, or its name; None means the weight's, but at least float32.
+        dtype: dtype of vectors and matrices, or its name; None means the weight's, but at least
+            float32.
     """
 
     name: ClassVar[str] = "vera"
@@ -65,15 +66,15 @@ class VeRA(RankedMethod):
 
     @property
     def dropout(self) -> float:  # type: ignore[override]
-        """The probability for `drop`."""
+        """The dropout probability for `drop`."""
         return self.vera_dropout
 
     def largest_rank(self, shape: tuple[int, ...]) -> int:
-        """As many terms as the matrix has elements."""
+        """Return the number of elements of the matrix."""
         return math.prod(shape[-2:])
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """`b` zero, `d` constant, and the frozen pair."""
+        """Return a zero `b`, a constant `d`, and the frozen pair."""
         assert self.rank is not None
         *groups, rows, columns = matrix.shape
         like = self.factory_kwargs(matrix)
@@ -91,17 +92,17 @@ class VeRA(RankedMethod):
         }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``W0 + diag(b) B diag(d) A``."""
+        """Compute ``W0 + diag(b) B diag(d) A``."""
         left, right = self.low_rank(parameters)
         return matrix + left @ right
 
     def low_rank(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``diag(b) B diag(d)`` and ``A``, which needs no gradient."""
+        """Return ``diag(b) B diag(d)`` and ``A``, which needs no gradient."""
         scales = parameters["vera_b"].unsqueeze(-1) * parameters["vera_d"].unsqueeze(-2)
         return parameters["vera_B"] * scales, parameters["vera_A"]
 
     def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """`b` times the number."""
+        """Multiply `b` by the number."""
         return {**parameters, "vera_b": parameters["vera_b"] * number}
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
@@ -112,24 +113,24 @@ class VeRA(RankedMethod):
 
 
 def _draw_a(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """The left half of the pair, turned: a column of `A` is a row of it."""
+    """Draw the left half of the pair, transposed: a column of `A` is a row of the pair."""
     *_, rank, columns = shape
     return _scaled(_pair(generator, columns, rank)[:, :rank].T, shape)
 
 
 def _draw_b(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """The right half of the pair."""
+    """Draw the right half of the pair."""
     *_, rows, rank = shape
     return _scaled(_pair(generator, rows, rank)[:, rank:], shape)
 
 
 def _pair(generator: torch.Generator, length: int, rank: int) -> Tensor:
-    """The first rows of a matrix without end, uniform in [0, 1): rows are drawn one by one."""
+    """Draw the first rows of an infinite matrix, uniform in [0, 1): rows are drawn one by one."""
     return torch.rand(length, 2 * rank, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _scaled(draws: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The draws within Kaiming's bounds, for each group."""
+    """Scale the draws to Kaiming's bounds, for each group."""
     return ((2 * draws - 1) * math.sqrt(6 / shape[-1])).expand(shape).contiguous()
 
 
@@ -141,10 +142,10 @@ def _linear(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """By the factors or by the effective weight, which is cheaper for many terms."""
+    """Use the factors, or the effective weight if that is cheaper."""
     delta = terms(x, len(parameters["vera_b"]), len(parameters["vera_d"]))
     beside = delta.go_beside(torch.is_grad_enabled(), both=False)
-    # What is rounded to 16 bits at the size of the weight would lose small deltas.
+    # Merging rounds to 16 bits at the magnitude of the weight, which would lose small deltas.
     if beside or x.dtype.itemsize < 4 or (method.vera_dropout and training):
         return linear(method, parameters, x, product, bias, training)
     return through_weight(method, parameters, x, product, bias)

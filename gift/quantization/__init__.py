@@ -1,4 +1,7 @@
-"""Quantised weights, one file a package. No deltas."""
+"""Quantised weights, one file for each package.
+
+This package knows nothing of deltas.
+"""
 
 from gift.quantization.bitsandbytes import LINEAR_FORWARDS
 from gift.quantization.tensors import (

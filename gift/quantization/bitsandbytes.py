@@ -1,4 +1,4 @@
-"""bitsandbytes: parameters whose numbers lie packed, and layers that know how."""
+"""bitsandbytes: packed parameters, and the layers that compute with them."""
 
 import copy
 from collections.abc import Callable
@@ -24,8 +24,9 @@ def _multiply_4bit(tensor: Any, layer: Any, x: Tensor, bias: Tensor | None) -> T
 
 
 def _is_packed_for_cpu(tensor: Any) -> bool:
-    """Whether it has the order of the CPU's own kernel, which the layer brings about in its first
-    call for inference, and which only that kernel can read.
+    """Whether the tensor has the memory order of the CPU's own kernel.
+
+    The layer converts to it in its first inference call, and only that kernel can read it.
     """
     return bool(getattr(tensor.quant_state, "packing_format_for_cpu", False))
 
@@ -71,7 +72,7 @@ def _requantise_4bit(tensor: Any, value: Tensor) -> Tensor:
 def _multiply_8bit(tensor: Any, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     from bitsandbytes import matmul
 
-    state = copy.copy(layer.state)  # the layer's own would get results of this call
+    state = copy.copy(layer.state)  # a copy, since this call writes results into it
     state.CB, state.SCB = tensor.data, _scales(tensor, layer)
     state.is_training = layer.training
     if bias is not None:
@@ -80,7 +81,7 @@ def _multiply_8bit(tensor: Any, layer: Any, x: Tensor, bias: Tensor | None) -> T
 
 
 def _scales(tensor: Any, layer: Any) -> Tensor:
-    """The largest absolute value of each row, which the layer takes over in its first call."""
+    """Return the largest absolute value of each row; after its first call the layer has it."""
     if tensor.SCB is not None:
         return tensor.SCB
     scales = layer.state.SCB if layer is not None else None
@@ -105,7 +106,7 @@ LINEAR_FORWARDS = (
     "bitsandbytes.nn.modules.Linear4bit.forward",
     "bitsandbytes.nn.modules.Linear8bitLt.forward",
 )
-"""The forwards of linear layers, by dotted names."""
+"""Dotted names of the forward functions of linear layers."""
 
 ROWS = (
     QuantisedRow(

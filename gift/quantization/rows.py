@@ -1,4 +1,4 @@
-"""What is known of one kind of quantised tensor."""
+"""The description of one kind of quantised tensor."""
 
 import sys
 from collections.abc import Callable
@@ -11,23 +11,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QuantisedRow:
-    """One kind of quantised tensor. What is asked for a module needs it for one kind alone, which
-    leaves a part of itself there.
+    """One kind of quantised tensor.
+
+    Functions receive the module only because one kind stores a part of itself there.
 
     Args:
-        kinds: dotted paths of its type; several where versions of the package differ.
-        mark: an attribute by which it is known where its type was lost, as parameters lose theirs
+        kinds: dotted paths of its type; several if versions of the package differ.
+        mark: an attribute that identifies the kind when the type was lost, as that of parameters is
             in a pickle.
-        dequantise: from tensor and module, the matrix that it stands for.
-        product: from tensor, module, input and bias, what its layer makes of the input.
-        requantise: from tensor and another value, that value quantised in the same way.
-        shape: the shape of the matrix.
-        holds: whether it is quantised yet; some are floating-point until something happens.
-        before: what must happen, in words.
-        hold: from a tensor that its layer may pack in another order, what puts the present order
-            back.
-        stored: from tensor, module and name, the names under which a module saves what belongs to
-            the tensor.
+        dequantise: function of tensor and module that returns the matrix in floating point.
+        product: function of tensor, module, input and bias that returns the layer's output.
+        requantise: function of tensor and another value that quantises that value in the same way.
+        shape: function of the tensor that returns the shape of the matrix.
+        holds: whether the tensor is quantised yet; some are floating-point until something happens.
+        before: what must happen for that, in words.
+        hold: function of a tensor that its layer may repack, which returns a function that restores
+            the present memory order.
+        stored: function of tensor, module and name that returns the names under which a module
+            saves what belongs to the tensor.
     """
 
     kinds: tuple[str, ...]
@@ -51,6 +52,6 @@ class QuantisedRow:
 def times_one(
     multiply: Callable[..., Tensor], tensor: Any, module: Any, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """The matrix, found by multiplying by it."""
+    """Recover the matrix by multiplying it by the identity."""
     one = torch.eye(columns, dtype=dtype, device=tensor.device)
     return multiply(tensor, module, one, None).T.contiguous()

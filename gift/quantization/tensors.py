@@ -1,6 +1,6 @@
-"""Quantised weights of all kinds: what they stand for, products with them, quantising again.
+"""Quantised weights of all kinds: dequantise, multiply, quantise again.
 
-No package is imported here: a tensor of a package can be met only where somebody has imported that.
+No package is imported here: a tensor of a package exists only if that package has been imported.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,36 +20,36 @@ QUANTISED: tuple[QuantisedRow, ...] = (*torchao.ROWS, *bitsandbytes.ROWS)
 _MARKED = [row for row in QUANTISED if row.mark]
 
 _FAILURES = (RuntimeError, ImportError, AttributeError, AssertionError, ValueError, TypeError)
-"""What packages raise where a format or device has no such function."""
+"""The exceptions that packages raise if a format or device lacks a function."""
 
 
 def is_quantised(tensor: Any) -> bool:
-    """Whether it is a quantised tensor of a kind that is known here."""
+    """Whether the tensor is quantised, in a supported format."""
     return _row_for(tensor) is not None
 
 
 def not_yet_quantised(tensor: Any) -> str | None:
-    """What must happen to a tensor that will be quantised but is not, in words."""
+    """Return what must happen to a tensor that is not quantised yet, in words, or None."""
     cls: type = type(tensor)
     row = _row_of(cls) if isinstance(tensor, Tensor) else None
     return None if row is None or row.holds(tensor) else row.before
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of the matrix that a tensor stands for, which may be packed in another one."""
+    """Return the shape of the matrix that a tensor represents, which may be packed."""
     row = _row_for(tensor)
     return tensor.shape if row is None else row.shape(tensor)
 
 
 def dequantised(tensor: Tensor, module: Any = None) -> Tensor:
-    """What a quantised tensor stands for, in floating point; any other tensor as it is.
+    """Return a quantised tensor in floating point, and any other tensor unchanged.
 
     Args:
-        tensor: of any kind.
-        module: that holds it: a ``Linear8bitLt`` keeps the scales after its first call.
+        tensor: a tensor of any kind.
+        module: the module that holds it. A ``Linear8bitLt`` keeps the scales after its first call.
 
     Raises:
-        AdaptationError: if the package cannot do it, here or on this device.
+        AdaptationError: if the package cannot do it, in general or on this device.
     """
     row = _row_for(tensor)
     if row is None:
@@ -67,14 +67,14 @@ def dequantised(tensor: Tensor, module: Any = None) -> Tensor:
 
 
 def same_values(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one kind hold the same; most quantised ones cannot be compared."""
+    """Whether two tensors of one kind are equal; most quantised tensors have no comparison."""
     if hasattr(tensor, "__tensor_flatten__"):
         tensor, other = dequantised(tensor), dequantised(other)
     return torch.equal(tensor, other)
 
 
 def stand_in(tensor: Tensor) -> Tensor:
-    """Zeros like what a quantised tensor stands for, which take no memory; others as they are."""
+    """Return zeros, without memory, in place of a quantised tensor; others unchanged."""
     if not is_quantised(tensor):
         return tensor
     dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
@@ -82,17 +82,17 @@ def stand_in(tensor: Tensor) -> Tensor:
 
 
 def requantised(tensor: Tensor, value: Tensor) -> nn.Parameter:
-    """Another value, quantised as `tensor` is: same type, groups and options.
+    """Quantise another value as `tensor` is quantised: same type, groups and options.
 
     Args:
         tensor: a quantised tensor.
-        value: of the shape of what `tensor` stands for.
+        value: the value, in the shape of the matrix that `tensor` represents.
 
     Returns:
         A frozen parameter.
 
     Raises:
-        AdaptationError: if that cannot be done.
+        AdaptationError: if that is not possible.
     """
     row, refusal = _row_for(tensor), f"a {type(tensor).__name__} cannot be quantised again with it"
     if row is None:
@@ -108,10 +108,10 @@ def requantised(tensor: Tensor, value: Tensor) -> nn.Parameter:
 
 
 def product(tensor: Tensor, module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``W0 x + bias`` by the kernel of the quantised layer, bit for bit what that gives.
+    """Compute ``W0 x + bias`` with the kernel of the quantised layer, bit-identical to it.
 
-    The gradient is that of the product with the matrix for which the tensor stands: some kernels
-    have none of their own, and others would keep that matrix for it.
+    The gradient is that of the product with the dequantised matrix: some kernels have no gradient,
+    and others would save that matrix for it.
     """
     return _Product.apply(x, bias, tensor, module)
 
@@ -123,7 +123,7 @@ class _Product(torch.autograd.Function):
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         row = _row_for(tensor)
         assert row is not None
-        return row.product(tensor, module, x, bias).detach()  # a view would bar writes into it
+        return row.product(tensor, module, x, bias).detach()  # a view would forbid in-place writes
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -139,10 +139,10 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def as_packed(tensors: Iterable[Any]) -> Iterator[None]:
-    """Whatever order layers pack their weights in within it, afterwards that is as before.
+    """Context manager that restores the memory order of weights which layers repack within it.
 
-    Those of bitsandbytes do so in their first inference on a CPU, for a kernel that rounds
-    otherwise.
+    Layers of bitsandbytes repack in their first inference on a CPU, for a kernel that rounds
+    differently.
     """
     puts_back = [row.hold(tensor) for tensor in tensors if (row := _row_for(tensor)) is not None]
     try:
@@ -153,12 +153,12 @@ def as_packed(tensors: Iterable[Any]) -> Iterator[None]:
 
 
 def tells_packing(name: str) -> bool:
-    """Whether that is the name, in a state, of what tells in which order a weight is packed."""
+    """Whether a name in a state belongs to the record of a weight's packing."""
     return ".quant_state." in name
 
 
 def quant_state_names(network: Any) -> Iterator[str]:
-    """Names in a state of what belongs to quantised tensors and is no parameter or buffer."""
+    """Yield the state names of parts of quantised tensors that are not parameters or buffers."""
     for path, module in network.named_modules():
         for name, parameter in module._parameters.items():
             if (row := _row_for(parameter)) is not None:

@@ -1,4 +1,4 @@
-"""torchao: tensor subclasses, which layers of torch hold."""
+"""torchao: tensor subclasses that torch's own layers hold."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ def _multiply(tensor: Any, module: Any, x: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _dequantise_torchao(tensor: Any, module: Any) -> Tensor:
-    if type(tensor).dequantize is Tensor.dequantize:  # it has none of its own
+    if type(tensor).dequantize is Tensor.dequantize:  # the class does not implement it
         return times_one(_multiply, tensor, module, tensor.shape[-1], tensor.dtype)
-    scales = getattr(tensor, "act_pre_scale", None)  # by which the kernel multiplies its input
+    scales = getattr(tensor, "act_pre_scale", None)  # the kernel multiplies its input by these
     return tensor.dequantize() if scales is None else tensor.dequantize() * scales
 
 
@@ -41,7 +41,7 @@ def _mapping(tensor: Any) -> Any:
 
 def _int8(tensor: Any, value: Tensor) -> Tensor | None:
     if tensor.act_pre_scale is not None:
-        return None  # which was fitted to the activations together with the weight
+        return None  # the scale was fitted to the activations together with the weight
     options = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "reduce_range")
     kept = {name: getattr(tensor, name) for name in options if hasattr(tensor, name)}
     return type(tensor).from_hp(value, _granularity(tensor), _mapping(tensor), **kept)

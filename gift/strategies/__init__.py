@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The strategies of methods that are registered later."""
+    """Look up a strategy of a method that was registered later."""
     if name not in STRATEGIES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return STRATEGIES[name]

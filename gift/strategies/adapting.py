@@ -1,4 +1,4 @@
-"""For each method, the strategies that apply it to all layers, to linear ones, to convolutions."""
+"""For each method, strategies that adapt all layers, linear layers, or convolutions."""
 
 import inspect
 from typing import Any
@@ -9,7 +9,7 @@ from gift.methods.base import WHEN_REGISTERED
 from gift.private.torch import NORM_WITH_STATISTICS
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
-# What a strategy takes besides the settings of its method.
+# The options of a strategy besides the settings of its method.
 _OPTIONS: dict[str, Any] = {
     "train_bias": False,
     "conv_layout": None,
@@ -17,7 +17,7 @@ _OPTIONS: dict[str, Any] = {
     "freeze_statistics": False,
 }
 
-# And what one for all layers takes.
+# Further options of a strategy for all layers.
 _FOR_ALL: dict[str, Any] = {"experts": True}
 
 _DOC = """{title} on {layers}; see `gift.methods.{method}`, whose settings these are.
@@ -45,7 +45,7 @@ _KINDS: dict[str, tuple[Check, str]] = {
 
 
 class _AdaptingStrategy(FineTuningStrategy):
-    """Base of the strategies made here."""
+    """Base class of the strategies made here."""
 
     method: type[Method]
     layers: Check
@@ -63,8 +63,10 @@ class _AdaptingStrategy(FineTuningStrategy):
 
     @classmethod
     def of_file(cls, init_paras: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that a file means: one that lists all others was written before there was
-        `experts`, and left experts out.
+        """Return the arguments that a file stands for.
+
+        A file that lists all arguments but `experts` was written before `experts` existed, and left
+        experts out.
         """
         known = set(inspect.signature(cls).parameters)
         written = "experts" in known and known - {"experts"} <= init_paras.keys()
@@ -78,7 +80,7 @@ _EXPERTS = """\
 
 
 def _signature(method: type[Method], more: dict[str, Any]) -> inspect.Signature:
-    """The settings of the method as a dataclass takes them, then what all strategies take."""
+    """Return the signature: the settings of the method, then the options of all strategies."""
     settings = list(inspect.signature(method).parameters.values())
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
@@ -88,7 +90,7 @@ def _signature(method: type[Method], more: dict[str, Any]) -> inspect.Signature:
 
 
 def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
-    """The strategies of a method by name: ``<title>AllFineTuningStrategy`` and so on.
+    """Make the strategies of a method, by name: ``<prefix>AllFineTuningStrategy`` and so on.
 
     Args:
         method: a registered method.
@@ -119,7 +121,7 @@ def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
     return made
 
 
-# Typed as anything, since a type checker cannot know the settings of each.
+# Typed as Any, since a type checker cannot know the settings of each.
 STRATEGIES: dict[str, Any] = {}
 
 

@@ -18,11 +18,11 @@ class Cap(NamedTuple):
 
     Args:
         check: called with ``(parent_module, current_name, global_name, class_name,
-            current_module)``, in a parameter cap also ``parameter_name, parameter``; tells whether
-            the action applies.
-        action: called with the same and ``**params``; or a strategy, which is then applied to what
-            the check matched.
-        params: keywords for the action.
+            current_module)``, in a parameter cap also ``parameter_name, parameter``; returns
+            whether the action applies.
+        action: called with the same arguments and ``**params``; or a strategy, which is applied to
+            what the check matches.
+        params: keyword arguments for the action.
     """
 
     check: Callable[..., bool]
@@ -39,22 +39,22 @@ Types = type | Iterable[type]
 
 
 class FineTuningStrategy:
-    """A list of caps: which modules and parameters are changed, and how; all else is frozen.
+    """A list of caps that say which modules and parameters are changed, and how.
 
-    For each module, from the network down, the first module cap that checks true claims it with all
-    below it. (A cap whose action is open, `ma_bottleneck` or `ma_prompt`, extends the module and
-    claims nothing: later caps are still tried on it and on what is below.) In a module that none
-    claims, the first parameter cap that checks true takes each parameter. What is claimed is left
-    as the action leaves it; an action that does nothing keeps it trainable.
-    See `enable_fine_tuning`.
+    Everything else is frozen. Each module, from the network downwards, is claimed by the first
+    module cap whose check matches, together with its submodules. (A cap with an open action,
+    `ma_bottleneck` or `ma_prompt`, wraps the module and claims nothing: later caps are still tried
+    on it and on its submodules.) In an unclaimed module, each parameter is claimed by the first
+    parameter cap whose check matches. What is claimed stays as the action leaves it: an action that
+    does nothing keeps it trainable. See `enable_fine_tuning`.
 
     Args:
-        module_caps: for modules, ``(check, action)`` or ``(check, action, params)``.
+        module_caps: caps for modules, ``(check, action)`` or ``(check, action, params)``.
         para_caps: the same for parameters.
-        constraint_type: type or types; the network must be an instance of one of them.
+        constraint_type: a type or types, of which the network must be an instance.
 
     Raises:
-        TypeError: if something is no cap or no type; all of them are named.
+        TypeError: if something is not a cap or not a type; the message names all of these.
 
     Example:
         >>> from torch import nn
@@ -72,7 +72,7 @@ class FineTuningStrategy:
     """
 
     dry_run = False
-    """A strategy that only looks: the network is put back as it was."""
+    """Whether the strategy only reports, and the network is restored afterwards."""
 
     init_paras: dict[str, Any]
     """The arguments that the strategy was constructed with."""
@@ -82,9 +82,9 @@ class FineTuningStrategy:
         _show_signature(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the arguments of the construction."""
+        """Record the arguments of the construction."""
         strategy = super().__new__(cls)
-        # A copy or a pickle calls this without arguments and brings `init_paras` along.
+        # Copying and unpickling call this without arguments, and restore `init_paras` afterwards.
         if args or kwargs or not _required(cls):
             strategy.init_paras = bound_arguments(cls, *args, **kwargs)
         return strategy
@@ -101,30 +101,30 @@ class FineTuningStrategy:
         self.constraint_type = _types(constraint_type, problems)
         if problems:
             raise TypeError(f"{type(self).__name__}: " + "; ".join(problems))
-        if type(self) is FineTuningStrategy:  # caps from a generator are spent by now
+        if type(self) is FineTuningStrategy:  # caps from a generator are exhausted by now
             own = {"module_caps": list(self.module_caps), "para_caps": list(self.para_caps)}
             self.init_paras |= own
 
     def register_module_cap(
         self, check: Callable[..., bool], action: Any, params: Mapping[str, Any] | None = None
     ) -> None:
-        """Add a module cap after the present ones, to this strategy alone."""
+        """Add a module cap after the existing ones, to this strategy only."""
         self._register("module_caps", (check, action, params or {}))
 
     def register_para_cap(
         self, check: Callable[..., bool], action: Any, params: Mapping[str, Any] | None = None
     ) -> None:
-        """Add a parameter cap after the present ones, to this strategy alone."""
+        """Add a parameter cap after the existing ones, to this strategy only."""
         self._register("para_caps", (check, action, params or {}))
 
     @property
     def caps(self) -> list[Cap]:
-        """All caps, those for modules first."""
+        """Return all caps, those for modules first."""
         return [*self.module_caps, *self.para_caps]
 
     @property
     def cap_texts(self) -> list[str]:
-        """What each cap is: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``."""
+        """Return a text for each cap: ``module cap 0: mc_type(Linear) -> ma_adapt('lora')``."""
         kinds = {"module": self.module_caps, "parameter": self.para_caps}
         return [f"{k} cap {i}: {cap}" for k, caps in kinds.items() for i, cap in enumerate(caps)]
 
@@ -139,7 +139,7 @@ class FineTuningStrategy:
 
     @property
     def recipe(self) -> tuple[str, dict[str, Any]]:
-        """The name and arguments under which a file can name the strategy."""
+        """Return the name and arguments by which a file can refer to the strategy."""
         if "registered" in self.init_paras:
             raise ValueError(
                 f"{type(self).__name__} has caps that were registered later; give all caps to the "
@@ -148,19 +148,20 @@ class FineTuningStrategy:
         return type(self).__name__, self.init_paras
 
     def to_config(self) -> dict[str, Any]:
-        """The strategy as plain data, for `load_strategy_from_config`.
+        """Return the strategy as plain data, for `load_strategy_from_config`.
 
         Raises:
-            ValueError: naming what no file can hold, such as a lambda.
+            ValueError: naming everything that a file cannot hold, such as a lambda.
         """
         return encode(self)
 
     def save_init_paras(self, path: str | Path) -> None:
-        """Write the construction of the strategy as YAML.
+        """Write the strategy's name and arguments as YAML.
 
         Raises:
-            ValueError: naming what no file can hold, such as a lambda; nothing is written then.
-            ImportError: without PyYAML.
+            ValueError: naming everything that a file cannot hold, such as a lambda. Nothing is
+                written then.
+            ImportError: if PyYAML is not installed.
         """
         write_text(path, yaml_files.dump(self.to_config()))
 
@@ -176,12 +177,13 @@ class FineTuningStrategy:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    """Whether they are the same; what is compared may be tensors, which give no single answer.
+    """Return whether a value is the default, without ``==``, which is ambiguous for tensors.
 
-    No strategy within is described for that: each level would describe what is below it twice.
+    Nested strategies are compared by identity, without their descriptions: each level would
+    describe everything inside it twice.
     """
     if isinstance(default, tuple):
-        default = list(default)  # as arguments are kept
+        default = list(default)  # as arguments are stored
     if isinstance(value, list) and isinstance(default, list):
         pairs = zip(value, default, strict=False)
         return len(value) == len(default) and all(_is_default(*pair) for pair in pairs)
@@ -191,7 +193,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def _show_signature(cls: type) -> None:
-    """Let `inspect` see the arguments of ``__init__`` rather than those of ``__new__``."""
+    """Make `inspect` report the signature of ``__init__`` instead of that of ``__new__``."""
     if "__signature__" in vars(cls):
         return
     own = inspect.signature(cls.__init__)  # type: ignore[misc]
@@ -246,7 +248,7 @@ def _wrong_action(action: Any) -> str:
 
 
 def register_strategy(cls: type[FineTuningStrategy]) -> type[FineTuningStrategy]:
-    """Class decorator: lets files name this strategy."""
+    """Class decorator: let files refer to this strategy by name."""
     return register(cls)
 
 
@@ -254,17 +256,17 @@ register_strategy(FineTuningStrategy)
 
 
 def load_strategy_from_config(config: str | Path | Mapping[str, Any]) -> FineTuningStrategy:
-    """The strategy that a file or mapping describes.
+    """Return the strategy that a file or mapping describes.
 
-    Only registered strategies, checks and actions can be named, with plain values: loading runs no
-    code of the file's.
+    A file can only name registered strategies, checks and actions, with plain values: loading runs
+    no code from the file.
 
     Args:
         config: a YAML file written by `FineTuningStrategy.save_init_paras`, or its content.
 
     Raises:
-        ValueError: if it is no such description, or names what is not registered.
-        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a description, or names something that is not registered.
+        FileNotFoundError: if the file does not exist.
     """
     if isinstance(config, Mapping):
         data: Any = dict(config)

@@ -1,4 +1,4 @@
-"""The classic recipes: everything, nothing, or a new head."""
+"""The classic strategies: train everything, nothing, or a new head."""
 
 from collections.abc import Iterator
 
@@ -19,9 +19,9 @@ from gift.strategies.base import FineTuningStrategy, register_strategy
 
 @register_strategy
 class FullFineTuningStrategy(FineTuningStrategy):
-    """Train every parameter of the network as it is.
+    """Train every parameter of the network.
 
-    Merged after a strategy that replaces the head, it trains all else.
+    Merged after a strategy that replaces the head, it trains everything else.
     """
 
     def __init__(self) -> None:
@@ -33,8 +33,8 @@ class FreezeStrategy(FineTuningStrategy):
     """Freeze every parameter of the network.
 
     Args:
-        statistics: also keep norm layers in evaluation mode, so that their running statistics
-            stand still.
+        statistics: whether to keep norm layers in evaluation mode too, so that their running
+            statistics are frozen.
     """
 
     def __init__(self, statistics: bool = False) -> None:
@@ -43,11 +43,11 @@ class FreezeStrategy(FineTuningStrategy):
 
 @register_strategy
 class HeadReplacementStrategy(FineTuningStrategy):
-    """Give the network a new head for another number of classes, train that, freeze the rest.
+    """Replace the head for another number of classes, train it, and freeze the rest.
 
     Args:
-        num_classes: outputs of the new head.
-        head_name: dotted path of the layer to replace, ``fc``; None finds the last linear layer.
+        num_classes: number of outputs of the new head.
+        head_name: dotted path of the layer to replace, ``fc``; None means the last linear layer.
 
     Raises:
         ValueError: if `num_classes` is below 1.
@@ -69,13 +69,13 @@ class HeadReplacementStrategy(FineTuningStrategy):
 
 @register_strategy
 class DetectionHeadStrategy(FineTuningStrategy):
-    """Give a detector of torchvision new last layers for other classes, freeze the rest.
+    """Replace the last layers of a torchvision detector for other classes, and freeze the rest.
 
-    For Faster and Mask R-CNN, RetinaNet, FCOS, SSD and SSDlite. What finds boxes whatever their
-    class is stays as it is.
+    It supports Faster and Mask R-CNN, RetinaNet, FCOS, SSD and SSDlite. Layers that find boxes
+    regardless of class are kept.
 
     Args:
-        num_classes: with the background, which is class 0.
+        num_classes: number of classes, including the background, which is class 0.
 
     Raises:
         ValueError: if `num_classes` is below 2.
@@ -89,7 +89,7 @@ _MAKE_HEADS = (ma_replace_head.__name__, ma_replace_detection_head.__name__)
 
 
 def new_heads(strategy: FineTuningStrategy) -> Iterator[int]:
-    """The numbers of classes of the heads that a strategy makes."""
+    """Yield the numbers of classes of the heads that a strategy makes."""
     for cap in strategy.module_caps:
         if isinstance(cap.action, FineTuningStrategy):
             yield from new_heads(cap.action)

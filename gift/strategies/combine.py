@@ -1,4 +1,4 @@
-"""Strategies made of strategies."""
+"""Strategies made of other strategies."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from gift.strategies.base import Cap, CapLike, FineTuningStrategy, register_stra
 
 @register_strategy
 class MergedStrategy(FineTuningStrategy):
-    """The caps of several strategies in their order, then more; see `merge_strategies`."""
+    """The caps of several strategies in order, then additional ones; see `merge_strategies`."""
 
     def __init__(
         self,
@@ -36,10 +36,10 @@ def merge_strategies(
     module_caps: Iterable[CapLike] = (),
     para_caps: Iterable[CapLike] = (),
 ) -> MergedStrategy:
-    """One strategy with the caps of several, in their order, and additional ones after them.
+    """Merge strategies into one with all of their caps in order, then additional ones.
 
     Args:
-        strategies: at least one.
+        strategies: the strategies, at least one.
         module_caps: additional caps for modules.
         para_caps: additional caps for parameters.
 
@@ -70,7 +70,7 @@ def _common_types(strategies: list[FineTuningStrategy]) -> tuple[type, ...]:
 
 @register_strategy
 class DebugStrategy(FineTuningStrategy):
-    """Prints what each check of a strategy matches, and which cap would claim it; changes nothing.
+    """Print what each check of a strategy matches, and which cap would claim it; change nothing.
 
     Args:
         strategy: the strategy to look at.
@@ -103,7 +103,7 @@ def _printing(kind: str, caps: list[Cap]) -> list[CapLike]:
 
 
 class _Nothing:
-    """An action that does nothing, under the name of the one that it stands for."""
+    """An action that does nothing, with the text of the action that it replaces."""
 
     def __init__(self, cap: Cap) -> None:
         self.cap = cap
@@ -117,7 +117,7 @@ class _Nothing:
 
 
 class _PrintingCheck:
-    """The check of one cap; when it matches, it says so, and which later ones would match too."""
+    """The check of one cap, which prints its matches and the later caps that would also match."""
 
     def __init__(self, kind: str, caps: list[Cap], number: int) -> None:
         self.kind = kind
@@ -133,7 +133,7 @@ class _PrintingCheck:
             return False
         where = joined(place[2], *place[5:6]) or "the network"
         own = self.caps[self.number]
-        if getattr(own.action, "open", False):  # the caps after it are tried, and tell themselves
+        if getattr(own.action, "open", False):  # later caps are tried too, and print for themselves
             print(f"{self.kind} cap {self.number} extends {where} ({place[3]}): {own}")
             return True
         verb = "claims"

@@ -1,6 +1,6 @@
 """The strategies of the registered methods: `LoRAAllFineTuningStrategy` and so on.
 
-They are made from the methods; ``of_methods.pyi`` shows them to editors and type checkers.
+They are generated from the methods. ``of_methods.pyi`` declares them for editors and type checkers.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = list(STRATEGIES)
 
 
 def __getattr__(name: str) -> Any:
-    # Also where pickle looks for a class, and of methods that are registered later.
+    # Also where pickle looks for a class, and for methods that are registered later.
     if name not in STRATEGIES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return STRATEGIES[name]

@@ -1,4 +1,4 @@
-"""Strategies without a method: biases, norm layers, or chosen modules are trained as they are."""
+"""Strategies without a method: they train biases, norm layers, or chosen modules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +13,15 @@ from gift.strategies.base import FineTuningStrategy, register_strategy
 
 @register_strategy
 class BitFitFineTuningStrategy(FineTuningStrategy):
-    """Train the biases alone (Zaken et al. 2021, https://arxiv.org/abs/2106.10199).
+    """Train only the biases (Zaken et al. 2021, https://arxiv.org/abs/2106.10199).
 
-    Those are what `pc_bias` finds: biases of all layers and norms, but no table of relative
-    positions, whatever it is called. The paper trains a new head along with them: merge this with
-    `HeadReplacementStrategy`. In a merged strategy, layers that the other one adapts are its own:
-    their biases are trained by its option ``train_bias``.
+    Biases are what `pc_bias` matches: the biases of all layers and norms, but not tables of
+    relative positions, whatever their name. The paper also trains a new head: merge this with
+    `HeadReplacementStrategy`. In a merged strategy, the layers that the other strategy adapts
+    belong to it: its option ``train_bias`` trains their biases.
 
     Raises:
-        ValueError: when it is applied to a network that has no bias.
+        ValueError: on application, if the network has no bias.
 
     Example:
         >>> from torch import nn
@@ -39,11 +39,11 @@ class BitFitFineTuningStrategy(FineTuningStrategy):
 
 @recorded
 def ma_train_norm(statistics: bool = True) -> Action:
-    """Train the weight and bias of a norm layer; freeze what it has inside, an activation perhaps.
+    """Train the weight and bias of a norm layer; freeze its submodules, such as an activation.
 
     Args:
-        statistics: let its running statistics move. False keeps it in evaluation mode, whatever
-            ``train()`` says.
+        statistics: whether its running statistics are updated. False keeps it in evaluation mode,
+            whatever ``train()`` sets.
     """
 
     def prepare(network: nn.Module) -> Callable[..., None]:
@@ -69,19 +69,19 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
 
 @register_strategy
 class NormFineTuningStrategy(FineTuningStrategy):
-    """Train the weights and biases of norm layers alone.
+    """Train only the weights and biases of norm layers.
 
-    Of BatchNorm in convolutional networks: Frankle et al. 2020, https://arxiv.org/abs/2003.00152;
-    of LayerNorm in transformers: Zhao et al. 2023, https://arxiv.org/abs/2312.11420. Norm layers
-    are what `mc_norm` finds.
+    For BatchNorm in convolutional networks see Frankle et al. 2020,
+    https://arxiv.org/abs/2003.00152, and for LayerNorm in transformers Zhao et al. 2023,
+    https://arxiv.org/abs/2312.11420. Norm layers are what `mc_norm` matches.
 
     Args:
-        statistics: let running statistics move, as they do in plain training; they are saved with
-            the delta. False keeps norm layers in evaluation mode.
+        statistics: whether running statistics are updated, as in ordinary training. They are saved
+            with the delta. False keeps norm layers in evaluation mode.
 
     Raises:
-        ValueError: when it is applied to a network without norm layers, or to one whose norm layers
-            have no parameters.
+        ValueError: on application, if the network has no norm layers, or only some without
+            parameters.
 
     Example:
         >>> from torch import nn
@@ -98,15 +98,15 @@ class NormFineTuningStrategy(FineTuningStrategy):
 
 @register_strategy
 class ModulesFineTuningStrategy(FineTuningStrategy):
-    """Train chosen modules whole, and freeze the rest.
+    """Train chosen modules completely, and freeze the rest.
 
     Args:
-        paths: dotted paths from the network, or shell patterns for them: ``fc``, ``layer4.*``.
-            Each is a cap of its own: one that takes nothing is reported and warned about.
+        paths: dotted paths from the network, or shell patterns for them: ``fc``, ``layer4.*``. Each
+            makes its own cap: one that claims nothing is reported, with a warning.
 
     Raises:
-        ValueError: if no path is given; when it is applied, if none of them takes anything.
-        TypeError: if a path is no text.
+        ValueError: if no path is given; on application, if none of them claims anything.
+        TypeError: if a path is not a string.
 
     Example:
         >>> from torchvision.models import resnet18

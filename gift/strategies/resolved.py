@@ -1,4 +1,4 @@
-"""A strategy that names each tensor that it changes: what any other one comes to on a network."""
+"""A strategy that names each tensor that it changes, as any strategy resolves to on a network."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -16,26 +16,26 @@ from gift.methods import Method, method_of
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
 PLACES = ("tensors", "biases", "modules")
-"""What a group of deltas may change, each by paths: see `ResolvedStrategy`."""
+"""What a group of deltas may change, each given by paths: see `ResolvedStrategy`."""
 
 
 @register_strategy
 class ResolvedStrategy(FineTuningStrategy):
-    """Every delta by the path of what it changes, with its method and settings.
+    """A list of deltas by the paths of what they change, with their methods and settings.
 
-    That is what files hold of a strategy with lambdas, which they cannot name.
+    Files store strategies with lambdas in this form, since they cannot name a lambda.
 
     Args:
-        deltas: as `gift.files.describe_deltas` gives them. For each method with its settings:
-            ``{"method": name, "settings": {...}, "layout": {...}, "tensors": {path: shape}}``, with
-            ``"biases"`` that follow the weights of their layers; or for an extended call
-            ``{"call": name, "settings": {...}, "modules": {path: None}}``.
-        trained: names of the parameters that are trained as they are.
-        statistics: paths of the norm layers whose statistics stand still.
-        heads: from paths of heads to their new numbers of classes.
+        deltas: groups as `gift.files.describe_deltas` returns them. For each method with its
+            settings: ``{"method": name, "settings": {...}, "layout": {...}, "tensors": {path:
+            shape}}``, with ``"biases"`` that are adapted with the weights of their layers. For a
+            wrapped forward ``{"call": name, "settings": {...}, "modules": {path: None}}``.
+        trained: names of the network's own parameters that are trained.
+        statistics: paths of the norm layers whose running statistics are frozen.
+        heads: maps paths of heads to their new numbers of classes.
 
     Raises:
-        ValueError: naming what is no such description, or an unknown method or setting.
+        ValueError: naming every invalid description and every unknown method or setting.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ResolvedStrategy(FineTuningStrategy):
 
 
 class _Listed:
-    """The check of modules by their paths."""
+    """A check that matches modules by their paths."""
 
     def __init__(self, work: Mapping[str, "_Work"]) -> None:
         self.paths = frozenset(work)
@@ -81,7 +81,7 @@ class _Listed:
 
 
 class _Names:
-    """The check of parameters by their paths."""
+    """A check that matches parameters by their paths."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.known = frozenset(names)
@@ -94,7 +94,7 @@ class _Names:
 
 
 class _Do(Action):
-    """Does to each module what is listed for it; caps after this one are still tried there."""
+    """Applies to each module what is listed for it; later caps are still tried there."""
 
     def __init__(self, work: Mapping[str, "_Work"]) -> None:
         super().__init__(lambda *place: work[place[2]].do(place[4], place[2]), open=True)
@@ -108,7 +108,7 @@ class _Do(Action):
 
 
 class _Work:
-    """What is done to one module."""
+    """What is to be done to one module."""
 
     def __init__(self) -> None:
         self.tensors: list[tuple[str, Method, LayoutOptions]] = []
@@ -127,7 +127,7 @@ class _Work:
 
 
 def group_of(method: Method, options: LayoutOptions) -> dict[str, Any]:
-    """The beginning of a group of deltas: the method with its settings, and the layouts."""
+    """Return the start of a group of deltas: the method with its settings, and the layouts."""
     return {"method": method.name, "settings": method.settings, "layout": asdict(options)}
 
 
@@ -141,7 +141,7 @@ def _read(group: Mapping[str, Any], work: dict[str, _Work]) -> None:
         return
     method, options = method_of(group["method"], settings), LayoutOptions(**group["layout"])
     if f"clip_{method.size_setting}" not in settings:
-        method = method.exact()  # each tensor has the size that it says
+        method = method.exact()  # each tensor has exactly the stated size
     for name in group.get("tensors", ()):
         path, _, tensor = name.rpartition(".")
         work.setdefault(path, _Work()).tensors.append((tensor, method, options))

@@ -1,4 +1,4 @@
-"""A strategy in which each adapted layer has a size of its own."""
+"""A strategy in which each adapted layer has its own size."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -19,12 +19,12 @@ from gift.strategies.base import Cap, FineTuningStrategy, register_strategy
 
 
 class Layer(NamedTuple):
-    """A layer, or one parameter, that is adapted with a size of its own.
+    """A layer, or one parameter, that is adapted with its own size.
 
     Args:
         path: its dotted path.
         module: the layer, or the module that holds the parameter.
-        parameter: the name of that.
+        parameter: the name of the parameter; None for a layer.
     """
 
     path: str
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     parameter: str | None = None
 
     def adapted(self) -> Iterator[tuple[nn.Module, str, WeightDelta]]:
-        """The adapted tensors in it: module, name, adapter."""
+        """Yield the adapted tensors in it: module, name, delta."""
         for part in self.module.modules() if self.parameter is None else [self.module]:
             for tensor, adapter in weight_deltas(part).items():
                 if self.parameter in (None, tensor):
@@ -40,13 +40,13 @@ class Layer(NamedTuple):
 
 
 def setting_of(method: Method) -> str:
-    """The setting that decides the size of a method which has one."""
+    """Return the setting that determines the size of a method, which must have one."""
     assert method.size_setting is not None
     return method.size_setting
 
 
 def with_size(method: Method, size: int) -> Method:
-    """The method with that size, or the nearest where a matrix cannot have it."""
+    """Return the method with that size, or the nearest size where a matrix cannot have it."""
     changes: dict[str, Any] = {setting_of(method): size}
     if (clip := f"clip_{setting_of(method)}") in method.__dataclass_fields__:
         changes[clip] = True
@@ -54,17 +54,17 @@ def with_size(method: Method, size: int) -> Method:
 
 
 def adapts_with_size(cap: Cap) -> bool:
-    """Whether a cap adapts by a method that has a size."""
+    """Return whether a cap adapts by a method that has a size."""
     name, _ = getattr(cap.action, "recipe", ("", {}))
     known = isinstance(cap.action, Action) and name in (ma_adapt.__name__, pa_adapt.__name__)
     return known and AdaptEach(cap).method.size_setting is not None
 
 
 class AdaptEach(Action):
-    """Does what the action of a cap does, to each layer by a method of its own.
+    """An action that adapts as a cap's action does, but each layer with its own method.
 
     Args:
-        cap: one that `adapts_with_size`.
+        cap: a cap for which `adapts_with_size` is True.
     """
 
     def __init__(self, cap: Cap) -> None:
@@ -76,10 +76,10 @@ class AdaptEach(Action):
         self.of_parameters = name == pa_adapt.__name__
 
     def method_at(self, layer: Layer) -> Method:
-        """The method for that layer.
+        """Return the method for that layer.
 
         Raises:
-            AdaptationError: if there is none.
+            AdaptationError: if there is no method for it.
         """
         raise NotImplementedError
 
@@ -106,7 +106,7 @@ class AdaptEach(Action):
 
 
 def _layers_in(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[Layer]:
-    """The layers with known weights in `module`, without those that are in another one."""
+    """Yield the outermost layers with known weights in `module`."""
     if module in seen:
         return
     seen.add(module)
@@ -122,9 +122,9 @@ def _layers_in(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[L
 def rewritten(
     strategy: FineTuningStrategy, rewrite: Callable[[Cap], Any]
 ) -> FineTuningStrategy:  # fmt: skip
-    """The strategy with other actions in all caps that adapt with a size.
+    """Replace the actions of all caps that adapt with a size.
 
-    Also in strategies that stand in the place of actions.
+    This includes caps in strategies that are used as actions.
     """
 
     def caps(given: list[Cap]) -> list[Cap]:
@@ -160,16 +160,16 @@ class _AdaptSized(AdaptEach):
 
 @register_strategy
 class SizedStrategy(FineTuningStrategy):
-    """A strategy in which each adapted layer has a size of its own; `gift.suggest` chooses them.
+    """A strategy in which each adapted layer has its own size, as `gift.suggest` chooses them.
 
     Args:
         strategy: the strategy.
-        sizes: from the path of each layer that it adapts by a method with a size, or of each such
-            parameter, to the rank, or what other setting of the method decides the size. A matrix
-            that cannot have a rank gets its largest one.
+        sizes: maps the path of each layer or parameter that it adapts by a method with a size to
+            the rank, or to another size setting of the method. A matrix that cannot have a rank
+            gets its largest one.
 
     Raises:
-        ValueError: when it is applied, naming the layers for which no size is given.
+        ValueError: on application, naming the layers for which no size is given.
 
     Example:
         >>> from torch import nn

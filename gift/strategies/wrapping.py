@@ -1,4 +1,4 @@
-"""Strategies that extend modules and leave all their weights frozen; made to be merged."""
+"""Strategies that wrap modules and freeze all weights; meant to be merged with others."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ Where = Check | str | list[str] | None
 
 
 def _check(given: Where, default: Check) -> Check:
-    """The check that a user means by a check, by glob patterns of paths, or by nothing."""
+    """Return the check that a user means by a check, by glob patterns of paths, or by None."""
     if given is None:
         return default
     return mc_path(glob=given) if isinstance(given, str | list | tuple) else given
@@ -27,22 +27,22 @@ def _check(given: Where, default: Check) -> Check:
 class BottleneckFineTuningStrategy(FineTuningStrategy):
     """Bottleneck adapters after blocks, or beside them; see `gift.wrappers.Bottleneck`.
 
-    The network's output stays bit for bit what it was until the first training step. All its
-    weights are frozen. Merged before other strategies, bottlenecks leave the blocks and what is in
-    them to those::
+    The network's output is bit-identical until the first training step. All of its weights are
+    frozen. Merged before other strategies, bottlenecks leave the blocks and their submodules to
+    these::
 
         merge_strategies([BottleneckFineTuningStrategy(), LoRALinearFineTuningStrategy()])
 
     Args:
         size: width of the bottlenecks.
-        parallel: see what a block takes instead of what it gives.
-        after: which modules, by a check or by glob patterns of their paths; None finds the blocks
-            of the network, see `gift.factories.mc_blocks`.
+        parallel: whether bottlenecks read a block's input instead of its output.
+        after: the modules, by a check or by glob patterns of their paths; None means the blocks of
+            the network, see `gift.factories.mc_blocks`.
         settings: ``activation``, ``scaling``, ``dropout``, ``dim``, ``axis`` and ``dtype`` of
             `gift.wrappers.Bottleneck`.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: if settings are out of range.
 
     Example:
         >>> from torch import nn
@@ -66,19 +66,20 @@ class BottleneckFineTuningStrategy(FineTuningStrategy):
 class PromptFineTuningStrategy(FineTuningStrategy):
     """Prompt tuning: virtual tokens in front of every sequence; see `gift.wrappers.Prompt`.
 
-    A language model of transformers is taken with its head; of other networks, the part that takes
-    embeddings. All weights are frozen. This is the one strategy under which the network does not
-    start as what it was, since attention over more keys gives something else.
+    A language model of transformers is used with its head. In other networks, the wrapped module is
+    the part that takes embeddings. All weights are frozen. This is the only strategy that changes
+    the network's outputs at the start, since attention over more keys has another result.
 
     Args:
-        num_virtual_tokens: how many.
-        head: also train the head, a new classifier as a rule: True for the last linear layer, or
-            which one by a check or by glob patterns of paths.
-        at: which module takes the embeddings, likewise; None is the network itself.
+        num_virtual_tokens: number of virtual tokens.
+        head: whether to train the head too, usually a new classifier: True for the last linear
+            layer, or a check or glob patterns of paths.
+        at: the module that takes the embeddings, by a check or glob patterns; None means the
+            network itself.
         settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: if settings are out of range.
 
     Example:
         >>> import torch

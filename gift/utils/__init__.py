@@ -1,1 +1,1 @@
-"""Helpers for users: what is trainable, and tables of it. Nothing but `gift.cli` uses them."""
+"""Helpers for users: what is trainable, and tables of it. Only `gift.cli` imports this package."""

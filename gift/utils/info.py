@@ -1,4 +1,4 @@
-"""What is trainable in a network, as rows, tables and summaries."""
+"""Rows, tables and summaries of what is trainable in a network."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -33,11 +33,11 @@ ROW_HEADER = ("index", "name", "shape", "count")
 
 
 def collect_trainable_parameters(net: nn.Module) -> tuple[list[list[Any]], int]:
-    """The trainable parameters of any network, fine-tuned or not.
+    """Return the trainable parameters of any network, fine-tuned or not.
 
     Returns:
-        Rows of ``[index, name, shape, count]`` in the order of the network, and the total count.
-        A lazy parameter has no shape and counts as zero.
+        Rows of ``[index, name, shape, count]`` in the order of the network, and the total count. A
+        lazy parameter has no shape and counts as zero.
 
     Example:
         >>> from torch import nn
@@ -53,10 +53,10 @@ def collect_trainable_parameters(net: nn.Module) -> tuple[list[list[Any]], int]:
 
 
 def table_info(rows: Sequence[Sequence[Any]], header: Sequence[str] = ROW_HEADER) -> str:
-    """Rows as a table.
+    """Format rows as a table.
 
     Args:
-        rows: as from `collect_trainable_parameters`.
+        rows: rows as from `collect_trainable_parameters`.
         header: one title for each column.
 
     Example:
@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
 
 
 def summary(net: nn.Module) -> str:
-    """Trainable and total parameters and their share; for each cap, if `net` is fine-tuned."""
+    """Return trainable and total parameters and their ratio; for each cap, if fine-tuned."""
     if spec_of(net).network:
         return net._gift_network.report.summary()  # type: ignore[union-attr,operator]
     total, (_, trainable) = size_of(net.parameters()), collect_trainable_parameters(net)
@@ -85,16 +85,17 @@ def summary(net: nn.Module) -> str:
 
 
 class MethodRow(NamedTuple):
-    """What one method would do to a network.
+    """The cost of one method on a network.
 
     Args:
-        name: of the method, or ``bottleneck``, ``prompt``, ``bitfit``, ``norm``, ``full``.
-        parameters: trained ones; None where the method cannot be applied, as for all other numbers.
-        share: of the parameters that the network has.
-        megabytes: of the state, in millions of bytes: what is trained, and buffers.
-        tensors: how many tensors of the network are adapted, or trained as they are.
-        larger: how many deltas have more parameters than the weight that they change.
-        note: the sizes that a budget allows, or the reason why the method cannot be applied.
+        name: name of the method, or ``bottleneck``, ``prompt``, ``bitfit``, ``norm``, ``full``.
+        parameters: number of trained parameters. This and all other numbers are None if the method
+            cannot be applied.
+        share: their share of the network's parameters.
+        megabytes: size of the state (trained parameters and buffers), in millions of bytes.
+        tensors: number of the network's tensors that are adapted, or trained themselves.
+        larger: number of deltas with more parameters than the weight that they change.
+        note: the sizes that a budget allows, or why the method cannot be applied.
     """
 
     name: str
@@ -106,7 +107,7 @@ class MethodRow(NamedTuple):
     note: str = ""
 
 
-# What extends modules, or trains a network's own parameters.
+# Methods that wrap modules, or train a network's own parameters.
 _OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
     "bottleneck": BottleneckFineTuningStrategy,
     "prompt": PromptFineTuningStrategy,
@@ -117,18 +118,19 @@ _OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
 
 
 def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
-    """How a training step computes each layer with a low-rank delta, for inputs of this size.
+    """Return how a training step computes each layer with a low-rank delta, for these inputs.
 
-    That is chosen by shapes: see `gift.kernels.cost_model`. The network is run once, in evaluation
-    mode, so that its statistics stay; while the delta's inputs are dropped the form is ``"side"``.
+    The form depends on shapes: see `gift.kernels.cost_model`. The network is run once, in
+    evaluation mode, so that its statistics do not change. With dropout on the delta's inputs, a
+    training step uses the form ``"side"`` instead.
 
     Args:
         net: an enabled network.
-        *inputs: of its forward pass.
+        *inputs: inputs of its forward pass.
 
     Returns:
-        The form by the path of the layer. A layer that is not told goes the general way, through
-        its effective weight.
+        The form by the path of the layer. Layers that are not listed compute with their effective
+        weight.
 
     Example:
         >>> import torch
@@ -161,7 +163,7 @@ def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
 def compare_methods(
     net: nn.Module, methods: Iterable[str] | None = None, budget: int | float | str | None = None
 ) -> list[MethodRow]:
-    """What each method would cost on a network: the rows of `table_methods`, in its order."""
+    """Return what each method would cost on a network, as the rows of `table_methods`."""
     names = [*METHODS, *_OTHERS] if methods is None else list(methods)
     strategies = {name: _strategy_for(name) for name in names}
     twin = on_meta(net)
@@ -172,22 +174,22 @@ def compare_methods(
 def table_methods(
     net: nn.Module, methods: Iterable[str] | None = None, budget: int | float | str | None = None
 ) -> str:
-    """What each method would cost on a network, the fewest parameters first, as a table.
+    """Return a table of what each method would cost on a network, fewest parameters first.
 
-    The network is not touched, and its values are neither read nor copied: all is counted on a copy
-    on the meta device.
+    The network is not changed, and its values are neither read nor copied: everything is counted on
+    a copy on the meta device.
 
     Args:
         net: the network.
         methods: names of methods, each of which is applied to all layers that gift knows, with its
-            default settings; also ``bottleneck`` and ``prompt``, which extend modules, and
+            default settings; also ``bottleneck`` and ``prompt``, which wrap modules, and
             ``bitfit``, ``norm`` and ``full``, which train the biases, the norm layers, or
-            everything. None means all there are.
-        budget: for methods with a rank, or another setting that decides the size, choose the
-            largest that this allows; see `gift.suggest`.
+            everything. None means all of them.
+        budget: for methods with a rank, or another size setting, choose the largest value that this
+            budget allows; see `gift.suggest`.
 
     Raises:
-        ValueError: for an unknown method.
+        ValueError: if a method is unknown.
 
     Example:
         >>> from torch import nn
@@ -239,7 +241,7 @@ def _method_row(net: nn.Module, name: str, strategy: FineTuningStrategy, budget:
 
 
 def _reason(error: ValueError) -> str:
-    """The first of what an error lists line by line, or what it says."""
+    """Return the first problem that an error lists line by line, or its message."""
     first, *listed = str(error).splitlines()
     if not isinstance(error, AdaptationError) or not listed:
         return first.rstrip(":")

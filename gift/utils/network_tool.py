@@ -8,7 +8,7 @@ from gift.core.network import named_trainable
 
 
 def trainable_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that are trained, whatever ``net.parameters()`` gives.
+    """Yield the parameters that are trained, whatever ``net.parameters()`` returns.
 
     Example:
         >>> from torch import nn

@@ -1,6 +1,6 @@
 """Methods that wrap a module's forward pass, one file each: bottleneck adapters, prompts.
 
-No effective weights.
+They do not change effective weights.
 """
 
 from gift.wrappers.bottleneck import Bottleneck

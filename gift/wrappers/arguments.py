@@ -1,4 +1,4 @@
-"""The arguments of a call of an extended module."""
+"""The arguments of a call of a wrapped module."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +8,19 @@ from gift.errors import AdaptationError
 
 
 def in_order(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments of a call in the order of `names`, which are those of a forward."""
+    """Return the arguments of a call in the order of `names`, the parameters of a forward."""
     known = [kwargs[name] for name in names if name in kwargs]
     return [*args, *known, *(value for name, value in kwargs.items() if name not in names)]
 
 
 class Arguments:
-    """The arguments of a call of an extended module, by name.
+    """The arguments of a call of a wrapped module, by name.
 
     Args:
-        module: the extended module.
-        args: those given by position, and
-        kwargs: by name.
-        extension: the name of the extension, for messages.
+        module: the wrapped module.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        extension: the name of the method that wraps it, for messages.
     """
 
     def __init__(
@@ -36,6 +36,6 @@ class Arguments:
         self.named = {**dict(zip(self.positional, args, strict=True)), **kwargs}
 
     def passed_to(self, forward: Forward) -> Any:
-        """What `forward` gives for them, each given in the way in which it came."""
+        """Call `forward` with the arguments, each passed by position or keyword as it was given."""
         named = dict(self.named)
         return forward(*[named.pop(name) for name in self.positional], **named)

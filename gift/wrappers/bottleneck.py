@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network beside or after a module, added to what it gives."""
+"""Bottleneck adapters: a small network beside or after a module, added to its output."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -31,35 +31,36 @@ class Bottleneck(ForwardMethod):
     """Bottleneck adapter after any module ``f``, or beside it.
 
     Sequential (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751) and parallel (He et al. 2022,
-    https://arxiv.org/abs/2110.04366), with ``z`` what the module gives or what it takes::
+    https://arxiv.org/abs/2110.04366), where ``z`` is the module's output or its input::
 
         h' = f(x) + s * (W_up act(W_down z + b_down) + b_up),    z = f(x)  or  z = x
 
-    It adds ``down_weight (size, d_z)``, ``down_bias (size)``, ``up_weight (d, size)`` and
-    ``up_bias (d)``, which are ``size * (d_z + d + 1) + d`` parameters. `W_up` and both biases start
-    at zero, so that the module gives what it gave bit for bit until the first step.
+    It adds ``down_weight (size, d_z)``, ``down_bias (size)``, ``up_weight (d, size)`` and ``up_bias
+    (d)``, which are ``size * (d_z + d + 1) + d`` parameters. `W_up` and both biases start at zero,
+    so that the module's output is bit-identical until the first step.
 
-    What the module gives may be a tensor, or a tuple, list, mapping or dataclass, whose first
-    tensor is changed. Where activations are not finite, they pass as they are.
+    The output may be a tensor, or a tuple, list, mapping or dataclass, whose first tensor is
+    changed. Activations that are not finite pass unchanged.
 
-    The module must be called: one whose parent reads its weight instead, as a fused kernel does,
-    never comes to its extension.
+    The adapter only runs if the module is called. It has no effect if the parent reads the module's
+    weight instead, as a fused kernel does.
 
     Args:
         size: width of the bottleneck.
         activation: ``"gelu"``, ``"relu"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
-        scaling: the factor `s`; the paper of the parallel form uses 4.
-        parallel: see what the module takes, its first tensor, instead of what it gives.
+        scaling: the factor `s`; the paper on the parallel form uses 4.
+        parallel: whether the bottleneck reads the module's input, its first tensor, instead of its
+            output.
         dropout: probability of dropout on the bottleneck, in training mode.
-        dim: number of features; None finds it in the module: the last layer in registration order
-            tells what it gives, the first one what it takes.
-        axis: the axis along which the features lie; None finds it likewise: the last one, but the
-            channels of convolutions and of batch, group and instance norms.
-        dtype: of the new parameters, or its name; None means that of the module, but at least
-            float32. The result is rounded once, to the dtype of what the module gives.
+        dim: number of features; None infers it: outputs from the last layer in registration order,
+            inputs from the first one.
+        axis: the axis of the features; None infers it from the same layers: the last axis, except
+            for the channels of convolutions and of batch, group and instance norms.
+        dtype: dtype of the new parameters, or its name; None means that of the module, but at least
+            float32. The result is rounded once, to the dtype of the output.
 
     Raises:
-        ValueError: for settings out of range; all of them are named.
+        ValueError: if settings are out of range; the message names all of them.
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -74,7 +75,7 @@ class Bottleneck(ForwardMethod):
     axis: int | None = setting(None, "an integer", is_integer, kw_only=True, found=True)
 
     def fit(self, module: nn.Module) -> Self:
-        """The same with the axis of the module's features."""
+        """Return the method with the axis of the module's features."""
         features = self._features(module)
         if self.parallel and isinstance(module, CONV) and _changes_size(module):
             raise AdaptationError(
@@ -93,7 +94,7 @@ class Bottleneck(ForwardMethod):
         return features
 
     def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
-        """`W_down` is Kaiming-uniform as in ``nn.Linear``, all else zero."""
+        """Return a Kaiming-uniform `W_down` as in ``nn.Linear``; the others are zero."""
         features, weight = self._features(module), weight_beside(module)
         if weight is not None and weight.is_complex():
             raise AdaptationError("its parameters are complex, expected real features")
@@ -121,9 +122,9 @@ class Bottleneck(ForwardMethod):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """``h'``."""
+        """Compute ``h'``."""
         beside = None
-        if self.parallel:  # before the module, which may change its input in place
+        if self.parallel:  # before the module, which may modify its input in place
             names: Any = module._gift_arguments
             x = first_tensor(in_order(names, args, kwargs))
             if x is None:
@@ -150,26 +151,26 @@ class Bottleneck(ForwardMethod):
                 f"{where(module, self.name)} gives {tuple(output.shape)}, the bottleneck beside it "
                 f"{tuple(delta.shape)}: take a sequential one (parallel=False)"
             )
-        # As a difference: f(x) + 0.0 is no longer f(x) where that is -0.0, f(x) - 0.0 is.
+        # Subtract instead of adding: f(x) + 0.0 changes an f(x) of -0.0, f(x) - 0.0 does not.
         return (output - (0.0 - self.scaling * delta)).to(output.dtype)
 
     def _delta(
         self, module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, key: str, verb: str
     ) -> Tensor:  # fmt: skip
-        """``W_up act(W_down x + b_down) + b_up``; `key` and `verb` say what `x` must fit."""
-        if x.is_nested:  # a padded batch in evaluation mode; few operations know those
+        """Compute ``W_up act(W_down x + b_down) + b_up``; `key` and `verb` serve to check `x`."""
+        if x.is_nested:  # a padded batch in evaluation mode; few operations support nested tensors
             parts = [self._delta(module, parameters, part, key, verb) for part in x.unbind()]
             return torch.nested.as_nested_tensor(parts)
         down, up = parameters["down_weight"], parameters["up_weight"]
         size = parameters[key].shape[1 if key == "down_weight" else 0]
-        # Counted from the front: the older exporter to ONNX writes axes as they are given, and ONNX
-        # permutes by no negative ones.
+        # Count from the front: the older ONNX exporter writes axes as they are given, and ONNX does
+        # not permute by negative axes.
         axis, end = self._checked_axis(module, x, size, verb) % x.ndim, x.ndim - 1
         last = x if axis == end else x.movedim(axis, end)
         hidden = F.linear(last.to(down.dtype), down, parameters["down_bias"])
         hidden = ACTIVATIONS[self.activation](hidden)
-        # Zero times infinity is not zero: let the rest of what is not finite alone. Only that: what
-        # the bottleneck itself makes infinite must show.
+        # Zero times infinity is not zero: zero the hidden features of inputs that are not finite,
+        # so that these pass. Only those: infinities that the bottleneck itself produces must show.
         finite = last.detach().sum(-1, keepdim=True, dtype=hidden.dtype).isfinite()
         hidden = torch.where(finite, hidden, 0)
         hidden = F.dropout(hidden, self.dropout, module.training)
@@ -189,7 +190,7 @@ class Bottleneck(ForwardMethod):
 
 
 def _changes_size(conv: Any) -> bool:
-    """Whether a convolution gives another number of places than it takes."""
+    """Whether a convolution's output has another spatial size than its input."""
     if conv.padding == "same":
         return False
     padding = [0] * len(conv.kernel_size) if conv.padding == "valid" else conv.padding

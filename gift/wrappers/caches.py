@@ -1,12 +1,12 @@
-"""Caches of transformers: all that gift asks of the cache that a language model is called with.
+"""Access to the caches of transformers that a language model is called with.
 
-A cache is recognised by what it is, since its name among the arguments depends on the version of
+A cache is recognised by its type or contents, since its argument name depends on the version of
 transformers (``past_key_values``, ``cache_params``, ``cache``). Only its public methods are used.
-Where a class lacks them, its tensors answer; what cannot be answered is None, and the caller
-refuses it.
+If a class lacks them, its tensors are inspected. If a question cannot be answered, the answer is
+None, and the caller rejects the cache.
 
-A cache that a prompted model has filled carries a note of that, an attribute of plain numbers. So
-it is still known after `copy.deepcopy`, beam search, and cropping.
+A cache that a prompted model has filled carries a note, an attribute of plain numbers. So it is
+still recognised after `copy.deepcopy`, beam search and cropping.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# Tuples, since the compiler of old versions of torch follows no unions of types.
+# Tuples, since the compiler of old versions of torch does not support union types here.
 ROWS = (tuple, list)
 FLAGS = (bool, str)
 NO_CACHES = (Tensor, int, float, *FLAGS, *ROWS)
@@ -24,13 +24,13 @@ _UNANSWERED = (AttributeError, IndexError, NotImplementedError, TypeError, Value
 
 
 class Note(NamedTuple):
-    """What a cache holds after a call of a prompted model.
+    """The contents of a cache after a call of a prompted model.
 
     Args:
         virtual: the number of virtual tokens in it.
-        length: the number of positions, with those of virtual tokens; None while compiling.
-        offset: the last position given minus what it is where positions count all tokens;
-            None where no positions were given.
+        length: the number of positions, virtual tokens included; None while compiling.
+        offset: the last given position minus its value if positions counted all tokens; None if no
+            positions were given.
     """
 
     virtual: int
@@ -48,7 +48,7 @@ def is_cache(value: Any) -> bool:
 
 
 def is_tuples(value: Any) -> bool:
-    """Whether it is a cache in the form of old models: for each layer its keys and values."""
+    """Whether the value is a cache in the format of old models: keys and values for each layer."""
     if not isinstance(value, ROWS) or not value:
         return False
     return all(
@@ -61,17 +61,17 @@ def is_tuples(value: Any) -> bool:
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether an argument holds nothing: None, or a container of such."""
+    """Whether an argument holds nothing: None, or a container of nothing but None."""
     return value is None or (isinstance(value, ROWS) and all(is_nothing(item) for item in value))
 
 
 def caches_in(values: Iterable[Any]) -> list[Any]:
-    """The caches among values, each once."""
+    """Return the distinct caches among values."""
     return list({id(value): value for value in values if is_cache(value)}.values())
 
 
 def length_of(cache: Any) -> int | None:
-    """The number of positions in a cache; None for a state that has none, as that of Mamba."""
+    """Return the number of positions in a cache; None for states without positions (Mamba)."""
     if is_tuples(cache):
         return int(cache[0][0].shape[-2])
     try:
@@ -81,13 +81,13 @@ def length_of(cache: Any) -> int | None:
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether no token is in a cache: all of its answers say so, and it holds zeros at most."""
+    """Whether a cache holds no token: all of its methods say so, and all of its states are zero."""
     length, state = length_of(cache), _has_state(cache)
     if state is None and length:
         return False
     if length is None and state:
         return False
-    # The length may be that of one layer, or of a batch, where others hold states.
+    # The length may be that of one layer, or of the batch, while other layers hold states.
     return not any(bool(tensor.any()) for tensor in _states_in(cache))
 
 
@@ -101,7 +101,7 @@ def _has_state(cache: Any) -> bool | None:
 
 
 def _states_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
-    """The tensors of numbers for each sequence; sizes of windows and counts are none."""
+    """Yield the floating-point tensors with several axes, not window sizes and counts."""
     if isinstance(value, Tensor):
         if value.ndim > 1 and (value.is_floating_point() or value.is_complex()):
             yield value
@@ -117,7 +117,7 @@ def _states_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
 
 
 def has_fixed_length(cache: Any) -> bool:
-    """Whether a cache has room for a number of positions that was settled when it was made."""
+    """Whether a cache was made with room for a fixed number of positions."""
     if is_tuples(cache) or length_of(cache) is None:
         return False
     told = getattr(cache, "is_compileable", None)
@@ -127,13 +127,13 @@ def has_fixed_length(cache: Any) -> bool:
 
 
 def note_of(cache: Any) -> Note | None:
-    """What a prompted model noted of a cache that it filled."""
+    """Return the note that a prompted model left in a cache that it filled, or None."""
     noted = getattr(cache, "__dict__", {}).get(_NOTE)
     return None if noted is None else Note(*noted)
 
 
 def put_note(cache: Any, note: Note) -> None:
-    """Note what a cache holds now; one that takes no attributes stays without, and is refused."""
+    """Note a cache's contents; one that takes no attributes gets no note, and is rejected later."""
     try:
         setattr(cache, _NOTE, tuple(note))
     except (AttributeError, TypeError):
@@ -141,8 +141,8 @@ def put_note(cache: Any, note: Note) -> None:
 
 
 def version() -> str:
-    """The version of transformers, for messages."""
+    """Return the version of transformers, for messages."""
     try:
         return f"transformers {metadata.version('transformers')}"
-    except metadata.PackageNotFoundError:  # what is called only looks like a model of it
+    except metadata.PackageNotFoundError:  # the called model only looks like one of transformers
         return "no transformers"

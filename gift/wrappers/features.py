@@ -1,4 +1,4 @@
-"""How many features a module takes and gives, and along which axis they lie."""
+"""The number of input and output features of a module, and their axis."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ from gift.support.tensors import is_inexact
 
 
 class Features(NamedTuple):
-    """What a layer says of its features.
+    """The features of a layer.
 
     Args:
-        inputs: their number in what it takes; None where it takes no features but looks them up.
-        outputs: their number in what it gives.
-        axis: along which they lie.
+        inputs: number of input features; None for layers that look features up, like embeddings.
+        outputs: number of output features.
+        axis: axis of the features.
     """
 
     inputs: int | None
@@ -67,7 +67,7 @@ def _known(layer: nn.Module) -> Features | None:
 
 
 def _layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers in `module` in registration order: those known, and others with parameters."""
+    """Yield the layers in `module` in registration order: known, or with parameters."""
     if isinstance(module, ParametrizationList | nn.PReLU):
         return
     inside = [part for name, child in module.named_children()
@@ -79,32 +79,32 @@ def _layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def _told(layer: nn.Module) -> Features | None:
-    """The features of a layer, if it tells them."""
+    """Return the features of a layer, or None if they are unknown."""
     found = _known(layer)
     if found is not None:
         return found
-    # A norm or a scale of somebody's own is a vector with an entry for each feature.
+    # A custom norm or scale has one vector with an entry for each feature.
     sizes = {p.numel() if p.ndim == 1 else 0 for p in layer.parameters()}
     size = sizes.pop() if len(sizes) == 1 else 0
     return Features(size, size) if size > 1 else None
 
 
 def inputs_of(module: nn.Module) -> int | None:
-    """How many features along the last axis a module takes, if its first layer tells."""
+    """Return the number of input features along the last axis, if the first layer reveals it."""
     first = next((_told(layer) for _, layer in _layers(module)), None)
     return first.inputs if first is not None and first.axis == -1 else None
 
 
 def features_of(module: nn.Module, dim: int | None = None, axis: int | None = None) -> Features:
-    """What a module takes and gives: as its first layer takes, and as its last one gives.
+    """Return a module's features: inputs from its first layer, outputs from its last one.
 
     Args:
-        module: a layer, or a module with layers inside.
-        dim: the number of features, where the module does not tell, or wrongly.
-        axis: the same for their axis.
+        module: a layer, or a module that contains layers.
+        dim: the number of features, if the module does not reveal it, or wrongly.
+        axis: the axis of the features, if the module does not reveal it, or wrongly.
 
     Raises:
-        AdaptationError: if that cannot be known.
+        AdaptationError: if the features cannot be determined.
     """
     layers = list(_layers(module))
     first = _told(layers[0][1]) if layers else None
@@ -135,6 +135,6 @@ def _unknown(layers: list[tuple[str, nn.Module]]) -> str:
 
 
 def weight_beside(module: nn.Module) -> Tensor | None:
-    """A parameter of the module, whose dtype and device others beside it should have."""
+    """Return a parameter of the module whose dtype and device new parameters should have."""
     floating = (p for p in module.parameters() if is_inexact(p))
     return next(floating, next(module.parameters(), None))

@@ -1,25 +1,26 @@
-"""Prompt tuning of language models that are called as those of transformers are.
+"""Prompt tuning of language models with the call interface of transformers.
 
-A virtual token has an id like any other: the `k`-th is ``-k``. The embedding looks it up among
-``prompt_tokens``, which stand on it, and the model puts these ids before the others. So all that a
-model does with ids (positions that count them, embeddings that are scaled) is right for virtual
-tokens as well. It is the inner model, which has the embedding, that is extended, not the one with a
-head around it: heads, losses and ``generate()`` see the tokens that they gave, and nothing else.
+A virtual token has an id like any other: the `k`-th is ``-k``. The embedding, which holds
+``prompt_tokens``, looks the ids up there, and the model puts these ids before the others. So
+everything that a model does with ids (positions that count them, embeddings that are scaled) is
+right for virtual tokens as well. The wrapped module is the inner model, which has the embedding,
+not the one with a head around it: heads, losses and ``generate()`` see only the tokens that they
+passed.
 
-* Masks, types and positions of tokens are extended, the states of virtual tokens are taken out of
-  what the model gives; weights of attention are shown with them.
+* Masks, types and positions of tokens are extended, and the states of virtual tokens are removed
+  from the model's output. Attention weights include them.
 * A pooler that reads the first position (BERT) reads that of the first given token, so ``[CLS]``
   keeps its meaning. PEFT lets it read the first virtual token.
-* A loss over next tokens counts those that it counted before. PEFT counts one more, the first
-  given token as predicted by the last virtual one.
-* With a cache, the virtual tokens come with the first step only: where the cache is empty. What
-  it holds must agree with the mask and the positions that are given, and a cache that holds
-  tokens must have been filled by this model; see `gift.wrappers.understood`. A cache from an
-  earlier ``generate()`` cannot be continued by another, one of fixed length cannot be used, and an
-  argument that is not known may hold states of earlier tokens: all three are errors.
-* Where padding stands on the left, the virtual tokens stand before it, as in PEFT.
-* Of an encoder and a decoder, the encoder gets the virtual tokens, as in the paper, and the decoder
-  attends to their states: these are left in what the encoder gives.
+* A next-token loss counts the same tokens as before. PEFT counts one more, the first given token as
+  predicted by the last virtual one.
+* With a cache, the virtual tokens come with the first step only, when the cache is empty. The
+  length of the cache must agree with the given mask and positions, and a cache that holds tokens
+  must have been filled by this model; see `gift.wrappers.understood`. Three cases are errors: a
+  cache from an earlier ``generate()`` that another one should continue, a cache of fixed length,
+  and an unknown argument that may hold states of earlier tokens.
+* With padding on the left, the virtual tokens come before it, as in PEFT.
+* In an encoder-decoder model, the encoder gets the virtual tokens, as in the paper, and the decoder
+  attends to their states, which stay in the encoder's output.
 """
 
 import inspect
@@ -35,7 +36,7 @@ from gift.wrappers.prompted import PromptedMemory, PromptedModel, VirtualTokens,
 
 
 def takes_token_ids(module: Any) -> bool:
-    """Whether it is a model that embeds token ids, as those of transformers do."""
+    """Whether a module is a model that embeds token ids, as those of transformers do."""
     return embedding_of(module) is not None and "input_ids" in _arguments(module)
 
 
@@ -44,15 +45,15 @@ def _arguments(module: nn.Module) -> Mapping[str, Any]:
 
 
 def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> None:
-    """Put virtual tokens in front of what a language model reads; of two parts, the encoder.
+    """Prepend virtual tokens to the input of a language model, or of its encoder if it has one.
 
     Args:
-        model: one that `takes_token_ids`, with a head or without.
+        model: a model for which `takes_token_ids` is True, with or without a head.
         method: the number of virtual tokens and their dtype.
-        path: where the model stands in its network, for messages.
+        path: path of the model in its network, for messages.
 
     Raises:
-        AdaptationError: if that is not possible; parts of it may be extended then.
+        AdaptationError: if that is not possible. Parts of the model may be wrapped by then.
     """
     encoder, decoder = _two_parts(model)
     reader = encoder if decoder is not None else model
@@ -78,7 +79,7 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
 
 
 def _two_parts(model: Any) -> tuple[Any, Any]:
-    """Encoder and decoder, or None for both."""
+    """Return encoder and decoder, or None for both."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         return None, None

@@ -1,4 +1,4 @@
-"""Prompt tuning: virtual tokens in front of what a module takes."""
+"""Prompt tuning: virtual tokens in front of a module's input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,35 +20,36 @@ from gift.wrappers.tensors import with_first_changed
 class Prompt(ForwardMethod):
     """Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691) in front of embeddings.
 
-    Trained vectors ``P (n, dim)``, the virtual tokens, stand before the embeddings ``X`` of each
-    sequence, and the network with its frozen weights reads ``[P; X]``. Its results at the virtual
-    positions are taken away again, so that a loop sees what it saw before. ``n * dim`` parameters,
-    one tensor ``tokens (n, dim)``.
+    Trained vectors ``P (n, dim)``, the virtual tokens, precede the embeddings ``X`` of each
+    sequence, and the network with its frozen weights reads ``[P; X]``. Its outputs at the virtual
+    positions are removed, so that a training loop sees the same shapes as before. It adds one
+    tensor ``tokens (n, dim)``, that is ``n * dim`` parameters.
 
-    This is the one method under which a network does not start as what it was: an attention over
-    more keys gives something else, whatever the new keys are. `n` vectors of zeros would be no
-    exception, since a softmax gives them weight.
+    This is the only method that changes a network's outputs at the start: attention over more keys
+    has another result, whatever the new keys are. Vectors of zeros would change it too, since a
+    softmax gives them weight.
 
-    The module is any whose first argument is ``(batch, time, dim)``, ``(time, batch, dim)`` or, as
-    `nn.TransformerEncoder` allows, ``(time, dim)``. Of its other arguments, those with the names of
-    torch's masks are extended: nothing is masked in a padding mask; in a mask between positions,
-    every token sees all virtual ones, and a virtual one those before it and itself, so that a
-    causal mask stays one. A length or a mask under another name is passed as it is.
+    The module may be any whose first argument is ``(batch, time, dim)``, ``(time, batch, dim)`` or,
+    as `nn.TransformerEncoder` allows, ``(time, dim)``. Of its other arguments, those with the names
+    of torch's masks are extended. A padding mask masks no virtual token. In a mask between
+    positions, every token sees all virtual ones, and a virtual one sees those before it and itself,
+    so that a causal mask stays causal. A length, or a mask under another name, is passed unchanged.
 
     For language models of transformers, see `gift.wrappers.language`.
 
     Args:
         num_virtual_tokens: `n`.
-        dim: number of features; None finds it in the module's first layer.
-        batch_first: whether the batch comes before the time; None finds it in the first part of
-            the module that says so, and means True where none does.
-        strip: take the results at the virtual positions away: from the first tensor of the output,
-            if it has as many axes as the input and their length. False leaves the output as it is.
-        dtype: of the new parameters, or its name; None means that of the module, but at least
+        dim: number of features; None infers it from the module's first layer.
+        batch_first: whether the batch comes before the time; None infers it from the first
+            submodule with an attribute ``batch_first``, and means True if there is none.
+        strip: whether to remove the outputs at the virtual positions from the first tensor of the
+            output, provided that it has as many axes as the input and the extended length. False
+            leaves the output unchanged.
+        dtype: dtype of the new parameters, or its name; None means that of the module, but at least
             float32.
 
     Raises:
-        ValueError: for settings out of range; all of them are named.
+        ValueError: if settings are out of range; the message names all of them.
     """
 
     name: ClassVar[str] = "prompt"
@@ -62,7 +63,7 @@ class Prompt(ForwardMethod):
     strip: bool = flag(True, kw_only=True)
 
     def fit(self, module: nn.Module) -> Self:
-        """The same with the order of the module's axes."""
+        """Return the method with the order of the module's axes."""
         if isinstance(module, nn.Transformer):
             raise AdaptationError("it takes two sequences: extend its encoder or its decoder")
         if self.batch_first is not None:
@@ -72,7 +73,7 @@ class Prompt(ForwardMethod):
         return replace(self, batch_first=first)
 
     def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
-        """Normal with a standard deviation of 0.02."""
+        """Return normal vectors with a standard deviation of 0.02."""
         dim = inputs_of(module) if self.dim is None else self.dim
         if dim is None:
             raise AdaptationError(
@@ -90,7 +91,7 @@ class Prompt(ForwardMethod):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """What the module gives for ``[P; X]``, without the virtual positions."""
+        """Return the module's output for ``[P; X]``, without the virtual positions."""
         given = Arguments(module, args, kwargs, self.name)
         first, *_ = *module._gift_arguments, ""  # type: ignore[misc]  # `next` is for new compilers
         tokens = parameters["tokens"]
@@ -128,7 +129,7 @@ class Prompt(ForwardMethod):
 
 
 def in_front(tokens: Tensor, x: Tensor, axis: int) -> Tensor:
-    """``[P; X]`` along that axis, in the dtype of the embeddings."""
+    """Return ``[P; X]`` along that axis, in the dtype of the embeddings."""
     if x.ndim == 3:
         tokens = tokens.unsqueeze(1 - axis).expand(
             *(len(tokens) if i == axis else size for i, size in enumerate(x.shape))
@@ -137,12 +138,12 @@ def in_front(tokens: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _unmasked(mask: Tensor, n: int) -> Tensor:
-    """Of keys: ``(..., time)``, where zero or False is seen."""
+    """Extend a mask of keys, ``(..., time)``, where zero or False is visible."""
     return F.pad(mask, (n, 0))
 
 
 def _between(mask: Tensor, n: int) -> Tensor:
-    """Between positions: ``(..., time, time)``."""
+    """Extend a mask between positions, ``(..., time, time)``."""
     blocked = True if mask.dtype is torch.bool else float("-inf")
     above = F.pad(mask, (n, 0, n, 0))
     rows, columns = (torch.arange(size, device=mask.device) for size in above.shape[-2:])
@@ -151,7 +152,7 @@ def _between(mask: Tensor, n: int) -> Tensor:
 
 
 def _of_rows(mask: Tensor, n: int) -> Tensor:
-    """From positions to those of another sequence: ``(..., time, others)``."""
+    """Extend a mask from positions to those of another sequence, ``(..., time, others)``."""
     return F.pad(mask, (0, 0, n, 0))
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a prompted language model do; see `gift.wrappers.language`."""
+"""The wrappers of a prompted language model's parts; see `gift.wrappers.language`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,19 +19,19 @@ from gift.wrappers.understood import Understood, continuing
 
 
 def embedding_of(module: Any) -> nn.Embedding | None:
-    """The embedding of token ids of a model as those of transformers are; None if it has none."""
+    """Return the token embedding of a model in the style of transformers, or None."""
     if not hasattr(module, "get_input_embeddings"):
         return None
     try:
         found = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        found = getattr(module, "embed_tokens", None)  # encoders of old versions tell it so
+        found = getattr(module, "embed_tokens", None)  # encoders of old versions have only this
     return found if isinstance(found, nn.Embedding) else None
 
 
 @dataclass(frozen=True)
 class OfModel(ForwardMethod):
-    """What the parts of a prompted language model have in common."""
+    """Base class of the wrappers of a prompted language model's parts."""
 
     name: ClassVar[str] = "prompt"
     size_setting: ClassVar[str | None] = "num_virtual_tokens"
@@ -39,16 +39,16 @@ class OfModel(ForwardMethod):
     num_virtual_tokens: int = whole(8)
 
     def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
-        """Nothing: the tokens stand on the embedding."""
+        """Return no parameters: the embedding holds the virtual tokens."""
         return {}
 
 
 @dataclass(frozen=True)
 class VirtualTokens(OfModel):
-    """On the embedding: the ids from -1 down are looked up in ``tokens (n, dim)``."""
+    """Wraps the embedding: looks up the ids from -1 downwards in ``tokens (n, dim)``."""
 
     def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
-        """The embeddings of random entries of the vocabulary, as in the paper."""
+        """Return the embeddings of random entries of the vocabulary, as in the paper."""
         assert isinstance(module, nn.Embedding)
         n, entries = self.num_virtual_tokens, module.num_embeddings
         chances = torch.ones(entries)
@@ -59,7 +59,10 @@ class VirtualTokens(OfModel):
         return {"tokens": rows.detach().to(**self.factory_kwargs(module.weight), copy=True)}
 
     def reset(self, module: nn.Module) -> dict[str, Tensor]:
-        """Normal with a standard deviation of 0.02, as the vocabulary may have no values yet."""
+        """Return normal vectors with a standard deviation of 0.02.
+
+        The entries of the vocabulary may have no values yet.
+        """
         made = self.init_parameters(module)["tokens"]
         return {"tokens": torch.randn_like(made) * 0.02}
 
@@ -71,7 +74,7 @@ class VirtualTokens(OfModel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """The embeddings of ids, virtual ones among them."""
+        """Return the embeddings of ids, virtual ones included."""
         ids, *rest = args or tuple(kwargs.values())
         plain = forward(ids.clamp(min=0), *rest)
         virtual = F.embedding((-1 - ids).clamp(min=0), parameters["tokens"]).to(plain.dtype)
@@ -80,14 +83,14 @@ class VirtualTokens(OfModel):
 
 @dataclass(frozen=True)
 class PromptedModel(OfModel):
-    """On the model: virtual tokens come first, and are taken out of what it gives."""
+    """Wraps the model: prepends virtual tokens, and removes them from the output."""
 
     strip: bool = flag(True)
     first_position: int = whole(0, least=0, enters_weight=False)
     positions: int | None = whole(None, enters_weight=False)
 
     def fit(self, module: nn.Module) -> Self:
-        """The same with the positions that the model has."""
+        """Return the method with the positions that the model supports."""
         first, number = _positions(module)
         if number is not None and self.num_virtual_tokens >= number:
             raise AdaptationError(
@@ -103,13 +106,13 @@ class PromptedModel(OfModel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """What the model gives for the virtual tokens and those after them."""
+        """Call the model with virtual tokens before the given ones."""
         given = Arguments(module, args, kwargs, self.name)
         named, n = given.named, self.num_virtual_tokens
         x = named.get("input_ids")
         x = named.get("inputs_embeds") if x is None else x
         if not isinstance(x, Tensor):
-            return given.passed_to(forward)  # which says what it expected
+            return given.passed_to(forward)  # its error names what it expects
         names = module._gift_arguments
         call = Understood(named, names, x, n, self.first_position, self.positions)
         self._refuse(module, call.problems)
@@ -123,8 +126,8 @@ class PromptedModel(OfModel):
         return self._stripped(module, output, *call.shape)
 
     def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
-        """Refuse to go on with a cache."""
-        if self.strip:  # the cache of an encoder and a decoder holds no virtual tokens
+        """Raise if generation would continue with a cache."""
+        if self.strip:  # an encoder-decoder's cache holds no virtual tokens
             self._refuse(module, continuing(self.num_virtual_tokens, named))
 
     def _refuse(self, module: nn.Module, problems: list[str]) -> None:
@@ -147,7 +150,7 @@ class PromptedModel(OfModel):
         def without(result: Tensor) -> Tensor:
             if result.ndim == 3 and result.shape[1] == length:
                 return result[:, n:]
-            if result.ndim == 2 and len(result) == batch * length:  # scores of experts
+            if result.ndim == 2 and len(result) == batch * length:  # router scores of experts
                 return result.unflatten(0, (batch, length))[:, n:].flatten(0, 1)
             return result
 
@@ -157,7 +160,8 @@ class PromptedModel(OfModel):
         there = len(stripped) > 1 if key == 1 else key in stripped
         if not there or not isinstance(pooler, nn.Module):
             return stripped
-        # It reads the first position, where a virtual token stood: let it read the first token.
+        # The pooler reads the first position, which held a virtual token: run it on the first
+        # token.
         return with_items(stripped, {key: _pooled(module, pooler, stripped[0])})
 
 
@@ -170,7 +174,7 @@ def _pooled(module: Any, pooler: nn.Module, hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptedMemory(OfModel):
-    """On a decoder: the mask of an encoder's output learns of the virtual tokens in it."""
+    """Wraps a decoder: extends the mask of the encoder's output for the virtual tokens in it."""
 
     def call(
         self,
@@ -180,7 +184,7 @@ class PromptedMemory(OfModel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """What the decoder gives."""
+        """Return the decoder's output."""
         given = Arguments(module, args, kwargs, self.name)
         mask, memory = map(given.named.get, ("encoder_attention_mask", "encoder_hidden_states"))
         n = self.num_virtual_tokens
@@ -195,14 +199,14 @@ class PromptedMemory(OfModel):
 
 
 def _positions(module: Any) -> tuple[int, int | None]:
-    """The first position, and the number of positions of a model that has so many only."""
+    """Return the first position, and the number of positions, or None if there is no limit."""
     limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+    if not isinstance(limit, int) or limit < 1:  # XLNet has -1
         return 0, None
     words = embedding_of(module)
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     padding = [table.padding_idx for table in tables
                if table.num_embeddings == limit and table is not words]  # fmt: skip
-    # In RoBERTa and the like, positions begin after the one of padding.
+    # In RoBERTa and similar models, positions start after the padding index.
     first = next((index + 1 for index in padding if index is not None), 0)
     return first, limit - first

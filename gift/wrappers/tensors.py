@@ -1,4 +1,4 @@
-"""Changing tensors inside of what a module gives, and leaving all else as it was."""
+"""Change tensors inside a module's output, and leave everything else unchanged."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -12,19 +12,19 @@ Change = Callable[[Tensor], Tensor]
 
 
 def tensor_in(value: Any) -> Tensor | None:
-    """The tensor in an argument or item: itself, or the data of a packed sequence."""
+    """Return the tensor in an argument or item: itself, or the data of a packed sequence."""
     if isinstance(value, PackedSequence):
         return value.data
     return value if isinstance(value, Tensor) else None
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:
-    """The first tensor among arguments."""
+    """Return the first tensor among arguments."""
     return next((t for t in map(tensor_in, values) if t is not None), None)
 
 
 def with_first_changed(output: Any, change: Change) -> Any:
-    """`output` with its first tensor changed, of the same type; None where it has no tensor."""
+    """Change the first tensor in `output`, keeping its type; None if it has no tensor."""
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, PackedSequence):
@@ -39,13 +39,13 @@ def with_first_changed(output: Any, change: Change) -> Any:
 def with_all_changed(
     output: Any, change: Change, kept: Callable[[Any], bool] = lambda item: False
 ) -> Any:
-    """`output` with all its tensors changed, of the same type; items that are `kept` stay."""
+    """Change all tensors in `output`, keeping its type; items for which `kept` is True stay."""
     changed = _all_changed(output, change, kept)
     return output if changed is None else changed
 
 
 def _all_changed(output: Any, change: Change, kept: Callable[[Any], bool]) -> Any:
-    """The same, or None where nothing changes."""
+    """The same, but None if nothing changes."""
     if isinstance(output, Tensor):
         tensor = change(output)
         return None if tensor is output else tensor
@@ -58,7 +58,7 @@ def _all_changed(output: Any, change: Change, kept: Callable[[Any], bool]) -> An
 
 
 def _items(output: Any) -> list[tuple[Any, Any]]:
-    """The items of a tuple, list, mapping or dataclass."""
+    """Return the items of a tuple, list, mapping or dataclass."""
     if isinstance(output, (tuple, list)):
         return list(enumerate(output))
     if isinstance(output, Mapping):
@@ -69,7 +69,7 @@ def _items(output: Any) -> list[tuple[Any, Any]]:
 
 
 def with_items(output: Any, items: Mapping[Any, Any]) -> Any:
-    """`output` with other items, of the same type."""
+    """Replace items of `output`, keeping its type."""
     if isinstance(output, tuple):
         values = [items.get(index, item) for index, item in enumerate(output)]
         return output._make(values) if hasattr(output, "_make") else type(output)(values)
@@ -78,5 +78,5 @@ def with_items(output: Any, items: Mapping[Any, Any]) -> Any:
         if isinstance(new, (list, Mapping)):
             new[key] = item  # type: ignore[index]
         else:
-            object.__setattr__(new, key, item)  # also where the dataclass is frozen
+            object.__setattr__(new, key, item)  # works for frozen dataclasses too
     return new

@@ -1,8 +1,8 @@
-"""What a language model is called with, as far as gift understands it.
+"""Check and extend the arguments of a language model's call, as far as gift understands them.
 
-A prompted model puts its virtual tokens in front of the first tokens of a text, and never again. So
-each call must say whether it is the first, and everything that counts tokens must agree with that:
-a cache, a mask, positions. Whatever does not, or is not known here, is refused.
+A prompted model prepends its virtual tokens to the first tokens of a text, and never again. So each
+call must show whether it is the first, and everything that counts tokens must agree: a cache, a
+mask, positions. Anything that disagrees, or is unknown here, is rejected.
 """
 
 from collections.abc import Mapping
@@ -28,25 +28,25 @@ from gift.wrappers.caches import (
     version,
 )
 
-# What is extended here, and what has nothing to do with the tokens that are read.
+# Arguments that are extended here, or that do not depend on the tokens that are read.
 _KNOWN = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels",
     "encoder_hidden_states", "encoder_attention_mask", "encoder_outputs", "head_mask",
     "cross_attn_head_mask", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep",
 }  # fmt: skip
-_TYPES = "token_type_ids"  # also of images and experts, under longer names
+_TYPES = "token_type_ids"  # also of images and experts, with a longer name
 
 
 class Understood:
-    """A call of a language model, and what is wrong with it.
+    """A call of a language model, and the problems with it.
 
     Args:
         named: the arguments by name; `extend` changes them.
-        names: of all arguments that the model takes.
+        names: names of all arguments that the model accepts.
         tokens: the ids ``(batch, time)`` or embeddings ``(batch, time, dim)`` among them.
         virtual: the number of virtual tokens.
-        first: the first position that the model gives to a token.
-        limit: the number of its positions; None where there is no limit.
+        first: the first position that the model assigns to a token.
+        limit: the number of the model's positions; None if there is no limit.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Understood:
         self.problems: list[str] = []
         self.offset: int | None = None
         self.cache, self.cache_name = self._only_cache()
-        # A model of states has no positions: where it takes `cache_position`, that says whether a
-        # state is to be begun.
+        # A state-space model has no positions: its `cache_position`, if any, says whether to start
+        # a new state.
         states = "cache_params" in names if self.cache is None else length_of(self.cache) is None
         self.has_positions = not states
         self.note = None if self.cache is None else note_of(self.cache)
         self.continues = self.cache is not None and not is_empty(self.cache)
         self.past = self._past() if self.continues else 0
-        # How many tokens there are by now, without virtual ones.
+        # The number of tokens so far, without virtual ones.
         self.given = None if self.past is None else self.past + self.time
         if self.continues and self.given is not None:
             self.given -= virtual
@@ -87,7 +87,7 @@ class Understood:
         return found.get(name), name
 
     def _past(self) -> int | None:
-        """How many positions a cache holds; None where neither it nor gift knows."""
+        """Return the number of positions in a cache; None if neither it nor its note says."""
         cache, note = self.cache, self.note
         length, kind = length_of(cache), type(cache).__name__
         if has_fixed_length(cache):
@@ -98,7 +98,7 @@ class Understood:
                 f"was given a cache{of}, a {kind} that it did not fill, so that the {self.virtual} "
                 f"virtual tokens are not in it: begin anew, without {self.cache_name}"
             )
-        # Where the first layer holds a state, its length is none.
+        # If the first layer holds a state, its length is zero or None.
         return note.length if not length and note is not None else length
 
     def _check_limit(self, limit: int | None) -> None:
@@ -110,7 +110,7 @@ class Understood:
             )
 
     def _check_counts(self, limit: int | None) -> None:
-        """The cache, the mask and the positions count the same tokens, or some are refused."""
+        """Check that the cache, the mask and the positions count the same tokens."""
         if self.cache is not None and has_fixed_length(self.cache):
             self.problems.append(
                 f"was given a {type(self.cache).__name__} of fixed length, which was made without "
@@ -127,7 +127,7 @@ class Understood:
                 "was given an attention_mask that is not (batch, time): gift does not know what it "
                 "is for virtual tokens"
             )
-        if torch.compiler.is_compiling():  # what tensors hold is not known
+        if torch.compiler.is_compiling():  # tensor values are unknown
             self._agree(told)
             return
         if isinstance(places, Tensor) and self.has_positions:
@@ -149,7 +149,7 @@ class Understood:
             return
         self.offset = end - self.given
         before = None if self.note is None else self.note.offset
-        # Padding and pictures make positions count fewer than there are, in the same way always.
+        # With padding or images, positions count fewer tokens than there are, by a constant offset.
         expected = self.offset <= 0 if before is None else self.offset == before
         if not expected or (is_tuples(self.cache) and not told and self.offset):
             told.add(end)
@@ -209,7 +209,7 @@ class Understood:
                 )
 
     def extend(self) -> None:
-        """Put virtual tokens into all that goes with the tokens, except the tokens themselves."""
+        """Put virtual tokens into everything that goes with the tokens, but not into these."""
         named, n, new = self.named, self.virtual, not self.continues
         mask = named.get("attention_mask")
         if isinstance(mask, Tensor):
@@ -224,11 +224,11 @@ class Understood:
                 named[name] = F.pad(value, (n, 0), value=-100 if name == "labels" else 0)
 
     def _begin(self) -> int:
-        """Where given positions begin: ``generate()`` counts from zero, whatever the model does."""
+        """Return where given positions start, which is zero in ``generate()`` for any model."""
         positions, mask = self.named.get("position_ids"), self.named.get("attention_mask")
         if not self.first or self.continues or not isinstance(positions, Tensor):
             return self.first
-        if isinstance(mask, Tensor):  # extended already
+        if isinstance(mask, Tensor):  # already extended
             mask = mask[:, self.virtual :].expand(positions.shape).bool()
             positions = positions[mask]
         begins = torch.compiler.is_compiling() or bool((positions >= self.first).all())
@@ -261,9 +261,9 @@ class Understood:
 
 
 def continuing(virtual: int, named: Mapping[str, Any]) -> list[str]:
-    """Why ``generate()`` cannot go on with the caches that it is given.
+    """Return why ``generate()`` cannot continue with the caches that it is given.
 
-    It cuts the tokens that it is given by the length of a cache, in which it counts virtual ones.
+    It drops as many of the given tokens as the cache is long, and the cache counts virtual tokens.
     """
     problems = []
     for name, value in named.items():
