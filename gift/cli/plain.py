@@ -18,7 +18,10 @@ _PLAIN = (FileNotFoundError, ImportError, ModuleNotFoundError, ValueError)
 
 
 def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command to report errors as a message and exit code 1, unless a traceback is set."""
+    """Wrap a command to report errors as a message and exit code 1, without a traceback.
+
+    The environment variable GIFT_TRACEBACK asks for the traceback.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

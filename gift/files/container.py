@@ -131,8 +131,8 @@ def _join_pairs(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     for name in pairs if isinstance(pairs, list) else ():
         pair = tensors.get(name) if isinstance(name, str) else None
         if pair is not None and pair.dtype is torch.float64 and pair.shape[-1:] == (2,):
-            # Cloned, because tensors of the file may be aligned for half precision only, which
-            # would crash torch.
+            # Cloned, because memory of the file is only aligned for float64, half of a complex
+            # number, and torch would crash.
             tensors[name] = torch.view_as_complex(pair.clone())
 
 

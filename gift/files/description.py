@@ -20,7 +20,7 @@ from gift.strategies.resolved import ResolvedStrategy, group_of
 def describe_deltas(network: nn.Module) -> list[dict[str, Any]]:
     """Describe the deltas in `network`: what each method with its settings changes.
 
-    A tied tensor is not listed, because its delta is listed under its first name.
+    A tied tensor is not listed, because its delta is listed with the tensor that owns it.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, module in network.named_modules():

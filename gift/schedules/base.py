@@ -44,8 +44,8 @@ class Schedule:
             ``unfreezes="deltas"``). False: always keep them frozen, even after ``net.train()``.
             None: unfreeze them with their block.
         lr_ratio: ratio of the learning rate of unfrozen parameters to that of the head.
-        depth_decay: factor on this ratio for each block from the last one down, layer-wise
-            learning rate decay.
+        depth_decay: layer-wise learning rate decay, a factor on this ratio for each step from the
+            last block towards the first.
 
     Raises:
         ValueError: naming all settings that are out of range.

@@ -18,13 +18,13 @@ LARGEST = 1e100  # largest number that is plotted
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page.
+    """Colors of a page.
 
     Args:
-        face: background colour.
-        text: colour of texts and axes.
-        grid: colour of grid lines.
-        colours: colours of the data; the first is training, the second validation.
+        face: background color.
+        text: color of texts and axes.
+        grid: color of grid lines.
+        colours: colors of the data; the first is training, the second validation.
         dark: whether the theme is for dark pages.
     """
 
@@ -73,7 +73,7 @@ def render(draw: Draw, shown: Any, theme: Theme) -> bytes | None:
     Args:
         draw: function that returns a figure, such as those below.
         shown: data to plot.
-        theme: colours of the plot.
+        theme: colors of the plot.
     """
     matplotlib = require("matplotlib", "train")
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -160,7 +160,7 @@ def rates(result: Result, theme: Theme) -> Any:
 
 
 def confusion(result: Result, theme: Theme) -> Any:
-    """Plot the confusion matrix: counts, coloured by the share of each class."""
+    """Plot the confusion matrix: counts, colored by the share of each class."""
     matrix = result.confusion
     if not matrix:
         return None
