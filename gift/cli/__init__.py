@@ -1,4 +1,4 @@
-"""The command ``gift``, one file a command. What a command does belongs to `gift.jobs`."""
+"""The ``gift`` command, one file for each subcommand. Their work is done in `gift.jobs`."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 
 def main() -> None:
     """Run the command line."""
-    # It reports of heads that are new to it, which they are meant to be.
+    # It would report new heads, which are intended.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         from gift.cli.app import app

@@ -35,7 +35,7 @@ def gift(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="show the version")
     ] = False,
 ) -> None:
-    """Fine-tune networks, and use what came of it."""
+    """Fine-tune networks, and use the results."""
 
 
 for command in (init, finetune, predict, evaluate, table, merge, show):

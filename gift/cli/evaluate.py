@@ -25,7 +25,7 @@ def evaluate(
     network: NETWORK = None,
     device: DEVICE = None,
 ) -> None:
-    """Loss and metrics of the network of a run, on the validation examples of its job or others."""
+    """Evaluate the network of a run on the validation examples of its job, or on others."""
     opened_run = opened(run, network)
     values = opened_run.evaluate(_place(data or [], opened_run.job.data.kind), delta, device)
     say(json.dumps(values) if as_json else tabulate(values.items(), tablefmt="plain"))

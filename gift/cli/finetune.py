@@ -15,7 +15,7 @@ def finetune(
     network: NETWORK = None,
     restart: Annotated[bool, typer.Option("--restart", help="do not go on, begin anew")] = False,
 ) -> None:
-    """Do a job; in the folder of a run that was stopped, go on with it."""
+    """Run a job, or resume it if it was stopped."""
     from gift.jobs import read_job, run_job
 
     settled = read_job(job, changes or ())

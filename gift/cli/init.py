@@ -18,7 +18,7 @@ def init(
     ] = "LoRAAllFineTuningStrategy",
     force: Annotated[bool, typer.Option("--force", help="overwrite the file")] = False,
 ) -> None:
-    """A job file to begin with: every setting, its default, and what it means."""
+    """Write a first job file: every setting with its default and description."""
     from gift.jobs import JobError, init_text
     from gift.support.atomic_files import write_text
 

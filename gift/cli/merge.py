@@ -27,7 +27,7 @@ def merge(
     weights: Annotated[str, typer.Option(help="of --network; a file, or default")] = "default",
     task: Annotated[str | None, typer.Option(help="of --network: classification, language")] = None,
 ) -> None:
-    """Fold a delta into the weights of its network, and write these."""
+    """Merge a delta into the weights of its network, and write these."""
     from gift.files import load
     from gift.jobs import JobError, write_merged
     from gift.jobs.networks import named_network

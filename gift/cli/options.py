@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +27,11 @@ SET = Annotated[
 
 
 def own_network(name: str | None, job: Any) -> Any:
-    """The network that was named on the command line, where code may be named; None for none.
+    """Load the network named on the command line, where code is allowed; None if none is named.
 
     Args:
-        name: of the network.
-        job: what it is for.
+        name: name of the network.
+        job: job that it is for.
     """
     if name is None:
         return None
@@ -43,7 +43,7 @@ def own_network(name: str | None, job: Any) -> Any:
 
 
 def opened(folder: Path, network: str | None) -> Any:
-    """The run in a folder."""
+    """Open the run in a folder."""
     from gift.jobs import Run
 
     run = Run(folder)

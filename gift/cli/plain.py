@@ -1,4 +1,4 @@
-"""Errors and warnings as people read them."""
+"""Errors and warnings in a readable form."""
 
 import functools
 import os
@@ -18,7 +18,10 @@ _PLAIN = (FileNotFoundError, ImportError, ModuleNotFoundError, ValueError)
 
 
 def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors are a message and exit code 1; a variable asks for the traceback."""
+    """Wrap a command to report errors as a message and exit code 1, without a traceback.
+
+    The environment variable GIFT_TRACEBACK asks for the traceback.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -33,7 +36,7 @@ def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             complain("stopped")
             raise typer.Exit(130) from None
-        except Exception as error:  # told instead of a traceback
+        except Exception as error:  # reported without a traceback
             complain(message(error))
             raise typer.Exit(1) from None
 
@@ -41,7 +44,7 @@ def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def message(error: Exception) -> str:
-    """What an error says; of one that is none of gift's, also its kind and how to see more."""
+    """Return the text of an error; if it is not gift's, also its type and how to see more."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"there is no {error.filename}"
     text = "\n".join([str(error), *getattr(error, "__notes__", [])]).strip()
@@ -51,19 +54,19 @@ def message(error: Exception) -> str:
 
 
 def complain(text: str) -> None:
-    """Print on standard error; of several processes, each says which it is."""
+    """Print to standard error; with several processes, each prints its rank."""
     typer.echo(f"[process {rank()}] {text}" if "RANK" in os.environ else text, err=True)
 
 
 def say(text: str) -> None:
-    """Print; of several processes, the first alone does."""
+    """Print; with several processes, only the first one prints."""
     if rank() == 0:
         typer.echo(text)
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Within it, gift's own warnings are a line without code, of the first process alone."""
+    """Context manager that shows gift's own warnings as one line, in the first process only."""
     before = warnings.showwarning
 
     def show(text: Any, category: Any, *place: Any, **more: Any) -> None:

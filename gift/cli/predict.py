@@ -21,7 +21,7 @@ def predict(
     network: NETWORK = None,
     device: DEVICE = None,
 ) -> None:
-    """What the network of a run makes of pictures or texts."""
+    """Predict images or texts with the network of a run."""
     found = opened(run, network).predict(inputs, top, delta, device)
     if as_json:
         say(json.dumps([_plain(one) for one in found], ensure_ascii=False, indent=1))
@@ -30,7 +30,7 @@ def predict(
 
 
 def _plain(value: Any) -> Any:
-    """Plain data: of a prediction, by name; of tensors, lists."""
+    """Convert to plain data: predictions become dictionaries, tensors become lists."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, dict):

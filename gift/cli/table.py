@@ -27,7 +27,7 @@ def table(
     changes: SET = None,
     task: Annotated[str | None, typer.Option(help="classification, language or detection")] = None,
 ) -> None:
-    """What a strategy would train in a network, or what each method would cost."""
+    """Show what a strategy would train in a network, or what each method would cost."""
     from gift.jobs import JobError
     from gift.jobs.networks import named_network
     from gift.utils import info
@@ -46,7 +46,7 @@ def table(
 
 
 def _strategy(name: str, changes: list[str]) -> Any:
-    """The strategy of that name or in that file, with its arguments changed."""
+    """Return the strategy of that name or in that file, with changed arguments."""
     from gift.jobs.models import Strategy
     from gift.jobs.reading import changed, checked, read_yaml
 

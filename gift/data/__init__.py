@@ -1,4 +1,4 @@
-"""Examples in the forms in which people have them, and readers of inputs. No networks."""
+"""Examples in common formats, and readers of inputs, independent of networks."""
 
 from gift.data.boxes import coco
 from gift.data.examples import Examples, Reader

@@ -1,4 +1,4 @@
-"""Boxes in pictures, as COCO writes them."""
+"""Images with bounding boxes, in COCO format."""
 
 import json
 import math
@@ -21,19 +21,19 @@ from gift.errors import DataError
 from gift.support.optional import require
 
 BACKGROUND = "__background__"
-"""Name of class 0, which torchvision's detectors keep for what is no object."""
+"""Name of class 0, which torchvision's detectors reserve for the background."""
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects in a picture.
+    """The objects in an image.
 
     Args:
-        file: of the picture.
-        size: its width and height.
-        boxes: left, top, right and bottom of each.
-        labels: numbers of their classes, from 1.
-        shapes: their outlines as COCO writes them.
+        file: path of the image.
+        size: width and height of the image.
+        boxes: left, top, right and bottom of each object.
+        labels: class numbers of the objects, from 1.
+        shapes: outlines of the objects in COCO format.
     """
 
     file: str
@@ -44,13 +44,13 @@ class Objects:
 
 
 class BoxedPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Pairs of a picture and a dictionary of boxes, labels and, if asked for, masks.
+    """Pairs of an image and a dictionary of boxes, labels and, if requested, masks.
 
     Args:
-        pictures: what is in each.
-        reader: reads the pictures.
-        augment: whether every other picture is mirrored.
-        masks: whether there are masks.
+        pictures: the objects in each image.
+        reader: reads the images.
+        augment: whether to flip images horizontally at random, with a probability of 0.5.
+        masks: whether to return masks.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class BoxedPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return picture, targets
 
     def plain(self) -> "BoxedPictures":
-        """The same without anything random."""
+        """Return the same examples without random augmentation."""
         return BoxedPictures(self.pictures, self.reader, False, self.masks)
 
 
 def collate_boxed(items: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """A batch as torchvision's detectors take it: two lists."""
+    """Collate a batch for torchvision's detectors, which take two lists."""
     pictures, targets = zip(*items, strict=True)
     return list(pictures), list(targets)
 
@@ -98,22 +98,22 @@ def coco(
     augment: bool = False,
     masks: bool = False,
 ) -> Examples:
-    """Pictures with boxes around objects, in the format of COCO.
+    """Load images with bounding boxes in COCO format.
 
-    Classes are numbered from 1 in the order of the categories' numbers; 0 is the background, which
-    `classes` also has a name for. Boxes are cut off at the picture's edges; crowds and empty boxes
-    do not count.
+    Classes are numbered from 1 in the order of the category ids. Class 0 is the background, for
+    which `classes` also has a name. Boxes are clipped to the image; crowds and empty boxes are
+    skipped.
 
     Args:
-        images: folder of the pictures.
-        annotations: the JSON file of the boxes.
+        images: folder of the images.
+        annotations: JSON file of the boxes.
         classes: names of categories in the order of their numbers, `train.classes` for validation;
-            None takes all of the file.
-        augment: mirror pictures at random, for training.
+            None uses all categories of the file.
+        augment: flip images at random, for training.
         masks: also read outlines, for Mask R-CNN.
 
     Raises:
-        DataError: naming all pictures that are not there and all annotations that are wrong.
+        DataError: naming all missing images and all invalid annotations.
     """
     data = _read(Path(annotations))
     names = {entry["id"]: str(entry["name"]) for entry in data["categories"]}
@@ -151,7 +151,7 @@ _NEEDED = {
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The file, with all that is needed in it."""
+    """Read the file, and check that it has all required entries."""
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     try:
@@ -196,7 +196,7 @@ _TYPES = {
 
 
 def _wrong(entry: dict[str, Any], keys: Sequence[str]) -> Iterator[str]:
-    """Values of an entry that are of other types than COCO has."""
+    """Yield the values of an entry that do not have the types of the COCO format."""
     for key in (key for key in keys if key in _TYPES):
         fits, expected = _TYPES[key]
         if not fits(entry[key]):
@@ -213,7 +213,7 @@ def _add(
     numbers: dict[str, int],
     masks: bool,
 ) -> str:
-    """Add an object to its picture; gives what is wrong with it."""
+    """Add an object to its image; returns what is wrong with it, if anything."""
     picture, name = pictures.get(entry["image_id"]), names.get(entry["category_id"])
     if picture is None:
         return f"there is no image {entry['image_id']}"
@@ -239,7 +239,7 @@ def _add(
 
 
 def _shape_incompatibility(shape: Any, width: int, height: int) -> str:
-    """What is wrong with an outline; pycocotools trusts what it is given."""
+    """Say what is wrong with an outline; pycocotools does not validate its input."""
     if isinstance(shape, list):
         far = 4 * max(width, height)
         for part in shape:
@@ -261,10 +261,10 @@ def _shape_incompatibility(shape: Any, width: int, height: int) -> str:
 
 
 def _runs(text: str) -> list[int] | None:
-    """The lengths of runs that COCO's letters stand for; None if they stand for none.
+    """Decode the run lengths of a COCO string; None if it is invalid.
 
-    A letter has five bits, and one that says whether more follow. From the fourth number on, they
-    are differences to the one before the last.
+    Each character holds five bits, and one bit that says whether more follow. From the fourth
+    number on, values are differences to the number two places before.
     """
     runs: list[int] = []
     value = shift = 0
@@ -286,7 +286,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def masks_of(shapes: Sequence[Any], height: int, width: int) -> Tensor:
-    """Masks (objects, height, width) of outlines as COCO writes them: polygons or run lengths."""
+    """Return masks (objects, height, width) from COCO outlines: polygons or run lengths."""
     coder = require("pycocotools.mask", "detection")
     found = torch.zeros(len(shapes), height, width, dtype=torch.uint8)
     for place, shape in enumerate(shapes):
@@ -299,7 +299,7 @@ def masks_of(shapes: Sequence[Any], height: int, width: int) -> Tensor:
 
 
 def _mirrored(targets: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The same objects in the mirrored picture."""
+    """Flip boxes and masks horizontally, along with their image."""
     left, top, right, bottom = targets["boxes"].unbind(1)
     found = {**targets, "boxes": torch.stack([width - right, top, width - left, bottom], 1)}
     if "masks" in targets:

@@ -1,4 +1,4 @@
-"""Classes and their numbers."""
+"""Class names and class numbers."""
 
 import re
 from collections import Counter
@@ -12,11 +12,11 @@ _MISSING = ("nan", "na", "n/a", "none", "null", "inf", "-inf", "<na>")
 
 
 def classes_of(labels: Iterable[str], classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The classes in numerical or alphabetical order, or those that are given.
+    """Return the class names in numerical or alphabetical order, or those that are given.
 
     Raises:
-        DataError: if there are fewer than two, one is given twice, or labels that shall tell what
-            classes there are look like measured numbers.
+        DataError: if there are fewer than two, one is given twice, or labels without given classes
+            look like measured numbers.
 
     Example:
         >>> classes_of(["10", "9", "9"])
@@ -45,7 +45,7 @@ def classes_of(labels: Iterable[str], classes: Sequence[str] | None = None) -> t
 
 
 def _refuse_measured(labels: set[str]) -> None:
-    """Raise an error for labels that are numbers, but no numbers of classes."""
+    """Raise an error for labels that are numbers, but not class numbers."""
     missing = {name for name in labels if name.lower() in _MISSING}
     numbers = sorted(labels - missing, key=lambda name: (len(name), name))
     if not numbers or not all(_DECIMAL.fullmatch(name) for name in numbers):
@@ -65,7 +65,7 @@ def _refuse_measured(labels: set[str]) -> None:
 
 
 def distinct(names: Iterable[str]) -> tuple[str, ...]:
-    """The names; those that several classes have, as in ImageNet, with the classes' numbers.
+    """Make class names unique: names of several classes, as in ImageNet, get the class number.
 
     Example:
         >>> distinct(["crane", "ant", "crane"])
@@ -79,9 +79,9 @@ def distinct(names: Iterable[str]) -> tuple[str, ...]:
 def numbers_of(
     labels: Sequence[str], classes: tuple[str, ...]
 ) -> tuple[list[int], list[tuple[int, str]]]:
-    """The numbers of labels, and the places of those that are no class, each with a reason.
+    """Return the numbers of labels, and the positions of unknown labels, each with a reason.
 
-    Labels that are numbers may also stand for the places of classes with other names.
+    Labels that are numbers may also be class numbers of classes with other names.
 
     Example:
         >>> numbers_of(["bee", "ant", "cat"], ("ant", "bee"))

@@ -1,4 +1,4 @@
-"""Examples to learn from, and how more of their kind are read."""
+"""Training examples, and the protocol of readers, which read further inputs of their kind."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,46 +9,46 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 IGNORED = -100
-"""Targets with this value count for nothing."""
+"""Targets with this value are ignored."""
 
 
 class Reader(Protocol):
-    """Makes the input of a network from a file, picture or text.
+    """Converts a file, image or text to the input of a network.
 
-    Its `stands_alone` says whether plain data describe it, without files beside them.
+    `stands_alone` says whether its plain data describe it completely, without additional files.
     """
 
     stands_alone: ClassVar[bool]
 
     def __call__(self, raw: Any) -> Any:
-        """The input for one example, without anything random."""
+        """Return the input for one example, without random augmentation."""
 
     def augmented(self, raw: Any) -> Any:
-        """The same for training, where pictures are cropped and flipped at random."""
+        """Return the input for training, with images randomly cropped and flipped."""
 
     def collate(self, items: Sequence[Any]) -> Any:
-        """A batch of what the two above gave."""
+        """Collate inputs from the two methods above into a batch."""
 
     def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """Itself as plain data, from which `gift.data.reader_from_config` makes it again.
+        """Return the reader as plain data, which `gift.data.reader_from_config` converts back.
 
         Args:
-            folder: gets what is no plain data, such as the files of a tokenizer.
+            folder: folder for everything that is not plain data, such as the files of a tokenizer.
         """
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples, and what a training loop must know of them.
+    """Examples, with what a training loop must know about them.
 
     Args:
-        dataset: with a length and an item for each number: a pair of input and target, or a
-            dictionary of tensors with "labels" (what transformers takes).
+        dataset: dataset with a length and integer indices. An item is a pair of input and target,
+            or a dictionary of tensors with "labels", as for transformers.
         task: "classification", "language" (predict the next token), "detection" or "regression";
-            None leaves "classification" or "regression" to targets and network.
-        classes: names of the classes, by their numbers; None where there are none.
-        collate: makes a batch of items; None is torch's own.
-        reader: makes inputs of files or texts, for `predict`; None where examples are tensors.
+            None decides between "classification" and "regression" by targets and network.
+        classes: names of the classes, in the order of their numbers; None if there are none.
+        collate: function that collates items into a batch; None uses torch's default.
+        reader: converts files or texts to inputs, for `predict`; None if examples are tensors.
     """
 
     dataset: Dataset[Any]
@@ -61,14 +61,14 @@ class Examples:
         return len(self.dataset)  # type: ignore[arg-type]  # torch leaves it to each dataset
 
     def part(self, places: Sequence[int]) -> "Examples":
-        """The examples in these places."""
+        """Return the examples at these indices."""
         return replace(self, dataset=Subset(self.dataset, places))
 
     def split(self, share: float, seed: int = 0) -> "tuple[Examples, Examples]":
-        """Two parts at random, the second with that share of the examples and nothing augmented.
+        """Split at random; the second part has this share of the examples, and no augmentation.
 
         Raises:
-            ValueError: if one of them would be empty.
+            ValueError: if one of the parts would be empty.
         """
         count = round(len(self) * share)
         if not 0 < count < len(self):

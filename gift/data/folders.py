@@ -1,4 +1,4 @@
-"""Pictures in folders, one for each class."""
+"""Images in folders, one folder for each class."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from gift.data.reading import read_examples
 from gift.errors import some
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""How the names of files with pictures end."""
+"""File name extensions of images."""
 
 
 def class_folders(
@@ -19,20 +19,20 @@ def class_folders(
     classes: Sequence[str] | None = None,
     augment: bool = False,
 ) -> Examples:
-    """Pictures in a folder that has a folder for each class.
+    """Load images from a folder that has a subfolder for each class.
 
-    All pictures below a class's folder belong to it. Hidden files, and those that are no pictures
-    by their names, do not count.
+    All images anywhere below the folder of a class belong to it. Hidden files, and files without
+    the extension of an image, are skipped.
 
     Args:
-        path: of the folder.
-        reader: makes tensors of the pictures: `PictureReader`, or that of a network's weights.
-        classes: their names in the order of their numbers, `train.classes` for validation; None
-            takes the folders in alphabetical order.
-        augment: crop and mirror pictures at random, for training.
+        path: path of the folder.
+        reader: converts images to tensors: `PictureReader`, or the reader of a network's weights.
+        classes: names of the classes in the order of their numbers, `train.classes` for
+            validation; None uses the folders in alphabetical order.
+        augment: crop and flip images at random, for training.
 
     Raises:
-        DataError: naming all folders that are empty or no class, and all files that are empty.
+        DataError: naming all folders that are empty or not a class, and all files that are empty.
 
     Example:
         >>> from gift.data import PictureReader, class_folders
@@ -62,7 +62,7 @@ def class_folders(
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    """All files with pictures below a folder, always in the same order."""
+    """Yield all image files below a folder, always in the same order."""
     for entry in sorted(folder.iterdir()):
         if _is_hidden(entry.name):
             continue

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face."""
+"""Hugging Face datasets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from gift.support.optional import require
 
 
 class Columns:
-    """Inputs and numbers of classes, as a data set of Hugging Face gives them.
+    """Inputs and class numbers from a Hugging Face dataset.
 
     Args:
-        dataset: the data set.
-        inputs: names of columns.
-        labels: the number of the class for each row.
+        dataset: the dataset.
+        inputs: names of the input columns.
+        labels: class number of each row.
     """
 
     def __init__(self, dataset: Any, inputs: tuple[str, ...], labels: list[int]) -> None:
@@ -30,7 +30,7 @@ class Columns:
     def __getitem__(self, place: int) -> tuple[Any, int]:
         try:
             row = self.dataset[place]
-        except Exception as error:  # whatever a damaged picture makes a decoder raise
+        except Exception as error:  # a damaged image can make a decoder raise anything
             raise DataError(f"row {place} cannot be read: {error}") from error
         values = tuple(row[name] for name in self.inputs)
         return values if len(values) > 1 else values[0], self.labels[place]
@@ -47,22 +47,22 @@ def hugging_face(
     classes: Sequence[str] | None = None,
     augment: bool = False,
 ) -> Examples:
-    """A data set of Hugging Face with pictures or texts and their classes.
+    """Load a Hugging Face dataset of images or texts and their classes.
 
     Args:
-        dataset: it itself, all its splits, its name on the hub, or a folder of ``save_to_disk``.
-        reader: makes inputs: `PictureReader` or `TextReader`.
-        split: which part of it; None where a single one is given.
-        subset: which of several data sets that have the name.
-        input: column of the pictures or texts; None finds it if there is one such column.
-        label: column of the classes; None finds it if there is one of classes.
-        pair: column of second texts, for tasks about two.
-        classes: names of the classes in the order of their numbers, `train.classes` for validation;
-            None takes those of the data set.
-        augment: crop and mirror pictures at random, for training.
+        dataset: the dataset, all its splits, its name on the hub, or a folder of ``save_to_disk``.
+        reader: converts inputs: `PictureReader` or `TextReader`.
+        split: name of the split; None if the dataset is a single split.
+        subset: name of the subset, if the dataset has several.
+        input: column of the images or texts; None uses the only such column.
+        label: column of the classes; None uses the only class column.
+        pair: column of second texts, for tasks on pairs of texts.
+        classes: names of the classes in the order of their numbers, `train.classes` for
+            validation; None uses those of the dataset.
+        augment: crop and flip images at random, for training.
 
     Raises:
-        DataError: if there is no such data set, split or column, or naming all rows without a
+        DataError: if there is no such dataset, split or column, or naming all rows without a
             class.
     """
     data = _part(_loaded(dataset, split, subset), split)
@@ -98,7 +98,7 @@ def _loaded(dataset: Any, split: str | None, subset: str | None) -> Any:
 
 
 def _part(data: Any, split: str | None) -> Any:
-    """One split, of all or of itself."""
+    """Select a split of a dataset with several; a single split is returned as it is."""
     if hasattr(data, "features"):
         if not hasattr(data, "__len__"):
             raise DataError("the data set is a stream without a length: load it without streaming")
@@ -113,13 +113,13 @@ def _part(data: Any, split: str | None) -> Any:
 
 
 def _is_input(feature: Any) -> bool:
-    """Whether a column has pictures or texts."""
+    """Whether a column has images or texts."""
     kind = type(feature).__name__
     return kind == "Image" or (kind == "Value" and feature.dtype in ("string", "large_string"))
 
 
 def _only(features: Any, what: str, name: str, fits: Any, but: tuple[Any, ...] = ()) -> str:
-    """The only column that fits, else the one of that name."""
+    """Return the only column that fits, else the one of that name."""
     found = [key for key, feature in features.items() if fits(feature) and key not in but]
     if len(found) == 1:
         return found[0]
@@ -133,7 +133,7 @@ def _only(features: Any, what: str, name: str, fits: Any, but: tuple[Any, ...] =
 def _numbered(
     data: Any, label: str, classes: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[int]]:
-    """Names of the classes, and the number of each row."""
+    """Return the names of the classes, and the class number of each row."""
     values = list(data[label])
     own = getattr(data.features[label], "names", None)
     if any(isinstance(value, list | dict | float) for value in values):

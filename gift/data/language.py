@@ -14,10 +14,10 @@ from gift.data.readers import TextReader
 
 
 class PackedTexts(Dataset[dict[str, Tensor]]):
-    """Rows of tokens, which are to be predicted one after the other.
+    """Rows of tokens for next-token prediction.
 
     Args:
-        rows: numbers of tokens (rows, length).
+        rows: token ids (rows, length).
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -34,18 +34,18 @@ class PackedTexts(Dataset[dict[str, Tensor]]):
 def language_text(
     path: str | Path | Sequence[str | Path], reader: TextReader, length: int = 128
 ) -> Examples:
-    """Plain text files for a language model, packed in rows of equal length.
+    """Load plain text files for a language model, packed into rows of equal length.
 
-    Each file ends with the tokenizer's token for that, if it has one; then the next one follows.
-    What is left after the last whole row does not count.
+    Files are concatenated, each followed by the tokenizer's end-of-text token if it has one.
+    Tokens after the last full row are dropped.
 
     Args:
-        path: of a file in UTF-8, of a folder with ``.txt`` files, or of several of these.
-        reader: with the tokenizer of the model.
-        length: tokens in a row.
+        path: path of a UTF-8 file, or of a folder with ``.txt`` files, or several of these.
+        reader: reader with the tokenizer of the model.
+        length: number of tokens in a row.
 
     Raises:
-        DataError: naming all files that cannot be read or hold records (chats in JSON lines,
+        DataError: naming all files that cannot be read or that hold records (chats in JSON lines,
             tables) instead of text, or if there is not enough text for a row.
     """
     if length < 2:
@@ -83,7 +83,7 @@ _KEYS = {"messages", "conversations", "conversation", "prompt", "completion", "i
 
 
 def _records(file: Path, text: str) -> str:
-    """What is wrong with a text that is records rather than text: chats, or a table."""
+    """Say what is wrong with a file that holds records, such as chats or a table; else empty."""
     keys = _keys(text)
     if file.suffix.lower() not in _TABLES and not keys & _KEYS:
         return ""
@@ -98,7 +98,7 @@ def _records(file: Path, text: str) -> str:
 
 
 def _keys(text: str) -> set[str]:
-    """The names in the first record of a text, in lines of JSON or one list; else none."""
+    """Return the keys of the first record of a JSON Lines or JSON text; else none."""
     first = text.lstrip()[:1_000_000]
     candidates = [first.partition("\n")[0], first] if first[:1] in ("{", "[") else []
     for candidate in candidates:

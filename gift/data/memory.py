@@ -1,4 +1,4 @@
-"""Examples that are in memory already."""
+"""Examples that are already in memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,16 +19,17 @@ def tensors(
     classes: Sequence[str] | None = None,
     task: str | None = None,
 ) -> Examples:
-    """Examples that are tensors, or arrays, already.
+    """Create examples from tensors or arrays.
 
     Args:
         inputs: one row for each example.
-        targets: numbers of classes, or what the task has.
+        targets: class numbers, or the targets of another task.
         classes: names of the classes.
-        task: "classification", "language" or "regression"; None leaves it to targets and network.
+        task: "classification", "language" or "regression"; None decides by targets and network.
 
     Raises:
-        DataError: if there are none, their numbers differ, or labels are out of range.
+        DataError: if there are none, if there are not as many inputs as targets, or if labels are
+            out of range.
 
     Example:
         >>> import torch
@@ -58,18 +59,21 @@ def labelled(
     classes: Sequence[str] | None = None,
     augment: bool = False,
 ) -> Examples:
-    """Texts, pairs of texts, pictures of PIL or paths of pictures, and their labels.
+    """Create examples from texts, pairs of texts, PIL images or image paths, and their labels.
 
     Args:
-        inputs: what the reader reads.
-        labels: of each, any texts or numbers.
-        reader: makes what the network takes: `TextReader`, `PictureReader`, or that of a network.
-        classes: labels in the order of their numbers, `train.classes` for validation; names for
-            labels that are numbers; None takes labels in alphabetical order, numbers in theirs.
-        augment: crop and mirror pictures at random, for training.
+        inputs: inputs for the reader.
+        labels: label of each input, a text or a number.
+        reader: converts inputs for the network: `TextReader`, `PictureReader`, or the reader of a
+            network.
+        classes: labels in the order of their numbers, `train.classes` for validation; or names for
+            labels that are numbers. None sorts labels alphabetically, or numerically if they are
+            numbers.
+        augment: crop and flip images at random, for training.
 
     Raises:
-        DataError: if there are none, their numbers differ, or labels are of no class.
+        DataError: if there are none, if there are not as many inputs as labels, or if labels are
+            not a class.
 
     Example:
         >>> from gift.data import labelled
@@ -91,7 +95,7 @@ def labelled(
 
 
 def _out_of_range(labels: Tensor, number: int | None) -> list[str]:
-    """Problems with numbers of classes."""
+    """Return the problems with class numbers."""
     wrong = (labels < 0) & (labels != IGNORED)
     if number is not None:
         wrong |= labels >= number

@@ -1,4 +1,4 @@
-"""Data sets of torchvision by name."""
+"""Torchvision datasets by name."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from gift.support.optional import require
 
 
 class Pictures:
-    """Pictures and numbers of classes, as a data set of torchvision gives them.
+    """Images and class numbers from a torchvision dataset.
 
     Args:
-        dataset: the data set.
-        name: for errors.
+        dataset: the dataset.
+        name: name of the dataset in errors.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -31,11 +31,11 @@ class Pictures:
         try:
             picture, label = self.dataset[place]
             return picture, int(label)
-        except Exception as error:  # whatever a damaged file makes a decoder raise
+        except Exception as error:  # a damaged file can make a decoder raise anything
             raise DataError(f"{self._told(place)} cannot be read: {error}") from error
 
     def _told(self, place: int) -> str:
-        samples = getattr(self.dataset, "samples", None)  # of data sets that are folders
+        samples = getattr(self.dataset, "samples", None)  # only datasets of folders have it
         return f"example {place} of {self.name}" if samples is None else str(samples[place][0])
 
 
@@ -48,19 +48,19 @@ def torchvision_dataset(
     augment: bool = False,
     classes: Sequence[str] | None = None,
 ) -> Examples:
-    """A data set of classified pictures that torchvision knows.
+    """Load a torchvision dataset for image classification.
 
     Args:
-        name: of its class there: "MNIST", "CIFAR10", "ImageNet" and so on.
-        root: folder where it is, as torchvision has it.
-        split: "train", "test" or what else the data set has; None if it is not divided.
-        reader: makes tensors of the pictures: `PictureReader`, or that of a network's weights.
-        download: fetch it if it is not there.
-        augment: crop and mirror pictures at random, for training.
+        name: name of its class in torchvision: "MNIST", "CIFAR10", "ImageNet" and so on.
+        root: root folder of the dataset, as for torchvision.
+        split: "train", "test" or another split of the dataset; None if it has no splits.
+        reader: converts images to tensors: `PictureReader`, or the reader of a network's weights.
+        download: download it if it is missing.
+        augment: crop and flip images at random, for training.
         classes: other names for the classes.
 
     Raises:
-        DataError: if there is no such data set, or split, or it is not there.
+        DataError: if there is no such dataset or split, or if its files are missing.
 
     Example:
         >>> from gift.data import PictureReader, torchvision_dataset
@@ -88,7 +88,7 @@ def torchvision_dataset(
 
 
 def _split(name: str, known: Any, split: str | None) -> dict[str, Any]:
-    """The split as the data set takes it."""
+    """Return the split in the form that the dataset takes."""
     if "split" in known and split is not None:
         return {"split": split}
     if "train" in known and "split" not in known:
@@ -111,7 +111,7 @@ def _check_kind(dataset: Any, name: str) -> None:
 
 
 def _names(dataset: Any) -> tuple[str, ...] | None:
-    """Names of the classes, or their numbers."""
+    """Return the names of the classes, or their numbers."""
     names = getattr(dataset, "classes", None)
     if names:  # those of ImageNet are tuples of synonyms
         return distinct(n if isinstance(n, str) else ", ".join(n) for n in names)

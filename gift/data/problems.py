@@ -1,4 +1,4 @@
-"""All that is wrong with examples, in one error."""
+"""Reporting all problems with examples in one error."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ def refuse(what: str, problems: Sequence[str]) -> None:
     """Raise one error for all problems, if there are any.
 
     Args:
-        what: a few words for what they were found in.
+        what: a few words that say where they were found.
         problems: one line each.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Examples that a reader makes when they are asked for."""
+"""Examples that a reader reads on access."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gift.errors import DataError
 
 
 class Source(Protocol):
-    """Pairs of what a reader reads and a label, by number; a list of them will do."""
+    """Indexed pairs of an input for a reader and a label; a list of pairs will do."""
 
     def __len__(self) -> int: ...
 
@@ -20,12 +20,12 @@ class Source(Protocol):
 
 
 class ReadDataset(Dataset[Any]):
-    """Pairs of input and label, or dictionaries with "labels" where the reader gives those.
+    """Pairs of input and label, or dictionaries with "labels" if the reader returns dictionaries.
 
     Args:
-        source: pairs of what is read and a label.
-        reader: reads it.
-        augment: whether pictures are cropped and flipped at random.
+        source: pairs of an input for the reader and a label.
+        reader: reads the inputs.
+        augment: whether to crop and flip images at random.
     """
 
     def __init__(self, source: Source, reader: Reader, augment: bool = False) -> None:
@@ -36,20 +36,20 @@ class ReadDataset(Dataset[Any]):
 
     def __getitem__(self, place: int) -> Any:
         if not -len(self) <= place < len(self):
-            raise IndexError(place)  # which ends a loop over all
+            raise IndexError(place)  # ends iteration over the dataset
         raw, label = self.source[place]
         read = self.reader.augmented if self.augment else self.reader
         found = read(raw)
         return {**found, "labels": label} if isinstance(found, Mapping) else (found, label)
 
     def plain(self) -> "ReadDataset":
-        """The same without anything random."""
+        """Return the same dataset without random augmentation."""
         return ReadDataset(self.source, self.reader)
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch of what `ReadDataset` gives.
+    """Collates items of `ReadDataset` into a batch.
 
     Args:
         reader: collates the inputs.
@@ -58,7 +58,7 @@ class Collate:
     reader: Reader
 
     def __call__(self, items: list[Any]) -> Any:
-        """The batch, a pair or a dictionary as the items are."""
+        """Return the batch, a pair or a dictionary like the items."""
         if isinstance(items[0], Mapping):
             labels = [item["labels"] for item in items]
             inputs = [{k: v for k, v in item.items() if k != "labels"} for item in items]
@@ -70,7 +70,7 @@ class Collate:
 def read_examples(
     source: Source, reader: Reader, classes: Sequence[str] | None, augment: bool = False
 ) -> Examples:
-    """Classified examples of a source."""
+    """Create classification examples from a source."""
     if not callable(reader):
         raise DataError(
             f"the reader is {reader!r}, expected one of gift.data: PictureReader(size=224), "

@@ -20,11 +20,11 @@ _LIMIT = threading.Lock()
 
 @dataclass(frozen=True)
 class Rows:
-    """What columns of a table hold.
+    """Values of selected columns of a table.
 
     Args:
-        lines: where each row ends in the file, counted from 1.
-        values: of each row, one for each column that was asked for.
+        lines: line in the file on which each row ends, from 1.
+        values: values of each row, one for each selected column.
     """
 
     lines: list[int]
@@ -32,13 +32,13 @@ class Rows:
 
 
 def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | None = None) -> Rows:
-    """Columns of a table by their names in its header, or by their places where it has none.
+    """Read columns of a table by name, or by number if it has no header.
 
     Args:
-        path: of the file, in UTF-8; empty lines do not count.
-        columns: names; or numbers, from 0, where the first row is no header.
-        delimiter: between columns; None is a tab where the name ends in ``.tsv``, ``.tab`` or
-            ``.txt``, else a comma. Quotes have a meaning with others than tabs only.
+        path: path of the UTF-8 file; empty lines are skipped.
+        columns: names; or numbers, from 0, if the first row is not a header.
+        delimiter: delimiter of columns; None is a tab for ``.tsv``, ``.tab`` and ``.txt`` files,
+            else a comma. Quotes are interpreted unless the delimiter is a tab.
 
     Raises:
         DataError: naming all columns that are missing and all rows that are incomplete.
@@ -74,14 +74,14 @@ def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | Non
 
 
 def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
-    """The rows that are not empty, and the lines where they end."""
+    """Return the rows that are not empty, and the lines on which they end."""
     lines, rows, start = [], [], 1
     try:
         with _any_length(), path.open(encoding="utf-8-sig", newline="") as file:
             if delimiter == "\t":
                 reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
             else:
-                # Else a quote that is not closed would swallow the rest of the file.
+                # Without strict, an unclosed quote would swallow the rest of the file.
                 reader = csv.reader(file, delimiter=delimiter, strict=True)
             for row in reader:
                 start = reader.line_num + 1
@@ -105,7 +105,7 @@ def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
 
 @contextmanager
 def _any_length() -> Iterator[None]:
-    """Texts may be longer than what the csv module takes by default."""
+    """Lift the field size limit of the csv module, since texts may be longer."""
     with _LIMIT:
         before = csv.field_size_limit(sys.maxsize)
         try:
@@ -115,7 +115,7 @@ def _any_length() -> Iterator[None]:
 
 
 def _place(column: Column, first: list[str]) -> int | str:
-    """Where a column is, or what is wrong with it."""
+    """Return the index of a column, or what is wrong with it."""
     if isinstance(column, str):
         names = [name.strip() for name in first]
         if names.count(column) > 1:
@@ -136,7 +136,7 @@ def _place(column: Column, first: list[str]) -> int | str:
 def _numbered(
     path: str | Path, rows: Rows, classes: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[int], list[str]]:
-    """Classes, the number for each row, and what is wrong with rows; labels are the last column."""
+    """Return classes, row numbers and problems; labels are in the last column."""
     labels = [values[-1].strip() for values in rows.values]
     try:
         known = classes_of(labels, classes)
@@ -155,20 +155,21 @@ def picture_table(
     augment: bool = False,
     delimiter: str | None = None,
 ) -> Examples:
-    """Pictures that a table of paths and labels names.
+    """Load images that a table of paths and labels lists.
 
     Args:
-        csv: the table, CSV or TSV; its paths are as seen from its folder.
-        reader: makes tensors of the pictures: `PictureReader`, or that of a network's weights.
-        path: column of the paths: its name in the header, or its number from 0 where there is none.
-        label: column of the labels, any texts.
-        classes: labels in the order of their numbers, `train.classes` for validation; None takes
-            them in alphabetical order, numbers in theirs.
-        augment: crop and mirror pictures at random, for training.
-        delimiter: between columns; None goes by the name of the file.
+        csv: CSV or TSV table; its paths are relative to its folder.
+        reader: converts images to tensors: `PictureReader`, or the reader of a network's weights.
+        path: column of the paths: its name in the header, or its number from 0 if there is no
+            header.
+        label: column of the labels, which can be any text.
+        classes: labels in the order of their numbers, `train.classes` for validation; None sorts
+            them alphabetically, or numerically if they are numbers.
+        augment: crop and flip images at random, for training.
+        delimiter: delimiter of columns; None chooses it by the file name.
 
     Raises:
-        DataError: naming all rows that are incomplete, of no class, or without a file.
+        DataError: naming all rows that are incomplete, without a known class, or without a file.
     """
     rows = read_table(csv, (path, label), delimiter)
     known, numbers, problems = _numbered(csv, rows, classes)
@@ -191,20 +192,22 @@ def text_table(
     classes: Sequence[str] | None = None,
     delimiter: str | None = None,
 ) -> Examples:
-    r"""Texts and their labels in a table.
+    r"""Load texts and their labels from a table.
 
     Args:
-        path: of the table, CSV or TSV.
-        reader: makes numbers of the texts: `TextReader`.
-        text: column of the texts: its name in the header, or its number from 0 where there is none.
-        label: column of the labels, any texts.
-        pair: column of second texts, for tasks about two; None where there is but one.
-        classes: labels in the order of their numbers, `train.classes` for validation; names for
-            labels that are numbers; None takes labels in alphabetical order, numbers in theirs.
-        delimiter: between columns; None goes by the name of the file.
+        path: path of the CSV or TSV table.
+        reader: converts texts to token ids: `TextReader`.
+        text: column of the texts: its name in the header, or its number from 0 if there is no
+            header.
+        label: column of the labels, which can be any text.
+        pair: column of second texts, for tasks on pairs of texts; None for single texts.
+        classes: labels in the order of their numbers, `train.classes` for validation; or names for
+            labels that are numbers. None sorts labels alphabetically, or numerically if they are
+            numbers.
+        delimiter: delimiter of columns; None chooses it by the file name.
 
     Raises:
-        DataError: naming all rows that are incomplete or of no class.
+        DataError: naming all rows that are incomplete or without a known class.
 
     Example:
         >>> import tempfile

@@ -1,1 +1,1 @@
-"""A demonstration on real pictures, ``python -m gift.demo``. Nothing else may use it."""
+"""A demo on real images, ``python -m gift.demo``. No other module may use it."""

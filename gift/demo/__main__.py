@@ -1,4 +1,4 @@
-"""Fine-tune a small network to real pictures, and see what gift does.
+"""Fine-tune a small network on real images, and see what gift does.
 
 Without options: a base that knows the handwritten digits 0 to 4 learns 5 to 9.
 """
@@ -27,13 +27,13 @@ PRETRAINED_SIZE = 96
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
-    """Run the demo, and give its facts.
+    """Run the demo, and return its facts.
 
     Args:
-        arguments: of the command line; None means those of the process.
+        arguments: command line arguments; None uses those of the process.
 
     Raises:
-        SystemExit: for wrong arguments, or a folder that the demo cannot learn from.
+        SystemExit: if arguments are wrong, or the demo cannot learn from the folder.
     """
     parser = argparse.ArgumentParser("python -m gift.demo", description=__doc__)
     parser.add_argument(
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
 
 
 def demo_of_digits(steps: int, out: Path | None = None) -> Result:
-    """A base that knows the digits 0 to 4 learns 5 to 9; files stay only in a given folder."""
+    """Let a base that knows the digits 0 to 4 learn 5 to 9; files stay only in a given folder."""
     task = digits()
     heading("A base learns the handwritten digits 0, 1, 2, 3, 4 (8 x 8 pixels)")
     base = train_base(partial(SmallResNet, 1, 5), task.only(range(5)), steps, lr=0.01)
@@ -72,7 +72,7 @@ def demo_of_digits(steps: int, out: Path | None = None) -> Result:
 
 
 def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -> Result:
-    """A base learns the other half of the classes of a folder; pictures go to `out`."""
+    """Let a base learn the other half of the classes of a folder; images are written to `out`."""
     task = read_folder(folder, PICTURE_SIZE)
     _made(out)
     base = None if scratch else _pretrained()
@@ -80,7 +80,7 @@ def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -
         task = read_folder(folder, PRETRAINED_SIZE)
         say("The base is torchvision's resnet18 with ImageNet weights.")
         torch.set_num_threads(min(4, os.cpu_count() or 1))
-        steps, lr = max(2, steps // 6), 0.001  # a step is fifty times the work of a small base's
+        steps, lr = max(2, steps // 6), 0.001  # a step takes fifty times as long
     else:
         lr = 0.005
         number, half = len(task.names), len(task.names) // 2
@@ -102,7 +102,7 @@ def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -
 
 
 def _pretrained() -> Base | None:
-    """ResNet18 with ImageNet weights, if these are on this machine or can be fetched."""
+    """Return a ResNet18 with ImageNet weights, if they are available locally or downloadable."""
     models = require("torchvision.models", "demo")
     try:
         with _impatient():
@@ -114,7 +114,7 @@ def _pretrained() -> Base | None:
 
 @contextmanager
 def _impatient(seconds: float = 10) -> Iterator[None]:
-    """Within it, a network that does not answer is given up soon."""
+    """Context manager that shortens the timeout of a connection that does not respond."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -132,6 +132,6 @@ def _made(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the layers are so small that more would wait for each other
+    torch.set_num_threads(1)  # the layers are too small for more threads
     facts = main()
     sys.exit(0 if facts.same_output and facts.same_base else 1)

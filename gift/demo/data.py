@@ -1,4 +1,4 @@
-"""Pictures to learn from: scikit-learn's handwritten digits, or a folder of class folders."""
+"""Training images: scikit-learn's handwritten digits, or a folder of class folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from gift.support.optional import require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 HELD_OUT = ("val", "valid", "validation", "test")
-LIMITS = {"train": 2000, "test": 300}  # pictures that are read, so that the demo stays short
+LIMITS = {"train": 2000, "test": 300}  # maximum number of images, so that the demo stays short
 
 
 class BadFolderError(ValueError):
-    """A folder does not hold what the demo can learn from."""
+    """The demo cannot learn from the content of a folder."""
 
 
 @dataclass
 class Task:
-    """Classes to tell apart.
+    """Classes to distinguish.
 
     Args:
-        names: of the classes.
-        train: to learn from.
-        test: held out.
+        names: names of the classes.
+        train: training images.
+        test: held-out images.
     """
 
     names: list[str]
@@ -34,7 +34,7 @@ class Task:
     test: Data
 
     def only(self, classes: Sequence[int]) -> "Task":
-        """The task with some of the classes."""
+        """Return the task with some of the classes."""
         parts = []
         for data in (self.train, self.test):
             kept = torch.isin(data.labels, torch.tensor(classes))
@@ -43,7 +43,7 @@ class Task:
         return Task([self.names[c] for c in classes], *parts)
 
     def rotated(self) -> "Task":
-        """To tell by how much each picture was turned: that needs no classes."""
+        """Return the task of telling how far each image was rotated, which needs no classes."""
         parts = []
         for data in (self.train, self.test):
             turned = [data.images.rot90(turns, (2, 3)) for turns in range(4)]
@@ -52,7 +52,7 @@ class Task:
 
 
 def digits() -> Task:
-    """1,797 scans of handwritten digits, 8 x 8 pixels; a third of them is held out."""
+    """Load 1,797 scans of handwritten digits, 8 x 8 pixels; a third of them is held out."""
     scans = require("sklearn.datasets", "demo").load_digits()
     images = torch.from_numpy(scans.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(scans.target)
@@ -63,14 +63,14 @@ def digits() -> Task:
 
 
 def read_folder(folder: Path, size: int) -> Task:
-    """The pictures in ``folder/CLASS/`` or in ``folder/train/CLASS/`` and ``folder/val/CLASS/``.
+    """Read the images in ``folder/CLASS/`` or in ``folder/train/CLASS/`` and ``folder/val/CLASS/``.
 
     Args:
-        folder: the folder; without ``train`` and ``val``, every fourth picture is held out.
-        size: pictures are cropped to squares and scaled to that many pixels.
+        folder: the folder; without ``train`` and ``val``, every fourth image is held out.
+        size: side of the images in pixels, after cropping to squares and resizing.
 
     Raises:
-        BadFolderError: if it does not hold at least two classes of pictures.
+        BadFolderError: if it does not contain at least two classes of images.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
@@ -99,7 +99,7 @@ def read_folder(folder: Path, size: int) -> Task:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """The pictures of each class folder that has any."""
+    """Return the images of each class folder that has any."""
     found = {
         place.name: sorted(f for f in place.iterdir() if f.suffix.lower() in SUFFIXES)
         for place in sorted(folder.iterdir())
@@ -115,7 +115,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _read(classes: list[list[Path]], size: int, limit: int) -> Data:
-    """At most `limit` pictures, the same number from each class."""
+    """Read at most `limit` images, the same number from each class."""
     share = max(1, limit // len(classes))
     images, labels = [], []
     for label, files in enumerate(classes):
@@ -126,7 +126,7 @@ def _read(classes: list[list[Path]], size: int, limit: int) -> Data:
     return Data(torch.stack(images), torch.tensor(labels))
 
 
-MEAN = torch.tensor((0.485, 0.456, 0.406)).reshape(3, 1, 1)  # what pretrained weights expect
+MEAN = torch.tensor((0.485, 0.456, 0.406)).reshape(3, 1, 1)  # as pretrained weights expect
 STD = torch.tensor((0.229, 0.224, 0.225)).reshape(3, 1, 1)
 
 
@@ -141,5 +141,5 @@ def _picture(file: Path, size: int) -> Tensor:
 
 
 def visible(image: Tensor) -> Tensor:
-    """A picture of `read_folder` as (height, width, 3) in [0, 1]."""
+    """Convert an image of `read_folder` to (height, width, 3) in [0, 1]."""
     return (image * STD + MEAN).clamp(0, 1).permute(1, 2, 0)

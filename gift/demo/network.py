@@ -1,4 +1,4 @@
-"""A small ResNet and a plain training loop. Neither knows anything of gift."""
+"""A small ResNet and a plain training loop, independent of gift."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Block(nn.Module):
             self.shortcut.append(nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
         h = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
 
@@ -31,9 +31,9 @@ class SmallResNet(nn.Module):
     """A stem, three blocks of 32, 64 and 128 channels, and a linear head.
 
     Args:
-        channels: of the pictures.
+        channels: number of channels of the images.
         classes: number of outputs.
-        stride: of the stem and of the first block: 1 for tiny scans, 2 for pictures.
+        stride: stride of the stem and of the first block: 1 for tiny scans, 2 for photos.
     """
 
     def __init__(self, channels: int, classes: int, stride: int = 1) -> None:
@@ -44,14 +44,14 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(128, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, classes)."""
+        """Map (N, channels, H, W) to (N, classes)."""
         h = self.blocks(F.relu(self.bn1(self.conv1(x))))
         return self.fc(h.mean((2, 3)))
 
 
 @dataclass
 class Data:
-    """Pictures ``(N, channels, height, width)`` and the number of each one's class."""
+    """Images ``(N, channels, height, width)`` and their class numbers."""
 
     images: Tensor
     labels: Tensor
@@ -76,11 +76,11 @@ def fit(net: nn.Module, data: Data, steps: int, lr: float, batch_size: int = 32)
 
 @torch.no_grad()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """The outputs of `net` in evaluation mode."""
+    """Return the outputs of `net` in evaluation mode."""
     net.eval()
     return torch.cat([net(batch) for batch in images.split(100)])
 
 
 def accuracy(net: nn.Module, data: Data) -> float:
-    """The share of `data` that `net` tells right."""
+    """Return the share of `data` that `net` classifies correctly."""
     return (predict(net, data.images).argmax(1) == data.labels).double().mean().item()

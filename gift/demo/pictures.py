@@ -1,4 +1,4 @@
-"""PNG pictures of predictions."""
+"""Images of predictions."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from gift.support.optional import require
 
 
 def draw_predictions(task: Task, outputs: Tensor, out: Path, number: int = 12) -> list[Path]:
-    """Held-out pictures with what a network says of them: any, and its surest mistakes.
+    """Draw held-out images with their predictions: a selection, and the most confident mistakes.
 
     Args:
-        task: whose held-out pictures are drawn.
-        outputs: of the network, for each of these pictures.
+        task: task whose held-out images are drawn.
+        outputs: outputs of the network for each of these images.
         out: folder for the PNG files.
-        number: of pictures in each file.
+        number: number of images in each file.
 
     Returns:
-        The files; without mistakes there is one only.
+        The files; only one if there are no mistakes.
     """
     sureness, said = outputs.softmax(1).max(1)
     wrong = torch.where(said != task.test.labels)[0]

@@ -1,4 +1,4 @@
-"""What the demo does, step by step, and what it prints."""
+"""The steps of the demo, and what it prints."""
 
 import copy
 import inspect
@@ -28,18 +28,18 @@ def lora_and_head(classes: int, rank: int) -> FineTuningStrategy:
 
 
 def everything(classes: int) -> FineTuningStrategy:
-    """A new head, and every other parameter trained as it is."""
+    """A new head, and every other parameter trained directly."""
     return merge_strategies([HeadReplacementStrategy(classes)], para_caps=[(pc_any(), pa_train())])
 
 
 @dataclass
 class Way:
-    """One way to fine-tune: what was trained, and what came of it.
+    """One way to fine-tune, and its result.
 
     Args:
-        name: what the table calls it.
+        name: name in the table.
         trainable: number of trained elements.
-        before, after: accuracy on held-out pictures, right after enabling and after training.
+        before, after: accuracy on held-out images, right after enabling and after training.
         file_bytes: size of the saved ``state_dict()``.
     """
 
@@ -56,13 +56,14 @@ class Result:
     """The facts that the demo prints.
 
     Args:
-        base_accuracy: of the disabled network on the base's own task, where there is one here.
+        base_accuracy: accuracy of the disabled network on the base's own task, if there is one.
         ways: LoRA with a new head, everything, and the head alone.
-        rows: the table of trainable parameters, for LoRA with a new head.
+        rows: table of trainable parameters, for LoRA with a new head.
         base_bytes: size of the file with the whole base.
-        same_output: a fresh network with the reloaded delta gave the same output, bit for bit.
-        same_base: disabled, the network was the base, bit for bit.
-        outputs: of the network with LoRA and a new head, for the held-out pictures.
+        same_output: whether a fresh network with the reloaded delta gave the same output, bit for
+            bit.
+        same_base: whether the disabled network was equal to the base, bit for bit.
+        outputs: outputs of the network with LoRA and a new head, for the held-out images.
         pictures: the PNG files.
     """
 
@@ -82,8 +83,8 @@ class Base:
 
     Args:
         network: the network.
-        make: an untrained network of the same architecture.
-        task: what it was trained for, where that is known.
+        make: creates an untrained network of the same architecture.
+        task: task that it was trained for, if known.
     """
 
     network: nn.Module
@@ -92,17 +93,17 @@ class Base:
 
 
 def say(text: str = "") -> None:
-    """Print at once, so that a reader sees how far the demo is."""
+    """Print without buffering, so that readers see the progress of the demo."""
     print(text, flush=True)
 
 
 def heading(text: str) -> None:
-    """The beginning of a part."""
+    """Print the heading of a section."""
     say(f"\n{text}\n{'-' * len(text)}")
 
 
 def train_base(make: Callable[[], nn.Module], task: Task, steps: int, lr: float) -> Base:
-    """A base that has learned `task`."""
+    """Train a base on `task`."""
     torch.manual_seed(0)
     base = Base(make(), make, task)
     start = time.perf_counter()
@@ -120,11 +121,11 @@ def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Pat
     """Fine-tune `base` to `task` in three ways, and check what gift promises.
 
     Args:
-        base: the network to start from; it stays as it is.
-        task: what to learn.
-        steps: of training, for each way.
-        lr: largest learning rate, for each way.
-        rank: of LoRA.
+        base: the network to start from; it is not changed.
+        task: task to learn.
+        steps: number of training steps, for each way.
+        lr: maximum learning rate, for each way.
+        rank: rank of LoRA.
         out: folder for the saved states.
     """
     result = Result()

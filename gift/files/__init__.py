@@ -1,4 +1,4 @@
-"""gift's own file format. Formats of other libraries belong to `gift.interop`."""
+"""gift's own file format. Formats of other libraries are in `gift.interop`."""
 
 from gift.errors import DeltaFileError
 from gift.files.description import describe_deltas, resolve

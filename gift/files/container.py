@@ -1,7 +1,8 @@
-"""The container: one safetensors file that is written whole or not at all, and read with suspicion.
+"""The container: one safetensors file that is written atomically and validated on reading.
 
-Beside the tensors stand two texts: ``gift``, a header of plain data as JSON, and ``sha256``, its
-digest. The header has the digest of each tensor, so whatever is changed in a file is found.
+Besides the tensors, its metadata has two texts: ``gift``, a header of plain data as JSON, and
+``sha256``, the digest of the header. The header has a digest of each tensor, so any change of a
+file is detected.
 """
 
 import hashlib
@@ -32,14 +33,14 @@ FORMAT_VERSION = 1
 def write(
     path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write a file; at any moment, a reader finds the old one or the new one.
+    """Write a file atomically: at any moment, a reader finds the old file or the new one.
 
     Args:
-        path: of the file; its folder is made if there is none.
+        path: path of the file; its folder is created if necessary.
         header: plain data.
-        tensors: by name.
+        tensors: tensors by name.
     """
-    # safetensors has no complex128: pairs of float64 stand for it.
+    # safetensors has no complex128, so it is stored as pairs of float64.
     pairs = [name for name, tensor in tensors.items() if tensor.dtype is torch.complex128]
     own = {name: _alone(tensor) for name, tensor in tensors.items()}
     full = {"format_version": FORMAT_VERSION, **header, "pairs": pairs, "tensors": digests(own)}
@@ -50,7 +51,7 @@ def write(
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, with memory that no other has."""
+    """Return the tensor on the CPU, in memory that it does not share."""
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     size = tensor.numel() * tensor.element_size()
     return tensor.clone() if tensor.untyped_storage().nbytes() != size else tensor
@@ -61,11 +62,11 @@ def _sha256(text: str) -> str:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The texts and tensors of any safetensors file.
+    """Read the metadata and tensors of any safetensors file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DeltaFileError: if it is no such file, or is cut off.
+        DeltaFileError: if it is not a safetensors file, or is truncated.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -74,23 +75,23 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
         with held_file(path) as same, safe_open(same, framework="pt") as file:
             names = file.keys()
             return file.metadata() or {}, {name: _tensor(file, name) for name in names}
-    except Exception as error:  # whatever hostile bytes provoke
+    except Exception as error:  # malicious files can raise anything
         problem = f"it is no whole safetensors file ({type(error).__name__}: {error})"
         raise DeltaFileError(f"{path} cannot be read", [problem]) from error
 
 
 def _tensor(file: Any, name: str) -> Tensor:
-    # A signal that arrives within safetensors would become an error of the file.
+    # A signal that arrives inside safetensors would be reported as an error of the file.
     with held_interrupts():
         return file.get_tensor(name)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file, each as it was written.
+    """Read the header and tensors of a file, exactly as they were written.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DeltaFileError: if it is no such file, is damaged, or of a newer format.
+        DeltaFileError: if it is not a file of gift, is damaged, or has a newer format.
     """
     metadata, tensors = read_tensors(path)
     header, problems = _header(metadata)
@@ -130,8 +131,8 @@ def _join_pairs(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     for name in pairs if isinstance(pairs, list) else ():
         pair = tensors.get(name) if isinstance(name, str) else None
         if pair is not None and pair.dtype is torch.float64 and pair.shape[-1:] == (2,):
-            # In memory of its own: that of the file has the alignment of a half, and torch would
-            # crash.
+            # Cloned, because memory of the file is only aligned for float64, half of a complex
+            # number, and torch would crash.
             tensors[name] = torch.view_as_complex(pair.clone())
 
 

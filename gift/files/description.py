@@ -1,4 +1,4 @@
-"""What a fine-tuned network is, as plain data: from it, its deltas can be made again."""
+"""The description of a fine-tuned network as plain data, from which its deltas can be recreated."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ from gift.strategies.resolved import ResolvedStrategy, group_of
 
 
 def describe_deltas(network: nn.Module) -> list[dict[str, Any]]:
-    """The deltas in `network`: for each method with its settings, what it changes.
+    """Describe the deltas in `network`: what each method with its settings changes.
 
-    A tied tensor is not listed: its delta stands elsewhere.
+    A tied tensor is not listed, because its delta is listed with the tensor that owns it.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, module in network.named_modules():
@@ -34,7 +34,7 @@ def describe_deltas(network: nn.Module) -> list[dict[str, Any]]:
 def _describe(
     delta: Delta, path: str, key: str
 ) -> tuple[dict[str, Any], str, str, list[int] | None] | None:
-    """The group to which a delta belongs, as what, and the name and shape of what it changes."""
+    """Return the group of a delta, its kind in the group, and the name and shape of its tensor."""
     if isinstance(delta, ForwardDelta):
         method = delta.method
         return {"call": type(method).__name__, "settings": method.settings}, "modules", path, None
@@ -47,9 +47,10 @@ def _describe(
 
 
 def names_regex(config: Any) -> bool:
-    """Whether a strategy as plain data has regular expressions.
+    """Whether the plain data of a strategy contain regular expressions.
 
-    Python's can take for ever on a short name, so none is taken from a file.
+    Python's regular expressions can take exponential time on a short name, so none is accepted
+    from a file.
     """
     if isinstance(config, dict):
         return bool(config.get("regex")) or any(map(names_regex, config.values()))
@@ -57,10 +58,10 @@ def names_regex(config: Any) -> bool:
 
 
 def resolve(network: Any) -> ResolvedStrategy:
-    """The strategy of a fine-tuned network, without lambdas.
+    """Return the strategy of a fine-tuned network, without lambdas.
 
     Raises:
-        ValueError: if an action changed what only code can change again.
+        ValueError: if an action made a change that only code can repeat.
     """
     record = record_of(network)
     paths = {id(module): path for path, module in network.named_modules()}
@@ -81,12 +82,13 @@ def resolve(network: Any) -> ResolvedStrategy:
     return ResolvedStrategy(describe_deltas(network), trained, still, heads)
 
 
-# What tells a network the number of its classes, which a new head changes; and its mode.
+# Attributes that a new head changes because they hold the number of classes, and the training
+# mode.
 _TOLD = {*CLASS_COUNTS, IO_SPEC, "config", "training"}
 
 
 def _read_changes(undo: ModuleUndo, path: str, heads: dict[str, int], foreign: list[str]) -> None:
-    """Of what actions did to a module: new heads, and what no description can tell."""
+    """Collect what actions did to a module: new heads, and changes that cannot be described."""
     where, module = path or "the network", undo.module
     if undo.plain is not None:
         foreign.append(f"{where} was given another class")
@@ -114,19 +116,19 @@ def _is_own(hook: Any) -> bool:
 
 
 def _classes(old: Any, new: Any) -> int | None:
-    """The number of classes of a new head that is what `ma_replace_head` would make."""
+    """Return the classes of a head that `ma_replace_head` could have created, else None."""
     classes = getattr(new, "out_features", getattr(new, "out_channels", None))
     if not isinstance(old, nn.Module) or not isinstance(classes, int):
         return None
     try:
-        same = new_head(on_meta(old), classes)  # where no random numbers are drawn
+        same = new_head(on_meta(old), classes)  # the meta device draws no random numbers
     except ValueError:
         return None
     return classes if _looks(new) == _looks(same) else None
 
 
 def _looks(head: Any) -> Any:
-    """All that a head is but its values, and what extends it."""
+    """Return everything that defines a head, except its values and its deltas."""
     own = {name: p for name, p in head.named_parameters() if name not in added_names(head)}
     parameters = {name: (p.shape, p.dtype, p.requires_grad) for name, p in own.items()}
     return plain_class(type(head)), head.extra_repr(), parameters

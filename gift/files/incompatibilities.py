@@ -1,4 +1,4 @@
-"""Where a file and a network do not fit."""
+"""Checking whether a file fits a network."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,13 +23,13 @@ from gift.support.tensors import dtype_name, is_finite
 def incompatibilities(
     network: Any, present: Mapping[str, Tensor], file: DeltaFile, check_base: bool
 ) -> Iterator[str]:
-    """Where settings and tensors of the file are not those of the fine-tuned network.
+    """Yield the differences in settings and tensors between a file and a fine-tuned network.
 
-    `network` may have no values; `present` are those that there are.
+    `network` may be on the meta device; `present` are the tensors that have values.
     """
     yield from _other_settings(network, file)
     state, parts, given = tensors_of(network), split(network), {*file.tensors, *file.aliases}
-    # A buffer that training did not change is in the base of one file and not of another.
+    # A buffer that training did not change may be part of the base in one file and not in another.
     buffers = {*parts.buffers} & {*file.base}
     if missing := sorted({*parts.saved} - buffers - given):
         yield f"it lacks {len(missing)} tensors that are trained here: {missing}"
@@ -45,7 +45,7 @@ def incompatibilities(
             continue
         own = state[name]
         if is_lazy(own):
-            continue  # which `other_base` tells
+            continue  # reported by `other_base`
         if value.shape != own.shape:
             yield f"{name} is {tuple(value.shape)}, here it is {tuple(own.shape)}"
         elif value.dtype != own.dtype and (
@@ -59,14 +59,14 @@ def incompatibilities(
 def _is_same_buffer(
     name: str, value: Tensor, present: Mapping[str, Tensor], file: DeltaFile
 ) -> bool:  # fmt: skip
-    """Whether it is a buffer that is the same here, as a mask is."""
+    """Whether a buffer of the file has the same values here, as a mask does."""
     return name in file.buffers and name in present and digest(value) == digest(present[name])
 
 
 def _other_settings(network: nn.Module, file: DeltaFile) -> Iterator[str]:
     try:
         there = _meanings(file.deltas)
-    except Exception as error:  # a file may say anything
+    except Exception as error:  # a file may contain anything
         yield f"its deltas are by no method that is known here: {in_a_line(error)}"
         return
     here = _meanings(describe_deltas(network))
@@ -81,7 +81,7 @@ def _other_settings(network: nn.Module, file: DeltaFile) -> Iterator[str]:
 
 
 def _meanings(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each place that is changed, the method, and what its settings mean for the result."""
+    """Return the method, and the settings that affect outputs, of each adapted place."""
     told: dict[str, dict[str, Any]] = {}
     for group in groups:
         if "call" in group:
@@ -101,7 +101,7 @@ def _meanings(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def other_base(
     state: Mapping[str, Tensor], file: DeltaFile, check_base: bool
 ) -> Iterator[str]:  # fmt: skip
-    """Where the base is not the one for which the delta was trained."""
+    """Yield the differences between this base and the one that the delta was trained for."""
     empty = [name for name, tensor in state.items() if is_lazy(tensor) or tensor.is_meta]
     if empty:
         yield f"{len(empty)} tensors have no values here yet: {some(empty)}"
@@ -145,11 +145,11 @@ def _told_of_base(
 
 
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:
-    """All tensors in the state of a network, frozen ones too."""
+    """Return all tensors in the state of a network, including frozen ones."""
     state = whole_state(net)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def in_a_line(error: Exception) -> str:
-    """An error in a line."""
+    """Format an error for a list of problems."""
     return f"{type(error).__name__}: {error}".replace("\n", "\n    ")

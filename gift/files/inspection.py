@@ -1,4 +1,4 @@
-"""What a file says, without a network."""
+"""Inspecting a file without a network."""
 
 import os
 import reprlib
@@ -20,18 +20,18 @@ class DeltaFile:
     """The content of a file that `gift.save` wrote; it prints as tables.
 
     Args:
-        path: where it was read.
+        path: path of the file.
         network: class of the network.
-        strategy: the strategy as plain data, or None where only code can make it.
-        strategy_text: the same in words.
-        reason: why there is no strategy.
-        deltas: for each method with its settings, what it changes: see `ResolvedStrategy`.
-        trained: names of the parameters that are trained as they are.
-        buffers: names of the buffers of the network that training changed.
-        inputs: the task, the names of the classes and how inputs are read, as far as was noted.
-        base: for each tensor that is not in the file, its dtype, shape and digest.
-        aliases: names of tied tensors, each with the name under which the tensor is.
-        versions: of gift and torch.
+        strategy: the strategy as plain data, or None if only code can create it.
+        strategy_text: description of the strategy.
+        reason: reason why there is no strategy.
+        deltas: what each method with its settings changes, see `ResolvedStrategy`.
+        trained: names of the base parameters that are trained directly.
+        buffers: names of the network's buffers that training changed.
+        inputs: the task, the class names and how inputs are read, as far as recorded.
+        base: dtype, shape and digest of each tensor that is not in the file.
+        aliases: names of tied tensors, mapped to the name under which the tensor is stored.
+        versions: versions of gift and torch.
         tensors: the tensors by name.
     """
 
@@ -50,7 +50,7 @@ class DeltaFile:
     tensors: dict[str, Tensor] = field(repr=False)
 
     def places(self) -> Iterator[tuple[str, str, dict[str, Any], list[int] | None]]:
-        """What is changed: name, method or call, settings, shape as a matrix."""
+        """Yield each change: name, method or call, settings, and shape as a matrix."""
         for group in self.deltas:
             for kind in PLACES:
                 for name, shape in group.get(kind, {}).items():
@@ -58,16 +58,16 @@ class DeltaFile:
 
     @property
     def parameters(self) -> int:
-        """Number of elements in the file."""
+        """The number of elements in the file."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @property
     def bytes(self) -> int:
-        """Size of the tensors in the file."""
+        """The size of the tensors in the file."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def summary(self) -> str:
-        """The file in a few lines."""
+        """Summarize the file in a few lines."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         rows = [
             ("network", self.network),
@@ -88,7 +88,7 @@ class DeltaFile:
         return " and digest" if known else "; other values are not told apart, without digests"
 
     def details(self, limit: int | None = None) -> str:
-        """What is changed, by which method and settings; then every tensor, or the first ones."""
+        """List each change with its method and settings, then the tensors, up to a limit."""
         changed = [
             (name, method, "x".join(map(str, shape or ())), _settings(settings))
             for name, method, settings, shape in self.places()
@@ -106,7 +106,7 @@ class DeltaFile:
 
 
 def _printable(text: str) -> str:
-    """The text without what a terminal would obey."""
+    """Escape control characters, which a terminal would interpret."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -123,14 +123,14 @@ def _table(rows: list[Any], header: list[str], limit: int | None) -> str:
 
 
 def inspect(path: str | os.PathLike[str]) -> DeltaFile:
-    """What a file of `gift.save` holds; it needs no network, and runs nothing of the file's.
+    """Inspect a file of `gift.save`, without a network and without running anything from the file.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DeltaFileError: if it is no such file, is damaged, or of a newer format.
+        DeltaFileError: if it is not a file of gift, is damaged, or has a newer format.
 
     Example:
         >>> import gift, tempfile

@@ -1,4 +1,4 @@
-"""Putting the delta of a file onto a network, whole or not at all."""
+"""Loading the delta in a file onto a network, completely or not at all."""
 
 import os
 import warnings
@@ -33,26 +33,26 @@ from gift.strategies.classic import new_heads
 def load(
     net: nn.Module, path: str | os.PathLike[str], check_base: bool = True, **options: Any
 ) -> Report:
-    """Put a delta that `gift.save` wrote onto a network, bit for bit, or leave it as it is.
+    """Load a delta of `gift.save` onto a network, bit for bit, or leave the network unchanged.
 
-    The plain base is fine-tuned by the strategy that the file names, and gets its values. On a
-    network that is being fine-tuned already, the settings must agree, and its values are replaced.
-    No code of the file's is run: it can name what is registered, with plain values. All is tried on
-    a copy without values before the network is touched.
+    On a plain base, this enables the strategy that the file names and loads its values. On a
+    network that is already being fine-tuned, the settings must match, and its values are replaced.
+    No code from the file is run: it can only name registered parts, with plain values. Everything
+    is tried on a copy without values (on the meta device) before the network is changed.
 
     Args:
-        net: the base network, or one that is being fine-tuned, or what wraps such a one.
-        path: of the file.
-        check_base: refuse another base of the same architecture, or of another dtype. False is for
-            those who know what they do: the delta was trained for the base that the file tells of.
-        options: of `enable_fine_tuning`, for a plain base.
+        net: the base network, or one that is being fine-tuned, or a wrapper of such a network.
+        path: path of the file.
+        check_base: refuse another base of the same architecture, or with another dtype. Use False
+            with care: the delta was trained for the base that the file describes.
+        options: options of `enable_fine_tuning`, for a plain base.
 
     Returns:
-        What the strategy did.
+        The report of the strategy.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DeltaFileError: naming all that does not fit; the network is untouched.
+        DeltaFileError: naming everything that does not fit; the network is unchanged.
     """
     file = inspect(path)
     if not isinstance(net, nn.Module):
@@ -63,7 +63,7 @@ def load(
             raise TypeError(f"{sorted(options)} are for a plain base; this is being fine-tuned")
         return _load_onto_enabled(fine_tuned_part(net), file, spec, check_base)
     refuse_meanwhile(net, "merged", "computing rows")
-    signature(enable_fine_tuning).bind(net, None, **options)  # a wrong option is no wrong file
+    signature(enable_fine_tuning).bind(net, None, **options)  # not an error of the file
     strategy = _strategy(file)
     _refuse(file, _rehearse(net, strategy, file, check_base))
     try:
@@ -73,13 +73,13 @@ def load(
                 _take_dtypes(net, file)
             _load_values(net, file.tensors, file.aliases, new=True)
             load_io_spec(net, spec)
-    except Exception as error:  # what only values or memory tell
+    except Exception as error:  # errors that only show with values or memory
         raise DeltaFileError(_UNFIT.format(file.path), [in_a_line(error)]) from error
     return report
 
 
 def _load_onto_enabled(network: Any, file: DeltaFile, spec: IOSpec, check_base: bool) -> Report:
-    # Buffers may have moved since: what the file calls its base is compared with what they were.
+    # Buffers may have changed since. The base in the file is compared with their original values.
     state = tensors_of(network)
     known = buffers_of_the_base(network)
     kept = {name: known[name] for name in known if name in file.base and name in state}
@@ -105,11 +105,11 @@ def _io_spec(file: DeltaFile) -> IOSpec:
     try:
         reader, classes = file.inputs["reader"], file.inputs["classes"]
         if reader is not None:
-            from gift.data.readers import reader_from_config  # which few files need
+            from gift.data.readers import reader_from_config  # only few files need it
 
             reader = reader_from_config(reader)
         return IOSpec(reader, None if classes is None else tuple(classes), file.inputs["task"])
-    except Exception as error:  # a file may say anything
+    except Exception as error:  # a file may contain anything
         problem = f"it does not say how inputs are read: {in_a_line(error)}"
         raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error
 
@@ -124,7 +124,7 @@ def _strategy(file: DeltaFile) -> FineTuningStrategy:
     try:
         strategy = load_strategy_from_config(file.strategy)
         problems = list(_hazards(file, strategy))
-    except Exception as error:  # a file may say anything
+    except Exception as error:  # a file may contain anything
         problem = f"its strategy is none that is known here: {in_a_line(error)}"
         raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error
     if problems:
@@ -133,7 +133,7 @@ def _strategy(file: DeltaFile) -> FineTuningStrategy:
 
 
 def _hazards(file: DeltaFile, strategy: FineTuningStrategy) -> Iterator[str]:
-    """What of a strategy could take all time or memory before its tensors are compared."""
+    """Yield what could take unbounded time or memory before the tensors are compared."""
     if strategy.dry_run:
         yield f"its strategy, a {type(strategy).__name__}, changes nothing"
     if names_regex(file.strategy):
@@ -141,26 +141,26 @@ def _hazards(file: DeltaFile, strategy: FineTuningStrategy) -> Iterator[str]:
     sizes = (size for tensor in file.tensors.values() for size in tensor.shape)
     most = max([2**16, *sizes])
     for classes in new_heads(strategy):
-        if classes > most:  # networks keep a text for each class
+        if classes > most:  # networks keep a name for each class
             yield f"its strategy makes a head of {classes} classes, it has none so large"
 
 
 def _rehearse(
     net: nn.Module, strategy: FineTuningStrategy, file: DeltaFile, check_base: bool
 ) -> list[str]:
-    """All that does not fit, found on a copy of the base."""
+    """Return everything that does not fit, found on a copy of the base on the meta device."""
     state = tensors_of(net)
     base = list(other_base(state, file, check_base))
     twin = on_meta(net)
     try:
-        # What a hostile strategy makes has no memory either.
+        # Tensors that a malicious strategy creates take no memory either.
         with torch.device("meta"), torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.simplefilter("ignore", GiftWarning)
             enable_fine_tuning(twin, strategy)
         _train_as_there(twin, file)
         if check_base:
             _take_dtypes(twin, file)
-    except Exception as error:  # a file may say anything
+    except Exception as error:  # a file may contain anything
         return [f"its strategy cannot be applied here: {in_a_line(error)}", *base]
     return [
         *incompatibilities(twin, state, file, check_base),
@@ -169,14 +169,14 @@ def _rehearse(
 
 
 def _train_as_there(network: nn.Module, file: DeltaFile) -> None:
-    """Train what was trained there though the strategy left it frozen: a schedule unfroze it."""
+    """Train base parameters that a schedule had unfrozen although the strategy froze them."""
     own = dict(network.named_parameters()).keys() - delta_names(network)
     known = {name for name, _ in trained_of_the_base(network)}
     unfreeze(network, [n for n in file.trained if n in own and n not in known])
 
 
 def _take_dtypes(network: nn.Module, file: DeltaFile) -> None:
-    """Give deltas the precision of those in the file: ``half()`` may have been called there."""
+    """Cast deltas to the dtype of those in the file: ``half()`` may have been called on them."""
     for path, module in network.named_modules():
         for delta in deltas_of(module).values():
             own = list(delta.names.values()) if delta.owner is None else []
@@ -193,12 +193,12 @@ def _cast(module: nn.Module, names: list[str], dtype: torch.dtype) -> None:
             continue
         if isinstance(tensor, nn.Parameter):
             tensor.data = tensor.data.to(dtype)
-        else:  # a buffer, which other layers may share
+        else:  # a buffer, which may be shared by other layers
             module._buffers[name] = tensor.to(dtype)
 
 
 def _too_much(net: nn.Module, twin: nn.Module, file: DeltaFile) -> Iterator[str]:
-    """Tensors that are in no file but drawn anew: a short one may ask for very large ones."""
+    """Yield a problem if deltas that are not in the file but drawn anew would be too large."""
     deltas = delta_names(twin)
     drawn = sum(b.numel() for n, b in twin.named_buffers() if n in deltas and n not in file.tensors)
     known = sum(parameter.numel() for parameter in net.parameters()) + file.parameters
@@ -212,13 +212,13 @@ def _load_values(
     aliases: Mapping[str, str] | None = None,
     new: bool = False,
 ) -> None:
-    """Give a fine-tuned network those values, all or none; what is not among them stays.
+    """Load values into a fine-tuned network, all or none; other tensors stay unchanged.
 
     Args:
         network: the network.
         tensors: values by name.
-        aliases: of further names, those under which the values are.
-        new: whether its deltas are new, so that nobody wants their values back.
+        aliases: further names, mapped to the names of their values.
+        new: whether the deltas are new, so that their values need not be restored on an error.
     """
     state = own_state(network)
     own = {**tensors, **{name: tensors[first] for name, first in (aliases or {}).items()}}
@@ -231,7 +231,7 @@ def _load_values(
     try:
         with kept:
             load_own_state(network, state)
-    except BaseException:  # which is raised again
+    except BaseException:  # raised again below
         kept.restore()
         raise
 

@@ -1,4 +1,4 @@
-"""Writing the delta of a network into a file."""
+"""Saving the delta of a network to a file."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -30,27 +30,29 @@ from gift.version import __version__
 
 
 def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True) -> None:
-    """Write what fine-tuning made of a network into one safetensors file.
+    """Save the result of fine-tuning a network to one safetensors file.
 
-    The file has the trained tensors and the buffers that training changed; the strategy by its
-    registered names, or, if it has lambdas, what it came to; the method and settings of each
-    tensor; how inputs are read and what the classes are, if that is noted; and of the base the
-    names, shapes, dtypes and digests, so that `gift.load` can tell another one. It is written
-    beside `path`, flushed to the disk and renamed: whatever happens, one finds there the old file
+    The file has the trained tensors and the buffers that training changed. It has the strategy by
+    its registered names or, if it has lambdas, in resolved form, and the method and settings of
+    each tensor. It records how inputs are read and what the classes are, if known. Of the base it
+    has names, shapes, dtypes and digests, so that `gift.load` can detect another base. It is
+    written next to `path`, flushed to disk and renamed, so that `path` always holds the old file
     or the new one.
 
     Args:
-        net: a network that is being fine-tuned, or what wraps one (DDP, a compiled network, a
-            bigger module). If it is sharded, all processes must call this, and the first writes.
-        path: of the file, ``.safetensors`` by custom; its folder is made if there is none.
-        digest_base: hash the values of the base, about a second for each gigabyte and core. Without
-            them, another base of the same names, shapes and dtypes cannot be told from this one.
+        net: a network that is being fine-tuned, or a module that wraps or contains one (DDP, a
+            compiled network, a bigger module). If it is sharded, all processes must call this, and
+            the first one writes.
+        path: path of the file, usually ``.safetensors``; its folder is created if necessary.
+        digest_base: hash the values of the base, which takes about a second per gigabyte and core.
+            Without digests, another base with the same names, shapes and dtypes cannot be
+            detected.
 
     Raises:
         RuntimeError: if nothing in `net` is being fine-tuned.
-        DeltaFileError: if trained numbers are not finite, if what a delta was made from is trained
-            as well (which `gift.load` would refuse), or the network's state has what no
-            safetensors file can hold; nothing is written then.
+        DeltaFileError: if trained values are not finite, if a tensor that a delta was derived from
+            is trained as well (which `gift.load` would refuse), or if the state of the network has
+            entries that a safetensors file cannot hold. Nothing is written then.
 
     Example:
         >>> import gift, tempfile, torch
@@ -101,12 +103,12 @@ def _refuse(problems: Iterable[str]) -> None:
 def _write_in_one_process(
     path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Let the first process write and all know how that went: none waits for one that failed."""
+    """Write in the first process, and tell all whether it failed, so that none waits forever."""
     failed: list[str | None] = [None]
     try:
         if torch.distributed.get_rank() == 0:
             write(path, header, tensors)
-    except BaseException as error:  # which is raised again
+    except BaseException as error:  # raised again below
         failed = [f"{type(error).__name__}: {error}"]
         raise
     finally:
@@ -121,9 +123,9 @@ class Parts:
 
     Args:
         saved: trained tensors, and buffers that training changed.
-        base: all else, which a file only fingerprints.
+        base: all other tensors, of which a file only has fingerprints.
         buffers: names of the buffers of the base that are in `saved`.
-        foreign: what is no tensor.
+        foreign: entries that are not tensors.
     """
 
     saved: dict[str, Tensor]
@@ -133,7 +135,7 @@ class Parts:
 
 
 def split(network: Any) -> Parts:
-    """Sort the state of a fine-tuned network."""
+    """Split the state of a fine-tuned network."""
     state = whole_state(network)
     foreign = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     tensors = {name: value for name, value in state.items() if name not in foreign}
@@ -157,7 +159,7 @@ def split(network: Any) -> Parts:
 
 
 def buffers_of_the_base(network: Any) -> dict[str, Tensor]:
-    """The buffers as they were when fine-tuning was enabled, as far as that was kept."""
+    """Return the buffers as they were when fine-tuning was enabled, as far as they were kept."""
     record = record_of(network)
     kept = {id(m._buffers.get(name)): value for m, name, value in record.undo.values}
     return {
@@ -168,7 +170,7 @@ def buffers_of_the_base(network: Any) -> dict[str, Tensor]:
 
 
 def _once(network: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor under its first name, and the other names of tied ones."""
+    """Return each tensor under its first name, and the other names of tied ones."""
     known = {
         name: id(tensor)
         for named in (network.named_parameters, network.named_buffers)
@@ -187,7 +189,7 @@ def _whole(tensor: Tensor) -> Tensor:
 def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
     record = record_of(network)
     strategy, reason = record.recipe, ""
-    if strategy is None or names_regex(strategy):  # which `load` takes from no file
+    if strategy is None or names_regex(strategy):  # `load` refuses regular expressions
         try:
             strategy = resolve(network).to_config()
         except ValueError as error:
@@ -208,7 +210,7 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], with_digests: bool) -> dict[str, list[Any]]:
-    """Of each tensor the dtype, the shape and, if asked for, a digest of its bits."""
+    """Return the dtype and shape of each tensor and, if requested, a digest of its bits."""
     known = {name: t for name, t in tensors.items() if with_digests and not t.is_meta}
     made = _digests(known)
     return {
@@ -220,7 +222,7 @@ def fingerprint(tensors: Mapping[str, Tensor], with_digests: bool) -> dict[str, 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     plain = {name: t for name, t in tensors.items() if not is_sharded(t)}
     made = digests(plain)
-    for name, tensor in tensors.items():  # one after the other: processes must keep the same order
+    for name, tensor in tensors.items():  # one by one: processes must keep the same order
         if name not in made:
             made[name] = digest(_whole(tensor))
     return made

@@ -1,4 +1,4 @@
-"""Deltas in the file formats of other libraries, one folder a library."""
+"""Deltas in the file formats of other libraries, one folder for each library."""
 
 from gift.interop.kohya import load_kohya, save_kohya
 from gift.interop.peft.loading import load_peft

@@ -1,4 +1,4 @@
-"""Deltas of one matrix that are written in another way and mean the same."""
+"""Conversions of factors of a matrix to equivalent factors."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, computed in float64 and rounded once."""
+    """Compute ``left @ right`` in float64, and round once."""
     return (left.double() @ right.double()).to(left.dtype)
 
 
 def smallest(left: Tensor, right: Tensor) -> Pair:
-    """Factors ``(..., rows, r)`` and ``(..., r, columns)``, with a rank that a matrix can have."""
+    """Reduce factors ``(..., rows, r)``, ``(..., r, columns)`` to a rank that a matrix can have."""
     rows, columns = left.shape[-2], right.shape[-1]
     if left.shape[-1] <= min(rows, columns):
         return left, right
@@ -25,20 +25,20 @@ def smallest(left: Tensor, right: Tensor) -> Pair:
 
 
 def for_outputs(left: Tensor, right: Tensor, outputs: int) -> Pair:
-    """Factors of a matrix with several rows for each output as those of one with a row for each.
+    """Convert factors of a matrix with several rows per output to factors with one row per output.
 
-    A balanced layout cuts each output into chunks, which are rows of its own: they stand side by
-    side, each with a copy of `right`.
+    A balanced layout cuts each output into chunks, which are separate rows. They are placed side
+    by side, each with a copy of `right`.
     """
     chunks = len(left) // outputs
     return left.reshape(outputs, -1), torch.block_diag(*[right] * chunks)
 
 
 def magnitude_change(magnitude: Tensor, matrix: Tensor) -> Tensor:
-    """By how much magnitudes differ from those of the rows of a matrix, in float64.
+    """Return the difference of magnitudes from the norms of the rows of a matrix, in float64.
 
     Raises:
-        ValueError: if it has rows of zeros.
+        ValueError: if the matrix has rows of zeros.
     """
     norm = in_double(matrix).norm(dim=-1, keepdim=True)
     if (norm == 0).any():

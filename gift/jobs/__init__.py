@@ -5,7 +5,7 @@ The training loop is in `gift.training`.
 
 from gift.support.optional import require
 
-require("pydantic", "cli")  # all of them are built on it
+require("pydantic", "cli")  # everything here is built on it
 
 from gift.errors import JobError  # noqa: E402
 from gift.jobs.initial import init_text  # noqa: E402

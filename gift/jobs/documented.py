@@ -1,4 +1,4 @@
-"""What docstrings say of arguments: the one source of the comments in a job file."""
+"""Descriptions of arguments from docstrings: the only source of the comments in a job file."""
 
 import inspect
 import re
@@ -9,13 +9,13 @@ _ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
 
 def first_sentence(thing: Any) -> str:
-    """The first sentence of a docstring, without markup, in one line."""
+    """Return the first sentence of a docstring, without markup, on one line."""
     text = (inspect.getdoc(thing) or "").split("\n\n")[0]
     return _plain(re.split(r"(?<=\.)\s", text)[0])
 
 
 def described_arguments(thing: Any) -> dict[str, str]:
-    """What the section ``Args`` of a docstring says of each name, without markup, in one line.
+    """Return the ``Args`` entries of a docstring by name, without markup, each on one line.
 
     Example:
         >>> def greet(name, loudly):
@@ -44,9 +44,9 @@ def described_arguments(thing: Any) -> dict[str, str]:
 
 
 def parameters_of(maker: Callable[..., Any]) -> dict[str, Any]:
-    """The named arguments of a function or class, with their defaults.
+    """Return the named arguments of a function or class, with their defaults.
 
-    Those without a default have `inspect.Parameter.empty`.
+    Arguments without a default have `inspect.Parameter.empty`.
     """
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(maker).parameters.values()

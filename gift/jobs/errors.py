@@ -1,4 +1,4 @@
-"""What is wrong with a job, for people who wrote a file and never saw the code that reads it."""
+"""Errors in jobs, for readers who wrote a file and never saw the code that reads it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Path = tuple[str | int, ...]
 
 
 def hint(name: Any, known: Iterable[str]) -> str:
-    """The known names, for an error about one that is not: similar ones, or all if there is none.
+    """Return similar names, or all known names if there are none, for an error on an unknown name.
 
     Example:
         >>> hint("epoch", ["epochs", "lr"]), hint("x", ["epochs", "lr"])
@@ -22,7 +22,7 @@ def hint(name: Any, known: Iterable[str]) -> str:
 
 
 def dotted(path: Path) -> str:
-    """A place in a file: ``data.train[0]``."""
+    """Format a place in a file: ``data.train[0]``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}"
@@ -44,11 +44,11 @@ _EXPECTED = {
 
 
 def in_words(error: Mapping[str, Any], names_at: Callable[[Path], Sequence[str]]) -> str:
-    """One error of pydantic as a sentence.
+    """Format a pydantic error as a sentence.
 
     Args:
         error: one of `pydantic.ValidationError.errors`.
-        names_at: gives the names that there are at a place.
+        names_at: returns the valid names at a place.
     """
     path, kind, value = error["loc"], error["type"], error["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -68,7 +68,7 @@ def in_words(error: Mapping[str, Any], names_at: Callable[[Path], Sequence[str]]
 
 
 def shown(value: Any) -> str:
-    """A value as a YAML file has it, if it is short."""
+    """Format a value as in a YAML file, shortened if it is long."""
     if value is None or isinstance(value, bool):
         return "empty (null)" if value is None else str(value).lower()
     text = repr(value)

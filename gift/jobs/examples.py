@@ -15,12 +15,12 @@ from gift.jobs.models import Data
 def job_examples(
     data: Data, reader: Any, seed: int = 0
 ) -> tuple[Examples, Examples | None, Examples | None]:
-    """The examples to learn from, to judge by, and of the old task.
+    """Return the training, validation and old-task examples of a job.
 
     Args:
-        data: as the job says.
+        data: data section of the job.
         reader: see `job_reader`.
-        seed: of the choice of those that are held out.
+        seed: seed of the random choice of held-out examples.
     """
     train = read_examples(data, data.train, reader, learnt=True)
     valid = old = None
@@ -34,17 +34,17 @@ def job_examples(
 
 
 def job_reader(data: Data, reader: Any) -> Any:
-    """What reads inputs: the network's reader with the settings of the job.
+    """Return the reader of inputs: the network's reader with the settings of the job.
 
     Args:
-        data: as the job says.
-        reader: that of the network; None makes one.
+        data: data section of the job.
+        reader: reader of the network; None creates one.
 
     Raises:
         JobError: if the two do not fit.
     """
     settings = dict(data.reader)
-    if "size" in settings:  # not cut out of a picture of the size before
+    if "size" in settings:  # do not crop from the old resize
         settings.setdefault("resize", None)
     if reader is None:
         made = getattr(gift.data, KINDS[data.kind].readers[0])
@@ -68,15 +68,16 @@ def read_examples(
     learnt: bool = False,
     own_classes: bool = False,
 ) -> Examples:
-    """The examples in one place.
+    """Read the examples in one place.
 
     Args:
-        data: as the job says.
-        place: of the examples.
+        data: data section of the job.
+        place: place of the examples.
         reader: see `job_reader`.
-        classes: names of the classes, if they are known already.
-        learnt: whether they are augmented, if the job says so.
-        own_classes: whether the classes in the options are not theirs.
+        classes: names of the classes, if they are already known.
+        learnt: whether they are training examples, which are augmented if the job says so.
+        own_classes: whether to ignore the classes in the options, because these examples have
+            others.
     """
     kind = KINDS[data.kind]
     options, own = dict(data.options), kind.keywords(place)

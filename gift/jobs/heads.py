@@ -1,4 +1,4 @@
-"""A head that fits the classes."""
+"""A new head if the classes need one."""
 
 from torch import nn
 
@@ -19,16 +19,16 @@ from gift.zoo import LoadedNetwork
 def with_head(
     strategy: Strategy, loaded: LoadedNetwork, train: Examples, is_random: bool = False
 ) -> FineTuningStrategy:
-    """The strategy of a job, and before it a new head if the classes need one.
+    """Return the strategy of a job, preceded by a head replacement if the classes need one.
 
     Args:
-        strategy: of the job.
+        strategy: strategy section of the job.
         loaded: the network.
-        train: what it learns from.
-        is_random: whether the network has learnt nothing yet.
+        train: the training examples.
+        is_random: whether the network has random weights.
 
     Raises:
-        JobError: if there shall be a new head but there are no classes.
+        JobError: if a new head is requested but there are no classes.
     """
     made = strategy.made()
     if strategy.head == "keep" or any(new_heads(made)):
@@ -46,16 +46,16 @@ def with_head(
 
 
 def _is_for(loaded: LoadedNetwork, classes: tuple[str, ...]) -> bool:
-    """Whether the head of a network is for these classes, as far as that is known."""
+    """Whether the head of a network is for these classes, as far as this is known."""
     if loaded.classes is not None:
         return loaded.classes == classes
     saved = getattr(getattr(loaded.net, "config", None), "architectures", None)
     if saved and type(loaded.net).__name__ not in saved:
-        return False  # transformers put a head of its own onto the body that was saved
+        return False  # transformers added a new head to the saved body
     return outputs_of(loaded.net) == len(classes)
 
 
 def outputs_of(net: nn.Module) -> int | None:
-    """How many classes the last linear layer of a network tells apart; None without one."""
+    """Return the number of outputs of the last linear layer; None if there is none."""
     _, head = last_linear(net)
     return getattr(head, "out_features", getattr(head, "nf", None))

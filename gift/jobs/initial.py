@@ -1,4 +1,4 @@
-"""A job file to begin with: every setting with its default, and what it is."""
+"""A first job file: every setting with its default and its description."""
 
 import re
 import textwrap
@@ -19,10 +19,10 @@ _WIDTH = 100
 
 
 def init_text(kind: str = "class_folders", strategy: str = "LoRAAllFineTuningStrategy") -> str:
-    """A job as YAML, to be changed and run: each setting with its default and what it means.
+    """Return a job as YAML, ready to edit and run: each setting with its default and description.
 
     Args:
-        kind: of the examples, one of `gift.jobs.KINDS`.
+        kind: kind of the examples, one of `gift.jobs.KINDS`.
         strategy: name of the strategy.
 
     Raises:
@@ -82,7 +82,7 @@ def _data(kind: Kind) -> Iterator[str]:
 def _strategy(name: str) -> Iterator[str]:
     about, maker = described_arguments(Strategy), REGISTRY[name]
     yield from _settings({"name": name}, {"name": first_sentence(maker)})
-    method = getattr(maker, "method", None)  # whose settings the strategy takes
+    method = getattr(maker, "method", None)  # the strategy takes its settings
     meaning = described_arguments(method) | described_arguments(maker)
     taken = parameters_of(maker)
     paras = {n: value for n, value in taken.items() if value is not Parameter.empty}
@@ -94,7 +94,7 @@ def _strategy(name: str) -> Iterator[str]:
 
 
 def _as_yaml(text: str) -> str:
-    """What a docstring says, with values as YAML has them."""
+    """Convert values in a description to YAML."""
     for word, value in (("None", "null"), ("True", "true"), ("False", "false")):
         text = re.sub(rf"\b{word}\b", value, text)
     return text.removesuffix(".")
@@ -108,7 +108,7 @@ def _heading(name: str, about: dict[str, str], more: str = "", value: str = "") 
 
 
 def _settings(values: dict[str, Any], about: dict[str, str], indent: str = "  ") -> Iterator[str]:
-    """Lines with the values; the comment stands behind, or above where it is long."""
+    """Yield lines with the values; comments are behind them, or above if they are long."""
     for name, value in values.items():
         plain = list(value) if isinstance(value, tuple) else value
         text = dump({name: plain}, width=_WIDTH)

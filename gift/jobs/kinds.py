@@ -1,4 +1,4 @@
-"""The kinds of examples that a job can name, and what each takes."""
+"""The kinds of examples that a job can name, and the arguments of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -14,19 +14,19 @@ from gift.jobs.errors import hint, in_words
 
 @dataclass(frozen=True)
 class Kind:
-    """A function of `gift.data` that reads examples, and what `init_text` proposes for it.
+    """A function of `gift.data` that reads examples, and values that `init_text` proposes.
 
     Args:
-        name: in a job.
-        place: the argument that tells training and validation examples apart; None where several
-            do.
-        train, valid: proposals for it.
-        network: a proposal.
-        options: proposals for arguments without defaults.
+        name: name in a job.
+        place: argument that differs between training and validation examples; None if there are
+            several.
+        train, valid: proposed values for it.
+        network: proposed network.
+        options: proposed values for arguments without defaults.
         files: arguments that are files or folders.
-        names: arguments that are files or folders if there are such, else names.
-        task: what the examples are for.
-        readers: of inputs, in `gift.data`; one of them.
+        names: arguments that are files or folders if these exist, else names.
+        task: task of the examples.
+        readers: possible readers of inputs, in `gift.data`.
     """
 
     name: str
@@ -49,15 +49,15 @@ class Kind:
         return made or getattr(gift.data, f"{self.name}_dataset")
 
     def arguments(self) -> dict[str, Any]:
-        """What a job can say, with the defaults; `inspect.Parameter.empty` where there is none."""
+        """Return the arguments and their defaults; `inspect.Parameter.empty` if there is none."""
         return {k: v for k, v in parameters_of(self.function).items() if k != "reader"}
 
     def described(self) -> dict[str, str]:
-        """What the arguments are."""
+        """Return the descriptions of the arguments."""
         return described_arguments(self.function)
 
     def keywords(self, place: Any) -> dict[str, Any]:
-        """The keywords for the examples in a place: one value, or several by name."""
+        """Return the keywords for the examples in a place: one value, or several by name."""
         if isinstance(place, dict):
             return place
         if self.place is None:
@@ -65,34 +65,34 @@ class Kind:
         return {self.place: place}
 
     def checked(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments as the function takes them.
+        """Return the arguments, converted to the types of the function.
 
         Raises:
-            ValueError: naming those that there are not, or that are something else.
+            ValueError: naming all arguments that do not exist or have a wrong type.
         """
         parameters = signature(self.function).parameters
         return _fitting(given, {name: parameters[name].annotation for name in self.arguments()})
 
     def reader_settings(self) -> dict[str, Any]:
-        """The settings of readers, and what they are."""
+        """Return the settings of the readers, and their types."""
         import gift.data
 
         classes = [getattr(gift.data, name) for name in self.readers]
         return {field.name: field.type for made in classes for field in fields(made)}
 
     def checked_reader(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a reader as it takes them; raises as `checked`."""
+        """Return the settings of a reader, converted to its types; raises like `checked`."""
         return _fitting(given, self.reader_settings())
 
     def refuse_missing(self, given: dict[str, Any]) -> None:
-        """Raise a ValueError that names the arguments which must be given."""
+        """Raise a ValueError that names the missing required arguments."""
         needed = [name for name, value in self.arguments().items() if value is Parameter.empty]
         missing = [name for name in needed if name not in given]
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given, here or in options")
 
     def anchored(self, given: dict[str, Any], base: Path) -> dict[str, Any]:
-        """The arguments with the files that they name as seen from a folder."""
+        """Return the arguments with paths made relative to a folder."""
         found = dict(given)
         for name in given.keys() & {*self.files, *self.names}:
             value, always = given[name], name in self.files
@@ -103,7 +103,7 @@ class Kind:
 
 
 def _fitting(given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
-    """Values as those types; raises a ValueError that names all that are not."""
+    """Convert values to these types; raises a ValueError that names all that do not fit."""
     problems, good = [], {}
     for name, value in given.items():
         if name not in types:
@@ -119,7 +119,7 @@ def _fitting(given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
 
 
 def anchored(path: str, base: Path, always: bool = True) -> str:
-    """A path as seen from a folder; what is none stays unless `always`."""
+    """Resolve a path from a folder; unless `always`, keep it if it does not exist there."""
     seen = base / Path(path).expanduser()
     return str(seen) if always or (path and seen.exists()) else path
 
@@ -158,4 +158,4 @@ KINDS = {
         ),
     )
 }  # fmt: skip
-"""By their names."""
+"""Kinds of examples by name."""

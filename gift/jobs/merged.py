@@ -1,4 +1,4 @@
-"""A network with its delta folded in, as a file or folder that needs no gift."""
+"""Writing a network with its delta merged, as a file or folder that does not need gift."""
 
 import secrets
 import shutil
@@ -20,17 +20,17 @@ TORCH = (".pt", ".pth", ".bin")
 def write_merged(
     net: nn.Module, out: str | Path, classes: Sequence[str] | None = None, reader: Any = None
 ) -> Path:
-    """Fold the delta of a network into its weights, and write these whole or not at all.
+    """Merge the delta of a network into its weights, and write these atomically.
 
     Args:
         net: a network that is being fine-tuned; it is merged in place.
-        out: a file, ``.safetensors`` or ``.pt``, that gets the state of the network; or, for a
-            network of transformers, a folder that gets the model.
-        classes: names of the classes, which transformers keeps with a model.
-        reader: of the inputs, whose tokenizer is kept with a model.
+        out: ``.safetensors`` or ``.pt`` file for the state of the network; or, for a transformers
+            network, a folder for the model.
+        classes: names of the classes, which transformers saves with a model.
+        reader: reader of the inputs, whose tokenizer is saved with a model.
 
     Raises:
-        JobError: if `out` is neither, or a folder that has something in it.
+        JobError: if `out` is neither, or a folder that is not empty.
         AdaptationError: naming what cannot be merged.
     """
     out = Path(out).expanduser()
@@ -41,7 +41,7 @@ def write_merged(
         raise JobError(f"{out} cannot hold a {type(net).__name__}", [expected])
     merge(net)
     if suffix == ".safetensors":
-        # Copies, as tied tensors share memory, which such a file cannot.
+        # Copies, because tied tensors share memory, which safetensors files do not support.
         state = {n: t.cpu().clone().contiguous() for n, t in net.state_dict().items()}
         replace_file(out, lambda temporary: save_file(state, temporary, {"format": "pt"}))
     elif suffix in TORCH:
@@ -66,6 +66,6 @@ def _write_model(net: Any, out: Path, classes: Sequence[str] | None, reader: Any
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except BaseException:  # which is raised again
+    except BaseException:  # raised again below
         shutil.rmtree(temporary, ignore_errors=True)
         raise

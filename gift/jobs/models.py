@@ -1,4 +1,4 @@
-"""A job: which network learns from which examples, and how, as the file of it is checked."""
+"""The sections of a job, as pydantic models that validate job files."""
 
 import inspect
 from dataclasses import fields
@@ -26,11 +26,11 @@ from gift.zoo import load_network
 
 T = TypeVar("T")
 Filled = Annotated[T, BeforeValidator(lambda value: {} if value is None else value)]
-"""A section of which every line may be left out."""
+"""A section whose lines may all be omitted."""
 Named = Annotated[
     T, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
 ]
-"""A section for which its name may stand alone."""
+"""A section that may be given by its name alone."""
 
 
 def _is_place(value: Any) -> Any:
@@ -47,14 +47,14 @@ class _Section(BaseModel):
 
 
 class Network(_Section):
-    """The network that learns.
+    """The network to train.
 
     Args:
-        name: "torchvision:", "timm:" or "transformers:" and a name, or "transformers:" and the
-            folder of a model.
-        weights: "default" for pretrained ones, a file with the state of the network, or null for
-            random ones.
-        options: more keywords for what makes the network.
+        name: "torchvision:", "timm:" or "transformers:" followed by a name, or "transformers:"
+            followed by the folder of a model.
+        weights: "default" for pretrained weights, a file with the state of the network, or null
+            for random weights.
+        options: further keyword arguments for creating the network.
     """
 
     name: str
@@ -80,14 +80,14 @@ class Network(_Section):
         return options
 
     def anchored(self, base: Path) -> Self:
-        """With the files that it names as seen from a folder."""
+        """Return the section with paths resolved from a folder."""
         library, _, model = self.name.partition(":")
         name = self.name
-        if library == "transformers":  # of which alone a name may be that of a folder
+        if library == "transformers":  # only its names may be folders
             name = f"{library}:{anchored(model, base, always=False)}"
         weights = self.weights
         if weights not in (None, "default"):
-            # The name of some weights of torchvision has no dot, that of a file has.
+            # Names of torchvision weights have no dot, file names do.
             weights = anchored(str(weights), base, always="." in str(weights))
         return self.model_copy(update={"name": name, "weights": weights})
 
@@ -97,15 +97,14 @@ class Data(_Section):
 
     Args:
         kind: how they are stored; a function of gift.data.
-        options: more keywords of the function.
-        reader: how inputs are read where that is other than for the network, such as size for
-            pictures or max_length for texts.
-        train: where the training examples are; several keywords on lines of their own override
-            options.
-        valid: the same for the validation examples, or null for none.
-        old: the same for a task that the network knows already, or null for none: what is lost
-            there is forgotten.
-        valid_share: without valid, this share of the training examples is held out.
+        options: further keyword arguments of the function.
+        reader: settings for reading inputs that differ from those of the network, such as size for
+            images or max_length for texts.
+        train: place of the training examples; several keywords on separate lines override options.
+        valid: place of the validation examples, or null for none.
+        old: place of the examples of a task that the network already knows, to report forgetting,
+            or null for none.
+        valid_share: share of the training examples to hold out for validation if valid is null.
     """
 
     kind: str
@@ -153,7 +152,7 @@ class Data(_Section):
         return share
 
     def anchored(self, base: Path) -> Self:
-        """With the files that it names as seen from a folder."""
+        """Return the section with paths resolved from a folder."""
         kind = KINDS[self.kind]
         places = {
             name: kind.anchored(kind.keywords(place), base)
@@ -168,19 +167,19 @@ class Data(_Section):
 
 
 class _Registered(_Section):
-    """What a file names, with arguments."""
+    """A registered object that a file can name, with its arguments."""
 
     name: str
     init_paras: Annotated[Filled[dict[str, Any]], Field(validate_default=True)] = {}
 
     @classmethod
     def known(cls) -> list[str]:
-        """The names that there are."""
+        """Return the known names."""
         raise NotImplementedError
 
     @classmethod
     def load(cls, config: dict[str, Any]) -> Any:
-        """What has a name and arguments."""
+        """Create an object from its name and arguments."""
         raise NotImplementedError
 
     @field_validator("name")
@@ -201,18 +200,18 @@ class _Registered(_Section):
         return init_paras
 
     def made(self) -> Any:
-        """It itself."""
+        """Create the object."""
         return self.load({"name": self.name, "init_paras": self.init_paras})
 
 
 class Strategy(_Registered):
-    """What of the network is trained.
+    """What is trained in the network.
 
     Args:
-        name: of a strategy.
-        init_paras: its arguments.
-        head: "new" gives the network a new last layer for the classes of the examples, "keep"
-            leaves the one that it has, "auto" keeps that only if it is for the same classes.
+        name: name of a strategy.
+        init_paras: arguments of the strategy.
+        head: "new" replaces the last layer by a new one for the classes of the examples, "keep"
+            keeps it, "auto" keeps it only if it is for the same classes.
     """
 
     name: str = "LoRAAllFineTuningStrategy"
@@ -220,12 +219,12 @@ class Strategy(_Registered):
 
     @classmethod
     def known(cls) -> list[str]:
-        """The strategies that a file can name."""
+        """Return the strategies that a file can name."""
         return [name for name, made in registered(FineTuningStrategy).items() if not made.dry_run]
 
     @classmethod
     def load(cls, config: dict[str, Any]) -> FineTuningStrategy:
-        """The strategy."""
+        """Create the strategy."""
         return load_strategy_from_config(config)
 
 
@@ -233,31 +232,31 @@ class Schedule(_Registered):
     """When the parts of the network are unfrozen.
 
     Args:
-        name: of a schedule.
-        init_paras: its arguments.
+        name: name of a schedule.
+        init_paras: arguments of the schedule.
     """
 
     @classmethod
     def known(cls) -> list[str]:
-        """The schedules that a file can name."""
+        """Return the schedules that a file can name."""
         return list(registered(AnySchedule))
 
     @classmethod
     def load(cls, config: dict[str, Any]) -> Any:
-        """The schedule."""
+        """Create the schedule."""
         return load_schedule_from_config(config)
 
 
 class Job(_Section):
-    """A job of gift: which network learns from which examples, and how.
+    """A job of gift: which network is trained on which examples, and how.
 
     Args:
-        network: the network that learns; null where code gives it.
+        network: the network to train; null if it is given in code.
         data: the examples.
-        strategy: what of the network is trained.
+        strategy: what is trained in the network.
         schedule: when the parts of the network are unfrozen; null for no schedule.
-        training: how it is trained.
-        folder: where all files of the run go; another call goes on from what is there.
+        training: settings of the training.
+        folder: folder for all files of the run; a later call resumes from its checkpoint.
     """
 
     network: Network | None = None
@@ -276,12 +275,12 @@ class Job(_Section):
         return training
 
     def anchored(self, base: str | Path) -> Self:
-        """With all files that it names as seen from a folder."""
+        """Return the job with paths resolved from a folder."""
         base = Path(base).expanduser().resolve()
         network = None if self.network is None else self.network.anchored(base)
         found = {"data": self.data.anchored(base), "folder": anchored(self.folder, base)}
         return self.model_copy(update={"network": network, **found})
 
     def to_config(self) -> dict[str, Any]:
-        """The job as plain data, every setting named."""
+        """Return the job as plain data, with every setting."""
         return self.model_dump(mode="json")

@@ -12,14 +12,13 @@ from gift.zoo import LoadedNetwork, load_network
 
 
 def job_network(job: Job, network: Any = None) -> LoadedNetwork:
-    """The network of a job, and what came with it.
+    """Load the network of a job, with its reader and classes.
 
-    What of it is random is drawn from the job's seed, so that it is the same network again when a
-    run is opened.
+    Random parts are drawn from the job's seed, so that opening a run gives the same network again.
 
     Args:
         job: the job.
-        network: instead of the one that the job names: a module, or a `gift.zoo.LoadedNetwork`.
+        network: replaces the network that the job names: a module, or a `gift.zoo.LoadedNetwork`.
 
     Raises:
         JobError: if there is none.
@@ -40,7 +39,7 @@ def job_network(job: Job, network: Any = None) -> LoadedNetwork:
 def named_network(
     name: str, weights: str | None, task: str | None, seed: int = 0, **options: Any
 ) -> LoadedNetwork:
-    """What `gift.zoo.load_network` gives, with what is random in it drawn from a seed."""
+    """Call `gift.zoo.load_network`, with random parts drawn from a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return load_network(name, weights, task=task, **options)

@@ -1,4 +1,4 @@
-"""Job files: YAML in, a job or one error that names everything out."""
+"""Reading job files: YAML becomes a job, or one error that names every problem."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -28,15 +28,15 @@ _SECTIONS: dict[Place, type[BaseModel]] = {
 
 
 def read_job(path: str | Path, changes: Iterable[str] = ()) -> Job:
-    """The job in a YAML file; the files that it names are as seen from its folder.
+    """Read a job from a YAML file; paths in it are relative to its folder.
 
     Args:
-        path: of the file.
-        changes: settings that are other than in the file, ``training.epochs=3``.
+        path: path of the file.
+        changes: settings that override those of the file, ``training.epochs=3``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        JobError: naming all that is wrong.
+        JobError: naming everything that is wrong.
     """
     path = Path(path).expanduser()
     data, lines = read_yaml(path)
@@ -48,34 +48,34 @@ def read_job(path: str | Path, changes: Iterable[str] = ()) -> Job:
 
 
 def checked(model: type[M], data: Any, what: str, lines: Mapping[Place, int] | None = None) -> M:
-    """The job, or the part of one, that plain data describes.
+    """Create a job, or a section of one, from plain data.
 
     Args:
-        model: what it shall be.
+        model: class of the result.
         data: a mapping.
-        what: its name in errors.
-        lines: the lines of the file in which the settings are.
+        what: name of the data in errors.
+        lines: line numbers of the settings in the file.
 
     Raises:
-        JobError: naming all that is wrong.
+        JobError: naming everything that is wrong.
     """
     try:
         return model.model_validate(data)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    first = {_path(one): one for one in reversed(found)}  # alternatives fail one by one
+    first = {_path(one): one for one in reversed(found)}  # each alternative fails separately
     problems = sorted(_problem(path, one, lines or {}) for path, one in first.items())
     raise JobError(f"{what} cannot be used as it is", [text for _, text in problems])
 
 
 def _path(error: Any) -> Place:
-    """The place of an error, without what pydantic calls the alternatives that it tried."""
+    """Return the place of an error, without the alternatives that pydantic adds."""
     path = tuple(part for part in error["loc"] if part != "[key]")
     return path[:2] if path[:1] == ("training",) else path
 
 
 def _problem(path: Place, error: Any, lines: Mapping[Place, int]) -> tuple[int, str]:
-    """The line of a problem, 0 where it is none of the file, and the problem in words."""
+    """Return the line of a problem, 0 if it has none in the file, and its description."""
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 0)
     where = f"line {line}, " if line else ""
     return line, f"{where}{dotted(path)}: {in_words(error, _names_at)}"
@@ -88,16 +88,16 @@ def _names_at(path: Place) -> Sequence[str]:
 
 
 def changed(data: dict[str, Any], changes: Iterable[str]) -> list[Place]:
-    """Make changes in plain data, such as ``training.epochs=3``; gives their places.
+    """Change plain data, for example by ``training.epochs=3``, and return the changed places.
 
     Raises:
-        JobError: if one makes no sense.
+        JobError: if a change is not valid.
     """
     return [_change(data, change) for change in changes]
 
 
 def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
-    """Make one change in plain data; gives its place."""
+    """Make one change in plain data, and return its place."""
     name, equals, text = change.partition("=")
     if not equals or not all(name.split(".")):
         what = f"{change!r} changes nothing"
@@ -119,11 +119,11 @@ def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
 
 
 def read_yaml(path: Path) -> tuple[Any, dict[Place, int]]:
-    """The plain data in a YAML file, and in which line each setting is.
+    """Read the plain data in a YAML file, and the line of each setting.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        JobError: if it is no YAML, says something twice, or stands for more than its size.
+        JobError: if it is not YAML, has duplicate keys, or expands to more than its size.
     """
     try:
         data, node = yaml_files.load(yaml_files.read_text(path))
@@ -133,7 +133,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[Place, int]]:
 
 
 def _entries(node: Any, place: Place, seen: set[int]) -> Iterator[tuple[Place, int]]:
-    """The place and line of each setting; what aliases repeat is looked at once."""
+    """Yield the place and line of each setting; repeated aliases are visited once."""
     if node.id != "mapping" or id(node) in seen:
         return
     seen.add(id(node))
@@ -144,5 +144,5 @@ def _entries(node: Any, place: Place, seen: set[int]) -> Iterator[tuple[Place, i
 
 
 def write_job(job: Job, path: str | Path) -> None:
-    """Write a job as YAML, whole or not at all."""
+    """Write a job as YAML, atomically."""
     write_text(path, yaml_files.dump(job.to_config()))

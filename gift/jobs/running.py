@@ -22,16 +22,17 @@ _NOT_GIVEN = object()
 
 
 def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
-    """Do what a job says; in the folder of a run that was stopped, go on with it.
+    """Run a job, or resume it if its folder has a run that was stopped.
 
-    Beside what `gift.training.finetune` writes, the folder gets ``job.yaml``, the job with every
-    setting, and ``inputs.json``, the classes and how inputs are read: see `gift.jobs.Run`.
+    In addition to the files of `gift.training.finetune`, the folder gets ``job.yaml``, the job
+    with every setting, and ``inputs.json``, the classes and how inputs are read: see
+    `gift.jobs.Run`.
 
     Args:
         job: the job.
-        network: instead of the one that the job names: a module, or what `gift.zoo.load_network`
-            gives.
-        restart: begin anew, whatever the folder has.
+        network: replaces the network that the job names: a module, or what `gift.zoo.load_network`
+            returns.
+        restart: whether to start from scratch even if the folder has a run.
 
     Raises:
         JobError: if the job names no network, or the folder has a run of another job.
@@ -51,7 +52,7 @@ def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
     schedule = None if job.schedule is None else job.schedule.made()
 
     def write() -> None:
-        if rank() == 0:  # of the processes of torchrun, the first writes
+        if rank() == 0:  # with torchrun, only the first process writes
             write_job(job, folder / JOB)
             write_text(folder / INPUTS, inputs_text(train, reader, folder))
 
@@ -67,7 +68,7 @@ def _refuse_another(job: Job, folder: Path) -> None:
     data, lines = read_yaml(folder / JOB)
     before = checked(Job, data, str(folder / JOB), lines).to_config()
     now = job.to_config()
-    # What is in `training` is compared with the checkpoint.
+    # `training` is compared with the checkpoint.
     parts = ("network", "data", "strategy", "schedule")
     if problems := [text for part in parts for text in _differences(part, before[part], now[part])]:
         advice = "choose another folder, or begin anew (--restart, restart=True)"
@@ -75,7 +76,7 @@ def _refuse_another(job: Job, folder: Path) -> None:
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
-    """What differs between plain data, each with its place."""
+    """Yield the differences between plain data, each with its place."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             sides = [side.get(key, _NOT_GIVEN) for side in (before, now)]

@@ -1,4 +1,4 @@
-"""The folder of a run, opened again."""
+"""Opening the folder of a run."""
 
 import json
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ JOB, INPUTS = "job.yaml", "inputs.json"
 
 
 class Run:
-    """The folder that `run_job` filled: the network that it made, ready to be used.
+    """A folder that `run_job` wrote, with its trained network, ready for use.
 
     Args:
-        folder: of the run.
-        network: the plain network, where the job names none: a module, or what
-            `gift.zoo.load_network` gives.
+        folder: folder of the run.
+        network: the plain network, if the job names none: a module, or what
+            `gift.zoo.load_network` returns.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no run in it.
-        JobError: if its files make no sense.
+        JobError: if its files are not valid.
     """
 
     def __init__(self, folder: str | Path, network: Any = None) -> None:
@@ -48,17 +48,18 @@ class Run:
 
     @property
     def reader(self) -> Any:
-        """What reads inputs for the network."""
+        """The reader of inputs for the network."""
         return reader_from_config(self._reader, self.folder)
 
     def delta(self, which: str | Path | None = None) -> Path:
-        """The file of a delta of the run.
+        """Return the path of a delta of the run.
 
         Args:
-            which: "best", "last" or a file; None is what the job keeps, if there is a best one.
+            which: "best", "last" or a file; None is the one that the job keeps, or else the one
+                that exists.
 
         Raises:
-            FileNotFoundError: if the run has not got so far.
+            FileNotFoundError: if the run has not written it yet.
         """
         if which is not None and which not in DELTAS:
             return Path(which)
@@ -71,7 +72,7 @@ class Run:
         raise FileNotFoundError(f"{self.folder} has no {found[0].name} yet: finish the run first")
 
     def network(self, which: str | Path | None = None) -> nn.Module:
-        """The network as it was trained, in evaluation mode, ready for `gift.training.predict`.
+        """Load the trained network, in evaluation mode, ready for `gift.training.predict`.
 
         Args:
             which: see `delta`.
@@ -79,20 +80,20 @@ class Run:
         Raises:
             DeltaFileError: if the network that the job names is not the one that was trained.
         """
-        path = self.delta(which)  # before a large network is made
+        path = self.delta(which)  # fails before a large network is created
         net = job_network(self.job, self.base).net
         load(net, path)
         set_io_spec(net, self.reader, self.classes, self.task)
         return net.eval()
 
     def examples(self, place: Any = None) -> Examples:
-        """Examples as those of the job.
+        """Read examples in the same way as those of the job.
 
         Args:
-            place: where they are, as ``data.valid`` says it; None is just that.
+            place: place of the examples, in the form of ``data.valid``; None uses that.
 
         Raises:
-            JobError: if the job has none to validate on, or the place is none of its kind.
+            JobError: if the job has no validation examples, or the place does not fit its kind.
         """
         place = self.job.data.valid if place is None else place
         if place is None and self.job.data.valid_share is not None:
@@ -114,12 +115,12 @@ class Run:
     def evaluate(
         self, place: Any = None, which: str | Path | None = None, device: str | None = None
     ) -> dict[str, float]:
-        """Loss and metrics on examples.
+        """Compute loss and metrics on examples.
 
         Args:
             place: see `examples`.
             which: see `delta`.
-            device: None is that of the job.
+            device: None uses the device of the job.
         """
         settings, examples = self.job.training, self.examples(place)
         return evaluate(
@@ -134,13 +135,13 @@ class Run:
         which: str | Path | None = None,
         device: str | None = None,
     ) -> list[Any]:
-        """Predictions for pictures or texts, see `gift.training.predict`.
+        """Predict classes or objects for images or texts, see `gift.training.predict`.
 
         Args:
-            inputs: files, pictures or texts.
-            top: how many classes are told.
+            inputs: files, images or texts.
+            top: number of classes to show.
             which: see `delta`.
-            device: None is that of the job.
+            device: None uses the device of the job.
         """
         settings = self.job.training
         return predict(
@@ -150,7 +151,7 @@ class Run:
 
 
 def inputs_text(train: Examples, reader: Any, folder: Path) -> str:
-    """What must be known to read more inputs, as JSON; the folder gets what is larger."""
+    """Return as JSON what is needed to read more inputs; larger parts are written to the folder."""
     told = IOSpec(reader, train.classes, train.task or "classification").to_config(folder)
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 

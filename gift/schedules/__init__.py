@@ -1,4 +1,4 @@
-"""Freezing and unfreezing blocks by epochs, in any training loop. No loop of its own."""
+"""Freezing and unfreezing blocks by epochs, in any training loop. It has no loop of its own."""
 
 from gift.schedules.base import Schedule
 from gift.schedules.classic import Freeze, FreezeUnfreeze, NoFreeze, UnfreezeMilestones

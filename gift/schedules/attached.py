@@ -1,4 +1,4 @@
-"""A network whose blocks wait: freezing and unfreezing them, on top of any strategy or of none."""
+"""A network under a schedule: freezes and unfreezes blocks, with or without a strategy."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module",
 
 @dataclass(frozen=True)
 class Unit:
-    """A block and what waits in it.
+    """A block and its parameters that wait to be unfrozen.
 
     Args:
         block: the block.
-        waiting: names of the parameters that are trained when it is due.
-        still: paths of the layers whose running statistics move from then on.
+        waiting: names of the parameters that are trained once the block is unfrozen.
+        still: paths of the layers whose running statistics are updated from then on.
     """
 
     block: Block
@@ -48,16 +48,18 @@ class Unit:
 
 
 class Attached:
-    """What a schedule knows of the network to which it is attached.
+    """The network to which a schedule is attached, and how it is divided.
 
-    Nothing is changed before `freeze`, but that a schedule that it had is taken off.
+    Constructing it removes an earlier schedule from the network; nothing else changes before
+    `freeze`.
 
     Args:
-        net: the network; or what wraps it or contains the one that is being fine-tuned.
+        net: the network, or a wrapper of it, or a module that contains the network that is being
+            fine-tuned.
         head, blocks, unfreezes, train_bn: as in `gift.schedules.Schedule`.
 
     Raises:
-        ValueError: for paths that are not in the network.
+        ValueError: if paths are not in the network.
         AdaptationError: naming weights that would wait but cannot be trained as they are.
     """
 
@@ -89,14 +91,14 @@ class Attached:
         return None if self.part is None else self.part.__dict__.get("_gift_network")
 
     def parameter(self, name: str) -> nn.Parameter:
-        """The parameter of that name, itself rather than the effective weight."""
+        """Return the parameter of that name itself, rather than the effective weight."""
         path, _, own = name.rpartition(".")
         parameter = self.net.get_submodule(path)._parameters[own]
         assert parameter is not None
         return parameter
 
     def roles(self) -> dict[str, str]:
-        """What each parameter of a delta is for the method that added it, by its whole name."""
+        """Return the role of each delta parameter in its method, by its full name."""
         return {
             joined(path, name): key
             for path, module in self.net.named_modules(remove_duplicate=False)
@@ -106,7 +108,7 @@ class Attached:
         }
 
     def check(self) -> None:
-        """That the network is as it was attached to.
+        """Check that the network is still in the state in which it was attached.
 
         Raises:
             RuntimeError: if its fine-tuning was enabled, disabled or merged since.
@@ -128,7 +130,7 @@ class Attached:
         return flags
 
     def _norm_parameters(self) -> dict[str, list[str]]:
-        """Layers with running statistics outside of the head, and their own parameters."""
+        """Return the layers with running statistics outside of the head, and their parameters."""
         head, found = set(self.division.head_parameters), dict[str, list[str]]()
         for path in self._norm_layers():
             layer = self.net.get_submodule(path)
@@ -155,12 +157,12 @@ class Attached:
                 yield name
 
     def _is_trainable(self, name: str) -> bool:
-        """Whether it was trained in the base, by numbers that are not packed."""
+        """Whether a parameter was trainable in the base, and is not quantized."""
         parameter = self.parameter(name)
         return self.base[name] and not is_quantised(parameter) and is_inexact(parameter)
 
     def _follow(self, units: list[Unit]) -> None:
-        """The statistics in blocks where nothing waits follow the block before, or the next."""
+        """Assign statistics of blocks with nothing waiting to the previous block, or the next."""
         counted = list(self.units)
         last = counted[0] if counted else None
         for unit in units:
@@ -184,7 +186,7 @@ class Attached:
             )
 
     def freeze(self) -> None:
-        """Let all blocks wait; train the head, and norm layers as asked for."""
+        """Freeze all blocks; train the head, and norm layers as requested."""
         remember(self.part or self.net, self.net)
         wait = {name for unit in self.units.values() for name in unit.waiting}
         train: set[str] = set()
@@ -204,18 +206,18 @@ class Attached:
         self._train(train)
 
     def unfreeze(self, names: Iterable[str]) -> None:
-        """Train what waits in these blocks."""
+        """Unfreeze the waiting parameters of these blocks."""
         for name in names:
             self._train(self.units[name].waiting)
             for path in self.units[name].still if self.train_bn is None else ():
                 self._let_move(path)
 
     def waiting_in(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """The parameters that are trained when these blocks are due."""
+        """Return the parameters that are trained once these blocks are unfrozen."""
         return [self.parameter(n) for name in names for n in self.units[name].waiting]
 
     def freeze_again(self, names: Iterable[str]) -> None:
-        """Undo `unfreeze`: own parameters of a fine-tuned network are those of the base again."""
+        """Undo `unfreeze`; base parameters of a fine-tuned network get their base values back."""
         waiting = {n for name in names for n in self.units[name].waiting}
         inside, outside = self._sorted(waiting)
         if self.part is not None:
@@ -226,14 +228,14 @@ class Attached:
                 self._hold(path)
 
     def _hold(self, path: str) -> None:
-        """Let the running statistics of a layer stand still, if they do not already."""
+        """Freeze the running statistics of a layer, if they are not frozen already."""
         layer = self.net.get_submodule(path)
         if not spec_of(layer).statistics:
             freeze_statistics(layer)
             self._noted["still"] = [*self._noted["still"], layer]  # so that it can be undone
 
     def _let_move(self, path: str) -> None:
-        """Undo `_hold`; what a strategy holds stays so."""
+        """Undo `_hold`; statistics that a strategy froze stay frozen."""
         layer = self.net.get_submodule(path)
         held = self._noted["still"]
         if any(layer is other for other in held):
@@ -242,7 +244,7 @@ class Attached:
 
     @property
     def _noted(self) -> dict[str, Any]:
-        """What `remember` noted on the network."""
+        """What `remember` recorded on the network."""
         return (self.part or self.net).__dict__["_gift_schedule"]
 
     def _train(self, names: Iterable[str]) -> None:
@@ -258,7 +260,7 @@ class Attached:
         set_flags(outside, False)
 
     def _sorted(self, names: Iterable[str]) -> tuple[list[str], list[nn.Parameter]]:
-        """Names in the part that is being fine-tuned, and the parameters outside of it."""
+        """Split names into those in the fine-tuned part, and the parameters outside of it."""
         dot = f"{self.prefix}." if self.prefix else ""
         mine = [n for n in names if self.part is not None and n.startswith(dot)]
         own = set(mine)
@@ -267,7 +269,7 @@ class Attached:
         ]
 
     def report(self, schedule: str, epochs: dict[str, int]) -> ScheduleReport:
-        """Head and blocks, and when each is unfrozen; once all is frozen."""
+        """Return head and blocks, and when each is unfrozen; call it once everything is frozen."""
         division = self.division
         head = [self._row(path, (), self._in_head(path), None) for path in division.head]
         blocks = [
@@ -278,7 +280,7 @@ class Attached:
         return ScheduleReport(schedule, kind, tuple(head), tuple(blocks), rest)
 
     def release(self) -> None:
-        """Undo `freeze`, and what was unfrozen since."""
+        """Undo `freeze`, and everything that was unfrozen since."""
         release(self.part or self.net)
 
     def _waits(self, block: Block) -> tuple[str, ...]:
@@ -304,7 +306,7 @@ class Attached:
         return Row(name, kind, size_of(map(self.parameter, waiting)), trained, epoch)
 
     def what_there_is(self) -> str:
-        """For an error: why so little waits."""
+        """Explain in an error why so few parameters wait."""
         own = [n for b in self.division.blocks for n in b.parameters if n not in self.deltas]
         deltas = [n for b in self.division.blocks for n in b.parameters if n in self.deltas]
         packed = [n for n in own if is_quantised(self.parameter(n))]

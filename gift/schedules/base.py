@@ -1,4 +1,4 @@
-"""What all schedules have in common: attach, step, state."""
+"""The base class of all schedules: attach, step, state."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,36 +16,39 @@ from gift.schedules.report import ScheduleReport
 from gift.schedules.state import told_difference
 from gift.support.recipes import encode
 
-_HORIZON = 1000  # epochs for which a report asks an own schedule what is due
+_HORIZON = 1000  # epochs that a report tries to find when a custom schedule unfreezes its blocks
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Schedule:
-    """When the blocks of a network are unfrozen; drives any loop by one call per epoch.
+    """Base class of schedules, which unfreeze the blocks of a network epoch by epoch.
 
-    A network has a head, which is trained from the start, and blocks: layers, residual blocks,
-    encoder layers, in the order in which they are registered. All blocks wait, frozen, until they
-    are due; then they stay trained. It works on top of a strategy, or of none.
+    A schedule drives any training loop by one call per epoch. A network has a head, which is
+    trained from the start, and blocks: layers, residual blocks or encoder layers, in the order of
+    registration. All blocks are frozen until they are due, and trained from then on. Schedules
+    work with or without a strategy.
 
-    An own schedule is a subclass with one method, `due`; its settings are fields of a dataclass.
+    A custom schedule is a subclass with one method, `due`; its settings are fields of a dataclass.
 
     Args:
         head: dotted path or paths of the head's modules; None is the last linear layer. It is
-            trained as the strategy trains it, and whole if that trains nothing in it. What is tied
-            to it belongs to it.
-        blocks: dotted paths or globs of what shall be a block; None finds them. Weights outside of
-            all these stay frozen.
-        unfreezes: what waits in a block: its own "weights" (deltas of a strategy train
-            throughout), the "deltas", or "all". What was frozen before anything was enabled or
-            attached stays so.
-        train_bn: layers with running statistics outside of the head. True: they are trained from
-            the start, statistics and weights (the latter not by ``unfreezes="deltas"``). False:
-            they stand still always, whatever ``net.train()`` says. None: they follow their block.
-        lr_ratio: learning rate of unfrozen parameters, in units of the head's.
-        depth_decay: factor on that for each block between a block and the last one.
+            trained as the strategy trains it, or completely if the strategy trains nothing in it.
+            Parameters that are tied to it belong to it.
+        blocks: dotted paths or globs of the blocks; None finds them. Weights outside of head and
+            blocks stay frozen.
+        unfreezes: what is unfrozen in a block: its own "weights" (deltas of a strategy are then
+            trained throughout), the "deltas", or "all". Parameters that were frozen before
+            anything was enabled or attached stay frozen.
+        train_bn: how to train layers with running statistics, such as batch norm, outside of the
+            head. True: train statistics and weights from the start (weights not with
+            ``unfreezes="deltas"``). False: always keep them frozen, even after ``net.train()``.
+            None: unfreeze them with their block.
+        lr_ratio: ratio of the learning rate of unfrozen parameters to that of the head.
+        depth_decay: layer-wise learning rate decay, a factor on this ratio for each step from the
+            last block towards the first.
 
     Raises:
-        ValueError: for settings out of range; all of them are named.
+        ValueError: naming all settings that are out of range.
 
     Example:
         >>> import torch
@@ -79,7 +82,7 @@ class Schedule:
         self._groups: Groups | None = None
 
     def problems(self) -> Iterable[str]:
-        """What is wrong with the settings."""
+        """Yield what is wrong with the settings."""
         if self.unfreezes not in ("weights", "deltas", "all"):
             yield f"unfreezes is {self.unfreezes!r}, expected 'weights', 'deltas' or 'all'"
         if self.train_bn not in (True, False, None):
@@ -92,27 +95,28 @@ class Schedule:
                 yield f"{name} is {value!r}, expected a number above 0"
 
     def due(self, epoch: int, blocks: Sequence[str]) -> Iterable[str]:
-        """The blocks that are trained in an epoch: those of all epochs before, and new ones.
+        """Return the blocks that are trained in an epoch: those of earlier epochs, and new ones.
 
         Args:
-            epoch: from 0.
-            blocks: names of those in which something waits, the first of the network first.
+            epoch: the epoch, from 0.
+            blocks: names of the blocks with something to unfreeze, in the order of the network.
         """
         raise NotImplementedError
 
     @property
     def milestones(self) -> tuple[int, ...]:
-        """Epochs at which something must be unfrozen, as far as that is known."""
+        """Epochs at which something must be unfrozen, as far as they are known."""
         return ()
 
     def attach(self, net: nn.Module) -> ScheduleReport:
-        """Freeze the blocks of a network; a schedule that it had before is taken off.
+        """Freeze the blocks of a network; an earlier schedule of the network is removed.
 
         Args:
-            net: any module, after `enable_fine_tuning` if that is used. A compiled network, one in
-                DDP, and one that contains what is being fine-tuned will do. (DDP synchronises what
-                was trainable when it was made: make it before this, with
-                ``find_unused_parameters=True``, or anew whenever something was unfrozen.)
+            net: any module, after `enable_fine_tuning` if that is used. It may be compiled,
+                wrapped in DDP, or contain the network that is being fine-tuned. (DDP synchronizes
+                the parameters that were trainable when it was made. Wrap the network before
+                attaching, with ``find_unused_parameters=True``, or wrap it again whenever
+                something was unfrozen.)
 
         Returns:
             Head and blocks, and when each is unfrozen; it prints as a table.
@@ -134,9 +138,9 @@ class Schedule:
             return attached.report(repr(self), epochs)
 
     def detach(self) -> None:
-        """Take the schedule off: what was frozen before is frozen again, what it froze is trained.
+        """Detach the schedule, and restore which parameters were trained before it was attached.
 
-        Values stay, and an optimizer keeps its groups.
+        Values stay as they are, and an optimizer keeps its groups.
 
         Raises:
             RuntimeError: if the schedule is not attached.
@@ -147,23 +151,24 @@ class Schedule:
             self._attached = self._groups = None
 
     def step(self, epoch: int, optimizer: Any = None) -> list[str]:
-        """Unfreeze what is due: call it at the beginning of each epoch.
+        """Unfreeze what is due. Call it at the beginning of each epoch.
 
         Args:
-            epoch: from 0; those that were left out are made up for.
-            optimizer: gets new groups for what is unfrozen, each with the settings of the head's
-                group that has the most similar parameters (that of `lora_B` for `lora_B`, of biases
-                for biases) and a learning rate that stays in its ratio to that group's, whoever
-                changes it.
-                Wrappers of accelerate and Lightning will do. Given later, or another one, it gets
-                all groups then.
+            epoch: the epoch, from 0; skipped epochs are caught up.
+            optimizer: optimizer that gets new parameter groups for unfrozen parameters. Each group
+                copies the settings of the head's group with the most similar parameters (`lora_B`
+                for `lora_B`, biases for biases), and its learning rate keeps its ratio to that
+                group's rate, even if either is changed. Wrapped optimizers of accelerate and
+                Lightning are accepted. An optimizer that is passed later, or another one, gets all
+                groups then.
 
         Returns:
             The names of the blocks that were unfrozen now.
 
         Raises:
             RuntimeError: if the schedule is not attached, or the network was enabled since.
-            ValueError: if something trained should be frozen again, as when going back.
+            ValueError: if a trained block would have to be frozen again, for example when going
+                back.
         """
         attached, groups = self._checked()
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
@@ -182,21 +187,21 @@ class Schedule:
 
     @property
     def is_attached(self) -> bool:
-        """Whether it has a network."""
+        """Whether the schedule is attached to a network."""
         return self._attached is not None
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the head, and of what is tied to it."""
+        """Return the parameters of the head, and those tied to it."""
         attached, _ = self._checked()
         return [attached.parameter(name) for name in attached.division.head_parameters]
 
     @property
     def trained(self) -> list[str]:
-        """The blocks that were unfrozen so far, in the order of the network."""
+        """The blocks unfrozen so far, in the order of the network."""
         return list(self._trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run must know, as plain data."""
+        """Return everything that a resumed run needs, as plain data."""
         attached, groups = self._checked()
         return {
             "schedule": self._told(),
@@ -208,19 +213,19 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: Any = None) -> None:
-        """Freeze and unfreeze as it was, and arrange the groups of a new optimizer.
+        """Restore which blocks are frozen, and arrange the groups of a new optimizer.
 
-        Call it before the states of network, optimizer and scheduler are loaded. It also goes back:
-        blocks of a fine-tuned network that were unfrozen since have the values of the base again.
+        Call it before loading the states of network, optimizer and scheduler. It also goes back:
+        blocks of a fine-tuned network that were unfrozen since get their base values back.
 
         Args:
-            state: from `state_dict`.
-            optimizer: made as at the start of the run.
+            state: state from `state_dict`.
+            optimizer: optimizer, created as at the start of the run.
 
         Raises:
             RuntimeError: if the schedule is not attached.
-            ValueError: naming where the state is that of another schedule or network; nothing is
-                changed then.
+            ValueError: if the state belongs to another schedule or network; the error names the
+                difference, and nothing is changed.
         """
         if difference := told_difference(state, self.state_dict()):
             raise ValueError(f"the state does not fit, nothing was changed: {difference}")
@@ -228,7 +233,7 @@ class Schedule:
         self._become(list(state["trained"]), state["epoch"], records, optimizer)
 
     def to_config(self) -> dict[str, Any]:
-        """The schedule as plain data, for `load_schedule_from_config`.
+        """Return the schedule as plain data, for `load_schedule_from_config`.
 
         Raises:
             ValueError: if it was not decorated with `register_schedule`.
@@ -237,7 +242,7 @@ class Schedule:
 
     @property
     def recipe(self) -> tuple[str, dict[str, Any]]:
-        """The name and arguments under which a file can name the schedule."""
+        """The name and arguments of the schedule in config files."""
         return type(self).__name__, {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __repr__(self) -> str:
@@ -260,12 +265,12 @@ class Schedule:
     def _become(
         self, trained: list[str], epoch: int | None, records: list[Group], optimizer: Any
     ) -> None:
-        """Let network, schedule and optimizer be those of an epoch; all of them, or none.
+        """Put network, schedule and optimizer into the state of an epoch; all of them, or none.
 
         Args:
-            trained: the blocks that are trained then.
+            trained: blocks that are trained in that epoch.
             epoch: the epoch.
-            records: the groups of the optimizer.
+            records: groups of the optimizer.
             optimizer: as for `step`.
         """
         attached, groups = self._checked()
@@ -283,7 +288,7 @@ class Schedule:
             groups.arrange(entry, schedulers)
 
     def _due(self, epoch: int, attached: Attached) -> list[str]:
-        """The blocks that are due, in the order of the network."""
+        """Return the blocks that are due, in the order of the network."""
         blocks = list(attached.units)
         due = set(self.due(epoch, list(blocks)))
         if unknown := sorted(due - set(blocks)):
@@ -303,7 +308,7 @@ class Schedule:
                 )
 
     def _epochs(self, attached: Attached) -> dict[str, int]:
-        """When each block is due for the first time."""
+        """Return the first epoch in which each block is due."""
         found: dict[str, int] = {}
         for epoch in sorted({*range(_HORIZON), *self.milestones}):
             for name in self._due(epoch, attached):

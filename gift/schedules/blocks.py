@@ -1,4 +1,4 @@
-"""The parts of a network that a schedule knows: a head, and blocks in the order of the network."""
+"""The division of a network: a head, and blocks in the order of the network."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,9 +25,9 @@ class Block:
     """A unit that is unfrozen as a whole.
 
     Args:
-        name: its dotted path: of a module, or of a parameter that stands alone.
+        name: dotted path of a module, or of a single parameter.
         class_name: class of the module.
-        parameters: names of those in it, of deltas too; without those of the head.
+        parameters: names of its parameters, including those of deltas, without those of the head.
         norms: paths of the layers with running statistics in it.
     """
 
@@ -39,14 +39,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Division:
-    """A network in parts: each parameter is in one of them.
+    """A network in parts; each parameter is in exactly one of them.
 
     Args:
-        head: paths of the modules that make the head.
-        head_parameters: names of those in it, and of all that is tied to them.
-        blocks: in the order of registration.
-        rest: names of the parameters that are in none, where blocks were named.
-        rest_norms: paths of the layers with running statistics that are in none.
+        head: paths of the modules of the head.
+        head_parameters: names of the head's parameters, and of all that are tied to them.
+        blocks: blocks in the order of registration.
+        rest: names of the parameters outside of head and blocks, if blocks were named.
+        rest_norms: paths of the layers with running statistics outside of head and blocks.
     """
 
     head: tuple[str, ...]
@@ -57,14 +57,14 @@ class Division:
 
 
 def divide(net: nn.Module, head: Paths = None, blocks: Paths = None) -> Division:
-    """Find head and blocks.
+    """Divide a network into head and blocks.
 
     Args:
         net: the network.
         head: dotted paths of modules; None is the last linear layer.
-        blocks: dotted paths or globs of modules or parameters. None looks for them: containers,
-            and what has rows of alike modules somewhere inside, are opened; what is left is a
-            block: a layer, a residual block, an encoder layer.
+        blocks: dotted paths or globs of modules or parameters. None finds them: containers, and
+            modules that contain rows of similar modules, are opened; everything else is a block,
+            such as a layer, a residual block or an encoder layer.
 
     Raises:
         ValueError: naming paths that are not in the network.
@@ -93,7 +93,7 @@ Unit = tuple[str, Any, list[nn.Parameter]]
 
 
 def _with_deltas(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters in a module, and those of deltas that stand with a tied tensor elsewhere."""
+    """Yield the parameters in a module, and those of deltas that are stored with a tied tensor."""
     yield from nn.Module.parameters(module)
     for part in module.modules():
         for delta in deltas_of(part).values():
@@ -138,7 +138,7 @@ def _norms(module: nn.Module, path: str, heads: tuple[str, ...]) -> Iterator[str
 
 
 def _named(net: nn.Module, blocks: Paths) -> Iterator[Unit]:
-    """What stands at these paths; of what is inside each other, the outermost."""
+    """Yield the units at these paths; of nested ones, only the outermost."""
     patterns = _listed(blocks)
     named: dict[str, Any] = dict(net.named_modules()) | dict(net.named_parameters())
     paths = [name for name in named if name]
@@ -156,7 +156,7 @@ def _named(net: nn.Module, blocks: Paths) -> Iterator[Unit]:
 
 
 def _in_order(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
-    """Modules and parameters as they are registered."""
+    """Yield modules and parameters in the order of registration."""
     seen: set[int] = set()
 
     def walk(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
@@ -175,17 +175,17 @@ def _in_order(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
 
 
 class _Finder:
-    """Looks for blocks.
+    """Finds blocks.
 
-    A kind of block is a class of which two in one container, or three and most of another module,
-    have parameters of the same shapes: encoder layers and residual blocks have, the stages of a
-    hierarchical network do not, as each is wider than the one before.
+    A class is a kind of block if two of its instances in one container, or three that are also
+    most of another module, have parameters of the same shapes. Encoder layers and residual blocks
+    do. The stages of a hierarchical network do not, because each is wider than the one before.
     """
 
     def __init__(self, net: nn.Module, heads: Iterable[str]) -> None:
         self.net = net
         self.kinds: set[type] = set()
-        self.alike: set[int] = set()  # containers that stand beside others that look the same
+        self.alike: set[int] = set()  # containers beside others with the same structure
         for parent in net.modules():
             looks = {child: _look(child) for child in _children(parent) if _is_composite(child)}
             counts = Counter(looks.values())
@@ -193,23 +193,23 @@ class _Finder:
             rows = [child for child, look in looks.items() if counts[look] >= enough]
             self.alike |= {id(child) for child in rows if _is_container(child)}
             self.kinds |= {plain_class(type(child)) for child in rows if not _is_container(child)}
-        self.opened = {id(net)}  # and whatever has a head or a kind of block inside
+        self.opened = {id(net)}  # and everything that contains a head or a kind of block
         inner = [net.get_submodule(path) for path in heads]
         inner += [m for m in net.modules() if plain_class(type(m)) in self.kinds]
         targets = {id(module) for module in inner}
         self._open_above(net, targets)
 
     def _open_above(self, module: nn.Module, targets: set[int]) -> bool:
-        """Whether one of the targets is in `module`, which is opened then."""
+        """Whether one of the targets is in `module`, which is then opened."""
         below = [self._open_above(child, targets) for child in module.children()]
         if any(below):
             self.opened.add(id(module))
         return any(below) or id(module) in targets
 
     def units(self) -> Iterator[Unit]:
-        """Blocks with the parameters in them, those of the head among them.
+        """Return the blocks with their parameters, including those of the head.
 
-        A network that comes to a single block is looked at more closely.
+        If this gives a single block, that block is opened as well.
         """
         while True:
             units = list(self._walk(self.net, "", set()))
@@ -241,7 +241,7 @@ class _Finder:
 
 
 def _alone(module: nn.Module, path: str) -> Iterator[Unit]:
-    """The parameters that stand on an opened module itself, each with its delta."""
+    """Yield the parameters directly on an opened module, each with its delta."""
     added, groups = set(added_names(module)), dict[str, list[str]]()
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in added:
@@ -256,7 +256,7 @@ def _alone(module: nn.Module, path: str) -> Iterator[Unit]:
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    """Submodules; what computes a parametrised weight is no part of its own."""
+    """Return the submodules, without those that compute a parametrized weight."""
     return [m for name, m in module.named_children() if name != "parametrizations"]
 
 
@@ -270,7 +270,7 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def _look(module: nn.Module) -> tuple[Any, ...]:
-    """Class, and names and shapes of its own parameters, deltas aside."""
+    """Return the class, and names and shapes of the parameters without deltas."""
     shapes = [
         (joined(path, name), None if is_lazy(parameter) else parameter.shape)
         for path, part in module.named_modules()

@@ -31,7 +31,7 @@ class NoFreeze(Schedule):
         return (0,)
 
     def due(self, epoch: int, blocks: Sequence[str]) -> Iterable[str]:
-        """All of them."""
+        """Return all blocks."""
         return blocks
 
 
@@ -54,7 +54,7 @@ class Freeze(Schedule):
     """
 
     def due(self, epoch: int, blocks: Sequence[str]) -> Iterable[str]:
-        """None."""
+        """Return no blocks."""
         return ()
 
 
@@ -64,11 +64,11 @@ class FreezeUnfreeze(Schedule):
     """Train the head only, then all blocks from one epoch on.
 
     Args:
-        unfreeze_epoch: that epoch, from 0.
+        unfreeze_epoch: epoch from which all blocks are trained, from 0.
         head: as in `Schedule`, like all other arguments.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: if settings are out of range.
 
     Example:
         >>> from torch import nn
@@ -86,35 +86,36 @@ class FreezeUnfreeze(Schedule):
     unfreeze_epoch: int = 5
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings."""
+        """Yield what is wrong with the settings."""
         yield from super().problems()
         if not _is_epoch(self.unfreeze_epoch):
             yield f"unfreeze_epoch is {self.unfreeze_epoch!r}, expected an integer from 0"
 
     @property
     def milestones(self) -> tuple[int, ...]:
-        """The epoch."""
+        """The epoch at which all blocks are unfrozen."""
         return (self.unfreeze_epoch,)
 
     def due(self, epoch: int, blocks: Sequence[str]) -> Iterable[str]:
-        """All of them, from that epoch on."""
+        """Return all blocks, from that epoch on."""
         return blocks if epoch >= self.unfreeze_epoch else ()
 
 
 @register_schedule
 @dataclass(eq=False, repr=False)
 class UnfreezeMilestones(Schedule):
-    """Train the head only, from the first milestone on the last blocks too, in the end all.
+    """Train the head only, then unfreeze the last blocks step by step at milestones.
 
     Args:
-        unfreeze_milestones: epochs, rising. At the last one all blocks are unfrozen; at each one
-            before, `num_layers` more, from the last block on.
-        num_layers: how many blocks are unfrozen at a time. Those in which nothing waits do not
+        unfreeze_milestones: increasing epochs. At each milestone but the last, the next
+            `num_layers` blocks are unfrozen, from the last block down; at the last one, all
+            remaining blocks.
+        num_layers: number of blocks to unfreeze at a time. Blocks with nothing to unfreeze do not
             count.
         head: as in `Schedule`, like all other arguments.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: if settings are out of range.
 
     Example:
         >>> from torch import nn
@@ -130,7 +131,7 @@ class UnfreezeMilestones(Schedule):
     num_layers: int = 2
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings."""
+        """Yield what is wrong with the settings."""
         yield from super().problems()
         epochs = self.unfreeze_milestones
         fits = isinstance(epochs, list | tuple) and len(epochs) and all(map(_is_epoch, epochs))
@@ -149,7 +150,7 @@ class UnfreezeMilestones(Schedule):
         return self.unfreeze_milestones
 
     def due(self, epoch: int, blocks: Sequence[str]) -> Iterable[str]:
-        """The last ones, or all."""
+        """Return the last blocks, or all."""
         passed = sum(epoch >= milestone for milestone in self.unfreeze_milestones)
         if passed == len(self.unfreeze_milestones):
             return blocks

@@ -1,4 +1,4 @@
-"""Schedules as plain data, which files can hold."""
+"""Schedules as plain data, for config files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,18 +8,18 @@ from gift.support.recipes import decode, register, registered
 
 
 def register_schedule(cls: type[Schedule]) -> type[Schedule]:
-    """Class decorator: lets files name this schedule."""
+    """Class decorator that lets config files name this schedule."""
     return register(cls)
 
 
 def load_schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """The schedule that plain data describes: its name, and the arguments of its construction.
+    """Create a schedule from plain data: its name and its constructor arguments.
 
     Args:
         config: ``{"name": ..., "init_paras": {...}}``, as from `Schedule.to_config`.
 
     Raises:
-        ValueError: for unknown names, listing all, or arguments that do not fit.
+        ValueError: for unknown names, listing all known ones, or for arguments that do not fit.
 
     Example:
         >>> from gift.schedules import load_schedule_from_config

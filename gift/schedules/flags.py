@@ -1,4 +1,4 @@
-"""Flags of parameters, and how they were before a schedule was attached."""
+"""The `requires_grad` flags of parameters, and their values before a schedule was attached."""
 
 from collections.abc import Iterable
 
@@ -11,15 +11,15 @@ from gift.core.record import record_of
 
 
 def set_flags(parameters: Iterable[nn.Parameter], flag: bool) -> None:
-    """Freeze or train parameters that no fine-tuning looks after."""
+    """Freeze or train parameters that no strategy manages."""
     for parameter in parameters:
         parameter.requires_grad = flag
         if not flag:
-            parameter.grad = None  # an optimizer would go on by it
+            parameter.grad = None  # an optimizer would keep using it
 
 
 def remember(holder: nn.Module, net: nn.Module) -> None:
-    """Note on a network which parameters are trained, for `release`; copies have it too."""
+    """Record on a network which parameters are trained, for `release`; copies keep the record."""
     flags = [
         (module, name, parameter.requires_grad)
         for module in net.modules()
@@ -30,7 +30,7 @@ def remember(holder: nn.Module, net: nn.Module) -> None:
 
 
 def release(holder: nn.Module) -> None:
-    """Take a schedule off: flags and norm layers are as they were; values stay as they are."""
+    """Remove a schedule: restore flags and norm layers; parameter values stay as they are."""
     noted = holder.__dict__.pop("_gift_schedule", None)
     if noted is None:
         return

@@ -1,4 +1,4 @@
-"""Parameters that are unfrozen, as groups of an optimizer, and what schedulers know of groups."""
+"""Optimizer groups of unfrozen parameters, and the entries that schedulers keep for groups."""
 
 import copy
 import gc
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# What schedulers keep for each group: lists of rates, and of what they do to them.
+# Lists that schedulers keep for each group: learning rates, and functions or factors of them.
 _RATES = ("_lr", "_lrs", "min_lrs", "max_lrs")
 _OTHERS = ("lr_lambdas", "_momentums")
 
@@ -19,8 +19,8 @@ class Group(NamedTuple):
     """Parameters that were unfrozen together.
 
     Args:
-        names: of the parameters.
-        ratio: of their learning rate to that of the head's parameters that are like them.
+        names: names of the parameters.
+        ratio: ratio of their learning rate to that of similar parameters in the head.
     """
 
     names: tuple[str, ...]
@@ -30,13 +30,13 @@ class Group(NamedTuple):
 def by_rate(
     new: Iterable[str], waiting: Mapping[str, tuple[str, ...]], ratio: float, decay: float
 ) -> list[Group]:
-    """What waits in some blocks, in groups by learning rates, the last blocks first.
+    """Group the waiting parameters of some blocks by learning rate, the last blocks first.
 
     Args:
         new: the blocks, in the order of the network.
-        waiting: for each block of the network, names of parameters.
-        ratio: of the learning rate in the last block.
-        decay: factor on that from each block to the one before.
+        waiting: names of the waiting parameters of each block of the network.
+        ratio: learning rate ratio of the last block.
+        decay: factor on this ratio from each block to the one before.
     """
     depths = {name: depth for depth, name in enumerate(reversed(list(waiting)))}
     found: dict[float, list[str]] = {}
@@ -48,19 +48,20 @@ def by_rate(
 class OptimizerGroups:
     """The groups that a schedule added to one optimizer.
 
-    Each follows the group of the head that its parameters resemble most: `lora_B` that of `lora_B`,
-    which LoRA+ raises, biases that of biases, weights of the base that of the head's own weights,
-    or else the one with the lowest rate. Just before each step of the optimizer its learning rate
-    becomes that of the group that it follows times its ratio, whoever changed either meanwhile.
+    Each group follows the most similar group of the head: `lora_B` that of `lora_B`, whose rate
+    LoRA+ raises, biases that of biases, weights of the base that of the head's own weights, or
+    else the one with the lowest rate. Just before each step of the optimizer, its learning rate is
+    set to that of the group it follows times its ratio, no matter who changed either in the
+    meantime.
 
     Args:
         optimizer: the optimizer, without wrappers.
         head: trained parameters of the head, by name.
-        roles: what parameters are for the method that added them, "lora_A" for instance, by name;
-            those of the base have none.
+        roles: role of each parameter in the method that added it, such as "lora_A", by name;
+            parameters of the base have none.
 
     Raises:
-        ValueError: if the optimizer has none of them, or takes no groups.
+        ValueError: if the optimizer has no parameter of the head, or does not support groups.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class OptimizerGroups:
             raise ValueError("LBFGS takes no groups of parameters, so a schedule cannot drive it")
         places = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         self._roles = roles
-        # Biases and the like may have a group of their own, without weight decay.
+        # Biases and similar parameters may have their own group, without weight decay.
         self.heads: dict[tuple[str, bool], int] = {}
         for name, parameter in head.items():
             if id(parameter) in places:
@@ -86,7 +87,7 @@ class OptimizerGroups:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer, which whoever calls this has at hand."""
+        """The optimizer, which is alive because the caller holds it."""
         optimizer = self._optimizer()
         assert optimizer is not None
         return optimizer
@@ -96,7 +97,7 @@ class OptimizerGroups:
         return self._optimizer() is optimizer
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        """Set the rates: a hook before a step of the optimizer."""
+        """Set the learning rates, as a hook before each step of the optimizer."""
         groups = optimizer.param_groups
         for index, (followed, ratio) in self.follows.items():
             _set_rate(groups[index], "lr", groups[followed]["lr"] * ratio)
@@ -104,11 +105,12 @@ class OptimizerGroups:
     def add(
         self, group: Group, parameters: Mapping[str, Tensor], schedulers: Iterable[LRScheduler]
     ) -> list[Group]:
-        """Make a group of these parameters; gives what it came to.
+        """Add a group of these parameters, and return the groups that it was split into.
 
-        Parameters that the optimizer has already are taken out of their groups, with their states.
-        They keep the settings that they had there (no weight decay for some, say), so that those of
-        different groups stay apart; others get those of the group that they follow.
+        Parameters that are already in the optimizer are moved out of their groups, with their
+        states. They keep the settings of their old groups (such as no weight decay), so that
+        parameters of different groups stay apart. Other parameters get the settings of the group
+        that they follow.
         """
         optimizer = self.optimizer
         groups = optimizer.param_groups
@@ -126,7 +128,7 @@ class OptimizerGroups:
         for (template, followed, ratio), names in parts.items():
             own = {id(parameters[name]) for name in names}
             if template != followed and own == {id(p) for p in groups[template]["params"]}:
-                index = template  # a group of its own already, as in a copy of the optimizer
+                index = template  # already a group of its own, as in a copy of the optimizer
             else:
                 index = len(groups)
                 named = {name: parameters[name] for name in names}
@@ -139,11 +141,11 @@ class OptimizerGroups:
         return made
 
     def _kind(self, name: str, parameter: Tensor) -> tuple[str, bool]:
-        """What a parameter is for its method, and whether it is more than a vector."""
+        """Return the role of a parameter, and whether it has more than one dimension."""
         return self._roles.get(name, ""), parameter.ndim > 1
 
     def _resembled(self, name: str, parameter: Tensor) -> int:
-        """The group of the head that has what is most like a parameter."""
+        """Return the group of the head with the most similar parameters."""
         role, is_matrix = self._kind(name, parameter)
         groups = self.optimizer.param_groups
 
@@ -155,9 +157,10 @@ class OptimizerGroups:
         return self.heads[max(self.heads, key=likeness)]
 
     def _raised(self, name: str, rates: Mapping[str, float]) -> float:
-        """By how much the rate of a delta is raised over others of its layer, as by LoRA+.
+        """Return the factor of a delta's rate over the lowest one of its layer, as in LoRA+.
 
-        It is 1 where the head has such deltas, since the group that is followed is raised then.
+        It is 1 if the head has deltas of this role, because the followed group is already raised
+        then.
         """
         role = self._roles.get(name, "")
         if not role or name not in rates or any(role == known for known, _ in self.heads):
@@ -198,12 +201,12 @@ _LISTS = ("params", "param_names")
 
 
 class Groups:
-    """What was unfrozen, step by step, and the optimizer that has it in groups.
+    """Everything that was unfrozen so far, and the optimizer that has it in groups.
 
     Args:
-        parameter: gives the parameter of a name.
+        parameter: returns the parameter of a name.
         head: names of the parameters of the head.
-        roles: what parameters are for their methods; see `OptimizerGroups`.
+        roles: roles of parameters in their methods, see `OptimizerGroups`.
     """
 
     def __init__(
@@ -216,11 +219,12 @@ class Groups:
         self._parameter, self._roles = parameter, roles
         self._head = tuple(head)
         self._known: OptimizerGroups | None = None
-        self._done: list[Group] = []  # of the records, those that are groups of that optimizer
+        self._done: list[Group] = []  # the records that are already groups of that optimizer
 
     def parts(self, optimizer: Any) -> Iterator[Any]:
-        """The objects that change when groups are arranged, but for schedulers; dictionaries, of
-        which entries do.
+        """Yield the objects, other than schedulers, that change when groups are arranged.
+
+        Dictionaries are included because their entries change.
         """
         yield self
         if optimizer is not None:
@@ -230,12 +234,12 @@ class Groups:
                 yield self._known
 
     def rates(self, optimizer: Any) -> Iterator[Tensor]:
-        """Rates that are tensors, which are written into."""
+        """Yield learning rates that are tensors, which are modified in place."""
         for group in () if optimizer is None else unwrapped(optimizer).param_groups:
             yield from (value for value in group.values() if isinstance(value, Tensor))
 
     def schedulers(self, optimizer: Any, records: list[Group]) -> list[LRScheduler]:
-        """The schedulers that must learn of new groups, if the optimizer gets any."""
+        """Return the schedulers that must be extended, if the optimizer gets new groups."""
         if optimizer is None:
             return []
         inner = unwrapped(optimizer)
@@ -244,11 +248,11 @@ class Groups:
         return [] if has_all else list(schedulers_of(inner))
 
     def of(self, optimizer: Any, records: list[Group] | None = None) -> OptimizerGroups | None:
-        """The groups of an optimizer, which may be a new one; None if there is none.
+        """Return the groups of an optimizer, which may be a new one; None if there is no optimizer.
 
         Args:
             optimizer: the optimizer, or a wrapper of one, or None.
-            records: which the groups shall have, where that is not `records` as it is.
+            records: groups that the optimizer shall have, if other than the current `records`.
 
         Raises:
             ValueError: if it has other groups already, or no parameter of the head.
@@ -269,8 +273,9 @@ class Groups:
     def arrange(
         self, groups: OptimizerGroups | None, schedulers: Iterable[LRScheduler] = ()
     ) -> None:
-        """Let an optimizer, of which these are the schedulers, have all records as groups; None
-        does nothing now.
+        """Add all records that are missing as groups to an optimizer, and extend its schedulers.
+
+        With None, no optimizer is changed for now.
         """
         if groups is None:
             if self.records[: len(self._done)] != self._done:
@@ -285,12 +290,13 @@ class Groups:
         self.records = list(self._done)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no optimizer yet: the next step arranges the one that it is given.
+        # A copy has no optimizer yet: the next step arranges the groups of the one that it
+        # receives.
         return vars(self) | {"_known": None, "_done": []}
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer of torch inside those of accelerate and Lightning.
+    """Return the torch optimizer inside wrappers of accelerate and Lightning.
 
     Raises:
         TypeError: if there is none.
@@ -303,24 +309,24 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 def schedulers_of(optimizer: Optimizer) -> Iterator[LRScheduler]:
-    """The schedulers of an optimizer, those inside others too.
+    """Yield the schedulers of an optimizer, including those inside other schedulers.
 
-    They are not known to the optimizer, so this looks at all objects there are.
+    The optimizer does not know them, so this searches all objects of the garbage collector.
     """
     kinds = {LRScheduler}
     while more := {sub for kind in kinds for sub in kind.__subclasses__()} - kinds:
         kinds |= more
     for found in gc.get_objects():
-        if type(found) in kinds:  # it may be of any class: this asks nothing of it
+        if type(found) in kinds:  # no isinstance, which could run code of arbitrary objects
             own = vars(found).get("optimizer")
-            while own is not None and own is not optimizer:  # what wraps it, or a foreign one
+            while own is not None and own is not optimizer:  # unwraps optimizers
                 own = getattr(own, "optimizer", None)
             if own is optimizer:
                 yield found
 
 
 def _lengthen(scheduler: LRScheduler, count: int, followed: int, ratio: float) -> None:
-    """Let the lists that have an entry for each group have one for the new group."""
+    """Append an entry for the new group to each list that has one entry per group."""
     for name, value in vars(scheduler).items():
         if not isinstance(value, list) or len(value) != count:
             continue
@@ -331,12 +337,12 @@ def _lengthen(scheduler: LRScheduler, count: int, followed: int, ratio: float) -
 
 
 def _first_rate(group: Mapping[str, Any]) -> float:
-    """The learning rate that a group began with, which no warm-up has lowered."""
+    """Return the initial learning rate of a group, which no warm-up has lowered."""
     return float(group.get("initial_lr", group["lr"]))
 
 
 def _set_rate(group: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(group[key], Tensor):  # which a captured graph reads
+    if isinstance(group[key], Tensor):  # updated in place, because a captured graph reads it
         group[key].copy_(value)
     else:
         group[key] = value

@@ -1,4 +1,4 @@
-"""Schedules in the Trainer of Lightning."""
+"""Schedules in the Lightning Trainer."""
 
 import functools
 import sys
@@ -10,7 +10,7 @@ from gift.schedules.base import Schedule
 
 
 def _lightning() -> Any:
-    """Lightning under that of its two names which the program uses already, or has."""
+    """Import Lightning under the one of its two names that is already imported, or installed."""
     names = ["lightning.pytorch", "pytorch_lightning"]
     for name in sorted(names, key=lambda name: name not in sys.modules):
         if find_spec(name.partition(".")[0]) is not None:
@@ -19,11 +19,11 @@ def _lightning() -> Any:
 
 
 class ScheduleCallback(_lightning().Callback):  # type: ignore[misc]  # its module is found when it is used
-    """Lets a schedule drive a Lightning run, with its checkpoints.
+    """Callback that lets a schedule drive a Lightning run, including its checkpoints.
 
-    The schedule is attached to the LightningModule, which is fine-tuned by a strategy or has a
-    network inside that is, unless that was done before. With several optimizers it drives the one
-    that has the head.
+    The schedule is attached to the LightningModule, unless it is attached already. The module may
+    itself be fine-tuned by a strategy, or contain a network that is. With several optimizers, the
+    schedule drives the one with the parameters of the head.
 
     Args:
         schedule: the schedule.
@@ -36,10 +36,10 @@ class ScheduleCallback(_lightning().Callback):  # type: ignore[misc]  # its modu
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self._waiting: dict[str, Any] | None = None  # a state whose optimizer is yet to be made
+        self._waiting: dict[str, Any] | None = None  # a state whose optimizer does not exist yet
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Attach, and see to it that a checkpoint's blocks are unfrozen before its values come."""
+        """Attach the schedule, and unfreeze a checkpoint's blocks before its values are loaded."""
         if not self.schedule.is_attached:
             self.schedule.attach(pl_module)
         plain = pl_module.on_load_checkpoint
@@ -55,11 +55,11 @@ class ScheduleCallback(_lightning().Callback):  # type: ignore[misc]  # its modu
         pl_module.__dict__["on_load_checkpoint"] = on_load_checkpoint
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take off what `setup` put on the module."""
+        """Remove the hook that `setup` added to the module."""
         pl_module.__dict__.pop("on_load_checkpoint", None)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Arrange the groups of the new optimizer, before their states are loaded."""
+        """Arrange the groups of the new optimizer before its state is loaded."""
         if self._waiting is not None:
             self.schedule.load_state_dict(self._waiting, self._optimizer(trainer))
             self._waiting = None
@@ -69,11 +69,11 @@ class ScheduleCallback(_lightning().Callback):  # type: ignore[misc]  # its modu
         self.schedule.step(trainer.current_epoch, self._optimizer(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the schedule, for the checkpoint."""
+        """Return the state of the schedule, for the checkpoint."""
         return self.schedule.state_dict()
 
     def _optimizer(self, trainer: Any) -> Any:
-        """The first optimizer that has a trained parameter of the head."""
+        """Return the first optimizer that has a trained parameter of the head."""
         head = {id(parameter) for parameter in self.schedule.head_parameters()}
         for optimizer in trainer.optimizers:
             if any(id(p) in head for group in optimizer.param_groups for p in group["params"]):

@@ -1,4 +1,4 @@
-"""What a schedule will do to a network, as plain data that prints as a table."""
+"""The plan of a schedule for a network, as plain data that prints as a table."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ class Row:
     Args:
         name: dotted path.
         class_name: class of the module.
-        waiting: elements of the parameters that wait until the part is unfrozen.
-        trained: elements of those that are trained from the start.
-        epoch: when it is unfrozen; None for never, or where nothing waits.
+        waiting: number of elements of the parameters that are frozen until the part is unfrozen.
+        trained: number of elements of the parameters that are trained from the start.
+        epoch: epoch in which it is unfrozen; None for never, or if nothing waits.
     """
 
     name: str
@@ -31,9 +31,10 @@ class ScheduleReport:
     Args:
         schedule: the schedule, with its settings.
         network: class of the network.
-        head: the modules of the head, which are trained from the start.
-        blocks: all others, in the order of the network.
-        rest: elements of parameters that are in none, where blocks were named; they stay frozen.
+        head: modules of the head, which are trained from the start.
+        blocks: all other parts, in the order of the network.
+        rest: number of elements of parameters outside of head and blocks, if blocks were named;
+            they stay frozen.
     """
 
     schedule: str

@@ -1,15 +1,15 @@
-"""Whether a saved state of a schedule is one of this schedule on this network."""
+"""Checking whether a saved state fits a schedule and its network."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def told_difference(state: Any, own: Mapping[str, Any]) -> str:
-    """Where a state does not fit, in words; empty where it does.
+    """Describe the first difference between a saved state and a schedule; empty if they match.
 
     Args:
-        state: what was saved.
-        own: the state of the schedule that shall have it.
+        state: saved state.
+        own: state of the schedule that it is to be loaded into.
     """
     if not isinstance(state, Mapping) or set(state) != set(own):
         found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__

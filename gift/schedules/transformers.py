@@ -1,4 +1,4 @@
-"""Schedules in the Trainer of transformers."""
+"""Schedules in the transformers Trainer."""
 
 import functools
 import json
@@ -12,16 +12,16 @@ from gift.support.optional import require
 
 _callbacks: Any = require("transformers.trainer_callback", "text")
 
-_KEY = "gift_schedule"  # among what optimizers save, who ignore what they do not know
+_KEY = "gift_schedule"  # key in optimizer states; optimizers ignore unknown keys
 
 
 class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
-    """Lets a schedule drive a run of the transformers Trainer, with its checkpoints.
+    """Callback that lets a schedule drive a transformers Trainer, including its checkpoints.
 
-    Give it to the constructor, ``Trainer(..., callbacks=[ScheduleCallback(schedule)])``, so that it
-    knows the Trainer before a checkpoint is loaded. The schedule is attached to the model, unless
-    that was done before. With ``load_best_model_at_end``, what was unfrozen after the best epoch is
-    that of the base again.
+    Pass it to the constructor, ``Trainer(..., callbacks=[ScheduleCallback(schedule)])``, so that
+    it knows the Trainer before a checkpoint is loaded. The schedule is attached to the model,
+    unless it is attached already. With ``load_best_model_at_end``, parameters that were unfrozen
+    after the best epoch get their base values back.
 
     Args:
         schedule: the schedule, or its plain data.
@@ -40,16 +40,16 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
         self._handles: list[Any] = []
 
     def state(self) -> dict[str, Any]:
-        """The schedule and its state, for ``trainer_state.json``."""
+        """Return the schedule and its state, for ``trainer_state.json``."""
         try:
             arguments = {"schedule": self.schedule.to_config()}
-        except ValueError:  # one that no file can name
+        except ValueError:  # a schedule that no config file can name
             arguments = {}
         state = self.schedule.state_dict() if self.schedule.is_attached else None
         return {"args": arguments, "attributes": {"resumed": state}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Attach; and be told when the Trainer makes its optimizer, which may get a state then."""
+        """Attach the schedule, and hook the optimizer's creation, before it loads a state."""
         if model is not None and not self.schedule.is_attached:
             self.schedule.attach(model)
         if (trainer := _trainer()) is None:
@@ -71,23 +71,24 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
         trainer.create_optimizer = create_optimizer
 
     def _with_state(self, optimizer: Any, state: dict[str, Any]) -> None:
-        """The optimizer is saved: say which groups it must have when that is loaded."""
+        """Record in the optimizer's state which groups it must have when it is loaded."""
         if self.schedule.is_attached:
             state[_KEY] = self.schedule.state_dict()
 
     def _before_state(self, trainer: Any, optimizer: Any, state: dict[str, Any]) -> None:
-        """A state is about to be loaded: give the optimizer the groups that it had."""
-        # Before transformers 5 the Trainer reads its own state after that of the optimizer. What
-        # gift wrote before it wrote the key has it there alone.
+        """Give the optimizer the groups that it had, just before a state is loaded."""
+        # Before transformers 5, the Trainer reads its own state after that of the optimizer.
+        # Checkpoints that gift wrote before it used the key have the schedule in the Trainer's
+        # state only.
         saved = state.get(_KEY) or _saved(trainer.state.stateful_callbacks)
-        # accelerate loads the optimizer's own state before.
+        # accelerate loads the optimizer's own state first.
         if saved is not None and len(state["param_groups"]) > len(optimizer.param_groups):
             self.schedule.load_state_dict(saved, optimizer)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Attach where that could not be done before, as after the Trainer made this anew."""
+        """Attach if not attached yet, for example because the Trainer recreated this callback."""
         if not self.schedule.is_attached:
             self.schedule.attach(model)
             if self.resumed is not None:
@@ -100,7 +101,7 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
         self.schedule.step(int(state.epoch or 0), optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Go back to what was unfrozen in the best epoch, whose values were loaded."""
+        """Go back to the blocks of the best epoch, whose values were loaded."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
             file = Path(state.best_model_checkpoint) / "trainer_state.json"
             saved = _saved(json.loads(file.read_text(encoding="utf-8"))["stateful_callbacks"])
@@ -109,12 +110,12 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
 
 
 def _trainer() -> Any:
-    """The Trainer that is being constructed: callbacks are not told whose they are."""
+    """Return the Trainer that is being constructed: callbacks are not told which one owns them."""
     trainer = require("transformers", "text").Trainer
     found = (frame.f_locals.get("self") for frame in callers())
     return next((caller for caller in found if isinstance(caller, trainer)), None)
 
 
 def _saved(callbacks: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of the schedule, among those of all callbacks."""
+    """Return the state of the schedule among those of all callbacks."""
     return callbacks.get(ScheduleCallback.__name__, {}).get("attributes", {}).get("resumed")

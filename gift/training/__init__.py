@@ -1,4 +1,4 @@
-"""The training loop, what it measures, and what it writes. Examples come from `gift.data`."""
+"""The training loop, its metrics and its reports. Examples come from `gift.data`."""
 
 from gift.errors import TrainingError
 from gift.training.evaluation import evaluate

@@ -1,4 +1,4 @@
-"""The checkpoint of a run: all that a killed run needs to go on as if it had not been killed."""
+"""The checkpoint of a run: everything that a killed run needs to resume as if never interrupted."""
 
 import os
 from pathlib import Path
@@ -23,10 +23,10 @@ _TOLD = ("history", "steps", "unfrozen", "before", "old_before", "best_epoch", "
 
 
 def write_checkpoint(run: Run) -> None:
-    """Write where the run is, whole or not at all; all processes call this."""
+    """Write the checkpoint atomically; all processes must call this."""
     if run.result.folder is None:
         return
-    random = random_states(run)  # which each process has to tell
+    random = random_states(run)  # collective: each process contributes its state
     if run.processes.has_part_in_files:
         state = _state(run, random)
         if run.folder is not None:
@@ -51,7 +51,7 @@ def _state(run: Run, random: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_writable(folder: Path) -> None:
-    """That files can be written into a folder, or into one that can be made.
+    """Check that files can be written into a folder, or into one that can be created.
 
     Raises:
         TrainingError: if they cannot.
@@ -63,20 +63,20 @@ def check_writable(folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Remove what an earlier run left in a folder to go on from, or to use."""
+    """Remove the checkpoint and the deltas that an earlier run left in a folder."""
     for name in (FILE, *DELTAS.values()):
         (folder / name).unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint in a folder, None if there is none.
+    """Return the checkpoint in a folder, or None if there is none.
 
     Args:
-        folder: of the run.
-        identity: what it must agree on.
+        folder: folder of the run.
+        identity: description of the run, which the checkpoint must match.
 
     Raises:
-        TrainingError: if it cannot be read, or is of another run.
+        TrainingError: if the checkpoint cannot be read, or belongs to another run.
     """
     if folder is None or not (folder / FILE).exists():
         return None
@@ -86,7 +86,7 @@ def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, 
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != _FORMAT:
             raise ValueError(f"its format is {state['format']}, expected {_FORMAT}")
-    except Exception as error:  # whatever a damaged or foreign file provokes
+    except Exception as error:  # damaged or foreign files can raise anything
         raise TrainingError(
             f"{path} is no checkpoint that can be read ({type(error).__name__}): {advice}"
         ) from None
@@ -104,7 +104,7 @@ def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, 
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
-    """Bring a run to where a checkpoint was written."""
+    """Restore a run to the point at which its checkpoint was written."""
     if run.schedule is not None:
         run.schedule.load_state_dict(state["schedule"], run.optimizer)
     put_state(run.net, state["net"])
@@ -121,7 +121,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load whole tensors, dealt out as the parameters are."""
+    """Load an optimizer state of full tensors, and shard it as the parameters are sharded."""
     groups = optimizer.param_groups
     parameters = [p for group in groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -134,11 +134,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def random_states(run: Run) -> list[dict[str, Any]]:
-    """The states of the random numbers of all processes."""
+    """Return the random states of all processes."""
     return run.processes.gathered(random_state(run.train.generator))
 
 
 def restore_states(run: Run, states: list[dict[str, Any]]) -> None:
-    """Put back those of this process; one that is new among them keeps its own."""
+    """Restore the random state of this process; a process that is new keeps its own."""
     if run.processes.rank < len(states):
         restore_random(states[run.processes.rank], run.train.generator)

@@ -1,4 +1,4 @@
-"""One process, or several that torchrun started: who computes what, and who writes."""
+"""Training in one process, or in several that torchrun started: who computes and who writes."""
 
 import atexit
 import os
@@ -22,10 +22,10 @@ class Processes:
     """The processes that train together.
 
     Args:
-        settings: ``device`` and ``parallel`` count.
+        settings: settings of the run; only ``device`` and ``parallel`` are used.
 
     Raises:
-        TrainingError: for a device that is not there.
+        TrainingError: if the device does not exist.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -37,7 +37,7 @@ class Processes:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            # What was dealt out needs it as long as there is a process.
+            # Sharded parameters need the process group for as long as the process lives.
             atexit.register(dist.destroy_process_group)
 
     @property
@@ -47,25 +47,26 @@ class Processes:
 
     @property
     def is_sharding(self) -> bool:
-        """Whether each process has a part of the parameters."""
+        """Whether each process holds a shard of the parameters."""
         return self.number > 1 and self.parallel == "fsdp"
 
     @property
     def has_part_in_files(self) -> bool:
-        """Whether this process is needed to write: it does so, or has a part of what is written."""
+        """Whether writing needs this process: because it writes, or because it holds a shard."""
         return self.first or self.is_sharding
 
     def share(self, places: list[int]) -> tuple[list[int], bool]:
-        """The part of this process, of the places of a batch.
+        """Return the positions of a batch that this process computes, and whether they count.
 
-        All processes get a part, as those who compute together must compute as often: where there
-        are too few places, it is the first one and does not count (the second value is False).
+        Every process gets at least one, because processes that train together must run forward and
+        backward equally often. A process without a position of its own gets the first one, which
+        does not count (the second value is False).
         """
         own = places[self.rank :: self.number]
         return (own, True) if own else (places[:1], False)
 
     def sum(self, value: float | Tensor) -> float:
-        """The sum of what all processes give."""
+        """Return the sum of a value over all processes."""
         if self.number == 1:
             return float(value)
         total = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach().clone()
@@ -73,40 +74,41 @@ class Processes:
         return total.item()
 
     def gathered(self, value: Any) -> list[Any]:
-        """What all processes give."""
+        """Gather a value from all processes."""
         values = [value] * self.number
         if self.number > 1:
             dist.all_gather_object(values, value)
         return values
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes get here."""
         if self.number > 1:
             dist.barrier()
 
     def shard(self, net: nn.Module) -> None:
-        """Deal out parameters and what is made of them, if that was asked for (FSDP2).
+        """Shard the parameters over the processes (FSDP2), if requested.
 
-        The blocks of the network are gathered one after the other when they are needed.
+        Gradients and optimizer states are sharded with them. The blocks of the network are
+        gathered one after the other when they are needed.
         """
         if self.is_sharding:
             for part in [*_blocks(net), net]:
                 _fsdp().fully_shard(part)
 
     def reshard(self, net: nn.Module) -> None:
-        """Give each module its part of the parameters again: an evaluation leaves some whole."""
+        """Shard the parameters of each module again: evaluation leaves some of them gathered."""
         if self.is_sharding:
             for module in net.modules():
                 if isinstance(module, _fsdp().FSDPModule):
                     module.reshard()
 
     def model(self, net: nn.Module, compiled: bool, all_take_part: Callable[[], bool]) -> Any:
-        """What is called for training: the network, or what wraps it.
+        """Return the callable for training: the network, or a wrapper of it.
 
         Args:
             net: the network.
-            compiled: whether it is compiled.
-            all_take_part: tells whether each trained parameter gets a gradient.
+            compiled: whether to compile it.
+            all_take_part: returns whether each trained parameter gets a gradient.
         """
         model: Any = torch.compile(net) if compiled else net
         if self.number == 1 or self.is_sharding:
@@ -118,7 +120,7 @@ class Processes:
 
     @contextmanager
     def accumulating(self, model: Any, last: bool) -> Iterator[None]:
-        """Gradients are exchanged with the last of the batches that one step takes together."""
+        """Synchronize gradients only with the last of the batches that one step accumulates."""
         if isinstance(model, nn.parallel.DistributedDataParallel):
             with nullcontext() if last else model.no_sync():
                 yield
@@ -128,7 +130,7 @@ class Processes:
             yield
 
     def agree_on_buffers(self, net: nn.Module) -> None:
-        """All take the first one's running statistics."""
+        """Broadcast buffers, such as running statistics, from the first process."""
         if self.number > 1:
             for buffer in net.buffers():
                 if not is_sharded(buffer):
@@ -136,15 +138,15 @@ class Processes:
 
 
 def rank() -> int:
-    """The number of this process among those that torchrun started."""
+    """Return the rank of this process among those that torchrun started."""
     return int(os.environ.get("RANK", 0))
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:
-    """Encoder layers, residual blocks: what is dealt out as one, and tied to nothing outside."""
+    """Return the blocks to shard as units: those that share no parameters with other modules."""
     try:
         names = [block.name for block in divide(net).blocks]
-    except ValueError:  # no head that could be told from the blocks
+    except ValueError:  # no head that could be separated from the blocks
         return []
     modules = dict(net.named_modules())
     parts = [modules[name] for name in names if name in modules]
@@ -154,18 +156,18 @@ def _blocks(net: nn.Module) -> list[nn.Module]:
 
 
 def _uses(module: nn.Module) -> Counter[int]:
-    """How often each parameter stands in a module."""
+    """Count how often each parameter occurs in a module."""
     return Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
 
 
 def _fsdp() -> Any:
-    import torch.distributed.fsdp  # takes a second, and is rarely require
+    import torch.distributed.fsdp  # takes a second to import, and is rarely needed
 
     return torch.distributed.fsdp
 
 
 def device_of(name: str, number: int = 0) -> torch.device:
-    """The device of that name; "auto" is an accelerator where there is one.
+    """Return the device of a given name; "auto" is an accelerator if one is available.
 
     Raises:
         TrainingError: if there is no such device.
@@ -180,13 +182,13 @@ def device_of(name: str, number: int = 0) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise TrainingError(f"there is no device {name!r} here: {error}") from None
     return device
 
 
 def whole(state: Any) -> Any:
-    """The same with whole tensors on the CPU; those who share them must all call this."""
+    """Return the state with full tensors on the CPU; all processes must call this."""
 
     def one(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -198,7 +200,7 @@ def whole(state: Any) -> Any:
 
 
 def sharded_like(value: Any, parameter: Tensor) -> Any:
-    """A tensor of the shape of a parameter, dealt out as that is."""
+    """Shard a tensor as a parameter of the same shape is sharded."""
     if not (isinstance(value, Tensor) and is_sharded(parameter)):
         return value
     if value.shape != parameter.shape:

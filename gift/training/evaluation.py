@@ -1,4 +1,4 @@
-"""How good a network is: loss and metrics on examples."""
+"""Evaluation: the loss and metrics of a network on examples."""
 
 import math
 import warnings
@@ -31,15 +31,15 @@ def evaluate(
     batch_size: int = 32,
     device: str = "auto",
 ) -> dict[str, float]:
-    """Loss and metrics of a network on examples; modes stay as they are.
+    """Compute the loss and metrics of a network on examples, without changing training modes.
 
     Args:
         net: the network, fine-tuned or not.
         examples: as for `finetune`.
-        task: what they are for, if they do not say so themselves.
-        metrics: names, see `gift.training.METRICS`; None takes those of the task.
-        batch_size: examples in a batch.
-        device: "auto", or a device of torch; the network is moved there.
+        task: task of the examples, if they do not specify it themselves.
+        metrics: names of metrics, see `gift.training.METRICS`; None selects those of the task.
+        batch_size: number of examples in a batch.
+        device: "auto", or a torch device; the network is moved there.
 
     Raises:
         TrainingError: if examples and network do not fit each other.
@@ -68,7 +68,7 @@ def evaluate(
 
 
 def task_of(data: Any, name: str | None, **options: Any) -> Task:
-    """The task that examples are for, or the one of that name; else `Undecided`.
+    """Return the task of the given name, else that of the examples, else `Undecided`.
 
     Raises:
         TrainingError: if there is no such task.
@@ -84,19 +84,19 @@ def task_of(data: Any, name: str | None, **options: Any) -> Task:
 
 
 def rehearse(net: nn.Module, task: Task, batches: Batches, what: str = "the examples") -> Task:
-    """Let the task look at a first batch, and at what the network makes of it.
+    """Run the network on a first batch, and let the task check its outputs and targets.
 
-    Gives the task, which may have been undecided before. Of tensors, examples with numbers that are
-    not finite are tried as well.
+    Returns the task, which may have been undecided before. If the examples are tensors, those with
+    non-finite values are tried as well.
 
     Raises:
-        TrainingError: if they do not fit.
+        TrainingError: if network and examples do not fit each other.
     """
     batch, _ = next(iter(batches.of()))
     with kept_modes(net), torch.no_grad():
         net.eval()
         task = task.fit(net, batches.on_device(batch))
-        # A loss of one's own may leave out what is missing.
+        # A custom loss may ignore missing values.
         odd = rows_not_finite(batches.data)[: batches.batch_size] if not task.own_loss else []
         if odd:
             batch = batches.collated(odd)
@@ -116,17 +116,17 @@ def judge(
     autocast: AbstractContextManager[Any] | None = None,
     what: str = "the examples",
 ) -> tuple[dict[str, float], list[list[int]] | None]:
-    """Loss and metrics on batches, and the confusion matrix if asked for.
+    """Compute loss and metrics on batches, and the confusion matrix if requested.
 
     Raises:
-        TrainingError: naming the first examples with numbers that are not finite, where the loss
-            is not either.
+        TrainingError: if the loss is not finite because examples have non-finite values; the error
+            names the first of these examples.
     """
     processes, number = batches.processes, task.number_of_classes
     makers = {name: kind.make for name, kind in kinds.items()}
     if confusion and task.name == "classification" and number <= LARGEST_CONFUSION:
         makers["confusion"] = confusion_matrix
-    # The processes may have been started for other things.
+    # The process group may have been started for something other than training.
     options = {"sync_on_compute": processes.number > 1}
     metrics = {n: make(number, **options).to(processes.device) for n, make in makers.items()}
     total = torch.zeros((), dtype=torch.float64)
@@ -162,8 +162,8 @@ def judge(
             stacklevel=2,
         )
     for name, value in found.items():
-        # The mean average precision comes with many others.
+        # Mean average precision returns many other values as well.
         parts = {k: value[k] for k in ("map", "map_50")} if isinstance(value, Mapping) else {}
-        # in float32, whose other digits say nothing
+        # computed in float32, whose further digits carry no information
         values |= {k: float(f"{float(part):.7g}") for k, part in (parts or {name: value}).items()}
     return values, None if matrix is None else matrix.tolist()

@@ -1,4 +1,4 @@
-"""Numbers in examples that are not finite: found, and named by their examples."""
+"""Finding examples with non-finite values (nan, inf), and naming them in errors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ _NAMED = ("inputs", "targets")
 
 
 def rows_not_finite(data: Any) -> list[int]:
-    """Of examples that are tensors, those with numbers that are not finite; else none."""
+    """Return the rows of tensor examples that have non-finite values; for other examples, none."""
     dataset = data.dataset if isinstance(data, Examples) else None
     if not isinstance(dataset, TensorDataset):
         return []
@@ -24,17 +24,17 @@ def rows_not_finite(data: Any) -> list[int]:
 
 
 def told_not_finite(batch: Any, places: Sequence[int] | None, number: int = 0) -> str:
-    """Which examples of a batch have such numbers, in words; empty if none has.
+    """Describe which examples of a batch have non-finite values; empty if none has.
 
     Args:
-        batch: as a network and its task take it.
-        places: of its examples in the data set; None where that is not known.
-        number: of the batch, which is named then.
+        batch: a batch, as a network and its task take it.
+        places: indices of its examples in the data set; None if they are not known.
+        number: number of the batch, which is named if `places` are not known.
     """
     told = []
     for name, value in _parts(batch):
         items = value if isinstance(value, list | tuple) else None
-        if items is not None:  # one for each example, as detectors take them
+        if items is not None:  # one item for each example, as detectors take them
             rows = [i for i, item in enumerate(items) if any(map(_is_odd, tree_leaves(item)))]
         else:
             rows = _rows(value) if _is_odd(value) else []
@@ -49,7 +49,7 @@ def told_not_finite(batch: Any, places: Sequence[int] | None, number: int = 0) -
 
 def _parts(batch: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(batch, Mapping):
-        # additive masks have -inf where nothing is to be seen
+        # additive masks have -inf at masked positions
         yield from ((repr(k), v) for k, v in batch.items() if "mask" not in str(k))
     elif isinstance(batch, list | tuple):
         yield from zip((*_NAMED, *[f"part {n}" for n in range(2, len(batch))]), batch, strict=False)

@@ -1,4 +1,4 @@
-"""What is left of the old task: the adapted network, with the heads that it had before."""
+"""Evaluation on the old task: the adapted network with its original heads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from gift.core.record import record_of
 
 @contextmanager
 def old_heads(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it, modules that the strategy replaced stand in their places again.
+    """Context manager that puts the modules that the strategy replaced back in place.
 
     Args:
         net: a network that is being fine-tuned.
-        device: where it is; the old modules are moved there.
+        device: device of the network; the old modules are moved there.
     """
     record = record_of(net)
     swapped = []

@@ -1,4 +1,4 @@
-"""Examples in batches, in an order that depends on the seed and epoch alone."""
+"""Batches of examples, in an order that depends only on the seed and the epoch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from gift.training.distributed import Processes
 
 
 def examples_of(data: Any, task: str | None = None) -> Examples | DataLoader[Any]:
-    """What was given to learn from as `Examples`, or the loader that it is.
+    """Convert the given data to `Examples`; a data loader is returned as it is.
 
     Args:
-        data: `Examples`, a torch dataset, a data loader, a pair of tensors, or a data set of
-            Hugging Face.
-        task: what the examples are for, if they do not say so themselves.
+        data: `Examples`, a torch dataset, a data loader, a pair of tensors, or a Hugging Face
+            dataset.
+        task: task of the examples, if they do not specify it themselves.
 
     Raises:
         TypeError: if it is something else.
@@ -49,19 +49,19 @@ def examples_of(data: Any, task: str | None = None) -> Examples | DataLoader[Any
 
 
 class Batches:
-    """Batches of examples, on the device.
+    """Batches of examples on the device.
 
     Args:
-        data: what `examples_of` gives.
-        batch_size: examples in a batch, over all processes; of a loader, its own counts.
-        shuffle: whether the order changes with the epoch, to learn from; a last batch with less
-            than two examples for each process joins the one before then.
-        processes: who takes part.
-        workers: processes that read.
-        seed: of the order.
+        data: what `examples_of` returns.
+        batch_size: number of examples in a batch, over all processes; a data loader uses its own.
+        shuffle: whether to shuffle in each epoch, for training. A last batch with fewer than two
+            examples for each process is then merged into the batch before it.
+        processes: the processes that take part.
+        workers: number of processes that load examples.
+        seed: seed of the order.
 
     Raises:
-        TrainingError: for a loader where there are several processes.
+        TrainingError: if a data loader is given while there are several processes.
     """
 
     def __init__(
@@ -87,39 +87,39 @@ class Batches:
         return len(self._sizes())
 
     def steps(self, accumulate: int) -> int:
-        """How many steps an epoch has that take so many batches each."""
+        """Return the number of optimizer steps in an epoch that accumulates this many batches."""
         return -(-len(self) // accumulate)
 
     def _sizes(self) -> list[int]:
-        """How many examples each batch has."""
+        """Return the size of each batch."""
         assert isinstance(self.data, Examples)
         full, left = divmod(len(self.data), self.batch_size)
         if 0 < left < 2 * self.processes.number and full and self.shuffle:
-            # Norm layers cannot learn from one example.
+            # Norm layers cannot learn from a single example.
             return [*[self.batch_size] * (full - 1), self.batch_size + left]
         return [*[self.batch_size] * full, *([left] if left else [])]
 
     @property
     def generator(self) -> torch.Generator | None:
-        """That of the loader, if it has one of its own."""
+        """The generator of the data loader, if it has its own."""
         return self.data.generator if isinstance(self.data, DataLoader) else None
 
     def collated(self, places: list[int]) -> Any:
-        """A batch of these examples."""
+        """Collate the examples at these indices into a batch."""
         assert isinstance(self.data, Examples)
         return (self.data.collate or default_collate)([self.data.dataset[n] for n in places])
 
     def places(self, epoch: int = 0) -> list[list[int] | None]:
-        """The examples of each batch of an epoch, as `of` gives them; a loader does not tell."""
+        """The indices of each batch of an epoch, in the order of `of`; None for a data loader."""
         if isinstance(self.data, DataLoader):
             return [None] * len(self.data)
         return [places for places, _ in self._parts(epoch)[0]]
 
     def _parts(self, epoch: int) -> tuple[list[tuple[list[int], bool]], torch.Generator]:
-        """The examples of each batch, whether they count, and where other random numbers are from.
+        """Return the indices of each batch and whether they count, and a generator for the loader.
 
-        The generator is their own, so that neither the global state counts nor what a resumed run
-        has drawn.
+        The generator is separate, so that batches depend neither on the global random state nor on
+        what a resumed run has already drawn.
         """
         order = torch.arange(len(self.data))
         generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -129,7 +129,7 @@ class Batches:
         return parts, generator
 
     def of(self, epoch: int = 0) -> Iterator[tuple[Any, bool]]:
-        """The batches of an epoch, still on the CPU, and whether they count."""
+        """Iterate over the batches of an epoch, still on the CPU, and whether they count."""
         if isinstance(self.data, DataLoader):
             return ((batch, True) for batch in self.data)
         parts, generator = self._parts(epoch)
@@ -144,18 +144,18 @@ class Batches:
         return zip(loader, (counts for _, counts in parts), strict=True)
 
     def on_device(self, batch: Any) -> Any:
-        """The batch where the network is."""
+        """Move a batch to the device of the network."""
         device = self.processes.device
 
         def move(value: Any) -> Any:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        # transformers gives dictionaries of its own kind
+        # transformers returns its own kind of dictionary
         return tree_map(move, dict(batch) if hasattr(batch, "keys") else batch)
 
 
 def windows(batches: Iterator[Any], number: int) -> Iterator[list[Any]]:
-    """Lists of so many batches; the last may be shorter."""
+    """Group batches into lists of this length; the last list may be shorter."""
     window: list[Any] = []
     for batch in batches:
         window.append(batch)

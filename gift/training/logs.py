@@ -1,4 +1,4 @@
-"""What is written down while a network is trained: CSV files, and events for TensorBoard."""
+"""Logs of training: CSV files and TensorBoard events."""
 
 import csv
 import io
@@ -14,58 +14,59 @@ Row = Mapping[str, float]
 
 
 class Log(Protocol):
-    """What a training loop calls."""
+    """What a training loop calls to log its progress."""
 
     def step(self, row: Row) -> None:
-        """After a step of the optimizer: "step" (from 1), and values."""
+        """Log a step of the optimizer: "step" (from 1) and values."""
 
     def epoch(self, row: Row) -> None:
-        """After an epoch: "epoch" (from 1), and values."""
+        """Log an epoch: "epoch" (from 1) and values."""
 
     def rewind(self, step: int, epoch: int) -> None:
-        """Forget what came after that step and that epoch: training goes on from there."""
+        """Discard rows after this step and this epoch, from which training resumes."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the log."""
 
 
 class Logs:
     """Several logs as one.
 
     Args:
-        logs: each is told everything.
+        logs: the logs, each of which receives every row.
     """
 
     def __init__(self, logs: Sequence[Log]) -> None:
         self.logs = tuple(logs)
 
     def step(self, row: Row) -> None:
-        """After a step of the optimizer: "step" (from 1), and values."""
+        """Log a step of the optimizer: "step" (from 1) and values."""
         for log in self.logs:
             log.step(row)
 
     def epoch(self, row: Row) -> None:
-        """After an epoch: "epoch" (from 1), and values."""
+        """Log an epoch: "epoch" (from 1) and values."""
         for log in self.logs:
             log.epoch(row)
 
     def rewind(self, step: int, epoch: int) -> None:
-        """Forget what came after that step and that epoch; 0 and 0 forget everything."""
+        """Discard rows after this step and this epoch; 0 and 0 discard everything."""
         for log in self.logs:
             log.rewind(step, epoch)
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close all logs."""
         for log in self.logs:
             log.close()
 
 
 def open_logs(folder: Path | None, tensorboard: bool = True) -> Logs:
-    """The logs of a run. Call `Logs.rewind` before the first row, where files may be there.
+    """Open the logs of a run. Call `Logs.rewind` before the first row if files may already exist.
 
     Args:
-        folder: gets ``history.csv``, ``steps.csv`` and ``tensorboard/``; None writes nothing.
-        tensorboard: whether that last one is written.
+        folder: where to write ``history.csv``, ``steps.csv`` and ``tensorboard/``; None writes
+            nothing.
+        tensorboard: whether to write ``tensorboard/``.
     """
     if folder is None:
         return Logs(())
@@ -74,10 +75,10 @@ def open_logs(folder: Path | None, tensorboard: bool = True) -> Logs:
 
 
 class CsvLog:
-    """``steps.csv`` and ``history.csv``, whole after each row, whenever the process is killed.
+    """``steps.csv`` and ``history.csv``, complete after each row even if the process is killed.
 
     Args:
-        folder: where they are.
+        folder: folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,7 +94,7 @@ class CsvLog:
         self.history.add(row)
 
     def rewind(self, step: int, epoch: int) -> None:
-        """Cut off what came after that step and that epoch."""
+        """Discard rows after this step and this epoch."""
         self.steps.cut(step)
         self.history.cut(epoch)
 
@@ -104,11 +105,11 @@ class CsvLog:
 
 
 class _Table:
-    """A CSV file that grows by rows, and by columns where a row has a new one.
+    """A CSV file that grows by rows, and by columns when a row has a new one.
 
     Args:
-        path: of the file.
-        key: the column that counts.
+        path: path of the file.
+        key: the column that counts the rows.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -118,7 +119,7 @@ class _Table:
 
     def add(self, row: Row) -> None:
         if self._file is None:
-            self.cut(math.inf)  # a half line, left by a kill
+            self.cut(math.inf)  # drops a partial line left by a killed process
         if new := [name for name in row if name not in self.columns]:
             self._write([*self.columns, *new], self._read()[1])
         if self._file is None:
@@ -137,7 +138,7 @@ class _Table:
             self._file = None
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Columns and rows; a last line that is not whole is left out."""
+        """Read columns and rows, without an incomplete last line."""
         if not self.path.is_file():
             return [], []
         whole = self.path.read_bytes().rpartition(b"\n")[0].decode(errors="replace")
@@ -149,7 +150,7 @@ class _Table:
         try:
             return float(row[self.key])
         except (KeyError, TypeError, ValueError):
-            return math.nan  # no row of ours
+            return math.nan  # not a row that gift wrote
 
     def _write(self, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
         self.close()
@@ -169,11 +170,11 @@ class _Table:
 class TensorBoardLog:
     """Events for TensorBoard: ``steps/loss``, ``epochs/valid_accuracy`` and so on.
 
-    Both stand over the steps of the optimizer, so that a run that goes on can tell TensorBoard by
-    one number what to forget.
+    Both are logged against optimizer steps, so that a resumed run can tell TensorBoard with one
+    number what to discard.
 
     Args:
-        folder: where they are; nothing else should be there.
+        folder: folder of the events; nothing else should be in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -188,12 +189,12 @@ class TensorBoardLog:
         self._add("steps", "step", row)
 
     def epoch(self, row: Row) -> None:
-        """Add the values of an epoch at the step with which it ended."""
+        """Add the values of an epoch at its last step."""
         self._add("epochs", "epoch", row)
         self._writer.flush()
 
     def rewind(self, step: int, epoch: int) -> None:
-        """Let TensorBoard forget what came after that step."""
+        """Let TensorBoard discard events after this step."""
         self.close()
         self._last = step
         if not step:
@@ -201,14 +202,14 @@ class TensorBoardLog:
                 file.unlink()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending events and close the writer."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def _add(self, group: str, key: str, row: Row) -> None:
         if self._writer is None:
-            # The first row that is written, and all above it, are new.
+            # TensorBoard discards events from the first new step on.
             purge = self._last if group == "steps" else self._last + 1
             self._writer = self._made.SummaryWriter(
                 str(self.folder), purge_step=purge, flush_secs=10

@@ -1,4 +1,4 @@
-"""The loop: `finetune`."""
+"""The training loop: `finetune`."""
 
 import math
 import time
@@ -51,38 +51,41 @@ def finetune(
     begin: Callable[[], None] | None = None,
     **settings: Any,
 ) -> Result:
-    """Fine-tune a network on examples, on whatever device there is.
+    """Fine-tune a network on examples, on the device that is available.
 
-    With a folder, each epoch ends with a checkpoint, and the same call goes on from there after a
-    kill, with the same weights in the end as without. Started by ``torchrun``, the processes train
-    together.
+    With a folder, each epoch ends with a checkpoint. If the run is killed, the same call resumes
+    from there and ends with the same weights as an uninterrupted run. When started by
+    ``torchrun``, the processes train together.
 
     Args:
-        net: the network, plain or enabled already; it is trained in place.
-        train: `gift.data.Examples`, a dataset or data loader of torch, a pair of tensors, or a
-            data set of Hugging Face.
-        valid: the same, to judge by.
-        strategy: enabled on the network; None trains what `enable_fine_tuning` was told before, or
-            else what requires a gradient. The network is being fine-tuned afterwards: `gift.merge`
-            makes it a plain one with what it learnt, `disable_fine_tuning` the base that it was.
-        schedule: when what is frozen; None leaves that to the strategy.
-        old: examples of the old task, or a function that gives metrics of a network: the result
-            tells what was forgotten. Where the head was replaced, the old one is used for that.
+        net: the network, plain or already enabled; it is trained in place.
+        train: `gift.data.Examples`, a torch dataset or data loader, a pair of tensors, or a
+            Hugging Face dataset.
+        valid: validation examples, in the same forms.
+        strategy: strategy to enable on the network; None trains what an earlier
+            `enable_fine_tuning` selected, or else what requires a gradient. The network stays
+            enabled afterwards: `gift.merge` makes it a plain network that keeps what it learned,
+            `disable_fine_tuning` restores the base.
+        schedule: schedule of freezing and unfreezing; None leaves that to the strategy.
+        old: examples of the old task, or a function that returns metrics of a network: the result
+            then reports forgetting. If the head was replaced, the old head is used for this.
         task: "classification", "language", "regression" or "detection", if the examples do not
-            say so. Where neither does, targets that are not whole numbers, for a network that gives
-            one number for each, are those of a regression; all others are classes.
-        loss: called with outputs and targets, gives a mean; None is the task's own.
-        folder: gets ``checkpoint.pt``, ``best.safetensors`` and ``last.safetensors`` (see
-            `gift.load`), logs, plots and ``report.html``.
-        restart: begin anew, whatever the folder has.
-        begin: called once all is found to fit, before anything is written or trained: to write
-            down what belongs to the run.
-        settings: those of `Settings`: ``epochs``, ``lr``, ``batch_size``, ``device`` and so on.
+            specify it. If neither does, the task is regression where the targets are
+            floating-point numbers and the network returns one number for each of them, else
+            classification.
+        loss: function of outputs and targets that returns a mean; None uses the loss of the task.
+        folder: where to write ``checkpoint.pt``, ``best.safetensors`` and ``last.safetensors``
+            (see `gift.load`), logs, plots and ``report.html``.
+        restart: whether to start from scratch even if the folder has a checkpoint.
+        begin: called after all checks passed, before anything is written or trained, for example
+            to write files that belong to the run.
+        settings: fields of `Settings`: ``epochs``, ``lr``, ``batch_size``, ``device`` and so on.
 
     Raises:
-        TrainingError: if network, examples and settings do not fit each other; the network is as
-            it was then. Or if the loss is not finite; the last checkpoint is kept.
-        ValueError: for settings out of range, or a strategy that does not fit.
+        TrainingError: if network, examples and settings do not fit each other, in which case the
+            network is left unchanged; or if the loss is not finite, in which case the last
+            checkpoint is kept.
+        ValueError: if a setting is out of range, or the strategy does not fit.
         DataError: if an example cannot be read.
 
     Example:
@@ -128,7 +131,7 @@ def finetune(
 
 
 def train_epoch(run: Run) -> None:
-    """One pass over the examples, or what is left of it."""
+    """Train for one epoch, or for what is left of it."""
     settings = run.settings
     run.clock = time.monotonic()
     if not run.steps_done:
@@ -157,10 +160,11 @@ def train_epoch(run: Run) -> None:
 
 
 def remaining_batches(run: Run) -> Iterator[Any]:
-    """The batches of the epoch that are left, where a run goes on within one."""
+    """Return the remaining batches of the epoch, if a run resumes in the middle of it."""
     if not run.steps_done:
         return run.train.of(run.epoch)
-    # What was drawn for the others is drawn again, and then goes on from where the run was.
+    # Loading the finished batches repeats their random draws; the state is then set back to that
+    # of the run.
     now = random_states(run)
     restore_states(run, run.epoch_random)
     batches = run.train.of(run.epoch)
@@ -171,32 +175,32 @@ def remaining_batches(run: Run) -> Iterator[Any]:
 
 
 def start_schedule(run: Run) -> None:
-    """Unfreeze what is due."""
+    """Unfreeze what the schedule unfreezes in this epoch."""
     if run.schedule is None:
         return
     unfrozen = run.schedule.step(run.epoch, run.optimizer)
     if unfrozen:
-        run.model = None  # what wraps the network must see what is trained now
+        run.model = None  # the wrapper must be rebuilt with the newly trained parameters
         run.result.unfrozen[run.epoch + 1] = list(unfrozen)
-        if run.best_state:  # in the best state, they are what they are now
+        if run.best_state:  # newly unfrozen tensors enter the best state with their current values
             run.best_state = trained_state(run.net) | run.best_state
 
 
 def make_model(run: Run) -> None:
-    """Make what is called for training, if there is none yet; the network gets ready for that."""
+    """Create the model if there is none yet, and put the network into training mode."""
     if run.model is None:
         run.model = run.processes.model(run.net, run.settings.compile, lambda: all_take_part(run))
     run.net.train()
 
 
 def progress(run: Run, todo: Iterable[Any], name: str, **options: Any) -> Any:
-    """What is to be done, with a bar that shows how far that is."""
+    """Wrap an iterable in a progress bar."""
     shown = run.settings.progress and run.processes.first
     return require("tqdm", "train").tqdm(todo, name, disable=not shown, leave=False, **options)
 
 
 def all_take_part(run: Run) -> bool:
-    """Whether a batch gives every trained parameter a gradient."""
+    """Whether one batch gives every trained parameter a gradient."""
     trained = [p for _, p in named_trainable(run.net) if p.requires_grad]
     with kept_random(run.train.generator), kept_modes(run.net), run.autocast():
         batch, _ = next(iter(run.train.of()))
@@ -208,13 +212,13 @@ def all_take_part(run: Run) -> bool:
 
 
 def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float, bool]:
-    """One step of the optimizer with the batches of a window.
+    """Make one optimizer step with the batches of a window.
 
-    Gives the mean loss, of how many targets, and whether the step was made: it is left out where
+    Returns the mean loss, the number of targets, and whether the step was made: it is skipped if
     float16 overflowed.
 
-    The gradient is that of the mean over all targets in the window, however they are spread over
-    batches and processes.
+    The gradient is that of the mean over all targets in the window, however they are distributed
+    over batches and processes.
     """
     task, processes, model = run.task, run.processes, run.model
     for batch, _ in window:
@@ -226,7 +230,7 @@ def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float, 
         with processes.accumulating(model, last=number == len(window) - 1):
             with run.autocast():
                 loss = task.training_loss(model, moved) * float(counts) / max(count, 1)
-            # The gradients of all processes are averaged.
+            # DDP and FSDP average the gradients of all processes.
             run.scaler.scale(loss * processes.number).backward()
         total += loss.detach().cpu().double()
     mean = processes.sum(total)
@@ -250,7 +254,7 @@ def _is_finite(norm: Any) -> bool:
 
 
 def _reason(run: Run, window: list[tuple[Any, bool]]) -> str:
-    """Which examples have numbers that are not finite, or what else may have been wrong."""
+    """Say which examples have non-finite values, or else what to try."""
     places = run.train.places(run.epoch)
     first = run.steps_done * run.settings.accumulate
     for number, (batch, _) in enumerate(window, start=first):
@@ -269,7 +273,7 @@ def _stop(run: Run, what: str, reason: str) -> None:
 
 
 def finish_epoch(run: Run) -> None:
-    """Judge the network, keep it if it is the best, write down where the run is."""
+    """Evaluate the network, save it if it is the best so far, and write a checkpoint."""
     total, count = run.totals
     row = {"epoch": run.epoch + 1, "train_loss": total / max(count, 1)}
     if run.valid is not None:
@@ -297,7 +301,7 @@ def finish_epoch(run: Run) -> None:
 
 
 def save_delta(run: Run, which: str) -> None:
-    """Write the "best" or "last" delta into the run's folder; all processes call this."""
+    """Write the "best" or "last" delta into the folder of the run; all processes must call this."""
     if run.result.folder is None:
         return
     if run.processes.has_part_in_files:
@@ -306,7 +310,7 @@ def save_delta(run: Run, which: str) -> None:
 
 
 def conclude(run: Run) -> Result:
-    """Leave the network as it is to be kept, and tell what was done."""
+    """Restore the weights to keep, evaluate them, and complete the result."""
     result = run.result
     save_delta(run, "last")
     if run.settings.keep == "best" and run.best_state:

@@ -1,4 +1,4 @@
-"""`find_lr`: which learning rate a network can take, by trying all of them once."""
+"""`find_lr`: a learning rate range test, which tries all learning rates once."""
 
 import copy
 import math
@@ -30,12 +30,12 @@ DIVERGED = 4.0
 
 @dataclass(frozen=True)
 class LearningRates:
-    """What `find_lr` found.
+    """Result of `find_lr`.
 
     Args:
-        rates: that were tried, rising.
-        losses: in the step at that rate, before its change.
-        smoothed: their exponential mean over about ten steps, without bias at the start.
+        rates: learning rates that were tried, increasing.
+        losses: loss at each rate, before the step with that rate.
+        smoothed: bias-corrected exponential moving average of the losses over about ten steps.
     """
 
     rates: list[float]
@@ -44,21 +44,22 @@ class LearningRates:
 
     @property
     def suggestion(self) -> float | None:
-        """The rate at which the loss fell most steeply; None if it never fell.
+        """The learning rate at which the loss fell most steeply; None if it never fell.
 
-        At most a tenth of the rate with the least loss, since beyond that one it diverges. The mean
-        of the steps before is late, so slopes are those of the mean over both sides.
+        It is at most a tenth of the rate with the lowest loss, because training diverges beyond
+        that one. A one-sided moving average lags behind, so the slopes are computed from a
+        two-sided average.
         """
         least = self.smoothed.index(min(self.smoothed))
         both = smooth(self.smoothed[: least + 1][::-1])[::-1]
         slopes = {r: b - a for r, a, b in zip(self.rates[1:], both, both[2:], strict=False)}
         steepest = min(slopes, key=slopes.__getitem__, default=None)
-        if steepest is None or slopes[steepest] > -1e-6 * abs(both[0]):  # but rounding
+        if steepest is None or slopes[steepest] > -1e-6 * abs(both[0]):  # only rounding
             return None
         return min(steepest, self.rates[least] / 10)
 
     def plot(self, path: str | Path) -> None:
-        """Write a PNG picture of losses over rates, with the suggestion."""
+        """Write a PNG plot of losses over learning rates, with the suggestion."""
         write_bytes(path, render(_draw, self, LIGHT) or b"")
 
     def __str__(self) -> str:
@@ -83,22 +84,22 @@ def find_lr(
 ) -> LearningRates:
     """Train a copy of the network while the learning rate rises exponentially.
 
-    That is the range test of https://arxiv.org/abs/1506.01186, section 3.3. It ends where the loss
-    is four times the least one, or not finite. The network is not touched, and the random numbers
-    are afterwards where they were; what is frozen in an enabled network is not copied.
+    This is the range test of https://arxiv.org/abs/1506.01186, section 3.3. It stops when the loss
+    is four times its minimum, or not finite. The network is not changed, and random states are
+    restored afterwards. Frozen parameters of an enabled network are not copied.
 
     Args:
-        net: the network, plain or enabled already.
-        train: examples, as `finetune` takes them.
-        strategy: enabled on the copy.
-        schedule: as it is in the first epoch.
+        net: the network, plain or already enabled.
+        train: training examples, as for `finetune`.
+        strategy: strategy to enable on the copy.
+        schedule: schedule, applied as in the first epoch.
         task: as for `finetune`.
         loss: as for `finetune`.
-        lowest: the first rate. Groups of parameters keep their ratios.
-        highest: the last one.
-        steps: how many are tried.
-        settings: those of `Settings`; what they say of learning rates, epochs and validation has
-            no effect here.
+        lowest: the first learning rate. Parameter groups keep their ratios.
+        highest: the last learning rate.
+        steps: number of learning rates to try.
+        settings: fields of `Settings`; those for learning rates, epochs and validation have no
+            effect here.
 
     Raises:
         ValueError: if the rates do not rise from above zero, or there are fewer than three.
@@ -127,7 +128,7 @@ def find_lr(
     order = train.generator if isinstance(train, DataLoader) else None
     with kept_random(order):
         processes = Processes(chosen)
-        # Without these two, what is frozen stays so.
+        # Without a strategy or a schedule, frozen parameters stay frozen and can be shared.
         twin = _copied(net, sharing=strategy is None and schedule is None)
         run = prepare(
             twin,
@@ -145,7 +146,7 @@ def find_lr(
 
 
 def _sweep(run: Run, rates: list[float]) -> Iterator[float]:
-    """The loss in a step at each rate, until it has diverged."""
+    """Yield the loss at each learning rate until it has diverged."""
     start_schedule(run)
     make_model(run)
     losses: list[float] = []
@@ -169,14 +170,14 @@ def _sweep(run: Run, rates: list[float]) -> Iterator[float]:
 
 
 def _forever(run: Run) -> Iterator[Any]:
-    """The examples of each step, epoch after epoch."""
+    """Yield the batches of each step, epoch after epoch."""
     while True:
         yield from windows(run.train.of(run.epoch), run.settings.accumulate)
         run.epoch, run.steps_done = run.epoch + 1, 0
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The exponential mean of each value and those before, without bias at the start."""
+    """Return the bias-corrected exponential moving average of the values."""
     mean, means = 0.0, []
     for number, value in enumerate(values, 1):
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value
@@ -185,7 +186,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def _copied(net: nn.Module, sharing: bool) -> nn.Module:
-    """A copy that can be trained; if asked for, it shares the memory of what is frozen."""
+    """Return a trainable copy; with `sharing`, it shares the memory of frozen parameters."""
     memo: dict[int, Any] = {}
     for _, parameter in net.named_parameters():
         if sharing and not parameter.requires_grad and type(parameter) is nn.Parameter:
@@ -201,7 +202,7 @@ def _draw(found: LearningRates, theme: Theme) -> Any:
     axes.plot(found.rates, found.losses, color=colour, alpha=0.35, linewidth=1, label="each step")
     axes.plot(found.rates, found.smoothed, color=colour, label="smoothed")
     least = found.smoothed.index(min(found.smoothed))
-    shown = [*found.smoothed[: least + 1], *found.losses[: least + 1]]  # before it diverges
+    shown = [*found.smoothed[: least + 1], *found.losses[: least + 1]]  # points before it diverges
     low, high = min(shown), max(shown)
     if high > low:
         axes.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))

@@ -9,13 +9,14 @@ from gift.support.optional import require
 
 
 class MetricKind(NamedTuple):
-    """One metric.
+    """A metric.
 
     Args:
-        task: to which it belongs.
-        make: the metric of torchmetrics, for a number of classes; takes torchmetrics' own options.
-        higher: whether more is better.
-        default: whether it is computed without being asked for.
+        task: task that the metric belongs to.
+        make: creates the torchmetrics metric from the number of classes and torchmetrics' own
+            options.
+        higher: whether higher is better.
+        default: whether it is computed by default.
     """
 
     task: str
@@ -45,7 +46,7 @@ def _perplexity(classes: int, **options: Any) -> Any:
     plain: Any = require("torchmetrics.text", "train").Perplexity
 
     class OfPlaces(plain):
-        """Takes places one after the other, as other metrics do."""
+        """Takes positions as one flat sequence, as other metrics do."""
 
         def update(self, preds: Any, target: Any) -> None:
             super().update(preds[None], target[None])
@@ -57,7 +58,7 @@ def _determined(classes: int, **options: Any) -> Any:
     plain: Any = require("torchmetrics.regression", "train").R2Score
 
     class Determined(plain):
-        """Not a number where a single one is, of which no variance can be explained."""
+        """R2 that is nan for a single target, which has no variance to explain."""
 
         def compute(self) -> Any:
             return super().compute() if self.total > 1 else self.residual * float("nan")
@@ -71,7 +72,7 @@ def _detected(classes: int, **options: Any) -> Any:
 
 
 confusion_matrix = _classified("ConfusionMatrix")
-"""Counts of (row) a class being taken for (column) another."""
+"""Counts of how often a class (row) was predicted as another (column)."""
 
 METRICS = {
     "accuracy": MetricKind("classification", _classified("Accuracy", average="micro")),
@@ -89,15 +90,17 @@ METRICS = {
     "r2": MetricKind("regression", _determined),
     "map": MetricKind("detection", _detected),
 }
-"""Every metric that `finetune` can be asked for, by its name. F1, precision and recall are means
-over the classes."""
+"""Metrics that `finetune` can compute, by name.
+
+F1, precision and recall are macro averages over the classes.
+"""
 
 
 def metrics_of(task: str, names: Sequence[str] | None) -> dict[str, MetricKind]:
-    """The metrics of these names, or those that the task has by default.
+    """Return the metrics with these names, or the default metrics of the task.
 
     Raises:
-        TrainingError: naming all names that are no metric, or one of another task.
+        TrainingError: naming all names that are not metrics of the task.
     """
     own = {name: kind for name, kind in METRICS.items() if kind.task == task}
     if names is None:

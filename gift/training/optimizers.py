@@ -1,4 +1,4 @@
-"""Groups of parameters, the optimizer, and how the learning rate goes."""
+"""Parameter groups, optimizers and learning rate schedules."""
 
 import inspect
 import math
@@ -18,7 +18,7 @@ from gift.training.settings import Settings
 
 
 def make_optimizer(net: nn.Module, settings: Settings) -> Optimizer:
-    """The optimizer for what is trained.
+    """Create the optimizer for the trained parameters.
 
     Raises:
         TrainingError: if nothing is trained, or there is no such optimizer.
@@ -43,14 +43,15 @@ def make_optimizer(net: nn.Module, settings: Settings) -> Optimizer:
 def parameter_groups(
     net: nn.Module, lr: float, loraplus_ratio: float | None = None
 ) -> list[dict[str, Any]]:
-    r"""What is trained, in one group; with a ratio, `lora_B` in a second one (LoRA+).
+    r"""Group the trained parameters: one group, and with a ratio a second one for `lora_B` (LoRA+).
 
     LoRA+ (https://arxiv.org/abs/2402.12354, section 4): :math:`\eta_B = \lambda \eta_A`.
 
     Args:
         net: the network.
         lr: the learning rate.
-        loraplus_ratio: that of `lora_B` in units of it, the paper's :math:`\lambda`.
+        loraplus_ratio: ratio of the learning rate of `lora_B` to `lr`, the paper's
+            :math:`\lambda`.
 
     Raises:
         TrainingError: if nothing is trained, or there is no `lora_B`.
@@ -79,19 +80,19 @@ def parameter_groups(
 
 
 def make_rates(optimizer: Optimizer, settings: Settings, steps: int) -> LRScheduler:
-    """The schedule of the learning rate over so many steps.
+    """Create the learning rate schedule for a number of steps.
 
     Raises:
-        TrainingError: if there is none of that name.
+        TrainingError: if there is no schedule of that name.
     """
     if not isinstance(settings.lr_schedule, str):
         return settings.lr_schedule(optimizer, steps)
     if settings.lr_schedule == "onecycle":
         highest = [group["lr"] for group in optimizer.param_groups]
         known = optimizer.defaults
-        # torch divides by zero where the warm-up is a single step.
+        # torch divides by zero if the warm-up is a single step.
         warmup = settings.warmup + 1e-9 * (settings.warmup * max(steps, 2) == 1)
-        # It moves momentum where the optimizer has some.
+        # OneCycleLR cycles momentum only if the optimizer has one.
         return OneCycleLR(
             optimizer,
             highest,
@@ -112,7 +113,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
 }
-"""Factor of the learning rate by the share of steps that are done, after the warm-up."""
+"""Factor of the learning rate by the share of finished steps, after the warm-up."""
 
 
 def _rate(shape: Callable[[float], float], warmup: int, steps: int, step: int) -> float:

@@ -1,4 +1,4 @@
-"""What a network says of pictures and texts."""
+"""Predictions of a network for images and texts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ from gift.training.tasks import keywords_of, main_output, taken
 
 @dataclass(frozen=True)
 class Prediction:
-    """The class of an input.
+    """The predicted class of an input.
 
     Args:
-        input: what was given.
-        label: the most probable class: its name, or its number where names are not known.
-        probability: of that class.
-        probabilities: of all classes.
-        top: how many classes are shown.
+        input: the input.
+        label: name of the most probable class, or its number if names are not known.
+        probability: probability of that class.
+        probabilities: probabilities of all classes.
+        top: number of classes to show.
     """
 
     input: Any
@@ -37,7 +37,7 @@ class Prediction:
     top: int = 1
 
     def best(self, number: int | None = None) -> list[tuple[str | int, float]]:
-        """The most probable classes, the first first; None gives `top` of them."""
+        """Return the most probable classes in descending order; None returns `top` of them."""
         ordered = sorted(self.probabilities.items(), key=lambda item: -item[1])
         return ordered[: self.top if number is None else number]
 
@@ -47,13 +47,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Detected:
-    """The objects in a picture, those found with the highest score first.
+    """The objects detected in an image, in descending order of their scores.
 
     Args:
-        input: what was given.
-        boxes: left, top, right and bottom of each.
-        labels: the class of each: its name, or its number where names are not known.
-        scores: how sure the network is of each.
+        input: the input.
+        boxes: left, top, right and bottom of each object.
+        labels: name of the class of each object, or its number if names are not known.
+        scores: confidence of each detection.
     """
 
     input: Any
@@ -70,12 +70,12 @@ class Detected:
 
 
 def remember(net: nn.Module, examples: Examples, task: str | None = None) -> None:
-    """Note on a network how its inputs are read and what its classes are, for `predict`.
+    """Record on a network how its inputs are read and what its classes are, for `predict`.
 
     Args:
         net: the network.
-        examples: what it is trained on.
-        task: what it is trained for; None is the task of the examples, or "classification".
+        examples: the training examples.
+        task: task of the training; None uses the task of the examples, or "classification".
     """
     set_io_spec(net, examples.reader, examples.classes, task or examples.task or "classification")
 
@@ -89,23 +89,25 @@ def predict(
     top: int = 1,
     device: str | None = None,
 ) -> list[Prediction] | list[Detected]:
-    """The classes of pictures or texts, or the objects in pictures.
+    """Predict the classes of images or texts, or detect the objects in images.
 
-    Modes and random numbers are afterwards as they were before.
+    Training modes and random states are restored afterwards.
 
     Args:
         net: the network, fine-tuned or not.
-        inputs: paths of pictures, pictures of PIL, texts, pairs of texts, or tensors for the
-            network; a single tensor is a batch.
-        reader: makes tensors of them; None takes the one that `finetune` or `load_network` noted.
-        classes: names of the classes; None takes those noted.
-        batch_size: inputs that are computed together.
-        top: how many classes a prediction shows.
-        device: of torch, or "auto"; the network is moved there. None is where it is.
+        inputs: paths of images, PIL images, texts, pairs of texts, or tensors for the network; a
+            single tensor is a batch.
+        reader: converts inputs to tensors; None uses the reader that `finetune` or `load_network`
+            recorded.
+        classes: names of the classes; None uses the recorded ones.
+        batch_size: number of inputs to compute together.
+        top: number of classes that a prediction shows.
+        device: a torch device, or "auto"; the network is moved there. None leaves the network
+            where it is.
 
     Raises:
         DataError: if an input cannot be read.
-        TrainingError: if the reader is not known, or the network gives no classes.
+        TrainingError: if the reader is not known, or the network does not return classes.
         ValueError: if `batch_size` or `top` is below 1.
 
     Example:
@@ -152,14 +154,14 @@ def predict(
 
 
 def _listed(inputs: Any) -> list[Any]:
-    """The inputs as a list; a single picture or text is one of them."""
+    """Return the inputs as a list; a single image or text becomes a list of one."""
     if isinstance(inputs, str | Path) or not isinstance(inputs, Iterable):
         return [inputs]
     return list(inputs)
 
 
 def _moved(net: nn.Module, device: str | None) -> torch.device:
-    """Where the network is, after it was moved."""
+    """Move the network if a device is given, and return its device."""
     if device is not None:
         net.to(device_of(device))
     tensors = [*dict(net.named_parameters()).values(), *net.buffers()]

@@ -1,4 +1,4 @@
-"""The random numbers of a process: seeding them, and the states that they are in."""
+"""The random number generators of a process: seeding, saving and restoring them."""
 
 import random
 import sys
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Seed all random numbers of this process."""
+    """Seed all random number generators of this process."""
     torch.manual_seed(seed)
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -18,10 +18,10 @@ def seed_all(seed: int) -> None:
 
 
 def random_state(order: torch.Generator | None) -> dict[str, Any]:
-    """The states of all random numbers of this process, as plain data.
+    """Return the states of all random number generators of this process, as plain data.
 
     Args:
-        order: what a data loader draws its order from, if it has one of its own.
+        order: generator that a data loader draws its order from, if it has its own.
     """
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
@@ -35,7 +35,7 @@ def random_state(order: torch.Generator | None) -> dict[str, Any]:
 
 
 def restore_random(state: dict[str, Any], order: torch.Generator | None) -> None:
-    """Put these states back."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(_tuples(state["python"]))
     if "cuda" in state and torch.cuda.is_available():
@@ -48,7 +48,7 @@ def restore_random(state: dict[str, Any], order: torch.Generator | None) -> None
 
 @contextmanager
 def kept_random(order: torch.Generator | None) -> Iterator[None]:
-    """Random numbers are afterwards where they were before."""
+    """Context manager that restores the random states on exit."""
     state = random_state(order)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run gave, as plain data that the report is drawn from."""
+"""The result of a run, as plain data for the report."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,28 +6,29 @@ from pathlib import Path
 
 @dataclass(repr=False)
 class Result:
-    """What `finetune` did.
+    """Result of `finetune`.
 
     Args:
         network: class of the network.
-        strategy: what was trained, as text.
-        schedule: when, as text; "" if there was none.
+        strategy: description of the strategy.
+        schedule: description of the schedule; "" if there was none.
         task: "classification", "language", "detection" or "regression".
-        classes: names of the classes, None where there are none.
-        trained: trained parameters at the end.
-        total: all parameters.
+        classes: names of the classes; None if there are none.
+        trained: number of trained parameters at the end.
+        total: number of all parameters.
         history: a row for each epoch: "epoch" (from 1), "train_loss", "step" (the last one in it),
-            "seconds", and, with validation, "valid_loss" and "valid_" with the name of each metric.
+            "seconds", and, with validation, "valid_loss" and "valid_" with the name of each
+            metric.
         steps: a row for each step of the optimizer: "step" (from 1), "loss", and "lr" of the first
-            group, "lr_1" of the second ... .
-        unfrozen: for each epoch (from 1) the blocks that the schedule unfroze then.
-        before, after: metrics, with "loss", on the validation examples, before and after.
-        old_before, old_after: the same on the old task, empty if none was given. What is lost
-            there is forgotten.
-        confusion: how often (row) a class was taken for (column) another; after training.
-        best_epoch: the epoch (from 1) whose values are the best; None without validation.
-        stopped: why it ended: "done", or a sentence.
-        folder: where the files of the run are; None if nothing was written.
+            group, "lr_1" of the second, and so on.
+        unfrozen: blocks that the schedule unfroze in each epoch (from 1).
+        before, after: metrics, with "loss", on the validation examples, before and after training.
+        old_before, old_after: the same on the old task; empty if no old task was given. A drop
+            here is forgetting.
+        confusion: how often a class (row) was predicted as another (column), after training.
+        best_epoch: epoch (from 1) with the best values; None without validation.
+        stopped: reason why training ended: "done", or a sentence.
+        folder: folder with the files of the run; None if nothing was written.
     """
 
     network: str
@@ -50,6 +51,6 @@ class Result:
     folder: Path | None = None
 
     def __repr__(self) -> str:
-        from gift.training.report import summary  # which is drawn from results
+        from gift.training.report import summary  # which imports this module
 
         return summary(self)

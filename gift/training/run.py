@@ -1,4 +1,4 @@
-"""A run of training: what it needs, and what changes while it goes on."""
+"""A training run: what it needs, and its state while it is running."""
 
 import math
 import time
@@ -30,36 +30,36 @@ TRAIN, VALID = "the training examples", "the validation examples"
 
 @dataclass
 class Run:
-    """A run of training.
+    """A training run and its state.
 
     Args:
-        net: the network, which is being fine-tuned.
-        task: what a batch is.
-        settings: how it is trained.
-        processes: who takes part.
-        train: batches to learn from.
-        valid: batches to judge by, if there are any.
-        old: tells what the network can still do of its old task, if that is asked for.
-        metrics: what is computed on `valid`.
-        schedule: what is frozen when, if there is a schedule.
-        optimizer: of what is trained.
-        rates: how its learning rate goes.
-        scaler: of the loss, for float16.
-        logs: what is written down.
-        result: what is told in the end.
-        identity: what a checkpoint must agree on, to go on from it.
-        seed: of the order of the examples.
-        epoch: those that are done.
-        steps_done: steps that are done in the one that is not.
-        step: steps of the optimizer that are done.
+        net: the network that is being fine-tuned.
+        task: task, which interprets the batches.
+        settings: settings of the training.
+        processes: the processes that take part.
+        train: training batches.
+        valid: validation batches, if there are any.
+        old: returns metrics on the old task, if requested.
+        metrics: metrics that are computed on `valid`.
+        schedule: schedule of freezing and unfreezing, if there is one.
+        optimizer: optimizer of the trained parameters.
+        rates: learning rate scheduler.
+        scaler: gradient scaler for float16.
+        logs: logs to write.
+        result: result to return in the end.
+        identity: description of the run, which a checkpoint must match to be resumed.
+        seed: seed of the order of the examples.
+        epoch: number of finished epochs.
+        steps_done: number of finished steps in the current epoch.
+        step: number of finished optimizer steps.
         totals: sum and count of the losses in the epoch.
-        best: the best value of what is watched.
-        best_state: the trained values then.
-        waited: epochs since then.
-        finished: whether nothing is left to do.
-        epoch_random: states of the random numbers at the start of the epoch, of all processes.
-        model: what is called for training; None until it is made.
-        clock: when the epoch began.
+        best: best value of the watched metric.
+        best_state: trained state at the best value.
+        waited: number of epochs since then.
+        finished: whether training has ended.
+        epoch_random: random states of all processes at the start of the epoch.
+        model: the network or its wrapper, as called for training; None until it is created.
+        clock: time at which the epoch began.
     """
 
     net: nn.Module
@@ -92,37 +92,37 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the optimizer in an epoch."""
+        """The number of optimizer steps in an epoch."""
         return self.train.steps(self.settings.accumulate)
 
     @property
     def folder(self) -> Path | None:
-        """Where this process writes, if it does."""
+        """The folder that this process writes to, or None if it does not write."""
         return self.result.folder if self.processes.first else None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What the network computes in."""
+        """Return the autocast context for the precision of the settings."""
         if self.settings.precision == "float32":
             return nullcontext()
         dtype = getattr(torch, self.settings.precision)
         return torch.autocast(self.processes.device.type, dtype)
 
     def watched(self, row: Mapping[str, float]) -> float:
-        """The value of what is watched in a row of the history."""
+        """Return the watched value in a row of the history."""
         return row[f"valid_{self.settings.watch or self.task.watch}"]
 
     def is_better(self, value: float) -> bool:
-        """Whether it is better than the best so far."""
+        """Whether a value is better than the best so far."""
         if math.isnan(value) or math.isnan(self.best):
             return not math.isnan(value)
         kind = self.metrics.get(self.settings.watch or self.task.watch)
         return value > self.best if kind is not None and kind.higher else value < self.best
 
     def check_watch(self) -> None:
-        """Whether what is watched can be watched.
+        """Check that the watched metric is computed.
 
         Raises:
-            TrainingError: if it cannot.
+            TrainingError: if it is not.
         """
         watch = self.settings.watch or self.task.watch
         if self.valid is None:
@@ -134,14 +134,14 @@ class Run:
 
 
 def trained_state(net: Any) -> dict[str, Tensor]:
-    """Trained parameters and persistent buffers, whole and on the CPU; all processes call this."""
+    """Return full trained parameters and buffers on the CPU; all processes must call this."""
     frozen = set(frozen_names(net))
     tensors = {n: v for n, v in net.state_dict().items() if isinstance(v, Tensor)}
     return {name: whole(value) for name, value in tensors.items() if name not in frozen}
 
 
 def put_state(net: Any, state: Mapping[str, Tensor]) -> None:
-    """Give the network values that `trained_state` gave."""
+    """Load the values that `trained_state` returned into the network."""
     named = dict(net.named_parameters(remove_duplicate=False))
     named |= dict(net.named_buffers(remove_duplicate=False))
     with torch.no_grad():

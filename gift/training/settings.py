@@ -1,4 +1,4 @@
-"""How a network is trained: every setting of `finetune`, with its default."""
+"""The settings of training: every setting of `finetune`, with its default."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -11,42 +11,44 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Settings:
-    """What `gift.training.finetune` and the ``training`` part of a job take.
+    """Settings of `gift.training.finetune` and of the ``training`` section of a job file.
 
     Args:
-        epochs: passes over the training examples.
-        batch_size: examples in a batch, over all processes. A single one that is left over joins
-            the last batch, as norm layers cannot learn from one (likewise for each process).
-        accumulate: how many batches one step of the optimizer takes together.
-        optimizer: name of a class of ``torch.optim``; in code also what makes an optimizer of
-            groups of parameters, called with ``lr`` and ``weight_decay``.
-        optimizer_options: more keywords for it.
-        lr: learning rate at its highest.
-        weight_decay: of the optimizer.
-        loraplus_ratio: learning rate of `lora_B` in units of `lr`, as LoRA+ has it
-            (https://arxiv.org/abs/2402.12354, section 4; 16 there); None for one rate.
-        lr_schedule: "cosine", "linear", "constant" or "onecycle"; in code also what makes a
-            scheduler of an optimizer and the number of steps.
-        warmup: share of the steps over which the rate rises from zero.
-        clip: largest norm of the gradient; None leaves it.
+        epochs: number of passes over the training examples.
+        batch_size: number of examples in a batch, over all processes. A single remaining example
+            joins the last batch, because norm layers cannot learn from one (likewise for each
+            process).
+        accumulate: number of batches whose gradients one optimizer step accumulates.
+        optimizer: name of a class of ``torch.optim``; in code also a function that makes an
+            optimizer from parameter groups, called with ``lr`` and ``weight_decay``.
+        optimizer_options: further keyword arguments of the optimizer.
+        lr: peak learning rate.
+        weight_decay: weight decay of the optimizer.
+        loraplus_ratio: ratio of the learning rate of `lora_B` to `lr`, as in LoRA+
+            (https://arxiv.org/abs/2402.12354, section 4, which uses 16); None for a single
+            learning rate.
+        lr_schedule: "cosine", "linear", "constant" or "onecycle"; in code also a function that
+            makes a scheduler from an optimizer and the number of steps.
+        warmup: share of the steps over which the learning rate rises from zero.
+        clip: maximum norm of the gradient; None does not clip it.
         label_smoothing: share of the target that is spread over all classes.
-        precision: "float32", "bfloat16" or "float16": what autocast computes in.
+        precision: "float32", "bfloat16" or "float16", the precision of autocast.
         compile: train ``torch.compile(net)``.
-        device: "auto", or a device of torch.
-        parallel: "ddp" or "fsdp", where torchrun started several processes.
-        workers: processes that read examples.
-        patience: epochs without improvement after which training stops; None never stops.
-        watch: what is looked at for that, and for the best epoch: "loss" or a metric's name; None
-            is the loss, or for detection the mean average precision.
-        metrics: names of metrics, see `gift.training.METRICS`; None takes those of the task.
-        keep: what the network has at the end: "best" or "last".
-        checkpoint_steps: also write the checkpoint after so many steps within an epoch.
-        seed: of all random numbers; None leaves them.
+        device: "auto", or a torch device.
+        parallel: "ddp" or "fsdp", if torchrun started several processes.
+        workers: number of processes that load examples.
+        patience: early stopping after this many epochs without improvement; None disables it.
+        watch: metric for early stopping and for the best epoch, "loss" or a metric's name; None is
+            the loss, or for detection the mean average precision.
+        metrics: names of metrics, see `gift.training.METRICS`; None selects those of the task.
+        keep: weights that the network has at the end, "best" or "last".
+        checkpoint_steps: also write a checkpoint every this many optimizer steps.
+        seed: seed of all random number generators; None does not seed them.
         progress: show progress bars.
         tensorboard: also log for TensorBoard.
 
     Raises:
-        ValueError: naming all that is out of range.
+        ValueError: naming all settings that are out of range.
     """
 
     epochs: int = 10
@@ -112,16 +114,16 @@ _BOUNDS: dict[str, Bound] = {
     "parallel": (lambda v: v in ("ddp", "fsdp"), "'ddp' or 'fsdp'"),
     "keep": (lambda v: v in ("best", "last"), "'best' or 'last'"),
 }
-"""What each setting is, and how an error says so."""
+"""The valid range of each setting, and how errors describe it."""
 _MAY_BE_NONE = ("patience", "checkpoint_steps", "clip", "loraplus_ratio", "seed")
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
-    """The settings with these values.
+    """Return the settings with these values.
 
     Raises:
-        TypeError: naming all that are no settings.
-        ValueError: for values out of range.
+        TypeError: naming all names that are not settings.
+        ValueError: if values are out of range.
     """
     known = [field.name for field in fields(Settings)]
     problems = [

@@ -1,4 +1,4 @@
-"""Everything that is looked at before a run begins; what does not fit leaves no trace."""
+"""All checks before a run begins; if one fails, nothing has changed."""
 
 import dataclasses
 import hashlib
@@ -41,7 +41,7 @@ from gift.training.tasks import Loss, Task
 
 _WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "device", "workers", "parallel", "compile",
                         "checkpoint_steps")  # fmt: skip
-"""Settings that change no weight, or only their last digits."""
+"""Settings that do not change the weights, or only their last digits."""
 
 
 def prepare(
@@ -60,7 +60,7 @@ def prepare(
     restart: bool = False,
     begin: Callable[[], None] | None = None,
 ) -> Run:
-    """A run that can begin, or resume where its checkpoint was written; see `finetune`."""
+    """Set up a run that can begin, or resume from its checkpoint; see `finetune`."""
     _check_packages(settings, folder)
     if not isinstance(schedule, Schedule | None):
         raise TypeError(f"expected one of gift.schedules, got {schedule!r}")
@@ -86,7 +86,7 @@ def prepare(
             schedule.attach(net)
             _warn_of_late(schedule, settings)
         net.to(processes.device)
-        if processes.rank:  # what is drawn from now on is drawn for other examples
+        if processes.rank:  # from here on, each process draws random numbers for its own examples
             seed_all(seed + processes.rank)
         learning = batches(data, shuffle=True)
         work = rehearse(net, work, learning, TRAIN)
@@ -117,7 +117,7 @@ def prepare(
                 classes=work.classes,
                 folder=folder,
             ),
-            # It reads the whole base, which only a checkpoint is worth.
+            # Hashing reads the whole base, which is only worth it for a checkpoint.
             identity={}
             if folder is None
             else _identity(net, told, schedule, [data, held_out], work, settings),
@@ -135,7 +135,7 @@ def prepare(
 
 
 def _check_packages(settings: Settings, folder: Path | None) -> None:
-    """What is needed in the end, before hours of training."""
+    """Check packages that are only needed at the end, before hours of training."""
     require("torchmetrics", "train")
     require("tqdm", "train")
     if folder is not None:
@@ -147,7 +147,7 @@ def _check_packages(settings: Settings, folder: Path | None) -> None:
 def _released_if_refused(schedule: Schedule | None) -> Iterator[None]:
     try:
         yield
-    except BaseException:  # which is raised again
+    except BaseException:  # raised again below
         if schedule is not None and schedule.is_attached:
             schedule.detach()
         raise
@@ -176,7 +176,7 @@ def _judge_before(run: Run) -> None:
 def _begun(
     run: Run, data: Any, state: dict[str, Any] | None, begin: Callable[[], None] | None
 ) -> Run:
-    """The run with all that writes, and what cannot be taken back."""
+    """Finish setting up a run: everything that writes or cannot be undone."""
     settings, processes = run.settings, run.processes
     processes.shard(run.net)
     if processes.is_sharding:
@@ -186,7 +186,7 @@ def _begun(
     if isinstance(data, Examples):
         remember(run.net, data, run.task.name)
     if run.folder is not None and state is None:
-        forget(run.folder)  # before anything new could be taken for a part of it
+        forget(run.folder)  # so that no old file is mistaken for a part of this run
     if begin is not None:
         begin()
     if state is not None:
@@ -198,11 +198,11 @@ def _begun(
 
 
 def _enable(net: nn.Module, strategy: FineTuningStrategy | None) -> Any:
-    """The report of enabling, which may have been done before."""
+    """Enable the strategy, or return the report of enabling it earlier."""
     if strategy is None:
         if spec_of(net).network:
             return record_of(net).report
-        # A plain network is trained as its flags say.
+        # A plain network is trained according to its `requires_grad` flags.
         strategy = FineTuningStrategy(
             para_caps=[(lambda *place: place[6].requires_grad, pa_train())]
         )
@@ -243,7 +243,7 @@ def _old(
 
 
 def _warn_of_one_class(data: Any, task: Task) -> None:
-    """Tell of labels, where they are in memory, that are all the same."""
+    """Warn if labels in memory are all the same."""
     dataset = data.dataset if isinstance(data, Examples) else None
     if task.name != "classification" or not isinstance(dataset, TensorDataset):
         return
@@ -265,7 +265,7 @@ def _identity(
     task: Task,
     settings: Settings,
 ) -> dict[str, Any]:
-    """What makes a run this run, as texts and numbers."""
+    """Describe what a checkpoint must match, as texts and numbers."""
     record = record_of(net)
     own = {
         field.name: getattr(settings, field.name)
@@ -275,7 +275,8 @@ def _identity(
     named = {k: _name_of(v) if callable(v) else v for k, v in own.items()}
     return {
         "network": told.network,
-        # A strategy with lambdas is told by the lines of the script that they stand in.
+        # The description of a strategy with lambdas contains the lines of the script that define
+        # them.
         "strategy": told.strategy if record.recipe is not None else "",
         "trained tensors": {n: list(p.shape) for n, p in net.named_parameters() if p.requires_grad},
         "values of the base": _digest_of_base(net),
@@ -293,6 +294,6 @@ def _name_of(function: Any) -> str:
 
 
 def _digest_of_base(net: nn.Module) -> str:
-    """Of everything that is not trained; a network with other values there is another one."""
+    """Hash everything that is not trained: with other values it is another network."""
     told = json.dumps(fingerprint(split(net).base, with_digests=True), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()

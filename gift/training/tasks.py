@@ -1,4 +1,4 @@
-"""What a batch is for each task: its loss, its metrics, and what can be wrong with it."""
+"""The tasks: how each computes its loss and metrics from a batch, and how it checks batches."""
 
 import inspect
 import warnings
@@ -17,14 +17,14 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class Task:
-    """How a network learns from batches; a subclass for each task.
+    """How a network learns from batches; each task is a subclass.
 
-    A loss is a sum over what `count` counts, so that batches of any size can be added up.
+    Losses are sums over the targets that `count` counts, so that batches of any size can be added.
 
     Args:
-        loss: called with outputs and targets, gives a mean; None is the task's own loss.
+        loss: function of outputs and targets that returns a mean; None uses the loss of the task.
         smoothing: share of the target that is spread over all classes.
-        classes: names of the classes, None where they are not known.
+        classes: names of the classes; None if they are not known.
     """
 
     name: ClassVar[str]
@@ -41,38 +41,38 @@ class Task:
         self.keywords: set[str] | None = None
 
     def fit(self, net: nn.Module, batch: Any) -> "Task":
-        """Try a batch, see what the network takes and gives; gives the task that it is.
+        """Run the network on a batch, check its outputs, and return the task to train with.
 
         Raises:
-            TrainingError: if the two do not fit each other.
+            TrainingError: if network and batch do not fit each other.
         """
         self.keywords = keywords_of(net)
         self._fit(self.outputs(net, batch), batch)
         return self
 
     def _fit(self, outputs: Any, batch: Any) -> None:
-        """See whether the outputs fit the targets."""
+        """Check that the outputs fit the targets."""
 
     def check(self, batch: Any) -> None:
-        """Look at targets, before they are moved to a device.
+        """Check the targets, before they are moved to a device.
 
         Raises:
-            TrainingError: if they are none.
+            TrainingError: if they are not valid targets.
         """
 
     def count(self, batch: Any) -> int:
-        """How many targets a batch has."""
+        """Return the number of targets in a batch."""
         return len(self.targets(batch))
 
     def outputs(self, net: Any, batch: Any) -> Any:
-        """What the network gives."""
+        """Return the outputs of the network."""
         if isinstance(batch, Mapping):
             known = {k: v for k, v in batch.items() if k not in ("labels", "label")}
             return main_output(net(**taken(known, self.keywords)))
         return main_output(net(batch[0]))
 
     def targets(self, batch: Any) -> Any:
-        """What it should give."""
+        """Return the targets of a batch."""
         if isinstance(batch, Mapping):
             for name in ("labels", "label"):
                 if name in batch:
@@ -81,16 +81,16 @@ class Task:
         return batch[1]
 
     def training_loss(self, net: Any, batch: Any) -> Tensor:
-        """The loss to train with, a sum."""
+        """Return the training loss, as a sum."""
         return self.loss(self.outputs(net, batch), batch)
 
     def judged(self, net: Any, batch: Any) -> tuple[Any, Tensor | None]:
-        """Outputs and loss, a sum, of a network in evaluation mode."""
+        """Return outputs and loss, as a sum, of a network in evaluation mode."""
         outputs = self.outputs(net, batch)
         return outputs, self.loss(outputs, batch)
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
-        """The loss, a sum over the targets."""
+        """Return the loss, as a sum over the targets."""
         targets = self.targets(batch)
         if self.own_loss is not None:
             return self.own_loss(outputs, targets) * self.count(batch)
@@ -100,12 +100,12 @@ class Task:
         raise NotImplementedError
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
-        """Outputs and targets as metrics take them."""
+        """Return outputs and targets in the form that metrics take."""
         return outputs.float(), self.targets(batch)
 
 
 def keywords_of(net: nn.Module) -> set[str] | None:
-    """The keywords that a network takes; None where it takes any."""
+    """Return the keywords that a network takes; None if it takes any."""
     parameters = inspect.signature(net.forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return None
@@ -113,19 +113,19 @@ def keywords_of(net: nn.Module) -> set[str] | None:
 
 
 def taken(batch: Mapping[str, Any], keywords: set[str] | None) -> dict[str, Any]:
-    """What a network takes of a batch."""
+    """Select the entries of a batch that a network takes."""
     return {k: v for k, v in batch.items() if keywords is None or k in keywords}
 
 
 def main_output(outputs: Any) -> Any:
-    """The tensor that matters of what networks of torchvision and transformers give."""
+    """Return the main tensor of the outputs of torchvision and transformers networks."""
     if isinstance(outputs, Mapping):
         outputs = outputs["out"] if "out" in outputs else outputs.get("logits", outputs)
     return getattr(outputs, "logits", outputs)
 
 
 class Classification(Task):
-    """A class for each example, or for each pixel: cross-entropy."""
+    """A class for each example or for each pixel, with cross-entropy loss."""
 
     name = "classification"
 
@@ -160,13 +160,13 @@ class Classification(Task):
         self.check(batch)
 
     def check(self, batch: Any) -> None:
-        """Numbers of classes must be in range, and probabilities add up to 1."""
+        """Check that class numbers are in range, or that probabilities add up to 1."""
         targets, number = self.targets(batch), self.number_of_classes
         if targets.is_floating_point():
             if self.own_loss is None:
                 _check_probabilities(targets)
             return
-        targets = targets.long()  # as small types have no IGNORED
+        targets = targets.long()  # small integer types cannot hold IGNORED
         wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= number))]
         if len(wrong):
             raise TrainingError(
@@ -175,7 +175,7 @@ class Classification(Task):
             )
 
     def count(self, batch: Any) -> int:
-        """Those that are not to be ignored."""
+        """Count the targets that are not ignored."""
         targets = self.targets(batch)
         if targets.is_floating_point():
             return targets.numel() // targets.shape[1]
@@ -188,19 +188,19 @@ class Classification(Task):
         )
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
-        """Of probabilities, the largest counts."""
+        """Return outputs and targets for metrics; probabilities become the most probable class."""
         targets = self.targets(batch)
         soft = targets.is_floating_point()
         return outputs.float(), targets.argmax(1) if soft else targets.long()
 
 
 class Language(Task):
-    """The next token at each place of a text: cross-entropy."""
+    """The next token at each position of a text, with cross-entropy loss."""
 
     name = "language"
 
     def targets(self, batch: Any) -> Any:
-        """Of a dictionary, the tokens that follow; of a pair, its second part."""
+        """Return the next tokens of a dictionary, or the second part of a pair."""
         if not isinstance(batch, Mapping):
             return batch[1]
         labels = batch.get("labels")
@@ -211,7 +211,7 @@ class Language(Task):
         return labels[:, 1:]
 
     def outputs(self, net: Any, batch: Any) -> Any:
-        """Logits for the places that have a token after them."""
+        """Return the logits at the positions that are followed by a token."""
         outputs = super().outputs(net, batch)
         if not isinstance(batch, Mapping):
             return outputs
@@ -227,7 +227,7 @@ class Language(Task):
         self.check(batch)
 
     def check(self, batch: Any) -> None:
-        """Tokens must be in the vocabulary."""
+        """Check that the tokens are in the vocabulary."""
         targets = self.targets(batch).long()
         known = targets[targets != IGNORED]
         if len(known) and not 0 <= known.min() <= known.max() < self.number_of_classes:
@@ -237,7 +237,7 @@ class Language(Task):
             )
 
     def count(self, batch: Any) -> int:
-        """The tokens that have one before them."""
+        """Count the tokens that are predicted, those with a token before them."""
         return int((self.targets(batch).long() != IGNORED).sum())
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -249,12 +249,12 @@ class Language(Task):
         )
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
-        """All places one after the other."""
+        """Flatten all positions into one sequence."""
         return outputs.float().flatten(0, 1), self.targets(batch).long().flatten()
 
 
 class Regression(Task):
-    """Numbers: mean squared error."""
+    """Numbers, with mean squared error."""
 
     name = "regression"
 
@@ -272,7 +272,7 @@ class Regression(Task):
             )
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
-        """The loss; a column of targets and a row of them are the same."""
+        """Return the loss; targets may be a column or a row."""
         if self.own_loss is not None:
             targets = self.targets(batch).view_as(outputs)
             return self.own_loss(outputs, targets) * self.count(batch)
@@ -284,20 +284,20 @@ class Regression(Task):
         return squares.flatten(1).mean(1).sum() if squares.dim() > 1 else squares.sum()
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
-        """All numbers in one row."""
+        """Flatten all numbers into one sequence."""
         return outputs.float().flatten(), self.targets(batch).float().flatten()
 
 
 class Undecided(Task):
-    """Classification or regression: the targets and what the network gives decide.
+    """Classification or regression, decided by the targets and the outputs of the network.
 
-    Numbers that are not whole, for a network that gives one for each, are those of a regression.
+    Floating-point targets with one output for each of them mean regression.
     """
 
     name = "undecided"
 
     def fit(self, net: nn.Module, batch: Any) -> Task:
-        """The task that fits, which has seen the batch."""
+        """Return the task that fits the batch, already fitted to it."""
         self.keywords = keywords_of(net)
         outputs, targets = self.outputs(net, batch), self.targets(batch)
         kind = Regression if _is_regression(outputs, targets) else Classification
@@ -313,17 +313,17 @@ class Undecided(Task):
 
 
 class Detection(Task):
-    """Boxes in pictures, by the detectors of torchvision, which compute their losses themselves."""
+    """Boxes in images, for torchvision detectors, which compute their losses themselves."""
 
     name = "detection"
     watch = "map"
 
     def outputs(self, net: Any, batch: Any) -> Any:
-        """A dictionary of boxes, labels and scores for each picture."""
+        """Return a dictionary of boxes, labels and scores for each image."""
         return net(batch[0])
 
     def training_loss(self, net: Any, batch: Any) -> Tensor:
-        """The sum of the losses that the network tells."""
+        """Return the sum of the losses that the network returns."""
         losses = net(*batch)
         if not isinstance(losses, Mapping):
             raise TrainingError(
@@ -333,11 +333,11 @@ class Detection(Task):
         return torch.stack([_wide(loss) for loss in losses.values()]).sum() * self.count(batch)
 
     def judged(self, net: Any, batch: Any) -> tuple[Any, Tensor | None]:
-        """Detections; detectors tell no loss then."""
+        """Return the detections; detectors return no loss in evaluation mode."""
         return self.outputs(net, batch), None
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
-        """As they are."""
+        """Return outputs and targets unchanged."""
         return outputs, self.targets(batch)
 
 
@@ -347,12 +347,12 @@ TASKS: dict[str, type[Task]] = {
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: sums of losses need it."""
+    """Convert to at least float32, which sums of losses need."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _is_regression(outputs: Any, targets: Any) -> bool:
-    """Whether there is one number for each target, and targets are no numbers of classes."""
+    """Whether there is one output for each target, and the targets are not class numbers."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return False
     single = outputs.dim() == 1 or (outputs.dim() > 1 and outputs.shape[1] == 1)
@@ -360,7 +360,7 @@ def _is_regression(outputs: Any, targets: Any) -> bool:
 
 
 def _sides(tensor: Tensor) -> list[int]:
-    """The batch, and the sides of what belongs to each example."""
+    """Return the batch size, and the other sizes that are not 1."""
     return [*tensor.shape[:1], *(side for side in tensor.shape[1:] if side != 1)]
 
 

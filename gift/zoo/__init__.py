@@ -1,4 +1,4 @@
-"""Networks by name, one file a library. Networks of users need none of it."""
+"""Networks by name, one file for each library. Custom networks do not need this package."""
 
 from gift.errors import NetworkError
 from gift.zoo.loaded import LoadedNetwork

@@ -1,4 +1,4 @@
-"""What can be wrong with a network that is asked for by name."""
+"""Errors on loading networks by name."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,12 @@ from gift.errors import NetworkError, closest, first_line
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> NetworkError:
-    """The error for a name that does not exist, with the closest ones."""
+    """Create the error for a name that does not exist, with the closest ones."""
     return NetworkError(f"there is no {what} {name!r}, closest: {closest(name, known)}")
 
 
 def unreachable(what: str, error: Exception) -> NetworkError:
-    """The error for what can neither be found here nor fetched."""
+    """Create the error for something that is neither available locally nor downloadable."""
     return NetworkError(
         f"{what} cannot be fetched: check the connection, or give weights=FILE, a file with the "
         "network's state, or weights=None for random ones "

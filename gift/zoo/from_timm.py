@@ -21,7 +21,7 @@ def from_timm(
     options: dict[str, Any],
     allow_import: bool = False,
 ) -> LoadedNetwork:
-    """A classifier of timm."""
+    """Load a timm classifier."""
     timm = require("timm", "timm")
     if task not in (None, "classification"):
         raise NetworkError(f"networks of timm are for classification, not for {task!r}")
@@ -60,7 +60,7 @@ def _reader(timm: Any, net: Any, name: str, channels: int) -> PictureReader | No
         "std": config["std"],
         "interpolation": config["interpolation"],
     }
-    if channels != 3:  # timm itself opens such pictures as the caller has them
+    if channels != 3:  # timm itself opens such images in the caller's mode
         settings |= {key: [sum(config[key]) / 3] * channels for key in ("mean", "std")}
     if channels == 1:
         return PictureReader(**settings)
@@ -68,7 +68,7 @@ def _reader(timm: Any, net: Any, name: str, channels: int) -> PictureReader | No
 
 
 def _imagenet(timm: Any, net: Any) -> tuple[str, ...] | None:
-    """The classes, where they are those of ImageNet in one of its forms."""
+    """Return the classes, if they are those of an ImageNet variant."""
     subset = timm.data.infer_imagenet_subset(net)
     if subset is None:
         return None

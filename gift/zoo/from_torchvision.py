@@ -20,7 +20,7 @@ def from_torchvision(
     options: dict[str, Any],
     allow_import: bool = False,
 ) -> LoadedNetwork:
-    """A classifier or detector of torchvision; `weights` may also be a name it has for them."""
+    """Load a torchvision classifier or detector; `weights` may also name torchvision weights."""
     models = require("torchvision.models", "vision")
     detectors = models.list_models(module=models.detection)
     known = models.list_models(module=models) + detectors
@@ -34,7 +34,7 @@ def from_torchvision(
     its = models.get_model_weights(name)
     chosen = its.DEFAULT if weights == "default" else its.__members__.get(str(weights))
     if chosen is None and kind == "detection":
-        options = {"weights_backbone": None, **options}  # else it would be fetched
+        options = {"weights_backbone": None, **options}  # otherwise it would be downloaded
     try:
         net = models.get_model(name, weights=chosen, **options)
     except (OSError, RuntimeError) as error:

@@ -23,10 +23,10 @@ from gift.zoo.states import put_state
 from gift.zoo.transforms import reader_like
 
 LENGTH = 128
-"""Tokens of a text, where the network takes as many."""
+"""Number of tokens of a text, if the network supports as many."""
 
 _TASKS = ("classification", "language")
-_RESAMPLINGS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as PIL counts them
+_RESAMPLINGS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in PIL's numbering
 
 
 def from_transformers(
@@ -36,7 +36,7 @@ def from_transformers(
     options: dict[str, Any],
     allow_import: bool = False,
 ) -> LoadedNetwork:
-    """A network for classes of texts or pictures, or for language; a hub's name or a folder."""
+    """Load a text or image classifier or a language model, by hub name or from a folder."""
     transformers = require("transformers", "text")
     options = {"trust_remote_code": False, "weights_only": True, **options}
     try:
@@ -64,12 +64,12 @@ def from_transformers(
 
 
 def _config(transformers: Any, name: str, options: dict[str, Any], allow_import: bool) -> Any:
-    """The configuration, with what the options change in it, which are left without that then."""
+    """Load the config, and move options that change it from the options to the config."""
     auto = transformers.AutoConfig
     if allow_import:
         return auto.from_pretrained(name, **options)
     own = TRANSFORMERS | TRANSFORMERS_CONFIG
-    # Before anything is fetched; which numbers there are, the configuration tells.
+    # Check before anything is downloaded; the config then says which numbers there are.
     refuse_unknown(name, options, dict.fromkeys(options, NUMBERS) | own)
     where = {key: value for key, value in options.items() if key in TRANSFORMERS_HUB}
     config = auto.from_pretrained(name, trust_remote_code=False, **where)
@@ -81,14 +81,14 @@ def _config(transformers: Any, name: str, options: dict[str, Any], allow_import:
 
 
 def _task_of(config: Any) -> str:
-    """What the network was saved for."""
+    """Return the task that the network was saved for."""
     ends = [str(name) for name in config.architectures or ()]
     is_language = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in ends)
     return "language" if is_language else "classification"
 
 
 def _kind(config: Any, task: str, name: str) -> str:
-    """Which of the automatic classes makes the network."""
+    """Return the auto class that creates the network."""
     if task not in _TASKS:
         raise NetworkError(f"the task is {task!r}, networks of transformers are for {_TASKS}")
     auto = require("transformers.models.auto.modeling_auto", "text")
@@ -113,7 +113,7 @@ def _texts(net: Any, name: str) -> Reader | None:
         return None
     tokenizer, positions = reader.tokenizer, getattr(net.config, "max_position_embeddings", None)
     length = min(n for n in (LENGTH, tokenizer.model_max_length, positions) if n and n > 0)
-    if getattr(net.config, "pad_token_id", None) is None:  # where decoders look for the last token
+    if getattr(net.config, "pad_token_id", None) is None:  # decoders find the last token by it
         net.config.pad_token_id = tokenizer.pad_token_id
     return TextReader(tokenizer, int(length))
 
@@ -130,13 +130,13 @@ def _pictures(transformers: Any, name: str) -> Reader | None:
 
     try:
         settings = _settings(processor)
-    except (AttributeError, TypeError, KeyError, IndexError):  # what some have none of
+    except (AttributeError, TypeError, KeyError, IndexError):  # missing in some processors
         settings = {}
     return reader_like(settings, transform, name)
 
 
 def _settings(processor: Any) -> dict[str, Any]:
-    """What `PictureReader` calls what a processor does; whether it does so is tried afterwards."""
+    """Translate a processor to `PictureReader` settings, which `reader_like` then verifies."""
     size, cut = processor.size, getattr(processor, "crop_size", None)
     resize: Any = [size.height, size.width] if size.height else size.shortest_edge
     crop = (
@@ -173,5 +173,5 @@ def _classes(config: Any, task: str, weights: Any) -> tuple[str, ...] | None:
     if task != "classification" or weights is None or len(names) < 2:
         return None
     if all(str(name).startswith("LABEL_") for name in names.values()):
-        return None  # nobody named them
+        return None  # default names, not real ones
     return tuple(str(names[number]) for number in sorted(names))

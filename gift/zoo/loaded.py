@@ -1,4 +1,4 @@
-"""A network that was loaded by name, and what came with it."""
+"""A network that was loaded by name, with its reader and classes."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from gift.data.examples import Reader
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network, and what must be known to use it.
+    """A network, and what is needed to use it.
 
     Args:
         net: the network.
-        reader: makes its inputs as its weights expect them; None where that is not known.
+        reader: converts inputs as the weights expect them; None if that is not known.
         task: "classification", "language" or "detection".
-        classes: names of the classes that its weights know; None where these are not known.
+        classes: names of the classes that the weights know; None if they are not known.
     """
 
     net: nn.Module

@@ -35,23 +35,24 @@ def load_network(
     allow_import: bool = False,
     **options: Any,
 ) -> LoadedNetwork:
-    """A network by name, with the reader that its weights expect.
+    """Load a network by name, with the reader that its weights expect.
 
     Args:
         name: ``torchvision:resnet18`` (or a detector, ``torchvision:fasterrcnn_resnet50_fpn``),
             ``timm:resnet18.a1_in1k``, ``transformers:bert-base-uncased`` or
-            ``transformers:a/folder``; if `allow_import`, also ``import:package.module:function``.
-        weights: "default" for pretrained ones, the name of others of torchvision's, a file with the
-            state of the network (safetensors, or what ``torch.save`` wrote), or None for random
-            ones.
-        reader: another reader, or some of its settings; None takes that of the weights.
-        task: "classification" or "language", for networks of transformers that can be either.
-        allow_import: whether the name, or an option, may make foreign code run.
-        options: for what makes the network, ``num_classes`` for instance. Unless `allow_import`,
-            those alone that neither run code nor read other files; see `gift.zoo.options`.
+            ``transformers:a/folder``; with `allow_import` also ``import:package.module:function``.
+        weights: "default" for pretrained weights, the name of other torchvision weights, a file
+            with the state of the network (safetensors or ``torch.save``), or None for random
+            weights.
+        reader: another reader, or some of its settings; None uses the reader of the weights.
+        task: "classification" or "language", for transformers networks that support both.
+        allow_import: whether the name, or an option, may run foreign code.
+        options: keyword arguments for creating the network, such as ``num_classes``. Unless
+            `allow_import`, only those that neither run code nor read other files; see
+            `gift.zoo.options`.
 
     Raises:
-        NetworkError: if there is no such network, or its weights cannot be had.
+        NetworkError: if there is no such network, or its weights are not available.
 
     Example:
         >>> from gift.zoo import load_network
@@ -82,7 +83,7 @@ def load_network(
 
 
 def _chosen(given: Any, default: Any) -> Any:
-    """The reader that is given, or the default one with what is given of its settings."""
+    """Return the given reader, or the default one with the given settings."""
     if not isinstance(given, Mapping):
         return default if given is None else given
     if default is None:
@@ -96,7 +97,7 @@ def _chosen(given: Any, default: Any) -> Any:
 def _imported(
     path: str, weights: str | Path | None, task: str | None, options: dict[str, Any]
 ) -> LoadedNetwork:
-    """What a function makes."""
+    """Create a network with an imported function."""
     module_name, _, function = path.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -1,7 +1,7 @@
-"""Which options a network may be made with where a file, or its name alone, says so.
+"""The options that are allowed when a file, or a name alone, creates a network.
 
-Libraries take options that unpickle files, fetch code or read any path. What is not known here to
-be harmless is refused; whoever writes code may permit the rest, ``allow_import=True``.
+Some options of libraries unpickle files, download code or read any path. Options that are not
+known to be harmless are refused; code may permit them with ``allow_import=True``.
 """
 
 import re
@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 from gift.errors import NetworkError, closest
 
 LARGEST = 2**24
-"""No number among options is larger: some become sizes of tensors."""
+"""Largest number among options, since some become sizes of tensors."""
 
 _WORD = re.compile(r"[A-Za-z0-9_]{0,64}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
 class Allowed(NamedTuple):
-    """What values an option may have.
+    """The values that an option may have.
 
     Args:
-        fits: tells of a value whether it may be.
-        expected: the same in words.
+        fits: returns whether a value is allowed.
+        expected: the allowed values in words.
     """
 
     fits: Callable[[Any], bool]
@@ -30,7 +30,7 @@ class Allowed(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number, true or false: none of them names code or a file."""
+    """Whether a value is a number or a bool, which cannot name code or a file."""
     if isinstance(value, bool):
         return True
     return isinstance(value, int | float) and abs(value) <= LARGEST
@@ -47,7 +47,7 @@ def _is_path_below(value: Any) -> bool:
 
 
 def one_of(*values: Any) -> Allowed:
-    """One of these values, of the same type."""
+    """Allow one of these values, with the same type."""
     known = {(type(value), value) for value in values}
     return Allowed(
         lambda v: isinstance(v, str | bool) and (type(v), v) in known,
@@ -113,12 +113,12 @@ TRANSFORMERS_HUB = {
     **_all(BELOW, "revision subfolder"),
     **_all(SWITCH, "local_files_only force_download"),
 }
-"""Where the files of a network are."""
+"""Options that locate the files of a network."""
 
 TRANSFORMERS = {
     **TRANSFORMERS_HUB,
     **_all(DTYPE, "dtype torch_dtype"),
-    # Others may be fetched as compiled code, also by the name of "flash_attention_2".
+    # Others may be downloaded as compiled code, including "flash_attention_2".
     "attn_implementation": one_of("eager", "sdpa", "flex_attention"),
     "use_safetensors": one_of(True),
     "weights_only": one_of(True),
@@ -126,7 +126,7 @@ TRANSFORMERS = {
     **_all(WORD, "variant"),
     **_all(SWITCH, "ignore_mismatched_sizes low_cpu_mem_usage"),
 }
-"""What `from_pretrained` takes beside attributes of the configuration."""
+"""Options of `from_pretrained` that are not attributes of the config."""
 
 TRANSFORMERS_CONFIG = {
     "num_labels": COUNT,
@@ -137,18 +137,18 @@ TRANSFORMERS_CONFIG = {
     **_all(WORD, "hidden_act hidden_activation activation activation_function "
            "position_embedding_type classifier_pooling"),
 }  # fmt: skip
-"""Attributes of the configuration that are no numbers; all that are numbers may be set."""
+"""Attributes of the config that are not numbers; all numbers may be set."""
 
 
 def refuse_unknown(
     name: str, options: Mapping[str, Any], known: Mapping[str, Allowed]
 ) -> None:  # fmt: skip
-    """Raise an error that names all options which are not known, or have other values.
+    """Raise an error that names all options that are not known or have other values.
 
     Args:
-        name: of the network.
-        options: for what makes it.
-        known: by name, what they may be.
+        name: name of the network.
+        options: options for creating it.
+        known: allowed values by name.
 
     Raises:
         NetworkError: if there are any.
@@ -170,13 +170,14 @@ def _problems(options: Mapping[str, Any], known: Mapping[str, Allowed]) -> Itera
 
 
 def numbers_of_config(config: Any) -> dict[str, Allowed]:
-    """The attributes that are numbers in each configuration of that class of transformers.
+    """Return the numeric attributes of all configs of a transformers config class.
 
-    A configuration that came with a network may have any others, so it is not asked.
+    They are read from the class's defaults, because a downloaded config may have any other
+    attributes.
     """
     try:
         defaults = type(config)().to_dict()
-    except Exception:  # some cannot be made of nothing
+    except Exception:  # some have no default
         return {}
     return {
         key: NUMBERS
@@ -186,7 +187,7 @@ def numbers_of_config(config: Any) -> dict[str, Allowed]:
 
 
 def refuse_kernels(name: str, config: Any, seen: frozenset[int] = frozenset()) -> None:
-    """Refuse a configuration of transformers that names code to fetch.
+    """Refuse a transformers config that names code to download.
 
     Raises:
         NetworkError: if it does.

@@ -1,4 +1,4 @@
-"""States of networks in files."""
+"""Loading states of networks from files."""
 
 import pickle
 from collections.abc import Mapping
@@ -18,19 +18,19 @@ _PREFIXES = ("module.", f"{COMPILED}.")
 
 
 def put_state(net: nn.Module, path: str | Path) -> None:
-    """Load the whole state of a network from a file of safetensors or torch.
+    """Load the complete state of a network from a safetensors or torch file.
 
-    What training scripts wrap around a state, and what DDP and ``torch.compile`` put before its
-    names, does not matter; nor does it if tied tensors are there once.
+    Wrappers of training scripts around a state, and prefixes of DDP and ``torch.compile``, are
+    removed. Tied tensors may be stored once.
 
     Raises:
-        NetworkError: if the file is no state, or not of this network; that is as it was then.
+        NetworkError: if the file is not a state, or not of this network, which is then unchanged.
     """
     state = _read(Path(path))
     own = net.state_dict()
     loaded = {own[name].data_ptr() for name in set(own) & set(state)}
     problems = {
-        # Tied tensors are written once by some; how many batches there were, not at all by others.
+        # Some files store tied tensors once, others lack the number of tracked batches.
         "missing": [
             name
             for name in own

@@ -1,4 +1,4 @@
-"""Readers of pictures from what libraries know of their weights."""
+"""Readers of images from the transforms of libraries."""
 
 import warnings
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from gift.errors import GiftWarning
 from gift.support.optional import require
 
 _TOLERANCE = 0.02
-"""Mean difference, where about 1 is the range; whole pixels of another place differ by more."""
+"""Mean difference for a range of about 1; a shift by whole pixels gives more."""
 
 
 def reader_like(
     settings: dict[str, Any], transform: Callable[[Any], torch.Tensor], what: str
 ) -> PictureReader | None:
-    """A reader with these settings if it does what a library's own transform does, else None.
+    """Return a reader with these settings if it matches the library's own transform, else None.
 
     Args:
-        settings: of `PictureReader`.
-        transform: makes a tensor of a picture.
-        what: the network, for the warning that is given where they differ.
+        settings: settings of `PictureReader`.
+        transform: converts an image to a tensor.
+        what: name of the network, for the warning if the two differ.
     """
     try:
         reader = PictureReader(**settings)
@@ -42,7 +42,7 @@ def reader_like(
 
 
 def _picture() -> Any:
-    """A photograph as it were: smooth, wider than high, the same each time."""
+    """Create an image like a photograph: smooth, wider than high, the same each time."""
     noise = torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(0))
     f = require("torchvision.transforms.v2.functional", "vision")
     return f.to_pil_image(f.resize(noise, [450, 600], antialias=True))

@@ -1,4 +1,4 @@
-"""Readers: inputs of networks from files, pictures and texts."""
+"""Readers: convert files, images and texts to inputs of networks."""
 
 import dataclasses
 import inspect
@@ -13,18 +13,18 @@ from gift.errors import DataError
 READERS: dict[str, type[Any]] = {
     reader.kind: reader for reader in (PictureReader, DetectorReader, TextReader)
 }
-"""By the kind that their configuration names."""
+"""Readers by the kind that their config names."""
 
 
 def reader_from_config(config: Mapping[str, Any], folder: str | Path | None = None) -> Any:
-    """The reader that `to_config` described.
+    """Create a reader from the plain data of `to_config`.
 
     Args:
         config: plain data.
-        folder: the one that `to_config` was given.
+        folder: folder that was given to `to_config`.
 
     Raises:
-        DataError: if it describes none.
+        DataError: if it does not describe a reader.
 
     Example:
         >>> from gift.data import PictureReader, reader_from_config

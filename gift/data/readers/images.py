@@ -1,4 +1,4 @@
-"""Readers of pictures."""
+"""Readers of images."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,22 +18,24 @@ INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "ham
 
 @dataclass(frozen=True)
 class PictureReader:
-    """Makes tensors of pictures, as networks of torchvision, timm and transformers take them.
+    """Converts images to tensors for networks of torchvision, timm and transformers.
 
-    Pictures, or files of them, are turned as their EXIF data say, scaled, cut out of the centre and
-    normalised. Grey pictures become RGB, or all of them grey where there is but one `mean`.
+    Images, or image files, are rotated according to their EXIF data, resized, center-cropped and
+    normalized. Grayscale images become RGB, or all images become grayscale if there is only one
+    `mean`.
 
     Args:
-        size: of the tensors, height and width.
-        resize: to what pictures are scaled before: the shorter side, or height and width. None is
-            `size`: the shorter side of a square, else both sides.
-        mean, std: of each channel, in units of the brightest value.
-        interpolation: "bilinear", "bicubic", or another of torchvision.
-        scale: shares of the picture between which random crops for training are.
-        flip: whether pictures for training are mirrored at random; not for digits.
+        size: height and width of the tensors.
+        resize: size before the center crop: the shorter side, or height and width. None is `size`:
+            the shorter side if it is a square, else both sides.
+        mean, std: normalization of each channel, for values from 0 to 1.
+        interpolation: "bilinear", "bicubic", or another mode of torchvision.
+        scale: lower and upper bound of the area of random crops for training, as shares of the
+            image.
+        flip: whether to flip images horizontally at random for training; not for digits.
 
     Raises:
-        ValueError: naming all that is out of range.
+        ValueError: naming all settings that are out of range.
 
     Example:
         >>> from PIL import Image
@@ -59,7 +61,7 @@ class PictureReader:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("size", "resize", "mean", "std", "scale"):  # lists, where they are from a file
+        for name in ("size", "resize", "mean", "std", "scale"):  # lists, if they come from a file
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         if not _is_size(self.size) or not (self.resize is None or _is_size(self.resize)):
@@ -92,14 +94,14 @@ class PictureReader:
         return self.size  # type: ignore[return-value]  # made so above
 
     def _scaled(self) -> list[int]:
-        """What torchvision calls the size: the shorter side, or both."""
+        """Return what torchvision calls the size: the shorter side, or both."""
         if self.resize is None:
             height, width = self._size
             return [height] if height == width else [height, width]
         return [self.resize] if isinstance(self.resize, int) else list(self.resize)
 
     def __call__(self, raw: Any) -> Tensor:
-        """The tensor of a picture, or of its file, without anything random.
+        """Convert an image or image file to a tensor, without random augmentation.
 
         Raises:
             DataError: if it cannot be read.
@@ -111,7 +113,7 @@ class PictureReader:
         return self._normalised(f.center_crop(scaled, list(self._size)))
 
     def augmented(self, raw: Any) -> Tensor:
-        """The same of a random part of it, mirrored every other time."""
+        """Convert a random crop of the image, flipped with a probability of 0.5."""
         transforms = require("torchvision.transforms.v2", "vision")
         picture = transforms.RandomResizedCrop(
             self._size, scale=self.scale, interpolation=self._mode(), antialias=True
@@ -121,11 +123,11 @@ class PictureReader:
         return self._normalised(picture)
 
     def collate(self, items: Sequence[Tensor]) -> Tensor:
-        """One tensor of all."""
+        """Stack the tensors."""
         return torch.stack(list(items))
 
     def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """Itself as plain data; see `reader_from_config`."""
+        """Return the reader as plain data; see `reader_from_config`."""
         fields = dataclasses.asdict(self).items()
         return {"kind": self.kind} | {k: list(v) if type(v) is tuple else v for k, v in fields}
 
@@ -141,17 +143,17 @@ class PictureReader:
 
 @dataclass(frozen=True)
 class DetectorReader:
-    """Makes tensors of pictures as torchvision's detectors take them: whole, values from 0 to 1.
+    """Converts images to tensors for torchvision's detectors, uncropped, values from 0 to 1.
 
-    A batch is a list, as pictures differ in size. What is random in training is done by the
-    examples, as it is done to the boxes too.
+    A batch is a list, because images differ in size. Random augmentation is left to the examples,
+    because it changes the boxes too.
     """
 
     kind: ClassVar[str] = "detector"
     stands_alone: ClassVar[bool] = True
 
     def __call__(self, raw: Any) -> Tensor:
-        """The tensor of a picture, or of its file.
+        """Convert an image or image file to a tensor.
 
         Raises:
             DataError: if it cannot be read.
@@ -159,26 +161,26 @@ class DetectorReader:
         return as_tensor(opened(raw, "RGB"))
 
     def augmented(self, raw: Any) -> Tensor:
-        """The same."""
+        """Convert an image in the same way, without augmentation."""
         return self(raw)
 
     def collate(self, items: Sequence[Tensor]) -> list[Tensor]:
-        """A list of all."""
+        """Return the tensors as a list."""
         return list(items)
 
     def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """Itself as plain data; see `reader_from_config`."""
+        """Return the reader as plain data; see `reader_from_config`."""
         return {"kind": self.kind}
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What files of pictures may be, whatever their names say; PIL would start programs for others."""
+"""Accepted image formats, whatever the file name; for others, PIL would start programs."""
 LARGEST_PICTURE = 1024**3 // 4 // 3
-"""Pixels of a picture, in a file or after it was scaled; above it, PIL warns of a bomb."""
+"""Maximum number of pixels of an image, in a file or after resizing; PIL warns above it."""
 
 
 def _too_large(picture: Any) -> str:
-    """What is wrong with the size that the header of a file tells; no pixels exist yet."""
+    """Say what is wrong with the size in the header of a file, before pixels are decoded."""
     width, height = picture.size
     if width * height > LARGEST_PICTURE:
         return f"it has {width:,} x {height:,} pixels, expected at most {LARGEST_PICTURE:,}"
@@ -186,7 +188,7 @@ def _too_large(picture: Any) -> str:
 
 
 def _refuse_thin(size: tuple[int, int], scaled: Sequence[int], raw: Any) -> None:
-    """Refuse a picture that scaling its shorter side would make larger than any may be."""
+    """Refuse an image that would exceed the maximum size once its shorter side is resized."""
     shorter, longer = sorted(size)
     if len(scaled) == 1 and shorter and scaled[0] ** 2 * longer > LARGEST_PICTURE * shorter:
         raise DataError(
@@ -201,7 +203,7 @@ def _shown(raw: Any) -> str:
 
 
 def opened(raw: Any, mode: str) -> Any:
-    """A picture in a mode of PIL, of a file or a picture.
+    """Open a PIL image or an image file in a PIL mode.
 
     Raises:
         DataError: if it cannot be read.
@@ -211,7 +213,7 @@ def opened(raw: Any, mode: str) -> Any:
         if not isinstance(raw, str | Path):
             raise DataError(f"expected a picture of PIL or the path of one, got {_told(raw)}")
         try:
-            images.init()  # which only then knows all formats
+            images.init()  # PIL registers all formats only then
             with images.open(raw, formats=[f for f in FORMATS if f in images.OPEN]) as file:
                 if reason := _too_large(file):
                     raise DataError(reason)
@@ -220,11 +222,11 @@ def opened(raw: Any, mode: str) -> Any:
             reason = "there is no such file"
         except images.UnidentifiedImageError:
             reason = f"it is none of the formats {', '.join(FORMATS)}, or damaged"
-        except Exception as error:  # whatever a damaged file makes a decoder raise
+        except Exception as error:  # a damaged file can make a decoder raise anything
             reason = str(error) or type(error).__name__
         raise DataError(f"{raw} cannot be read as a picture: {reason}")
     picture = ops.exif_transpose(raw)
-    if picture.mode.startswith("I;16"):  # PIL would cut off what is brighter than 255
+    if picture.mode.startswith("I;16"):  # PIL would clip values above 255
         picture = images.fromarray((require("numpy", "vision").asarray(picture) >> 8).astype("u1"))
     elif picture.mode in ("I", "F"):
         raise DataError("its values have 32 bits, whose range is not known: save it with 8 or 16")
@@ -232,7 +234,7 @@ def opened(raw: Any, mode: str) -> Any:
 
 
 def as_tensor(picture: Any) -> Tensor:
-    """A picture of PIL as a tensor (channels, height, width) of values from 0 to 1."""
+    """Convert a PIL image to a tensor (channels, height, width) with values from 0 to 1."""
     return _functional().pil_to_tensor(picture).to(torch.float32) / 255
 
 

@@ -14,12 +14,12 @@ _FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class TextReader:
-    """Makes numbers of texts, as networks of transformers take them.
+    """Converts texts to token ids for transformers networks.
 
     Args:
-        tokenizer: of transformers, or its name or folder. One without a token for padding pads
-            with the one for the end.
-        max_length: tokens after which a text, or a pair of texts, is cut off.
+        tokenizer: transformers tokenizer, or its name or folder. If it has no padding token, its
+            end-of-text token is used for padding.
+        max_length: number of tokens after which a text, or a pair of texts, is truncated.
 
     Raises:
         DataError: if there is no such tokenizer, or it cannot pad.
@@ -58,12 +58,12 @@ class TextReader:
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise DataError("the tokenizer has no token for padding: set tokenizer.pad_token")
-            tokenizer = copy.deepcopy(tokenizer)  # the caller's stays as it is
+            tokenizer = copy.deepcopy(tokenizer)  # leaves the caller's tokenizer unchanged
             tokenizer.pad_token = tokenizer.eos_token
         object.__setattr__(self, "tokenizer", tokenizer)
 
     def __call__(self, raw: Any) -> dict[str, Any]:
-        """The numbers of a text, or of two in a tuple.
+        """Tokenize a text, or a tuple of two texts.
 
         Raises:
             DataError: if it is something else.
@@ -74,22 +74,22 @@ class TextReader:
         return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length))
 
     def augmented(self, raw: Any) -> dict[str, Any]:
-        """The same: texts stay as they are."""
+        """Tokenize in the same way: texts are not augmented."""
         return self(raw)
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Tensors of all, padded to the longest."""
+        """Pad to the longest text, and return tensors."""
         return dict(self.tokenizer.pad(list(items), return_tensors="pt"))
 
     def to_config(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """Itself as plain data; see `reader_from_config`.
+        """Return the reader as plain data; see `reader_from_config`.
 
         Args:
-            folder: gets the tokenizer's files, so that nothing else is needed to read texts again.
-                Without one, the tokenizer's name or folder is told.
+            folder: folder for the tokenizer's files, so that nothing else is needed to read texts
+                again. Without it, the tokenizer's name or folder is recorded.
 
         Raises:
-            DataError: if it has neither, and no folder is given.
+            DataError: if the tokenizer has neither, and no folder is given.
         """
         name = str(getattr(self.tokenizer, "name_or_path", "") or "")
         if folder is not None:
@@ -101,7 +101,7 @@ class TextReader:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of that name, or in that folder.
+    """Load the tokenizer of that name, or from that folder.
 
     Raises:
         DataError: if it cannot be loaded.
@@ -115,7 +115,7 @@ def load_tokenizer(name: str | Path) -> Any:
             f"there is no tokenizer {str(name)!r} here, and it cannot be fetched: give a folder "
             f"that save_pretrained wrote ({type(error).__name__}: {first_line(error)})"
         ) from error
-    # transformers makes such a one where a folder has a network, but no tokenizer.
+    # transformers creates an empty tokenizer if a folder has a network but no tokenizer.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"{str(name)!r} has no tokenizer with a vocabulary: save one there")
     return tokenizer

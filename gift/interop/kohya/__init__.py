@@ -1,7 +1,7 @@
-"""Deltas of diffusion models in the files of kohya's sd-scripts and of LyCORIS.
+"""Deltas of diffusion models in the format of kohya's sd-scripts and LyCORIS.
 
-One safetensors file holds the deltas of all networks of a pipeline. A key is a prefix for the
-network, the path of a layer with underscores for dots, and the name of a tensor:
+One safetensors file holds the deltas of all networks of a pipeline. A key consists of a prefix for
+the network, the path of a layer with underscores instead of dots, and the name of a tensor:
 ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight``.
 """
 

@@ -1,4 +1,4 @@
-"""Whether the tensors of one layer in a kohya file are whole and fit it, and what they mean."""
+"""Checking and interpreting the tensors of one layer in a kohya file."""
 
 from torch import Tensor
 
@@ -9,14 +9,14 @@ from gift.support.tensors import is_finite
 
 
 def told(parts: Parts, target: Target) -> Told:
-    """The delta that these tensors are.
+    """Convert the tensors of one layer to a delta.
 
     Args:
-        parts: by their names behind the layer's, such as ``lora_up.weight``.
+        parts: tensors by their names after the layer's, such as ``lora_up.weight``.
         target: the layer.
 
     Raises:
-        Incompatible: naming all that is wrong.
+        Incompatible: naming everything that is wrong.
     """
     kind = _kind_of(parts)
     problems = [text for name in parts if (text := _unusable(name, parts[name]))]
@@ -44,7 +44,7 @@ def told(parts: Parts, target: Target) -> Told:
 
 
 def _kind_of(parts: Parts) -> Kind:
-    """The method whose tensors are all there, and nothing else."""
+    """Return the method whose tensors are all present, without others."""
     unknown = sorted(set(parts) - {"alpha"}.union(*(kind.names for kind in KINDS)))
     if unknown:
         raise Incompatible(
@@ -83,7 +83,7 @@ def _unusable(name: str, tensor: Tensor) -> str | None:
 
 
 def _scaling(kind: Kind, parts: Parts) -> float:
-    """``alpha / dim``; 1 without alpha, and for LoKr without low-rank factors."""
+    """Return ``alpha / dim``; 1 without alpha, and for LoKr without low-rank factors."""
     dims = {name: parts[name].shape[axis] for name, axis in kind.dims if name in parts}
     if "alpha" not in parts or not dims:
         return 1.0

@@ -1,4 +1,4 @@
-"""LoRA, LoHa and LoKr as kohya files have them: their tensors, and what these mean to gift."""
+"""LoRA, LoHa and LoKr in kohya files: their tensors, and how these map to gift."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Told:
-    """A delta as gift has it.
+    """A delta in gift's terms.
 
     Args:
-        method: its name.
-        settings: of the method and the layout.
-        values: of the parameters, by the method's names.
+        method: name of the method.
+        settings: settings of the method and the layout.
+        values: values of the parameters, by the method's names.
     """
 
     method: str
@@ -32,12 +32,12 @@ class Told:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for all layers that one cap can serve."""
+        """A key that is equal for all layers that can share one cap."""
         return self.method, *sorted(self.settings.items())
 
 
 def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without kernel axes of length one: a linear layer may be written as a convolution."""
+    """Remove kernel axes of length one: a linear layer may be stored as a convolution."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return tuple(shape)
@@ -115,7 +115,7 @@ def _loha(parts: Parts, scaling: float, target: Target) -> Told:
 
 
 def _pair(parts: Parts, name: str, core: str) -> Pair:
-    """Two factors, Tucker's core merged into the second."""
+    """Return two factors, with Tucker's core merged into the second."""
     left, right = parts[f"{name}_a"], parts[f"{name}_b"]
     if core in parts:
         return left.T, without_core(parts[core], right)
@@ -150,7 +150,7 @@ def _lokr_shapes(parts: Parts, target: Target) -> Shapes:
 
 
 def _outer(parts: Parts, name: str) -> tuple[tuple[int, int], int]:
-    """Rows and columns of a factor, and its rank if it is a product itself."""
+    """Return the rows and columns of a factor, and its rank if it is itself a product."""
     if name in parts:
         return (parts[name].shape[0], parts[name].shape[1]), 0
     left, right = parts[f"{name}_a"], parts[f"{name}_b"]
@@ -168,7 +168,7 @@ def _lokr(parts: Parts, scaling: float, target: Target) -> Told:
         )
     if "lokr_w2" in parts:
         w1 = product(parts["lokr_w1_a"], parts["lokr_w1_b"]) if first else parts["lokr_w1"]
-        w2 = parts["lokr_w2"].flatten(1) * scaling  # which gift's full matrices have none of
+        w2 = parts["lokr_w2"].flatten(1) * scaling  # gift's full matrices have no scaling
         values = {"lokr_w1": w1, "lokr_w2": w2}
         return Told("lokr", {"full_matrix": True} | factors, values)
     left, right = smallest(*_pair(parts, "lokr_w2", "lokr_t2"))
@@ -185,7 +185,7 @@ def _lokr(parts: Parts, scaling: float, target: Target) -> Told:
 
 
 def _factors(rows: tuple[int, int], columns: tuple[int, int]) -> dict[str, int] | None:
-    """The settings by which gift's LoKr splits a matrix like that; it puts smaller parts first."""
+    """Return the settings with which gift's LoKr splits a matrix like this, smaller parts first."""
     (a, b), (c, d) = rows, columns
     if a > b or c > d:
         return None
@@ -197,16 +197,16 @@ def _factors(rows: tuple[int, int], columns: tuple[int, int]) -> dict[str, int] 
 
 @dataclass(frozen=True)
 class Kind:
-    """A method of these files: its tensors, how they are shaped, and how they are read.
+    """A method in kohya files: its tensors, their shapes, and how they are read.
 
     Args:
-        title: its name.
-        marks: tensors that tell the method.
-        choices: what must be there, one of these sets.
-        optional: what may be there.
+        title: name of the method.
+        marks: tensors that identify the method.
+        choices: sets of tensors, one of which must be present.
+        optional: tensors that may be present.
         dims: tensors that show the rank to which alpha is relative, and the axis.
-        shapes: the shapes that all tensors should have, going by the layer and by some of them.
-        read: from tensors of these shapes and the scaling, the delta.
+        shapes: returns the expected shapes of all tensors, from the layer and some of the tensors.
+        read: converts tensors of these shapes and the scaling to a delta.
     """
 
     title: str
@@ -219,7 +219,7 @@ class Kind:
 
     @property
     def names(self) -> set[str]:
-        """Of all its tensors."""
+        """The names of all its tensors."""
         return self.optional.union(*self.choices)
 
 

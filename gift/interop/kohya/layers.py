@@ -1,4 +1,4 @@
-"""The layers for which such files can hold a delta."""
+"""The layers for which kohya files can hold a delta."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Incompatible(ValueError):
-    """What the file has for a layer, or gift has, cannot be told by the other; with all reasons."""
+    """A delta cannot be converted between a kohya file and gift; the error has all reasons."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
@@ -31,27 +31,27 @@ class Target:
 
     @property
     def groups(self) -> int:
-        """Of a convolution; 1 for a linear layer."""
+        """The groups of a convolution; 1 for a linear layer."""
         return getattr(self.module, "groups", 1)
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Of a convolution; none for a linear layer."""
+        """The kernel size of a convolution; empty for a linear layer."""
         return tuple(self.weight.shape[2:])
 
     @property
     def columns(self) -> int:
-        """Of the matrix: inputs times kernel."""
+        """The columns of the matrix: inputs times kernel."""
         return self.weight[0].numel()
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether such files can hold a delta for it: a linear layer or a convolution."""
+    """Whether kohya files can hold a delta for a module: a linear layer or a convolution."""
     return issubclass(plain_class(type(module)), LAYERS)
 
 
 def flat(path: str) -> str:
-    """A path as it stands in keys."""
+    """Return a path in the form of keys."""
     return path.replace(".", "_")
 
 
@@ -59,16 +59,16 @@ TEXT = "text_model_"
 
 
 def lead(net: nn.Module) -> str:
-    """What stands before the paths of a network's layers in keys.
+    """Return the text before the paths of a network's layers in keys.
 
-    Files say ``text_model_encoder_...`` for the text encoder; transformers has dropped that module
-    from `CLIPTextModel` since.
+    Files have ``text_model_encoder_...`` for the text encoder, but newer versions of transformers
+    have removed that module from `CLIPTextModel`.
     """
     return TEXT if _is_text_encoder(net) and not hasattr(net, "text_model") else ""
 
 
 def elsewhere(net: nn.Module, path: str) -> str:
-    """The flat path that a layer of this network has in other versions of transformers."""
+    """Return the flat path that a layer of this network has in other versions of transformers."""
     if not _is_text_encoder(net):
         return path
     return path.removeprefix(TEXT) if path.startswith(TEXT) else TEXT + path

@@ -1,4 +1,4 @@
-"""Reading a kohya file onto a network."""
+"""Loading a kohya file onto a network."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from gift.strategies import FineTuningStrategy
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
 
-# Of Stable Diffusion, Flux and SD3 as they were published; diffusers has other names.
+# Names of the published Stable Diffusion, Flux and SD3 models; diffusers has other names.
 _ORIGINAL = re.compile(
     r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|double_blocks|single_blocks"
     r"|joint_blocks|diffusion_model)_"
@@ -32,16 +32,16 @@ _ORIGINAL = re.compile(
 
 @dataclass
 class KohyaReport(Report):
-    """The report of `enable_fine_tuning`, and what else the file had.
+    """The report of `enable_fine_tuning`, and what else was in the file.
 
     Args:
-        left: number of tensors of other networks, by their prefix.
+        left: number of tensors of other networks, by prefix.
     """
 
     left: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """Totals, what each cap took, and what was left in the file."""
+        """Return totals, what each cap matched, and what was left in the file."""
         others = [f"{number} tensors of {prefix}..." for prefix, number in self.left.items()]
         return super().summary() + (f"\nleft in the file: {', '.join(others)}" if others else "")
 
@@ -52,29 +52,29 @@ def load_kohya(
     prefix: str = "lora_unet_",
     rename: Callable[[str], str] | None = None,
 ) -> KohyaReport:
-    """Fine-tune a plain network by a file of kohya's sd-scripts or of LyCORIS.
+    """Fine-tune a plain network with the deltas in a file of kohya's sd-scripts or LyCORIS.
 
-    Reads LoRA (with ``lora_mid`` and DoRA's ``dora_scale`` of outputs), LoHa and LoKr, of linear
-    layers and convolutions. The strategy that it enables has registered parts only. Tucker
-    decompositions become plain factors of the same rank, a rank above what a matrix can have
-    becomes the largest that it can; outputs are the same.
+    Supports LoRA (with ``lora_mid``, and with DoRA's ``dora_scale`` of outputs), LoHa and LoKr,
+    for linear layers and convolutions. The strategy that it enables has registered parts only.
+    Tucker decompositions become plain factors of the same rank, and a rank above the largest one
+    of a matrix is reduced to it; outputs are the same.
 
     Args:
         net: the network that the deltas were trained for.
-        path: of the file.
-        prefix: which of the file's networks this is: ``lora_unet_`` for U-Nets and transformers,
+        path: path of the file.
+        prefix: prefix of this network in the file: ``lora_unet_`` for U-Nets and transformers,
             ``lora_te_``, ``lora_te1_``, ``lora_te2_`` for text encoders, ``lycoris_`` for files
-            that LyCORIS wrote by itself. Keys of the others are left.
-        rename: from a layer's name in the file, without prefix, to its path in the network, for
+            that LyCORIS itself wrote. Keys of other networks are skipped.
+        rename: maps a layer's name in the file, without prefix, to its path in the network, for
             networks whose layers have other names.
 
     Returns:
-        What `enable_fine_tuning` returns; its `left` counts the tensors of other networks.
+        The report of `enable_fine_tuning`; its `left` counts the tensors of other networks.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DeltaFileError: naming all that does not fit; the network is unchanged.
-        RuntimeError: if the network is being fine-tuned already.
+        DeltaFileError: naming everything that does not fit; the network is unchanged.
+        RuntimeError: if the network is already being fine-tuned.
 
     Example:
         >>> import tempfile
@@ -115,7 +115,7 @@ def load_kohya(
 def _layers_in(
     tensors: Mapping[str, Tensor], prefix: str, problems: list[str]
 ) -> tuple[dict[str, dict[str, Tensor]], Counter[str]]:
-    """The tensors of each layer of one network, by the layer's name, and a count of the others."""
+    """Return the tensors of each layer of one network by layer name, and a count of the others."""
     layers: dict[str, dict[str, Tensor]] = {}
     left: Counter[str] = Counter()
     unknown = []
@@ -143,7 +143,7 @@ def _targets(
     rename: Callable[[str], str] | None,
     problems: list[str],
 ) -> dict[str, tuple[str, nn.Module]]:
-    """For the name of each layer in the file, the path and layer in the network."""
+    """Return the path and layer in the network for each layer name in the file."""
     known: dict[str, dict[int, tuple[str, nn.Module]]] = {}
     paths: dict[int, str] = {}
     for path, module in net.named_modules(remove_duplicate=False):
@@ -192,7 +192,7 @@ def _target(module: nn.Module, holders: Mapping[int, int]) -> Target:
 
 
 def _strategy(found: Mapping[str, tuple[nn.Module, Told]]) -> FineTuningStrategy:
-    """A cap for all layers with the same settings."""
+    """Create one cap for all layers with the same settings."""
     alike: dict[object, list[str]] = {}
     for place, (_, delta) in found.items():
         alike.setdefault(delta.key, []).append(place)

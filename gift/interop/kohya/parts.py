@@ -1,4 +1,4 @@
-"""What an adapter of gift means, as the tensors of one layer in a kohya file."""
+"""Converting a delta of gift to the tensors of one layer in a kohya file."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,15 +16,15 @@ Values = Mapping[str, Tensor]
 
 
 def parts_of(adapter: WeightDelta, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
-    """The tensors that stand for a delta, by their names behind the layer's.
+    """Return the tensors of a delta, by their names after the layer's.
 
     Args:
-        adapter: of the layer's weight.
+        adapter: delta of the layer's weight.
         module: the layer.
         weight: its frozen weight.
 
     Raises:
-        Incompatible: if such files have no counterpart.
+        Incompatible: if kohya files have no counterpart.
     """
     write = _WRITERS.get(adapter.method.name)
     if write is None:
@@ -63,8 +63,10 @@ def _lora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Ten
 
 
 def _dora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
-    """LoRA with ``dora_scale``, the magnitudes of the rows; a row without direction keeps that
-    of its update, which has none of its own.
+    """Return LoRA with ``dora_scale``, the magnitudes of the rows.
+
+    A row without direction (its norm is zero or infinite) has no magnitude of its own; it keeps
+    the norm of its update.
     """
     parts = _lora(adapter, values, target)
     method: Any = adapter.method
@@ -93,8 +95,10 @@ def _loha(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Ten
 
 
 def _lokr(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
-    """LyCORIS rebuilds its module from the shapes: what it would not decompose is not decomposed
-    in the file either.
+    """Return LoKr in the form that LyCORIS expects.
+
+    LyCORIS rebuilds its module from the shapes, so factors that it would not decompose are not
+    decomposed in the file.
     """
     assert adapter.layout is not None
     inputs, kernel = target.weight.shape[1], target.kernel
@@ -136,7 +140,7 @@ def _full(w1: Tensor, w2: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def _scaled(factor: Tensor, alpha: float, rank: int) -> Pair:
-    """The factor and alpha; an alpha of 0 would be read as none, so the factor is 0 instead."""
+    """Return the factor and alpha; an alpha of 0 would be ignored, so the factor is set to 0."""
     if alpha == 0:
         return torch.zeros_like(factor), _number(rank, factor)
     return factor, _number(alpha, factor)

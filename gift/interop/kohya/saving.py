@@ -1,4 +1,4 @@
-"""Writing the deltas of networks as a kohya file."""
+"""Saving the deltas of networks as a kohya file."""
 
 import json
 import os
@@ -29,24 +29,24 @@ def save_kohya(
     rename: Callable[[str], str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the deltas of a network, or of several, as kohya's sd-scripts and LyCORIS do.
+    """Save the deltas of one or several networks in the format of kohya's sd-scripts and LyCORIS.
 
-    Writes LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA, DoRA, LoHa and LoKr of linear layers and
-    convolutions. PiSSA and OLoRA become LoRA of twice the rank; factors for the balanced layout of
-    a convolution, or for its groups, become those of the whole matrix, with a larger rank.
+    Supports LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA, DoRA, LoHa and LoKr, for linear layers and
+    convolutions. PiSSA and OLoRA become LoRA of twice the rank. Factors for the balanced layout of
+    a convolution, or for its groups, become factors of the whole matrix, with a larger rank.
 
     Args:
-        net: the fine-tuned network, or a module that has it inside, or several by their prefixes:
+        net: the fine-tuned network, or a module that contains it, or several by their prefixes:
             ``{"lora_unet_": unet, "lora_te_": text_encoder}``.
-        path: of the file; it is replaced as a whole or not at all.
-        prefix: of the keys, for a single network; see `load_kohya`.
-        dtype: in which the tensors are written, but for alpha; None keeps theirs.
-        rename: from a layer's path in its network to its name in the file, for programs that expect
-            other names.
-        metadata: more of it, such as ``ss_base_model_version``.
+        path: path of the file, which is written atomically.
+        prefix: prefix of the keys, for a single network; see `load_kohya`.
+        dtype: dtype of the tensors in the file, except alpha; None keeps their own.
+        rename: maps a layer's path in its network to its name in the file, for programs that
+            expect other names.
+        metadata: further metadata, such as ``ss_base_model_version``.
 
     Raises:
-        DeltaFileError: naming all that such a file cannot hold; nothing is written.
+        DeltaFileError: naming everything that such a file cannot hold; nothing is written.
     """
     nets = dict(net) if isinstance(net, Mapping) else {prefix: net}
     _refuse(path, list(_wrong_arguments(nets, dtype, metadata)))
@@ -73,7 +73,7 @@ def save_kohya(
                 key = f"{own}{flat(name)}.{part}"
                 if key in tensors:
                     problems.append(f"{place}: another layer has the key {key} as well")
-                # The number that all of a delta is multiplied with is not rounded.
+                # Alpha scales the whole delta, so it is not rounded.
                 tensors[key] = tensor if dtype is None or part == "alpha" else tensor.to(dtype)
     bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
@@ -108,7 +108,7 @@ def _wrong_arguments(nets: Any, dtype: Any, metadata: Any) -> Iterator[str]:
 
 
 def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, WeightDelta]]:
-    """The adapters that a file can hold, with paths and layers; of all else, what is wrong."""
+    """Yield path, layer and delta of all that a file can hold; report all others as problems."""
     problems += _kept_elsewhere(net)
     for path, module in net.named_modules():
         for tensor, delta in deltas_of(module).items():
@@ -128,7 +128,7 @@ def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, W
 
 
 def _kept_elsewhere(net: Any) -> Iterator[str]:
-    """What training changed that is no delta."""
+    """Yield problems for trained tensors and buffers that are not deltas."""
     if trained := [name for name, _ in trained_of_the_base(net)]:
         yield f"trained in place, which such files cannot hold: {', '.join(trained)}"
     if changed := list(moved_buffers(net)):
@@ -141,7 +141,7 @@ def _kept_elsewhere(net: Any) -> Iterator[str]:
 
 
 def _metadata(tensors: Mapping[str, Tensor], methods: set[str]) -> dict[str, str]:
-    """What programs show of a file, and what LyCORIS says of its own."""
+    """Return the metadata that programs show, and that LyCORIS writes."""
     dims = {_dim(key, tensor) for key, tensor in tensors.items()} - {None}
     alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     plain = methods == {"lora"} and not any(key.endswith("dora_scale") for key in tensors)

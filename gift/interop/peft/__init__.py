@@ -1,1 +1,1 @@
-"""WeightDelta folders of Hugging Face PEFT, read and written."""
+"""Adapter folders of Hugging Face PEFT: loading and saving."""

@@ -1,4 +1,4 @@
-"""The files of PEFT, read with suspicion: plain data and tensors, and no code."""
+"""Reading and validating the files of PEFT: plain data and tensors, no code."""
 
 import hashlib
 import json
@@ -22,24 +22,25 @@ from gift.support.tensors import is_finite
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
 
-# What says nothing of outputs, or is understood for all forms.
+# Options that do not affect outputs, or that are supported for all forms.
 _NEUTRAL = {
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "runtime_config", "target_modules", "exclude_modules", "modules_to_save",
     "layers_to_transform", "layers_pattern", "fan_in_fan_out",
 }  # fmt: skip
-# Starts of LoRA that leave the base as it is; others subtract from it what the factors start at.
+# Initializations of LoRA that leave the base unchanged; others subtract the initial product from
+# it.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[Config, Tensors]:
-    """Configuration and tensors.
+    """Read the config and tensors of a folder.
 
     Raises:
-        DeltaFileError: if a file is not there, or not what its name says.
+        DeltaFileError: if a file is missing or invalid.
     """
     path = Path(folder).expanduser()
-    for _ in range(_TRIES):  # a writer may exchange the two files meanwhile
+    for _ in range(_TRIES):  # another process may be replacing the two files
         config, (metadata, tensors) = _config(path), _tensors(path)
         if metadata.get(CONFIG_DIGEST) in (None, config_digest(config)):
             return config, tensors
@@ -53,13 +54,13 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[Config, Tensors]:
 _TRIES = 3
 LARGEST_ALPHA = 3.4e38
 CONFIG_DIGEST = "gift_config"
-"""In the metadata of weights that gift wrote: a digest of the configuration beside them."""
+"""Metadata key of weights that gift wrote: a digest of the config next to them."""
 _MAY_CHANGE = {"base_model_name_or_path", "revision", "task_type", "inference_mode",
                "peft_version", "auto_mapping", "runtime_config"}  # fmt: skip
 
 
 def config_digest(config: Config) -> str:
-    """A digest of what in a configuration says how the weights are to be read."""
+    """Return a digest of the entries of a config that say how the weights are read."""
     told = {key: value for key, value in config.items() if key not in _MAY_CHANGE}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -78,7 +79,7 @@ def _config(path: Path) -> Config:
 
 
 def _tensors(path: Path) -> tuple[dict[str, str], Tensors]:
-    """Metadata and tensors of the weights."""
+    """Read the metadata and tensors of the weights."""
     weights = path / WEIGHTS_NAME
     try:
         if weights.exists():
@@ -90,7 +91,7 @@ def _tensors(path: Path) -> tuple[dict[str, str], Tensors]:
         raise _unreadable(path, problem) from None
     except DeltaFileError:
         raise
-    except Exception as error:  # whatever hostile bytes provoke
+    except Exception as error:  # malicious files can raise anything
         raise _unreadable(weights, f"{type(error).__name__}: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise _unreadable(weights, "it holds something else than tensors by name")
@@ -102,7 +103,7 @@ def _unreadable(path: Path, problem: str) -> DeltaFileError:
 
 
 def incompatibilities(config: Config, tensors: Tensors) -> Iterator[str]:
-    """What no network can take: an unknown method or option, wrong values, infinite numbers."""
+    """Yield what no network can load: unknown methods or options, invalid or infinite values."""
     known = {name: form.options for name, form in FORMS.items()} | {PROMPT_TUNING: PROMPT_OPTIONS}
     name = config.get("peft_type")
     if not isinstance(name, str) or name not in known:
@@ -179,7 +180,7 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    """What float32 holds: gift and PEFT compute with it."""
+    """Whether float32 can hold a value, as gift and PEFT compute with it."""
     return is_number(value) and abs(value) <= LARGEST_ALPHA
 
 

@@ -1,4 +1,4 @@
-"""What a way of adapting in PEFT is here: `Form`, of which the files beside this one make some."""
+"""How one `peft_type` maps to gift: `Form`, which the modules next to this one create."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Written:
-    """What a network becomes in PEFT.
+    """A fine-tuned network in PEFT's terms.
 
     Args:
-        config: the part of the configuration that is the form's own.
-        tensors: by the rest of their keys after the prefix that all have.
-        shared: by their whole keys.
-        targets: the modules that PEFT will wrap.
-        parameters: the single parameters that it will.
-        problems: why it cannot be written.
+        config: entries of the config that are specific to the form.
+        tensors: tensors by their keys after the common prefix.
+        shared: tensors by their full keys.
+        targets: modules that PEFT will wrap.
+        parameters: single parameters that PEFT will wrap.
+        problems: reasons why it cannot be written.
     """
 
     config: Config = field(default_factory=dict)
@@ -39,22 +39,22 @@ class Written:
     problems: list[str] = field(default_factory=list)
 
     def add(self, path: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors beside a layer."""
+        """Add the tensors of a layer."""
         self.targets.add(path)
         self.tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a file has for one layer of a network.
+    """The content of a file for one layer of a network.
 
     Args:
         network: the base.
-        path: of the layer, or of the module that holds the parameter.
+        path: path of the layer, or of the module that holds the parameter.
         module: the layer.
-        tensors: by the end of their keys.
-        tensor: the name of what is adapted.
-        single: whether PEFT adapts that alone, and not the layer.
+        tensors: tensors by the ends of their keys.
+        tensor: name of the adapted tensor.
+        single: whether PEFT adapts only that tensor, not the layer.
     """
 
     network: nn.Module
@@ -66,7 +66,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """Which layer it is."""
+        """The kind of layer."""
         return kind_of(self.module)
 
     @property
@@ -75,22 +75,24 @@ class Layer:
         return dequantised(plain_tensor(self.module, self.tensor), self.module).detach()
 
     def matrix(self, outputs: bool = True) -> tuple[int, ...]:
-        """The shape of the tensor as matrix or matrices; rows are outputs in embeddings too, or
-        not.
+        """Return the shape of the tensor as matrix or matrices.
+
+        Args:
+            outputs: whether rows are outputs in embeddings as well.
         """
         return self.layout(outputs).matrix
 
     def outputs_by_inputs(self) -> Tensor:
-        """The tensor as a matrix whose rows are outputs."""
+        """Return the tensor as a matrix whose rows are outputs."""
         return self.layout(True).to_matrix(self.weight)
 
     def layout(self, outputs: bool) -> Layout:
-        """How the tensor is read as a matrix."""
+        """Return the layout that reads the tensor as a matrix."""
         options = LayoutOptions(conv_layout="out_as_h", rows_are_outputs=outputs)
         return layout_of(self.module, self.tensor, self.weight.shape, options)
 
     def take(self, suffix: str) -> Tensor:
-        """The tensor of that name; raises a `ValueError` where the file has none."""
+        """Return the tensor of that name; raises a `ValueError` if the file has none."""
         if suffix not in self.tensors:
             raise ValueError(f"{suffix} is missing")
         return self.tensors[suffix]
@@ -103,14 +105,14 @@ class Layer:
 
 @dataclass
 class Read:
-    """What becomes of one tensor of a network.
+    """The delta of one tensor of a network.
 
     Args:
-        layer: where it stands.
-        method: of gift.
-        settings: of the method.
-        values: by the method's names.
-        claimed: the module whose cap takes it; None where a parameter cap does.
+        layer: layer of the tensor.
+        method: method of gift.
+        settings: settings of the method.
+        values: values by the method's names.
+        claimed: the module whose cap takes it; None if a parameter cap does.
     """
 
     layer: Layer
@@ -126,7 +128,7 @@ class Read:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings as an action takes them: outputs of a convolution are rows."""
+        """The settings for an action: outputs of a convolution are rows."""
         is_convolution = self.layer.kind in CONVOLUTIONS
         return self.settings | ({"conv_layout": "out_as_h"} if is_convolution else {})
 
@@ -136,16 +138,16 @@ class Form:
     """One `peft_type`.
 
     Args:
-        peft_type: its name in a file.
-        methods: the methods of gift that it stands for.
-        kinds: the layers that it adapts.
-        suffixes: the ends of the keys of its tensors.
-        write: from the adapted tensors, what goes into a file.
-        read: from a layer in a file, the configuration and shared tensors, what it becomes; raises
-            a `ValueError` if it has no counterpart.
-        options: those of the configuration that it understands, or that have no effect on outputs.
-        bias: what a configuration calls the biases of the adapted layers, "" if it cannot.
-        defaults: of options, where a configuration does not say.
+        peft_type: name in a config.
+        methods: corresponding methods of gift.
+        kinds: layers that it adapts.
+        suffixes: ends of the keys of its tensors.
+        write: converts adapted tensors to the content of a file.
+        read: converts a layer in a file, the config and shared tensors to deltas; raises a
+            `ValueError` if there is no counterpart.
+        options: options of the config that it supports, or that have no effect on outputs.
+        bias: word in a config for the biases of the adapted layers, "" if there is none.
+        defaults: values of options that are missing in a config.
     """
 
     peft_type: str
@@ -160,16 +162,16 @@ class Form:
 
 
 def common(values: list[Any]) -> Any:
-    """The most frequent value, the first of those that are."""
+    """Return the most frequent value, or the first of them."""
     return Counter(values).most_common(1)[0][0]
 
 
 def sizes(found: Mapping[str, tuple[int, float]], alpha_name: str) -> Config:
-    """Ranks and alphas: the most frequent ones as default, patterns for the rest.
+    """Return ranks and alphas: the most frequent ones as defaults, patterns for the rest.
 
     Args:
         found: rank and alpha by dotted names.
-        alpha_name: what the configuration calls alpha.
+        alpha_name: name of alpha in the config.
     """
     rank = common([rank for rank, _ in found.values()])
     alpha = common([alpha for _, alpha in found.values()])
@@ -182,13 +184,13 @@ def sizes(found: Mapping[str, tuple[int, float]], alpha_name: str) -> Config:
 
 
 def size_of_layer(config: Config, name: str, alpha_name: str) -> tuple[Any, Any]:
-    """Rank and alpha of a layer, as a configuration says."""
+    """Return the rank and alpha of a layer according to a config."""
     rank = by_pattern(config.get("rank_pattern"), name, config.get("r"))
     return rank, by_pattern(config.get("alpha_pattern"), name, config.get(alpha_name))
 
 
 def same(what: str, values: list[Any], written: Written) -> Any:
-    """The one value that all layers have; PEFT has no other for some of them."""
+    """Return the value that all layers share; if they differ, add a problem: PEFT has only one."""
     if len(set(values)) > 1:
         written.problems.append(
             f"{what} is one for all layers in PEFT, here there are {sorted(set(values), key=str)}"
@@ -197,11 +199,11 @@ def same(what: str, values: list[Any], written: Written) -> Any:
 
 
 def dropout_of(places: list[Place]) -> float:
-    """The dropout that all share, 0 where they differ: it has no effect on outputs."""
+    """Return the common dropout, or 0 if they differ, since it does not affect outputs."""
     found = {place.adapter.method.dropout for place in places}
     return found.pop() if len(found) == 1 else 0.0
 
 
 def plain(number: float) -> float | int:
-    """An integer where it is one, for a file that people read."""
+    """Convert whole numbers to integers, for readable files."""
     return int(number) if number == int(number) else number

@@ -1,4 +1,4 @@
-"""What fine-tuning changed in place, as PEFT saves it: whole modules, or biases."""
+"""In-place changes of fine-tuning in PEFT's terms: whole modules, or biases."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,18 +10,18 @@ from gift.core.network import moved_buffers, trained_of_the_base
 from gift.interop.peft.forms import Form, Tensors, Written
 from gift.interop.peft.names import ends_with, kept
 
-# Modules inside what PEFT puts in the place of a layer: it looks for names among these as well.
+# Modules inside the wrapper that PEFT puts around a layer: it searches names among these as well.
 _INNER = {"base_layer", "default", "lora_dropout", "vera_dropout", "oft_dropout"}
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 class InPlace:
-    """Parameters that are trained themselves, and buffers that moved.
+    """Parameters that are trained directly, and buffers that changed.
 
     Args:
-        network: being fine-tuned.
-        form: of what is adapted in it.
-        written: what becomes of that.
+        network: network that is being fine-tuned.
+        form: form of its adapted tensors.
+        written: the adapted tensors in PEFT's terms.
     """
 
     def __init__(self, network: Any, form: Form, written: Written) -> None:
@@ -35,7 +35,7 @@ class InPlace:
         self._save_modules()
 
     def _saved_as_biases(self, changed: set[str]) -> set[str]:
-        """Biases beside adapters, if they are all that PEFT can mean by a word."""
+        """Return biases beside adapters, if they are exactly those that a word of PEFT means."""
         targets = self.written.targets
         wrapped = {place: path for path in targets for place in (path, f"{path}.out_proj")}
         beside = {name for name in changed if name.rpartition(".")[0] in wrapped}
@@ -65,7 +65,7 @@ class InPlace:
         return beside
 
     def _modules_of(self, changed: set[str]) -> list[str]:
-        """The modules that hold them, without those inside others."""
+        """Return the modules that hold these tensors, without those inside others."""
         holders = {name.rpartition(".")[0] for name in changed}
         if "" in holders:
             own = sorted(name for name in changed if "." not in name)
@@ -73,7 +73,7 @@ class InPlace:
         return sorted(path for path in holders - {""} if not _is_inside(path, holders - {path}))
 
     def _save_modules(self) -> None:
-        """All that PEFT will take for these modules, which may be more: it goes by endings."""
+        """Save all modules that PEFT will match; as it matches endings, these may be more."""
         names = [name for name, _ in self.network.named_modules(remove_duplicate=False)]
         config = {"modules_to_save": self.whole}
         found = kept(config, names)
@@ -106,7 +106,7 @@ def _is_inside(path: str, others: set[str]) -> bool:
 
 
 def _trained(network: Any) -> Iterator[str]:
-    """Names of base parameters that are trained, of tied ones all."""
+    """Yield the names of trained base parameters, with all names of tied ones."""
     trained = {id(parameter) for _, parameter in trained_of_the_base(network)}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if id(parameter) in trained:

@@ -1,4 +1,4 @@
-"""The layers that PEFT wraps, and where gift and PEFT cannot mean the same by them."""
+"""The layers that PEFT wraps, and where gift and PEFT would differ for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 def kind_of(module: nn.Module) -> str:
-    """Which of the layers above it is, "" if none: subclasses count if their forward is the same.
+    """Return the kind of a layer, "" if unknown; subclasses count if their forward is the same.
 
-    PEFT calls the layer and adds to the result; gift changes the weight that the layer reads. For
-    a forward of another kind these are two different things.
+    PEFT calls the layer and adds to the result, while gift changes the weight that the layer
+    reads. With another forward, these are different things.
     """
     cls: Any = plain_class(type(module))
     return KINDS.get(dotted(cls.forward), "")
@@ -36,14 +36,14 @@ def kind_of(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """One adapted tensor of a fine-tuned network.
+    """An adapted tensor of a fine-tuned network.
 
     Args:
-        path: of the module.
-        module: that holds it.
-        tensor: its name there.
-        adapter: what adapts it.
-        attention: the path of the `nn.MultiheadAttention` to whose projections it belongs, if any.
+        path: path of the module.
+        module: module that holds the tensor.
+        tensor: name of the tensor in the module.
+        adapter: delta of the tensor.
+        attention: path of the `nn.MultiheadAttention` to whose projections it belongs, if any.
     """
 
     path: str
@@ -59,12 +59,12 @@ class Place:
 
     @property
     def is_layer(self) -> bool:
-        """Whether PEFT wraps the layer for it, and not the single parameter."""
+        """Whether PEFT wraps the layer for it, rather than the single parameter."""
         return self.tensor == "weight" and kind_of(self.module) != ""
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """What the method added, by its own names."""
+        """The tensors that the method added, by its own names."""
         return {key: value.detach() for key, value in self.adapter.tensors(self.module).items()}
 
     @property
@@ -76,13 +76,13 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the frozen tensor itself."""
+        """The shape of the frozen tensor itself."""
         assert self.adapter.layout is not None
         return self.adapter.layout.shape
 
 
 def layer_incompatibilities(module: Any, peft_type: str, kinds: tuple[str, ...]) -> Iterator[str]:
-    """Why this layer, as it stands, cannot have the same adapter here and in PEFT."""
+    """Yield why this layer cannot have the same adapter in gift and in PEFT."""
     kind = kind_of(module)
     if kind not in kinds:
         name = plain_class(type(module)).__name__
@@ -107,7 +107,7 @@ def _convolution_incompatibilities(module: Any, peft_type: str) -> Iterator[str]
 
 
 def context_incompatibilities(network: nn.Module, path: str) -> Iterator[str]:
-    """Why an adapter of PEFT has no effect at this place of a network."""
+    """Yield why a PEFT adapter has no effect at this place of a network."""
     above, _, name = path.rpartition(".")
     if not path:
         yield "PEFT adapts layers inside a network, not the network itself"
@@ -118,7 +118,7 @@ def context_incompatibilities(network: nn.Module, path: str) -> Iterator[str]:
 
 
 def is_passed_by(network: nn.Module, path: str) -> bool:
-    """Whether a layer is in one of torch's encoder layers, whose fast path looks for no adapter."""
+    """Whether a layer is inside a torch encoder layer, whose fast path ignores adapters."""
     parts = path.split(".")
     parents = (network.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
     return any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents)

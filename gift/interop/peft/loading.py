@@ -1,4 +1,4 @@
-"""What PEFT wrote, on a plain network."""
+"""Loading a PEFT adapter onto a plain network."""
 
 import os
 from typing import Any
@@ -26,26 +26,26 @@ from gift.strategies.base import CapLike, FineTuningStrategy
 
 
 def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) -> Report:
-    """Enable on a plain network what PEFT trained on the same one, with its values.
+    """Load an adapter that PEFT trained onto the same plain network, with its values.
 
-    The strategy has registered caps only, so what is trained from here on is saved like any other.
-    Which layers are adapted, and by which rank, the tensors say; that the configuration says the
-    same is checked. The folder is read as data: no code of it runs. Its regular expressions do,
-    and one that is made for it can take for ever.
+    The strategy that it enables has registered caps only, so further training can be saved as
+    usual. The tensors determine which layers are adapted and with which rank; the config is
+    checked to agree. The folder is read as data, and no code from it is run. Its regular
+    expressions are run, however, and a malicious one can take forever.
 
     Args:
-        net: the base, as PEFT was given it.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        net: the base, as PEFT received it.
+        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         options: further arguments of `enable_fine_tuning`.
 
     Returns:
         The report of `enable_fine_tuning`.
 
     Raises:
-        TypeError: if `net` is no module.
-        RuntimeError: if it is being fine-tuned already.
-        DeltaFileError: if something in the folder has no counterpart here, or does not belong to
-            this network; all of it is named, and the network is as it was.
+        TypeError: if `net` is not a module.
+        RuntimeError: if it is already being fine-tuned.
+        DeltaFileError: naming everything in the folder that has no counterpart here or does not
+            belong to this network; the network is unchanged.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
@@ -71,7 +71,7 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
 
 
 def _strategy(reading: Reading) -> FineTuningStrategy:
-    """Caps that name each module and parameter."""
+    """Create caps that name each module and parameter."""
     module_caps: list[CapLike] = []
     para_caps: list[CapLike] = []
     for claimed, group in _alike(reading):
@@ -94,7 +94,7 @@ def _strategy(reading: Reading) -> FineTuningStrategy:
 
 
 def _alike(reading: Reading) -> list[tuple[bool, list[Read]]]:
-    """What is adapted in the same way, together."""
+    """Group what is adapted in the same way."""
     groups: dict[Any, list[Read]] = {}
     for read in reading.reads:
         settings = tuple(sorted(read.options.items()))

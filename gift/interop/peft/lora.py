@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA and DoRA of PEFT, read; `gift.interop.peft.lora_writing` writes them."""
+"""Reading LoRA, rsLoRA and DoRA of PEFT; `gift.interop.peft.lora_writing` writes them."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ from gift.interop.peft.lora_writing import (
 
 
 def read_lora(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
-    """LoRA, rsLoRA or DoRA with the same rank and scaling."""
+    """Read LoRA, rsLoRA or DoRA with the same rank and scaling."""
     if layer.single:
         for problem in parameter_incompatibilities(layer.module, layer.layout(False)):
             raise ValueError(problem)

@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA and DoRA as PEFT has them, and LoRA-FA, PiSSA and OLoRA as a LoRA."""
+"""Writing LoRA, rsLoRA and DoRA for PEFT, and LoRA-FA, PiSSA and OLoRA as LoRA."""
 
 import math
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ OUT_PROJ = "base_layer.out_proj."  # inside an attention that PEFT wraps
 
 
 def write_lora(places: list[Place]) -> Written:
-    """Each layer as a plain LoRA, whose product is the same."""
+    """Write each layer as a plain LoRA with the same product."""
     written = Written()
     dora = [place.adapter.method.name == "dora" for place in places]
     stabilised = all(_method(place).use_rslora for place in places)
@@ -73,7 +73,7 @@ def _method(place: Place) -> LoRA:
 
 
 def _alpha(place: Place, rank: int, stabilised: bool) -> float:
-    """The alpha that gives the same scaling at that rank."""
+    """Return the alpha that gives the same scaling at that rank."""
     method = _method(place)
     if rank == method.rank and stabilised == method.use_rslora:
         return plain(rank if method.lora_alpha is None else method.lora_alpha)
@@ -81,12 +81,12 @@ def _alpha(place: Place, rank: int, stabilised: bool) -> float:
 
 
 def alpha_for(scaling: float, rank: int, stabilised: bool) -> float:
-    """The alpha that gives that scaling."""
+    """Return the alpha that gives that scaling."""
     return plain(scaling * (math.sqrt(rank) if stabilised else rank))
 
 
 def _factors(place: Place) -> Pair:
-    """``B`` and ``A``, or factors of twice the rank whose product is ``B A - B0 A0``."""
+    """Return ``B`` and ``A``, or factors of twice the rank whose product is ``B A - B0 A0``."""
     values, method = place.values, place.adapter.method
     if isinstance(method, AnchoredLoRA):
         values = method.difference(values)
@@ -94,7 +94,7 @@ def _factors(place: Place) -> Pair:
 
 
 def _as_outputs_by_inputs(place: Place) -> Pair:
-    """The factors for a matrix whose rows are outputs, one row for each."""
+    """Return the factors of a matrix with one row for each output."""
     b, a = _factors(place)
     kind = kind_of(place.module)
     if kind == "embedding" and place.adapter.method.name != "dora":
@@ -105,7 +105,7 @@ def _as_outputs_by_inputs(place: Place) -> Pair:
 
 
 def _keys(place: Place, b: Tensor, a: Tensor) -> Tensors:
-    """Factors by PEFT's names, in the shapes of its layers."""
+    """Return the factors by PEFT's names, in the shapes of its layers."""
     kind = kind_of(place.module)
     ones = (1,) * (len(place.shape) - 2) if kind in CONVOLUTIONS else ()
     if kind == "embedding":
@@ -125,7 +125,7 @@ def _keys(place: Place, b: Tensor, a: Tensor) -> Tensors:
 def _write_attention(
     path: str, pair: list[Place], stabilised: bool, written: Written
 ) -> tuple[int, float]:  # fmt: skip
-    """Both projections, which have one rank and one scaling in PEFT; one may be missing here."""
+    """Write both projections, which share rank and scaling in PEFT; one may be missing here."""
     if any(place.adapter.method.name == "dora" for place in pair):
         written.problems.append(f"{path}: PEFT has no DoRA for nn.MultiheadAttention")
     scalings = {_method(place).scaling for place in pair}
@@ -133,7 +133,7 @@ def _write_attention(
     factors = {}
     for place in pair:
         b, a = _factors(place)
-        if b.ndim == 3:  # query, key and value apart
+        if b.ndim == 3:  # query, key and value separately
             b, a = torch.block_diag(*b), a.flatten(0, 1)
         factors[place.tensor] = b if scaling is not None else b * _method(place).scaling, a
     if "weight" in factors and torch.count_nonzero(torch.matmul(*factors["weight"])):
@@ -155,7 +155,7 @@ TWICE = (
 
 
 def _write_parameter(place: Place, stabilised: bool, written: Written) -> tuple[int, float]:
-    """A matrix or a batch of them; of several in one module, PEFT nests what wraps them."""
+    """Write a matrix or a batch of matrices; PEFT nests the wrappers of several in one module."""
     b, a = _factors(place)
     rank = a.shape[-2]
     if b.ndim == 3:
@@ -183,7 +183,7 @@ def is_transposed(module: Any) -> bool:
 
 
 def parameter_incompatibilities(module: Any, layout: Layout) -> Iterator[str]:
-    """Why PEFT cannot adapt a single parameter as gift does."""
+    """Yield why PEFT cannot adapt a single parameter as gift does."""
     raw = raw_layout(layout.shape)
     if len(layout.shape) not in (2, 3):
         yield f"of single parameters PEFT adapts matrices and batches of them, not {layout.shape}"

@@ -1,4 +1,4 @@
-"""How PEFT finds modules by names: the meaning of its options, in both directions."""
+"""How PEFT matches module names: the meaning of its options, for reading and writing."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -15,13 +15,13 @@ def ends_with(name: str, endings: Iterable[str]) -> bool:
 
 
 def kept(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The modules that `modules_to_save` means: plain endings, in the middle of a word too."""
+    """Return the modules that `modules_to_save` matches: plain endings, even inside a word."""
     endings = tuple(config.get("modules_to_save") or ())
     return [name for name in names if name and endings and name.endswith(endings)]
 
 
 def targeted(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
-    """The modules that a configuration adapts, among these names."""
+    """Return the modules among these names that a config adapts."""
     return {name for name in names if name and _is_target(config, name)}
 
 
@@ -38,7 +38,7 @@ def _is_target(config: Mapping[str, Any], name: str) -> bool:
 
 
 def matches(targets: Targets, name: str) -> bool:
-    """Whether a name is meant by a regular expression, or by a list of names or endings."""
+    """Whether a name matches a regular expression, or a list of names or endings."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return ends_with(name, targets)
@@ -57,7 +57,7 @@ def _is_in_layer(config: Mapping[str, Any], name: str) -> bool:
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first pattern that is the name or its ending; for ranks and alphas."""
+    """Return the value of the first pattern that matches a name or its end: a rank or alpha."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -65,12 +65,12 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 
 def exact_pattern(name: str) -> str:
-    """A pattern that is that name and no ending of another."""
+    """Return a pattern that matches that name only, not names that end with it."""
     return "^" + re.escape(name)
 
 
 def exactly(wanted: Collection[str], names: Iterable[str]) -> Targets:
-    """`target_modules` for these modules alone: a list, or where endings meet others, a regex."""
+    """Return `target_modules` for these modules only: a list, or a regex if a list is ambiguous."""
     wanted = sorted(wanted)
     if any(name not in wanted and ends_with(name, wanted) for name in names):
         return "|".join(re.escape(name) for name in wanted)

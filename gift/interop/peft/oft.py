@@ -1,4 +1,4 @@
-"""OFT of PEFT: where it computes rotations exactly, or as good as."""
+"""OFT of PEFT, as far as it computes rotations exactly or up to rounding."""
 
 import math
 from typing import Any, cast
@@ -13,7 +13,7 @@ from gift.methods.settings import is_integer
 
 
 def write_oft(places: list[Place]) -> Written:
-    """The blocks under ``use_cayley_neumann=False``, where PEFT has the opposite sign."""
+    """Write the blocks for ``use_cayley_neumann=False``, where PEFT has the opposite sign."""
     written = Written()
     methods = [cast(OFT, place.adapter.method) for place in places]
     share = same("block_share", [method.block_share for method in methods], written)
@@ -37,7 +37,7 @@ def write_oft(places: list[Place]) -> Written:
 
 
 def _turned(blocks: Tensor, module: torch.nn.Module) -> Tensor:
-    """With the sign that PEFT has where it computes exactly, or back; of embeddings the same."""
+    """Convert blocks to or from PEFT's sign of exact rotations; embeddings need no change."""
     return blocks if kind_of(module) == "embedding" else -blocks
 
 
@@ -48,11 +48,11 @@ def _incompatibilities(module: Any) -> list[str]:
 
 
 def _size_for(found: list[tuple[int, int]], written: Written) -> Config:
-    """The one block size, or number of blocks, under which each layer gets the size that it has.
+    """Return one block size, or number of blocks, with which each layer gets its own size in PEFT.
 
     Args:
         found: columns and block size of each layer.
-        written: to which a problem is added.
+        written: collects problems.
     """
     if len({columns // size for columns, size in found}) == 1:
         columns, size = found[0]
@@ -66,7 +66,7 @@ def _size_for(found: list[tuple[int, int]], written: Written) -> Config:
 
 
 def adjusted(columns: int, size: int) -> int:
-    """What PEFT makes of a block size that does not divide the columns: the nearest that does."""
+    """Return what PEFT makes of a block size: the nearest one that divides the columns."""
     if size >= columns:
         return columns
     divisors = [n for n in range(1, columns + 1) if columns % n == 0]
@@ -74,7 +74,7 @@ def adjusted(columns: int, size: int) -> int:
 
 
 def read_oft(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
-    """OFT with the same rotations."""
+    """Read OFT with the same rotations."""
     for text in _incompatibilities(layer.module):
         raise ValueError(text)
     name = "oft_embedding_R.weight" if layer.kind == "embedding" else "oft_R.weight"
@@ -91,7 +91,7 @@ def read_oft(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
 
 
 def _check_series(blocks: Tensor, size: int, terms: int) -> None:
-    """Raise a `ValueError` where PEFT's series is no rotation, up to rounding."""
+    """Raise a `ValueError` if PEFT's truncated series is not a rotation, up to rounding."""
     if not is_integer(terms) or not 1 <= terms <= 1000:
         raise ValueError(f"num_cayley_neumann_terms is {terms!r}, expected an integer up to 1000")
     row, column = torch.triu_indices(size, size, 1)

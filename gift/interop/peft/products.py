@@ -39,7 +39,7 @@ def _rank_and_alpha(method: Any) -> tuple[int, float]:
 
 
 def _rows_are_outputs(place: Place, written: Written) -> bool:
-    """Whether each output of a layer is one row."""
+    """Whether each output of a layer is one row; if not, add a problem."""
     assert place.adapter.layout is not None
     if place.adapter.layout.matrix[0] == place.shape[0]:
         return True
@@ -51,7 +51,7 @@ def _rows_are_outputs(place: Place, written: Written) -> bool:
 
 
 def write_loha(places: list[Place]) -> Written:
-    """The four factors under their names there."""
+    """Write the four factors under PEFT's names."""
     written = Written()
     for place in places:
         if _rows_are_outputs(place, written):
@@ -63,7 +63,7 @@ def write_loha(places: list[Place]) -> Written:
 
 
 def read_loha(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
-    """LoHa with the same rank and alpha."""
+    """Read LoHa with the same rank and alpha."""
     _refuse_core(layer)
     rank, alpha = size_of_layer(config, layer.path, "alpha")
     rows, columns = layer.matrix()
@@ -86,11 +86,11 @@ def _refuse_core(layer: Layer) -> None:
         )
 
 
-# LoKr. PEFT decides by the rank which factors it decomposes; what it would not is multiplied out.
+# LoKr. In PEFT, the rank decides which factors are decomposed; the others are multiplied out.
 
 
 def write_lokr(places: list[Place]) -> Written:
-    """``w1`` and ``w2``, decomposed where PEFT does."""
+    """Write ``w1`` and ``w2``, decomposed where PEFT decomposes them."""
     written = Written()
     places = [place for place in places if _rows_are_outputs(place, written)]
     if not places:
@@ -132,7 +132,7 @@ def _lokr_tensors(
     tensors = {"lokr_w1": w1}
     if both and rank < max(w1.shape) / 2:
         a, b = values["lokr_w1_a"], values["lokr_w1_b"]
-        tensors = {  # gift's have no more terms than such a matrix can need
+        tensors = {  # gift limits the rank to what such a matrix can need
             "lokr_w1_a": torch.nn.functional.pad(a, (0, rank - a.shape[1])),
             "lokr_w1_b": torch.nn.functional.pad(b, (0, 0, 0, rank - len(b))),
         }
@@ -144,14 +144,14 @@ def _lokr_tensors(
 
 
 def peft_factorization(size: int, factor: int) -> tuple[int, int]:
-    """How PEFT splits a size: a factor that divides it is taken as it is, however large."""
+    """Split a size as PEFT does: a factor that divides it is used directly, however large."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     return factorization(size, factor)
 
 
 def _factor_for(found: list[tuple[Place, int]], written: Written) -> int:
-    """The one factor under which PEFT splits all layers as gift has split them."""
+    """Return one factor with which PEFT splits all layers as gift did."""
     wanted = []
     for place, factor in found:
         rows, columns = place.frozen.shape
@@ -173,7 +173,7 @@ def _factor_for(found: list[tuple[Place, int]], written: Written) -> int:
 
 
 def read_lokr(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
-    """LoKr with the same parts; factors of a higher rank than these can have are multiplied out."""
+    """Read LoKr with the same parts; factors of too high a rank are multiplied out."""
     _refuse_core(layer)
     rank, alpha = size_of_layer(config, layer.path, "alpha")
     pairs = [key for key in ("lokr_w1", "lokr_w2") if key not in layer.tensors]
@@ -207,7 +207,7 @@ def read_lokr(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
 
 
 def _own_factor(w1: Tensor, rows: int, columns: int) -> int:
-    """The factor under which gift splits rows and columns so."""
+    """Return the factor with which gift splits rows and columns in the same way."""
     for factor in (-1, *sorted(set(w1.shape), reverse=True)):
         if (factorization(rows, factor)[0], factorization(columns, factor)[0]) == tuple(w1.shape):
             return factor

@@ -1,7 +1,7 @@
-"""Prompt tuning of PEFT: virtual tokens in front of what a causal language model reads.
+"""Prompt tuning of PEFT: virtual tokens before the input of a causal language model.
 
-PEFT gives logits for the virtual tokens as well, and counts one more next token in a loss; the
-logits of the tokens that were given are the same.
+PEFT also returns logits for the virtual tokens, and counts one more next token in a loss. The
+logits of the given tokens are the same.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from gift.wrappers.prompted import VirtualTokens
 
 PROMPT_TUNING = "PROMPT_TUNING"
 _KEY = "prompt_embeddings"
-# Those with which it starts, or which say what the model says.
+# Options of the initialization, or options that repeat what the model says.
 PROMPT_OPTIONS = frozenset({
     "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads",
     "num_transformer_submodules", "prompt_tuning_init", "prompt_tuning_init_text",
@@ -31,13 +31,13 @@ PROMPT_OPTIONS = frozenset({
 
 
 def is_prompted(network: nn.Module) -> bool:
-    """Whether virtual tokens are all that extends a network."""
+    """Whether virtual tokens are the only wrapped forwards of a network."""
     found = list(named_forward_deltas(network))
     return bool(found) and all(extension.method.name == "prompt" for *_, extension in found)
 
 
 def write_prompt(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
-    """Its virtual tokens; they must be all that is trained."""
+    """Write the virtual tokens; nothing else may be trained."""
     problems += _model_incompatibilities(network)
     tokens = _tokens(network)
     if tokens is None:
@@ -63,7 +63,7 @@ def _tokens(network: nn.Module) -> Tensor | None:
 
 
 def prompt_incompatibilities(network: Any, config: Config, tensors: Tensors) -> Iterator[str]:
-    """Why a prompt in a file cannot be put in front of that network."""
+    """Yield why a prompt in a file cannot be used with that network."""
     if config.get("task_type") != "CAUSAL_LM":
         yield f"task_type is {config.get('task_type')!r}: prompts agree for 'CAUSAL_LM' only"
     yield from _model_incompatibilities(network)
@@ -82,12 +82,12 @@ def prompt_incompatibilities(network: Any, config: Config, tensors: Tensors) -> 
 
 
 def prompt_strategy(config: Config) -> FineTuningStrategy:
-    """The strategy that puts as many virtual tokens in front."""
+    """Return the strategy that prepends as many virtual tokens."""
     return FineTuningStrategy([(mc_path(""), ma_prompt(config["num_virtual_tokens"]))])
 
 
 def put_prompt(network: nn.Module, tensors: Tensors) -> None:
-    """Give the virtual tokens the values of a file."""
+    """Load the values of a file into the virtual tokens."""
     tokens = _tokens(network)
     assert tokens is not None
     with torch.no_grad():

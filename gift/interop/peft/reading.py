@@ -1,4 +1,4 @@
-"""From the files of PEFT to what becomes of each tensor of a network."""
+"""Converting the files of PEFT to deltas and values of a network."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,12 +22,12 @@ _WRAPPED = ".base_layer"
 
 
 class Reading:
-    """What a file says of a network, and where the two do not fit.
+    """The content of a file for a network, and where the two do not fit.
 
     Args:
-        network: a plain one.
-        config: that `gift.interop.peft.folder.incompatibilities` finds nothing in.
-        tensors: by their whole keys.
+        network: a plain network.
+        config: config without problems according to `gift.interop.peft.folder.incompatibilities`.
+        tensors: tensors by their full keys.
     """
 
     def __init__(self, network: nn.Module, config: Config, tensors: Tensors) -> None:
@@ -60,7 +60,7 @@ class Reading:
             self.problems.append("it adapts nothing")
 
     def _sorted(self, tensors: Tensors) -> tuple[list[Layer], Tensors, Tensors]:
-        """Tensors beside layers, tensors of the base, and those that all layers share."""
+        """Split tensors into those of layers, of the base, and those that all layers share."""
         beside: dict[str, Tensors] = {}
         others: Tensors = {}
         shared: Tensors = {}
@@ -106,7 +106,7 @@ class Reading:
             yield layer
 
     def _parameters(self) -> list[str]:
-        """The single parameters that the configuration adapts."""
+        """Return the single parameters that the config adapts."""
         targets = self.config.get("target_parameters") or []
         return [name for name in self.base if targets and ends_with(name, targets)]
 
@@ -126,12 +126,12 @@ class Reading:
                 reads = self.form.read(layer, self.config, shared)
                 problems += [text for read in reads for text in _shape_incompatibilities(read)]
                 self.reads += reads
-            except (ValueError, RuntimeError, IndexError) as error:  # torch's own for odd shapes
+            except (ValueError, RuntimeError, IndexError) as error:  # torch's own, for odd shapes
                 problems.append(str(error))
         self.problems += [f"{path}: {problem}" for problem in problems]
 
     def _compare_targets(self, layers: list[Layer]) -> None:
-        """PEFT adapts what the configuration says, and ignores tensors for anything else."""
+        """Compare with the config, which PEFT follows: it ignores tensors for anything else."""
         parameters = set(self._parameters())
         found = {joined(layer.path, layer.tensor) for layer in layers}
         self.problems += [
@@ -159,7 +159,7 @@ class Reading:
         ]
 
     def _read_whole(self, others: Tensors) -> None:
-        """Modules that are trained whole."""
+        """Read modules that are trained whole."""
         for path in self.whole:
             if len(self.paths[id(self.modules[path])]) > 1:
                 self.problems.append(f"{path} has several names: PEFT copies a module for each")
@@ -182,7 +182,7 @@ class Reading:
             self.in_place[name] = value
 
     def _read_rest(self, others: Tensors) -> None:
-        """Biases that were trained; all else must be what the base has."""
+        """Read trained biases; all other tensors must equal those of the base."""
         claimed = {read.claimed for read in self.reads}
         missing = self._biases(claimed) - set(others) - set(self.in_place)
         self.problems += [f"{name} is missing, as biases were trained" for name in sorted(missing)]
@@ -202,7 +202,7 @@ class Reading:
                 self.problems.append(f"{name} is not that of this network: the base is another one")
 
     def _biases(self, claimed: set[Any]) -> set[str]:
-        """The biases that PEFT trains."""
+        """Return the biases that PEFT trains."""
         word = self.config.get("bias", "none")
         found = {name for name in self.base if ends_with(name, ["bias"])}
         if word == "all":
@@ -211,7 +211,7 @@ class Reading:
         return found & adapted if word == self.form.bias and word else set()
 
     def _check_ties(self) -> None:
-        """PEFT adapts each of several names of a tensor for itself; gift keeps them one tensor."""
+        """Check tied tensors: PEFT adapts each name separately, gift keeps one tensor."""
         reads = {read.name: read for read in self.reads}
         names: dict[int, list[str]] = {}
         for name, tensor in self.base.items():
@@ -230,7 +230,7 @@ class Reading:
 
 
 def _kind_incompatibilities(layer: Layer) -> Iterator[str]:
-    """Factors that are whole or complex numbers, before anything is computed of them."""
+    """Yield integer and complex factors, before anything is computed with them."""
     for suffix, tensor in layer.tensors.items():
         if not tensor.is_floating_point():
             kind = dtype_name(tensor.dtype)
@@ -249,7 +249,7 @@ def _outermost(paths: list[str]) -> list[str]:
 
 
 def _alike(read: Read, other: Read | None) -> bool:
-    """Whether two are one delta."""
+    """Whether two deltas are equal."""
     if other is None or (read.method, read.settings) != (other.method, other.settings):
         return False
     return all(
@@ -259,7 +259,7 @@ def _alike(read: Read, other: Read | None) -> bool:
 
 
 def _shape_incompatibilities(read: Read) -> Iterator[str]:
-    """Where the values are not those that the method will have; nothing is changed to find out."""
+    """Yield values that do not fit the method, which is tried on the meta device."""
     layer = read.layer
     if plain_tensor(layer.module, layer.tensor).is_meta:
         yield "the network has no values yet"

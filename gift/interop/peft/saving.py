@@ -1,4 +1,4 @@
-"""A fine-tuned network as the folder that `peft.PeftModel.from_pretrained` loads."""
+"""Saving a fine-tuned network as a folder for `peft.PeftModel.from_pretrained`."""
 
 import json
 import os
@@ -32,31 +32,31 @@ from gift.layers.table import layout_of
 from gift.private.diffusers import source_of
 from gift.support.atomic_files import replace_files
 
-DUMMY_TARGETS = "dummy-target-modules"  # PEFT's word for a configuration that adapts nothing
+DUMMY_TARGETS = "dummy-target-modules"  # PEFT's word for a config that adapts nothing
 
 
 def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a fine-tuned network in the format of PEFT.
+    """Save a fine-tuned network in the format of PEFT.
 
-    ``PeftModel.from_pretrained(base, folder)`` then gives a model with the outputs of `net`, where
-    `base` is the network as it was before `enable_fine_tuning`. A head that was replaced by one of
-    another size is saved as a whole; the base that PEFT is given must have one of that size.
+    ``PeftModel.from_pretrained(base, folder)`` then returns a model with the outputs of `net`,
+    where `base` is the network as it was before `enable_fine_tuning`. A head that was replaced by
+    one of another size is saved as a whole; the base for PEFT must then have a head of that size.
 
     LoRA, rsLoRA, DoRA, LoHa, LoKr, (IA)^3, VeRA, OFT and the virtual tokens of causal language
-    models are themselves in PEFT; LoRA-FA, PiSSA and OLoRA are written as a LoRA with the same
-    product, and a convolution in the balanced layout as one of a higher rank. What is trained in
-    place, and statistics that training moved, become `modules_to_save`. Tied tensors get an adapter
-    under each of their names, equal ones. Whatever PEFT would compute differently is refused.
+    models have direct counterparts in PEFT. LoRA-FA, PiSSA and OLoRA are saved as a LoRA with the
+    same product, and a convolution in the balanced layout as one of a higher rank. Parameters that
+    are trained in place, and statistics that training changed, become `modules_to_save`. Tied
+    tensors get equal adapters under each of their names. Anything that PEFT would compute
+    differently is refused.
 
     Args:
-        net: a network that is being fine-tuned, or a module that has one inside.
-        folder: where the two files are written. Whatever happens, one finds there the old two, the
-            new two, or weights without a configuration, which nobody loads.
+        net: a network that is being fine-tuned, or a module that contains one.
+        folder: folder for the two files. If writing is interrupted, it has the two old files, the
+            two new files, or weights without a config, which cannot be loaded.
 
     Raises:
         RuntimeError: if nothing in `net` is being fine-tuned.
-        DeltaFileError: if PEFT has no counterpart for something; all of it is named, nothing
-            written.
+        DeltaFileError: naming everything for which PEFT has no counterpart; nothing is written.
     """
     network = fine_tuned_part(net)
     problems: list[str] = []
@@ -74,7 +74,7 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
-    """Configuration and tensors of the files."""
+    """Return the config and tensors of the files."""
     places = list(_places(network, problems))
     if is_prompted(network):
         if places or problems or InPlace(network, FORMS["LORA"], Written()).whole:
@@ -119,7 +119,7 @@ def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]
 
 
 def _means_itself(name: str) -> bool:
-    """Whether a name, read as a regular expression, is just that name."""
+    """Whether a name, read as a regular expression, matches itself."""
     try:
         return re.fullmatch(name, name) is not None
     except re.error:
@@ -127,7 +127,7 @@ def _means_itself(name: str) -> bool:
 
 
 def _places(network: nn.Module, problems: list[str]) -> Iterator[Place]:
-    """The adapted tensors; those that PEFT could not adapt are problems."""
+    """Yield the adapted tensors; those that PEFT could not adapt become problems."""
     names: dict[int, list[str]] = {}
     for path, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
@@ -188,7 +188,7 @@ def _forms_by_method() -> dict[str, Form]:
 
 
 def _form_of(places: list[Place], problems: list[str]) -> Form | None:
-    """The one form that all methods have."""
+    """Return the one form that all methods share."""
     if not places:
         return FORMS["LORA"]
     known, methods = _forms_by_method(), {place.adapter.method.name for place in places}
@@ -202,7 +202,7 @@ def _form_of(places: list[Place], problems: list[str]) -> Form | None:
 
 
 def _unlike(network: nn.Module, config: Config, written: Written) -> Iterator[str]:
-    """Where names in the configuration would mean something else in PEFT."""
+    """Yield where names in the config would match other modules in PEFT."""
     names = [name for name, _ in network.named_modules()]
     meant = targeted(config, names) if config["target_modules"] != DUMMY_TARGETS else set()
     if meant != written.targets:

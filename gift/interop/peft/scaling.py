@@ -24,7 +24,7 @@ from gift.methods.vera import VeRA
 
 
 def write_ia3(places: list[Place]) -> Written:
-    """Factors of outputs, or of inputs in `feedforward_modules`."""
+    """Write factors of outputs, or of inputs in `feedforward_modules`."""
     written = Written()
     feedforward = [p.path for p in places if cast(IA3, p.adapter.method).feedforward]
     for place in places:
@@ -43,7 +43,7 @@ def write_ia3(places: list[Place]) -> Written:
             shape = (1, -1, *[1] * (len(place.shape) - 2))
         written.add(place.path, {"ia3_l": factors.reshape(shape)})
     kinds = {kind_of(place.module) for place in places}
-    # A regular expression, since a list would mean all names with these endings.
+    # A regular expression, because a list would match all names with these endings.
     written.config = {
         "feedforward_modules": "|".join(map(_escaped, sorted(feedforward))) if feedforward else [],
         "fan_in_fan_out": kinds == {"transposed"},
@@ -57,7 +57,7 @@ def _escaped(path: str) -> str:
 
 
 def _of_channels(place: Place, factors: Tensor, written: Written) -> Tensor:
-    """One factor for each input channel; gift has one for each position in the kernel."""
+    """Return one factor for each input channel; gift has one for each position in the kernel."""
     kernel = math.prod(place.shape[2:]) if kind_of(place.module) in CONVOLUTIONS else 1
     factors = factors.reshape(-1, kernel)
     if not torch.equal(factors, factors[:, :1].expand_as(factors)):
@@ -69,7 +69,7 @@ def _of_channels(place: Place, factors: Tensor, written: Written) -> Tensor:
 
 
 def read_ia3(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
-    """(IA)^3, of a convolution's inputs with the factor of a channel at each position."""
+    """Read (IA)^3; factors of a convolution's input channels are repeated for each position."""
     modules = config.get("feedforward_modules")
     if modules is None:
         raise ValueError("the configuration does not say which layers are feedforward_modules")
@@ -103,11 +103,11 @@ IA3_FORM = Form(
 )
 
 
-# VeRA. All layers share one pair in PEFT, of which each takes the leading part.
+# VeRA. In PEFT, all layers share one pair, and each uses its leading part.
 
 
 def write_vera(places: list[Place]) -> Written:
-    """One pair that is large enough for all; the scale of a layer's own part goes into its `d`."""
+    """Write one pair, large enough for all; differences in scale go into each layer's `d`."""
     written = Written()
     methods = [cast(VeRA, place.adapter.method) for place in places]
     rank = same("the rank of VeRA", [method.rank for method in methods], written)
@@ -142,9 +142,9 @@ def _largest(tensors: list[Tensor], axis: int) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
-    """The number by which `whole` must be multiplied to be `part`; NaN if there is none.
+    """Return the number by which `whole` must be multiplied to give `part`; NaN if there is none.
 
-    Both are numbers of float32 times a scale, rounded to it.
+    Both are float32 values times a scale, rounded to float32.
     """
     if part.shape != whole.shape:
         return math.nan
@@ -156,7 +156,7 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
 
 
 def read_vera(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
-    """VeRA with the pair of the file, which is saved with the delta from then on."""
+    """Read VeRA with the pair of the file, which is then saved with the delta."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(shared):
         raise ValueError(
             "the file has no vera_A and vera_B, which PEFT draws anew on each system: save with "

@@ -1,4 +1,4 @@
-"""All forms that are read and written."""
+"""All forms that can be read and written."""
 
 from gift.interop.peft.forms import Form
 from gift.interop.peft.lora import LORA_FORM

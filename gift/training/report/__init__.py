@@ -1,4 +1,4 @@
-"""What a run gave, as text, pictures and a page."""
+"""The report of a run, as text, images and an HTML page."""
 
 from gift.training.report.page import write_report
 from gift.training.report.text import summary

@@ -1,4 +1,4 @@
-"""A result as pictures and one HTML page, which needs no network."""
+"""The report as images and one HTML page that works offline."""
 
 import base64
 from pathlib import Path
@@ -11,12 +11,12 @@ from gift.training.result import Result
 
 
 class Picture(NamedTuple):
-    """A picture of the page.
+    """An image of the page.
 
     Args:
-        title: what it shows.
-        alt: the same for who does not see it, with the most important values.
-        light, dark: its PNG for pages of that kind, as a ``data:`` address.
+        title: title of the image.
+        alt: alternative text for readers who cannot see the image, with the most important values.
+        light, dark: PNG for light and dark pages, as ``data:`` URL.
     """
 
     title: str
@@ -34,17 +34,17 @@ DRAWN: dict[str, tuple[str, plots.Draw]] = {
 
 
 def write_report(result: Result, folder: Path) -> Path:
-    """Write ``report.html``, and its pictures as PNG files.
+    """Write ``report.html`` and its images as PNG files.
 
-    The page is one file that opens without a network, in light and dark. There is no picture of
-    what the run did not have; one that an earlier run left is removed.
+    The page is a single file that works offline, in light and dark mode. An image without data is
+    not written, and one that an earlier run left is removed.
 
     Args:
-        result: of `gift.training.finetune`.
-        folder: where to; it is made where it is not there.
+        result: result of `gift.training.finetune`.
+        folder: output folder; it is created if necessary.
 
     Returns:
-        The page.
+        Path of the page.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write_report(result: Result, folder: Path) -> Path:
 
 
 def _page(result: Result, pictures: list[Picture]) -> str:
-    """The text of the page."""
+    """Render the HTML of the page."""
     jinja2 = require("jinja2", "train")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -84,7 +84,7 @@ def _page(result: Result, pictures: list[Picture]) -> str:
 
 
 def _alt(name: str, result: Result) -> str:
-    """What is to be seen, in words."""
+    """Describe an image in words."""
     history = result.history
     if name == "losses" and history:
         first, last = (

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn for light and dark pages."""
+"""The plots of a report, for light and dark pages."""
 
 import io
 import math
@@ -11,21 +11,21 @@ from gift.support.optional import require
 from gift.training.report.tables import class_names, words
 from gift.training.result import Result
 
-POINTS = 2000  # of a line at most
-GROUPS_NAMED = 8  # learning rates in a legend at most
-LARGEST = 1e100  # number that is drawn
+POINTS = 2000  # maximum number of points of a line
+GROUPS_NAMED = 8  # maximum number of learning rates in a legend
+LARGEST = 1e100  # largest number that is plotted
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page.
+    """Colors of a page.
 
     Args:
-        face: behind everything.
-        text: of texts and axes.
-        grid: of lines that only guide the eye.
-        colours: of what is drawn; the first is training, the second validation.
-        dark: whether it is for dark pages.
+        face: background color.
+        text: color of texts and axes.
+        grid: color of grid lines.
+        colours: colors of the data; the first is training, the second validation.
+        dark: whether the theme is for dark pages.
     """
 
     face: str
@@ -35,7 +35,7 @@ class Theme:
     dark: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """For matplotlib."""
+        """Return the settings for matplotlib."""
         cycler = require("cycler", "train").cycler
         return {
             "figure.facecolor": self.face,
@@ -66,18 +66,18 @@ Draw = Callable[[Any, Theme], Any]
 
 
 def render(draw: Draw, shown: Any, theme: Theme) -> bytes | None:
-    """The PNG of a picture; None if there is nothing to see.
+    """Render a plot as PNG; None if there is nothing to show.
 
-    Settings of matplotlib that a user or a file made play no part, and stay as they are.
+    The user's matplotlib settings are ignored and left unchanged.
 
     Args:
-        draw: gives a figure, such as the functions below.
-        shown: what is drawn.
-        theme: in which colours.
+        draw: function that returns a figure, such as those below.
+        shown: data to plot.
+        theme: colors of the plot.
     """
     matplotlib = require("matplotlib", "train")
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's tables have all names
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the tables have all names
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(theme.settings())
         if (figure := draw(shown, theme)) is None:
@@ -88,7 +88,7 @@ def render(draw: Draw, shown: Any, theme: Theme) -> bytes | None:
 
 
 def losses(result: Result, theme: Theme) -> Any:
-    """Losses of training and validation, the best epoch, and when blocks were unfrozen."""
+    """Plot the training and validation losses, the best epoch, and when blocks were unfrozen."""
     steps = _smoothed([row.get("loss", math.nan) for row in result.steps])
     at, unit = _places(result)
     trained, validated = (_column(result, f"{name}_loss") for name in ("train", "valid"))
@@ -110,7 +110,7 @@ def losses(result: Result, theme: Theme) -> Any:
 
 
 def metrics(result: Result, theme: Theme) -> Any:
-    """All other values of the epochs; those between 0 and 1 share a picture."""
+    """Plot all other values of the epochs; those between 0 and 1 share a panel."""
     names = {name for row in result.history for name in row}
     names -= {"epoch", "seconds", "step", "train_loss", "valid_loss"}
     columns = {name: _column(result, name) for name in sorted(names)}
@@ -134,7 +134,7 @@ def metrics(result: Result, theme: Theme) -> Any:
 
 
 def rates(result: Result, theme: Theme) -> Any:
-    """Learning rate of each group of parameters."""
+    """Plot the learning rate of each parameter group."""
     names = list(dict.fromkeys(n for row in result.steps for n in row if n.startswith("lr")))
     if not names:
         return None
@@ -149,7 +149,7 @@ def rates(result: Result, theme: Theme) -> Any:
     for place, (name, colour) in enumerate(zip(names, colours, strict=False)):
         values = [row.get(name, math.nan) for row in result.steps]
         label = f"group {place + 1}" if place in shown else None
-        style = "-" if len(names) > 4 else ("-", "--", "-.", ":")[place]  # some may be equal
+        style = "-" if len(names) > 4 else ("-", "--", "-.", ":")[place]  # lines may coincide
         axes.plot(*_thinned(at, values), color=colour, linestyle=style, label=label)
     _scale_rates(axes, [max((r.get(n, 0) for r in result.steps), default=0) for n in names])
     _mark_unfrozen(axes, result, theme)
@@ -160,7 +160,7 @@ def rates(result: Result, theme: Theme) -> Any:
 
 
 def confusion(result: Result, theme: Theme) -> Any:
-    """Which classes were taken for which: counts, over the share of each class."""
+    """Plot the confusion matrix: counts, colored by the share of each class."""
     matrix = result.confusion
     if not matrix:
         return None
@@ -172,7 +172,7 @@ def confusion(result: Result, theme: Theme) -> Any:
     axes = figure.add_subplot()
     colours = require("matplotlib.colors", "train")
     shades = colours.LinearSegmentedColormap.from_list("", [theme.face, theme.colours[0]])
-    power = 1.0 if count <= 30 else 0.5 if count <= 100 else 0.35  # few among many stay visible
+    power = 1.0 if count <= 30 else 0.5 if count <= 100 else 0.35  # keeps small shares visible
     norm = colours.PowerNorm(power, 0, 1)
     image = axes.imshow(shares, cmap=shades, norm=norm)
     figure.colorbar(image, label="share of the class", shrink=0.8).outline.set_visible(False)
@@ -181,7 +181,7 @@ def confusion(result: Result, theme: Theme) -> Any:
     every = -(-count // 50)
     names = [n if len(n) <= 22 else f"{n[:21]}…" for n in class_names(result)][::every]
     small = {"parse_math": False, "fontsize": 9 if count <= 15 else 7 if count <= 30 else 6}
-    flat = count <= 10 and max(map(len, names)) * 0.09 < 0.6 * side / count  # inches
+    flat = count <= 10 and max(map(len, names)) * 0.09 < 0.6 * side / count  # in inches
     turn = {} if flat else {"rotation": 45 if count <= 30 else 90, "rotation_mode": "anchor"}
     where = {} if flat else {"ha": "right", "va": "center" if count > 30 else "top"}
     axes.set_xticks(range(0, count, every), names, **small, **turn, **where)
@@ -196,7 +196,7 @@ def confusion(result: Result, theme: Theme) -> Any:
 
 
 def panel(unit: str, value: str) -> tuple[Any, Any]:
-    """A figure with one panel, and that."""
+    """Return a figure with one panel, and the panel."""
     figure = require("matplotlib.figure", "train").Figure((7.2, 3.8), layout="constrained")
     axes = figure.add_subplot()
     _name_axes(axes, unit, value)
@@ -204,7 +204,7 @@ def panel(unit: str, value: str) -> tuple[Any, Any]:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib writes it, which takes what is between dollars for a formula."""
+    """Escape a name for matplotlib, which renders text between dollar signs as a formula."""
     return words(name).replace("$", r"\$")
 
 
@@ -215,7 +215,7 @@ def _name_axes(axes: Any, unit: str, value: str) -> None:
 
 
 def _places(result: Result) -> tuple[list[float], str]:
-    """Where each step stands among the epochs, and what stands below; steps if no epoch ended."""
+    """Return the x positions of the steps and their unit: epochs, or steps if no epoch ended."""
     steps = [row["step"] for row in result.steps]
     if not steps or not result.history:
         return steps, "step" if steps else "epoch"
@@ -225,12 +225,12 @@ def _places(result: Result) -> tuple[list[float], str]:
 
 
 def _column(result: Result, name: str) -> list[tuple[float, float]]:
-    """Epochs and values of a column of the history."""
+    """Return the epochs and values of a column of the history."""
     return [(row["epoch"], row[name]) for row in result.history if name in row]
 
 
 def _xy(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """What matplotlib takes; what is not finite is a gap."""
+    """Split points into x and y for matplotlib; non-finite values become gaps."""
     pairs = list(points)
     return [x for x, _ in pairs], [y if abs(y) < LARGEST else math.nan for _, y in pairs]
 
@@ -241,7 +241,7 @@ def _thinned(at: Sequence[float], values: Sequence[float]) -> tuple[list[float],
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The exponential mean over a fiftieth of the steps or ten, without bias at the start."""
+    """Bias-corrected exponential moving average over a fiftieth of the steps, or over ten."""
     keep = 1 - 1 / max(1, len(values) / 50, min(10, len(values) / 4))
     total = weight = 0.0
     smooth = []
@@ -254,14 +254,14 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:
-    """Powers of ten where the values span more than two of them."""
+    """Use a log scale if the values span more than two orders of magnitude."""
     found = [value for value in values if abs(value) < LARGEST]
     if found and min(found) > 0 and max(found) > 100 * min(found):
         axes.set_yscale("log")
 
 
 def _scale_rates(axes: Any, highest: Sequence[float]) -> None:
-    """Powers of ten where a group would lie on the axis else."""
+    """Use a log scale if the lowest group would otherwise lie on the axis."""
     if min(highest) > 0 and max(highest) > 8 * min(highest):
         axes.set_yscale("log")
         axes.set_ylim(min(highest) / 100, max(highest) * 1.5)
@@ -282,7 +282,7 @@ def _mark_best(
 
 
 def _mark_unfrozen(axes: Any, result: Result, theme: Theme) -> None:
-    """A line where each epoch begins in which blocks were unfrozen."""
+    """Draw a line at the start of each epoch in which blocks were unfrozen."""
     epochs = sorted(epoch for epoch, blocks in result.unfrozen.items() if blocks)
     if axes.get_xlabel() != "epoch":
         return

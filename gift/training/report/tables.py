@@ -1,4 +1,4 @@
-"""The tables of a report, as texts; what draws them does not matter here."""
+"""The tables of a report as texts, independent of how they are rendered."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gift.training.result import Result
 
-MOST_CONFUSIONS = 20  # rows of the table of confusions
+MOST_CONFUSIONS = 20  # maximum number of rows in the table of confusions
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Table:
     """A table of texts.
 
     Args:
-        title: what it shows.
-        header: of each column.
-        rows: as long as the header; the first text names the row.
-        note: what a reader should know; may be empty.
-        words: the columns that are no numbers, beside the first.
+        title: title of the table.
+        header: header of each column.
+        rows: rows of the same length as the header; the first text names the row.
+        note: note for the reader; may be empty.
+        words: indices of the columns that are not numbers, besides the first.
     """
 
     title: str
@@ -29,7 +29,7 @@ class Table:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """A value as a text of four digits; a dash where there is none."""
+    """Format a value with four digits; None becomes a dash."""
     if value is None:
         return "-"
     if math.isfinite(value) and float(value).is_integer() and abs(value) < 1e12:
@@ -40,7 +40,7 @@ def number(value: float | None, sign: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 2 h 5 min."""
+    """Format a duration, such as 2 h 5 min."""
     if not math.isfinite(seconds) or seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -49,25 +49,25 @@ def duration(seconds: float) -> str:
 
 
 def plain(text: str) -> str:
-    """A text on one line, without control characters."""
+    """Return a text on one line, without control characters."""
     shown = "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
     return " ".join(shown.split())
 
 
 def words(name: str) -> str:
-    """The name of a column or metric for readers: "valid_f1" is "valid f1"."""
+    """Make the name of a column or metric readable: "valid_f1" becomes "valid f1"."""
     return plain(name.replace("_", " "))
 
 
 def class_names(result: Result) -> list[str]:
-    """A name for each row of the confusion; its number where it has none."""
+    """Return a name for each row of the confusion matrix, or its number if it has none."""
     known = result.classes or ()
     count = len(result.confusion or ())
     return [plain(known[i]) or f"{i}" if i < len(known) else f"{i}" for i in range(count)]
 
 
 def facts(result: Result) -> list[tuple[str, str]]:
-    """What was done, as names and texts."""
+    """Summarize the run as names and texts."""
     share = f" ({100 * result.trained / result.total:.3g} %)" if result.total else ""
     seconds = [row["seconds"] for row in result.history if "seconds" in row]
     classes = f" in {len(result.classes):,} classes" if result.classes else ""
@@ -88,7 +88,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
 
 
 def compared(title: str, before: Mapping[str, float], after: Mapping[str, float]) -> Table | None:
-    """Metrics before and after; None if there are none."""
+    """Compare metrics before and after; None if there are none."""
     if not (names := _union((before, after))):
         return None
     rows = []
@@ -100,14 +100,14 @@ def compared(title: str, before: Mapping[str, float], after: Mapping[str, float]
 
 
 def comparisons(result: Result) -> list[Table]:
-    """Before and after, on the new task and on the old one."""
+    """Return the comparisons before and after, on the new task and on the old one."""
     new = compared("New task, on the validation examples", result.before, result.after)
     old = compared("Old task: what is lost here is forgotten", result.old_before, result.old_after)
     return [table for table in (new, old) if table]
 
 
 def epochs(result: Result) -> Table | None:
-    """A row for each epoch; the best one is marked."""
+    """Return a row for each epoch; the best one is marked."""
     if not result.history:
         return None
     columns = _union(result.history)
@@ -120,7 +120,7 @@ def epochs(result: Result) -> Table | None:
 
 
 def unfrozen(result: Result) -> Table | None:
-    """What the schedule unfroze when."""
+    """Return the blocks that the schedule unfroze in each epoch."""
     rows = [
         [number(epoch), number(len(blocks)), plain(", ".join(blocks))]
         for epoch, blocks in sorted(result.unfrozen.items())
@@ -131,7 +131,7 @@ def unfrozen(result: Result) -> Table | None:
 
 
 def classes(result: Result) -> Table | None:
-    """How each class fared."""
+    """Return recall and precision of each class."""
     matrix = result.confusion
     if not matrix:
         return None
@@ -147,7 +147,7 @@ def classes(result: Result) -> Table | None:
 
 
 def confusions(result: Result) -> Table | None:
-    """The most frequent mistakes."""
+    """Return the most frequent mistakes."""
     names, matrix = class_names(result), result.confusion or []
     mistakes = [
         (count, true, said)
@@ -169,5 +169,5 @@ def confusions(result: Result) -> Table | None:
 
 
 def _union(rows: Iterable[Mapping[str, float]]) -> list[str]:
-    """All keys, in the order in which they come."""
+    """Return all keys in order of first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))

@@ -1,4 +1,4 @@
-"""A result as text."""
+"""The report as text."""
 
 from tabulate import tabulate
 
@@ -7,10 +7,10 @@ from gift.training.result import Result
 
 
 def summary(result: Result) -> str:
-    """What was trained, and the metrics before and after, as tables for a terminal.
+    """Format the facts and the metrics before and after as tables for a terminal.
 
     Args:
-        result: of `gift.training.finetune`.
+        result: result of `gift.training.finetune`.
     """
     parts = [tabulate(facts(result), tablefmt="plain", disable_numparse=True)]
     for table in comparisons(result):
