@@ -23,7 +23,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
-from gift.kernels import thin
+from gift.kernels import conv_as_gemm
 from gift.kernels.cost_model import FORMS, Plan
 from gift.kernels.geometry import Geometry
 from gift.kernels.low_rank_conv import LowRankConv
@@ -240,7 +240,7 @@ def test_every_geometry_in_every_plan(dtype: torch.dtype, memories: Any, batch: 
 
 def test_every_geometry_as_if_pictures_were_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shifted pictures are added one after the other then, not in one operation."""
-    monkeypatch.setattr(thin, "FEW", 0)
+    monkeypatch.setattr(conv_as_gemm, "FEW", 0)
     failures = sweep(torch.float64, FORMATS[:1])
     assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:20])
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
-from gift.kernels import gemm
+from gift.kernels import onednn
 from gift.kernels.cost_model import FORMS
 from tests.common import delta, per_example_gradients, weighted
 
@@ -28,10 +28,10 @@ ONEDNN = "mkldnn::_linear_pointwise"
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
 def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """As on a processor that prefers oneDNN, for products of any size; or as on another one."""
-    if request.param and not gemm.has_onednn():
+    if request.param and not onednn.has_onednn():
         pytest.skip("torch was built without oneDNN, as it is for some processors")
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param)
-    monkeypatch.setattr(gemm, "MANY", 1)
+    monkeypatch.setattr(onednn, "prefers_onednn", lambda: request.param)
+    monkeypatch.setattr(onednn, "MANY", 1)
     return bool(request.param)
 
 
@@ -56,8 +56,8 @@ def test_products(preferred: bool, sizes: tuple[int, int, int]) -> None:
     for a, b in matrices(*sizes):
         exact = a.double() @ b.double()
         with torch.no_grad():
-            found = gemm.matmul(a, b)
-            assert made_by_onednn(partial(gemm.matmul, a, b)) == preferred
+            found = onednn.matmul(a, b)
+            assert made_by_onednn(partial(onednn.matmul, a, b)) == preferred
         most = a.abs().double() @ b.abs().double() * (sizes[1] + 1) * 2**-24
         assert ((found - exact).abs() <= most).all()
 
@@ -68,7 +68,7 @@ def test_who_else_is_left_to_torch(preferred: bool) -> None:
     a, b = torch.randn(4, 6), torch.randn(6, 5)
 
     def product() -> None:
-        torch.testing.assert_close(gemm.matmul(a, b), a @ b)
+        torch.testing.assert_close(onednn.matmul(a, b), a @ b)
 
     def counted() -> None:
         with FlopCounterMode(display=False) as counter:
@@ -189,15 +189,15 @@ def test_which_processor_prefers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of AMD with AVX-512, as far as torch tells; and where there are two to choose from."""
     told = {"avx512_f": True, "cpu_name": "AMD EPYC 9654"}
     for known, expected in (
-        (told, torch.backends.mkl.is_available() and gemm.has_onednn()),
+        (told, torch.backends.mkl.is_available() and onednn.has_onednn()),
         ({**told, "avx512_f": False}, False),
         ({**told, "cpu_name": "Intel(R) Xeon(R)"}, False),
         ({}, False),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        assert gemm.prefers_onednn.__wrapped__() == expected
+        assert onednn.prefers_onednn.__wrapped__() == expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not gemm.prefers_onednn.__wrapped__()
+    assert not onednn.prefers_onednn.__wrapped__()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not gemm.prefers_onednn.__wrapped__()
+    assert not onednn.prefers_onednn.__wrapped__()

@@ -102,7 +102,11 @@ def test_the_wheel_has_what_is_not_python_and_says_what_it_is(wheel: Path) -> No
         names = set(archive.namelist())
         (about,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         text = archive.read(about).decode()
-    tracked = {file.relative_to(ROOT).as_posix() for file in (ROOT / "gift").rglob("*.*")}
+    tracked = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "gift").rglob("*.*")
+        if file.suffix != ".md"
+    }
     code = {name for name in tracked if not name.endswith((".pyc", ".pyo"))}
     assert {name for name in names if name.startswith("gift/")} == code
     assert f"Name: {PROJECT['name']}\nVersion: {gift.__version__}\n" in text
@@ -111,7 +115,7 @@ def test_the_wheel_has_what_is_not_python_and_says_what_it_is(wheel: Path) -> No
 
 def needed_modules(extra: str) -> list[str]:
     """Every module that gift's code asks for with the extra."""
-    asked = re.compile(r'needed\(\s*"([\w.]+)",\s*"(\w+)"')
+    asked = re.compile(r'require\(\s*"([\w.]+)",\s*"(\w+)"')
     found = set()
     for file in (ROOT / "gift").rglob("*.py"):
         found |= {module for module, of in asked.findall(file.read_text("utf-8")) if of == extra}

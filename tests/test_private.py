@@ -25,7 +25,7 @@ from gift import DeltaBank, FineTuningStrategy, enable_fine_tuning
 from gift.core.undo.copy_on_write import CopyOnWrite
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
-from gift.kernels import gemm
+from gift.kernels import onednn
 from gift.methods.draws import seeded_buffer, sorted_entries
 from gift.private import torch as private
 from gift.private.diffusers import source_of
@@ -258,7 +258,7 @@ def test_products_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not private.has_onednn()
     assert torch.equal(private.by_onednn(a, b), a @ b)
-    assert torch.equal(gemm.matmul(a, b), a @ b)
+    assert torch.equal(onednn.matmul(a, b), a @ b)
 
 
 def gone(*paths: str) -> Callable[[str], Any]:

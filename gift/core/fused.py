@@ -77,7 +77,8 @@ def _is_copy(of: Tensor, result: Any) -> bool:
 
 
 def _module_joins(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    if module is None or not _is_copying(parent):
+    # First of all: the compiler traces this function while it wraps a module that is half made.
+    if torch.compiler.is_compiling() or module is None or not _is_copying(parent):
         return
     new = (part for part in module.modules() if not is_held(part))
     if any(parameter is not None for part in new for parameter in part._parameters.values()):
@@ -85,7 +86,9 @@ def _module_joins(parent: nn.Module, name: str, module: nn.Module | None) -> Non
 
 
 def _parameter_joins(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    if parameter is not None and name not in parent._parameters and _is_copying(parent):
+    if torch.compiler.is_compiling() or parameter is None or name in parent._parameters:
+        return
+    if _is_copying(parent):
         raise _joined(parent, name, "a parameter")
 
 

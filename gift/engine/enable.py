@@ -183,7 +183,6 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
     refuse_meanwhile(module, "merged", "computing rows")
     refuse_meanwhile(module, itself=False)  # the context would restore that part at its end
-    refuse_held_elsewhere(module)
     sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
     if sharded:
         raise ValueError(
@@ -209,6 +208,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
                 f"{path or 'the network'} is a {type(part).__name__}: enable fine-tuning on the "
                 "network inside first, then wrap, compile or script it"
             )
+    refuse_held_elsewhere(module)
 
 
 def _recipe(strategy: FineTuningStrategy) -> dict[str, Any] | None:
