@@ -135,7 +135,7 @@ def _picture(file: Path, size: int) -> Tensor:
     try:
         with images.open(file) as image:
             square = require("PIL.ImageOps", "demo").fit(image.convert("RGB"), (size, size))
-    except OSError as error:
+    except (OSError, ImportError) as error:  # the latter from ultralytics, which replaces `open`
         raise BadFolderError(f"{file} cannot be read as a picture: {error}") from error
     return (torch.from_numpy(numpy.array(square)).permute(2, 0, 1) / 255 - MEAN) / STD
 

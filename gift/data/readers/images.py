@@ -220,7 +220,8 @@ def opened(raw: Any, mode: str) -> Any:
                 return opened(file, mode)
         except FileNotFoundError:
             reason = "there is no such file"
-        except images.UnidentifiedImageError:
+        except (images.UnidentifiedImageError, ImportError):
+            # ultralytics replaces PIL's function by one that then asks for a package of its own.
             reason = f"it is none of the formats {', '.join(FORMATS)}, or damaged"
         except Exception as error:  # a damaged file can make a decoder raise anything
             reason = str(error) or type(error).__name__
