@@ -261,7 +261,7 @@ class Snapshot:
         for *_, state in states:
             as_called(state)  # not the call that makes other threads wait
         self.modules = [(m, cls, state, _contents(state)) for m, cls, state in states]
-        slots = {cls: _slots(cls) for _, cls, _ in states}
+        slots = {cls: _slots(cls) for cls in {cls for _, cls, _ in states}}
         self.slots = [(slot, m, _value(slot, m)) for m, cls, _ in states for slot in slots[cls]]
         self.parameters = [
             (m, name, _Kept(p))
