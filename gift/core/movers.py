@@ -69,8 +69,16 @@ def _stuck(network: nn.Module) -> str:
     return f"{extended} are extended by deltas" if extended else ""
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether the tensors of `module` itself are offloaded while it does not run."""
+def offloaded(network: nn.Module) -> str:
+    """Describe the modules whose own tensors are offloaded; empty if there are none."""
+    found = [path for path, module in network.named_modules() if _is_offloaded(module)]
+    if not found:
+        return ""
+    first = found[0] or "the network"
+    return f"{len(found)} modules are offloaded by accelerate, the first is {first!r}"
+
+
+def _is_offloaded(module: nn.Module) -> bool:
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", None) or [hook]  # a `SequentialHook` has several
     return any(getattr(one, "offload", False) is True for one in hooks)
@@ -82,10 +90,8 @@ def refuse_offloaded(network: nn.Module) -> None:
     Raises:
         RuntimeError: if tensors are offloaded.
     """
-    found = [path for path, module in network.named_modules() if is_offloaded(module)]
-    if found:
+    if found := offloaded(network):
         raise RuntimeError(
-            f"the tensors of {len(found)} modules are offloaded by accelerate, the first is "
-            f"{found[0] or 'the network'!r}: call "
+            f"the tensors of {found}: call "
             "accelerate.hooks.remove_hook_from_submodules(network) before this"
         )

@@ -30,7 +30,7 @@ from gift.core.record import NetworkRecord, record_of
 from gift.core.save_pretrained import parts_that_save, saving_methods
 from gift.core.state_settings import without_settings
 from gift.core.undo.copy_on_write import memory_of
-from gift.core.undo.snapshot import Snapshot, Undo, transaction
+from gift.core.undo.snapshot import Snapshot, transaction
 from gift.core.unfreeze import keep_values
 from gift.core.weights.record import weight_deltas
 from gift.errors import GiftWarning
@@ -477,7 +477,7 @@ def moved_buffers(network: Any) -> Iterator[str]:
 
     Only persistent buffers that no method added count. Another dtype or device is not a change.
     """
-    undo: Undo = network._gift_network.undo
+    undo = record_of(network).undo
     before = {id(m._buffers[name]): value for m, name, value in undo.values if name in m._buffers}
     deltas = delta_names(network)
     for path, module in network.named_modules(remove_duplicate=False):
@@ -498,7 +498,7 @@ def _same(buffer: Tensor, before: Tensor) -> bool:
 
 def frozen_names(network: Any) -> list[str]:
     """Names of the parameters that are not trained, including every name of tied ones."""
-    chosen = network._gift_network.chosen
+    chosen = record_of(network).chosen
     return [
         name
         for name, p in nn.Module.named_parameters(network, remove_duplicate=False)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from gift.core.dynamic_class import spec_of
 from gift.core.holders import misfits_in_memory, refuse_held_elsewhere
 from gift.core.io_spec import drop_empty_io_spec, renew_io_spec
-from gift.core.movers import is_offloaded
+from gift.core.movers import offloaded
 from gift.core.network import install_record, remove_record, trained_of_the_base
 from gift.core.record import NetworkRecord, record_of
 from gift.core.report import Report
@@ -189,12 +189,10 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
             f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
             "enable fine-tuning before sharding"
         )
-    offloaded = [path for path, part in module.named_modules() if is_offloaded(part)]
-    if offloaded:
+    if found := offloaded(module):
         raise ValueError(
-            f"the weights of {len(offloaded)} modules are offloaded by accelerate, the first is "
-            f"{offloaded[0] or 'the network'!r}: their hooks fetch each tensor by its name and "
-            "know of no deltas. Load the network without offloading to fine-tune it"
+            f"the weights of {found}: their hooks fetch each tensor by its name and know of no "
+            "deltas. Load the network without offloading to fine-tune it"
         )
     for path, part in module.named_modules():
         if any(spec_of(part)):
