@@ -94,6 +94,7 @@ def hold_flags(network: Any) -> None:
     named = nn.Module.named_parameters(network, remove_duplicate=False)
     free = {id(parameter) for name, parameter in named if name in trained}
     record.held = []
+    same: dict[frozenset[str], frozenset[str]] = {}  # one object for all layers of a kind
     for module in network.modules():
         if not (module._parameters or module._modules):
             continue
@@ -103,7 +104,7 @@ def hold_flags(network: Any) -> None:
         own = module._parameters.items()
         frozen = frozenset(n for n, p in own if p is not None and id(p) not in free)
         if known is None or known.frozen != frozen:
-            known = module.__dict__[HELD] = HeldFlags(module, frozen)
+            known = module.__dict__[HELD] = HeldFlags(module, same.setdefault(frozen, frozen))
         if frozen:
             record.held.append(known)
 

@@ -48,11 +48,13 @@ def misfits_in_memory(network: nn.Module, before: Snapshot) -> list[str]:
         network: the network, after the caps were applied.
         before: a snapshot of the network before that.
     """
+    starts = [_start(holder.tensor) for holder in _holders(before)]
+    if len({*starts}) == len(starts):  # the common case, for which numbers are enough
+        return []
     groups: dict[int, list[Holder]] = {}
     for holder in _holders(before):
         groups.setdefault(storage_key(holder.tensor), []).append(holder)
-    if not (shared := [group for group in groups.values() if len(group) > 1]):
-        return []
+    shared = [group for group in groups.values() if len(group) > 1]
     paths = {module: path for path, module in network.named_modules()}
     adapted = {
         id(module._parameters.get(tensor)) for module in paths for tensor in weight_deltas(module)
@@ -134,6 +136,11 @@ def _overlapping(holders: Iterable[Holder]) -> Iterator[tuple[Holder, Holder]]:
                 yield one, other
 
 
+def _start(tensor: Tensor) -> int:
+    """The address of a tensor's storage, without making Python's object for the storage."""
+    return tensor.data_ptr() - int(tensor.storage_offset()) * tensor.element_size()
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The offset of a tensor's first byte in its storage, and the offset after its last byte."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -174,10 +181,9 @@ def refuse_held_elsewhere(network: nn.Module) -> None:
 
 
 def _held_elsewhere(network: nn.Module) -> tuple[str, nn.Module] | None:
-    inside = set(network.modules())
-    others = [m for m in (*fine_tuned_networks(), *modules_meanwhile()) if m not in inside]
-    if not others:
+    if not (others := {*fine_tuned_networks(), *modules_meanwhile()}):
         return None
+    others -= {*network.modules()}
     own = {id(p): name for name, p in nn.Module.named_parameters(network)}
     for other in others:
         for parameter in _base_of(other):

@@ -157,6 +157,8 @@ def unfreezable_problems(network: nn.Module, trained: Sequence[nn.Parameter]) ->
     """For each name of those that must not be trained the reason: a delta is made from them, or
     they are packed, so that no gradient reaches them.
     """
+    if not trained:
+        return []
     read = {id(p): method for module in network.modules() for p, method in _read(module)}
     why = {id(p): _READ.format(read[id(p)]) for p in trained if id(p) in read}
     why |= {id(p): told for p in trained if (told := packed_values(p))}

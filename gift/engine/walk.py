@@ -222,7 +222,9 @@ class Walk:
     def _tie(self) -> None:
         """Keep one delta for each tied tensor, which every module that holds the tensor reads."""
         parts = list(self.network.named_modules())
-        for owner, path, module, name in list(_with_owners(parts)):
+        if not (further := list(_with_owners(parts))):
+            return
+        for owner, path, module, name in further:
             self._drop_second(owner, path, module, name)
         # Search again: a dropped delta may also have been the delta of a bias.
         for owner, _, module, name in list(_with_owners(parts)):
