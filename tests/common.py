@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -162,3 +163,15 @@ def per_example_gradients(net: nn.Module) -> tuple[Callable[..., Any], dict[str,
         return weighted(functional_call(net, (deltas, fixed), (one[None],)))
 
     return vmap(grad(loss), in_dims=(None, 0)), own
+
+
+def unet() -> Any:
+    """A small UNet of diffusers, with attention."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, cross_attention_dim=16,
+        norm_num_groups=2, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gift
 from gift import GiftWarning, enable_fine_tuning
 from gift.strategies import LoRALinearFineTuningStrategy, PromptFineTuningStrategy
-from tests.common import picture
+from tests.common import picture, unet
 
 
 def perturbed(net: nn.Module) -> Any:
@@ -29,17 +29,6 @@ def lora() -> Any:
 
 
 # --- diffusers, the hub's mixin ------------------------------------------------------------------
-
-
-def unet() -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, cross_attention_dim=16,
-        norm_num_groups=2, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
 
 
 def denoised(net: Any) -> Tensor:

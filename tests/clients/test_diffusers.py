@@ -18,7 +18,7 @@ from gift.strategies import (
     LoRALinearFineTuningStrategy,
 )
 from tests.clients._properties import Client
-from tests.common import all_bits, enabled, picture
+from tests.common import all_bits, enabled, picture, unet
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -44,16 +44,6 @@ class Model(NamedTuple):
     conditions: dict[str, Any]
     pipeline: Callable[[Any], Any]
     still: tuple[str, ...] = ()
-
-
-def unet() -> Any:
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, cross_attention_dim=16,
-        norm_num_groups=2, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
 
 
 def flux() -> Any:
