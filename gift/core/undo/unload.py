@@ -78,18 +78,19 @@ class UnloadedDelta:
     def _refuse(self) -> None:
         """Refuse a base onto which this cannot be put back."""
         found = {module: name for name, module in self.network.named_modules()}
-        changed = {
+        # Lists, in the order of the network: messages name modules in this order, not in a set's.
+        changed = [
             frame.module
             for frame, plain in zip(self.frames, self.plain, strict=True)
             if _unparametrized(type(frame.module)) is not plain
-        }
+        ]
         if tuned := [str(found.get(m)) for m in changed if spec_of(m) != Spec()]:
             raise RuntimeError(
                 f"{some(tuned)} are being fine-tuned by another strategy: disable that first"
             )
-        gone = {m for m, name, _ in self.record.undo.values
-                if name not in m._parameters and name not in m._buffers}  # fmt: skip
-        if names := [found.get(m) for m in (*changed, *gone)]:
+        gone = [m for m, name, _ in self.record.undo.values
+                if name not in m._parameters and name not in m._buffers]  # fmt: skip
+        if names := [found.get(m) for m in dict.fromkeys((*changed, *gone))]:
             raise RuntimeError(
                 f"{names} were parametrised where they are trained in place, or changed in their "
                 "class in another way: deltas cannot be put back onto them before that is undone"
