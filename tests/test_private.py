@@ -452,7 +452,7 @@ class Without:
 
 
 def test_recurrent_layers_say_why_they_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gift.layers.table.knows_recurrent", lambda: False)
+    monkeypatch.setattr("gift.layers.layouts.knows_recurrent", lambda: False)
     with pytest.raises(AdaptationError, match="hold their weights in a way"):
         adapted(nn.LSTM(3, 3))
 

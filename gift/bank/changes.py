@@ -13,7 +13,7 @@ from gift.core.record import record_of
 from gift.core.undo.snapshot import tensor_of, transaction
 from gift.core.undo.unload import UnloadedDelta
 from gift.core.weights.record import WeightDelta, present_tensor, trained_value, weight_deltas
-from gift.layers.table import Layout, LayoutOptions
+from gift.layers.layouts import Layout, LayoutOptions
 from gift.quantization import dequantised
 from gift.support.tensors import is_inexact, wide
 

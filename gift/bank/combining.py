@@ -15,7 +15,8 @@ from gift.core.undo.unload import UnloadedDelta
 from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import AdaptationError
-from gift.layers.table import Layout, LayoutOptions, layout_of
+from gift.layers.layouts import Layout, LayoutOptions
+from gift.layers.table import layout_of
 from gift.methods import LoRA
 from gift.methods.settings import is_integer, is_number
 from gift.strategies.resolved import ResolvedStrategy, group_of

@@ -1,7 +1,7 @@
 """Different deltas for different rows of a batch."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,9 +14,9 @@ from gift.bank.changes import Change, Changes, changes_of
 from gift.bank.tracking import Hook, Tracking
 from gift.core.dynamic_class import plain_class
 from gift.errors import AdaptationError, GiftWarning
-from gift.layers.table import CONV1D_FORWARD, Layout, dotted, reader_of
+from gift.layers.layouts import Layout
+from gift.layers.table import known_features, operation_of, reader_of
 from gift.private.torch import convolve, unfollowed
-from gift.quantization import LINEAR_FORWARDS
 
 Factors = tuple[Tensor, Tensor]
 
@@ -83,17 +83,19 @@ def _all_changes(changes: Changes) -> dict[str, Change]:
 def _unfit(change: Change, parent: tuple[nn.Module, str] | None) -> str:
     """Return why a change cannot differ between rows; empty if it can."""
     layer: Any = change.module
-    cls: Any = plain_class(type(layer))
+    cls = plain_class(type(layer))
     if change.factors is None:
         return "is changed by a method whose delta is no low-rank one"
-    known = dotted(cls.forward) in _SIDES
+    known = operation_of(cls) in _SIDES
     if change.tensor != "weight" or not known:
-        own = ", whose forward is its own" if isinstance(layer, _KINDS) and not known else ""
+        bases = [base for base in cls.__mro__ if issubclass(base, nn.Module)]
+        is_own = not known and any(operation_of(base) in _SIDES for base in bases)
+        own = ", whose forward is its own" if is_own else ""
         return (
             f"belongs to a {cls.__module__}.{cls.__qualname__}{own}, expected a linear layer, "
             "convolution or embedding"
         )
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+    if operation_of(cls) == "embedding" and layer.max_norm is not None:
         return "belongs to an embedding with max_norm"
     if parent is not None and (reader := reader_of(*parent)):
         return f"belongs to a layer that is never called, as {reader.__name__} reads the weight"
@@ -122,7 +124,7 @@ class _Rows:
     def __call__(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         self.seen.add(self.path)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        side = _SIDES[dotted(type(module).forward)]
+        side = _SIDES[operation_of(type(module))]
         if len({*self.rows}) == 1:  # wherever the rows are
             name = self.rows[0]
             if name is None:
@@ -169,11 +171,9 @@ def _repeated(tensor: Tensor, times: int, dim: int) -> Tensor:
 
 def _axes_before_features(layer: Any, x: Tensor) -> range:
     """Return the axes of a layer's input that can be the batch."""
-    if isinstance(layer, nn.Embedding):
-        return range(x.ndim)
-    if isinstance(layer, nn.Linear) or not hasattr(layer, "kernel_size"):
-        return range(x.ndim - 1)
-    return range(x.ndim - 1 - len(layer.kernel_size))
+    features = known_features(layer)
+    assert features is not None  # of all layers in `_SIDES`
+    return range(x.ndim if features.inputs is None else x.ndim + features.axis)
 
 
 def _of_weight(layout: Layout, left: Tensor, right: Tensor) -> Factors:
@@ -188,7 +188,7 @@ def _linear(layer: Any, x: Tensor, factors: Factors) -> Tensor:
     return F.linear(F.linear(x.to(right.dtype), right), left)
 
 
-def _conv1d_of_transformers(layer: Any, x: Tensor, factors: Factors) -> Tensor:
+def _transposed_linear(layer: Any, x: Tensor, factors: Factors) -> Tensor:
     left, right = factors
     return (x.to(left.dtype) @ left) @ right
 
@@ -202,13 +202,12 @@ def _embedding(layer: Any, ids: Tensor, factors: Factors) -> Tensor:
     return F.embedding(ids, left) @ right
 
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-_SIDES = {
-    dotted(nn.Linear.forward): _linear,
-    dotted(nn.Conv1d.forward): _conv,
-    dotted(nn.Conv2d.forward): _conv,
-    dotted(nn.Conv3d.forward): _conv,
-    dotted(nn.Embedding.forward): _embedding,
-    CONV1D_FORWARD: _conv1d_of_transformers,
-    **dict.fromkeys(LINEAR_FORWARDS, _linear),
+_SIDES: dict[str, Callable[[Any, Tensor, Factors], Tensor]] = {
+    "linear": _linear,
+    "packed linear": _linear,
+    "transposed linear": _transposed_linear,
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "conv3d": _conv,
+    "embedding": _embedding,
 }

@@ -14,7 +14,8 @@ from gift.core.unfreeze import packed_values
 from gift.core.weights.attach import adapt_module, adapt_tensor
 from gift.errors import AdaptationError
 from gift.factories.serializable import Recorded, recorded
-from gift.layers.table import LAYOUT_CHOICES, LayoutOptions
+from gift.layers.layouts import LAYOUT_CHOICES, LayoutOptions
+from gift.layers.table import row_of
 from gift.methods import Method, method_of
 
 
@@ -209,11 +210,10 @@ def new_head(old: nn.Module, num_classes: int) -> nn.Module:
     like: dict[str, Any] = (
         {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
     )
-    bias = getattr(old, "bias", None) is not None
-    if isinstance(old, nn.Linear):
-        return nn.Linear(old.in_features, num_classes, bias, **like)
-    if isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1) and old.groups == 1:
-        return nn.Conv2d(old.in_channels, num_classes, 1, bias=bias, **like)
+    row = row_of(type(old))
+    is_1x1 = getattr(old, "kernel_size", (1, 1)) == (1, 1) and getattr(old, "groups", 1) == 1
+    if row is not None and row.like is not None and is_1x1:
+        return row.like(old, num_classes, **like)
     raise ValueError(
         f"{plain_class(type(old)).__name__} is no head that gift can replace: expected nn.Linear "
         "or a 1x1 nn.Conv2d; name the right layer, or use ma_replace"

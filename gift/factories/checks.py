@@ -18,8 +18,7 @@ from gift.core.dynamic_class import joined, plain_class
 from gift.core.iterator import ModuleIterator
 from gift.core.raw_parameters import is_experts
 from gift.factories.serializable import Recorded, bind, recorded
-from gift.layers.table import FAMILIES, LAYERS, row_of
-from gift.private.torch import NORM_WITH_STATISTICS
+from gift.layers.table import FAMILIES, LAYERS, is_norm, row_of
 
 Names = str | Iterable[str] | None
 Test = Callable[..., bool]
@@ -211,13 +210,12 @@ def mc_norm() -> Check:
     return Check(_is_norm)
 
 
-_NORMS = (NORM_WITH_STATISTICS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAME = re.compile(r"[Nn]orm(?!al(?!i[sz]))")  # matches "Normalize", but not "Normal"
 
 
 def _is_norm(*place: Any) -> bool:
     module = place[4]
-    if isinstance(module, _NORMS):
+    if is_norm(module):
         return True
     if any(True for _ in module.children()) or not _NORM_NAME.search(place[3]):
         return False

@@ -11,6 +11,7 @@ from gift.core.io_spec import forget_classes
 from gift.factories.actions import Action
 from gift.factories.checks import Check
 from gift.factories.serializable import recorded
+from gift.layers.table import row_of
 
 
 class Predictor(NamedTuple):
@@ -122,15 +123,8 @@ def ma_replace_detection_head(num_classes: int) -> Action:
 def _like(old: Any, num_classes: int, known: int, row: Predictor) -> nn.Module:
     """Return a layer like the old one, for another number of classes."""
     like = {"device": old.weight.device, "dtype": old.weight.dtype}
-    if isinstance(old, nn.Linear):
-        outputs = old.out_features // known * num_classes
-        new: Any = nn.Linear(old.in_features, outputs, old.bias is not None, **like)
-    else:
-        outputs = old.out_channels // known * num_classes
-        new = nn.Conv2d(
-            old.in_channels, outputs, old.kernel_size, old.stride, old.padding,
-            bias=old.bias is not None, **like,
-        )  # fmt: skip
+    layer: Any = row_of(type(old))  # of a linear layer or a convolution
+    new = layer.like(old, layer.features(old).outputs // known * num_classes, **like)
     if row.std is not None:
         nn.init.normal_(new.weight, std=row.std)
     if row.bias is not None and new.bias is not None:

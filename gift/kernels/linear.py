@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.layers.table import CONV1D_FORWARD, dotted
-from gift.quantization import LINEAR_FORWARDS, dequantised, is_quantised
+from gift.layers.table import forwards_of
+from gift.quantization import dequantised, is_quantised
 from gift.quantization import product as quantised_product
 
 
@@ -115,7 +115,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
         return forward(self, x, transposed=True)
 
     return {
-        dotted(nn.Linear.forward): linear,
-        **dict.fromkeys(LINEAR_FORWARDS, linear_of_bitsandbytes),
-        CONV1D_FORWARD: conv1d_of_transformers,
+        **dict.fromkeys(forwards_of("linear"), linear),
+        **dict.fromkeys(forwards_of("packed linear"), linear_of_bitsandbytes),
+        **dict.fromkeys(forwards_of("transposed linear"), conv1d_of_transformers),
     }

@@ -16,7 +16,7 @@ from gift.kernels.low_rank_conv import LowRankConv
 from gift.kernels.low_rank_linear import LowRankLinear, outputs
 from gift.kernels.products import scaled
 from gift.kernels.torch_state import autocasts
-from gift.layers.table import dotted
+from gift.layers.table import CONVOLUTIONS, forwards_of
 from gift.private.torch import (
     convolve,
     convolves_as,
@@ -26,15 +26,18 @@ from gift.private.torch import (
     padding_around,
 )
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 WATCHING: list[Callable[[nn.Module, Form], None]] = []
 """Callbacks that receive each layer and the form chosen for it: see `gift.utils.info.forms`."""
 
 
 def low_rank_forwards() -> dict[str, Callable[..., Any]]:
     """Return entries for `Method.forwards`, for methods with `Method.low_rank`."""
-    return linear_forwards(linear) | {dotted(layer.forward): conv for layer in CONVOLUTIONS}
+    return linear_forwards(linear) | conv_forwards(conv)
+
+
+def conv_forwards(path: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return entries for `Method.forwards`: convolutions that are not transposed."""
+    return dict.fromkeys(forwards_of("conv1d", "conv2d", "conv3d"), path)
 
 
 def low_rank_product(

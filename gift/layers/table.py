@@ -1,195 +1,92 @@
-"""Table of layer types and how each holds its weights; the only file that knows layers.
+"""Table of layer types: the only file that knows which layers there are and what each of them is.
 
-A *row* says which tensors of a layer are weights, which are biases, and how a weight is read as a
-matrix. Everything else (methods, adapting, saving) works on matrices. A layer type without a row
-can be adapted by a parameter cap, with the layout of a raw parameter.
+A *row* says which tensors of a layer are weights, which are biases, how a weight is read as a
+matrix, which features the layer has, and what its forward functions compute. Everything else
+(methods, attaching, files of other libraries) works on matrices, features and operations. A layer
+type without a row can be adapted by a parameter cap, with the layout of a raw parameter.
 """
 
-import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from gift.errors import AdaptationError
-from gift.private.torch import CONV, CONV_TRANSPOSE, FlatWeights, knows_recurrent
+from gift.layers.layouts import (
+    Layout,
+    LayoutOptions,
+    attention_layout,
+    conv_layout,
+    conv_transpose_layout,
+    lookup_layout,
+    matrix_layout,
+    raw_layout,
+    recurrent_layout,
+    transposed_layout,
+)
+from gift.private.torch import CONV, CONV_TRANSPOSE, NORM_WITH_STATISTICS, FlatWeights
 from gift.support.weak import known_by_class
 
-ConvLayout = Literal["balanced", "out_as_h"]
-
-LAYOUT_CHOICES = ("conv_layout", "split_qkv")  # what users choose; methods choose the others
-
-
-@dataclass(frozen=True)
-class LayoutOptions:
-    """Options for how weights are read as matrices.
-
-    Args:
-        conv_layout: ``"balanced"`` sees a convolution's weight ``(o, i, kh, kw)`` as a matrix of
-            ``o*kh`` rows and ``i*kw`` columns, ``"out_as_h"`` as ``(o, i*kh*kw)``. Elements keep
-            their order in memory: in the balanced layout each output has `kh` rows, which cut its
-            flattened ``(i, kh, kw)`` into equal chunks. With `n` kernel axes, the first ``n // 2``
-            of them count for the rows. None is the method's own choice.
-        split_qkv: see the packed ``in_proj_weight`` of ``nn.MultiheadAttention`` as three
-            matrices (query, key, value), each with its own factors, instead of one.
-        rows_are_outputs: read embeddings with output features as rows instead of tokens. The method
-            decides this.
-    """
-
-    conv_layout: ConvLayout | None = None
-    split_qkv: bool = False
-    rows_are_outputs: bool = False
-
-    def __post_init__(self) -> None:
-        if self.conv_layout not in (None, "balanced", "out_as_h"):
-            raise ValueError(
-                f"conv_layout is {self.conv_layout!r}, expected 'balanced' or 'out_as_h'"
-            )
-
-    def settled(
-        self, conv_layouts: tuple[ConvLayout, ...], rows_are_outputs: bool
-    ) -> "LayoutOptions":
-        """Complete the options for a method.
-
-        Args:
-            conv_layouts: the layouts that the method allows, its default first.
-            rows_are_outputs: as in the options.
-
-        Raises:
-            ValueError: if another layout was chosen.
-        """
-        chosen = self.conv_layout or conv_layouts[0]
-        if chosen not in conv_layouts:
-            raise ValueError(
-                f"conv_layout is {chosen!r}, which would cut outputs into several rows; this "
-                f"method needs {' or '.join(map(repr, conv_layouts))}"
-            )
-        if (self.conv_layout, self.rows_are_outputs) == (chosen, rows_are_outputs):
-            return self  # settled already
-        return replace(self, conv_layout=chosen, rows_are_outputs=rows_are_outputs)
+Operation = Literal[
+    "linear", "packed linear", "transposed linear", "conv1d", "conv2d", "conv3d", "embedding",
+    "packed embedding", "attention", "",
+]  # fmt: skip
+"""What a forward function computes: "transposed" is ``x @ weight``, "packed" reads quantised data
+instead of the weight, and "" is unknown."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one weight is read as a matrix, or as one matrix for each of its groups.
+def dotted(function: Callable[..., Any]) -> str:
+    """The dotted name of a function, as in the keys of `Method.forwards`."""
+    return f"{function.__module__}.{function.__qualname__}"
 
-    The matrix is ``weight.reshape(view).permute(order).reshape(matrix)``; the shape `matrix` is
-    ``(rows, columns)`` or ``(groups, rows, columns)``.
+
+class Features(NamedTuple):
+    """The features of a layer.
 
     Args:
-        shape: the weight's own shape.
-        view: the shape in which its axes are split.
-        order: the permutation that brings the axis of outputs before that of inputs.
-        matrix: the shape as matrix or matrices.
-        input_axis: the matrix axis along which the layer's input features lie: -1, or -2 for
-            embeddings, whose rows are looked up.
+        inputs: number of input features; None for layers that look features up, like embeddings.
+        outputs: number of output features.
+        axis: axis of the features.
     """
 
-    shape: tuple[int, ...]
-    view: tuple[int, ...]
-    order: tuple[int, ...]
-    matrix: tuple[int, ...]
-    input_axis: int = -1
-    is_trivial: bool = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # Computed here, because torch.compile cannot trace the first access of a cached property.
-        trivial = self.shape == self.matrix and list(self.order) == sorted(self.order)
-        object.__setattr__(self, "is_trivial", trivial)
-
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        """Reshape the weight to its matrix or matrices."""
-        if self.is_trivial:
-            return weight
-        return weight.reshape(self.view).permute(self.order).reshape(self.matrix)
-
-    def to_weight(self, matrix: Tensor) -> Tensor:
-        """Reshape the matrix or matrices to a weight."""
-        if self.is_trivial:
-            return matrix
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        permuted = [self.view[axis] for axis in self.order]
-        return matrix.reshape(permuted).permute(inverse).reshape(self.shape)
+    inputs: int | None
+    outputs: int
+    axis: int = -1
 
 
-@lru_cache(maxsize=512)
-def _plain(shape: tuple[int, ...], matrix: tuple[int, ...], input_axis: int = -1) -> Layout:
-    return Layout(shape, shape, tuple(range(len(shape))), matrix, input_axis)
+def _linear_features(m: Any) -> Features:
+    return Features(m.in_features, m.out_features)
 
 
-def raw_layout(shape: tuple[int, ...]) -> Layout:
-    """The layout of a parameter of unknown meaning.
-
-    Leading axes of length one are dropped. Then a vector or scalar is a column, a matrix is
-    itself, three axes are a batch of matrices (experts), and more are ``(first, all others)``.
-    """
-    axes = shape
-    while len(axes) > 2 and axes[0] == 1:
-        axes = axes[1:]
-    if len(axes) < 2:
-        return _plain(shape, (math.prod(axes), 1))
-    if len(axes) <= 3:
-        return _plain(shape, axes)
-    return _plain(shape, (axes[0], math.prod(axes[1:])))
+def _conv_features(m: Any) -> Features:
+    # Counted from the end, an axis is the same with and without a batch.
+    return Features(m.in_channels, m.out_channels, -1 - len(m.kernel_size))
 
 
-def _matrix(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    """Rows are the first axis: Linear, Bilinear, recurrent layers."""
-    return _plain(shape, (shape[0], math.prod(shape[1:])))
+def _lookup_features(m: Any) -> Features:
+    return Features(None, m.embedding_dim)
 
 
-def _lookup(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    """Rows are the entries that are looked up, or output features if the method needs them.
-
-    A factor per row that starts at zero leaves the padding row exactly as it is, and a tied output
-    layer sees the same matrix.
-    """
-    if options.rows_are_outputs:
-        return _transposed(module, shape, options)
-    return _plain(shape, shape, input_axis=-2)
+def _recurrent_features(m: Any) -> Features:
+    size = getattr(m, "proj_size", 0) or m.hidden_size
+    return Features(m.input_size, size * (1 + getattr(m, "bidirectional", False)))
 
 
-def _transposed(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    """``(in, out)``, as in the ``Conv1D`` of transformers."""
-    return Layout(shape, shape, (1, 0), (shape[1], shape[0]))
+def _same_features(name: str, axis: int) -> Callable[[Any], Features]:
+    return lambda m: Features(getattr(m, name), getattr(m, name), axis)
 
 
-def _attention(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    packed = shape[0] == 3 * module.embed_dim
-    if options.split_qkv and packed:
-        return _plain(shape, (3, shape[0] // 3, shape[1]))
-    return _plain(shape, shape)
+def _linear_like(old: Any, outputs: int, **factory: Any) -> nn.Module:
+    return nn.Linear(old.in_features, outputs, old.bias is not None, **factory)
 
 
-def _conv(module: Any, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    """``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` if transposed."""
-    first, second, *kernel = shape
-    groups = module.groups
-    n_rows = len(kernel) // 2 if options.conv_layout == "balanced" else 0
-    into_rows, into_columns = math.prod(kernel[:n_rows]), math.prod(kernel[n_rows:])
-    rows, columns = first // groups, second
-    order = list(range(3 + len(kernel)))
-    if isinstance(module, CONV_TRANSPOSE):
-        rows, columns = columns, rows
-        order[1], order[2] = 2, 1
-    matrix: tuple[int, ...] = (rows * into_rows, columns * into_columns)
-    if groups > 1:
-        matrix = (groups, *matrix)
-    return Layout(shape, (groups, first // groups, second, *kernel), tuple(order), matrix)
-
-
-def _recurrent(module: nn.Module, shape: tuple[int, ...], options: LayoutOptions) -> Layout:
-    if not knows_recurrent():
-        raise AdaptationError(
-            f"the recurrent layers of torch {torch.__version__} hold their weights in a way that "
-            "gift does not know: they cannot be adapted"
-        )
-    return _matrix(module, shape, options)
+def _conv_like(old: Any, outputs: int, **factory: Any) -> nn.Module:
+    return CONVOLUTIONS[len(old.kernel_size) - 1](
+        old.in_channels, outputs, old.kernel_size, old.stride, old.padding, old.dilation,
+        bias=old.bias is not None, padding_mode=old.padding_mode, **factory,
+    )  # fmt: skip
 
 
 class DenseGradient:
@@ -214,26 +111,41 @@ class LayerRow:
     """One layer type.
 
     Args:
-        kind: the type, or its dotted path if the package may be absent.
+        kind: the type or types, or its dotted path if the package may be absent.
         weights: glob patterns for the names of its weights.
         layout: reads a weight's shape as a matrix.
-        biases: glob patterns for the names of its biases, for ``train_bias``.
         family: the name for users: see `mc_layer`.
+        features: numbers of features of a layer.
+        forwards: what the forward functions of this type and its subclasses compute, by their
+            dotted names.
+        biases: glob patterns for the names of its biases, for ``train_bias``.
         mixin: a class put in front of the adapted layer's own.
         bias_of: maps a weight's name to that of the bias which is added to its outputs.
+        outputs_first: whether the weight is ``(outputs, inputs, ...)``.
+        like: makes a layer like another one with a number of outputs and the given device and
+            dtype, where heads can be of this type.
     """
 
-    kind: type[nn.Module] | str
+    kind: type[nn.Module] | tuple[type[nn.Module], ...] | str
     weights: tuple[str, ...]
     layout: Callable[[Any, tuple[int, ...], LayoutOptions], Layout]
     family: str
+    features: Callable[[Any], Features]
+    forwards: Mapping[str, Operation] = field(default_factory=dict)
     biases: tuple[str, ...] = ("bias",)
     mixin: type | None = None
     bias_of: Callable[[str], str] = lambda weight: weight.replace("weight", "bias")
+    outputs_first: bool = True
+    like: Callable[..., nn.Module] | None = None
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the layer keeps a list of its weights and reads that instead of their names."""
+        return self.mixin is FlatWeights
 
     def matches(self, cls: type) -> bool:
         """Whether `cls` is this type of layer or a subclass of it."""
-        if isinstance(self.kind, type):
+        if not isinstance(self.kind, str):
             return issubclass(cls, self.kind)
         package, _, name = self.kind.rpartition(".")
         return issubclass(cls, getattr(sys.modules.get(package), name, ()))
@@ -252,26 +164,122 @@ class LayerRow:
         return [name for name in computed + found if _names(patterns, name)]
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Convolutions that are not transposed, by the number of their axes."""
+
+_BNB = "bitsandbytes.nn.modules"
 LAYERS: tuple[LayerRow, ...] = (
-    LayerRow(nn.Linear, ("weight",), _matrix, "linear"),
-    LayerRow("transformers.pytorch_utils.Conv1D", ("weight",), _transposed, "linear"),
-    LayerRow(CONV, ("weight",), _conv, "conv"),
-    LayerRow(nn.Embedding, ("weight",), _lookup, "embedding", biases=(), mixin=DenseGradient),
-    LayerRow(nn.EmbeddingBag, ("weight",), _lookup, "embedding", biases=(), mixin=DenseGradient),
-    LayerRow(nn.Bilinear, ("weight",), _matrix, "bilinear"),
-    LayerRow(nn.RNNBase, ("weight_*",), _recurrent, "recurrent", ("bias_*",), mixin=FlatWeights),
-    LayerRow(nn.RNNCellBase, ("weight_*",), _matrix, "recurrent", ("bias_*",)),
+    LayerRow(
+        nn.Linear, ("weight",), matrix_layout, "linear", _linear_features,
+        {
+            dotted(nn.Linear.forward): "linear",
+            f"{_BNB}.Linear4bit.forward": "packed linear",
+            f"{_BNB}.Linear8bitLt.forward": "packed linear",
+        },
+        like=_linear_like,
+    ),
+    LayerRow(
+        "transformers.pytorch_utils.Conv1D", ("weight",), transposed_layout, "linear",
+        lambda m: Features(*m.weight.shape),
+        {"transformers.pytorch_utils.Conv1D.forward": "transposed linear"},
+        outputs_first=False,
+    ),
+    LayerRow(
+        CONV_TRANSPOSE, ("weight",), conv_transpose_layout, "conv", _conv_features,
+        outputs_first=False,
+    ),
+    LayerRow(
+        CONV, ("weight",), conv_layout, "conv", _conv_features,
+        {
+            dotted(nn.Conv1d.forward): "conv1d",
+            dotted(nn.Conv2d.forward): "conv2d",
+            dotted(nn.Conv3d.forward): "conv3d",
+        },
+        like=_conv_like,
+    ),
+    LayerRow(
+        nn.Embedding, ("weight",), lookup_layout, "embedding", _lookup_features,
+        {
+            dotted(nn.Embedding.forward): "embedding",
+            f"{_BNB}.Embedding4bit.forward": "packed embedding",
+            f"{_BNB}.Embedding8bit.forward": "packed embedding",
+        },
+        biases=(), mixin=DenseGradient, outputs_first=False,
+    ),
+    LayerRow(
+        nn.EmbeddingBag, ("weight",), lookup_layout, "embedding", _lookup_features,
+        biases=(), mixin=DenseGradient, outputs_first=False,
+    ),
+    LayerRow(
+        nn.Bilinear, ("weight",), matrix_layout, "bilinear",
+        lambda m: Features(m.in1_features, m.out_features),
+    ),
+    LayerRow(
+        nn.RNNBase, ("weight_*",), recurrent_layout, "recurrent", _recurrent_features,
+        biases=("bias_*",), mixin=FlatWeights,
+    ),
+    LayerRow(
+        nn.RNNCellBase, ("weight_*",), matrix_layout, "recurrent", _recurrent_features,
+        biases=("bias_*",),
+    ),
     LayerRow(
         nn.MultiheadAttention,
         ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-        _attention,
-        "attention",
+        attention_layout, "attention", _same_features("embed_dim", -1),
+        {dotted(nn.MultiheadAttention.forward): "attention"},
         biases=("in_proj_bias",),
-        bias_of=lambda weight: (
-            "in_proj_bias"
-        ),  # of all three projections, also where they are apart
+        bias_of=lambda weight: "in_proj_bias",  # of all projections, also where apart
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One type of norm layers, whose weights are vectors, and so no matrices.
+
+    Args:
+        kind: the type or types.
+        features: numbers of features of a layer.
+    """
+
+    kind: type[nn.Module] | tuple[type[nn.Module], ...]
+    features: Callable[[Any], Features]
+
+
+NORMS: tuple[NormRow, ...] = (
+    NormRow(NORM_WITH_STATISTICS, _same_features("num_features", 1)),
+    NormRow(nn.GroupNorm, _same_features("num_channels", 1)),
+    NormRow(
+        (nn.LayerNorm, nn.RMSNorm),
+        lambda m: Features(m.normalized_shape[-1], m.normalized_shape[-1]),
     ),
 )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm layer of torch, or of a subclass of one."""
+    return any(isinstance(module, row.kind) for row in NORMS)
+
+
+def known_features(module: nn.Module) -> Features | None:
+    """The features of a layer by its type, or None if its type is unknown."""
+    row: LayerRow | NormRow | None = row_of(type(module))
+    row = row or next((row for row in NORMS if isinstance(module, row.kind)), None)
+    return None if row is None else row.features(module)
+
+
+_OPERATIONS = {name: operation for row in LAYERS for name, operation in row.forwards.items()}
+
+
+def operation_of(cls: type) -> Operation:
+    """What the forward function of a plain class computes; "" if the class has its own."""
+    return _OPERATIONS.get(dotted(cls.forward), "")  # type: ignore[attr-defined]  # of a module
+
+
+def forwards_of(*operations: Operation) -> list[str]:
+    """Dotted names of the forward functions that compute one of these operations."""
+    return [name for name, operation in _OPERATIONS.items() if operation in operations]
+
 
 FAMILIES = tuple(dict.fromkeys(row.family for row in LAYERS))
 
@@ -291,8 +299,6 @@ def _row_of(cls: type, with_transformers: bool) -> LayerRow | None:
     return next((row for row in LAYERS if row.matches(cls)), None)
 
 
-CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
-
 # Layers whose parents read their weights and never call the layers.
 _READ = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
@@ -308,22 +314,11 @@ def reader_of(parent: nn.Module | None, name: str) -> type | None:
     return None
 
 
-def bias_layout(size: int, weights: Sequence[Layout]) -> Layout:
-    """The layout of the bias that belongs to these weights: one row for each row of theirs."""
-    if len(weights) == 1:
-        matrix = (*weights[0].matrix[:-1], 1)
-        return _plain((size,), matrix)
-    return _plain((size,), (size, 1))
-
-
-def layout_of(module: nn.Module, tensor: str, shape: torch.Size, options: LayoutOptions) -> Layout:
+def layout_of(
+    module: nn.Module, tensor: str, shape: tuple[int, ...], options: LayoutOptions
+) -> Layout:
     """The layout that reads the tensor `tensor` of `module` as a matrix."""
     row = row_of(type(module))
     if row is not None and _names(row.weights, tensor):
         return row.layout(module, tuple(shape), options)
     return raw_layout(tuple(shape))
-
-
-def dotted(function: Callable[..., Any]) -> str:
-    """The dotted name of a function, as in the keys of `Method.forwards`."""
-    return f"{function.__module__}.{function.__qualname__}"

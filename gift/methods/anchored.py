@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import CONVOLUTIONS, conv, linear, low_rank_product
-from gift.layers.table import dotted
+from gift.kernels.low_rank import conv, conv_forwards, linear, low_rank_product
 from gift.methods.lora import LoRA
 from gift.private.torch import convolve
 
@@ -118,6 +117,4 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     return (output + change - convolve(self, x, start, None)).to(output.dtype)
 
 
-AnchoredLoRA.forwards = linear_forwards(_linear) | {
-    dotted(layer.forward): _conv for layer in CONVOLUTIONS
-}
+AnchoredLoRA.forwards = linear_forwards(_linear) | conv_forwards(_conv)

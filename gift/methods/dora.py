@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import (
-    CONVOLUTIONS,
+    conv_forwards,
     dropped_inputs,
     is_usual,
     low_rank_conv,
@@ -18,7 +18,6 @@ from gift.kernels.low_rank import (
 )
 from gift.kernels.products import scaled
 from gift.kernels.rescale import rescaled
-from gift.layers.table import dotted
 from gift.methods.base import Method, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
@@ -160,4 +159,4 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     return convolve(self, input, self.weight, self.bias)
 
 
-DoRA.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}
+DoRA.forwards = linear_forwards(_linear) | conv_forwards(_conv)

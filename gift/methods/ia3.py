@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import CONVOLUTIONS, is_usual
+from gift.kernels.low_rank import conv_forwards, is_usual
 from gift.kernels.rescale import rescaled
-from gift.layers.table import dotted
 from gift.methods.base import Method, register_method
 from gift.methods.settings import flag
 from gift.private.torch import convolve
@@ -110,4 +109,4 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     return rescaled(compute(input, bias), factor, bias, compute, (input, bias), -1 - axes)
 
 
-IA3.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}
+IA3.forwards = linear_forwards(_linear) | conv_forwards(_conv)

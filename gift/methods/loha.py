@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import CONVOLUTIONS, conv, linear
+from gift.kernels.low_rank import conv, conv_forwards, linear
 from gift.kernels.merged_linear import terms, through_weight
-from gift.layers.table import dotted
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.settings import number
 from gift.private.torch import convolve
@@ -111,4 +110,4 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     return conv(self, input)
 
 
-LoHa.forwards = linear_forwards(_linear) | {dotted(layer.forward): _conv for layer in CONVOLUTIONS}
+LoHa.forwards = linear_forwards(_linear) | conv_forwards(_conv)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gift.kernels.kronecker_linear import KroneckerLinear
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import CONVOLUTIONS, is_usual, low_rank_conv, operands
-from gift.layers.table import dotted
+from gift.kernels.low_rank import conv_forwards, is_usual, low_rank_conv, operands
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, number, setting
@@ -215,4 +214,4 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     return convolve(self, input, self.weight, self.bias)
 
 
-LoKr.forwards = linear_forwards(_linear) | {dotted(conv.forward): _conv for conv in CONVOLUTIONS}
+LoKr.forwards = linear_forwards(_linear) | conv_forwards(_conv)

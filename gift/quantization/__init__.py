@@ -3,7 +3,6 @@
 This package knows nothing of deltas.
 """
 
-from gift.quantization.bitsandbytes import LINEAR_FORWARDS
 from gift.quantization.tensors import (
     as_packed,
     dequantised,
@@ -19,7 +18,6 @@ from gift.quantization.tensors import (
 )
 
 __all__ = [
-    "LINEAR_FORWARDS",
     "as_packed",
     "dequantised",
     "is_quantised",

@@ -102,12 +102,6 @@ def _requantise_8bit(tensor: Any, value: Tensor) -> Tensor:
     return Int8Params(data, requires_grad=False, CB=data, SCB=scales)
 
 
-LINEAR_FORWARDS = (
-    "bitsandbytes.nn.modules.Linear4bit.forward",
-    "bitsandbytes.nn.modules.Linear8bitLt.forward",
-)
-"""Dotted names of the forward functions of linear layers."""
-
 ROWS = (
     QuantisedRow(
         ("bitsandbytes.nn.modules.Params4bit",),

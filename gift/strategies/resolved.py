@@ -11,7 +11,8 @@ from gift.core.forwards import ForwardMethod, forward_method_of, wrap_forward
 from gift.core.frozen_norms import freeze_statistics
 from gift.core.weights.attach import adapt_biases, adapt_tensors
 from gift.factories import Action, ma_freeze, ma_replace_head, mc_any, mc_path, pa_train
-from gift.layers.table import LayoutOptions, row_of
+from gift.layers.layouts import LayoutOptions
+from gift.layers.table import row_of
 from gift.methods import Method, method_of
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 

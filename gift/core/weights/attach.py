@@ -12,7 +12,8 @@ from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts
 from gift.core.weights.record import WeightDelta, in_precision_of, present_tensor, weight_deltas
 from gift.errors import AdaptationError
-from gift.layers.table import LayerRow, LayoutOptions, layout_of, row_of
+from gift.layers.layouts import LayoutOptions
+from gift.layers.table import LayerRow, layout_of, row_of
 from gift.methods import Method
 from gift.quantization import dequantised, is_quantised, not_yet_quantised, stand_in
 from gift.support.tensors import is_inexact

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import Generated, Spec, plain_class
-from gift.layers.table import dotted
-from gift.quantization.bitsandbytes import LINEAR_FORWARDS
+from gift.layers.table import operation_of
 
 
 class QuantisedLayer(Generated):
@@ -42,18 +41,13 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
     return F.embedding(input, self.weight, self.padding_idx).to(self.dtype)
 
 
-FORWARDS = {
-    **dict.fromkeys(LINEAR_FORWARDS, _linear),
-    "bitsandbytes.nn.modules.Embedding4bit.forward": _embedding,
-    "bitsandbytes.nn.modules.Embedding8bit.forward": _embedding,
-}
-"""Maps the dotted name of a layer's forward to one that computes with any weight."""
+_FORWARDS = {"packed linear": _linear, "packed embedding": _embedding}
 
 
 def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Save and load packed weights, and compute with effective weights."""
-    own = plain.forward if issubclass(plain, nn.Module) else None
-    forward = FORWARDS.get(dotted(own)) if own is not None and spec.tensors else None
+    packed = spec.tensors and issubclass(plain, nn.Module)
+    forward = _FORWARDS.get(operation_of(plain)) if packed else None
     if forward is None:
         return [], {}
     return [QuantisedLayer, type("AnyWeight", (Generated,), {"forward": forward})], {}

@@ -14,7 +14,8 @@ from gift.core.delta import Delta, put_values
 from gift.core.dynamic_class import plain_class
 from gift.core.weights.reading import Memory, Slices, made_once, product_parts
 from gift.errors import AdaptationError, GiftWarning
-from gift.layers.table import Layout, LayoutOptions, bias_layout, layout_of
+from gift.layers.layouts import Layout, LayoutOptions, bias_layout
+from gift.layers.table import layout_of
 from gift.methods import Method
 from gift.quantization import dequantised, is_quantised
 from gift.support.tensors import is_finite

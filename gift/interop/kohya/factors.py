@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gift.interop.factors import Pair, for_outputs, smallest
-from gift.layers.table import Layout
+from gift.layers.layouts import Layout
 
 
 def without_core(core: Tensor, right: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 from gift.interop.factors import Pair, magnitude_change, product, smallest
 from gift.interop.kohya.factors import for_groups, without_core
 from gift.interop.kohya.layers import Incompatible, Target
-from gift.layers.table import LayoutOptions, layout_of
+from gift.layers.layouts import LayoutOptions
+from gift.layers.table import layout_of
 from gift.methods.lokr import factorization
 
 Parts = Mapping[str, Tensor]

@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import plain_class
-
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from gift.layers.table import row_of
 
 
 class Incompatible(ValueError):
@@ -47,7 +46,8 @@ class Target:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether kohya files can hold a delta for a module: a linear layer or a convolution."""
-    return issubclass(plain_class(type(module)), LAYERS)
+    row = row_of(plain_class(type(module)))
+    return row is not None and row.family in ("linear", "conv") and row.outputs_first
 
 
 def flat(path: str) -> str:

@@ -11,7 +11,8 @@ from gift.core.dynamic_class import joined
 from gift.core.weights.record import plain_tensor
 from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
 from gift.interop.peft.names import by_pattern, exact_pattern
-from gift.layers.table import Layout, LayoutOptions, layout_of
+from gift.layers.layouts import Layout, LayoutOptions
+from gift.layers.table import layout_of
 from gift.quantization import dequantised
 
 Config = dict[str, Any]

@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.record import WeightDelta
-from gift.layers.table import CONV1D_FORWARD, dotted, reader_of
-from gift.quantization import LINEAR_FORWARDS
+from gift.layers.table import operation_of, reader_of
 
+# What PEFT has adapters for; of bitsandbytes' layers only the linear ones.
 KINDS = {
-    dotted(nn.Linear.forward): "linear",
-    CONV1D_FORWARD: "transposed",
-    dotted(nn.Conv1d.forward): "conv1d",
-    dotted(nn.Conv2d.forward): "conv2d",
-    dotted(nn.Conv3d.forward): "conv3d",
-    dotted(nn.Embedding.forward): "embedding",
-    dotted(nn.MultiheadAttention.forward): "attention",
-    **dict.fromkeys(LINEAR_FORWARDS, "linear"),
+    "linear": "linear",
+    "packed linear": "linear",
+    "transposed linear": "transposed",
+    "conv1d": "conv1d",
+    "conv2d": "conv2d",
+    "conv3d": "conv3d",
+    "embedding": "embedding",
+    "attention": "attention",
 }
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
@@ -30,8 +30,7 @@ def kind_of(module: nn.Module) -> str:
     PEFT calls the layer and adds to the result, while gift changes the weight that the layer
     reads. With another forward, these are different things.
     """
-    cls: Any = plain_class(type(module))
-    return KINDS.get(dotted(cls.forward), "")
+    return KINDS.get(operation_of(plain_class(type(module))), "")
 
 
 @dataclass(frozen=True)

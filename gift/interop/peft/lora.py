@@ -91,7 +91,7 @@ def _read(
 LORA_FORM = Form(
     peft_type="LORA",
     methods=("lora", "rslora", "dora", "lora_fa", "pissa", "olora"),
-    kinds=tuple(KINDS.values()),
+    kinds=tuple(dict.fromkeys(KINDS.values())),
     suffixes=(
         "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B",
         "lora_magnitude_vector",

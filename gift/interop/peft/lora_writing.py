@@ -20,7 +20,8 @@ from gift.interop.peft.forms import (
     sizes,
 )  # fmt: skip
 from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
-from gift.layers.table import Layout, raw_layout
+from gift.layers.layouts import Layout, raw_layout
+from gift.layers.table import row_of
 from gift.methods.anchored import AnchoredLoRA
 from gift.methods.dora import DoRA
 from gift.methods.lora import LoRA
@@ -192,7 +193,8 @@ def parameter_incompatibilities(module: Any, layout: Layout) -> Iterator[str]:
     cls: Any = plain_class(type(module))
     if cls.forward is nn.Module.forward:
         yield f"PEFT adapts it in calls of the {cls.__name__}, which has none"
-    if isinstance(module, nn.RNNBase):
+    row = row_of(cls)
+    if row is not None and row.keeps_weights:
         yield "PEFT passes the weights of recurrent layers by"
     if is_transposed(module) and len(layout.matrix) != len(layout.shape):
         yield "PEFT takes a single matrix that lies transposed for another"
