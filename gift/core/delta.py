@@ -76,8 +76,13 @@ def held(module: nn.Module, name: str) -> dict[str, Any]:
 
 def has_attribute(module: nn.Module, name: str) -> bool:
     """Whether `module` has an attribute, without calling the author's ``__getattr__``."""
-    holders = (vars(module), module._parameters, module._buffers, module._modules)
-    return any(name in holder for holder in holders) or hasattr(type(module), name)
+    return (
+        name in vars(module)
+        or name in module._parameters
+        or name in module._buffers
+        or name in module._modules
+        or hasattr(type(module), name)
+    )
 
 
 def add_tensor(module: nn.Module, name: str, value: Tensor) -> None:

@@ -41,7 +41,7 @@ class HeldFlags:
     def __init__(self, module: nn.Module, frozen: frozenset[str]) -> None:
         self.module = module
         self.frozen = frozen
-        self.empty = tuple(name for name, value in module.__dict__.items() if value is None)
+        self.empty = tuple([name for name, value in module.__dict__.items() if value is None])
 
     def __call__(self, requires_grad: bool = True) -> nn.Module:
         """Freeze the parameters in the module, or train those that are not held frozen."""
@@ -91,18 +91,23 @@ def hold_flags(network: Any) -> None:
     watch(network)
     record = record_of(network)
     trained = record.chosen - record.waiting
-    named = nn.Module.named_parameters(network, remove_duplicate=False)
-    free = {id(parameter) for name, parameter in named if name in trained}
+    parts = list(network.named_modules(remove_duplicate=False))
+    free = {
+        id(parameter)
+        for path, module in parts
+        for name, parameter in module._parameters.items()
+        if (f"{path}.{name}" if path else name) in trained
+    }
     record.held = []
     same: dict[frozenset[str], frozenset[str]] = {}  # one object for all layers of a kind
-    for module in network.modules():
-        if not (module._parameters or module._modules):
+    for module in dict.fromkeys(module for _, module in parts):
+        own = module._parameters
+        if not (own or module._modules):
             continue
         known = module.__dict__.get(HELD)
         if known is not None and not isinstance(known, HeldFlags):
             continue  # an attribute of the author's own
-        own = module._parameters.items()
-        frozen = frozenset(n for n, p in own if p is not None and id(p) not in free)
+        frozen = frozenset([n for n, p in own.items() if p is not None and id(p) not in free])
         if known is None or known.frozen != frozen:
             known = module.__dict__[HELD] = HeldFlags(module, same.setdefault(frozen, frozen))
         if frozen:

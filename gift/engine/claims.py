@@ -14,7 +14,7 @@ from gift.core.iterator import named_parts
 from gift.core.report import Claim
 from gift.core.weights.record import WeightDelta, weight_deltas
 from gift.errors import some
-from gift.quantization import shape_of
+from gift.quantization import numel_of
 
 Adapted = tuple[str, nn.Module, WeightDelta]
 Placed = tuple[str, nn.Module, Any]  # a WeightDelta or a ForwardDelta
@@ -120,7 +120,7 @@ def sizes_of(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 def _size(parameter: nn.Parameter) -> int:
-    return 0 if is_lazy(parameter) else shape_of(parameter).numel()
+    return 0 if is_lazy(parameter) else numel_of(parameter)
 
 
 def _is_larger(module: nn.Module, adapter: WeightDelta) -> bool:

@@ -183,8 +183,8 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
     refuse_meanwhile(module, "merged", "computing rows")
     refuse_meanwhile(module, itself=False)  # the context would restore that part at its end
-    sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
-    if sharded:
+    if any(map(is_sharded, nn.Module.parameters(module))):
+        sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
         raise ValueError(
             f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
             "enable fine-tuning before sharding"

@@ -157,11 +157,14 @@ class LayerRow:
         parameter, but counts under its own name. The tensors from which it is computed do not
         count.
         """
-        computed = list(getattr(module._modules.get("parametrizations"), "keys", list)())
-        computed += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-        sources = {name + suffix for name in computed for suffix in ("_g", "_v", "_orig")}
-        found = [n for n, p in module._parameters.items() if p is not None and n not in sources]
-        return [name for name in computed + found if _names(patterns, name)]
+        names = [name for name, p in module._parameters.items() if p is not None]
+        computed = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+        if "parametrizations" in module._modules:
+            computed = [*getattr(module._modules["parametrizations"], "keys", list)(), *computed]
+        if computed:
+            sources = {name + suffix for name in computed for suffix in ("_g", "_v", "_orig")}
+            names = [*computed, *(name for name in names if name not in sources)]
+        return [name for name in names if _names(patterns, name)]
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

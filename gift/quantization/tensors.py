@@ -41,6 +41,12 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return tensor.shape if row is None else row.shape(tensor)
 
 
+def numel_of(tensor: Tensor) -> int:
+    """Return the number of elements of the matrix that a tensor represents, see `shape_of`."""
+    row = _row_for(tensor)
+    return tensor.numel() if row is None else row.shape(tensor).numel()
+
+
 def dequantised(tensor: Tensor, module: Any = None) -> Tensor:
     """Return a quantised tensor in floating point, and any other tensor unchanged.
 
@@ -170,10 +176,8 @@ def _row_for(tensor: Any) -> QuantisedRow | None:
     cls: type = type(tensor)
     row = None
     if cls is nn.Parameter:
-        for marked in _MARKED:
-            if hasattr(tensor, marked.mark):
-                row = marked
-                break
+        if marks := vars(tensor):  # empty for most parameters
+            row = next((row for row in _MARKED if row.mark in marks), None)
     elif cls is not Tensor and isinstance(tensor, Tensor):
         row = _row_of(cls)
     return row if row is not None and row.holds(tensor) else None

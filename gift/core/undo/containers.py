@@ -20,7 +20,8 @@ class Missing:
 
 def kind_of(value: Any) -> Any:
     """The most derived of the known built-in classes that `value` is an instance of."""
-    return next(kind for kind in _KINDS if issubclass(type(value), kind))
+    cls = type(value)
+    return cls if cls in _EXACT else next(kind for kind in _KINDS if issubclass(cls, kind))
 
 
 def filled(state: Mapping[str, Any], also: Container[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -36,6 +37,8 @@ def filled(state: Mapping[str, Any], also: Container[str] = ()) -> Iterator[tupl
 
 def copied(container: Any) -> Any:
     """A shallow copy of a container, as a plain dictionary, list or set."""
+    if type(container) is dict:  # the common case
+        return dict(container)
     kind = kind_of(container)
     if issubclass(kind, dict):
         return dict(kind.items(container))
@@ -47,7 +50,9 @@ def difference(
 ) -> dict[Any, Any]:
     """Entries of `before` that changed or are gone; new keys except `own` map to `Missing`."""
     changed = {k: v for k, v in before.items() if after.get(k, Missing) is not v}
-    return changed | {k: Missing for k in after.keys() - before.keys() if k not in own}
+    if new := after.keys() - before.keys():
+        changed |= {k: Missing for k in new if k not in own}
+    return changed
 
 
 def differ(before: Any, container: Any) -> bool:

@@ -61,6 +61,8 @@ class Memory:
         reader: returns the tensor that was read last, or None if it is gone.
     """
 
+    __slots__ = ("_known", "reader")
+
     def __init__(self) -> None:
         self.reader: Callable[[], Any] = _nobody
         self._known: tuple[Any, ...] | None = None

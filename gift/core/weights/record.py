@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -204,7 +204,8 @@ class WeightDelta(Delta):
     def initial(self, frozen: Tensor) -> dict[str, Tensor]:
         """The method's initial parameters for the frozen tensor, by their names on the module."""
         assert self.layout is not None
-        with torch.inference_mode(False), torch.no_grad():
+        mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with mode, torch.no_grad():
             made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
         return {self.names.get(key, key): value for key, value in made.items()}
 
