@@ -10,6 +10,7 @@ changed belongs to its author and may refuse writes. Their steps allocate no lar
 author's code and can be repeated. A second pass therefore completes what an interrupt cut off.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -386,6 +387,7 @@ class transaction(held_interrupts):
     Args:
         network, objects, writes: as in `Snapshot`.
         open: let signals through, which then undo the change: for changes that may take long.
+            The garbage collector waits meanwhile.
     """
 
     def __init__(
@@ -399,11 +401,14 @@ class transaction(held_interrupts):
         self._of = network, objects, writes
         self._before: Snapshot | None = None
         self._is_decided = False
+        self._collects = open and gc.isenabled()
         self._with_gradients = torch.is_grad_enabled()
 
     def __enter__(self) -> Self:
         try:
             super().__enter__()
+            if self._collects:  # all that such a change makes stays: a collection finds nothing
+                gc.disable()
             self._before = Snapshot(*self._of)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -425,6 +430,8 @@ class transaction(held_interrupts):
         """Undo everything if the change was not completed."""
         if error[0] is not None and self._before is not None and not self._is_decided:
             self._before.rollback()
+        if self._collects:
+            gc.enable()
         if error[0] is not None:  # a signal can prevent torch's contexts from exiting
             torch.set_grad_enabled(self._with_gradients)
 
