@@ -1,6 +1,7 @@
 """What is fused from adapted layers does not join their network; all else does."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
-from torch.nn.utils import fusion
+from torch.nn.utils import fusion, parametrizations, weight_norm
 
 import gift
-from gift import enable_fine_tuning
-from gift.strategies import DoRAAllFineTuningStrategy, LoRAAllFineTuningStrategy
+from gift import GiftWarning, enable_fine_tuning
+from gift.strategies import (
+    DoRAAllFineTuningStrategy,
+    LoRAAllFineTuningStrategy,
+    ModulesFineTuningStrategy,
+)
 from tests.common import enabled, picture
 
 timm = pytest.importorskip("timm")
@@ -93,6 +98,34 @@ def test_a_fused_layer_does_not_join(fuse: Callable[[Any], None], strategy: Any)
     assert torch.equal(net(x), expected)
     fuse(gift.merge(net)[0])
     torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize("fuse", FUSIONS, ids=lambda fuse: fuse.__name__)
+def test_what_is_fused_while_disabled_is_named(fuse: Callable[[Any], None]) -> None:
+    net = enabled(nn.Sequential(Attention(), nn.Linear(8, 2)))
+    named = pytest.warns(GiftWarning, match=r"0\.qkv.* joined .*gift\.merged\(network\)")
+    with named, gift.disabled(net):
+        fuse(net[0])
+    assert all(p.requires_grad for p in net.parameters())  # the deltas are back
+
+
+def replaced(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.weight + 1)
+
+
+def shrunk(layer: Any) -> None:
+    layer.bias = None
+
+
+HARMLESS = [replaced, shrunk, weight_norm, parametrizations.weight_norm, lambda layer: layer]
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_other_changes_while_disabled_are_not(change: Callable[[Any], Any]) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    enable_fine_tuning(net, ModulesFineTuningStrategy("1"))
+    with warnings.catch_warnings(action="error", category=GiftWarning), gift.disabled(net):
+        change(net[0])
 
 
 def conv_and_norm() -> Any:

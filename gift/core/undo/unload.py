@@ -1,5 +1,6 @@
 """Remove fine-tuning from a network and put it back later."""
 
+import warnings
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.delta import added_names, held
-from gift.core.dynamic_class import Spec, generated_class, plain_class, set_class, spec_of
+from gift.core.dynamic_class import (
+    Spec,
+    generated_class,
+    joined,
+    plain_class,
+    set_class,
+    spec_of,
+)
 from gift.core.frozen_base import HELD, hold_flags
 from gift.core.frozen_norms import kept_modes
 from gift.core.holders import refuse_held_elsewhere
@@ -21,7 +29,7 @@ from gift.core.undo.temporary_state import meanwhile
 from gift.core.undo.undoable import check_undoable
 from gift.core.weights.mixin import is_parametrized
 from gift.core.weights.record import weight_deltas
-from gift.errors import some
+from gift.errors import GiftWarning, some
 from gift.quantization import as_packed
 from gift.support.interrupts import switching
 from gift.support.tensors import set_data, set_flag, with_data
@@ -251,6 +259,7 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _disabled(net: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
+    before = _names_by_module(net)
     with transaction(net):
         detached = UnloadedDelta(net)
         for parameter, _ in gradients:
@@ -275,6 +284,34 @@ def _disabled(net: nn.Module) -> Iterator[None]:
             yield
     finally:
         completed(put_back)
+    if names := list(_new_parameters(net, before)):
+        warnings.warn(
+            f"{some(names)} joined the network while it was disabled, and no delta is used there: "
+            "a layer that is fused from those of the base computes what the base computes. Fuse "
+            "within gift.merged(network), or call gift.merge(network) first",
+            GiftWarning,
+            stacklevel=5,
+        )
+
+
+def _names_by_module(net: nn.Module) -> dict[int, tuple[nn.Module, set[str]]]:
+    """The names of the parameters of each module, by the module's id."""
+    return {
+        id(m): (m, {name for name, p in m._parameters.items() if p is not None})
+        for m in net.modules()
+    }
+
+
+def _new_parameters(net: nn.Module, before: dict[int, tuple[nn.Module, set[str]]]) -> Iterator[str]:
+    """Names of the parameters that were added, but not of those that replaced others.
+
+    A weight norm and the like compute a parameter from others, which replace it.
+    """
+    paths = {id(m): path for path, m in net.named_modules()}
+    for key, (_, names) in _names_by_module(net).items():
+        _, known = before.get(key, (None, set()))
+        if known <= names and "parametrizations" not in paths[key].split("."):
+            yield from (joined(paths[key], name) for name in sorted(names - known))
 
 
 def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
