@@ -90,13 +90,13 @@ def _read(net: Any, dense: bool) -> Changes:
     for name, parameter in net.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
     for path, module in net.named_modules():
-        for tensor, adapter in weight_deltas(module).items():
+        for tensor, delta in weight_deltas(module).items():
             name = joined(path, tensor)
-            if adapter.owner is not None and not adapter.follows:
-                found.tied[name] = module, tensor, adapter
+            if delta.owner is not None and not delta.follows:
+                found.tied[name] = module, tensor, delta
             else:
                 whole = first.get(id(module._parameters.get(tensor)), name)
-                found.weights[name] = _change(whole, module, tensor, adapter, dense)
+                found.weights[name] = _change(whole, module, tensor, delta, dense)
     for module, name, base in record_of(net).undo.values:
         now = tensor_of(module, name).detach()
         if id(module) in paths and not torch.equal(now, base):
@@ -115,27 +115,27 @@ def _foreign(net: Any, paths: Mapping[int, str]) -> Iterator[str]:
             yield f"{joined(paths.get(id(undo.module), ''), name)} was replaced"
 
 
-def _change(name: str, module: nn.Module, tensor: str, adapter: WeightDelta, dense: bool) -> Change:
-    assert adapter.layout is not None
-    method, parameters = adapter.delta_of(module)
+def _change(name: str, module: nn.Module, tensor: str, delta: WeightDelta, dense: bool) -> Change:
+    assert delta.layout is not None
+    method, parameters = delta.delta_of(module)
     with torch.no_grad():
-        factors = None if adapter.follows else method.low_rank(parameters)
+        factors = None if delta.follows else method.low_rank(parameters)
         factors = factors and (factors[0].detach().clone(), factors[1].detach().clone())
         matrix = None
         if factors is None and dense:
-            matrix = _difference(module, tensor, adapter)
+            matrix = _difference(module, tensor, delta)
     dtype = torch.float32
     for value in parameters.values():
         if is_inexact(value):
             dtype = torch.promote_types(dtype, value.dtype)
-    return Change(name, module, tensor, adapter.layout, adapter.options, dtype, factors, matrix)
+    return Change(name, module, tensor, delta.layout, delta.options, dtype, factors, matrix)
 
 
-def _difference(module: nn.Module, tensor: str, adapter: WeightDelta) -> Tensor:
+def _difference(module: nn.Module, tensor: str, delta: WeightDelta) -> Tensor:
     """Return the effective matrix minus the frozen one."""
     frozen = wide(dequantised(present_tensor(module, tensor).detach(), module))
-    assert adapter.layout is not None
-    return adapter.layout.to_matrix(trained_value(adapter, module, frozen) - frozen)
+    assert delta.layout is not None
+    return delta.layout.to_matrix(trained_value(delta, module, frozen) - frozen)
 
 
 def trained_values(changes: Changes) -> Iterator[str]:

@@ -74,8 +74,8 @@ def _layers(
 def _all_changes(changes: Changes) -> dict[str, Change]:
     """Return all changes, with tied tensors as changes by the delta that they read."""
     found = dict(changes.weights)
-    for path, (module, tensor, adapter) in changes.tied.items():
-        owner = next(c for c in found.values() if c.module is adapter.owner)
+    for path, (module, tensor, delta) in changes.tied.items():
+        owner = next(c for c in found.values() if c.module is delta.owner)
         found[path] = replace(owner, module=module, tensor=tensor)
     return found
 

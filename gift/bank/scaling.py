@@ -27,17 +27,17 @@ def scale(net: Any, factor: float) -> None:
         raise ValueError(f"the factor is {factor!r}, expected a finite number")
     work, problems = [], []
     for path, module in net.named_modules():
-        for tensor, adapter in weight_deltas(module).items():
-            if adapter.owner is not None:
+        for tensor, delta in weight_deltas(module).items():
+            if delta.owner is not None:
                 continue  # reads the delta of another tensor
-            method, parameters = adapter.delta_of(module)
+            method, parameters = delta.delta_of(module)
             try:
                 with torch.no_grad():
                     made = method.multiplied(parameters, factor)
             except AdaptationError as error:
                 problems.append(f"{joined(path, tensor)}: {error}")
                 continue
-            new = {adapter.names[k]: v for k, v in made.items() if v is not parameters[k]}
+            new = {delta.names[k]: v for k, v in made.items() if v is not parameters[k]}
             if not all(map(is_finite, new.values())):
                 problems.append(f"{joined(path, tensor)}: its numbers would not be finite")
             work.append((module, new))

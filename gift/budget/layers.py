@@ -102,9 +102,9 @@ def _tied(layers: list[Layer]) -> list[list[int]]:
     home: dict[Any, int] = {}
     groups = {number: [number] for number in range(len(layers))}
     for number, layer in enumerate(layers):
-        for module, _, adapter in layer.adapted():
-            for name in adapter.names.values():
-                first = home.setdefault((adapter.owner or module, name), number)
+        for module, _, delta in layer.adapted():
+            for name in delta.names.values():
+                first = home.setdefault((delta.owner or module, name), number)
                 if groups[first] is not groups[number]:
                     groups[first] += groups[number]
                     groups.update(dict.fromkeys(groups[number], groups[first]))
@@ -113,11 +113,11 @@ def _tied(layers: list[Layer]) -> list[list[int]]:
 
 
 def _weight(
-    module: nn.Module, tensor: str, adapter: WeightDelta
+    module: nn.Module, tensor: str, delta: WeightDelta
 ) -> tuple[tuple[int, ...], torch.dtype]:  # fmt: skip
-    if adapter.layout is None:
+    if delta.layout is None:
         raise AdaptationError(f"{tensor!r} has no shape yet: run a batch through the network first")
-    return adapter.layout.matrix, present_tensor(module, tensor).dtype
+    return delta.layout.matrix, present_tensor(module, tensor).dtype
 
 
 def _default_size(method: Method) -> int:

@@ -1,10 +1,48 @@
 """Iteration over the direct submodules of a module."""
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from gift.core.dynamic_class import joined, plain_class
+
+
+class Site(NamedTuple):
+    """A module or parameter and where it is in the network: the arguments of checks and actions.
+
+    Args:
+        parent: module that holds the module; None for the network itself.
+        name: name of the module in its parent.
+        path: dotted path of the module from the network.
+        class_name: name of its class before any adaptation.
+        module: the module.
+        parameter_name: name of the parameter in the module; "" for the module itself.
+        parameter: the parameter; None for the module itself.
+    """
+
+    parent: nn.Module | None
+    name: str
+    path: str
+    class_name: str
+    module: nn.Module
+    parameter_name: str = ""
+    parameter: Any = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments that a check or action gets: five for a module, seven for a parameter."""
+        return self if self.parameter_name else self[:5]
+
+    @property
+    def full_path(self) -> str:
+        """The dotted path of the parameter or module."""
+        return joined(self.path, self.parameter_name) if self.parameter_name else self.path
+
+    def in_words(self) -> str:
+        """The path, or "the network"."""
+        return self.full_path or "the network"
+
 
 ModuleEntry = tuple[str, str, str, nn.Module, bool]
 

@@ -1,7 +1,7 @@
 """Unfreeze and freeze parameters of the base while a network is being fine-tuned."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,19 @@ from gift.support.tensors import is_inexact
 if TYPE_CHECKING:
     from gift.core.record import NetworkRecord
 
-Place = tuple[set[str], nn.Module, str]
+
+class NamedParameter(NamedTuple):
+    """A parameter of a network with all its names.
+
+    Args:
+        paths: its dotted names, several if it is tied.
+        module: a module that holds it.
+        name: its name there.
+    """
+
+    paths: set[str]
+    module: nn.Module
+    name: str
 
 
 def unfreeze(network: nn.Module, names: Iterable[str]) -> None:
@@ -43,8 +55,8 @@ def unfreeze(network: nn.Module, names: Iterable[str]) -> None:
     if problems := [f"{n}: {why}" for n, why in untrainable(network).items() if n in wanted]:
         raise AdaptationError("these cannot be trained as they are, nothing was changed", problems)
     kept = {id(tensor_of(m, name)) for m, name, _ in record.undo.values}
-    places = _places(network, wanted)
-    for names_of_it, module, name in places:
+    parameters = _named(network, wanted)
+    for names_of_it, module, name in parameters:
         if record.chosen.isdisjoint(names_of_it):
             tensor = tensor_of(module, name)
             if record.keeps_base and id(tensor) not in kept:
@@ -52,17 +64,17 @@ def unfreeze(network: nn.Module, names: Iterable[str]) -> None:
             record.chosen |= names_of_it
             record.late |= names_of_it
         record.waiting -= names_of_it
-    _set_flags(record, places, True)
+    _set_flags(record, parameters, True)
     hold_flags(network)
 
 
 def hold_frozen(network: nn.Module, names: Iterable[str]) -> None:
     """Freeze these parameters until `unfreeze`; chosen ones stay chosen and are still saved."""
     record = record_of(network)
-    places = _places(network, set(names))
-    for names_of_it, *_ in places:
+    parameters = _named(network, set(names))
+    for names_of_it, *_ in parameters:
         record.waiting |= names_of_it & record.chosen
-    _set_flags(record, places, False)
+    _set_flags(record, parameters, False)
     hold_flags(network)
 
 
@@ -80,7 +92,7 @@ def refreeze(network: nn.Module, names: Iterable[str]) -> None:
         )
     hold_frozen(network, names)
     values = {id(tensor_of(m, name)): value for m, name, value in record.undo.values}
-    for names_of_it, module, name in _places(network, late):
+    for names_of_it, module, name in _named(network, late):
         tensor = tensor_of(module, name)
         with torch.no_grad():
             put_value(tensor, values.pop(id(tensor)))
@@ -113,7 +125,7 @@ def keep_values(
     if not trained or late == frozen or not record.keeps_base:
         return
     kept = {id(tensor_of(m, name)) for m, name, _ in record.undo.values}
-    for names_of_it, module, name in _places(network, late):
+    for names_of_it, module, name in _named(network, late):
         tensor, value = tensor_of(module, name), new[min(names_of_it & late)]
         if id(tensor) in kept or _unfit(tensor) or tensor.is_meta or tensor.shape != value.shape:
             continue
@@ -161,7 +173,7 @@ def unfreezable_problems(network: nn.Module, trained: Sequence[nn.Parameter]) ->
         return []
     read = {id(p): method for module in network.modules() for p, method in _read(module)}
     why = {id(p): _READ.format(read[id(p)]) for p in trained if id(p) in read}
-    why |= {id(p): told for p in trained if (told := packed_values(p))}
+    why |= {id(p): reason for p in trained if (reason := packed_values(p))}
     named = network.named_parameters(remove_duplicate=False) if why else ()
     return [f"{name}: {why[id(p)]}" for name, p in named if id(p) in why]
 
@@ -171,12 +183,12 @@ def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     reading = {t: a for t, a in weight_deltas(module).items() if a.method.reads_weight}
     row = row_of(plain_class(type(module))) if reading else None
     apart = {*added_names(module), *(row.names(module, row.biases) if row is not None else ())}
-    for tensor, adapter in reading.items():
+    for tensor, delta in reading.items():
         # A computed tensor is not a parameter: it may be computed from any parameter of the module.
         own = [tensor] if tensor in module._parameters else module._parameters.keys() - apart
         for name in own:
             if (parameter := module._parameters[name]) is not None:
-                yield parameter, adapter.method.name
+                yield parameter, delta.method.name
     computing = module._modules.get("parametrizations") if reading else None
     for name, parameter in computing.named_parameters() if computing is not None else ():
         if (tensor := name.partition(".")[0]) in reading:
@@ -205,22 +217,23 @@ def _unfit(parameter: Tensor) -> str:
     return "" if is_inexact(parameter) else f"it is {parameter.dtype}"
 
 
-def _places(network: nn.Module, names: set[str]) -> list[Place]:
+def _named(network: nn.Module, names: set[str]) -> list[NamedParameter]:
     """All names, the module and the name there of each tensor that has one of these names."""
-    found: dict[int, Place] = {}
+    found: dict[int, NamedParameter] = {}
     for path, module in network.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), (set(), module, name))[0].add(joined(path, name))
+                own = found.setdefault(id(parameter), NamedParameter(set(), module, name))
+                own.paths.add(joined(path, name))
     if unknown := names.difference(*(known for known, *_ in found.values())):
         raise KeyError(f"the network has no parameters {sorted(unknown)}")
-    return [place for place in found.values() if place[0] & names]
+    return [one for one in found.values() if one.paths & names]
 
 
-def _set_flags(record: "NetworkRecord", places: Iterable[Place], flag: bool) -> None:
+def _set_flags(record: "NetworkRecord", parameters: Iterable[NamedParameter], flag: bool) -> None:
     undo = record.undo
     known = {id(module._parameters.get(name)) for module, name, _ in undo.requires_grad}
-    for _, module, name in places:
+    for _, module, name in parameters:
         parameter = module._parameters[name]
         assert parameter is not None
         own = id(parameter) not in known and name not in added_names(module)

@@ -17,7 +17,20 @@ from gift.errors import some
 from gift.quantization import numel_of
 
 Adapted = tuple[str, nn.Module, WeightDelta]
-Placed = tuple[str, nn.Module, Any]  # a WeightDelta or a ForwardDelta
+
+
+class PlacedDelta(NamedTuple):
+    """A delta in a network.
+
+    Args:
+        path: dotted path of the adapted tensor or of the wrapped module.
+        module: the module that holds the delta.
+        delta: a `WeightDelta` or a `ForwardDelta`.
+    """
+
+    path: str
+    module: nn.Module
+    delta: Any
 
 
 class Claimed(NamedTuple):
@@ -40,22 +53,22 @@ class Claimed(NamedTuple):
     module: nn.Module | None
     replaced: bool = False
     parameter: str | None = None
-    gained: tuple[Placed, ...] | None = None
+    gained: tuple[PlacedDelta, ...] | None = None
 
-    def adapters(self) -> Iterator[Adapted]:
+    def deltas(self) -> Iterator[Adapted]:
         """The adapted tensors in the claim: path, module that holds the tensor, its record."""
         if self.module is None:
             return
         if self.gained is not None:
-            yield from (placed for placed in self.gained if isinstance(placed[2], WeightDelta))
+            yield from (placed for placed in self.gained if isinstance(placed.delta, WeightDelta))
             return
         if self.parameter is not None:
-            if adapter := weight_deltas(self.module).get(self.parameter):
-                yield self.path, self.module, adapter
+            if delta := weight_deltas(self.module).get(self.parameter):
+                yield self.path, self.module, delta
             return
         for path, part in named_parts(self.module, self.path):
-            for tensor, adapter in weight_deltas(part).items():
-                yield joined(path, tensor), part, adapter
+            for tensor, delta in weight_deltas(part).items():
+                yield joined(path, tensor), part, delta
 
     def parameters(self) -> list[nn.Parameter | None]:
         """The parameters in the claim, including those that a method added.
@@ -68,39 +81,40 @@ class Claimed(NamedTuple):
             return _parameters_of(self.gained)
         if self.parameter is not None:
             own = self.module._parameters.get(self.parameter)
-            return [own, *_parameters_of(self.adapters())]
+            return [own, *_parameters_of(self.deltas())]
         parts = [part for _, part in named_parts(self.module)]
         extended = [part for part in parts if "_gift_forwards" in vars(part)]
         others = {id(p) for part in extended for p in _parameters_of(named_forward_deltas(part))}
         return [p for part in parts for p in part._parameters.values() if id(p) not in others]
 
 
-def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[Placed]:
+def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[PlacedDelta]:
     """All deltas in `module`: the path of the tensor or wrapped module, that module, the delta."""
     for path, part in module.named_modules(prefix=prefix):
         for key, delta in deltas_of(part).items():
-            yield (joined(path, key) if isinstance(delta, WeightDelta) else path), part, delta
+            own = joined(path, key) if isinstance(delta, WeightDelta) else path
+            yield PlacedDelta(own, part, delta)
 
 
-def _parameters_of(placed: Iterable[Placed]) -> list[nn.Parameter | None]:
+def _parameters_of(placed: Iterable[tuple[str, nn.Module, Any]]) -> list[nn.Parameter | None]:
     return [
         module._parameters.get(name) for _, module, delta in placed for name in delta.names.values()
     ]
 
 
-def claims_of(all_taken: Iterable[Claimed]) -> list[Claim]:
+def claims_of(all_claimed: Iterable[Claimed]) -> list[Claim]:
     """The claims, after ties are settled; a tied tensor counts where it was claimed first."""
     claims, counted = [], set[int]()
     texts: dict[int, str] = {}  # by id of the method, which many layers share
-    for taken in all_taken:
-        trained = {id(p): p for p in taken.parameters() if p is not None and p.requires_grad}
+    for claimed in all_claimed:
+        trained = {id(p): p for p in claimed.parameters() if p is not None and p.requires_grad}
         trainable = sum(_size(p) for key, p in trained.items() if key not in counted)
         counted.update(trained)
-        adapters = list(taken.adapters())
-        texts |= {id(a.method): str(a.method) for *_, a in adapters if id(a.method) not in texts}
-        larger = tuple(path for path, module, a in adapters if _is_larger(module, a))
-        what = _what(taken, adapters, bool(trained), texts)
-        claims.append(Claim(taken.cap, taken.path, taken.class_name, what, trainable, larger))
+        deltas = list(claimed.deltas())
+        texts |= {id(a.method): str(a.method) for *_, a in deltas if id(a.method) not in texts}
+        larger = tuple(path for path, module, a in deltas if _is_larger(module, a))
+        what = _what(claimed, deltas, bool(trained), texts)
+        claims.append(Claim(claimed.cap, claimed.path, claimed.class_name, what, trainable, larger))
     return claims
 
 
@@ -123,35 +137,35 @@ def _size(parameter: nn.Parameter) -> int:
     return 0 if is_lazy(parameter) else numel_of(parameter)
 
 
-def _is_larger(module: nn.Module, adapter: WeightDelta) -> bool:
-    if adapter.owner is not None or adapter.layout is None:
+def _is_larger(module: nn.Module, delta: WeightDelta) -> bool:
+    if delta.owner is not None or delta.layout is None:
         return False
-    delta = (module._parameters.get(name) for name in adapter.names.values())
-    return sum(p.numel() for p in delta if p is not None) > math.prod(adapter.layout.shape)
+    added = (module._parameters.get(name) for name in delta.names.values())
+    return sum(p.numel() for p in added if p is not None) > math.prod(delta.layout.shape)
 
 
-def _what(taken: Claimed, adapters: list[Adapted], trained: bool, texts: Mapping[int, str]) -> str:
-    if taken.module is None:
+def _what(claimed: Claimed, deltas: list[Adapted], trained: bool, texts: Mapping[int, str]) -> str:
+    if claimed.module is None:
         return "removed"
-    if taken.gained is not None:
-        return _gained(taken.path, taken.gained)
-    if taken.replaced:
-        return f"replaced by {plain_class(type(taken.module)).__name__}"
+    if claimed.gained is not None:
+        return _gained(claimed.path, claimed.gained)
+    if claimed.replaced:
+        return f"replaced by {plain_class(type(claimed.module)).__name__}"
     adapted: dict[str, list[str]] = {}
-    for path, _, adapter in adapters:
-        text = texts[id(adapter.method)] if adapter.owner is None else "the delta of a tied tensor"
-        adapted.setdefault(text, []).append(path.removeprefix(f"{taken.path}."))
+    for path, _, delta in deltas:
+        text = texts[id(delta.method)] if delta.owner is None else "the delta of a tied tensor"
+        adapted.setdefault(text, []).append(path.removeprefix(f"{claimed.path}."))
     if not adapted:
         return "trained" if trained else "frozen"
-    if taken.parameter is not None:
+    if claimed.parameter is not None:
         return "; ".join(adapted)
     return "; ".join(f"{text} on {some(tensors, limit=4)}" for text, tensors in adapted.items())
 
 
-def _gained(path: str, placed: Iterable[Placed]) -> str:
+def _gained(path: str, placed: Iterable[PlacedDelta]) -> str:
     """What an open action did to a module; deltas without tensors are left out."""
-    told = []
-    for place, _, delta in placed:
-        inside = place.removeprefix(path).strip(".")
-        told += [f"{delta.method}" + f" on {inside}" * bool(inside)] * bool(delta.names)
-    return "; ".join(told) or "left as it is"
+    texts = []
+    for own, _, delta in placed:
+        inside = own.removeprefix(path).strip(".")
+        texts += [f"{delta.method}" + f" on {inside}" * bool(inside)] * bool(delta.names)
+    return "; ".join(texts) or "left as it is"

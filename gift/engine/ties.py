@@ -63,18 +63,18 @@ class Ties:
             if parameter is not None and id(parameter) in self.fates:
                 parameter.requires_grad = self.flags[id(parameter)]
 
-    def note_module(self, cap: Cap, taken: Claimed) -> None:
+    def note_module(self, cap: Cap, claimed: Claimed) -> None:
         """Record what happened to the tied parameters of a module that a cap claimed."""
-        if taken.module is None:
+        if claimed.module is None:
             return
-        gained = next(taken.adapters(), None) is not None
-        for path, part in named_parts(taken.module, taken.path):
-            self.takers[id(part)] = cap, taken.cap, path
+        gained = next(claimed.deltas(), None) is not None
+        for path, part in named_parts(claimed.module, claimed.path):
+            self.takers[id(part)] = cap, claimed.cap, path
             for name, parameter in part._parameters.items():
                 if parameter is not None and id(parameter) in self.tensors:
                     fate = _fate(part, name, parameter)
                     firm = fate != "frozen" or not gained
-                    self._note(parameter, Fate(joined(path, name), taken.cap, fate, firm))
+                    self._note(parameter, Fate(joined(path, name), claimed.cap, fate, firm))
 
     def note_parameter(
         self, cap: Cap, number: int, module: nn.Module, name: str, path: str
@@ -149,17 +149,17 @@ class Ties:
             if len(firm) > 1:
                 self.contradicted.add(key)
                 first, *others = firm
-                told = [f"{first.path} is {first} by {caps[first.cap]}"]
-                told += [f"{fate.path} is {fate} by {caps[fate.cap]}" for fate in others]
+                texts = [f"{first.path} is {first} by {caps[first.cap]}"]
+                texts += [f"{fate.path} is {fate} by {caps[fate.cap]}" for fate in others]
                 names = " and ".join(dict.fromkeys(fate.path for fate in others))
-                yield (f"{names} is tied to {first.path}: {', '.join(told)}; one tensor takes one")
+                yield (f"{names} is tied to {first.path}: {', '.join(texts)}; one tensor takes one")
             elif firm and firm[0].what == "trained":
                 self.tensors[key].requires_grad = True
 
 
 def _fate(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Method:
-    if (adapter := weight_deltas(module).get(name)) is not None:
-        return adapter.method
+    if (delta := weight_deltas(module).get(name)) is not None:
+        return delta.method
     return "trained" if parameter.requires_grad else "frozen"
 
 

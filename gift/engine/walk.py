@@ -12,7 +12,7 @@ from torch import nn
 from gift.core.delta import remove_tensor
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import settle_modules_around
-from gift.core.iterator import ModuleIterator, named_parts
+from gift.core.iterator import ModuleIterator, Site, named_parts
 from gift.core.weights.attach import install, uninstall
 from gift.core.weights.record import WeightDelta, weight_deltas
 from gift.engine.claims import Claimed, claims_of, placed_deltas
@@ -24,10 +24,9 @@ from gift.layers.table import layout_of
 from gift.methods import Method
 from gift.strategies.base import Cap, FineTuningStrategy
 
-Place = tuple[nn.Module | None, str, str, str, nn.Module]
 Caps = tuple[list[Cap], list[Cap]]
 Guard = Callable[[], AbstractContextManager[Any]]
-Visit = Callable[[Caps, Place, int | None], None]
+Visit = Callable[[Caps, Site, int | None], None]
 
 
 class Walk:
@@ -46,7 +45,7 @@ class Walk:
     def __init__(self, network: nn.Module, strategy: FineTuningStrategy, guard: Guard) -> None:
         self.network = network
         self.guard = guard
-        self.taken: list[Claimed] = []
+        self.claimed: list[Claimed] = []
         self.problems: list[str] = []
         self.kept: set[int] = set()  # ids of the parameters that caps claimed
         self.done: dict[int, nn.Module | None] = {}  # by id of a claimed module: its replacement
@@ -54,14 +53,14 @@ class Walk:
         self.ties = Ties(network)
         self.caps = strategy.cap_texts if self.ties else []
         caps = self._caps_for(strategy, network)
-        self._visit(caps, (None, "", "", _class_name(network), network), None)
+        self._visit(caps, Site(None, "", "", _class_name(network), network), None)
         self.problems += self.ties.settle(self.caps)
         self._tie()
         if self.extended:
             settle_modules_around(network)
         self.clipped: dict[str, tuple[str, int]] = {}  # weights without the requested size
         self._settle_sizes()
-        self.claims = claims_of(self.taken)
+        self.claims = claims_of(self.claimed)
 
     def _caps_for(self, strategy: FineTuningStrategy, module: nn.Module) -> Caps:
         types = strategy.constraint_type
@@ -79,83 +78,81 @@ class Walk:
 
         return bound(strategy.module_caps), bound(strategy.para_caps)
 
-    def _visit(self, caps: Caps, place: Place, top: int | None) -> None:
+    def _visit(self, caps: Caps, site: Site, top: int | None) -> None:
         """Visit a module and all modules in it; claims are credited to the cap `top`, if given."""
-        parent, name, _, _, module = place
-        if id(module) in self.done:
-            self._look_again(caps, place, top)
-            self._put_replacement(parent, name, module)
+        if id(site.module) in self.done:
+            self._look_again(caps, site, top)
+            self._put_replacement(site)
             return
         extending: list[tuple[Cap, int]] = []
         for number, cap in enumerate(caps[0]):
-            if not self._matches(cap, f"module cap {number}", place):
+            if not self._matches(cap, f"module cap {number}", site):
                 continue
             credited = number if top is None else top
             if getattr(cap.action, "open", False) is not True:
-                self._claim(cap, place, credited)
+                self._claim(cap, site, credited)
                 break
             extending.append((cap, credited))
         else:
-            self._descend(caps, place, top)
+            self._descend(caps, site, top)
         for cap, credited in extending:
-            self._extend(cap, place, credited)
+            self._extend(cap, site, credited)
 
-    def _descend(
-        self, caps: Caps, place: Place, top: int | None, visit: Visit | None = None
-    ) -> None:
+    def _descend(self, caps: Caps, site: Site, top: int | None, visit: Visit | None = None) -> None:
         """Offer the parameters of a module that no cap claimed to caps, then visit its children."""
         module_caps, para_caps = caps
-        module = place[4]
+        module = site.module
         for parameter_name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                self._offer(para_caps, len(module_caps), (*place, parameter_name, parameter), top)
-        for child_name, path, class_name, child, _ in list(ModuleIterator(module, place[2])):
-            (visit or self._visit)(caps, (module, child_name, path, class_name, child), top)
+                own = Site(*site[:5], parameter_name, parameter)
+                self._offer(para_caps, len(module_caps), own, top)
+        for child_name, path, class_name, child, _ in list(ModuleIterator(module, site.path)):
+            (visit or self._visit)(caps, Site(module, child_name, path, class_name, child), top)
 
-    def _look_again(self, caps: Caps, place: Place, top: int | None) -> None:
+    def _look_again(self, caps: Caps, site: Site, top: int | None) -> None:
         """Check a claimed module under another name: no other cap may claim it or its contents."""
-        module = place[4]
+        module = site.module
         for number, cap in enumerate(caps[0]):
             if getattr(cap.action, "open", False) is True:
                 continue
-            if not self._matches(cap, f"module cap {number}", place):
+            if not self._matches(cap, f"module cap {number}", site):
                 continue
             credited = number if top is None else top
             if isinstance(cap.action, FineTuningStrategy):
-                self._look_again(self._caps_for(cap.action, module), place, credited)
+                self._look_again(self._caps_for(cap.action, module), site, credited)
             elif self.ties.takes_anew(cap, module):
-                self.ties.contradict(module, credited, place[2], self.caps)
+                self.ties.contradict(module, credited, site.path, self.caps)
             return
-        self._descend(caps, place, top, self._look_again)
+        self._descend(caps, site, top, self._look_again)
 
-    def _put_replacement(self, parent: nn.Module | None, name: str, module: nn.Module) -> None:
-        replacement = self.done[id(module)]
-        if parent is not None and replacement is not None and replacement is not module:
-            parent._modules[name] = replacement
+    def _put_replacement(self, site: Site) -> None:
+        replacement = self.done[id(site.module)]
+        if site.parent is not None and replacement is not None and replacement is not site.module:
+            site.parent._modules[site.name] = replacement
 
-    def _claim(self, cap: Cap, place: Place, number: int) -> None:
-        parent, name, path, class_name, module = place
+    def _claim(self, cap: Cap, site: Site, number: int) -> None:
+        parent, name, path, class_name, module = site[:5]
         if isinstance(cap.action, FineTuningStrategy):
-            self._visit(self._caps_for(cap.action, module), place, number)
+            self._visit(self._caps_for(cap.action, module), site, number)
             return
         if self.ties:
             if self.ties.contradicts(cap, module, number, path, self.caps):
                 return
             self.ties.forget_flags(nn.Module.parameters(module))
-        self._run(cap, place, path)
+        self._run(cap, site, path)
         now = module if parent is None else parent._modules.get(name)
         self.done[id(module)] = now
         if now is not None:
             for _, part in named_parts(now):
                 self.done[id(part)] = part
                 self.kept.update(map(id, part._parameters.values()))
-        self.taken.append(Claimed(number, path, class_name, now, replaced=now is not module))
+        self.claimed.append(Claimed(number, path, class_name, now, replaced=now is not module))
         if self.ties:
-            self.ties.note_module(cap, self.taken[-1])
+            self.ties.note_module(cap, self.claimed[-1])
 
-    def _extend(self, cap: Cap, place: Place, number: int) -> None:
-        """Run an open action on the module at `place`, after everything else there is done."""
-        parent, name, path, class_name, module = place
+    def _extend(self, cap: Cap, site: Site, number: int) -> None:
+        """Run an open action on the module at `site`, after everything else there is done."""
+        parent, name, path, class_name, module = site[:5]
         now = module if parent is None else parent._modules.get(name)
         if now is None:
             self.problems.append(f"{path} ({class_name}): {cap!r} has nothing to act on, as a "
@@ -164,57 +161,57 @@ class Walk:
         if self.extended.setdefault(id(now), path) != path:
             return  # done already, under its first name
         before = {id(delta) for *_, delta in placed_deltas(now)}
-        self._run(cap, (parent, name, path, _class_name(now), now), path)
-        gained = [d for d in placed_deltas(now, path) if id(d[2]) not in before]
-        self.taken.append(Claimed(number, path, class_name, now, gained=tuple(gained)))
+        self._run(cap, Site(parent, name, path, _class_name(now), now), path)
+        gained = [d for d in placed_deltas(now, path) if id(d.delta) not in before]
+        self.claimed.append(Claimed(number, path, class_name, now, gained=tuple(gained)))
 
     def _offer(
-        self, caps: list[Cap], offset: int, place: tuple[Any, ...], top: int | None
+        self, caps: list[Cap], offset: int, site: Site, top: int | None
     ) -> None:  # fmt: skip
-        *_, module, name, parameter = place
+        *_, module, name, parameter = site
         for number, cap in enumerate(caps):
-            if not self._matches(cap, f"parameter cap {number}", place):
+            if not self._matches(cap, f"parameter cap {number}", site):
                 continue
             number = offset + number if top is None else top
-            path = joined(place[2], name)
+            path = site.full_path
             if isinstance(cap.action, FineTuningStrategy):
-                self._offer(self._caps_for(cap.action, module)[1], 0, place, number)
+                self._offer(self._caps_for(cap.action, module)[1], 0, site, number)
                 return
             if id(parameter) in self.kept:
-                self._offer_again(cap, place, path, number)
+                self._offer_again(cap, site, path, number)
                 return
             self.kept.add(id(parameter))
-            self._run(cap, place, path)
+            self._run(cap, site, path)
             self.ties.note_parameter(cap, number, module, name, path)
-            self.taken.append(Claimed(number, path, place[3], module, parameter=name))
+            self.claimed.append(Claimed(number, path, site.class_name, module, parameter=name))
             return
 
-    def _offer_again(self, cap: Cap, place: tuple[Any, ...], path: str, number: int) -> None:
+    def _offer_again(self, cap: Cap, site: Site, path: str, number: int) -> None:
         """Let a cap act on a parameter that was claimed under another name, if they agree."""
-        *_, module, name, parameter = place
+        *_, module, name, parameter = site
         if id(parameter) not in self.ties.tensors or not self.ties.takes_anew(cap, parameter):
             return
         if name in weight_deltas(module):
             self.ties.contradict(module, number, path, self.caps, name)
             return
         self.ties.forget_flags([parameter])
-        self._run(cap, place, path)
+        self._run(cap, site, path)
         self.ties.note_parameter(cap, number, module, name, path)
 
-    def _matches(self, cap: Cap, label: str, place: tuple[Any, ...]) -> bool:
+    def _matches(self, cap: Cap, label: str, site: Site) -> bool:
         try:
-            return bool(cap.check(*place))
+            return bool(cap.check(*site.arguments))
         except Exception as error:
-            where = joined(place[2], *place[5:6]) or "the network"
+            where = site.in_words()
             error.add_note(f"raised by the check of {cap!r} ({label}) on {where}")
             raise
 
-    def _run(self, cap: Cap, place: tuple[Any, ...], path: str) -> None:
+    def _run(self, cap: Cap, site: Site, path: str) -> None:
         try:
             with nullcontext() if isinstance(cap.action, Action) else self.guard():
-                cap.action(*place, **cap.params)  # type: ignore[operator]
+                cap.action(*site.arguments, **cap.params)  # type: ignore[operator]
         except AdaptationError as error:  # collect all of these, raise once
-            self.problems.append(f"{path or 'the network'} ({place[3]}): {error}")
+            self.problems.append(f"{path or 'the network'} ({site.class_name}): {error}")
         except Exception as error:
             error.add_note(f"raised by the action of {cap!r} on {path or 'the network'}")
             raise
@@ -237,37 +234,37 @@ class Walk:
         Weights that are adapted by the same method with the same settings are judged together.
         """
         asked: dict[Method, list[tuple[Claimed, str, WeightDelta]]] = {}
-        for taken in self.taken:
-            for path, _, adapter in taken.adapters():
-                if adapter.asked is not None and adapter.owner is None:
-                    asked.setdefault(adapter.asked, []).append((taken, path, adapter))
+        for claimed in self.claimed:
+            for path, _, delta in claimed.deltas():
+                if delta.asked is not None and delta.owner is None:
+                    asked.setdefault(delta.asked, []).append((claimed, path, delta))
         refused: dict[str, list[str]] = {}
         for weights in asked.values():
-            clipped = [weight for weight in weights if weight[2].clipped]
+            clipped = [weight for weight in weights if weight[-1].clipped]
             if len(clipped) < len(weights):
-                for _, path, adapter in clipped:
-                    method = adapter.method
+                for _, path, delta in clipped:
+                    method = delta.method
                     self.clipped[path] = str(method.size_setting), method.size or 0
                 continue
-            for taken, path, adapter in clipped:
-                place = f"{taken.path or 'the network'} ({taken.class_name})"
-                texts = path.removeprefix(taken.path).lstrip("."), adapter.refusal()
-                refused.setdefault(place, []).append(": ".join(filter(None, texts)))
-        self.problems += [f"{place}: {'; '.join(texts)}" for place, texts in refused.items()]
+            for claimed, path, delta in clipped:
+                where = f"{claimed.path or 'the network'} ({claimed.class_name})"
+                texts = path.removeprefix(claimed.path).lstrip("."), delta.refusal()
+                refused.setdefault(where, []).append(": ".join(filter(None, texts)))
+        self.problems += [f"{where}: {'; '.join(texts)}" for where, texts in refused.items()]
 
     def _drop_second(
         self, owner: tuple[nn.Module, str], path: str, module: nn.Module, name: str
     ) -> None:
         """Drop the second delta of a tied tensor, or report a problem if the methods differ."""
         holder, tensor = owner
-        adapter, second = weight_deltas(holder).get(tensor), weight_deltas(module).get(name)
-        if adapter is None or second is None:
+        delta, second = weight_deltas(holder).get(tensor), weight_deltas(module).get(name)
+        if delta is None or second is None:
             return
         if id(holder._parameters[tensor]) in self.ties.contradicted:
             return  # reported already
-        if second.method != adapter.method:
+        if second.method != delta.method:
             self.problems.append(
-                f"{path} is tied to a tensor that is adapted by {adapter.method}, and was to "
+                f"{path} is tied to a tensor that is adapted by {delta.method}, and was to "
                 f"be adapted by {second.method}; one tensor takes one"
             )
             return
@@ -299,21 +296,21 @@ def _with_owners(
 
 def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
     """Let `module` read its tensor through the delta of the tied tensor in `owner`."""
-    adapter = weight_deltas(owner)[tensor]
-    shared = replace(adapter, owner=owner, follows=())
-    if adapter.layout is not None:
-        shape = torch.Size(adapter.layout.shape)
-        shared.reads_alike = layout_of(module, name, shape, adapter.options) == adapter.layout
+    delta = weight_deltas(owner)[tensor]
+    shared = replace(delta, owner=owner, follows=())
+    if delta.layout is not None:
+        shape = torch.Size(delta.layout.shape)
+        shared.reads_alike = layout_of(module, name, shape, delta.options) == delta.layout
     install(module, name, shared)
 
 
 def _drop(module: nn.Module, tensor: str) -> None:
     """Remove a delta, and the use of it for the bias that belongs to the weight."""
-    adapter = weight_deltas(module)[tensor]
+    delta = weight_deltas(module)[tensor]
     uninstall(module, tensor)
-    if adapter.owner is not None:
+    if delta.owner is not None:
         return
-    gone = set(adapter.names.values())
+    gone = set(delta.names.values())
     for added in gone:
         remove_tensor(module, added)
     for name, other in list(weight_deltas(module).items()):

@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from gift.core.dynamic_class import plain_class
 from gift.core.frozen_norms import freeze_statistics
 from gift.core.io_spec import forget_classes
+from gift.core.iterator import Site
 from gift.core.unfreeze import packed_values
 from gift.core.weights.attach import adapt_module, adapt_tensor
 from gift.errors import AdaptationError
@@ -76,9 +77,8 @@ def ma_adapt(method: str | Method = "lora", **settings: Any) -> Action:
     made = method_and_options(method, **settings)
 
     def act(*place: Any, **params: Any) -> None:
-        adapt_module(
-            place[4], *(method_and_options(method, **(settings | params)) if params else made)
-        )
+        own = method_and_options(method, **(settings | params)) if params else made
+        adapt_module(Site(*place).module, *own)
 
     return Action(act)
 
@@ -90,7 +90,8 @@ def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
 
     def act(*place: Any, **params: Any) -> None:
         own, options, _ = method_and_options(method, **(settings | params)) if params else made
-        adapt_tensor(place[4], place[5], own, options)
+        site = Site(*place)
+        adapt_tensor(site.module, site.parameter_name, own, options)
 
     return Action(act)
 
@@ -98,7 +99,7 @@ def pa_adapt(method: str | Method = "lora", **settings: Any) -> Action:
 @recorded
 def ma_train() -> Action:
     """Train all parameters of the module and its submodules; packed ones are refused."""
-    return Action(lambda *place: _train(nn.Module.named_parameters(place[4])))
+    return Action(lambda *place: _train(nn.Module.named_parameters(Site(*place).module)))
 
 
 @recorded
@@ -111,10 +112,11 @@ def ma_freeze(statistics: bool = False) -> Action:
     """
 
     def act(*place: Any) -> None:
-        for parameter in nn.Module.parameters(place[4]):
+        module = Site(*place).module
+        for parameter in nn.Module.parameters(module):
             parameter.requires_grad = False
         if statistics:
-            freeze_statistics(place[4])
+            freeze_statistics(module)
 
     return Action(act)
 
@@ -130,13 +132,13 @@ def _train(named: Iterable[tuple[str, nn.Parameter]]) -> None:
 @recorded
 def pa_train() -> Action:
     """Train the parameter; a packed one is refused."""
-    return Action(lambda *place: _train([(place[5], place[6])]))
+    return Action(lambda *place: _train([Site(*place)[5:]]))
 
 
 @recorded
 def pa_freeze() -> Action:
     """Freeze the parameter."""
-    return Action(lambda *place: setattr(place[6], "requires_grad", False))
+    return Action(lambda *place: setattr(Site(*place).parameter, "requires_grad", False))
 
 
 @recorded
@@ -156,7 +158,8 @@ def ma_replace(replacement: nn.Module | Callable[[nn.Module], nn.Module]) -> Act
         return replacement(old)
 
     def act(*place: Any) -> None:
-        _replace(place, make(place[4]))
+        site = Site(*place)
+        _replace(site, make(site.module))
 
     return Action(act)
 
@@ -176,8 +179,9 @@ def ma_replace_head(num_classes: int) -> Action:
 
     def prepare(network: nn.Module) -> Callable[..., None]:
         def act(*place: Any) -> None:
-            head = new_head(place[4], num_classes)
-            _replace(place, head)
+            site = Site(*place)
+            head = new_head(site.module, num_classes)
+            _replace(site, head)
             forget_classes(network)
             for module in network.modules():
                 if head in module.modules():
@@ -188,14 +192,14 @@ def ma_replace_head(num_classes: int) -> Action:
     return Action(prepare=prepare)
 
 
-def _replace(place: tuple[Any, ...], new: nn.Module) -> None:
-    parent, name, _, class_name, old = place
-    if parent is None:
-        raise ValueError(f"the network itself ({class_name}) cannot be replaced: it has no parent")
+def _replace(site: Site, new: nn.Module) -> None:
+    what = site.class_name
+    if site.parent is None:
+        raise ValueError(f"the network itself ({what}) cannot be replaced: it has no parent")
     if not isinstance(new, nn.Module):
-        raise TypeError(f"the replacement of {class_name} is {new!r}, expected a torch.nn.Module")
-    new.train(old.training)
-    parent._modules[name] = new
+        raise TypeError(f"the replacement of {what} is {new!r}, expected a torch.nn.Module")
+    new.train(site.module.training)
+    site.parent._modules[site.name] = new
 
 
 def new_head(old: nn.Module, num_classes: int) -> nn.Module:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from gift.core.dynamic_class import joined, plain_class
-from gift.core.iterator import ModuleIterator
+from gift.core.dynamic_class import plain_class
+from gift.core.iterator import ModuleIterator, Site
 from gift.core.raw_parameters import is_experts
 from gift.factories.serializable import Recorded, bind, recorded
 from gift.layers.table import FAMILIES, LAYERS, is_norm, row_of
@@ -152,7 +152,7 @@ def mc_name(
         regex: regular expressions that match the whole name.
     """
     test = _name_test(names, contains, glob, regex)
-    return Check(lambda *place: test(place[1]))
+    return Check(lambda *place: test(Site(*place).name))
 
 
 @recorded
@@ -161,14 +161,14 @@ def mc_path(
 ) -> Check:  # fmt: skip
     """Match modules by their dotted path from the network, ``layer4.0.conv1``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
-    return Check(lambda *place: test(place[2]))
+    return Check(lambda *place: test(Site(*place).path))
 
 
 @recorded
 def mc_class_name(*names: str) -> Check:
     """Match modules by the exact name of their class before adaptation, without subclasses."""
     test = _name_test(names, None, None, None)
-    return Check(lambda *place: test(place[3]))
+    return Check(lambda *place: test(Site(*place).class_name))
 
 
 @recorded
@@ -177,7 +177,7 @@ def mc_type(*types: type) -> Check:
     wrong = [t for t in types if not isinstance(t, type)]
     if wrong or not types:
         raise TypeError(f"mc_type expects classes, got {wrong or 'none'}")
-    return Check(lambda *place: isinstance(place[4], types))
+    return Check(lambda *place: isinstance(Site(*place).module, types))
 
 
 @recorded
@@ -193,7 +193,7 @@ def mc_layer(*families: str) -> Check:
         raise ValueError(f"unknown families {unknown}, expected some of {list(FAMILIES)}")
 
     def test(*place: Any) -> bool:
-        row = row_of(plain_class(type(place[4])))
+        row = row_of(plain_class(type(Site(*place).module)))
         return row is not None and (not families or row.family in families)
 
     return Check(test)
@@ -214,10 +214,11 @@ _NORM_NAME = re.compile(r"[Nn]orm(?!al(?!i[sz]))")  # matches "Normalize", but n
 
 
 def _is_norm(*place: Any) -> bool:
-    module = place[4]
+    site = Site(*place)
+    module = site.module
     if is_norm(module):
         return True
-    if any(True for _ in module.children()) or not _NORM_NAME.search(place[3]):
+    if any(True for _ in module.children()) or not _NORM_NAME.search(site.class_name):
         return False
     parameters = [p for p in module._parameters.values() if p is not None]
     return all(not is_lazy(p) and sum(n > 1 for n in p.shape) <= 1 for p in parameters)
@@ -228,7 +229,8 @@ def mc_depth(at_least: int = 0, at_most: int | None = None) -> Check:
     """Match modules by depth: the network has depth 0, its submodules 1, and so on."""
 
     def test(*place: Any) -> bool:
-        depth = len(place[2].split(".")) if place[2] else 0
+        path = Site(*place).path
+        depth = len(path.split(".")) if path else 0
         return depth >= at_least and (at_most is None or depth <= at_most)
 
     return Check(test)
@@ -258,7 +260,7 @@ def mc_last(number: int, within: str = "") -> Check:
                 f"the last {number} were asked for"
             )
         last = {id(block) for block in blocks[-number:]}
-        return lambda *place: id(place[4]) in last
+        return lambda *place: id(Site(*place).module) in last
 
     return Check(prepare=prepare)
 
@@ -269,7 +271,7 @@ def mc_last_linear() -> Check:
 
     def prepare(network: nn.Module) -> Test:
         _, last = last_linear(network)
-        return lambda *place: last is not None and place[4] is last
+        return lambda *place: last is not None and Site(*place).module is last
 
     return Check(prepare=prepare)
 
@@ -286,13 +288,13 @@ def _is_linear(module: nn.Module) -> bool:
     return row is not None and row.family == "linear"
 
 
-def _parameter_test(test: Callable[[Any], bool]) -> Check:
+def _parameter_test(test: Callable[[Site], bool]) -> Check:
     def check(*place: Any) -> bool:
         if len(place) != 7:
             raise TypeError(
                 "a parameter check (pc_...) stands in a module cap; use it in para_caps"
             )
-        return test(place)
+        return test(Site(*place))
 
     return Check(check)
 
@@ -300,7 +302,7 @@ def _parameter_test(test: Callable[[Any], bool]) -> Check:
 @recorded
 def pc_any() -> Check:
     """Match every parameter."""
-    return _parameter_test(lambda place: True)
+    return _parameter_test(lambda site: True)
 
 
 @recorded
@@ -309,7 +311,7 @@ def pc_name(
 ) -> Check:  # fmt: skip
     """Match parameters by their own name, ``bias``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
-    return _parameter_test(lambda place: test(place[5]))
+    return _parameter_test(lambda site: test(site.parameter_name))
 
 
 @recorded
@@ -318,7 +320,7 @@ def pc_path(
 ) -> Check:  # fmt: skip
     """Match parameters by their dotted path, ``layer4.0.bn1.bias``; see `mc_name`."""
     test = _name_test(names, contains, glob, regex)
-    return _parameter_test(lambda place: test(joined(place[2], place[5])))
+    return _parameter_test(lambda site: test(site.full_path))
 
 
 @recorded
@@ -330,7 +332,7 @@ def pc_experts() -> Check:
     DeepSeek, GPT-OSS, Llama 4. Tables of positions or tokens and biases do not match. There is no
     warning if nothing matches.
     """
-    check = _parameter_test(lambda place: is_experts(*place[4:]))
+    check = _parameter_test(lambda site: is_experts(*site[4:]))
     check.optional = True
     return check
 
@@ -338,9 +340,12 @@ def pc_experts() -> Check:
 @recorded
 def pc_ndim(at_least: int = 0, at_most: int | None = None) -> Check:
     """Match parameters by their number of axes: 2 for a matrix, 1 for a bias."""
-    return _parameter_test(
-        lambda place: place[6].ndim >= at_least and (at_most is None or place[6].ndim <= at_most)
-    )
+
+    def test(site: Site) -> bool:
+        axes = site.parameter.ndim
+        return axes >= at_least and (at_most is None or axes <= at_most)
+
+    return _parameter_test(test)
 
 
 @recorded
@@ -356,10 +361,10 @@ def pc_bias() -> Check:
     return _parameter_test(_is_bias)
 
 
-def _is_bias(place: Any) -> bool:
-    module, name = place[4], place[5]
+def _is_bias(site: Site) -> bool:
+    module, name = site.module, site.parameter_name
     if isinstance(module, ParametrizationList):  # named after the tensor that it computes
-        return name.startswith("original") and _is_bias_name(place[1], _BIASES)
+        return name.startswith("original") and _is_bias_name(site.name, _BIASES)
     for suffix in ("_orig", "_g", "_v"):
         if isinstance(vars(module).get(name.removesuffix(suffix)), Tensor):
             name = name.removesuffix(suffix)

@@ -8,6 +8,7 @@ from torch import nn
 
 from gift.core.dynamic_class import plain_class
 from gift.core.io_spec import forget_classes
+from gift.core.iterator import Site
 from gift.factories.actions import Action
 from gift.factories.checks import Check
 from gift.factories.serializable import recorded
@@ -83,7 +84,7 @@ def mc_detection_head() -> Check:
 
     def prepare(network: nn.Module) -> Callable[..., bool]:
         layers = _layers(network)
-        return lambda *place: id(place[4]) in layers
+        return lambda *place: id(Site(*place).module) in layers
 
     return Check(prepare=prepare)
 
@@ -106,11 +107,13 @@ def ma_replace_detection_head(num_classes: int) -> Action:
         known = {id(head): row.classes(head) for head, row in layers.values()}
 
         def act(*place: Any) -> None:
-            parent, name, *_, old = place
+            site = Site(*place)
+            old = site.module
             head, row = layers[id(old)]
             new = _like(old, num_classes, known[id(head)], row)
             new.train(old.training)
-            parent._modules[name] = new
+            assert site.parent is not None
+            site.parent._modules[site.name] = new
             forget_classes(network)
             if row.attribute is not None:
                 setattr(head, row.attribute, num_classes)

@@ -6,6 +6,7 @@ from torch import nn
 
 from gift.core.dynamic_class import plain_class
 from gift.core.forwards import wrap_forward
+from gift.core.iterator import Site
 from gift.errors import AdaptationError
 from gift.factories.actions import Action
 from gift.factories.checks import Check, Test
@@ -38,13 +39,13 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
     made = Bottleneck(size=size, **settings)
 
     def act(*place: Any, **params: Any) -> None:
-        parent, name, path, _, module = place
-        if cls := reader_of(parent, name):
+        site = Site(*place)
+        if cls := reader_of(site.parent, site.name):
             raise AdaptationError(
                 f"it is never called, as {cls.__name__} reads its weight: extend {cls.__name__}"
             )
         method = Bottleneck(**({"size": size} | settings | params)) if params else made
-        wrap_forward(module, method, path)
+        wrap_forward(site.module, method, site.path)
 
     return Action(act, open=True)
 
@@ -67,7 +68,8 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
     made = Prompt(num_virtual_tokens=num_virtual_tokens, **settings)
 
     def act(*place: Any, **params: Any) -> None:
-        path, module = place[2], place[4]
+        site = Site(*place)
+        path, module = site.path, site.module
         given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
         method = Prompt(**given) if params else made
         if not takes_token_ids(module):
@@ -101,7 +103,7 @@ def mc_blocks() -> Check:
             )
         kind = plain_class(type(longest[0]))
         blocks = {id(b) for row in rows for b in row if plain_class(type(b)) is kind}
-        return lambda *place: id(place[4]) in blocks
+        return lambda *place: id(Site(*place).module) in blocks
 
     return Check(prepare=prepare)
 

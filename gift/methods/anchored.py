@@ -103,12 +103,12 @@ def _linear(
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """The same for convolutions: with dropout, only the input of ``B A`` is dropped."""
-    adapter = self._gift_weights["weight"]
-    if not (adapter.method.lora_dropout and self.training):
+    delta = self._gift_weights["weight"]
+    if not (delta.method.lora_dropout and self.training):
         return conv(self, input)
-    method, parameters = adapter.delta_of(self)
+    method, parameters = delta.delta_of(self)
     trained, start = (
-        adapter.layout.to_weight(torch.matmul(*LoRA.factors(method, factors)))
+        delta.layout.to_weight(torch.matmul(*LoRA.factors(method, factors)))
         for factors in (parameters, method.anchors(parameters))
     )
     output = convolve(self, input, self._gift_frozen("weight"), self.bias)

@@ -142,8 +142,8 @@ def _linear(
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """The same for convolutions of one group; otherwise use the effective weight, as LoRA does."""
-    adapter = self._gift_weights["weight"]
-    method, parameters = adapter.delta_of(self)
+    delta = self._gift_weights["weight"]
+    method, parameters = delta.delta_of(self)
 
     def lora(x: Tensor, left: Tensor, right: Tensor, dropped: "Tensor | None") -> Any:  # quoted too
         return low_rank_conv(self, x, (left, right), dropped, method.form)
@@ -153,7 +153,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         inputs = (input, *method.factors(parameters), dropped)
         output = lora(*inputs)
         if output is not None:
-            frozen = adapter.layout.to_matrix(self._gift_frozen("weight"))
+            frozen = delta.layout.to_matrix(self._gift_frozen("weight"))
             ratio = method.ratio(frozen.to(parameters["lora_A"].dtype), parameters)
             return rescaled(output, ratio, self.bias, lora, inputs, -1 - len(self.kernel_size))
     return convolve(self, input, self.weight, self.bias)

@@ -87,8 +87,8 @@ def _linear(
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """Scale channels; use the effective weight if each kernel position has its own factor."""
-    adapter = self._gift_weights["weight"]
-    method, parameters = adapter.delta_of(self)
+    delta = self._gift_weights["weight"]
+    method, parameters = delta.delta_of(self)
     axes = len(self.kernel_size)
     one_position = all(size == 1 for size in self.kernel_size)
     if not is_usual(self) or (method.feedforward and not one_position):

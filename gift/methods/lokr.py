@@ -202,8 +202,8 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     piece has its own filters, and moving from one to the next takes longer than applying them. So
     this pays off only where few positions meet a large weight.
     """
-    adapter = self._gift_weights["weight"]
-    method, parameters = adapter.delta_of(self)
+    delta = self._gift_weights["weight"]
+    method, parameters = delta.delta_of(self)
     few = input.numel() < self.in_channels * self.out_channels
     if is_usual(self) and self.groups == 1 and few and not method.full_matrix:
         w1, right = method._w1(parameters), parameters["lokr_w2_b"]

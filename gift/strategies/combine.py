@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from gift.core.dynamic_class import joined
+from gift.core.iterator import Site
 from gift.factories.serializable import bind, describe
 from gift.strategies.base import Cap, CapLike, FineTuningStrategy, register_strategy
 
@@ -131,15 +131,16 @@ class _PrintingCheck:
     def __call__(self, *place: Any) -> bool:
         if not self.caps[self.number].check(*place):
             return False
-        where = joined(place[2], *place[5:6]) or "the network"
+        site = Site(*place)
+        where = f"{site.in_words()} ({site.class_name})"
         own = self.caps[self.number]
         if getattr(own.action, "open", False):  # later caps are tried too, and print for themselves
-            print(f"{self.kind} cap {self.number} extends {where} ({place[3]}): {own}")
+            print(f"{self.kind} cap {self.number} extends {where}: {own}")
             return True
         verb = "claims"
         for number, cap in list(enumerate(self.caps))[self.number :]:
             if number == self.number or cap.check(*place):
-                print(f"{self.kind} cap {number} {verb} {where} ({place[3]}): {cap}")
+                print(f"{self.kind} cap {number} {verb} {where}: {cap}")
                 verb = "would also match"
         return True
 

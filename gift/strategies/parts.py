@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from gift.core.frozen_norms import freeze_statistics
+from gift.core.iterator import Site
 from gift.factories import Action, ma_train, mc_norm, mc_path, pa_train, pc_bias
 from gift.factories.serializable import recorded
 from gift.strategies.base import FineTuningStrategy, register_strategy
@@ -53,12 +54,13 @@ def ma_train_norm(statistics: bool = True) -> Action:
         return act
 
     def act(*place: Any) -> None:
-        for parameter in nn.Module.parameters(place[4]):
+        module = Site(*place).module
+        for parameter in nn.Module.parameters(module):
             parameter.requires_grad = False
-        for parameter in _own(place[4]):
+        for parameter in _own(module):
             parameter.requires_grad = True
         if not statistics:
-            freeze_statistics(place[4])
+            freeze_statistics(module)
 
     return Action(prepare=prepare)
 

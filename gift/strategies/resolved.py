@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from gift.core.dynamic_class import joined, plain_class
+from gift.core.dynamic_class import plain_class
 from gift.core.forwards import ForwardMethod, forward_method_of, wrap_forward
 from gift.core.frozen_norms import freeze_statistics
+from gift.core.iterator import Site
 from gift.core.weights.attach import adapt_biases, adapt_tensors
 from gift.factories import Action, ma_freeze, ma_replace_head, mc_any, mc_path, pa_train
 from gift.layers.layouts import LayoutOptions
@@ -75,7 +76,7 @@ class _Listed:
         self.paths = frozenset(work)
 
     def __call__(self, *place: Any) -> bool:
-        return place[2] in self.paths
+        return Site(*place).path in self.paths
 
     def __repr__(self) -> str:
         return f"{len(self.paths)} modules"
@@ -88,7 +89,7 @@ class _Names:
         self.known = frozenset(names)
 
     def __call__(self, *place: Any) -> bool:
-        return joined(place[2], place[5]) in self.known
+        return Site(*place).full_path in self.known
 
     def __repr__(self) -> str:
         return f"{len(self.known)} parameters"
@@ -98,8 +99,12 @@ class _Do(Action):
     """Applies to each module what is listed for it; later caps are still tried there."""
 
     def __init__(self, work: Mapping[str, "_Work"]) -> None:
-        super().__init__(lambda *place: work[place[2]].do(place[4], place[2]), open=True)
+        super().__init__(self._do, open=True)
         self.work = work
+
+    def _do(self, *place: Any) -> None:
+        site = Site(*place)
+        self.work[site.path].do(site.module, site.path)
 
     def __reduce__(self) -> Any:
         return type(self), (self.work,)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gift.core.dynamic_class import joined, plain_class
+from gift.core.iterator import Site
 from gift.core.weights.attach import adapt_module, adapt_tensor
 from gift.core.weights.record import WeightDelta, weight_deltas
 from gift.errors import AdaptationError
@@ -34,9 +35,9 @@ class Layer(NamedTuple):
     def adapted(self) -> Iterator[tuple[nn.Module, str, WeightDelta]]:
         """Yield the adapted tensors in it: module, name, delta."""
         for part in self.module.modules() if self.parameter is None else [self.module]:
-            for tensor, adapter in weight_deltas(part).items():
+            for tensor, delta in weight_deltas(part).items():
                 if self.parameter in (None, tensor):
-                    yield part, tensor, adapter
+                    yield part, tensor, delta
 
 
 def setting_of(method: Method) -> str:
@@ -84,10 +85,11 @@ class AdaptEach(Action):
         raise NotImplementedError
 
     def _adapt(self, *place: Any) -> None:
-        path, module = place[2], place[4]
+        site = Site(*place)
+        path, module = site.path, site.module
         if self.of_parameters:
-            layer = Layer(joined(path, place[5]), module, place[5])
-            adapt_tensor(module, place[5], self.method_at(layer), self.options)
+            layer = Layer(site.full_path, module, site.parameter_name)
+            adapt_tensor(module, site.parameter_name, self.method_at(layer), self.options)
             return
         for frozen in module.parameters():
             frozen.requires_grad = False

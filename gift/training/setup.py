@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from gift.core.dynamic_class import spec_of
+from gift.core.iterator import Site
 from gift.core.record import record_of
 from gift.core.undo.snapshot import all_or_nothing
 from gift.data.examples import Examples
@@ -204,7 +205,7 @@ def _enable(net: nn.Module, strategy: FineTuningStrategy | None) -> Any:
             return record_of(net).report
         # A plain network is trained according to its `requires_grad` flags.
         strategy = FineTuningStrategy(
-            para_caps=[(lambda *place: place[6].requires_grad, pa_train())]
+            para_caps=[(lambda *place: Site(*place).parameter.requires_grad, pa_train())]
         )
     return enable_fine_tuning(net, strategy)
 

@@ -231,8 +231,8 @@ def _method_row(net: nn.Module, name: str, strategy: FineTuningStrategy, budget:
         with rehearsed(net, strategy) as report:
             cost, total = cost_of(net), report.total_before
             larger = len(report.larger_than_weight)
-            adapters = [a for module in net.modules() for a in weight_deltas(module).values()]
-            tensors = sum(adapter.owner is None for adapter in adapters)
+            deltas = [a for module in net.modules() for a in weight_deltas(module).values()]
+            tensors = sum(delta.owner is None for delta in deltas)
             tensors += sum(id(p) in own for _, p in named_trainable(net))
     except ValueError as error:
         return MethodRow(name, note=_reason(error))

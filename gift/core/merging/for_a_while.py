@@ -116,8 +116,8 @@ def _staying(net: nn.Module) -> set[nn.Module]:
         tied = {
             one
             for module, own in users
-            for adapter in own.values()
-            for one, other in ((module, adapter.owner), (adapter.owner, module))
+            for delta in own.values()
+            for one, other in ((module, delta.owner), (delta.owner, module))
             if one is not None and other in found
         }
         if tied <= found:

@@ -34,33 +34,33 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     frozen = present_tensor(module, tensor)
     _check(module, tensor, frozen)
     options = options.settled(method.conv_layouts, method.rows_are_outputs)
-    adapter = WeightDelta(method=method, options=options, asked=method)
+    delta = WeightDelta(method=method, options=options, asked=method)
     if is_lazy(frozen):
         shape = _lazy_probe(method)
         values = method.nearest(shape).init_parameters(torch.empty(shape, device="meta"))
     else:
         readable = dequantised(frozen, module) if method.reads_weight else stand_in(frozen)
-        adapter.layout = layout_of(module, tensor, readable.shape, options)
-        adapter.method = method.nearest(adapter.layout.matrix)
-        values = adapter.initial(readable)
-        _check_shape(adapter, readable, values)
+        delta.layout = layout_of(module, tensor, readable.shape, options)
+        delta.method = method.nearest(delta.layout.matrix)
+        values = delta.initial(readable)
+        _check_shape(delta, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
-    adapter.names = {key: prefix + key for key in values}
-    taken = [name for name in adapter.names.values() if has_attribute(module, name)]
+    delta.names = {key: prefix + key for key in values}
+    taken = [name for name in delta.names.values() if has_attribute(module, name)]
     if taken:
         raise AdaptationError(f"it has attributes {taken} already, which the delta would hide")
-    install(module, tensor, adapter)
+    install(module, tensor, delta)
     add = add_lazy_tensor if is_lazy(frozen) else add_tensor
     for key, value in values.items():
-        add(module, adapter.names[key], value)
-    adapter.note_source(module, tensor)
+        add(module, delta.names[key], value)
+    delta.note_source(module, tensor)
     if isinstance(frozen, nn.Parameter):
         frozen.requires_grad = False
 
 
-def install(module: nn.Module, tensor: str, adapter: WeightDelta) -> None:
+def install(module: nn.Module, tensor: str, delta: WeightDelta) -> None:
     """Store the record of an adapted tensor and turn its name into a property of `module`."""
-    module.__dict__.setdefault("_gift_weights", {})[tensor] = adapter
+    module.__dict__.setdefault("_gift_weights", {})[tensor] = delta
     _read_through_adapters(module)
 
 
@@ -105,20 +105,20 @@ def _lazy_probe(method: Method) -> tuple[int, int]:
 _checked: set[tuple[type[Method], int, torch.dtype]] = set()
 
 
-def _check_shape(adapter: WeightDelta, frozen: Tensor, values: Mapping[str, Any]) -> None:
+def _check_shape(delta: WeightDelta, frozen: Tensor, values: Mapping[str, Any]) -> None:
     """Check that a method keeps shape and dtype, on the first matrix of each kind."""
-    assert adapter.layout is not None
-    key = (type(adapter.method), len(adapter.layout.matrix), frozen.dtype)
+    assert delta.layout is not None
+    key = (type(delta.method), len(delta.layout.matrix), frozen.dtype)
     if key in _checked:
         return
-    dtype = adapter.method.working_dtype(frozen)
-    matrix = adapter.layout.to_matrix(frozen).to(dtype)
+    dtype = delta.method.working_dtype(frozen)
+    matrix = delta.layout.to_matrix(frozen).to(dtype)
     precise = {name: in_precision_of(value, dtype) for name, value in values.items()}
     with torch.no_grad():
-        result = adapter.method.effective_weight(matrix, precise)
+        result = delta.method.effective_weight(matrix, precise)
     if result.shape != matrix.shape or result.dtype != matrix.dtype:
         raise AdaptationError(
-            f"{adapter.method} makes {tuple(result.shape)} {result.dtype} of a matrix "
+            f"{delta.method} makes {tuple(result.shape)} {result.dtype} of a matrix "
             f"{tuple(matrix.shape)} {matrix.dtype}; a method must keep both"
         )
     _checked.add(key)
@@ -183,15 +183,15 @@ def adapt_tensors(
 
 def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
     """Let each bias in `module` use the delta of the weights to whose outputs it is added."""
-    adapters = dict(weight_deltas(module))
+    deltas = dict(weight_deltas(module))
     for bias in row.names(module, row.biases) if row is not None else ():
-        weights = tuple(w for w in adapters if row is not None and row.bias_of(w) == bias)
+        weights = tuple(w for w in deltas if row is not None and row.bias_of(w) == bias)
         if weights:
-            first = adapters[weights[0]]
-            adapter = WeightDelta(method=first.method, options=first.options, owner=module)
-            adapter.follows = weights
-            install(module, bias, adapter)
-            adapter.link_to_weights(module, bias)
+            first = deltas[weights[0]]
+            delta = WeightDelta(method=first.method, options=first.options, owner=module)
+            delta.follows = weights
+            install(module, bias, delta)
+            delta.link_to_weights(module, bias)
 
 
 def _train_biases(module: nn.Module, row: LayerRow | None) -> None:

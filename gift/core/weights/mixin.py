@@ -45,14 +45,14 @@ class AdaptedModule(DeltaModule):
             tensor: its name.
             once: whether the call reads it only once, so that it need not be cached.
         """
-        adapter = self._gift_weights.get(tensor)
-        if adapter is None:
+        delta = self._gift_weights.get(tensor)
+        if delta is None:
             return getattr(self, tensor, None)
         frozen = self._gift_frozen(tensor)
         if frozen is None:
             return None
         try:
-            make = adapter.weight if once else adapter.read
+            make = delta.weight if once else delta.read
             return make(self, frozen)  # type: ignore[arg-type]
         except AttributeError as error:
             # An AttributeError in a property makes Python call ``nn.Module.__getattr__``, which
@@ -120,9 +120,9 @@ class AdaptedModule(DeltaModule):
     def _gift_note_sources(self) -> None:
         """Record where frozen tensors are now; what was derived from them is still valid."""
         # It is None in a copy that is made only to look at it, see `gift.core.merging`.
-        for tensor, adapter in (self._gift_weights or {}).items():
-            if adapter.method.derives:
-                adapter.note_source(self, tensor)  # type: ignore[arg-type]
+        for tensor, delta in (self._gift_weights or {}).items():
+            if delta.method.derives:
+                delta.note_source(self, tensor)  # type: ignore[arg-type]
 
     def __delattr__(self, name: str) -> None:
         if name in self._gift_weights:  # the first step of reparametrising a weight
@@ -142,8 +142,8 @@ class AdaptedModule(DeltaModule):
 
     def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
         """Whether a state changes the values of a frozen tensor from which a delta was made."""
-        adapter, new = self._gift_weights[tensor], state_dict.get(prefix + tensor)
-        if new is None or not adapter.method.reads_weight or adapter.is_on_meta(self):  # type: ignore[arg-type]
+        delta, new = self._gift_weights[tensor], state_dict.get(prefix + tensor)
+        if new is None or not delta.method.reads_weight or delta.is_on_meta(self):  # type: ignore[arg-type]
             return False
         now = self._parameters.get(tensor)  # type: ignore[attr-defined]
         return now is not None and (now.is_meta or not same_values(now, new.to(now.device)))
@@ -184,17 +184,17 @@ def _reset_parameters(self: Any) -> None:
     """Reset the layer with its own method, then the delta."""
     with as_plain(self):
         self.reset_parameters()
-    for tensor, adapter in self._gift_weights.items():
-        adapter.reset(self, tensor)
+    for tensor, delta in self._gift_weights.items():
+        delta.reset(self, tensor)
 
 
 def _initialize_parameters(self: Any, *args: Any, **kwargs: Any) -> None:
     """Let a lazy module infer its shapes, then initialize the delta with them."""
     with as_plain(self):
         self.initialize_parameters(*args, **kwargs)
-    for tensor, adapter in self._gift_weights.items():
-        if adapter.layout is None:
-            adapter.reset(self, tensor)
+    for tensor, delta in self._gift_weights.items():
+        if delta.layout is None:
+            delta.reset(self, tensor)
 
 
 _REPARAMETRISING = frozenset(
@@ -222,11 +222,11 @@ def _effective(tensor: str) -> property:
             return weight
         guarded: Any = EffectiveWeight.of(weight, f"{plain_class(type(self)).__name__}.{tensor}")
         if tensor in self._parameters and guarded is not weight:
-            adapter, frozen = self._gift_weights[tensor], self._parameters[tensor]
+            delta, frozen = self._gift_weights[tensor], self._parameters[tensor]
             guarded._gift_frozen, guarded._gift_order = frozen, tuple(self._parameters)
-            adapter.memory.reader = TensorWeakRef(guarded)
+            delta.memory.reader = TensorWeakRef(guarded)
             if weight.requires_grad:
-                guarded._gift_slices = adapter.slices(self, frozen)
+                guarded._gift_slices = delta.slices(self, frozen)
         return guarded
 
     def write(self: Any, value: Any) -> None:

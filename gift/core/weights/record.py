@@ -189,16 +189,16 @@ class WeightDelta(Delta):
 
     def link_to_weights(self, module: nn.Module, bias: str) -> None:
         """Use the names, layout and method of the weights' deltas for a bias."""
-        adapters = [weight_deltas(module)[weight] for weight in self.follows]
-        several = len(adapters) > 1
+        deltas = [weight_deltas(module)[weight] for weight in self.follows]
+        several = len(deltas) > 1
         self.names = {
             f"{key}.{i}" if several else key: name
-            for i, adapter in enumerate(adapters)
-            for key, name in adapter.names.items()
+            for i, delta in enumerate(deltas)
+            for key, name in delta.names.items()
         }
-        self.method = adapters[0].method
-        layouts = [adapter.layout for adapter in adapters if adapter.layout is not None]
-        if len(layouts) == len(adapters):
+        self.method = deltas[0].method
+        layouts = [delta.layout for delta in deltas if delta.layout is not None]
+        if len(layouts) == len(deltas):
             self.layout = bias_layout(present_tensor(module, bias).numel(), layouts)
 
     def initial(self, frozen: Tensor) -> dict[str, Tensor]:
@@ -362,12 +362,12 @@ def present_tensor(module: nn.Module, tensor: str) -> Any:
         return plain_tensor(module, tensor)
 
 
-def trained_value(adapter: WeightDelta, module: nn.Module, frozen: Tensor) -> Tensor:
+def trained_value(delta: WeightDelta, module: nn.Module, frozen: Tensor) -> Tensor:
     """The effective weight without dropout and graph, whatever mode the module is in."""
     training, module.training = module.training, False
     try:
         with torch.no_grad():
-            return adapter.weight(module, frozen).detach()
+            return delta.weight(module, frozen).detach()
     finally:
         module.training = training
 

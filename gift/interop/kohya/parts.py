@@ -15,24 +15,24 @@ from gift.methods.anchored import AnchoredLoRA
 Values = Mapping[str, Tensor]
 
 
-def parts_of(adapter: WeightDelta, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+def parts_of(delta: WeightDelta, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     """Return the tensors of a delta, by their names after the layer's.
 
     Args:
-        adapter: delta of the layer's weight.
+        delta: delta of the layer's weight.
         module: the layer.
         weight: its frozen weight.
 
     Raises:
         Incompatible: if kohya files have no counterpart.
     """
-    write = _WRITERS.get(adapter.method.name)
+    write = _WRITERS.get(delta.method.name)
     if write is None:
         raise Incompatible(
-            f"such files have no counterpart of {adapter.method.name!r}; they have one of "
+            f"such files have no counterpart of {delta.method.name!r}; they have one of "
             f"{', '.join(_WRITERS)}"
         )
-    values = {key: value.detach() for key, value in adapter.tensors(module).items()}
+    values = {key: value.detach() for key, value in delta.tensors(module).items()}
     if any(value.is_complex() for value in values.values()):
         raise Incompatible("its factors are complex")
     if any(value.is_meta or is_sharded(value) for value in values.values()):
@@ -40,19 +40,19 @@ def parts_of(adapter: WeightDelta, module: nn.Module, weight: Tensor) -> dict[st
             "its factors have no values here: they are on the meta device or sharded"
         )
     values = {key: value.cpu() for key, value in values.items()}
-    return write(adapter, values, Target(module, weight.detach()))
+    return write(delta, values, Target(module, weight.detach()))
 
 
-def _whole(adapter: WeightDelta, pair: Pair, target: Target) -> Pair:
-    assert adapter.layout is not None
-    return for_whole(*pair, adapter.layout, len(target.weight))
+def _whole(delta: WeightDelta, pair: Pair, target: Target) -> Pair:
+    assert delta.layout is not None
+    return for_whole(*pair, delta.layout, len(target.weight))
 
 
-def _lora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
-    method: Any = adapter.method
+def _lora(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
+    method: Any = delta.method
     if isinstance(method, AnchoredLoRA):
         values = method.difference(values)
-    up, down = _whole(adapter, (values["lora_B"], values["lora_A"]), target)
+    up, down = _whole(delta, (values["lora_B"], values["lora_A"]), target)
     rank, kernel = len(down), target.kernel
     up, alpha = _scaled(up, method.scaling * rank, rank)
     return {
@@ -62,14 +62,14 @@ def _lora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Ten
     }
 
 
-def _dora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
+def _dora(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
     """Return LoRA with ``dora_scale``, the magnitudes of the rows.
 
     A row without direction (its norm is zero or infinite) has no magnitude of its own; it keeps
     the norm of its update.
     """
-    parts = _lora(adapter, values, target)
-    method: Any = adapter.method
+    parts = _lora(delta, values, target)
+    method: Any = delta.method
     magnitude = method.magnitude(values)
     size = method.delta({key: value.double() for key, value in values.items()}).norm(
         dim=-1, keepdim=True
@@ -78,10 +78,10 @@ def _dora(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Ten
     return parts | {"dora_scale": magnitude.reshape(-1, 1, *[1] * len(target.kernel))}
 
 
-def _loha(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
-    method: Any = adapter.method
+def _loha(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
+    method: Any = delta.method
     first, second = (
-        _whole(adapter, (values[f"loha_B{n}"], values[f"loha_A{n}"]), target) for n in (1, 2)
+        _whole(delta, (values[f"loha_B{n}"], values[f"loha_A{n}"]), target) for n in (1, 2)
     )
     rank = len(first[1])
     left, alpha = _scaled(first[0], method.scaling * rank, rank)
@@ -94,15 +94,15 @@ def _loha(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Ten
     }
 
 
-def _lokr(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
+def _lokr(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
     """Return LoKr in the form that LyCORIS expects.
 
     LyCORIS rebuilds its module from the shapes, so factors that it would not decompose are not
     decomposed in the file.
     """
-    assert adapter.layout is not None
+    assert delta.layout is not None
     inputs, kernel = target.weight.shape[1], target.kernel
-    if adapter.layout.matrix != (len(target.weight), target.columns):
+    if delta.layout.matrix != (len(target.weight), target.columns):
         raise Incompatible(
             "such files split a convolution as a whole: use conv_layout='out_as_h', and no groups"
         )
@@ -113,7 +113,7 @@ def _lokr(adapter: WeightDelta, values: Values, target: Target) -> dict[str, Ten
             "which cuts inputs; such files split the inputs"
         )
     b, d = len(target.weight) // a, inputs // c
-    method: Any = adapter.method
+    method: Any = delta.method
     w1 = values["lokr_w1"] if not first else product(values["lokr_w1_a"], values["lokr_w1_b"])
     if "lokr_w2" in values:
         return _full(w1, values["lokr_w2"], (b, d, *kernel))

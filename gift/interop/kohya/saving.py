@@ -61,11 +61,11 @@ def save_kohya(
         except RuntimeError as error:
             problems.append(f"the network for {own}: {error}")
             continue
-        for place, module, adapter in _adapters(one, problems):
-            methods.add("lora" if hasattr(adapter.method, "lora_alpha") else adapter.method.name)
+        for place, module, delta in _adapters(one, problems):
+            methods.add("lora" if hasattr(delta.method, "lora_alpha") else delta.method.name)
             name = rename(place) if rename else lead(one) + place
             try:
-                parts = _parts(adapter, module, name)
+                parts = _parts(delta, module, name)
             except Incompatible as error:
                 problems.append(f"{place}: {error}")
                 continue
@@ -90,10 +90,10 @@ def _refuse(path: str | os.PathLike[str], problems: list[str]) -> None:
         raise DeltaFileError(f"{path} was not written", problems)
 
 
-def _parts(adapter: WeightDelta, module: nn.Module, name: Any) -> Mapping[str, Tensor]:
+def _parts(delta: WeightDelta, module: nn.Module, name: Any) -> Mapping[str, Tensor]:
     if not isinstance(name, str):
         raise Incompatible(f"rename gives {name!r}, expected a name")
-    return parts_of(adapter, module, dequantised(present_tensor(module, "weight"), module))
+    return parts_of(delta, module, dequantised(present_tensor(module, "weight"), module))
 
 
 def _wrong_arguments(nets: Any, dtype: Any, metadata: Any) -> Iterator[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
 from gift.core.weights.record import plain_tensor
-from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
+from gift.interop.peft.layers import CONVOLUTIONS, AdaptedTensor, kind_of
 from gift.interop.peft.names import by_pattern, exact_pattern
 from gift.layers.layouts import Layout, LayoutOptions
 from gift.layers.table import layout_of
@@ -155,7 +155,7 @@ class Form:
     methods: tuple[str, ...]
     kinds: tuple[str, ...]
     suffixes: tuple[str, ...]
-    write: Callable[[list[Place]], Written]
+    write: Callable[[list[AdaptedTensor]], Written]
     read: Callable[[Layer, Config, Tensors], list[Read]]
     options: frozenset[str]
     bias: str = ""
@@ -199,9 +199,9 @@ def same(what: str, values: list[Any], written: Written) -> Any:
     return values[0]
 
 
-def dropout_of(places: list[Place]) -> float:
+def dropout_of(items: list[AdaptedTensor]) -> float:
     """Return the common dropout, or 0 if they differ, since it does not affect outputs."""
-    found = {place.adapter.method.dropout for place in places}
+    found = {item.delta.method.dropout for item in items}
     return found.pop() if len(found) == 1 else 0.0
 
 

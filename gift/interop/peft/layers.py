@@ -34,21 +34,21 @@ def kind_of(module: nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class AdaptedTensor:
     """An adapted tensor of a fine-tuned network.
 
     Args:
         path: path of the module.
         module: module that holds the tensor.
         tensor: name of the tensor in the module.
-        adapter: delta of the tensor.
+        delta: delta of the tensor.
         attention: path of the `nn.MultiheadAttention` to whose projections it belongs, if any.
     """
 
     path: str
     module: Any
     tensor: str
-    adapter: WeightDelta
+    delta: WeightDelta
     attention: str | None = None
 
     @property
@@ -64,20 +64,20 @@ class Place:
     @property
     def values(self) -> dict[str, Tensor]:
         """The tensors that the method added, by its own names."""
-        return {key: value.detach() for key, value in self.adapter.tensors(self.module).items()}
+        return {key: value.detach() for key, value in self.delta.tensors(self.module).items()}
 
     @property
     def frozen(self) -> Tensor:
         """The frozen tensor as matrix or matrices."""
-        assert self.adapter.layout is not None
+        assert self.delta.layout is not None
         frozen: Tensor = self.module._gift_frozen(self.tensor)
-        return self.adapter.layout.to_matrix(frozen.detach())
+        return self.delta.layout.to_matrix(frozen.detach())
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the frozen tensor itself."""
-        assert self.adapter.layout is not None
-        return self.adapter.layout.shape
+        assert self.delta.layout is not None
+        return self.delta.layout.shape
 
 
 def layer_incompatibilities(module: Any, peft_type: str, kinds: tuple[str, ...]) -> Iterator[str]:

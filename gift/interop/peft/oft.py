@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 from gift.interop.peft.forms import Config, Form, Layer, Read, Tensors, Written, same
-from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
+from gift.interop.peft.layers import CONVOLUTIONS, AdaptedTensor, kind_of
 from gift.methods.oft import OFT
 from gift.methods.settings import is_integer
 
 
-def write_oft(places: list[Place]) -> Written:
+def write_oft(items: list[AdaptedTensor]) -> Written:
     """Write the blocks for ``use_cayley_neumann=False``, where PEFT has the opposite sign."""
     written = Written()
-    methods = [cast(OFT, place.adapter.method) for place in places]
+    methods = [cast(OFT, item.delta.method) for item in items]
     share = same("block_share", [method.block_share for method in methods], written)
-    for place in places:
-        name = "oft_embedding_R" if kind_of(place.module) == "embedding" else "oft_R"
-        written.problems += [f"{place.name}: {text}" for text in _incompatibilities(place.module)]
-        blocks = _turned(place.values["oft_Q"], place.module)
-        written.add(place.path, {f"{name}.weight": blocks})
-    columns = [place.frozen.shape[-1] for place in places]
+    for item in items:
+        name = "oft_embedding_R" if kind_of(item.module) == "embedding" else "oft_R"
+        written.problems += [f"{item.name}: {text}" for text in _incompatibilities(item.module)]
+        blocks = _turned(item.values["oft_Q"], item.module)
+        written.add(item.path, {f"{name}.weight": blocks})
+    columns = [item.frozen.shape[-1] for item in items]
     found = [
         (size, cast(int, method.block_size)) for size, method in zip(columns, methods, strict=True)
     ]

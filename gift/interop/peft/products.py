@@ -17,7 +17,7 @@ from gift.interop.peft.forms import (
     size_of_layer,
     sizes,
 )  # fmt: skip
-from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
+from gift.interop.peft.layers import CONVOLUTIONS, AdaptedTensor, kind_of
 from gift.methods.loha import LoHa
 from gift.methods.lokr import LoKr, factorization
 
@@ -38,26 +38,26 @@ def _rank_and_alpha(method: Any) -> tuple[int, float]:
     return method.rank, plain(method.rank if method.alpha is None else method.alpha)
 
 
-def _rows_are_outputs(place: Place, written: Written) -> bool:
+def _rows_are_outputs(item: AdaptedTensor, written: Written) -> bool:
     """Whether each output of a layer is one row; if not, add a problem."""
-    assert place.adapter.layout is not None
-    if place.adapter.layout.matrix[0] == place.shape[0]:
+    assert item.delta.layout is not None
+    if item.delta.layout.matrix[0] == item.shape[0]:
         return True
     written.problems.append(
-        f"{place.name}: PEFT sees a convolution as (out, in * kernel), as gift does under "
+        f"{item.name}: PEFT sees a convolution as (out, in * kernel), as gift does under "
         "conv_layout='out_as_h'; this one was adapted in the layout 'balanced'"
     )
     return False
 
 
-def write_loha(places: list[Place]) -> Written:
+def write_loha(items: list[AdaptedTensor]) -> Written:
     """Write the four factors under PEFT's names."""
     written = Written()
-    for place in places:
-        if _rows_are_outputs(place, written):
-            values = place.values
-            written.add(place.path, {theirs: values[ours] for ours, theirs in _LOHA.items()})
-    found = {place.path: _rank_and_alpha(cast(LoHa, place.adapter.method)) for place in places}
+    for item in items:
+        if _rows_are_outputs(item, written):
+            values = item.values
+            written.add(item.path, {theirs: values[ours] for ours, theirs in _LOHA.items()})
+    found = {item.path: _rank_and_alpha(cast(LoHa, item.delta.method)) for item in items}
     written.config = sizes(found, "alpha") | {"use_effective_conv2d": False}
     return written
 
@@ -89,27 +89,27 @@ def _refuse_core(layer: Layer) -> None:
 # LoKr. In PEFT, the rank decides which factors are decomposed; the others are multiplied out.
 
 
-def write_lokr(places: list[Place]) -> Written:
+def write_lokr(items: list[AdaptedTensor]) -> Written:
     """Write ``w1`` and ``w2``, decomposed where PEFT decomposes them."""
     written = Written()
-    places = [place for place in places if _rows_are_outputs(place, written)]
-    if not places:
+    items = [item for item in items if _rows_are_outputs(item, written)]
+    if not items:
         return written
-    methods = {place.path: cast(LoKr, place.adapter.method) for place in places}
+    methods = {item.path: cast(LoKr, item.delta.method) for item in items}
     both = all(method.decompose_both for method in methods.values())
     found: dict[str, tuple[int, float]] = {}
-    factor = _factor_for([(p, methods[p.path].factor) for p in places], written)
-    for place in [] if written.problems else places:
-        values, method = place.values, methods[place.path]
+    factor = _factor_for([(p, methods[p.path].factor) for p in items], written)
+    for item in [] if written.problems else items:
+        values, method = item.values, methods[item.path]
         w1, w2 = _product(values, "lokr_w1"), _product(values, "lokr_w2")
         if method.full_matrix:
             rank = max(w2.shape)  # so large that PEFT decomposes nothing
-            found[place.path] = rank, rank
+            found[item.path] = rank, rank
         else:
-            found[place.path] = _rank_and_alpha(method)
-        written.add(place.path, _lokr_tensors(place, values, w1, w2, found[place.path][0], both))
-        if kind_of(place.module) == "conv1d" and f"{place.path}.lokr_w2" in written.tensors:
-            written.problems.append(f"{place.name}: {_WRONG_AXES}")
+            found[item.path] = _rank_and_alpha(method)
+        written.add(item.path, _lokr_tensors(item, values, w1, w2, found[item.path][0], both))
+        if kind_of(item.module) == "conv1d" and f"{item.path}.lokr_w2" in written.tensors:
+            written.problems.append(f"{item.name}: {_WRONG_AXES}")
     if not found:
         return written
     written.config = sizes(found, "alpha") | {
@@ -127,7 +127,7 @@ def _product(values: Tensors, name: str) -> Tensor:
 
 
 def _lokr_tensors(
-    place: Place, values: Tensors, w1: Tensor, w2: Tensor, rank: int, both: bool
+    item: AdaptedTensor, values: Tensors, w1: Tensor, w2: Tensor, rank: int, both: bool
 ) -> Tensors:  # fmt: skip
     tensors = {"lokr_w1": w1}
     if both and rank < max(w1.shape) / 2:
@@ -136,7 +136,7 @@ def _lokr_tensors(
             "lokr_w1_a": torch.nn.functional.pad(a, (0, rank - a.shape[1])),
             "lokr_w1_b": torch.nn.functional.pad(b, (0, 0, 0, rank - len(b))),
         }
-    kernel = place.shape[2:] if kind_of(place.module) in CONVOLUTIONS else ()
+    kernel = item.shape[2:] if kind_of(item.module) in CONVOLUTIONS else ()
     channels = w2.shape[1] // torch.Size(kernel).numel()
     if rank < max(len(w2), channels) / 2:
         return tensors | {"lokr_w2_a": values["lokr_w2_a"], "lokr_w2_b": values["lokr_w2_b"]}
@@ -150,19 +150,19 @@ def peft_factorization(size: int, factor: int) -> tuple[int, int]:
     return factorization(size, factor)
 
 
-def _factor_for(found: list[tuple[Place, int]], written: Written) -> int:
+def _factor_for(found: list[tuple[AdaptedTensor, int]], written: Written) -> int:
     """Return one factor with which PEFT splits all layers as gift did."""
     wanted = []
-    for place, factor in found:
-        rows, columns = place.frozen.shape
+    for item, factor in found:
+        rows, columns = item.frozen.shape
         split = factorization(rows, factor), factorization(columns, factor)
-        wanted.append((place, split[0][0], split[1][0]))
+        wanted.append((item, split[0][0], split[1][0]))
     factors = [factor for _, factor in found]
     for candidate in dict.fromkeys([common(factors), *factors]):
         if all(
-            peft_factorization(place.shape[0], candidate)[0] == a
-            and peft_factorization(place.shape[1], candidate)[0] == c
-            for place, a, c in wanted
+            peft_factorization(item.shape[0], candidate)[0] == a
+            and peft_factorization(item.shape[1], candidate)[0] == c
+            for item, a, c in wanted
         ):
             return candidate
     written.problems.append(

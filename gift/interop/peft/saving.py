@@ -19,7 +19,7 @@ from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, c
 from gift.interop.peft.forms import Config, Form, Tensors, Written
 from gift.interop.peft.inplace import InPlace
 from gift.interop.peft.layers import (
-    Place,
+    AdaptedTensor,
     context_incompatibilities,
     is_passed_by,
     kind_of,
@@ -75,19 +75,19 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
     """Return the config and tensors of the files."""
-    places = list(_places(network, problems))
+    items = list(_adapted_tensors(network, problems))
     if is_prompted(network):
-        if places or problems or InPlace(network, FORMS["LORA"], Written()).whole:
+        if items or problems or InPlace(network, FORMS["LORA"], Written()).whole:
             problems.append("PEFT cannot train virtual tokens along with anything else")
         return write_prompt(network, problems)
     problems += [
         f"{path or 'the network'}: PEFT has no counterpart for {extension.method}"
         for path, _, extension in named_forward_deltas(network)
     ]
-    form = _form_of(places, problems)
+    form = _form_of(items, problems)
     if form is None:
         return {}, {}
-    written = form.write(places) if places else Written()
+    written = form.write(items) if items else Written()
     problems += written.problems
     in_place = InPlace(network, form, written)
     problems += in_place.problems
@@ -110,7 +110,7 @@ def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]
         ]
         return {}, {}
     config["target_modules"] = exactly(written.targets, names)
-    if not places:
+    if not items:
         config["target_modules"] = DUMMY_TARGETS
     problems += _unlike(network, config, written)
     tensors = written.tensors | in_place.tensors
@@ -126,24 +126,24 @@ def _means_itself(name: str) -> bool:
         return False
 
 
-def _places(network: nn.Module, problems: list[str]) -> Iterator[Place]:
+def _adapted_tensors(network: nn.Module, problems: list[str]) -> Iterator[AdaptedTensor]:
     """Yield the adapted tensors; those that PEFT could not adapt become problems."""
     names: dict[int, list[str]] = {}
     for path, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
     for path, module in network.named_modules():
-        for tensor, adapter in weight_deltas(module).items():
-            if adapter.follows:
+        for tensor, delta in weight_deltas(module).items():
+            if delta.follows:
                 continue
-            place = Place(path, module, tensor, adapter, _attention_of(network, path, tensor))
-            found = list(_incompatibilities(network, place))
+            item = AdaptedTensor(path, module, tensor, delta, _attention_of(network, path, tensor))
+            found = list(_incompatibilities(network, item))
             if len(names[id(module)]) > 1:
                 found.append(
                     f"PEFT adapts a module under its first name only, not {names[id(module)][1:]}"
                 )
-            problems += [f"{place.name}: {problem}" for problem in found]
+            problems += [f"{item.name}: {problem}" for problem in found]
             if not found:
-                yield place
+                yield item
 
 
 def _attention_of(network: nn.Module, path: str, tensor: str) -> str | None:
@@ -156,42 +156,42 @@ def _attention_of(network: nn.Module, path: str, tensor: str) -> str | None:
     )
 
 
-def _incompatibilities(network: nn.Module, place: Place) -> Iterator[str]:
-    adapter, frozen = place.adapter, place.module._parameters.get(place.tensor)
-    if adapter.layout is None:
+def _incompatibilities(network: nn.Module, item: AdaptedTensor) -> Iterator[str]:
+    delta, frozen = item.delta, item.module._parameters.get(item.tensor)
+    if delta.layout is None:
         yield "it has no shape yet: run a batch through the network first"
         return
     if frozen is None:
         yield "it is computed before it is used (parametrised, normalised or pruned)"
     elif is_sharded(frozen):
         yield "it is spread over processes"
-    own = layout_of(place.module, place.tensor, torch.Size(place.shape), adapter.options)
-    if (own.matrix, own.order) != (adapter.layout.matrix, adapter.layout.order):
+    own = layout_of(item.module, item.tensor, torch.Size(item.shape), delta.options)
+    if (own.matrix, own.order) != (delta.layout.matrix, delta.layout.order):
         yield "it is tied to a tensor that PEFT reads the other way round"
-    path = place.path if place.attention is None else place.attention
+    path = item.path if item.attention is None else item.attention
     yield from context_incompatibilities(network, path)
     if path and is_passed_by(network, path):
         yield "in evaluation, nn.TransformerEncoderLayer passes adapters of PEFT by"
-    form = _forms_by_method().get(adapter.method.name)
+    form = _forms_by_method().get(delta.method.name)
     if form is None:
         return
-    if place.attention is not None:
+    if item.attention is not None:
         yield from layer_incompatibilities(network.get_submodule(path), form.peft_type, form.kinds)
-    elif place.is_layer:
-        yield from layer_incompatibilities(place.module, form.peft_type, form.kinds)
+    elif item.is_layer:
+        yield from layer_incompatibilities(item.module, form.peft_type, form.kinds)
     elif form.peft_type != "LORA":
-        yield f"PEFT adapts single parameters by LoRA only, not by {adapter.method.name}"
+        yield f"PEFT adapts single parameters by LoRA only, not by {delta.method.name}"
 
 
 def _forms_by_method() -> dict[str, Form]:
     return {method: form for form in FORMS.values() for method in form.methods}
 
 
-def _form_of(places: list[Place], problems: list[str]) -> Form | None:
+def _form_of(items: list[AdaptedTensor], problems: list[str]) -> Form | None:
     """Return the one form that all methods share."""
-    if not places:
+    if not items:
         return FORMS["LORA"]
-    known, methods = _forms_by_method(), {place.adapter.method.name for place in places}
+    known, methods = _forms_by_method(), {item.delta.method.name for item in items}
     unknown = sorted(methods - set(known))
     if unknown:
         problems.append(f"PEFT has no counterpart for {', '.join(unknown)}")

@@ -17,32 +17,32 @@ from gift.interop.peft.forms import (
     dropout_of,
     same,
 )  # fmt: skip
-from gift.interop.peft.layers import CONVOLUTIONS, Place, kind_of
+from gift.interop.peft.layers import CONVOLUTIONS, AdaptedTensor, kind_of
 from gift.interop.peft.names import matches
 from gift.methods.ia3 import IA3
 from gift.methods.vera import VeRA
 
 
-def write_ia3(places: list[Place]) -> Written:
+def write_ia3(items: list[AdaptedTensor]) -> Written:
     """Write factors of outputs, or of inputs in `feedforward_modules`."""
     written = Written()
-    feedforward = [p.path for p in places if cast(IA3, p.adapter.method).feedforward]
-    for place in places:
-        factors = place.values["ia3_l"]
-        if place.path in feedforward:
-            factors = _of_channels(place, factors, written)
-        elif getattr(place.module, "bias", None) is not None and "bias" not in weight_deltas(
-            place.module
+    feedforward = [p.path for p in items if cast(IA3, p.delta.method).feedforward]
+    for item in items:
+        factors = item.values["ia3_l"]
+        if item.path in feedforward:
+            factors = _of_channels(item, factors, written)
+        elif getattr(item.module, "bias", None) is not None and "bias" not in weight_deltas(
+            item.module
         ):
             written.problems.append(
-                f"{place.name}: PEFT scales what the layer gives, its bias included, which was not "
+                f"{item.name}: PEFT scales what the layer gives, its bias included, which was not "
                 "adapted here (ma_adapt does that, pa_adapt does not)"
             )
-        shape: tuple[int, ...] = (1, -1) if place.path in feedforward else (-1, 1)
-        if kind_of(place.module) in CONVOLUTIONS:
-            shape = (1, -1, *[1] * (len(place.shape) - 2))
-        written.add(place.path, {"ia3_l": factors.reshape(shape)})
-    kinds = {kind_of(place.module) for place in places}
+        shape: tuple[int, ...] = (1, -1) if item.path in feedforward else (-1, 1)
+        if kind_of(item.module) in CONVOLUTIONS:
+            shape = (1, -1, *[1] * (len(item.shape) - 2))
+        written.add(item.path, {"ia3_l": factors.reshape(shape)})
+    kinds = {kind_of(item.module) for item in items}
     # A regular expression, because a list would match all names with these endings.
     written.config = {
         "feedforward_modules": "|".join(map(_escaped, sorted(feedforward))) if feedforward else [],
@@ -56,13 +56,13 @@ def _escaped(path: str) -> str:
     return path.replace(".", r"\.")
 
 
-def _of_channels(place: Place, factors: Tensor, written: Written) -> Tensor:
+def _of_channels(item: AdaptedTensor, factors: Tensor, written: Written) -> Tensor:
     """Return one factor for each input channel; gift has one for each position in the kernel."""
-    kernel = math.prod(place.shape[2:]) if kind_of(place.module) in CONVOLUTIONS else 1
+    kernel = math.prod(item.shape[2:]) if kind_of(item.module) in CONVOLUTIONS else 1
     factors = factors.reshape(-1, kernel)
     if not torch.equal(factors, factors[:, :1].expand_as(factors)):
         written.problems.append(
-            f"{place.name}: PEFT scales input channels as a whole, here the positions in the "
+            f"{item.name}: PEFT scales input channels as a whole, here the positions in the "
             "kernel have factors of their own"
         )
     return factors[:, 0]
@@ -106,33 +106,33 @@ IA3_FORM = Form(
 # VeRA. In PEFT, all layers share one pair, and each uses its leading part.
 
 
-def write_vera(places: list[Place]) -> Written:
+def write_vera(items: list[AdaptedTensor]) -> Written:
     """Write one pair, large enough for all; differences in scale go into each layer's `d`."""
     written = Written()
-    methods = [cast(VeRA, place.adapter.method) for place in places]
+    methods = [cast(VeRA, item.delta.method) for item in items]
     rank = same("the rank of VeRA", [method.rank for method in methods], written)
     a, b = (
-        _largest([p.values[key] for p in places], axis)
+        _largest([p.values[key] for p in items], axis)
         for key, axis in (("vera_A", 1), ("vera_B", 0))
     )
-    for place in [] if written.problems else places:
-        values, (rows, columns) = place.values, place.frozen.shape
+    for item in [] if written.problems else items:
+        values, (rows, columns) = item.values, item.frozen.shape
         scale = _ratio(values["vera_A"], a[:, :columns]) * _ratio(values["vera_B"], b[:rows])
         if not math.isfinite(scale):
             written.problems.append(
-                f"{place.name}: in PEFT all layers share one random pair, this one has another "
+                f"{item.name}: in PEFT all layers share one random pair, this one has another "
                 "(its seed, perhaps)"
             )
-        written.add(place.path, {
+        written.add(item.path, {
             "vera_lambda_b": values["vera_b"], "vera_lambda_d": values["vera_d"] * scale,
         })  # fmt: skip
     written.shared = {"base_model.vera_A": a, "base_model.vera_B": b}
     written.config = {
         "r": rank,
-        "vera_dropout": dropout_of(places),
+        "vera_dropout": dropout_of(items),
         "save_projection": True,
         "projection_prng_key": 0,
-        "fan_in_fan_out": {kind_of(place.module) for place in places} == {"transposed"},
+        "fan_in_fan_out": {kind_of(item.module) for item in items} == {"transposed"},
     }
     return written
 
