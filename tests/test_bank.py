@@ -194,7 +194,7 @@ def test_extended_calls_come_and_go() -> None:
 
 @pytest.mark.parametrize("others", [["bitfit", "full"], ["two_classes", "frozen_statistics"]])
 def test_training_between_switches_is_training_alone(others: list[str]) -> None:
-    """Each delta has its optimizer, which goes on with its state after others were worn."""
+    """Each delta has its optimizer, which goes on with its state after others were active."""
     names = ["lora", *others]
     alone = {}
     for name in names:
@@ -285,7 +285,7 @@ def unnumbered(seen: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_a_state_for_the_strategy_that_is_worn() -> None:
+def test_a_state_for_the_strategy_that_is_active() -> None:
     net = mixed()
     trained(net, LoRAAllFineTuningStrategy(rank=4, lora_alpha=2), "x")
     bank = DeltaBank(mixed().eval())
@@ -298,7 +298,7 @@ def test_a_state_for_the_strategy_that_is_worn() -> None:
     assert seen(bank.net) == seen(net)
 
 
-def test_what_the_network_wears_gets_a_name() -> None:
+def test_the_active_delta_of_the_network_gets_a_name() -> None:
     net = mixed()
     trained(net, LoRAAllFineTuningStrategy(), "x")
     before = seen(net)
@@ -394,7 +394,7 @@ def test_a_base_that_is_loaded_later_is_the_base_of_all(active: str | None) -> N
         bank.activate(name)
         trained(bank.net, STRATEGIES[name](), name)
         if name == active == "bitfit":
-            continue  # the new base has biases too, and those are what is worn now
+            continue  # the new base has biases too, and those are active now
         state = bank.net.state_dict()
         expected[name] = copy.deepcopy(other)
         enable_fine_tuning(expected[name], STRATEGIES[name]())
@@ -529,7 +529,7 @@ def test_what_fails_changes_nothing(
 
 
 @pytest.mark.parametrize("active", ["french", "german"])
-def test_a_network_that_wears_another_delta_behind_the_bank(active: str) -> None:
+def test_a_network_with_another_active_delta_behind_the_bank(active: str) -> None:
     """It says so, and never takes another fine-tuning for the one that it knows."""
     bank = small(active)
     gift.disable_fine_tuning(bank.net)
@@ -559,7 +559,7 @@ def test_a_delta_that_was_taken_off_behind_the_bank_is_forgotten_and_no_other(ac
     expected = bank.net(x)
     bank.activate("french")
     act(bank.net)
-    with pytest.warns(gift.GiftWarning, match="'french' was taken off or merged"):
+    with pytest.warns(gift.GiftWarning, match="'french' was disabled or merged"):
         bank.activate("german")
     assert bank.names == ["german"]
     assert act is gift.merge or torch.equal(bank.net(x), expected)
@@ -586,13 +586,13 @@ def test_two_banks_on_one_network_do_not_mix() -> None:
         second.activate(None)
     second.add("mine")
     second.activate(None)
-    with pytest.warns(gift.GiftWarning, match="'french' was taken off"):
+    with pytest.warns(gift.GiftWarning, match="'french' was disabled"):
         bank.activate("german")
     with pytest.raises(RuntimeError, match="without a name"):
         second.activate("mine")
 
 
-def test_saving_and_merging_what_is_worn(tmp_path: Path) -> None:
+def test_saving_and_merging_what_is_active(tmp_path: Path) -> None:
     bank, _ = filled()
     bank.activate("lora")
     output = bank.net(IMAGES)

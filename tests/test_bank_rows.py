@@ -78,7 +78,7 @@ def bank_of(net: nn.Module, **strategies: FineTuningStrategy) -> DeltaBank:
 
 
 def alone(bank: DeltaBank, name: str | None, call: Callable[[Any], Any]) -> Any:
-    """What `call` gives while the network wears that delta."""
+    """What `call` gives while that delta is active."""
     before = bank.active
     bank.activate(name)
     try:
@@ -800,7 +800,7 @@ def test_wrong_numbers_and_names() -> None:
             net(torch.randn(3, 4))
 
 
-def test_layers_that_are_never_called_are_told() -> None:
+def test_layers_that_are_never_called_are_reported() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

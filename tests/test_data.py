@@ -198,7 +198,7 @@ def damaged(folder: Path) -> dict[str, Path]:
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     for name, path in damaged(tmp_path).items():
         for raw in (path, str(path)):
-            with pytest.raises(DataError, match=f"{name} cannot be read as a picture: .+"):
+            with pytest.raises(DataError, match=f"{name} cannot be read as an image: .+"):
                 SMALL(raw)
 
 
@@ -214,7 +214,7 @@ def test_a_damaged_picture_is_named_while_training(workers: int, tmp_path: Path)
 
 @pytest.mark.parametrize("raw", [3, None, np.zeros((3, 3)), torch.zeros(3, 4, 4)])
 def test_what_is_no_picture_is_refused(raw: Any) -> None:
-    with pytest.raises(DataError, match="expected a picture of PIL or the path of one"):
+    with pytest.raises(DataError, match="expected an image of PIL or the path of one"):
         SMALL(raw)
 
 
@@ -257,14 +257,14 @@ def test_validation_folders_are_numbered_as_those_for_training(tmp_path: Path) -
     assert [label for _, label in valid.dataset] == [1, 2, 2]  # type: ignore[attr-defined]
 
 
-def test_all_that_is_wrong_in_folders_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_is_wrong_in_folders_is_reported_at_once(tmp_path: Path) -> None:
     folder = class_pictures(tmp_path, ant=1, bee=1, cat=1)
     (folder / "dog").mkdir()
     (folder / "bee" / "none.png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
         class_folders(folder, SMALL, classes=["ant", "bee", "dog"])
     for part in ("folder cat: 'cat' is none of the classes ant, bee, dog",
-                 "folder dog: no pictures", "bee/none.png: empty file"):  # fmt: skip
+                 "folder dog: no images", "bee/none.png: empty file"):  # fmt: skip
         assert part in str(caught.value)
 
 
@@ -375,7 +375,7 @@ def test_classes_have_an_order(
         (b"text,label\n" + b"a,x\n" * 30, {"classes": ("b", "c")}, ["and 20 more problems"]),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_table_is_told_with_its_lines(
+def test_what_is_wrong_with_a_table_is_reported_with_its_lines(
     content: bytes, options: dict[str, Any], told: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "x.csv"
@@ -386,7 +386,7 @@ def test_what_is_wrong_with_a_table_is_told_with_its_lines(
         assert part in str(caught.value)
 
 
-def test_pictures_of_a_table_are_as_seen_from_its_folder(tmp_path: Path) -> None:
+def test_images_of_a_table_are_as_seen_from_its_folder(tmp_path: Path) -> None:
     class_pictures(tmp_path / "pictures", one=2)
     far = saved(tmp_path / "elsewhere" / "x.png", seed=5)
     table = tmp_path / "x.csv"
@@ -397,14 +397,14 @@ def test_pictures_of_a_table_are_as_seen_from_its_folder(tmp_path: Path) -> None
     assert torch.equal(examples.dataset[2][0], SMALL(far))
 
 
-def test_pictures_that_are_not_there_are_told_with_their_lines(tmp_path: Path) -> None:
+def test_images_that_are_not_there_are_reported_with_their_lines(tmp_path: Path) -> None:
     saved(tmp_path / "a.png")
     (tmp_path / "empty.png").write_bytes(b"")
     table = tmp_path / "x.tsv"
     table.write_text("a.png\tx\nb.png\ty\nempty.png\tx\na.png\tz\n")
     with pytest.raises(DataError) as caught:
         picture_table(table, SMALL, 0, 1, classes=["x", "y"])
-    for part in ("line 2: there is no picture", "b.png", "line 3", "line 4: 'z' is none"):
+    for part in ("line 2: there is no image", "b.png", "line 3", "line 4: 'z' is none"):
         assert part in str(caught.value)
 
 

@@ -106,7 +106,7 @@ def test_what_torchvision_cannot_give_is_refused(
         torchvision_dataset(name, tmp_path, split, SMALL)
 
 
-def test_a_download_that_fails_is_told(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_download_that_fails_is_reported(tmp_path: Path, monkeypatch: Any) -> None:
     def unreachable(*args: Any) -> None:
         raise urllib.error.URLError("no route to host")
 
@@ -158,7 +158,7 @@ def test_masks_of_coco_are_those_of_its_own_tools(tmp_path: Path) -> None:
     assert examples.dataset[1][1]["masks"].shape == (0, 30, 40)
 
 
-def test_pictures_and_boxes_are_mirrored_together(tmp_path: Path) -> None:
+def test_images_and_boxes_are_mirrored_together(tmp_path: Path) -> None:
     files = coco_files(tmp_path, BOXES)
     plain, augmented = (coco(*files, masks=True, augment=augment) for augment in (False, True))
     shown, targets = plain.dataset[0]
@@ -191,7 +191,7 @@ def test_validation_boxes_are_numbered_as_those_for_training(tmp_path: Path) -> 
         coco(images, path, classes=["car", "cat"])
 
 
-def test_all_that_is_wrong_with_boxes_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_is_wrong_with_boxes_is_reported_at_once(tmp_path: Path) -> None:
     wrong = [
         box(1, 70, 3, [1, 1, 5, 5]),
         box(2, 7, 4, [1, 1, 5, 5]),
@@ -203,7 +203,7 @@ def test_all_that_is_wrong_with_boxes_is_told_at_once(tmp_path: Path) -> None:
     (images / f"{1:012}.png").unlink()
     with pytest.raises(DataError) as caught:
         coco(images, path, masks=True)
-    for part in ("image 8: there is no picture", "annotation 1: there is no image 70",
+    for part in ("image 8: there is no image", "annotation 1: there is no image 70",
                  "annotation 2: there is no category 4", "annotation 3: the box is [1, 1, 5]",
                  "annotation 4: the box is", "annotation 5: there is no segmentation"):  # fmt: skip
         assert part in str(caught.value)
@@ -315,7 +315,7 @@ def test_texts_of_hugging_face_from_everywhere(tmp_path: Path) -> None:
         assert examples.classes == ("neg", "pos")
 
 
-def test_pictures_of_hugging_face(tmp_path: Path) -> None:
+def test_images_of_hugging_face(tmp_path: Path) -> None:
     folder = class_pictures(tmp_path / "pictures", ant=1, bee=2)
     data = datasets.load_dataset(
         "imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache")

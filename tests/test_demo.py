@@ -16,7 +16,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from gift.demo.__main__ import main
 from gift.demo.data import digits, read_folder
 from gift.demo.network import SmallResNet, predict
-from gift.demo.story import Result, same
+from gift.demo.story import Facts, same
 
 COLOURS = {"blue": (20, 40, 200), "green": (20, 200, 40), "red": (200, 30, 30), "white": (230,) * 3}
 
@@ -28,7 +28,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+def of_digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, Path]:
     out = tmp_path_factory.mktemp("digits") / "new" / "folder"
     return main(["--steps", "60", "--out", str(out)]), out
 
@@ -44,7 +44,7 @@ def write_pictures(folder: Path, classes: list[str], number: int) -> Path:
     return folder
 
 
-def test_promises_hold_on_digits(of_digits: tuple[Result, Path]) -> None:
+def test_promises_hold_on_digits(of_digits: tuple[Facts, Path]) -> None:
     result, _ = of_digits
     assert result.same_output
     assert result.same_base
@@ -52,7 +52,7 @@ def test_promises_hold_on_digits(of_digits: tuple[Result, Path]) -> None:
     assert result.base_accuracy > 0.9
 
 
-def test_every_way_learns_the_new_digits(of_digits: tuple[Result, Path]) -> None:
+def test_every_way_learns_the_new_digits(of_digits: tuple[Facts, Path]) -> None:
     """Five classes: 0.2 is what guessing gives."""
     lora, everything, head = of_digits[0].ways
     assert lora.after > lora.before + 0.4
@@ -61,7 +61,7 @@ def test_every_way_learns_the_new_digits(of_digits: tuple[Result, Path]) -> None
     assert lora.after > head.after
 
 
-def test_trained_parameters_are_those_of_the_formula(of_digits: tuple[Result, Path]) -> None:
+def test_trained_parameters_are_those_of_the_formula(of_digits: tuple[Facts, Path]) -> None:
     """Rank 2 beside each convolution ``(o, i, kh, kw)``, seen as ``(o*kh, i*kw)``; a new head."""
     lora, everything, head = of_digits[0].ways
     convolutions = [m for m in SmallResNet(1, 5).modules() if isinstance(m, nn.Conv2d)]
@@ -74,7 +74,7 @@ def test_trained_parameters_are_those_of_the_formula(of_digits: tuple[Result, Pa
     assert head.trainable == new_head
 
 
-def test_the_files_give_the_outputs_without_gift(of_digits: tuple[Result, Path]) -> None:
+def test_the_files_give_the_outputs_without_gift(of_digits: tuple[Facts, Path]) -> None:
     """A plain network with ``W + B A``, in memory order, for every convolution agrees."""
     result, out = of_digits
     state, delta = torch.load(out / "base.pt"), torch.load(out / "lora_new_head.pt")
@@ -89,7 +89,7 @@ def test_the_files_give_the_outputs_without_gift(of_digits: tuple[Result, Path])
     torch.testing.assert_close(predict(plain, images), result.outputs, rtol=1e-4, atol=1e-4)
 
 
-def test_file_sizes_are_those_on_the_disk(of_digits: tuple[Result, Path]) -> None:
+def test_file_sizes_are_those_on_the_disk(of_digits: tuple[Facts, Path]) -> None:
     result, out = of_digits
     assert result.ways[0].file_bytes == (out / "lora_new_head.pt").stat().st_size
     assert result.base_bytes == (out / "base.pt").stat().st_size
@@ -123,16 +123,16 @@ def test_half_of_the_classes_of_a_folder_are_learned(tmp_path: Path, layout: str
     check_pictures(result, out)
 
 
-def check_pictures(result: Result, out: Path) -> None:
-    assert out / "predictions.png" in result.pictures
-    for file in result.pictures:
+def check_pictures(result: Facts, out: Path) -> None:
+    assert out / "predictions.png" in result.images
+    for file in result.images:
         with Image.open(file) as image:
             assert image.format == "PNG"
             assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
 
 
 @pytest.mark.parametrize("weights", ["absent", "present"])
-def test_two_classes_start_from_pretrained_weights_or_from_turned_pictures(
+def test_two_classes_start_from_pretrained_weights_or_from_turned_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -194,9 +194,9 @@ def broken_picture(path: Path) -> None:
         (a_file, "pictures is not a folder"),
         (Path.mkdir, "these classes: [], expected at least two"),
         (one_class, "these classes: ['blue'], expected at least two"),
-        (lonely_picture, "classes ['green'] have fewer than two pictures"),
+        (lonely_picture, "classes ['green'] have fewer than two images"),
         (other_classes_in_val, "['green', 'red'] are in only one of train and val"),
-        (broken_picture, "1.png cannot be read as a picture"),
+        (broken_picture, "1.png cannot be read as an image"),
     ],
 )
 def test_a_bad_folder_is_refused_in_plain_words(

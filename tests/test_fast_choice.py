@@ -286,7 +286,7 @@ def test_forms_of_a_network_are_those_of_its_layers() -> None:
     assert forms(net.bfloat16(), torch.zeros(64, 32).bfloat16()) == {"0": "side", "1": "side"}
 
 
-def test_forms_are_told_of_the_networks_own_layers_alone() -> None:
+def test_forms_are_reported_of_the_networks_own_layers_alone() -> None:
     """Others may run meanwhile: in another thread, or as here within the network."""
     nets = [nn.Sequential(nn.Linear(32, 32)) for _ in range(2)]
     for net in nets:

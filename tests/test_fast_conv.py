@@ -238,7 +238,7 @@ def test_every_geometry_in_every_plan(dtype: torch.dtype, memories: Any, batch: 
     assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:20])
 
 
-def test_every_geometry_as_if_pictures_were_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_geometry_as_if_images_were_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shifted pictures are added one after the other then, not in one operation."""
     monkeypatch.setattr(conv_as_gemm, "FEW", 0)
     failures = sweep(torch.float64, FORMATS[:1])

@@ -328,7 +328,7 @@ def test_a_convolution_of_any_kind_is_adapted(make: Callable[[], nn.Module], lay
     assert_same_training(net, base, lambda m: m(x))
 
 
-def test_a_delta_larger_than_its_depthwise_layer_is_told() -> None:
+def test_a_delta_larger_than_its_depthwise_layer_is_reported() -> None:
     net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 64, 1))
     with pytest.warns(
         GiftWarning, match=r"more parameters than the weight.*: 0\.weight \("
@@ -339,7 +339,7 @@ def test_a_delta_larger_than_its_depthwise_layer_is_told() -> None:
     assert net[0].lora_A.numel() + net[0].lora_B.numel() > net[0].weight.numel()
 
 
-def test_a_delta_larger_than_its_layer_is_told_inside_a_claimed_block() -> None:
+def test_a_delta_larger_than_its_layer_is_reported_inside_a_claimed_block() -> None:
     block = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 64, 3))
     strategy = FineTuningStrategy([(mc_name("block"), ma_adapt("lora"))])
     with pytest.warns(GiftWarning, match=r"block\.0"):

@@ -270,7 +270,7 @@ def test_content_that_does_not_fit(name: str, path: Path) -> None:
     refused_everywhere(path, reason)
 
 
-def test_several_problems_are_told_together(path: Path) -> None:
+def test_several_problems_are_reported_together(path: Path) -> None:
     for name in ("missing", "unexpected", "misshapen", "infinite", "another alpha",
                  "another matrix", "a shape of the base", "a tensor of the base"):  # fmt: skip
         rewritten(path, CONTENTS[name][0])

@@ -183,7 +183,7 @@ def set_each(net: nn.Module) -> None:
             parameter.requires_grad = True
 
 
-def told_of(action: Callable[[], Any]) -> list[str]:
+def warnings_of(action: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         action()
@@ -191,7 +191,7 @@ def told_of(action: Callable[[], Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("part", ["", "enc"])
-def test_flags_that_a_loop_sets_are_told_before_a_step(part: str) -> None:
+def test_flags_that_a_loop_sets_are_reported_before_a_step(part: str) -> None:
     """By the network's ``parameters()``, or where those are not asked for, by its next call."""
     for optimised in (lambda net: list(net.parameters()), lambda net: [*net.enc[0].parameters()]):
         net = Net()
@@ -202,13 +202,13 @@ def test_flags_that_a_loop_sets_are_told_before_a_step(part: str) -> None:
             torch.optim.SGD(optimised(net), 0.1)
             net(torch.randn(3, 8)).square().sum().backward()
 
-        (text,) = told_of(until_the_step)
+        (text,) = warnings_of(until_the_step)
         assert "enc.0.weight" in text
         assert "requires_grad = False" in text
-        assert told_of(lambda net=net: net(torch.randn(3, 8)).sum().backward()) == []
+        assert warnings_of(lambda net=net: net(torch.randn(3, 8)).sum().backward()) == []
 
 
-def test_flags_are_told_before_a_step_where_the_network_is_never_called() -> None:
+def test_flags_are_reported_before_a_step_where_the_network_is_never_called() -> None:
     """As by sentence-transformers, which calls ``net.forward``, or by loops that call parts."""
     net = Net()
     enable_fine_tuning(net, lora())
@@ -218,26 +218,27 @@ def test_flags_are_told_before_a_step_where_the_network_is_never_called() -> Non
         other = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)
         optimizer = torch.optim.SGD([p for _, p in copied.named_parameters()], 0.1)
         assert (
-            told_of(lambda c=copied: c.forward(torch.randn(3, 8)).square().sum().backward()) == []
+            warnings_of(lambda c=copied: c.forward(torch.randn(3, 8)).square().sum().backward())
+            == []
         )
-        assert told_of(other.step) == []
+        assert warnings_of(other.step) == []
         with pytest.raises(GiftWarning, match=r"enc\.0\.weight"):
             optimizer.step()
         assert all(torch.equal(p, before[name]) for name, p in copied.named_parameters())
-        assert told_of(optimizer.step) == []
+        assert warnings_of(optimizer.step) == []
     net = Net()
     enable_fine_tuning(net, lora())
     disable_fine_tuning(net)
-    assert told_of(lambda: torch.optim.SGD(net.parameters(), 0.1).step()) == []
+    assert warnings_of(lambda: torch.optim.SGD(net.parameters(), 0.1).step()) == []
 
 
 def test_flags_in_inference_are_nobodys_business() -> None:
     net = Net()
     enable_fine_tuning(net, lora())
-    assert told_of(lambda: net(torch.randn(3, 8))) == []
+    assert warnings_of(lambda: net(torch.randn(3, 8))) == []
     set_each(net)
     with torch.no_grad():
-        assert told_of(lambda: net(torch.randn(3, 8))) == []
+        assert warnings_of(lambda: net(torch.randn(3, 8))) == []
 
 
 def test_what_a_loop_trains_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_what_a_loop_trains_is_saved_and_loaded(tmp_path: Path) -> None:
     base = copy.deepcopy(net)
     enable_fine_tuning(net, lora())
     set_each(net)
-    assert told_of(net.parameters)
+    assert warnings_of(net.parameters)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     net(torch.randn(3, 8)).square().sum().backward()
     optimizer.step()
@@ -312,5 +313,5 @@ def test_lightning_finetunes_a_backbone() -> None:
         )  # fmt: skip
         trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4))
 
-    (text,) = told_of(fit)
+    (text,) = warnings_of(fit)
     assert "enc.0.weight" in text

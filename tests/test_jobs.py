@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gift.jobs import KINDS, Job, JobError, init_text, read_job, write_job
-from gift.jobs.kinds import Kind
+from gift.jobs.kinds import DataKind
 from gift.jobs.models import Strategy
 from gift.support.recipes import REGISTRY
 from gift.training import Settings
@@ -105,7 +105,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("added", "expected"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_told_in_words(tmp_path: Path, added: str, expected: str) -> None:
+def test_what_is_wrong_is_reported_in_words(tmp_path: Path, added: str, expected: str) -> None:
     assert expected in refused(tmp_path, GOOD + added)
 
 
@@ -163,7 +163,7 @@ DATA = {
 
 
 @pytest.mark.parametrize(("data", "expected"), DATA.values(), ids=DATA)
-def test_what_is_wrong_with_examples_is_told(tmp_path: Path, data: str, expected: str) -> None:
+def test_what_is_wrong_with_examples_is_reported(tmp_path: Path, data: str, expected: str) -> None:
     assert expected in refused(tmp_path, f"data: {data}")
 
 
@@ -191,7 +191,7 @@ def test_a_file_that_is_no_job(tmp_path: Path, content: bytes, expected: str) ->
     assert expected in str(error.value)
 
 
-def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     added = [
         "strategy: {init_paras: {rank: -1}, head: old}", "foldr: x", "training: {epoch: 1, lr: x}"
     ]  # fmt: skip
@@ -212,7 +212,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_the_first_file_of_each_kind_is_a_job_of_defaults(kind: Kind, tmp_path: Path) -> None:
+def test_the_first_file_of_each_kind_is_a_job_of_defaults(kind: DataKind, tmp_path: Path) -> None:
     """Every setting is there, and says what holds without it."""
     text = init_text(kind.name)
     made = job_of(tmp_path, text)

@@ -156,7 +156,7 @@ def test_another_job_in_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["network", "data", "strategy", "schedule"])
-def test_a_change_in_any_part_of_a_job_is_told(part: str, tmp_path: Path) -> None:
+def test_a_change_in_any_part_of_a_job_is_reported(part: str, tmp_path: Path) -> None:
     schedule = {"name": "FreezeUnfreeze", "init_paras": {"unfreeze_epoch": 1}}
     job = own_network(tmp_path, schedule=schedule)
     run_job(job, Stops(0))
@@ -408,7 +408,7 @@ def test_a_damaged_run_is_an_error_in_words(content: str, tmp_path: Path) -> Non
         Run(folder)
 
 
-def test_a_place_that_is_none_is_told(text_run: Run) -> None:
+def test_a_place_that_is_none_is_reported(text_run: Run) -> None:
     with pytest.raises(JobError, match="there is no 'pth', closest: 'path'"):
         text_run.examples({"pth": "x"})
     with pytest.raises(JobError, match="path must be given"):

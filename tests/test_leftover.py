@@ -117,7 +117,7 @@ def cap_in(text: str) -> Any:
     return eval(code, vars(f))
 
 
-def test_what_is_left_out_is_told_with_the_cap_that_takes_it() -> None:
+def test_what_is_left_out_is_reported_with_the_cap_that_takes_it() -> None:
     make, strategy = MIXTURES["mixtral"], LoRAAllFineTuningStrategy(rank=2, experts=False)
     (text,) = told(make(), strategy)
     net = make()
@@ -130,7 +130,7 @@ def test_what_is_left_out_is_told_with_the_cap_that_takes_it() -> None:
     assert told(make(), LoRALinearFineTuningStrategy(rank=2)) == [], "who asks for some layers"
 
 
-def test_spectral_weights_are_told_and_taken() -> None:
+def test_spectral_weights_are_reported_and_adapted() -> None:
     models = pytest.importorskip("neuralop.models")
 
     def make() -> Any:

@@ -622,7 +622,7 @@ def test_frozen_statistics_stand_still_while_merged() -> None:
 
 
 @pytest.mark.parametrize("train", [torch.optim.SGD, torch.optim.AdamW])
-def test_writing_to_the_base_while_merged_is_told(train: Any) -> None:
+def test_writing_to_the_base_while_merged_is_reported(train: Any) -> None:
     """Biases have no delta here, so they are those of the base."""
     net = enabled(mlp())
 

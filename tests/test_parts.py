@@ -323,7 +323,7 @@ def test_modules_are_chosen_by_paths_and_patterns(paths: list[str], prefixes: li
     assert trainable(net) == expected
 
 
-def test_each_path_that_takes_nothing_is_told() -> None:
+def test_each_path_that_takes_nothing_is_reported() -> None:
     net = bert()
     before = picture(net)
     with pytest.raises(ValueError, match=r"(?s)no cap of Modules.*'fc'.*'layer4.\*'"):

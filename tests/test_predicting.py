@@ -182,7 +182,7 @@ def test_texts(kind: str, task: str | None, tmp_path: Path) -> None:
     assert [p.input for p in predict(net, pairs)] == pairs
 
 
-def test_pictures_of_a_network_by_name(tmp_path: Path) -> None:
+def test_images_of_a_network_by_name(tmp_path: Path) -> None:
     model_folder(tmp_path, "vit")
     net = load_network(f"transformers:{tmp_path}").net
     [found] = predict(net, saved(tmp_path / "a.png"))
@@ -232,7 +232,9 @@ class Segmenting(nn.Module):
         (nn.Linear(2, 2), torch.zeros(1, 2), {"device": "no such"}, "no device"),
     ],
 )
-def test_what_cannot_be_predicted_is_told(net: Any, given: Any, options: Any, told: str) -> None:
+def test_what_cannot_be_predicted_is_reported(
+    net: Any, given: Any, options: Any, told: str
+) -> None:
     with pytest.raises(TrainingError, match=told):
         predict(net, given, **options)
 

@@ -295,7 +295,7 @@ class Uncounted(nn.Parameter):
     _version = property(lambda self: None)  # type: ignore[assignment]
 
 
-def test_writes_are_told_with_and_without_torchs_count() -> None:
+def test_writes_are_reported_with_and_without_torchs_count() -> None:
     for tensor in (torch.zeros(2), Uncounted(torch.zeros(2), requires_grad=False)):
         was_written = private.written_since(tensor)
         assert not was_written()

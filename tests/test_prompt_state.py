@@ -144,7 +144,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         ma_prompt(**settings)
 
 
-def test_what_is_told_wins() -> None:
+def test_what_is_given_wins() -> None:
     """The number of features and the order of axes, where the network says otherwise or nothing."""
     net = nn.Sequential(nn.Identity(), nn.LayerNorm(DIM))
     action = ma_prompt(N, dim=DIM, batch_first=False)

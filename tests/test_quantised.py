@@ -539,7 +539,7 @@ def test_sizes_for_a_budget(kind: Kind, method: str) -> None:
     assert 1500 < enable_fine_tuning(net, suggestion.strategy).trainable_after <= 2000
 
 
-def test_what_cannot_be_adapted_is_told_of_all_layers_at_once() -> None:
+def test_what_cannot_be_adapted_is_reported_of_all_layers_at_once() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes").nn
     foreign = nn.Linear(8, 8)
     foreign.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)

@@ -331,7 +331,7 @@ def test_a_write_while_a_network_runs_is_seen() -> None:
     close(net(x), formula(base, net.experts, x))
 
 
-def test_a_factor_that_was_changed_before_the_backward_pass_is_told() -> None:
+def test_a_factor_that_was_changed_before_the_backward_pass_is_reported() -> None:
     _, net, x = experts()
     for values in (lambda: net(x), lambda: net.up.square()):
         y = values()

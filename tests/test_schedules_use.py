@@ -134,7 +134,7 @@ def test_a_schedule_waits_until_a_with_block_is_over() -> None:
 # Errors, and states that do not fit.
 
 
-def test_a_milestone_that_would_unfreeze_nothing_is_told_with_what_there_is() -> None:
+def test_a_milestone_that_would_unfreeze_nothing_is_reported_with_what_there_is() -> None:
     net = network()
     before = picture(net)
     for schedule, text in [

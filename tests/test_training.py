@@ -359,7 +359,7 @@ def test_training_stops_when_nothing_gets_better() -> None:
     assert "2 epochs" in result.stopped
 
 
-def test_forgetting_is_told_with_the_old_head() -> None:
+def test_forgetting_is_reported_with_the_old_head() -> None:
     """The old metrics are those of the adapted network with the layer that was replaced."""
     base, old = net(3), data(60)
     expected = evaluate(base, old, device="cpu")

@@ -161,7 +161,7 @@ def test_a_schedule_is_free_again_after_a_refusal() -> None:
     assert not schedule.is_attached
 
 
-def test_a_milestone_after_the_last_epoch_is_told() -> None:
+def test_a_milestone_after_the_last_epoch_is_reported() -> None:
     with pytest.warns(gift.GiftWarning, match=r"in epochs \[5\].*there are only 1"):
         finetune(net(), (DATA, LABELS), schedule=FreezeUnfreeze(unfreeze_epoch=5), **QUIET)
 
@@ -211,7 +211,7 @@ def test_evaluating_leaves_modes_as_they_are() -> None:
     assert picture(network) == before
 
 
-def test_every_setting_is_told_in_its_docstring() -> None:
+def test_every_setting_is_reported_in_its_docstring() -> None:
     told = (Settings.__doc__ or "").split("Args:")[1].split("Raises:")[0]
     named = [line.split(":")[0].strip() for line in told.splitlines() if line.startswith(" " * 8)
              and not line.startswith(" " * 9)]  # fmt: skip

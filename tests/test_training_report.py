@@ -153,7 +153,7 @@ def test_the_page_needs_nothing_from_outside(written: tuple[Path, Page]) -> None
         assert all(str(address).startswith("data:") for address in addresses if address)
 
 
-def test_pictures_are_files_too_and_drawn_for_light_and_dark(written: tuple[Path, Page]) -> None:
+def test_images_are_files_too_and_drawn_for_light_and_dark(written: tuple[Path, Page]) -> None:
     folder, found = written
     light, dark = found.pictures("img", "src"), found.pictures("source", "srcset")
     files = [Image.open(folder / f"{n}.png") for n in ("losses", "metrics", "rates", "confusion")]
@@ -240,7 +240,7 @@ def test_a_thousand_classes_are_drawn_and_listed(tmp_path: Path) -> None:
     assert max(width, height) < 2000
 
 
-def test_pictures_of_an_earlier_run_go(tmp_path: Path) -> None:
+def test_images_of_an_earlier_run_go(tmp_path: Path) -> None:
     write_report(result(), tmp_path)
     (tmp_path / "own.png").write_bytes(b"of the user")
     write_report(result(confusion=None), tmp_path)

@@ -139,7 +139,7 @@ def test_probabilities_and_bools_are_classes() -> None:
         assert found["accuracy"] == expected["accuracy"]
 
 
-def test_zeros_and_ones_as_floats_are_told() -> None:
+def test_zeros_and_ones_as_floats_are_reported() -> None:
     with pytest.warns(GiftWarning, match="all 0 or 1.*2 outputs"):
         assert "rmse" in evaluate(net(), (X, CLASSES[:, None].float()), device="cpu")
     with warnings.catch_warnings():
@@ -147,7 +147,7 @@ def test_zeros_and_ones_as_floats_are_told() -> None:
         evaluate(net(), (X, CLASSES[:, None].float()), task="regression", device="cpu")
 
 
-def test_a_single_class_is_told() -> None:
+def test_a_single_class_is_reported() -> None:
     with pytest.warns(GiftWarning, match="all 40 examples to learn from are of class 1"):
         full(net(2), (X, torch.ones(40, dtype=torch.long)))
 
@@ -206,7 +206,7 @@ def test_a_loss_that_leaves_missing_targets_out_may_have_them() -> None:
     full(net(), data, loss=loss)
 
 
-def test_a_network_with_infinite_outputs_is_told() -> None:
+def test_a_network_with_infinite_outputs_is_reported() -> None:
     tuned = net()
     with torch.no_grad():
         tuned.weight.fill_(1e30)  # type: ignore[operator]

@@ -293,7 +293,7 @@ def test_a_reader_does_what_the_processor_of_transformers_does(kind: str, tmp_pa
         assert (reader(shown) - its).abs().max() < 4 * 2 / 255  # tensors are scaled otherwise
 
 
-def test_what_no_reader_does_is_told(tmp_path: Path) -> None:
+def test_what_no_reader_does_is_reported(tmp_path: Path) -> None:
     model_folder(tmp_path, "vit")
     processor = transformers.MobileViTImageProcessor(  # blue, green, red
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
@@ -351,7 +351,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_loaded_is_told(name: str) -> None:
+def test_what_cannot_be_loaded_is_reported(name: str) -> None:
     options, told = WRONG[name]
     with pytest.raises(NetworkError, match=f"(?s){told}"):
         load_network(name, **options)

@@ -72,7 +72,7 @@ class DeltaBank:
         self.net: Any = net
         self._deltas: dict[str, UnloadedDelta | None] = {}  # None for the active delta
         self._active: str | None = None
-        self._worn: NetworkRecord | None = None  # identifies the active delta
+        self._record: NetworkRecord | None = None  # identifies the active delta
 
     @property
     def names(self) -> list[str]:
@@ -109,12 +109,12 @@ class DeltaBank:
         """
         self._check_new(name)
         if source is None and strategy is None:
-            self._check(may_wear=True)
+            self._check(may_have_delta=True)
             if self._active is not None or not spec_of(self.net).network:
                 raise ValueError("nothing to add: give a file, a state or a strategy")
             check_undoable(self.net)
             with held_interrupts():
-                self._wears(name)
+                self._mark_active(name)
             return
         if isinstance(source, Mapping) and strategy is None:
             strategy = self._present_strategy()
@@ -160,18 +160,18 @@ class DeltaBank:
         if name == self._active:
             return
         with transaction(self.net, self):
-            self._take_off()
+            self._unload()
             if name is not None:
-                self._put_on(name)
+                self._load(name)
 
     @changing
     def remove(self, name: str) -> None:
         """Remove a delta; if it is active, the network becomes the base."""
         self._known(name)
-        self._check(may_wear=True)
+        self._check(may_have_delta=True)
         with transaction(self.net, self):
             if name == self._active:
-                self._take_off()
+                self._unload()
             del self._deltas[name]
 
     @changing
@@ -184,7 +184,7 @@ class DeltaBank:
         Raises:
             AdaptationError: naming everything with a method that cannot be scaled.
         """
-        with self._wearing(name):
+        with self._with_active(name):
             scale(self.net, factor)
 
     @changing
@@ -213,11 +213,11 @@ class DeltaBank:
         for given in weights:
             self._known(given)
         with self._changing() as change:
-            made, told = combine(
+            made, combination = combine(
                 self.net, {given: self._deltas[given] for given in weights}, weights, rank
             )
             self._take(name, made, change)
-        return told
+        return combination
 
     @switching
     def rows(self, names: Sequence[str | None], dim: int = 0) -> Iterator[nn.Module]:
@@ -272,74 +272,74 @@ class DeltaBank:
             close = closest(name, self._deltas)
             raise KeyError(f"no delta {name!r}; there are {self.names}, closest: {close}")
 
-    def _check(self, may_wear: bool = False) -> None:
+    def _check(self, may_have_delta: bool = False) -> None:
         """Check that the network's state is the bank's.
 
         Args:
-            may_wear: whether an active delta without a name is allowed.
+            may_have_delta: whether an active delta without a name is allowed.
         """
         refuse_meanwhile(self.net)
-        worn = record_of(self.net) if spec_of(self.net).network else None
-        if self._active is not None and worn is None:
+        active = record_of(self.net) if spec_of(self.net).network else None
+        if self._active is not None and active is None:
             del self._deltas[self._active]
             warnings.warn(
-                f"{self._active!r} was taken off or merged without the bank, which forgets it (if "
+                f"{self._active!r} was disabled or merged without the bank, which forgets it (if "
                 "it was merged, the others were trained for another base)",
                 GiftWarning,
                 stacklevel=5,
             )
-            self._active = self._worn = None
-        if self._active is not None and worn is not self._worn:
+            self._active = self._record = None
+        if self._active is not None and active is not self._record:
             raise RuntimeError(
-                f"the network wears another delta than {self._active!r}, without the bank: disable "
-                "that first"
+                f"the network has another active delta than {self._active!r}, without the bank: "
+                "disable it first"
             )
-        if self._active is None and worn is not None and not may_wear:
-            raise RuntimeError("the network wears a delta without a name: add(name) gives it one")
+        if self._active is None and active is not None and not may_have_delta:
+            raise RuntimeError("the network has a delta without a name: add(name) gives it one")
 
-    def _wears(self, name: str) -> None:
-        self._deltas[name], self._active, self._worn = None, name, record_of(self.net)
+    def _mark_active(self, name: str) -> None:
+        self._deltas[name], self._active, self._record = None, name, record_of(self.net)
 
-    def _take_off(self) -> None:
+    def _unload(self) -> None:
         if self._active is not None:
             self._deltas[self._active] = UnloadedDelta(self.net)
-            self._active = self._worn = None
+            self._active = self._record = None
 
-    def _put_on(self, name: str) -> None:
+    def _load(self, name: str) -> None:
         delta = self._deltas[name]
         assert delta is not None
         delta.attach()
-        self._wears(name)
+        self._mark_active(name)
 
     def _take(self, name: str, delta: UnloadedDelta, change: transaction) -> None:
         change.before.written += delta.exchanged()
         self._deltas[name] = delta
 
-    def _uncover(self) -> UnloadedDelta | str | None:
+    def _unload_active(self) -> UnloadedDelta | str | None:
         """Turn the network into the base, and return its active delta or the name of it."""
         if self._active is None and spec_of(self.net).network:
             return UnloadedDelta(self.net)
         name = self._active
-        self._take_off()
+        self._unload()
         return name
 
-    def _cover(self, worn: UnloadedDelta | str | None) -> None:
-        """Undo `_uncover`."""
-        if isinstance(worn, UnloadedDelta):
-            worn.attach()
-        elif worn is not None:
-            self._put_on(worn)
+    def _restore(self, active: UnloadedDelta | str | None) -> None:
+        """Undo `_unload_active`."""
+        if isinstance(active, UnloadedDelta):
+            active.attach()
+        elif active is not None:
+            self._load(active)
 
     @contextmanager
     def _base(self) -> Iterator[None]:
         """Context manager in which the network is the base; the active delta is restored after."""
-        self._check(may_wear=True)
+        self._check(may_have_delta=True)
         with transaction(self.net, self):
-            worn = self._uncover()
+            active = self._unload_active()
 
         def put_back() -> None:
             with transaction(self.net, self):
-                self._cover(worn)
+                self._restore(active)
 
         try:
             yield
@@ -349,14 +349,14 @@ class DeltaBank:
     @contextmanager
     def _changing(self) -> Iterator[transaction]:
         """The same for a change of the bank, which is rolled back on errors."""
-        self._check(may_wear=True)
+        self._check(may_have_delta=True)
         with transaction(self.net, self) as change:
-            worn = self._uncover()
+            active = self._unload_active()
             yield change
-            self._cover(worn)
+            self._restore(active)
 
     @contextmanager
-    def _wearing(self, name: str) -> Iterator[None]:
+    def _with_active(self, name: str) -> Iterator[None]:
         """Context manager in which that delta is active; the former one is restored after."""
         self._known(name)
         with transaction(self.net, self):

@@ -75,8 +75,8 @@ def combine(
     strategy = ResolvedStrategy([_group(path, made) for path, made in sums.items()], trained)
     with enabling_trained(net, strategy):
         _fill(net, sums, values)
-        told = _told(sums)
-        return UnloadedDelta(net), told
+        combination = _combination(sums)
+        return UnloadedDelta(net), combination
 
 
 def _check(weights: Mapping[str, float], rank: int | None) -> None:
@@ -211,7 +211,7 @@ def _fill(net: nn.Module, sums: Mapping[str, _Sum], values: Mapping[str, Any]) -
         put_values(module, {name: value})
 
 
-def _told(sums: Mapping[str, _Sum]) -> Combination:
+def _combination(sums: Mapping[str, _Sum]) -> Combination:
     squares, losses = sum(s.square for s in sums.values()), sum(s.lost for s in sums.values())
     return Combination(
         ranks={path: made.left.shape[-1] for path, made in sums.items()},

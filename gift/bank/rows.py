@@ -137,7 +137,7 @@ class _Rows:
         elif dim not in _axes_before_features(module, x) or not self.tracking.has_rows(x):
             raise ValueError(
                 f"{self.path} gets {tuple(x.shape)}, where axis {dim} is not the batch of "
-                f"{len(self.rows)} rows, as far as can be told: rows cannot differ there"
+                f"{len(self.rows)} rows, as far as can be seen: rows cannot differ there"
             )
         with unfollowed():  # these operations need no tracking
             for name, index in self._places(x.shape[dim], x.device).items():

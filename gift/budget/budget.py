@@ -54,6 +54,6 @@ class Budget:
         """Return whether the cost is within the budget."""
         return (cost.bytes if self.in_bytes else cost.parameters) <= self.limit
 
-    def told(self, cost: Cost) -> str:
+    def in_words(self, cost: Cost) -> str:
         """Format the cost as a text that is itself a budget."""
         return f"{cost.bytes / 1e6:.6f}MB" if self.in_bytes else f"{cost.parameters:_}"

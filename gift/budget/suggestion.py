@@ -116,9 +116,9 @@ def suggest(
         raise ValueError(f"{strategy!r} adapts nothing by a method that has a size to choose")
     least = sum((choice.sizes.cost(choice.sizes.least) for choice in choices), fixed)
     if not limit.allows(least):
-        told = f"a budget of {budget} is too small: the least that works is {limit.told(least)}"
-        whatever = f", of which {limit.told(fixed)} are needed whatever the ranks"
-        raise ValueError(told + (whatever if any(fixed) else ""))
+        text = f"a budget of {budget} is too small: the least that works is {limit.in_words(least)}"
+        whatever = f", of which {limit.in_words(fixed)} are needed whatever the ranks"
+        raise ValueError(text + (whatever if any(fixed) else ""))
     choose(choices, fixed, limit)
     by_path = {path: choice for choice in choices for path in choice.paths}
     sizes = {path: choice.size for path, choice in by_path.items()}

@@ -13,9 +13,9 @@ from gift.cli.plain import say
 def predict(
     run: RUN,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUTS...", help="files of pictures, or texts")
+        list[str], typer.Argument(metavar="INPUTS...", help="files of images, or texts")
     ],
-    top: Annotated[int, typer.Option(help="how many classes are told", min=1)] = 1,
+    top: Annotated[int, typer.Option(help="number of classes to show", min=1)] = 1,
     as_json: JSON = False,
     delta: DELTA = None,
     network: NETWORK = None,

@@ -256,9 +256,9 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
     with torch.inference_mode(False), torch.no_grad():
         values = method.init_parameters(module)
     names = {key: f"{method.name}_{key}" for key in values}
-    taken = [name for name in names.values() if has_attribute(module, name)]
-    if taken:
-        raise AdaptationError(f"it has attributes {taken} already, which this would hide")
+    present = [name for name in names.values() if has_attribute(module, name)]
+    if present:
+        raise AdaptationError(f"it has attributes {present} already, which this would hide")
     for key, value in values.items():
         add_tensor(module, names[key], value)
     extension = ForwardDelta(names, method=method, path=path)

@@ -129,9 +129,9 @@ def tell_unfrozen(network: Any) -> None:
     if torch.compiler.is_compiling():  # Dynamo cannot read flags or issue warnings
         return
     record = record_of(network)
-    if record.told_unfrozen or not (found := {id(p) for p in unfrozen(network)}):
+    if record.warned_unfrozen or not (found := {id(p) for p in unfrozen(network)}):
         return
-    record.told_unfrozen = True
+    record.warned_unfrozen = True
     names = [name for name, p in nn.Module.named_parameters(network) if id(p) in found]
     warnings.warn(
         f"{len(names)} parameters were frozen by fine-tuning, and somebody has set their flags "
@@ -172,7 +172,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         return
     for network in fine_tuned_networks():
         record: Any = vars(network).get("_gift_network")
-        if record is None or record.told_unfrozen or not (found := unfrozen(network)):
+        if record is None or record.warned_unfrozen or not (found := unfrozen(network)):
             continue
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not moved.isdisjoint(map(id, found)):

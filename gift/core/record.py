@@ -29,7 +29,7 @@ class NetworkRecord:
         waiting: the chosen names that stay frozen until they are due, whatever ``requires_grad_``
             says.
         held: what keeps frozen parameters frozen, one entry per module.
-        told_unfrozen: whether the warning about flags set by others has been issued.
+        warned_unfrozen: whether the warning about flags set by others has been issued.
         keeps_base: whether `undo` has the values of what is trained in place.
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
         only_trainable_state: whether ``state_dict()`` gives trained parameters and buffers only.
@@ -49,7 +49,7 @@ class NetworkRecord:
     late: set[str] = field(default_factory=set)
     waiting: set[str] = field(default_factory=set)
     held: "list[HeldFlags]" = field(default_factory=list)
-    told_unfrozen: bool = False
+    warned_unfrozen: bool = False
     keeps_base: bool = True
     only_trainable_parameters: bool = True
     only_trainable_state: bool = True

@@ -62,14 +62,14 @@ class Report:
     @property
     def unmatched(self) -> list[str]:
         """The caps that claimed nothing."""
-        taken = {claim.cap for claim in self.claims}
-        return [self.caps[number] for number in self._shown if number not in taken]
+        claimed = {claim.cap for claim in self.claims}
+        return [self.caps[number] for number in self._shown if number not in claimed]
 
     @property
     def _shown(self) -> list[int]:
         """Numbers of the caps to show: all except optional ones that claimed nothing."""
-        taken = {claim.cap for claim in self.claims}
-        return [n for n in range(len(self.caps)) if n in taken or n not in self.optional]
+        claimed = {claim.cap for claim in self.claims}
+        return [n for n in range(len(self.caps)) if n in claimed or n not in self.optional]
 
     @property
     def larger_than_weight(self) -> list[str]:
@@ -84,11 +84,11 @@ class Report:
     def summary(self) -> str:
         """Totals, and what each cap claimed."""
         share = self.trainable_after / self.total_after if self.total_after else 0
-        taken = Counter(claim.cap for claim in self.claims)
+        claimed = Counter(claim.cap for claim in self.claims)
         trainable: Counter[int] = Counter()
         for claim in self.claims:
             trainable[claim.cap] += claim.trainable
-        rows = [[self.caps[n], taken[n], f"{trainable[n]:,}"] for n in self._shown]
+        rows = [[self.caps[n], claimed[n], f"{trainable[n]:,}"] for n in self._shown]
         return (
             f"{self.network}: {self.trainable_after:,} of {self.total_after:,} parameters are "
             f"trainable ({share:.3%}); before, {self.trainable_before:,} of {self.total_before:,}\n"

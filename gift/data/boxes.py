@@ -16,7 +16,7 @@ from gift.data.classes import classes_of
 from gift.data.examples import Examples
 from gift.data.problems import refuse
 from gift.data.readers import DetectorReader
-from gift.data.readers.images import LARGEST_PICTURE
+from gift.data.readers.images import LARGEST_IMAGE
 from gift.errors import DataError
 from gift.support.optional import require
 
@@ -43,31 +43,31 @@ class Objects:
     shapes: list[Any]
 
 
-class BoxedPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+class BoxedImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Pairs of an image and a dictionary of boxes, labels and, if requested, masks.
 
     Args:
-        pictures: the objects in each image.
+        images: the objects in each image.
         reader: reads the images.
         augment: whether to flip images horizontally at random, with a probability of 0.5.
         masks: whether to return masks.
     """
 
     def __init__(
-        self, pictures: list[Objects], reader: DetectorReader, augment: bool, masks: bool
+        self, images: list[Objects], reader: DetectorReader, augment: bool, masks: bool
     ) -> None:
-        self.pictures, self.reader, self.augment, self.masks = pictures, reader, augment, masks
+        self.images, self.reader, self.augment, self.masks = images, reader, augment, masks
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Tensor]]:
-        objects = self.pictures[place]
-        picture = self.reader(objects.file)
-        height, width = picture.shape[-2:]
+        objects = self.images[place]
+        image = self.reader(objects.file)
+        height, width = image.shape[-2:]
         if (width, height) != objects.size:
             raise DataError(
-                f"{objects.file} is {width} x {height}, its boxes are for a picture of "
+                f"{objects.file} is {width} x {height}, its boxes are for an image of "
                 f"{objects.size[0]} x {objects.size[1]}"
             )
         targets = {
@@ -77,18 +77,18 @@ class BoxedPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         if self.masks:
             targets["masks"] = masks_of(objects.shapes, height, width)
         if self.augment and torch.rand(()) < 0.5:
-            return picture.flip(-1), _mirrored(targets, width)
-        return picture, targets
+            return image.flip(-1), _mirrored(targets, width)
+        return image, targets
 
-    def plain(self) -> "BoxedPictures":
+    def plain(self) -> "BoxedImages":
         """Return the same examples without random augmentation."""
-        return BoxedPictures(self.pictures, self.reader, False, self.masks)
+        return BoxedImages(self.images, self.reader, False, self.masks)
 
 
 def collate_boxed(items: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Collate a batch for torchvision's detectors, which take two lists."""
-    pictures, targets = zip(*items, strict=True)
-    return list(pictures), list(targets)
+    images, targets = zip(*items, strict=True)
+    return list(images), list(targets)
 
 
 def coco(
@@ -123,23 +123,23 @@ def coco(
     known = [BACKGROUND, *known]
     numbers = {name: number for number, name in enumerate(classes_of((), known))}
     problems: list[str] = []
-    pictures = {}
+    objects: dict[Any, Objects] = {}
     for entry in data["images"]:
         file = Path(images) / str(entry["file_name"])
         if not file.is_file():
-            problems.append(f"image {entry['id']}: there is no picture {file}")
-        pictures[entry["id"]] = Objects(
+            problems.append(f"image {entry['id']}: there is no image {file}")
+        objects[entry["id"]] = Objects(
             str(file), (int(entry["width"]), int(entry["height"])), [], [], []
         )
     for entry in data["annotations"]:
         if not entry.get("iscrowd"):
-            problem = _add(entry, pictures, names, numbers, masks)
+            problem = _add(entry, objects, names, numbers, masks)
             problems += [f"annotation {entry['id']}: {problem}"] if problem else []
-    if not problems and not any(picture.boxes for picture in pictures.values()):
+    if not problems and not any(one.boxes for one in objects.values()):
         problems = ["there are no boxes"]
     refuse(str(annotations), problems)
     reader = DetectorReader()
-    dataset = BoxedPictures(list(pictures.values()), reader, augment, masks)
+    dataset = BoxedImages(list(objects.values()), reader, augment, masks)
     return Examples(dataset, "detection", tuple(known), collate_boxed, reader)
 
 
@@ -185,7 +185,7 @@ def _is_id(value: Any) -> bool:
 
 def _is_side(value: Any) -> bool:
     whole = type(value) is int or (isinstance(value, float) and value.is_integer())
-    return whole and 1 <= value <= LARGEST_PICTURE
+    return whole and 1 <= value <= LARGEST_IMAGE
 
 
 _TYPES = {
@@ -202,20 +202,20 @@ def _wrong(entry: dict[str, Any], keys: Sequence[str]) -> Iterator[str]:
         if not fits(entry[key]):
             yield f"{key} is {entry[key]!r:.60}, expected {expected}"
     sides = [entry[key] for key in ("width", "height") if key in keys and _is_side(entry[key])]
-    if math.prod(sides) > LARGEST_PICTURE:
-        yield f"it has {sides[0]:,} x {sides[1]:,} pixels, expected at most {LARGEST_PICTURE:,}"
+    if math.prod(sides) > LARGEST_IMAGE:
+        yield f"it has {sides[0]:,} x {sides[1]:,} pixels, expected at most {LARGEST_IMAGE:,}"
 
 
 def _add(
     entry: dict[str, Any],
-    pictures: dict[Any, Objects],
+    images: dict[Any, Objects],
     names: dict[Any, str],
     numbers: dict[str, int],
     masks: bool,
 ) -> str:
     """Add an object to its image; returns what is wrong with it, if anything."""
-    picture, name = pictures.get(entry["image_id"]), names.get(entry["category_id"])
-    if picture is None:
+    image, name = images.get(entry["image_id"]), names.get(entry["category_id"])
+    if image is None:
         return f"there is no image {entry['image_id']}"
     if name is None:
         return f"there is no category {entry['category_id']}"
@@ -227,14 +227,14 @@ def _add(
     shape = entry.get("segmentation")
     if masks and not shape:
         return "there is no segmentation, which masks need"
-    if masks and (problem := _shape_incompatibility(shape, *picture.size)):
+    if masks and (problem := _shape_incompatibility(shape, *image.size)):
         return f"the segmentation {problem}"
-    (left, top, wide, high), (width, height) = box, picture.size
+    (left, top, wide, high), (width, height) = box, image.size
     corners = [max(left, 0), max(top, 0), min(left + wide, width), min(top + high, height)]
     if corners[2] > corners[0] and corners[3] > corners[1]:
-        picture.boxes.append(corners)
-        picture.labels.append(numbers[name])
-        picture.shapes.append(shape if masks else None)
+        image.boxes.append(corners)
+        image.labels.append(numbers[name])
+        image.shapes.append(shape if masks else None)
     return ""
 
 
@@ -246,17 +246,17 @@ def _shape_incompatibility(shape: Any, width: int, height: int) -> str:
             if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
                 return "has a polygon that is no list of 3 points or more, x and y of each"
             if not all(_is_finite(value) and abs(value) <= far for value in part):
-                return f"has points that are no numbers up to {far}, or far from the picture"
+                return f"has points that are no numbers up to {far}, or far from the image"
         return ""
     if not isinstance(shape, dict) or shape.get("size") != [height, width]:
         found = shape.get("size") if isinstance(shape, dict) else type(shape).__name__
-        return f"has the size {found!r:.60}, the picture {[height, width]}"
+        return f"has the size {found!r:.60}, the image {[height, width]}"
     runs = shape.get("counts")
     if isinstance(runs, str):
         runs = _runs(runs)
     whole = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
     if not whole or sum(runs or ()) != width * height:
-        return f"has runs that do not add up to the {width * height:,} pixels of the picture"
+        return f"has runs that do not add up to the {width * height:,} pixels of the image"
     return ""
 
 

@@ -9,7 +9,7 @@ from gift.data.problems import refuse
 from gift.data.reading import read_examples
 from gift.errors import some
 
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File name extensions of images."""
 
 
@@ -52,23 +52,23 @@ def class_folders(
     problems = [f"folder {folders[place].name}: {reason}" for place, reason in unknown]
     found: list[tuple[str, int]] = []
     for folder, number in zip(folders, numbers, strict=True):
-        pictures = list(_pictures(folder))
-        if not pictures:
-            problems.append(f"folder {folder.name}: no pictures in it ({some(PICTURES, 20)})")
-        problems += [f"{p.relative_to(path)}: empty file" for p in pictures if not p.stat().st_size]
-        found += [(str(picture), number) for picture in pictures]
+        images = list(_images(folder))
+        if not images:
+            problems.append(f"folder {folder.name}: no images in it ({some(IMAGE_SUFFIXES, 20)})")
+        problems += [f"{p.relative_to(path)}: empty file" for p in images if not p.stat().st_size]
+        found += [(str(image), number) for image in images]
     refuse(str(path), problems)
     return read_examples(found, reader, known, augment)
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
+def _images(folder: Path) -> Iterator[Path]:
     """Yield all image files below a folder, always in the same order."""
     for entry in sorted(folder.iterdir()):
         if _is_hidden(entry.name):
             continue
         if entry.is_dir():
-            yield from _pictures(entry)
-        elif entry.suffix.lower() in PICTURES and entry.is_file():
+            yield from _images(entry)
+        elif entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
             yield entry
 
 

@@ -61,8 +61,8 @@ def language_text(
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{file}: {_reason(file, error)}")
             continue
-        if told := _records(file, text):
-            problems.append(f"{file}: {told}")
+        if problem := _records(file, text):
+            problems.append(f"{file}: {problem}")
             continue
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:

@@ -87,9 +87,9 @@ def labelled(
     values = [label.item() if hasattr(label, "item") else label for label in labels]
     missing = [place for place, v in enumerate(values) if v is None or v != v]
     refuse("examples", [f"example {place}: it has no label" for place in missing])
-    told = [str(value) for value in values]
-    known = classes_of(told, classes)
-    numbers, unknown = numbers_of(told, known)
+    texts = [str(value) for value in values]
+    known = classes_of(texts, classes)
+    numbers, unknown = numbers_of(texts, known)
     refuse("examples", [f"example {place}: {reason}" for place, reason in unknown])
     return read_examples(list(zip(inputs, numbers, strict=True)), reader, known, augment)
 

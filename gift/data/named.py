@@ -13,7 +13,7 @@ from gift.errors import DataError, closest
 from gift.support.optional import require
 
 
-class Pictures:
+class Images:
     """Images and class numbers from a torchvision dataset.
 
     Args:
@@ -29,12 +29,12 @@ class Pictures:
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
         try:
-            picture, label = self.dataset[place]
-            return picture, int(label)
+            image, label = self.dataset[place]
+            return image, int(label)
         except Exception as error:  # a damaged file can make a decoder raise anything
-            raise DataError(f"{self._told(place)} cannot be read: {error}") from error
+            raise DataError(f"{self._described(place)} cannot be read: {error}") from error
 
-    def _told(self, place: int) -> str:
+    def _described(self, place: int) -> str:
         samples = getattr(self.dataset, "samples", None)  # only datasets of folders have it
         return f"example {place} of {self.name}" if samples is None else str(samples[place][0])
 
@@ -84,7 +84,7 @@ def torchvision_dataset(
         raise DataError(f"{name} in {root}: {error}") from error
     _check_kind(dataset, name)
     names = classes if classes is not None else _names(dataset)
-    return read_examples(Pictures(dataset, name), reader, names, augment)
+    return read_examples(Images(dataset, name), reader, names, augment)
 
 
 def _split(name: str, known: Any, split: str | None) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _check_kind(dataset: Any, name: str) -> None:
     images = require("PIL.Image", "vision")
     fits = isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], images.Image)
     if not fits or not isinstance(first[1], int | str) or str(first[1]).isalpha():
-        raise DataError(f"{name} is no data set of pictures that belong to one class each")
+        raise DataError(f"{name} is no data set of images that belong to one class each")
 
 
 def _names(dataset: Any) -> tuple[str, ...] | None:

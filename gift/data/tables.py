@@ -175,10 +175,10 @@ def picture_table(
     known, numbers, problems = _numbered(csv, rows, classes)
     found = []
     for line, (name, _), number in zip(rows.lines, rows.values, numbers, strict=True):
-        picture = Path(csv).parent / name.strip()
-        if not picture.is_file() or not picture.stat().st_size:
-            problems.append(f"line {line}: there is no picture {picture}")
-        found.append((str(picture), number))
+        image = Path(csv).parent / name.strip()
+        if not image.is_file() or not image.stat().st_size:
+            problems.append(f"line {line}: there is no image {image}")
+        found.append((str(image), number))
     refuse(str(csv), problems)
     return read_examples(found, reader, known, augment)
 

@@ -17,16 +17,16 @@ from urllib.error import URLError
 import torch
 
 from gift.demo.data import BadFolderError, digits, read_folder
+from gift.demo.drawing import draw_predictions
 from gift.demo.network import SmallResNet
-from gift.demo.pictures import draw_predictions
-from gift.demo.story import Base, Result, fine_tune, heading, say, train_base
+from gift.demo.story import Base, Facts, fine_tune, heading, say, train_base
 from gift.support.optional import require
 
-PICTURE_SIZE = 64
+IMAGE_SIZE = 64
 PRETRAINED_SIZE = 96
 
 
-def main(arguments: Sequence[str] | None = None) -> Result:
+def main(arguments: Sequence[str] | None = None) -> Facts:
     """Run the demo, and return its facts.
 
     Args:
@@ -38,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser("python -m gift.demo", description=__doc__)
     parser.add_argument(
         "--images", type=Path, metavar="DIR",
-        help="learn from pictures (2,000 at most) in DIR/CLASS/, or in DIR/train/CLASS/ and "
-        "DIR/val/CLASS/; pictures of predictions are written",
+        help="learn from images (2,000 at most) in DIR/CLASS/, or in DIR/train/CLASS/ and "
+        "DIR/val/CLASS/; images of predictions are written",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder for saved states and pictures (with --images, gift_demo if not given)",
+        help="folder for saved states and images (with --images, gift_demo if not given)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each network")
     parser.add_argument(
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         parser.error(str(error))
 
 
-def demo_of_digits(steps: int, out: Path | None = None) -> Result:
+def demo_of_digits(steps: int, out: Path | None = None) -> Facts:
     """Let a base that knows the digits 0 to 4 learn 5 to 9; files stay only in a given folder."""
     task = digits()
     heading("A base learns the handwritten digits 0, 1, 2, 3, 4 (8 x 8 pixels)")
@@ -71,9 +71,9 @@ def demo_of_digits(steps: int, out: Path | None = None) -> Result:
         return fine_tune(base, task.only(range(5, 10)), steps, lr=0.01, rank=2, out=folder)
 
 
-def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -> Result:
+def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -> Facts:
     """Let a base learn the other half of the classes of a folder; images are written to `out`."""
-    task = read_folder(folder, PICTURE_SIZE)
+    task = read_folder(folder, IMAGE_SIZE)
     _made(out)
     base = None if scratch else _pretrained()
     if base is not None:
@@ -89,15 +89,15 @@ def demo_of_images(folder: Path, steps: int, out: Path, scratch: bool = False) -
             heading(f"A base learns {', '.join(first.names)}")
         else:
             first = task.rotated()
-            heading("A base learns how far a picture was turned")
+            heading("A base learns how far an image was turned")
             say(f"{number} classes are too few to keep half for it, so do not expect much of it.")
         make = partial(SmallResNet, 3, len(first.names), stride=2)
         base = train_base(make, first, steps, lr)
     result = fine_tune(base, task, steps, lr=lr, rank=4, out=out)
     assert result.outputs is not None
-    result.pictures = draw_predictions(task, result.outputs, out)
-    heading("Pictures")
-    say("\n".join(str(file.resolve()) for file in result.pictures))
+    result.images = draw_predictions(task, result.outputs, out)
+    heading("Images")
+    say("\n".join(str(file.resolve()) for file in result.images))
     return result
 
 

@@ -87,7 +87,7 @@ def read_folder(folder: Path, size: int) -> Task:
         both = _classes(folder / "train" if (folder / "train").is_dir() else folder)
         alone = [name for name, files in both.items() if len(files) < 2]
         if alone:
-            raise BadFolderError(f"{folder}: the classes {alone} have fewer than two pictures")
+            raise BadFolderError(f"{folder}: the classes {alone} have fewer than two images")
         test = {name: files[::4] for name, files in both.items()}
         train = {name: sorted({*files} - {*files[::4]}) for name, files in both.items()}
     names = list(train)
@@ -108,7 +108,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     found = {name: files for name, files in found.items() if files}
     if len(found) < 2:
         raise BadFolderError(
-            f"{folder} has pictures of these classes: {list(found)}, expected at least two, such "
+            f"{folder} has images of these classes: {list(found)}, expected at least two, such "
             "as cats/1.jpg and dogs/1.jpg, or train and val with these"
         )
     return found
@@ -121,7 +121,7 @@ def _read(classes: list[list[Path]], size: int, limit: int) -> Data:
     for label, files in enumerate(classes):
         number = min(share, len(files))
         chosen = [files[i * len(files) // number] for i in range(number)]
-        images += [_picture(file, size) for file in chosen]
+        images += [_image(file, size) for file in chosen]
         labels += [label] * number
     return Data(torch.stack(images), torch.tensor(labels))
 
@@ -130,13 +130,13 @@ MEAN = torch.tensor((0.485, 0.456, 0.406)).reshape(3, 1, 1)  # as pretrained wei
 STD = torch.tensor((0.229, 0.224, 0.225)).reshape(3, 1, 1)
 
 
-def _picture(file: Path, size: int) -> Tensor:
+def _image(file: Path, size: int) -> Tensor:
     images, numpy = require("PIL.Image", "demo"), require("numpy", "demo")
     try:
         with images.open(file) as image:
             square = require("PIL.ImageOps", "demo").fit(image.convert("RGB"), (size, size))
     except (OSError, ImportError) as error:  # the latter from ultralytics, which replaces `open`
-        raise BadFolderError(f"{file} cannot be read as a picture: {error}") from error
+        raise BadFolderError(f"{file} cannot be read as an image: {error}") from error
     return (torch.from_numpy(numpy.array(square)).permute(2, 0, 1) / 255 - MEAN) / STD
 
 

@@ -52,7 +52,7 @@ class Way:
 
 
 @dataclass
-class Result:
+class Facts:
     """The facts that the demo prints.
 
     Args:
@@ -64,7 +64,7 @@ class Result:
             bit.
         same_base: whether the disabled network was equal to the base, bit for bit.
         outputs: outputs of the network with LoRA and a new head, for the held-out images.
-        pictures: the PNG files.
+        images: the PNG files.
     """
 
     base_accuracy: float | None = None
@@ -74,7 +74,7 @@ class Result:
     same_output: bool = False
     same_base: bool = False
     outputs: Tensor | None = None
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -110,14 +110,14 @@ def train_base(make: Callable[[], nn.Module], task: Task, steps: int, lr: float)
     fit(base.network, task.train, steps, lr)
     say(
         f"{type(base.network).__name__}, {_size(base.network):,} parameters, learned from "
-        f"{len(task.train):,} pictures in {time.perf_counter() - start:.1f} s.\n"
-        f"Of {len(task.test):,} held-out pictures it tells "
+        f"{len(task.train):,} images in {time.perf_counter() - start:.1f} s.\n"
+        f"Of {len(task.test):,} held-out images it tells "
         f"{accuracy(base.network, task.test):.1%} right."
     )
     return base
 
 
-def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Path) -> Result:
+def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Path) -> Facts:
     """Fine-tune `base` to `task` in three ways, and check what gift promises.
 
     Args:
@@ -128,7 +128,7 @@ def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Pat
         rank: rank of LoRA.
         out: folder for the saved states.
     """
-    result = Result()
+    result = Facts()
     classes = len(task.names)
     ways = {
         "LoRA + new head": lora_and_head(classes, rank),
@@ -144,7 +144,7 @@ def fine_tune(base: Base, task: Task, steps: int, lr: float, rank: int, out: Pat
         if not result.rows:
             result.rows = _show_trainable(net)
             heading(f"Learning {', '.join(task.names)}: the same loop, data and steps for each way")
-            say(f"{len(task.train):,} pictures to learn from, {len(task.test):,} held out.\n")
+            say(f"{len(task.train):,} images to learn from, {len(task.test):,} held out.\n")
         result.ways.append(_train(name, net, task, steps, lr, out))
     _show_ways(result.ways)
     heading("What is kept")
@@ -223,7 +223,7 @@ def _show_ways(ways: list[Way]) -> None:
     say(tabulate(rows, headers=header, colalign=right, disable_numparse=True))
 
 
-def _show_kept(result: Result) -> None:
+def _show_kept(result: Facts) -> None:
     delta = result.ways[0].file_bytes
     rows = [
         ["file of the delta (its BatchNorm statistics included)", _kilobytes(delta)],

@@ -22,7 +22,7 @@ from gift.core.undo.undoable import check_undoable
 from gift.core.unfreeze import unfreezable_problems
 from gift.core.weights.record import is_sharded
 from gift.engine.claims import sizes_of
-from gift.engine.leftover import hints_for_strangers, told_leftover
+from gift.engine.leftover import describe_leftover, hints_for_strangers
 from gift.engine.walk import Walk, closest_names
 from gift.errors import AdaptationError, GiftWarning, some
 from gift.strategies.base import Cap, FineTuningStrategy
@@ -250,7 +250,7 @@ def _apply(
     if not walk.claims:
         raise ValueError(_nothing_matched(module, strategy, report))
     own = {id(parameter) for parameter in parameters}
-    report.leftover = told_leftover(module, strategy, walk.kept, own, total)
+    report.leftover = describe_leftover(module, strategy, walk.kept, own, total)
     named = dict(module.named_parameters(remove_duplicate=False))
     frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
     for parameter in frozen.values():

@@ -17,7 +17,7 @@ SHARE = 0.1
 """Share of the base from which on raw weights that are left out are reported."""
 
 
-def told_leftover(
+def describe_leftover(
     network: nn.Module, strategy: FineTuningStrategy, kept: Set[int], known: Set[int], total: int
 ) -> str:
     """Describe the raw weights that a strategy for all layers leaves out; empty if they are few.
@@ -42,8 +42,8 @@ def told_leftover(
     if share < SHARE:
         return ""
     paths = [path for path, *_ in found.values()]
-    told = f"{share:.0%} of the base is in raw parameters that no cap takes: {some(paths)}"
-    return "; ".join([told, *strangers(network), f"{cap_for(paths, cap)} as a parameter cap does"])
+    text = f"{share:.0%} of the base is in raw parameters that no cap takes: {some(paths)}"
+    return "; ".join([text, *strangers(network), f"{cap_for(paths, cap)} as a parameter cap does"])
 
 
 def cap_for(paths: list[str], cap: Cap) -> str:

@@ -25,8 +25,8 @@ def describe_deltas(network: nn.Module) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {}
     for path, module in network.named_modules():
         for key, delta in deltas_of(module).items():
-            if (told := _describe(delta, path, key)) is not None:
-                group, kind, name, shape = told
+            if (described := _describe(delta, path, key)) is not None:
+                group, kind, name, shape = described
                 groups.setdefault(repr(group), group).setdefault(kind, {})[name] = shape
     return list(groups.values())
 
@@ -84,7 +84,7 @@ def resolve(network: Any) -> ResolvedStrategy:
 
 # Attributes that a new head changes because they hold the number of classes, and the training
 # mode.
-_TOLD = {*CLASS_COUNTS, IO_SPEC, "config", "training"}
+_DESCRIBED = {*CLASS_COUNTS, IO_SPEC, "config", "training"}
 
 
 def _read_changes(undo: ModuleUndo, path: str, heads: dict[str, int], foreign: list[str]) -> None:
@@ -92,7 +92,7 @@ def _read_changes(undo: ModuleUndo, path: str, heads: dict[str, int], foreign: l
     where, module = path or "the network", undo.module
     if undo.plain is not None:
         foreign.append(f"{where} was given another class")
-    changed = set(undo.attributes) - _TOLD
+    changed = set(undo.attributes) - _DESCRIBED
     for key, entries in undo.entries.items():
         if key != "_modules" and not all(_is_own(vars(module)[key].get(name)) for name in entries):
             changed.add(key)

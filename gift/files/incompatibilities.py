@@ -82,7 +82,7 @@ def _other_settings(network: nn.Module, file: DeltaFile) -> Iterator[str]:
 
 def _meanings(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the method, and the settings that affect outputs, of each adapted place."""
-    told: dict[str, dict[str, Any]] = {}
+    meanings: dict[str, dict[str, Any]] = {}
     for group in groups:
         if "call" in group:
             method: Any = forward_method_of(group["call"], group["settings"])
@@ -92,10 +92,10 @@ def _meanings(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             named = {"method": group["method"]}
         for kind in PLACES:
             for name, shape in group.get(kind, {}).items():
-                told[name] = (
+                meanings[name] = (
                     named | method.compat_settings | ({} if shape is None else {"matrix": shape})
                 )
-    return told
+    return meanings
 
 
 def other_base(
@@ -124,10 +124,10 @@ def other_base(
             dtypes.append(f"{name} ({dtype}, here {dtype_name(tensor.dtype)})")
         elif digested and here[name][2] and digested != here[name][2]:
             values.append(name)
-    yield from _told_of_base(len(file.base), dtypes, values, packed)
+    yield from _described_base(len(file.base), dtypes, values, packed)
 
 
-def _told_of_base(
+def _described_base(
     total: int, dtypes: list[str], values: list[str], packed: list[str]
 ) -> Iterator[str]:  # fmt: skip
     if packed:

@@ -9,8 +9,8 @@ from typing import Any
 from gift.errors import JobError
 from gift.jobs.documented import described_arguments, first_sentence, parameters_of
 from gift.jobs.errors import hint
-from gift.jobs.kinds import KINDS, Kind
-from gift.jobs.models import Data, Job, Network, Schedule, Strategy
+from gift.jobs.kinds import KINDS, DataKind
+from gift.jobs.models import Data, Job, Network, ScheduleSection, Strategy
 from gift.support.recipes import REGISTRY
 from gift.support.yaml_files import dump
 from gift.training.settings import Settings
@@ -40,8 +40,8 @@ def init_text(kind: str = "class_folders", strategy: str = "LoRAAllFineTuningStr
     return "\n".join(_lines(KINDS[kind], strategy)) + "\n"
 
 
-def _lines(kind: Kind, strategy: str) -> Iterator[str]:
-    about, schedules = described_arguments(Job), ", ".join(Schedule.known())
+def _lines(kind: DataKind, strategy: str) -> Iterator[str]:
+    about, schedules = described_arguments(Job), ", ".join(ScheduleSection.known())
     yield f"# {first_sentence(Job)}"
     yield "# Run it with: gift finetune job.yaml"
     yield "# Lines that have their default may be left out. Paths are as seen from this file."
@@ -59,7 +59,7 @@ def _lines(kind: Kind, strategy: str) -> Iterator[str]:
     yield from _settings({"folder": Job.model_fields["folder"].default}, about, indent="")
 
 
-def _data(kind: Kind) -> Iterator[str]:
+def _data(kind: DataKind) -> Iterator[str]:
     about = described_arguments(Data)
     yield from _settings(
         {"kind": kind.name}, about | {"kind": f"functions of gift.data: {', '.join(KINDS)}."}

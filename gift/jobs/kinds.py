@@ -13,7 +13,7 @@ from gift.jobs.errors import hint, in_words
 
 
 @dataclass(frozen=True)
-class Kind:
+class DataKind:
     """A function of `gift.data` that reads examples, and values that `init_text` proposes.
 
     Args:
@@ -124,34 +124,34 @@ def anchored(path: str, base: Path, always: bool = True) -> str:
     return str(seen) if always or (path and seen.exists()) else path
 
 
-_PICTURES, _TEXTS = "torchvision:resnet18", "transformers:bert-base-uncased"
+_IMAGES, _TEXTS = "torchvision:resnet18", "transformers:bert-base-uncased"
 
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("class_folders", "path", "data/train", "data/val", _PICTURES),
-        Kind(
-            "picture_table", "csv", "data/train.csv", "data/val.csv", _PICTURES, files=("csv",)
+        DataKind("class_folders", "path", "data/train", "data/val", _IMAGES),
+        DataKind(
+            "picture_table", "csv", "data/train.csv", "data/val.csv", _IMAGES, files=("csv",)
         ),
-        Kind(
-            "torchvision", "split", "train", "test", _PICTURES,
+        DataKind(
+            "torchvision", "split", "train", "test", _IMAGES,
             {"name": "CIFAR10", "root": "data"}, files=("root",),
         ),
-        Kind(
+        DataKind(
             "coco", None,
             {"images": "data/train", "annotations": "data/train.json"},
             {"images": "data/val", "annotations": "data/val.json"},
             "torchvision:fasterrcnn_resnet50_fpn",
             files=("images", "annotations"), task="detection", readers=("DetectorReader",),
         ),
-        Kind(
+        DataKind(
             "text_table", "path", "data/train.tsv", "data/val.tsv", _TEXTS, readers=("TextReader",)
         ),
-        Kind(
+        DataKind(
             "language_text", "path", "data/train.txt", "data/val.txt", "transformers:gpt2",
             task="language", readers=("TextReader",),
         ),
-        Kind(
+        DataKind(
             "hugging_face", "split", "train", "validation", _TEXTS,
             {"dataset": "stanfordnlp/sst2"}, files=(), names=("dataset",),
             readers=("TextReader", "PictureReader"),

@@ -17,8 +17,7 @@ from pydantic import (
 from gift.errors import some
 from gift.jobs.errors import hint, shown
 from gift.jobs.kinds import KINDS, anchored
-from gift.schedules import Schedule as AnySchedule
-from gift.schedules import load_schedule_from_config
+from gift.schedules import Schedule, load_schedule_from_config
 from gift.strategies import FineTuningStrategy, load_strategy_from_config
 from gift.support.recipes import registered
 from gift.training.settings import Settings
@@ -33,13 +32,13 @@ Named = Annotated[
 """A section that may be given by its name alone."""
 
 
-def _is_place(value: Any) -> Any:
+def _is_location(value: Any) -> Any:
     if not isinstance(value, str | dict):
         raise ValueError(f"this is {shown(value)}, expected a text, or several by name")
     return value
 
 
-Place = Annotated[str | dict[str, Any], BeforeValidator(_is_place)]
+Location = Annotated[str | dict[str, Any], BeforeValidator(_is_location)]
 
 
 class _Section(BaseModel):
@@ -74,9 +73,9 @@ class Network(_Section):
     @field_validator("options")
     @classmethod
     def _only_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        taken = [name for name in options if name in inspect.signature(load_network).parameters]
-        if taken:
-            raise ValueError(f"{some(taken)}: this is no option of a network")
+        own = [name for name in options if name in inspect.signature(load_network).parameters]
+        if own:
+            raise ValueError(f"{some(own)}: this is no option of a network")
         return options
 
     def anchored(self, base: Path) -> Self:
@@ -110,9 +109,9 @@ class Data(_Section):
     kind: str
     options: Filled[dict[str, Any]] = {}
     reader: Filled[dict[str, Any]] = {}
-    train: Place
-    valid: Place | None = None
-    old: Place | None = None
+    train: Location
+    valid: Location | None = None
+    old: Location | None = None
     valid_share: float | None = Field(None, gt=0, lt=1)
 
     @field_validator("kind")
@@ -228,7 +227,7 @@ class Strategy(_Registered):
         return load_strategy_from_config(config)
 
 
-class Schedule(_Registered):
+class ScheduleSection(_Registered):
     """When the parts of the network are unfrozen.
 
     Args:
@@ -239,7 +238,7 @@ class Schedule(_Registered):
     @classmethod
     def known(cls) -> list[str]:
         """Return the schedules that a file can name."""
-        return list(registered(AnySchedule))
+        return list(registered(Schedule))
 
     @classmethod
     def load(cls, config: dict[str, Any]) -> Any:
@@ -262,7 +261,7 @@ class Job(_Section):
     network: Network | None = None
     data: Data
     strategy: Filled[Named[Strategy]] = Strategy()
-    schedule: Named[Schedule] | None = None
+    schedule: Named[ScheduleSection] | None = None
     training: Filled[Settings] = Settings()
     folder: str = "run"
 

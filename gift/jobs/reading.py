@@ -15,15 +15,15 @@ from gift.support import yaml_files
 from gift.support.atomic_files import write_text
 from gift.training.settings import Settings
 
-Place = tuple[Any, ...]
+KeyPath = tuple[Any, ...]
 M = TypeVar("M", bound=BaseModel)
 
-_SECTIONS: dict[Place, type[BaseModel]] = {
+_SECTIONS: dict[KeyPath, type[BaseModel]] = {
     (): Job,
     ("network",): models.Network,
     ("data",): models.Data,
     ("strategy",): models.Strategy,
-    ("schedule",): models.Schedule,
+    ("schedule",): models.ScheduleSection,
 }
 
 
@@ -47,7 +47,7 @@ def read_job(path: str | Path, changes: Iterable[str] = ()) -> Job:
     return checked(Job, data, str(path), kept).anchored(path.resolve().parent)
 
 
-def checked(model: type[M], data: Any, what: str, lines: Mapping[Place, int] | None = None) -> M:
+def checked(model: type[M], data: Any, what: str, lines: Mapping[KeyPath, int] | None = None) -> M:
     """Create a job, or a section of one, from plain data.
 
     Args:
@@ -68,26 +68,26 @@ def checked(model: type[M], data: Any, what: str, lines: Mapping[Place, int] | N
     raise JobError(f"{what} cannot be used as it is", [text for _, text in problems])
 
 
-def _path(error: Any) -> Place:
+def _path(error: Any) -> KeyPath:
     """Return the place of an error, without the alternatives that pydantic adds."""
     path = tuple(part for part in error["loc"] if part != "[key]")
     return path[:2] if path[:1] == ("training",) else path
 
 
-def _problem(path: Place, error: Any, lines: Mapping[Place, int]) -> tuple[int, str]:
+def _problem(path: KeyPath, error: Any, lines: Mapping[KeyPath, int]) -> tuple[int, str]:
     """Return the line of a problem, 0 if it has none in the file, and its description."""
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 0)
     where = f"line {line}, " if line else ""
     return line, f"{where}{dotted(path)}: {in_words(error, _names_at)}"
 
 
-def _names_at(path: Place) -> Sequence[str]:
+def _names_at(path: KeyPath) -> Sequence[str]:
     if path == ("training",):
         return [field.name for field in fields(Settings)]
     return list(_SECTIONS[path].model_fields) if path in _SECTIONS else ()
 
 
-def changed(data: dict[str, Any], changes: Iterable[str]) -> list[Place]:
+def changed(data: dict[str, Any], changes: Iterable[str]) -> list[KeyPath]:
     """Change plain data, for example by ``training.epochs=3``, and return the changed places.
 
     Raises:
@@ -118,7 +118,7 @@ def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
     return place
 
 
-def read_yaml(path: Path) -> tuple[Any, dict[Place, int]]:
+def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """Read the plain data in a YAML file, and the line of each setting.
 
     Raises:
@@ -132,7 +132,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[Place, int]]:
     return data, {} if node is None else dict(_entries(node, (), set()))
 
 
-def _entries(node: Any, place: Place, seen: set[int]) -> Iterator[tuple[Place, int]]:
+def _entries(node: Any, place: KeyPath, seen: set[int]) -> Iterator[tuple[KeyPath, int]]:
     """Yield the place and line of each setting; repeated aliases are visited once."""
     if node.id != "mapping" or id(node) in seen:
         return

@@ -82,5 +82,5 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
             sides = [side.get(key, _NOT_GIVEN) for side in (before, now)]
             yield from _differences(f"{name}.{key}", *sides)
     elif before != now:
-        told = ["not given" if v is _NOT_GIVEN else shown(v) for v in (before, now)]
-        yield f"{name} was {told[0]} and is {told[1]}"
+        values = ["not given" if v is _NOT_GIVEN else shown(v) for v in (before, now)]
+        yield f"{name} was {values[0]} and is {values[1]}"

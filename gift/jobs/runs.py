@@ -152,14 +152,14 @@ class Run:
 
 def inputs_text(train: Examples, reader: Any, folder: Path) -> str:
     """Return as JSON what is needed to read more inputs; larger parts are written to the folder."""
-    told = IOSpec(reader, train.classes, train.task or "classification").to_config(folder)
-    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    config = IOSpec(reader, train.classes, train.task or "classification").to_config(folder)
+    return json.dumps(config, indent=1, ensure_ascii=False) + "\n"
 
 
 def _read_inputs(path: Path) -> tuple[str, tuple[str, ...] | None, dict[str, Any]]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        classes = told["classes"]
-        return told["task"], None if classes is None else tuple(classes), told["reader"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        classes = config["classes"]
+        return config["task"], None if classes is None else tuple(classes), config["reader"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise JobError(f"{path} cannot be read", [f"{type(error).__name__}: {error}"]) from error

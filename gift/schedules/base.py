@@ -13,7 +13,7 @@ from gift.schedules.attached import Attached, Unfreezes
 from gift.schedules.blocks import Paths
 from gift.schedules.groups import Group, Groups, by_rate
 from gift.schedules.report import ScheduleReport
-from gift.schedules.state import told_difference
+from gift.schedules.state import describe_difference
 from gift.support.recipes import encode
 
 _HORIZON = 1000  # epochs that a report tries to find when a custom schedule unfreezes its blocks
@@ -204,7 +204,7 @@ class Schedule:
         """Return everything that a resumed run needs, as plain data."""
         attached, groups = self._checked()
         return {
-            "schedule": self._told(),
+            "schedule": self._config(),
             "head": list(attached.division.head),
             "blocks": {name: list(unit.waiting) for name, unit in attached.units.items()},
             "epoch": self._epoch,
@@ -227,7 +227,7 @@ class Schedule:
             ValueError: if the state belongs to another schedule or network; the error names the
                 difference, and nothing is changed.
         """
-        if difference := told_difference(state, self.state_dict()):
+        if difference := describe_difference(state, self.state_dict()):
             raise ValueError(f"the state does not fit, nothing was changed: {difference}")
         records = [Group(tuple(g["names"]), float(g["ratio"])) for g in state["groups"]]
         self._become(list(state["trained"]), state["epoch"], records, optimizer)
@@ -252,7 +252,7 @@ class Schedule:
         shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in own)
         return f"{type(self).__name__}({shown})"
 
-    def _told(self) -> Any:
+    def _config(self) -> Any:
         settings = {k: v for k, v in self.recipe[1].items() if not callable(v)}
         return {"name": type(self).__name__, "init_paras": encode(settings)}
 

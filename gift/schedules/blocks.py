@@ -73,16 +73,16 @@ def divide(net: nn.Module, head: Paths = None, blocks: Paths = None) -> Division
     names = {id(p): name for name, p in net.named_parameters()}
     own = {id(p) for path in heads for p in _with_deltas(net.get_submodule(path))}
     units = _Finder(net, heads).units() if blocks is None else _named(net, blocks)
-    taken, found = set(own), []
+    claimed, found = set(own), []
     for name, module, parameters in units:
-        new = [p for p in parameters if id(p) not in taken]
-        taken |= {id(p) for p in new}
+        new = [p for p in parameters if id(p) not in claimed]
+        claimed |= {id(p) for p in new}
         if new:
             norms = () if isinstance(module, nn.Parameter) else tuple(_norms(module, name, heads))
             kind = plain_class(type(module)).__name__
             order = {id(p): None for p in new}
             found.append(Block(name, kind, tuple(names[key] for key in order), norms))
-    rest = tuple(name for key, name in names.items() if key not in taken)
+    rest = tuple(name for key, name in names.items() if key not in claimed)
     mine = tuple(name for key, name in names.items() if key in own)
     still = {path for block in found for path in block.norms}
     others = tuple(path for path in _norms(net, "", heads) if path not in still)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def told_difference(state: Any, own: Mapping[str, Any]) -> str:
+def describe_difference(state: Any, own: Mapping[str, Any]) -> str:
     """Describe the first difference between a saved state and a schedule; empty if they match.
 
     Args:
@@ -32,8 +32,8 @@ def told_difference(state: Any, own: Mapping[str, Any]) -> str:
     return f"it has {unknown}, which do not wait here" if unknown else ""
 
 
-def _call(told: Any) -> str:
-    if not isinstance(told, Mapping) or set(told) != {"name", "init_paras"}:
-        return repr(told)
-    arguments = ", ".join(f"{key}={value!r}" for key, value in told["init_paras"].items())
-    return f"{told['name']}({arguments})"
+def _call(config: Any) -> str:
+    if not isinstance(config, Mapping) or set(config) != {"name", "init_paras"}:
+        return repr(config)
+    arguments = ", ".join(f"{key}={value!r}" for key, value in config["init_paras"].items())
+    return f"{config['name']}({arguments})"

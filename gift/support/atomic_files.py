@@ -110,9 +110,9 @@ def _fill(target: Path, temporary: str, make: Callable[[str], object]) -> None:
         os.chmod(temporary, mode & 0o777)
     except (OSError, SafetensorError, RuntimeError) as error:  # they name no target
         number = getattr(error, "errno", None)
-        told = getattr(error, "strerror", None) or str(error).replace(temporary, str(target))
+        reason = getattr(error, "strerror", None) or str(error).replace(temporary, str(target))
         raise OSError(
-            number, f"{target} was not written, what was there is as it was: {told}"
+            number, f"{target} was not written, what was there is as it was: {reason}"
         ) from error
 
 

@@ -93,14 +93,14 @@ def cast_incompatibility(value: Tensor, dtype: torch.dtype) -> str:
     """Why casting a tensor to `dtype` would change its values; empty if it would not."""
     if value.dtype == dtype:
         return ""
-    told = f"is {dtype_name(value.dtype)}, expected {dtype_name(dtype)}"
+    text = f"is {dtype_name(value.dtype)}, expected {dtype_name(dtype)}"
     if value.is_complex() and not dtype.is_complex:
-        return f"{told}: its imaginary part would be lost"
+        return f"{text}: its imaginary part would be lost"
     if not (dtype.is_floating_point or dtype.is_complex):
         kept = value.to(dtype).to(value.dtype) if not value.is_floating_point() else None
-        return "" if kept is not None and torch.equal(kept, value) else told
+        return "" if kept is not None and torch.equal(kept, value) else text
     if not (value.is_floating_point() or value.is_complex()):
-        return told
+        return text
     if not is_finite(value.to(dtype)) and is_finite(value):
-        return f"{told}: some of its numbers are too large for that"
+        return f"{text}: some of its numbers are too large for that"
     return ""

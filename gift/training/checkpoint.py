@@ -11,7 +11,7 @@ from gift.private.torch import tree_map
 from gift.support.atomic_files import replace_file
 from gift.training.distributed import sharded_like, whole
 from gift.training.randomness import random_state, restore_random
-from gift.training.run import Run, put_state, trained_state
+from gift.training.run import TrainingRun, put_state, trained_state
 
 FILE = "checkpoint.pt"
 DELTAS = {"best": "best.safetensors", "last": "last.safetensors"}
@@ -19,10 +19,10 @@ _FORMAT = 1
 _COUNTERS = (
     "epoch", "steps_done", "step", "totals", "best", "waited", "finished", "seed", "epoch_random",
 )  # fmt: skip
-_TOLD = ("history", "steps", "unfrozen", "before", "old_before", "best_epoch", "stopped")
+_RESULT_FIELDS = ("history", "steps", "unfrozen", "before", "old_before", "best_epoch", "stopped")
 
 
-def write_checkpoint(run: Run) -> None:
+def write_checkpoint(run: TrainingRun) -> None:
     """Write the checkpoint atomically; all processes must call this."""
     if run.result.folder is None:
         return
@@ -34,12 +34,12 @@ def write_checkpoint(run: Run) -> None:
     run.processes.wait()
 
 
-def _state(run: Run, random: list[dict[str, Any]]) -> dict[str, Any]:
+def _state(run: TrainingRun, random: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "identity": run.identity,
         "counters": {name: getattr(run, name) for name in _COUNTERS},
-        "result": {name: getattr(run.result, name) for name in _TOLD},
+        "result": {name: getattr(run.result, name) for name in _RESULT_FIELDS},
         "net": trained_state(run.net),
         "best_state": run.best_state,
         "optimizer": whole(run.optimizer.state_dict()),
@@ -103,7 +103,7 @@ def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, 
     return state
 
 
-def restore(run: Run, state: dict[str, Any]) -> None:
+def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     """Restore a run to the point at which its checkpoint was written."""
     if run.schedule is not None:
         run.schedule.load_state_dict(state["schedule"], run.optimizer)
@@ -113,7 +113,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.scaler.load_state_dict(state["scaler"])
     for name in _COUNTERS:
         setattr(run, name, state["counters"][name])
-    for name in _TOLD:
+    for name in _RESULT_FIELDS:
         setattr(run.result, name, state["result"][name])
     run.best_state = state["best_state"]
     run.train.seed = run.seed
@@ -133,12 +133,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict({**state, "state": dealt})
 
 
-def random_states(run: Run) -> list[dict[str, Any]]:
+def random_states(run: TrainingRun) -> list[dict[str, Any]]:
     """Return the random states of all processes."""
     return run.processes.gathered(random_state(run.train.generator))
 
 
-def restore_states(run: Run, states: list[dict[str, Any]]) -> None:
+def restore_states(run: TrainingRun, states: list[dict[str, Any]]) -> None:
     """Restore the random state of this process; a process that is new keeps its own."""
     if run.processes.rank < len(states):
         restore_random(states[run.processes.rank], run.train.generator)

@@ -13,7 +13,7 @@ from gift.core.frozen_norms import kept_modes
 from gift.data.examples import Examples
 from gift.errors import GiftWarning, TrainingError
 from gift.training.distributed import Processes
-from gift.training.finite import rows_not_finite, told_not_finite
+from gift.training.finite import describe_not_finite, rows_not_finite
 from gift.training.loading import Batches, examples_of
 from gift.training.metrics import MetricKind, confusion_matrix, metrics_of
 from gift.training.settings import Settings
@@ -103,7 +103,7 @@ def rehearse(net: nn.Module, task: Task, batches: Batches, what: str = "the exam
             task.check(batch)
             _, loss = task.judged(net, batches.on_device(batch))
             if loss is None or not bool(loss.isfinite()):
-                raise TrainingError(f"{what}: {told_not_finite(batch, odd)}")
+                raise TrainingError(f"{what}: {describe_not_finite(batch, odd)}")
     return task
 
 
@@ -140,7 +140,7 @@ def judge(
             outputs, loss = task.judged(net, moved)
             has_loss = loss is not None
             if loss is None or not math.isfinite(loss):
-                reason = told_not_finite(batch, batches.places()[number], number)
+                reason = describe_not_finite(batch, batches.places()[number], number)
                 if reason:
                     raise TrainingError(f"{what}: {reason}")
             if not counts:

@@ -23,7 +23,7 @@ def rows_not_finite(data: Any) -> list[int]:
     return sorted({row for rows in found for row in rows})
 
 
-def told_not_finite(batch: Any, places: Sequence[int] | None, number: int = 0) -> str:
+def describe_not_finite(batch: Any, places: Sequence[int] | None, number: int = 0) -> str:
     """Describe which examples of a batch have non-finite values; empty if none has.
 
     Args:
@@ -31,7 +31,7 @@ def told_not_finite(batch: Any, places: Sequence[int] | None, number: int = 0) -
         places: indices of its examples in the data set; None if they are not known.
         number: number of the batch, which is named if `places` are not known.
     """
-    told = []
+    texts = []
     for name, value in _parts(batch):
         items = value if isinstance(value, list | tuple) else None
         if items is not None:  # one item for each example, as detectors take them
@@ -43,8 +43,8 @@ def told_not_finite(batch: Any, places: Sequence[int] | None, number: int = 0) -
             named = [places[row] for row in rows] if known and places is not None else rows
             shown = some([str(row) for row in named])
             where = "" if known else f" of batch {number}"
-            told.append(f"{name} of example {shown}{where}")
-    return f"numbers that are not finite (nan, inf) in {', in '.join(told)}" if told else ""
+            texts.append(f"{name} of example {shown}{where}")
+    return f"numbers that are not finite (nan, inf) in {', in '.join(texts)}" if texts else ""
 
 
 def _parts(batch: Any) -> Iterator[tuple[str, Any]]:

@@ -25,12 +25,12 @@ from gift.training.checkpoint import (
 )
 from gift.training.distributed import Processes
 from gift.training.evaluation import judge
-from gift.training.finite import told_not_finite
+from gift.training.finite import describe_not_finite
 from gift.training.loading import windows
 from gift.training.randomness import kept_random
 from gift.training.report import write_report
 from gift.training.result import Result
-from gift.training.run import TRAIN, VALID, Run, put_state, trained_state
+from gift.training.run import TRAIN, VALID, TrainingRun, put_state, trained_state
 from gift.training.settings import settings_of
 from gift.training.setup import prepare
 from gift.training.tasks import Loss
@@ -130,7 +130,7 @@ def finetune(
     return conclude(run)
 
 
-def train_epoch(run: Run) -> None:
+def train_epoch(run: TrainingRun) -> None:
     """Train for one epoch, or for what is left of it."""
     settings = run.settings
     run.clock = time.monotonic()
@@ -159,7 +159,7 @@ def train_epoch(run: Run) -> None:
             write_checkpoint(run)
 
 
-def remaining_batches(run: Run) -> Iterator[Any]:
+def remaining_batches(run: TrainingRun) -> Iterator[Any]:
     """Return the remaining batches of the epoch, if a run resumes in the middle of it."""
     if not run.steps_done:
         return run.train.of(run.epoch)
@@ -174,7 +174,7 @@ def remaining_batches(run: Run) -> Iterator[Any]:
     return batches
 
 
-def start_schedule(run: Run) -> None:
+def start_schedule(run: TrainingRun) -> None:
     """Unfreeze what the schedule unfreezes in this epoch."""
     if run.schedule is None:
         return
@@ -186,20 +186,20 @@ def start_schedule(run: Run) -> None:
             run.best_state = trained_state(run.net) | run.best_state
 
 
-def make_model(run: Run) -> None:
+def make_model(run: TrainingRun) -> None:
     """Create the model if there is none yet, and put the network into training mode."""
     if run.model is None:
         run.model = run.processes.model(run.net, run.settings.compile, lambda: all_take_part(run))
     run.net.train()
 
 
-def progress(run: Run, todo: Iterable[Any], name: str, **options: Any) -> Any:
+def progress(run: TrainingRun, todo: Iterable[Any], name: str, **options: Any) -> Any:
     """Wrap an iterable in a progress bar."""
     shown = run.settings.progress and run.processes.first
     return require("tqdm", "train").tqdm(todo, name, disable=not shown, leave=False, **options)
 
 
-def all_take_part(run: Run) -> bool:
+def all_take_part(run: TrainingRun) -> bool:
     """Whether one batch gives every trained parameter a gradient."""
     trained = [p for _, p in named_trainable(run.net) if p.requires_grad]
     with kept_random(run.train.generator), kept_modes(run.net), run.autocast():
@@ -211,7 +211,7 @@ def all_take_part(run: Run) -> bool:
     return None not in torch.autograd.grad(loss, trained, allow_unused=True)
 
 
-def train_step(run: Run, window: list[tuple[Any, bool]]) -> tuple[float, float, bool]:
+def train_step(run: TrainingRun, window: list[tuple[Any, bool]]) -> tuple[float, float, bool]:
     """Make one optimizer step with the batches of a window.
 
     Returns the mean loss, the number of targets, and whether the step was made: it is skipped if
@@ -253,17 +253,17 @@ def _is_finite(norm: Any) -> bool:
     return math.isfinite((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
 
 
-def _reason(run: Run, window: list[tuple[Any, bool]]) -> str:
+def _reason(run: TrainingRun, window: list[tuple[Any, bool]]) -> str:
     """Say which examples have non-finite values, or else what to try."""
     places = run.train.places(run.epoch)
     first = run.steps_done * run.settings.accumulate
     for number, (batch, _) in enumerate(window, start=first):
-        if told := told_not_finite(batch, places[number], number):
-            return f"{TRAIN} have {told}"
+        if reason := describe_not_finite(batch, places[number], number):
+            return f"{TRAIN} have {reason}"
     return "try a lower lr, a longer warmup or precision='float32'"
 
 
-def _stop(run: Run, what: str, reason: str) -> None:
+def _stop(run: TrainingRun, what: str, reason: str) -> None:
     kept = "there is no folder with a checkpoint"
     if run.result.folder is not None and (run.result.folder / FILE).exists():
         kept = f"{run.result.folder} has the last good checkpoint"
@@ -272,7 +272,7 @@ def _stop(run: Run, what: str, reason: str) -> None:
     )
 
 
-def finish_epoch(run: Run) -> None:
+def finish_epoch(run: TrainingRun) -> None:
     """Evaluate the network, save it if it is the best so far, and write a checkpoint."""
     total, count = run.totals
     row = {"epoch": run.epoch + 1, "train_loss": total / max(count, 1)}
@@ -300,7 +300,7 @@ def finish_epoch(run: Run) -> None:
     write_checkpoint(run)
 
 
-def save_delta(run: Run, which: str) -> None:
+def save_delta(run: TrainingRun, which: str) -> None:
     """Write the "best" or "last" delta into the folder of the run; all processes must call this."""
     if run.result.folder is None:
         return
@@ -309,7 +309,7 @@ def save_delta(run: Run, which: str) -> None:
     run.processes.wait()
 
 
-def conclude(run: Run) -> Result:
+def conclude(run: TrainingRun) -> Result:
     """Restore the weights to keep, evaluate them, and complete the result."""
     result = run.result
     save_delta(run, "last")

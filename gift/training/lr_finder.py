@@ -19,7 +19,7 @@ from gift.training.loading import windows
 from gift.training.loop import make_model, progress, start_schedule, train_step
 from gift.training.randomness import kept_random
 from gift.training.report.plots import LIGHT, Theme, panel, render
-from gift.training.run import Run
+from gift.training.run import TrainingRun
 from gift.training.settings import settings_of
 from gift.training.setup import prepare
 from gift.training.tasks import Loss
@@ -65,8 +65,8 @@ class LearningRates:
     def __str__(self) -> str:
         tried = f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}"
         found = self.suggestion
-        told = "the loss never fell" if found is None else f"{found:.2g} is suggested"
-        return f"{tried}: {told}"
+        outcome = "the loss never fell" if found is None else f"{found:.2g} is suggested"
+        return f"{tried}: {outcome}"
 
 
 def find_lr(
@@ -145,7 +145,7 @@ def find_lr(
     return LearningRates(rates[: len(losses)], losses, smooth(losses))
 
 
-def _sweep(run: Run, rates: list[float]) -> Iterator[float]:
+def _sweep(run: TrainingRun, rates: list[float]) -> Iterator[float]:
     """Yield the loss at each learning rate until it has diverged."""
     start_schedule(run)
     make_model(run)
@@ -169,7 +169,7 @@ def _sweep(run: Run, rates: list[float]) -> Iterator[float]:
             return
 
 
-def _forever(run: Run) -> Iterator[Any]:
+def _forever(run: TrainingRun) -> Iterator[Any]:
     """Yield the batches of each step, epoch after epoch."""
     while True:
         yield from windows(run.train.of(run.epoch), run.settings.accumulate)

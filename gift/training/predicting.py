@@ -15,7 +15,7 @@ from gift.data.examples import Examples, Reader
 from gift.errors import TrainingError
 from gift.private.torch import tree_map
 from gift.training.distributed import device_of
-from gift.training.tasks import keywords_of, main_output, taken
+from gift.training.tasks import accepted, keywords_of, main_output
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Prediction:
         return ordered[: self.top if number is None else number]
 
     def __str__(self) -> str:
-        return f"{_told(self.input)}: " + ", ".join(f"{name} {p:.1%}" for name, p in self.best())
+        return f"{_shown(self.input)}: " + ", ".join(f"{name} {p:.1%}" for name, p in self.best())
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Detected:
             f"  {label} {score:.1%} at {', '.join(f'{side:.0f}' for side in box)}"
             for box, label, score in zip(self.boxes, self.labels, self.scores, strict=True)
         ]
-        return "\n".join([f"{_told(self.input)}:", *(lines or ["  nothing"])])
+        return "\n".join([f"{_shown(self.input)}:", *(lines or ["  nothing"])])
 
 
 def remember(net: nn.Module, examples: Examples, task: str | None = None) -> None:
@@ -146,7 +146,7 @@ def predict(
             part = given[start : start + batch_size]
             batch = tree_map(lambda t: t.to(place), _batch(part, reader))
             outputs = (
-                net(**taken(batch, keywords_of(net))) if isinstance(batch, dict) else net(batch)
+                net(**accepted(batch, keywords_of(net))) if isinstance(batch, dict) else net(batch)
             )
             show = _detected if known.task == "detection" else _predicted
             found += show(part, main_output(outputs), names, top)
@@ -173,7 +173,7 @@ def _batch(part: list[Any], reader: Reader | None) -> Any:
         return torch.stack(part) if len({item.shape for item in part}) == 1 else part
     if reader is None:
         raise TrainingError(
-            f"how the network reads {_told(part[0])} is not known: give reader=PictureReader(...) "
+            f"how the network reads {_shown(part[0])} is not known: give reader=PictureReader(...) "
             "or TextReader(...) of gift.data"
         )
     return reader.collate([reader(item) for item in part])
@@ -214,7 +214,7 @@ def _detected(
     return found
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)}"
     text = str(value) if isinstance(value, str | Path | tuple) else f"a {type(value).__name__}"

@@ -29,7 +29,7 @@ TRAIN, VALID = "the training examples", "the validation examples"
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training run and its state.
 
     Args:

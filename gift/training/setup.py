@@ -36,7 +36,7 @@ from gift.training.optimizers import make_optimizer, make_rates
 from gift.training.predicting import remember
 from gift.training.randomness import seed_all
 from gift.training.result import Result
-from gift.training.run import TRAIN, VALID, Old, Run
+from gift.training.run import TRAIN, VALID, Old, TrainingRun
 from gift.training.settings import Settings
 from gift.training.tasks import Loss, Task
 
@@ -60,7 +60,7 @@ def prepare(
     folder: Path | None = None,
     restart: bool = False,
     begin: Callable[[], None] | None = None,
-) -> Run:
+) -> TrainingRun:
     """Set up a run that can begin, or resume from its checkpoint; see `finetune`."""
     _check_packages(settings, folder)
     if not isinstance(schedule, Schedule | None):
@@ -82,7 +82,7 @@ def prepare(
 
     with all_or_nothing(net), _released_if_refused(schedule):
         enabled = strategy is not None or spec_of(net).network
-        told = _enable(net, strategy)
+        enabled_by = _enable(net, strategy)
         if schedule is not None:
             schedule.attach(net)
             _warn_of_late(schedule, settings)
@@ -94,7 +94,7 @@ def prepare(
         _warn_of_one_class(data, work)
         optimizer = make_optimizer(net, settings)
         steps = learning.steps(settings.accumulate) * settings.epochs
-        run = Run(
+        run = TrainingRun(
             net=net,
             task=work,
             settings=settings,
@@ -111,8 +111,8 @@ def prepare(
             ),
             logs=open_logs(None),
             result=Result(
-                network=told.network,
-                strategy=told.strategy if enabled else "all that requires a gradient",
+                network=enabled_by.network,
+                strategy=enabled_by.strategy if enabled else "all that requires a gradient",
                 schedule="" if schedule is None else repr(schedule),
                 task=work.name,
                 classes=work.classes,
@@ -121,7 +121,7 @@ def prepare(
             # Hashing reads the whole base, which is only worth it for a checkpoint.
             identity={}
             if folder is None
-            else _identity(net, told, schedule, [data, held_out], work, settings),
+            else _identity(net, enabled_by, schedule, [data, held_out], work, settings),
             seed=seed,
         )
         run.check_watch()
@@ -164,7 +164,7 @@ def _warn_of_late(schedule: Schedule, settings: Settings) -> None:
         )
 
 
-def _judge_before(run: Run) -> None:
+def _judge_before(run: TrainingRun) -> None:
     result = run.result
     if run.valid is not None:
         result.before, _ = judge(
@@ -175,8 +175,8 @@ def _judge_before(run: Run) -> None:
 
 
 def _begun(
-    run: Run, data: Any, state: dict[str, Any] | None, begin: Callable[[], None] | None
-) -> Run:
+    run: TrainingRun, data: Any, state: dict[str, Any] | None, begin: Callable[[], None] | None
+) -> TrainingRun:
     """Finish setting up a run: everything that writes or cannot be undone."""
     settings, processes = run.settings, run.processes
     processes.shard(run.net)
@@ -260,7 +260,7 @@ def _warn_of_one_class(data: Any, task: Task) -> None:
 
 def _identity(
     net: nn.Module,
-    told: Any,
+    report: Any,
     schedule: Schedule | None,
     examples: Sequence[Any],
     task: Task,
@@ -275,10 +275,10 @@ def _identity(
     }
     named = {k: _name_of(v) if callable(v) else v for k, v in own.items()}
     return {
-        "network": told.network,
+        "network": report.network,
         # The description of a strategy with lambdas contains the lines of the script that define
         # them.
-        "strategy": told.strategy if record.recipe is not None else "",
+        "strategy": report.strategy if record.recipe is not None else "",
         "trained tensors": {n: list(p.shape) for n, p in net.named_parameters() if p.requires_grad},
         "values of the base": _digest_of_base(net),
         "schedule": "" if schedule is None else repr(schedule),
@@ -296,5 +296,5 @@ def _name_of(function: Any) -> str:
 
 def _digest_of_base(net: nn.Module) -> str:
     """Hash everything that is not trained: with other values it is another network."""
-    told = json.dumps(fingerprint(split(net).base, with_digests=True), sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps(fingerprint(split(net).base, with_digests=True), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -68,7 +68,7 @@ class Task:
         """Return the outputs of the network."""
         if isinstance(batch, Mapping):
             known = {k: v for k, v in batch.items() if k not in ("labels", "label")}
-            return main_output(net(**taken(known, self.keywords)))
+            return main_output(net(**accepted(known, self.keywords)))
         return main_output(net(batch[0]))
 
     def targets(self, batch: Any) -> Any:
@@ -112,7 +112,7 @@ def keywords_of(net: nn.Module) -> set[str] | None:
     return {p.name for p in parameters}
 
 
-def taken(batch: Mapping[str, Any], keywords: set[str] | None) -> dict[str, Any]:
+def accepted(batch: Mapping[str, Any], keywords: set[str] | None) -> dict[str, Any]:
     """Select the entries of a batch that a network takes."""
     return {k: v for k, v in batch.items() if keywords is None or k in keywords}
 
@@ -132,7 +132,7 @@ class Classification(Task):
     def _fit(self, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, Tensor) or outputs.dim() < 2:
             raise TrainingError(
-                f"the network gives {_told(outputs)}, expected logits (batch, classes)"
+                f"the network gives {_text(outputs)}, expected logits (batch, classes)"
             )
         targets, number = self.targets(batch), outputs.shape[1]
         if self.classes is not None and len(self.classes) != number:
@@ -144,7 +144,7 @@ class Classification(Task):
             )
         if number < 2:
             raise TrainingError(
-                f"the network gives {_told(outputs)}, one number where classes need one for each "
+                f"the network gives {_text(outputs)}, one number where classes need one for each "
                 "of them: give it a head with at least 2 outputs (for yes and no as well, with "
                 "targets 0 and 1); where the targets are numbers, choose task='regression'"
             )
@@ -152,7 +152,7 @@ class Classification(Task):
         expected = outputs.shape if targets.is_floating_point() else _without_classes(outputs)
         if targets.shape != expected:
             raise TrainingError(
-                f"the targets are {_told(targets)} for outputs {_told(outputs)}: expected numbers "
+                f"the targets are {_text(targets)} for outputs {_text(outputs)}: expected numbers "
                 f"of classes {list(_without_classes(outputs))}, or probabilities "
                 f"{list(outputs.shape)}; for other numbers choose task='regression'"
                 + _advice(targets)
@@ -220,7 +220,7 @@ class Language(Task):
     def _fit(self, outputs: Any, batch: Any) -> None:
         if not isinstance(outputs, Tensor) or outputs.dim() != 3:
             raise TrainingError(
-                f"the network gives {_told(outputs)}, expected logits (batch, length, tokens): "
+                f"the network gives {_text(outputs)}, expected logits (batch, length, tokens): "
                 "is it a language model with its head?"
             )
         self.number_of_classes = outputs.shape[2]
@@ -262,12 +262,12 @@ class Regression(Task):
         targets = self.targets(batch)
         if not isinstance(outputs, Tensor) or _sides(outputs) != _sides(targets):
             raise TrainingError(
-                f"the network gives {_told(outputs)}, the targets are {_told(targets)}: expected "
+                f"the network gives {_text(outputs)}, the targets are {_text(targets)}: expected "
                 "as many, in the same order"
             )
         if outputs.is_complex() or targets.is_complex():
             raise TrainingError(
-                f"the network gives {_told(outputs)}, the targets are {_told(targets)}: expected "
+                f"the network gives {_text(outputs)}, the targets are {_text(targets)}: expected "
                 "real numbers; torch.view_as_real makes two of a complex one"
             )
 
@@ -303,7 +303,7 @@ class Undecided(Task):
         kind = Regression if _is_regression(outputs, targets) else Classification
         if kind is Regression and bool(((targets == 0) | (targets == 1)).all()):
             warnings.warn(
-                f"the targets, {_told(targets)}, are taken for numbers to come near to, though "
+                f"the targets, {_text(targets)}, are taken for numbers to come near to, though "
                 "they are all 0 or 1: for two classes give a head with 2 outputs, and whole "
                 "numbers (targets.long()); task='regression' says that they are numbers",
                 GiftWarning,
@@ -327,7 +327,7 @@ class Detection(Task):
         losses = net(*batch)
         if not isinstance(losses, Mapping):
             raise TrainingError(
-                f"the network gives {_told(losses)} in training, expected a dictionary of losses, "
+                f"the network gives {_text(losses)} in training, expected a dictionary of losses, "
                 "as torchvision's detectors give it"
             )
         return torch.stack([_wide(loss) for loss in losses.values()]).sum() * self.count(batch)
@@ -375,7 +375,7 @@ def _check_probabilities(targets: Tensor) -> None:
     fits = bool((targets >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
     if not fits and bool(targets.isfinite().all()):
         raise TrainingError(
-            f"the targets are {_told(targets)}, with sums from {sums.min():.4g} to "
+            f"the targets are {_text(targets)}, with sums from {sums.min():.4g} to "
             f"{sums.max():.4g} for an example: expected probabilities of classes, which add up to "
             "1. For numbers choose task='regression'; for several classes at once, that and "
             "loss=torch.nn.functional.binary_cross_entropy_with_logits"
@@ -386,7 +386,7 @@ def _without_classes(outputs: Tensor) -> torch.Size:
     return torch.Size([outputs.shape[0], *outputs.shape[2:]])
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{dtype_name(value.dtype)} {list(value.shape)}"
     return f"a {type(value).__name__}"

@@ -146,17 +146,17 @@ def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
     names = {module: name for name, module in net.named_modules()}
     found: dict[str, Form] = {}
 
-    def told(layer: nn.Module, form: Form) -> None:
+    def note(layer: nn.Module, form: Form) -> None:
         if layer in names:  # another thread may run another network
             found[names[layer]] = form
 
-    WATCHING.append(told)
+    WATCHING.append(note)
     try:
         with kept_modes(net), torch.enable_grad():
             net.eval()
             net(*inputs)
     finally:
-        WATCHING.remove(told)
+        WATCHING.remove(note)
     return found
 
 

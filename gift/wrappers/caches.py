@@ -92,12 +92,12 @@ def is_empty(cache: Any) -> bool:
 
 
 def _has_state(cache: Any) -> bool | None:
-    told = getattr(cache, "has_previous_state", None)
+    said = getattr(cache, "has_previous_state", None)
     try:
-        told = told() if callable(told) else told
+        said = said() if callable(said) else said
     except _UNANSWERED:
         return None
-    return told if isinstance(told, bool) else None
+    return said if isinstance(said, bool) else None
 
 
 def _states_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
@@ -120,9 +120,9 @@ def has_fixed_length(cache: Any) -> bool:
     """Whether a cache was made with room for a fixed number of positions."""
     if is_tuples(cache) or length_of(cache) is None:
         return False
-    told = getattr(cache, "is_compileable", None)
-    if isinstance(told, bool):
-        return told
+    said = getattr(cache, "is_compileable", None)
+    if isinstance(said, bool):
+        return said
     return getattr(cache, "max_cache_len", None) is not None
 
 

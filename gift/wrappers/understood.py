@@ -119,26 +119,28 @@ class Understood:
             return
         mask, positions = self.named.get("attention_mask"), self.named.get("position_ids")
         places = self.named.get("cache_position")
-        told: set[int | None] = set()
+        lengths: set[int | None] = set()
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            told.add(mask.shape[-1])
+            lengths.add(mask.shape[-1])
         elif mask is not None:
             self.problems.append(
                 "was given an attention_mask that is not (batch, time): gift does not know what it "
                 "is for virtual tokens"
             )
         if torch.compiler.is_compiling():  # tensor values are unknown
-            self._agree(told)
+            self._agree(lengths)
             return
         if isinstance(places, Tensor) and self.has_positions:
-            told.add(int(places[-1]) + 1 if places.shape == (self.time,) else -1)
+            lengths.add(int(places[-1]) + 1 if places.shape == (self.time,) else -1)
         elif isinstance(places, Tensor) and self.cache is not None:
-            told.add(self.given if bool(places[0]) == self.continues else -1)
+            lengths.add(self.given if bool(places[0]) == self.continues else -1)
         if isinstance(positions, Tensor):
-            self._check_positions(positions, told, limit)
-        self._agree(told)
+            self._check_positions(positions, lengths, limit)
+        self._agree(lengths)
 
-    def _check_positions(self, positions: Tensor, told: set[int | None], limit: int | None) -> None:
+    def _check_positions(
+        self, positions: Tensor, lengths: set[int | None], limit: int | None
+    ) -> None:
         end = int(positions.max()) + 1 - self.first
         if limit is not None and end <= limit < end + self.virtual and not self.problems:
             self.problems.append(
@@ -151,10 +153,10 @@ class Understood:
         before = None if self.note is None else self.note.offset
         # With padding or images, positions count fewer tokens than there are, by a constant offset.
         expected = self.offset <= 0 if before is None else self.offset == before
-        if not expected or (is_tuples(self.cache) and not told and self.offset):
-            told.add(end)
-        elif is_tuples(self.cache) and not told:
-            told.add(self.given)
+        if not expected or (is_tuples(self.cache) and not lengths and self.offset):
+            lengths.add(end)
+        elif is_tuples(self.cache) and not lengths:
+            lengths.add(self.given)
         packed = positions.shape[-1] > 1 and "attention_mask" not in self._tensors()
         if packed and bool((positions.diff(dim=-1) != 1).any()):
             self.problems.append(
@@ -165,8 +167,8 @@ class Understood:
     def _tensors(self) -> set[str]:
         return {name for name, value in self.named.items() if isinstance(value, Tensor)}
 
-    def _agree(self, told: set[int | None]) -> None:
-        wrong = sorted(count for count in told - {self.given} if count is not None)
+    def _agree(self, lengths: set[int | None]) -> None:
+        wrong = sorted(count for count in lengths - {self.given} if count is not None)
         if wrong and self.given is not None:
             counted = "another number of" if -1 in wrong else wrong[0]
             held = (
@@ -180,7 +182,7 @@ class Understood:
                 f"was given {self.time} tokens and {held}, but mask or positions for {counted} "
                 f"tokens: begin anew, without {self.cache_name or 'a cache'}"
             )
-        if told or not self.continues or torch.compiler.is_compiling() or self.problems:
+        if lengths or not self.continues or torch.compiler.is_compiling() or self.problems:
             return
         if is_tuples(self.cache) or (self.note and self.note.length not in (None, self.past)):
             self.problems.append(

@@ -59,7 +59,7 @@ def from_transformers(
         raise NetworkError(f"{name!r} cannot be made with {options}: {error}") from error
     if weights not in ("default", None):
         put_state(net, str(weights))
-    reader = _pictures(transformers, name) if "Image" in kind else _texts(net, name)
+    reader = _images(transformers, name) if "Image" in kind else _texts(net, name)
     return LoadedNetwork(net, reader, task, _classes(net.config, task, weights))
 
 
@@ -118,15 +118,15 @@ def _texts(net: Any, name: str) -> Reader | None:
     return TextReader(tokenizer, int(length))
 
 
-def _pictures(transformers: Any, name: str) -> Reader | None:
+def _images(transformers: Any, name: str) -> Reader | None:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         _warn(name, error)
         return None
 
-    def transform(picture: Any) -> Any:
-        return processor(picture, return_tensors="pt")["pixel_values"][0]
+    def transform(image: Any) -> Any:
+        return processor(image, return_tensors="pt")["pixel_values"][0]
 
     try:
         settings = _settings(processor)

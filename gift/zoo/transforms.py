@@ -26,22 +26,22 @@ def reader_like(
     """
     try:
         reader = PictureReader(**settings)
-        picture = _picture()
-        own, its = reader(picture), transform(picture)
+        image = _image()
+        own, its = reader(image), transform(image)
         if own.shape == its.shape and (own - its).abs().mean() < _TOLERANCE:
             return reader
         reason = "it does what PictureReader cannot"
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error)
     warnings.warn(
-        f"{what} reads pictures in a way of its own ({reason}): give load_network(..., reader=...)",
+        f"{what} reads images in a way of its own ({reason}): give load_network(..., reader=...)",
         GiftWarning,
         stacklevel=5,
     )
     return None
 
 
-def _picture() -> Any:
+def _image() -> Any:
     """Create an image like a photograph: smooth, wider than high, the same each time."""
     noise = torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(0))
     f = require("torchvision.transforms.v2.functional", "vision")

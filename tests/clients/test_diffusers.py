@@ -318,7 +318,7 @@ def test_fused_projections(name: str) -> None:
     torch.testing.assert_close(denoised(net, model), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_of_an_adapter_for_pictures_join() -> None:
+def test_layers_of_an_adapter_for_images_join() -> None:
     """Processors with weights of their own are set on attentions whose projections are adapted."""
     model = MODELS["unet"]
     net = enabled(model.make(), LoRALinearFineTuningStrategy(rank=2))

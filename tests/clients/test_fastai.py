@@ -138,7 +138,7 @@ def test_freezing_and_unfreezing_groups_of_deltas(tmp_path: Path) -> None:
     client.check(losses_of(made), None)
 
 
-def test_unfreezing_all_parameters_of_a_body_is_told(tmp_path: Path) -> None:
+def test_unfreezing_all_parameters_of_a_body_is_reported(tmp_path: Path) -> None:
     """The groups of `vision_learner` have what is frozen, too.
 
     Optimizers of fastai are none of torch's, so it is the network that notices.

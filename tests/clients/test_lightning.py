@@ -206,7 +206,7 @@ def test_a_callback_that_unfreezes_the_deltas_of_a_backbone(tmp_path: Path) -> N
     client.check(module.losses, None)
 
 
-def test_its_own_way_of_unfreezing_a_backbone_is_told(tmp_path: Path) -> None:
+def test_its_own_way_of_unfreezing_a_backbone_is_reported(tmp_path: Path) -> None:
     """`BackboneFinetuning` sets the flag of each parameter of the backbone, the frozen ones too."""
     module = Classifier()
     enable_fine_tuning(module.backbone, LoRALinearFineTuningStrategy(rank=2))

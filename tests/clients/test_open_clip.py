@@ -160,7 +160,7 @@ def test_its_locking_of_towers() -> None:
     assert moved == set(trainable(net))
 
 
-def test_its_unlocking_of_groups_is_told() -> None:
+def test_its_unlocking_of_groups_is_reported() -> None:
     """`unlocked_groups` sets the flags of the last groups, whose base is trained then as well."""
     net = model("gift-vit")
     enabled(net, LoRAAllFineTuningStrategy(rank=1))

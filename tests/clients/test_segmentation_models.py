@@ -81,7 +81,7 @@ def test_its_way_of_loading_takes_deltas() -> None:
         fresh.load_state_dict({**net.state_dict(), "other": torch.zeros(1)})
 
 
-def test_its_way_of_unfreezing_is_told() -> None:
+def test_its_way_of_unfreezing_is_reported() -> None:
     """`unfreeze_encoder` sets the flag of each parameter of the encoder."""
     net = network("unet", "resnet18", **SMALL)
     gift.enable_fine_tuning(net, LoRAConvFineTuningStrategy(rank=1))

@@ -61,7 +61,7 @@ def test_training_and_saving(which: str, tmp_path: Path) -> None:
     client.check(losses, reload, still=["*pooler*"])
 
 
-def test_its_way_of_unfreezing_is_told_or_does_nothing(tmp_path: Path) -> None:
+def test_its_way_of_unfreezing_is_reported_or_does_nothing(tmp_path: Path) -> None:
     """`unfreeze` sets the flag of each parameter that the body gives."""
     made = model()
     client = Client(made.model_body, lambda: embedded(made))

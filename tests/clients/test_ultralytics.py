@@ -141,7 +141,7 @@ def test_fusing_asks_for_merged_weights(files: Path) -> None:
     torch.testing.assert_close(scores(net), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_a_network_that_is_fine_tuned_too_early_is_told(files: Path) -> None:
+def test_a_network_that_is_fine_tuned_too_early_is_reported(files: Path) -> None:
     """The trainer sets the flag of each parameter before it makes its optimizer."""
 
     class Early(Merging):

@@ -15,7 +15,7 @@ from torch import nn
 import gift
 from gift.data import DataError, PictureReader, coco
 from gift.data.boxes import _runs, masks_of
-from gift.data.readers.images import LARGEST_PICTURE, opened
+from gift.data.readers.images import LARGEST_IMAGE, opened
 from gift.errors import DeltaFileError
 from gift.interop import load_peft, save_peft
 from gift.strategies import LoRAAllFineTuningStrategy
@@ -43,18 +43,18 @@ def test_a_thin_picture_is_not_scaled_to_a_huge_one(size: tuple[int, int], tmp_p
     with pytest.raises(DataError, match=r"thin.png.*224 it would have more than.*resize="):
         PictureReader(size=224)(str(path))
     picture = images.new("L", size)
-    with pytest.raises(DataError, match=r"the picture has .*resize="):
+    with pytest.raises(DataError, match=r"the image has .*resize="):
         PictureReader(size=224)(picture)
     assert PictureReader(size=8, resize=(8, 8))(str(path)).shape == (3, 8, 8)
     assert PictureReader(size=8)(images.new("L", (20, 200))).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("size", [(30_000, 30_000), (2**30, 2), (LARGEST_PICTURE + 1, 1)])
+@pytest.mark.parametrize("size", [(30_000, 30_000), (2**30, 2), (LARGEST_IMAGE + 1, 1)])
 def test_the_size_in_a_header_is_looked_at_before_pixels_exist(
     size: tuple[int, int], tmp_path: Path
 ) -> None:
     path = png(tmp_path / "bomb.png", *size)
-    with pytest.raises(DataError, match=r"bomb\.png cannot be read as a picture: "):
+    with pytest.raises(DataError, match=r"bomb\.png cannot be read as an image: "):
         opened(str(path), "RGB")
 
 
@@ -81,7 +81,7 @@ def test_formats_that_are_known_are_read_whatever_their_names(form: str, tmp_pat
     images.new("RGB", (9, 7), "white").save(path, form)
     assert opened(str(path), "L").size == (9, 7)
     path.write_bytes(path.read_bytes()[:30])
-    with pytest.raises(DataError, match="cannot be read as a picture"):
+    with pytest.raises(DataError, match="cannot be read as an image"):
         opened(str(path), "L")
 
 
@@ -118,8 +118,8 @@ def rle(size: Any, counts: Any) -> dict[str, Any]:
 
 
 COCO: dict[str, tuple[dict[str, Any], str]] = {
-    "a huge mask": (rle([10**5, 10**5], [10**10]), r"size \[100000, 100000\], the picture \[4, 6"),
-    "a mask of another size": (rle([6, 4], [24]), r"size \[6, 4\], the picture \[4, 6\]"),
+    "a huge mask": (rle([10**5, 10**5], [10**10]), r"size \[100000, 100000\], the image \[4, 6"),
+    "a mask of another size": (rle([6, 4], [24]), r"size \[6, 4\], the image \[4, 6\]"),
     "runs beyond": (rle([4, 6], [20, 10**9]), "do not add up to the 24 pixels"),
     "runs below zero": (rle([4, 6], [30, -6]), "do not add up"),
     "runs that are texts": (rle([4, 6], ["24"]), "do not add up"),

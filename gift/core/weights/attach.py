@@ -46,9 +46,9 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
         _check_shape(delta, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
     delta.names = {key: prefix + key for key in values}
-    taken = [name for name in delta.names.values() if has_attribute(module, name)]
-    if taken:
-        raise AdaptationError(f"it has attributes {taken} already, which the delta would hide")
+    present = [name for name in delta.names.values() if has_attribute(module, name)]
+    if present:
+        raise AdaptationError(f"it has attributes {present} already, which the delta would hide")
     install(module, tensor, delta)
     add = add_lazy_tensor if is_lazy(frozen) else add_tensor
     for key, value in values.items():

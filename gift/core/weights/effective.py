@@ -150,7 +150,7 @@ def _answer(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _check_flag(args[0], flag)
         return args[0]
     if _writes(func, what, args, kwargs):
-        raise refused(guarded[0]._gift_name, f"`{_told(func, what)}`")
+        raise refused(guarded[0]._gift_name, f"`{_operation(func, what)}`")
     if not all(issubclass(EffectiveWeight, cls) for cls in types):  # other subclasses
         return func(*_unguarded(args), **_unguarded(kwargs))
     with as_plain_tensors():
@@ -166,7 +166,7 @@ def _computed(func: Any, what: str, args: Any, kwargs: dict[str, Any], guarded: 
     versions = [writes_of(tensor) for tensor in guarded]
     result = func(*args, **kwargs) if what != "__iter__" else args[0].unbind()
     if versions != [writes_of(tensor) for tensor in guarded]:
-        raise refused(guarded[0]._gift_name, f"`{_told(func, what)}`")
+        raise refused(guarded[0]._gift_name, f"`{_operation(func, what)}`")
     if what in ("numpy", "__array__"):
         result.flags.writeable = False
     if what != "__get__" or func.__self__.__name__ != "_base":
@@ -217,7 +217,7 @@ def _matrix(weight: Any, index: Any) -> EffectiveWeight | None:
     return EffectiveWeight.of(slices(weight, index), weight._gift_name, whole=False)
 
 
-def _told(func: Any, what: str) -> str:
+def _operation(func: Any, what: str) -> str:
     return f"{func.__self__.__name__} = ..." if what == "__set__" else what
 
 

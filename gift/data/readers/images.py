@@ -46,7 +46,7 @@ class PictureReader:
         (torch.Size([3, 32, 32]), tensor([1.]))
         >>> reader("a.jpg")
         Traceback (most recent call last):
-        gift.errors.DataError: a.jpg cannot be read as a picture: there is no such file
+        gift.errors.DataError: a.jpg cannot be read as an image: there is no such file
     """
 
     kind: ClassVar[str] = "picture"
@@ -74,7 +74,7 @@ class PictureReader:
         channels = (len(self.mean), len(self.std))
         checks = {
             f"resize is {self.resize}, expected at least {self.size}": self._is_enough(),
-            f"mean and std have {channels} values, expected 3 of each, or 1 for grey pictures":
+            f"mean and std have {channels} values, expected 3 of each, or 1 for grey images":
                 channels in ((3, 3), (1, 1)),
             f"std is {self.std}, expected more than 0": all(value > 0 for value in self.std),
             f"interpolation is {self.interpolation!r}, expected one of {INTERPOLATIONS}":
@@ -107,20 +107,20 @@ class PictureReader:
             DataError: if it cannot be read.
         """
         f = _functional()
-        picture = self._opened(raw)
-        _refuse_thin(picture.size, self._scaled(), raw)
-        scaled = f.resize(picture, self._scaled(), self._mode(), antialias=True)
+        image = self._opened(raw)
+        _refuse_thin(image.size, self._scaled(), raw)
+        scaled = f.resize(image, self._scaled(), self._mode(), antialias=True)
         return self._normalised(f.center_crop(scaled, list(self._size)))
 
     def augmented(self, raw: Any) -> Tensor:
         """Convert a random crop of the image, flipped with a probability of 0.5."""
         transforms = require("torchvision.transforms.v2", "vision")
-        picture = transforms.RandomResizedCrop(
+        image = transforms.RandomResizedCrop(
             self._size, scale=self.scale, interpolation=self._mode(), antialias=True
         )(self._opened(raw))
         if self.flip and torch.rand(()) < 0.5:
-            picture = _functional().horizontal_flip(picture)
-        return self._normalised(picture)
+            image = _functional().horizontal_flip(image)
+        return self._normalised(image)
 
     def collate(self, items: Sequence[Tensor]) -> Tensor:
         """Stack the tensors."""
@@ -137,8 +137,8 @@ class PictureReader:
     def _mode(self) -> Any:
         return require("torchvision.transforms.v2", "vision").InterpolationMode(self.interpolation)
 
-    def _normalised(self, picture: Any) -> Tensor:
-        return _functional().normalize(as_tensor(picture), list(self.mean), list(self.std))
+    def _normalised(self, image: Any) -> Tensor:
+        return _functional().normalize(as_tensor(image), list(self.mean), list(self.std))
 
 
 @dataclass(frozen=True)
@@ -175,31 +175,31 @@ class DetectorReader:
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Accepted image formats, whatever the file name; for others, PIL would start programs."""
-LARGEST_PICTURE = 1024**3 // 4 // 3
+LARGEST_IMAGE = 1024**3 // 4 // 3
 """Maximum number of pixels of an image, in a file or after resizing; PIL warns above it."""
 
 
-def _too_large(picture: Any) -> str:
+def _too_large(image: Any) -> str:
     """Say what is wrong with the size in the header of a file, before pixels are decoded."""
-    width, height = picture.size
-    if width * height > LARGEST_PICTURE:
-        return f"it has {width:,} x {height:,} pixels, expected at most {LARGEST_PICTURE:,}"
+    width, height = image.size
+    if width * height > LARGEST_IMAGE:
+        return f"it has {width:,} x {height:,} pixels, expected at most {LARGEST_IMAGE:,}"
     return ""
 
 
 def _refuse_thin(size: tuple[int, int], scaled: Sequence[int], raw: Any) -> None:
     """Refuse an image that would exceed the maximum size once its shorter side is resized."""
     shorter, longer = sorted(size)
-    if len(scaled) == 1 and shorter and scaled[0] ** 2 * longer > LARGEST_PICTURE * shorter:
+    if len(scaled) == 1 and shorter and scaled[0] ** 2 * longer > LARGEST_IMAGE * shorter:
         raise DataError(
             f"{_shown(raw)} has {size[0]:,} x {size[1]:,} pixels: with a shorter side of "
-            f"{scaled[0]} it would have more than {LARGEST_PICTURE:,}; resize=(height, width) "
+            f"{scaled[0]} it would have more than {LARGEST_IMAGE:,}; resize=(height, width) "
             "scales both sides"
         )
 
 
 def _shown(raw: Any) -> str:
-    return str(raw) if isinstance(raw, str | Path) else "the picture"
+    return str(raw) if isinstance(raw, str | Path) else "the image"
 
 
 def opened(raw: Any, mode: str) -> Any:
@@ -211,7 +211,7 @@ def opened(raw: Any, mode: str) -> Any:
     images, ops = require("PIL.Image", "vision"), require("PIL.ImageOps", "vision")
     if not isinstance(raw, images.Image):
         if not isinstance(raw, str | Path):
-            raise DataError(f"expected a picture of PIL or the path of one, got {_told(raw)}")
+            raise DataError(f"expected an image of PIL or the path of one, got {_described(raw)}")
         try:
             images.init()  # PIL registers all formats only then
             with images.open(raw, formats=[f for f in FORMATS if f in images.OPEN]) as file:
@@ -225,18 +225,18 @@ def opened(raw: Any, mode: str) -> Any:
             reason = f"it is none of the formats {', '.join(FORMATS)}, or damaged"
         except Exception as error:  # a damaged file can make a decoder raise anything
             reason = str(error) or type(error).__name__
-        raise DataError(f"{raw} cannot be read as a picture: {reason}")
-    picture = ops.exif_transpose(raw)
-    if picture.mode.startswith("I;16"):  # PIL would clip values above 255
-        picture = images.fromarray((require("numpy", "vision").asarray(picture) >> 8).astype("u1"))
-    elif picture.mode in ("I", "F"):
+        raise DataError(f"{raw} cannot be read as an image: {reason}")
+    image = ops.exif_transpose(raw)
+    if image.mode.startswith("I;16"):  # PIL would clip values above 255
+        image = images.fromarray((require("numpy", "vision").asarray(image) >> 8).astype("u1"))
+    elif image.mode in ("I", "F"):
         raise DataError("its values have 32 bits, whose range is not known: save it with 8 or 16")
-    return picture.convert(mode)
+    return image.convert(mode)
 
 
-def as_tensor(picture: Any) -> Tensor:
+def as_tensor(image: Any) -> Tensor:
     """Convert a PIL image to a tensor (channels, height, width) with values from 0 to 1."""
-    return _functional().pil_to_tensor(picture).to(torch.float32) / 255
+    return _functional().pil_to_tensor(image).to(torch.float32) / 255
 
 
 def _functional() -> Any:
@@ -248,7 +248,7 @@ def _is_size(value: Any) -> bool:
     return all(type(side) is int and side >= 1 for side in sides)
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     return (
         f"{value!r:.60}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
     )

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from gift.interop.kohya.kinds import KINDS, Kind, Parts, Told, trimmed
 from gift.interop.kohya.layers import Incompatible, Target
+from gift.interop.kohya.methods import KOHYA_METHODS, KohyaMethod, Parts, ReadDelta, trimmed
 from gift.methods.settings import at_least_32_bits
 from gift.support.tensors import is_finite
 
 
-def told(parts: Parts, target: Target) -> Told:
+def interpret(parts: Parts, target: Target) -> ReadDelta:
     """Convert the tensors of one layer to a delta.
 
     Args:
@@ -18,11 +18,11 @@ def told(parts: Parts, target: Target) -> Told:
     Raises:
         Incompatible: naming everything that is wrong.
     """
-    kind = _kind_of(parts)
+    method = _method_of(parts)
     problems = [text for name in parts if (text := _unusable(name, parts[name]))]
     if problems:
         raise Incompatible(*problems)
-    wanted = kind.shapes(parts, target)
+    wanted = method.shapes(parts, target)
     problems = [
         f"{name} has shape {list(parts[name].shape)}, expected {list(shape)}"
         for name, shape in wanted.items()
@@ -34,40 +34,40 @@ def told(parts: Parts, target: Target) -> Told:
         name: parts[name].to(at_least_32_bits(parts[name].dtype)).reshape(shape)
         for name, shape in wanted.items()
     }
-    found = kind.read(clean, _scaling(kind, parts), target)
+    found = method.read(clean, _scaling(method, parts), target)
     dtype = at_least_32_bits(target.weight.dtype)
     values = {name: value.to(dtype) for name, value in found.values.items()}
     if not all(map(is_finite, values.values())):
         raise Incompatible(f"its values overflow in {dtype}")
     settings = found.settings | {"conv_layout": "out_as_h"}
-    return Told(found.method, settings, values)
+    return ReadDelta(found.method, settings, values)
 
 
-def _kind_of(parts: Parts) -> Kind:
+def _method_of(parts: Parts) -> KohyaMethod:
     """Return the method whose tensors are all present, without others."""
-    unknown = sorted(set(parts) - {"alpha"}.union(*(kind.names for kind in KINDS)))
+    unknown = sorted(set(parts) - {"alpha"}.union(*(method.names for method in KOHYA_METHODS)))
     if unknown:
         raise Incompatible(
             f"it has {', '.join(unknown)}, which gift does not read: it reads LoRA (lora_up, "
             "lora_down, lora_mid, dora_scale), LoHa (hada_...) and LoKr (lokr_...)"
         )
-    marked = [kind for kind in KINDS if set(parts) & kind.marks]
+    marked = [method for method in KOHYA_METHODS if set(parts) & method.marks]
     if len(marked) != 1:
-        methods = " and ".join(kind.title for kind in marked) or "no method"
+        methods = " and ".join(method.title for method in marked) or "no method"
         raise Incompatible(f"it has tensors of {methods}: {sorted(parts)}")
-    kind = marked[0]
-    if foreign := sorted(set(parts) - kind.names - {"alpha"}):
+    method = marked[0]
+    if foreign := sorted(set(parts) - method.names - {"alpha"}):
         raise Incompatible(
-            f"it has {', '.join(foreign)} along with {kind.title}; gift has no such method"
+            f"it has {', '.join(foreign)} along with {method.title}; gift has no such method"
         )
-    if not any(choice <= set(parts) for choice in kind.choices):
-        missing = min((choice - set(parts) for choice in kind.choices), key=len)
+    if not any(choice <= set(parts) for choice in method.choices):
+        missing = min((choice - set(parts) for choice in method.choices), key=len)
         raise Incompatible(f"{', '.join(sorted(missing))} is missing")
-    optional = kind.optional | {"alpha"}
-    extra = min((set(parts) - c - optional for c in kind.choices if c <= set(parts)), key=len)
+    optional = method.optional | {"alpha"}
+    extra = min((set(parts) - c - optional for c in method.choices if c <= set(parts)), key=len)
     if extra:
         raise Incompatible(f"it has {', '.join(sorted(extra))}, but not all that goes with that")
-    return kind
+    return method
 
 
 def _unusable(name: str, tensor: Tensor) -> str | None:
@@ -82,9 +82,9 @@ def _unusable(name: str, tensor: Tensor) -> str | None:
     return None
 
 
-def _scaling(kind: Kind, parts: Parts) -> float:
+def _scaling(method: KohyaMethod, parts: Parts) -> float:
     """Return ``alpha / dim``; 1 without alpha, and for LoKr without low-rank factors."""
-    dims = {name: parts[name].shape[axis] for name, axis in kind.dims if name in parts}
+    dims = {name: parts[name].shape[axis] for name, axis in method.dims if name in parts}
     if "alpha" not in parts or not dims:
         return 1.0
     if len(set(dims.values())) > 1:

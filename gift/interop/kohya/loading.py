@@ -16,7 +16,7 @@ from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError
 from gift.factories import ma_adapt, mc_path
 from gift.files.container import read_tensors
-from gift.interop.kohya.interpretation import Told, told
+from gift.interop.kohya.interpretation import ReadDelta, interpret
 from gift.interop.kohya.layers import Incompatible, Target, elsewhere, flat, is_layer
 from gift.quantization import dequantised
 from gift.strategies import FineTuningStrategy
@@ -95,11 +95,11 @@ def load_kohya(
     problems: list[str] = []
     layers, left = _layers_in(read_tensors(path)[1], prefix, problems)
     targets = _targets(net, list(layers), rename, problems)
-    found: dict[str, tuple[nn.Module, Told]] = {}
+    found: dict[str, tuple[nn.Module, ReadDelta]] = {}
     holders = Counter(id(p) for m in net.modules() for p in m._parameters.values())
     for name, (place, module) in targets.items():
         try:
-            found[place] = module, told(layers[name], _target(module, holders))
+            found[place] = module, interpret(layers[name], _target(module, holders))
         except Incompatible as error:
             problems.append(f"{prefix}{name}: {error}")
     if problems:
@@ -150,7 +150,7 @@ def _targets(
         first = paths.setdefault(id(module), path)
         known.setdefault(flat(path), {})[id(module)] = first, module
     targets: dict[str, tuple[str, nn.Module]] = {}
-    taken: dict[str, str] = {}
+    claimed: dict[str, str] = {}
     absent = []
     for name in names:
         path = flat(rename(name) if rename else name)
@@ -164,7 +164,7 @@ def _targets(
         elif not layers:
             problems.append(f"{name} is a {type(places[0][1]).__name__}; such files are for linear "
                             "layers and convolutions")  # fmt: skip
-        elif (other := taken.setdefault(layers[0][0], name)) != name:
+        elif (other := claimed.setdefault(layers[0][0], name)) != name:
             problems.append(f"{other} and {name} are the same layer, {layers[0][0]}")
         else:
             targets[name] = layers[0]
@@ -191,7 +191,7 @@ def _target(module: nn.Module, holders: Mapping[int, int]) -> Target:
     return Target(module, weight.detach())
 
 
-def _strategy(found: Mapping[str, tuple[nn.Module, Told]]) -> FineTuningStrategy:
+def _strategy(found: Mapping[str, tuple[nn.Module, ReadDelta]]) -> FineTuningStrategy:
     """Create one cap for all layers with the same settings."""
     alike: dict[object, list[str]] = {}
     for place, (_, delta) in found.items():

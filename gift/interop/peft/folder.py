@@ -61,8 +61,8 @@ _MAY_CHANGE = {"base_model_name_or_path", "revision", "task_type", "inference_mo
 
 def config_digest(config: Config) -> str:
     """Return a digest of the entries of a config that say how the weights are read."""
-    told = {key: value for key, value in config.items() if key not in _MAY_CHANGE}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    fixed = {key: value for key, value in config.items() if key not in _MAY_CHANGE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def _config(path: Path) -> Config:

@@ -78,8 +78,8 @@ class InPlace:
         config = {"modules_to_save": self.whole}
         found = kept(config, names)
         inner = {suffix.partition(".")[0] for suffix in self.form.suffixes} | _INNER
-        if self.written.targets and (taken := kept(config, sorted(inner))):
-            self.problems.append(f"PEFT would take {taken} of its own adapters for {self.whole}")
+        if self.written.targets and (keys := kept(config, sorted(inner))):
+            self.problems.append(f"PEFT would take {keys} of its own adapters for {self.whole}")
         adapted = {*self.written.targets, *(n.rpartition(".")[0] for n in self.written.parameters)}
         for path in found:
             inside = sorted(name for name in adapted if name == path or _is_inside(name, {path}))

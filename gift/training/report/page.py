@@ -10,7 +10,7 @@ from gift.training.report import plots, tables
 from gift.training.result import Result
 
 
-class Picture(NamedTuple):
+class Image(NamedTuple):
     """An image of the page.
 
     Args:
@@ -48,7 +48,7 @@ def write_report(result: Result, folder: Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    images = []
     for name, (title, draw) in DRAWN.items():
         file = folder / f"{name}.png"
         light = plots.render(draw, result, plots.LIGHT)
@@ -57,13 +57,13 @@ def write_report(result: Result, folder: Path) -> Path:
             file.unlink(missing_ok=True)
             continue
         write_bytes(file, light)
-        pictures.append(Picture(title, _alt(name, result), _address(light), _address(dark)))
+        images.append(Image(title, _alt(name, result), _address(light), _address(dark)))
     page = folder / "report.html"
-    write_bytes(page, _page(result, pictures).encode(errors="replace"))
+    write_bytes(page, _page(result, images).encode(errors="replace"))
     return page
 
 
-def _page(result: Result, pictures: list[Picture]) -> str:
+def _page(result: Result, images: list[Image]) -> str:
     """Render the HTML of the page."""
     jinja2 = require("jinja2", "train")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -76,7 +76,7 @@ def _page(result: Result, pictures: list[Picture]) -> str:
         facts=tables.facts(result),
         stopped="" if result.stopped == "done" else tables.plain(result.stopped),
         comparisons=tables.comparisons(result),
-        pictures=pictures,
+        images=images,
         tables=[table for make in after if (table := make(result))],
         light=plots.LIGHT,
         dark=plots.DARK,

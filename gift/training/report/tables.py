@@ -72,7 +72,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
     seconds = [row["seconds"] for row in result.history if "seconds" in row]
     classes = f" in {len(result.classes):,} classes" if result.classes else ""
     best = "" if result.best_epoch is None else f"; the best was epoch {result.best_epoch}"
-    told = [
+    rows = [
         ("Network", result.network),
         ("Task", result.task + classes),
         ("Strategy", result.strategy),
@@ -84,7 +84,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ("Ended", "as planned" if result.stopped == "done" else result.stopped),
         ("Folder", str(result.folder or "")),
     ]
-    return [(name, plain(text)) for name, text in told if text]
+    return [(name, plain(text)) for name, text in rows if text]
 
 
 def compared(title: str, before: Mapping[str, float], after: Mapping[str, float]) -> Table | None:

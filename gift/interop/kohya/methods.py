@@ -18,7 +18,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Told:
+class ReadDelta:
     """A delta in gift's terms.
 
     Args:
@@ -44,11 +44,13 @@ def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _ranked(method: str, rank: int, scaling: float, values: dict[str, Tensor], **more: Any) -> Told:
+def _ranked(
+    method: str, rank: int, scaling: float, values: dict[str, Tensor], **more: Any
+) -> ReadDelta:
     settings: dict[str, Any] = {"rank": rank} | more
     if scaling != 1:
         settings["lora_alpha" if method in ("lora", "dora") else "alpha"] = scaling * rank
-    return Told(method, settings, values)
+    return ReadDelta(method, settings, values)
 
 
 # LoRA.
@@ -72,7 +74,7 @@ def _lora_shapes(parts: Parts, target: Target) -> Shapes:
     return shapes
 
 
-def _lora(parts: Parts, scaling: float, target: Target) -> Told:
+def _lora(parts: Parts, scaling: float, target: Target) -> ReadDelta:
     up, down = parts["lora_up.weight"], parts["lora_down.weight"].flatten(1)
     if "lora_mid.weight" in parts:
         down = without_core(parts["lora_mid.weight"], down)
@@ -106,7 +108,7 @@ def _loha_shapes(parts: Parts, target: Target) -> Shapes:
     return shapes
 
 
-def _loha(parts: Parts, scaling: float, target: Target) -> Told:
+def _loha(parts: Parts, scaling: float, target: Target) -> ReadDelta:
     values: dict[str, Tensor] = {}
     for n in (1, 2):
         left, right = _pair(parts, f"hada_w{n}", f"hada_t{n}")
@@ -158,7 +160,7 @@ def _outer(parts: Parts, name: str) -> tuple[tuple[int, int], int]:
     return (left.shape[0], right.shape[1]), left.shape[1]
 
 
-def _lokr(parts: Parts, scaling: float, target: Target) -> Told:
+def _lokr(parts: Parts, scaling: float, target: Target) -> ReadDelta:
     (a, c), first = _outer(parts, "lokr_w1")
     split = (a, len(target.weight) // a), (c, target.columns // c)
     factors = _factors(*split)
@@ -171,7 +173,7 @@ def _lokr(parts: Parts, scaling: float, target: Target) -> Told:
         w1 = product(parts["lokr_w1_a"], parts["lokr_w1_b"]) if first else parts["lokr_w1"]
         w2 = parts["lokr_w2"].flatten(1) * scaling  # gift's full matrices have no scaling
         values = {"lokr_w1": w1, "lokr_w2": w2}
-        return Told("lokr", {"full_matrix": True} | factors, values)
+        return ReadDelta("lokr", {"full_matrix": True} | factors, values)
     left, right = smallest(*_pair(parts, "lokr_w2", "lokr_t2"))
     rank = left.shape[1]
     both = first == rank <= min(a, c)
@@ -197,7 +199,7 @@ def _factors(rows: tuple[int, int], columns: tuple[int, int]) -> dict[str, int] 
 
 
 @dataclass(frozen=True)
-class Kind:
+class KohyaMethod:
     """A method in kohya files: its tensors, their shapes, and how they are read.
 
     Args:
@@ -216,7 +218,7 @@ class Kind:
     optional: set[str]
     dims: list[tuple[str, int]]
     shapes: Callable[[Parts, Target], Shapes]
-    read: Callable[[Parts, float, Target], Told]
+    read: Callable[[Parts, float, Target], ReadDelta]
 
     @property
     def names(self) -> set[str]:
@@ -228,8 +230,8 @@ _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _W1 = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
 _W2 = ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"})
 
-KINDS = (
-    Kind(
+KOHYA_METHODS = (
+    KohyaMethod(
         "LoRA",
         {"lora_up.weight", "lora_down.weight", "lora_mid.weight"},
         [{"lora_up.weight", "lora_down.weight"}],
@@ -238,7 +240,7 @@ KINDS = (
         _lora_shapes,
         _lora,
     ),
-    Kind(
+    KohyaMethod(
         "LoHa",
         _HADA | {"hada_t1", "hada_t2"},
         [_HADA, _HADA | {"hada_t1", "hada_t2"}],
@@ -247,7 +249,7 @@ KINDS = (
         _loha_shapes,
         _loha,
     ),
-    Kind(
+    KohyaMethod(
         "LoKr",
         set[str]().union(*_W1, *_W2),
         [first | second for first in _W1 for second in _W2],
