@@ -75,7 +75,8 @@ class Plan:
     as_product: bool
 
 
-# Nanoseconds, measured on two cores of a server's processor; only their ratios matter.
+# Nanoseconds, fitted to layers on two cores of a server's processor by `benchmarks/forms.py`; only
+# their ratios matter.
 CONV = 0.0138  # per multiplication in a convolution, or in the gradient of its input
 WHOLE = 0.0108  # per multiplication in the gradient of its weight
 GEMM = 0.02  # per multiplication in a matrix product
@@ -121,36 +122,60 @@ def plan(
         >>> plan(early, 64, 1, 16384).form
         'whole'
     """
-    outputs, inputs, *_ = geometry.shape
-    filters, taps = rank * cuts, geometry.taps
-    size = outputs * inputs * taps
-    blocks = -(-filters // BLOCK) * BLOCK
-    by_conv = CONV * blocks * taps * inputs * positions + 5 * START
-    moved = 0 if geometry.pointwise else SHIFT
-    busy = positions + NARROW * pictures
-    by_product = GEMM * inputs / cuts * busy + moved * min(cuts, 2) * positions
-    by_product = by_product * filters * taps + START * (3 + cuts)
-    shifts = on_processor and geometry.stride_one and by_product < by_conv
-    as_product = geometry.pointwise or shifts
-
-    # `thin`: the filters on the input, or their gradient. `wide`: from the filters' outputs to
-    # those of the layer, or back.
-    thin = by_product if as_product else by_conv
-    wide = (GEMM * filters + TOUCH) * outputs * positions
-    merging = (MERGE + GEMM * rank) * size
-    back = GEMM * inputs * filters * taps * busy if as_product else by_conv
-    back += TOUCH * inputs * positions
-    whole = WHOLE * size * positions + 2 * (GEMM * rank / cuts + TOUCH) * size
-    costs: dict[Form, float] = {"merged": merging, "side": thin + wide}
-    if trained:
-        costs = {
-            "merged": 2 * merging + 2 * thin + 2 * wide + 7 * START,
-            "side": 2 * thin + 3 * wide + back + 7 * START,
-            "whole": 2 * merging + whole,
-        }
+    sizes = geometry, rank, cuts, positions, pictures
+    can_shift = on_processor and geometry.stride_one
+    as_product = geometry.pointwise or (
+        can_shift and filtering(*sizes, as_product=True) < filtering(*sizes, as_product=False)
+    )
     if form is None:
+        costs = extra_costs(*sizes, as_product=as_product, trained=trained)
         form, *others = costs  # torch.compile does not support `min` with a key for symbolic sizes
         for other in others:
             if costs[other] < costs[form]:
                 form = other
     return Plan(form, as_product)
+
+
+def filtering(
+    geometry: Geometry, rank: int, cuts: int, positions: int, pictures: int, as_product: bool
+) -> float:
+    """Return the cost of applying the delta's filters to the input, or of their gradient."""
+    inputs, filters, taps = geometry.shape[1], rank * cuts, geometry.taps
+    if not as_product:
+        blocks = -(-filters // BLOCK) * BLOCK
+        return CONV * blocks * taps * inputs * positions + 5 * START
+    moved = 0 if geometry.pointwise else SHIFT
+    busy = positions + NARROW * pictures
+    each = GEMM * inputs / cuts * busy + moved * min(cuts, 2) * positions
+    return each * filters * taps + START * (3 + cuts)
+
+
+def extra_costs(
+    geometry: Geometry,
+    rank: int,
+    cuts: int,
+    positions: int,
+    pictures: int,
+    as_product: bool,
+    trained: bool,
+) -> dict[Form, float]:
+    """Return the cost of each form beyond that of the frozen convolution, see `plan`."""
+    outputs, inputs, *_ = geometry.shape
+    filters, size = rank * cuts, outputs * inputs * geometry.taps
+    # `thin`: the filters on the input, or their gradient. `wide`: from the filters' outputs to
+    # those of the layer, or back.
+    thin = filtering(geometry, rank, cuts, positions, pictures, as_product)
+    wide = (GEMM * filters + TOUCH) * outputs * positions
+    merging = (MERGE + GEMM * rank) * size
+    if not trained:
+        return {"merged": merging, "side": thin + wide}
+    back = thin
+    if as_product:
+        back = GEMM * inputs * filters * geometry.taps * (positions + NARROW * pictures)
+    back += TOUCH * inputs * positions
+    whole = WHOLE * size * positions + 2 * (GEMM * rank / cuts + TOUCH) * size
+    return {
+        "merged": 2 * merging + 2 * thin + 2 * wide + 7 * START,
+        "side": 2 * thin + 3 * wide + back + 7 * START,
+        "whole": 2 * merging + whole,
+    }
