@@ -176,8 +176,10 @@ def _row_for(tensor: Any) -> QuantisedRow | None:
     cls: type = type(tensor)
     row = None
     if cls is nn.Parameter:
-        if marks := vars(tensor):  # empty for most parameters
-            row = next((row for row in _MARKED if row.mark in marks), None)
+        for marked in _MARKED:  # the compiler traces this: it knows `hasattr`, not `vars`
+            if hasattr(tensor, marked.mark):
+                row = marked
+                break
     elif cls is not Tensor and isinstance(tensor, Tensor):
         row = _row_of(cls)
     return row if row is not None and row.holds(tensor) else None
