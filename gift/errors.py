@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 
 class GiftWarning(UserWarning):
@@ -17,11 +17,13 @@ class GiftError(Exception):
     Args:
         what: what cannot be done, and why.
         problems: all that is wrong, one line each; they follow `what` in the message.
-        limit: number of problems to show; None shows all.
     """
 
-    def __init__(self, what: str, problems: Sequence[str] = (), limit: int | None = None) -> None:
-        lines = list(problems[:limit])
+    limit: ClassVar[int | None] = None
+    """Number of problems to show; None shows all."""
+
+    def __init__(self, what: str, problems: Sequence[str] = ()) -> None:
+        lines = list(problems[: self.limit])
         if more := len(problems) - len(lines):
             lines.append(f"and {more} more problems")
         super().__init__("\n  ".join([f"{what}:" if lines else what, *lines]))
@@ -38,6 +40,8 @@ class DeltaFileError(GiftError, ValueError):
 
 class DataError(GiftError, ValueError):
     """Examples that cannot be read or learnt from."""
+
+    limit = 10  # a data set may have a problem on each of its lines
 
 
 class NetworkError(GiftError, ValueError):
@@ -66,6 +70,27 @@ class TrainingError(GiftError, RuntimeError):
 
 class NotFiniteError(TrainingError):
     """The loss or a gradient is not finite: as a rule, the network has diverged."""
+
+
+def refuse(error: type[GiftError], what: str, problems: Iterable[str]) -> None:
+    """Raise one error that lists all problems, if there are any.
+
+    Args:
+        error: class of the error.
+        what: what cannot be done, and why.
+        problems: one line each.
+
+    Example:
+        >>> refuse(DataError, "table.csv", [f"row {row}: no label" for row in range(12)])
+        Traceback (most recent call last):
+        gift.errors.DataError: table.csv:
+          row 0: no label
+          ...
+          row 9: no label
+          and 2 more problems
+    """
+    if found := list(problems):
+        raise error(what, found)
 
 
 def first_line(error: Exception) -> str:

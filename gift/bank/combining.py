@@ -14,7 +14,7 @@ from gift.core.delta import put_values
 from gift.core.undo.unload import UnloadedDelta
 from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
-from gift.errors import AdaptationError
+from gift.errors import AdaptationError, refuse
 from gift.layers.layouts import Layout, LayoutOptions
 from gift.layers.table import layout_of
 from gift.methods import LoRA
@@ -65,8 +65,7 @@ def combine(
             for path, terms in (parts | whole).items()
             if any(change.factors is None for _, change in terms)
         ]
-    if problems:
-        raise AdaptationError("the deltas cannot be summed", problems)
+    refuse(AdaptationError, "the deltas cannot be summed", problems)
     modules = dict(net.named_modules())
     sums = {
         path: _sum(modules[path.rpartition(".")[0]], terms, rank) for path, terms in parts.items()

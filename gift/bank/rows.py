@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gift.bank.changes import Change, Changes, changes_of
 from gift.bank.tracking import Hook, Tracking
 from gift.core.dynamic_class import plain_class
-from gift.errors import AdaptationError, GiftWarning
+from gift.errors import AdaptationError, GiftWarning, refuse
 from gift.layers.layouts import Layout
 from gift.layers.table import known_features, operation_of, reader_of
 from gift.private.torch import convolve, unfollowed
@@ -66,8 +66,7 @@ def _layers(
                 continue
             _, by_name = layers.setdefault(path, (change.module, {}))
             by_name[name] = _of_weight(change.layout, *change.factors)  # type: ignore[misc]  # not None: see `_unfit`
-    if problems:
-        raise AdaptationError("rows cannot differ in", problems)
+    refuse(AdaptationError, "rows cannot differ in", problems)
     return layers
 
 

@@ -11,7 +11,7 @@ from gift.core.dynamic_class import joined
 from gift.core.record import NetworkRecord, record_of
 from gift.core.undo.snapshot import completed, tensor_of
 from gift.core.weights.record import weight_deltas
-from gift.errors import AdaptationError
+from gift.errors import AdaptationError, refuse
 from gift.methods.settings import is_number
 from gift.support.tensors import is_finite, wide
 
@@ -44,8 +44,7 @@ def scale(net: Any, factor: float) -> None:
     trained = list(_trained(record_of(net), factor))
     problems += [f"{name}: its numbers would not be finite"
                  for _, name, value in trained if not is_finite(value)]  # fmt: skip
-    if problems:
-        raise AdaptationError("nothing was scaled", problems)
+    refuse(AdaptationError, "nothing was scaled", problems)
     values = [*work, *((module, {name: value}) for module, name, value in trained)]
     completed(lambda: _put(values))
 

@@ -11,7 +11,7 @@ from gift.budget.budget import Budget
 from gift.budget.sizes import Sizes, last_that
 from gift.core.weights.record import WeightDelta, present_tensor
 from gift.engine.dry_run import Cost
-from gift.errors import AdaptationError
+from gift.errors import AdaptationError, refuse
 from gift.factories.serializable import describe
 from gift.methods import Method
 from gift.strategies.base import Cap
@@ -92,8 +92,7 @@ def choices_for(found: list[tuple[Layer, Method]]) -> list[Choice]:
             choices.append(Choice([layer.path for layer in layers], sizes, _default_size(method)))
         except AdaptationError as error:
             problems.append(f"{layers[0].path or 'the network'}: {error}")
-    if problems:
-        raise AdaptationError("no size would do, for", problems)
+    refuse(AdaptationError, "no size would do, for", problems)
     return choices
 
 

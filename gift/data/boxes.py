@@ -14,10 +14,9 @@ from torch.utils.data import Dataset
 
 from gift.data.classes import classes_of
 from gift.data.examples import Examples
-from gift.data.problems import refuse
 from gift.data.readers import DetectorReader
 from gift.data.readers.images import LARGEST_IMAGE
-from gift.errors import DataError
+from gift.errors import DataError, refuse
 from gift.support.optional import require
 
 BACKGROUND = "__background__"
@@ -137,7 +136,7 @@ def coco(
             problems += [f"annotation {entry['id']}: {problem}"] if problem else []
     if not problems and not any(one.boxes for one in objects.values()):
         problems = ["there are no boxes"]
-    refuse(str(annotations), problems)
+    refuse(DataError, str(annotations), problems)
     reader = DetectorReader()
     dataset = BoxedImages(list(objects.values()), reader, augment, masks)
     return Examples(dataset, "detection", tuple(known), collate_boxed, reader)
@@ -175,7 +174,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
             else:
                 twice[str(entry["id"])] += 1
         problems += [f"{part}: there are {n} with id {i}" for i, n in twice.items() if n > 1]
-    refuse(str(path), problems)
+    refuse(DataError, str(path), problems)
     return data
 
 

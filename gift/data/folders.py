@@ -5,9 +5,8 @@ from pathlib import Path
 
 from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples, Reader
-from gift.data.problems import refuse
 from gift.data.reading import read_examples
-from gift.errors import some
+from gift.errors import DataError, refuse, some
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File name extensions of images."""
@@ -43,10 +42,14 @@ def class_folders(
     """
     path = Path(path)
     if not path.is_dir():
-        refuse(str(path), ["there is no such folder" if not path.exists() else "this is no folder"])
+        refuse(
+            DataError,
+            str(path),
+            ["there is no such folder" if not path.exists() else "this is no folder"],
+        )
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name))
     if not folders:
-        refuse(str(path), ["there are no folders in it, expected one for each class"])
+        refuse(DataError, str(path), ["there are no folders in it, expected one for each class"])
     known = classes_of([folder.name for folder in folders], classes)
     numbers, unknown = numbers_of([folder.name for folder in folders], known)
     problems = [f"folder {folders[place].name}: {reason}" for place, reason in unknown]
@@ -57,7 +60,7 @@ def class_folders(
             problems.append(f"folder {folder.name}: no images in it ({some(IMAGE_SUFFIXES, 20)})")
         problems += [f"{p.relative_to(path)}: empty file" for p in images if not p.stat().st_size]
         found += [(str(image), number) for image in images]
-    refuse(str(path), problems)
+    refuse(DataError, str(path), problems)
     return read_examples(found, reader, known, augment)
 
 

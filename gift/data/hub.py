@@ -6,9 +6,8 @@ from typing import Any
 
 from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples, Reader
-from gift.data.problems import refuse
 from gift.data.reading import read_examples
-from gift.errors import DataError
+from gift.errors import DataError, refuse
 from gift.support.optional import require
 
 
@@ -71,7 +70,11 @@ def hugging_face(
     input = input or _only(features, "inputs", "input", lambda f: _is_input(f), but=(label, pair))
     inputs = (input,) if pair is None else (input, pair)
     missing = [name for name in (*inputs, label) if name not in features]
-    refuse("hugging_face", [f"there is no column {n!r}, but {sorted(features)}" for n in missing])
+    refuse(
+        DataError,
+        "hugging_face",
+        [f"there is no column {n!r}, but {sorted(features)}" for n in missing],
+    )
     names, numbers = _numbered(data, label, classes)
     return read_examples(
         Columns(data.select_columns(list(inputs)), inputs, numbers), reader, names, augment
@@ -150,5 +153,5 @@ def _numbered(
         f"row {place}: {reason if texts[place] else f'no label ({values[place]})'}"
         for place, reason in unknown
     ]
-    refuse("hugging_face", reasons)
+    refuse(DataError, "hugging_face", reasons)
     return known, numbers

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gift.data.examples import Examples
-from gift.data.problems import refuse
 from gift.data.readers import TextReader
+from gift.errors import DataError, refuse
 
 
 class PackedTexts(Dataset[dict[str, Tensor]]):
@@ -49,7 +49,7 @@ def language_text(
             tables) instead of text, or if there is not enough text for a row.
     """
     if length < 2:
-        refuse("language_text", [f"length is {length}, expected at least 2"])
+        refuse(DataError, "language_text", [f"length is {length}, expected at least 2"])
     files = []
     for place in [path] if isinstance(path, str | Path) else path:
         inside = sorted(Path(place).rglob("*.txt")) if Path(place).is_dir() else [Path(place)]
@@ -67,11 +67,13 @@ def language_text(
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
-    refuse("language_text", problems)
+    refuse(DataError, "language_text", problems)
     number = len(tokens) // length
     if not number:
         refuse(
-            "language_text", [f"there are {len(tokens)} tokens, fewer than one row has: {length}"]
+            DataError,
+            "language_text",
+            [f"there are {len(tokens)} tokens, fewer than one row has: {length}"],
         )
     rows = torch.tensor(tokens[: number * length]).view(number, length)
     return Examples(PackedTexts(rows), task="language", reader=reader)

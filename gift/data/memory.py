@@ -9,8 +9,8 @@ from torch.utils.data import TensorDataset
 
 from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import IGNORED, Examples, Reader
-from gift.data.problems import refuse
 from gift.data.reading import read_examples
+from gift.errors import DataError, refuse
 
 
 def tensors(
@@ -47,7 +47,7 @@ def tensors(
     if not problems and task in (None, "classification") and whole:
         problems += _out_of_range(y, None if classes is None else len(classes))
         y = y.long()
-    refuse("tensors", problems)
+    refuse(DataError, "tensors", problems)
     names = None if classes is None else classes_of((), classes)
     return Examples(TensorDataset(x, y), task=task, classes=names)
 
@@ -83,14 +83,14 @@ def labelled(
     """
     if not len(inputs) or len(inputs) != len(labels):
         counts = f"{len(inputs)} inputs and {len(labels)} labels"
-        refuse("examples", [f"there are {counts}, expected as many"])
+        refuse(DataError, "examples", [f"there are {counts}, expected as many"])
     values = [label.item() if hasattr(label, "item") else label for label in labels]
     missing = [place for place, v in enumerate(values) if v is None or v != v]
-    refuse("examples", [f"example {place}: it has no label" for place in missing])
+    refuse(DataError, "examples", [f"example {place}: it has no label" for place in missing])
     texts = [str(value) for value in values]
     known = classes_of(texts, classes)
     numbers, unknown = numbers_of(texts, known)
-    refuse("examples", [f"example {place}: {reason}" for place, reason in unknown])
+    refuse(DataError, "examples", [f"example {place}: {reason}" for place, reason in unknown])
     return read_examples(list(zip(inputs, numbers, strict=True)), reader, known, augment)
 
 

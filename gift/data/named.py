@@ -7,9 +7,8 @@ from typing import Any
 
 from gift.data.classes import classes_of, distinct
 from gift.data.examples import Examples, Reader
-from gift.data.problems import refuse
 from gift.data.reading import read_examples
-from gift.errors import DataError, closest
+from gift.errors import DataError, closest, refuse
 from gift.support.optional import require
 
 
@@ -127,5 +126,9 @@ def _names(dataset: Any) -> tuple[str, ...] | None:
         return None
     numbers = [int(label) for label in labels]
     if min(numbers) < 0:
-        refuse(type(dataset).__name__, ["there are examples without a label: choose another split"])
+        refuse(
+            DataError,
+            type(dataset).__name__,
+            ["there are examples without a label: choose another split"],
+        )
     return classes_of(map(str, range(max(numbers) + 1)))

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples, Reader
-from gift.data.problems import refuse
 from gift.data.reading import read_examples
-from gift.errors import DataError, some
+from gift.errors import DataError, refuse, some
 
 Column = str | int
 _LIMIT = threading.Lock()
@@ -48,14 +47,14 @@ def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | Non
         delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab", ".txt") else ","
     lines, rows = _cells(path, delimiter)
     if not rows:
-        refuse(str(path), ["the table is empty"])
+        refuse(DataError, str(path), ["the table is empty"])
     named = all(isinstance(column, str) for column in columns)
     if not named and not all(type(column) is int for column in columns):
         raise DataError(f"columns are {list(columns)}: give names for all of them, or numbers")
     width = len(rows[0])
     places = [_place(column, rows[0]) for column in columns]
     if problems := [place for place in places if isinstance(place, str)]:
-        refuse(str(path), problems)
+        refuse(DataError, str(path), problems)
     problems = [
         f"line {line}: {len(row)} columns, expected {width} as in the first line"
         for line, row in zip(lines, rows, strict=True)
@@ -67,9 +66,9 @@ def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | Non
             values.append(tuple(row[place] for place in places if isinstance(place, int)))
             empty = [c for c, cell in zip(columns, values[-1], strict=True) if not cell.strip()]
             problems += [f"line {line}: nothing in column {column!r}" for column in empty]
-    refuse(str(path), problems)
+    refuse(DataError, str(path), problems)
     if not values:
-        refuse(str(path), ["there is a header, but no rows below it"])
+        refuse(DataError, str(path), ["there is a header, but no rows below it"])
     return Rows(lines[named:], values)
 
 
@@ -89,9 +88,9 @@ def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
                     lines.append(reader.line_num)
                     rows.append(row)
     except FileNotFoundError:
-        refuse(str(path), ["there is no such file"])
+        refuse(DataError, str(path), ["there is no such file"])
     except UnicodeDecodeError as error:
-        refuse(str(path), [f"this is no text in UTF-8, save it as such: {error}"])
+        refuse(DataError, str(path), [f"this is no text in UTF-8, save it as such: {error}"])
     except (OSError, csv.Error, TypeError) as error:
         reason = f"{error}"
         if "unexpected end of data" in reason or "expected after" in reason:
@@ -99,7 +98,7 @@ def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
                 f"a quote is not closed, or stands within a field ({error}): write the field in "
                 'quotes, and each quote in it twice ("")'
             )
-        refuse(str(path), [f"line {start}: this cannot be read as a table: {reason}"])
+        refuse(DataError, str(path), [f"line {start}: this cannot be read as a table: {reason}"])
     return lines, rows
 
 
@@ -179,7 +178,7 @@ def picture_table(
         if not image.is_file() or not image.stat().st_size:
             problems.append(f"line {line}: there is no image {image}")
         found.append((str(image), number))
-    refuse(str(csv), problems)
+    refuse(DataError, str(csv), problems)
     return read_examples(found, reader, known, augment)
 
 
@@ -222,6 +221,6 @@ def text_table(
     columns = (text, label) if pair is None else (text, pair, label)
     rows = read_table(path, columns, delimiter)
     known, numbers, problems = _numbered(path, rows, classes)
-    refuse(str(path), problems)
+    refuse(DataError, str(path), problems)
     texts = [values[0] if pair is None else values[:2] for values in rows.values]
     return read_examples(list(zip(texts, numbers, strict=True)), reader, known)

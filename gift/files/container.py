@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gift.errors import DeltaFileError
+from gift.errors import DeltaFileError, refuse
 from gift.files.digests import digests
 from gift.support.atomic_files import held_file, replace_file
 from gift.support.interrupts import held_interrupts
@@ -98,8 +98,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     if not problems:
         _join_pairs(header, tensors)
         problems = _damage(header, tensors)
-    if problems:
-        raise DeltaFileError(f"{path} cannot be read", problems)
+    refuse(DeltaFileError, f"{path} cannot be read", problems)
     return header, tensors
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor
 
-from gift.errors import DeltaFileError, some
+from gift.errors import DeltaFileError, refuse, some
 from gift.files.container import read
 from gift.strategies.resolved import PLACES
 from gift.support.tensors import dtype_name
@@ -145,8 +145,7 @@ def inspect(path: str | os.PathLike[str]) -> DeltaFile:
     """
     header, tensors = read(path)
     problems = list(_nonsense(header))
-    if problems:
-        raise DeltaFileError(f"{path} cannot be read", problems)
+    refuse(DeltaFileError, f"{path} cannot be read", problems)
     values = {name: header[name] for name, _ in _FIELDS}
     return DeltaFile(path=str(path), tensors=tensors, **values)
 

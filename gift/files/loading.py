@@ -21,7 +21,7 @@ from gift.core.unfreeze import unfreeze
 from gift.core.weights.record import is_sharded
 from gift.engine.dry_run import on_meta
 from gift.engine.enable import enable_fine_tuning, enabling_trained
-from gift.errors import DeltaFileError, GiftWarning
+from gift.errors import DeltaFileError, GiftWarning, refuse
 from gift.files.description import names_regex
 from gift.files.incompatibilities import in_a_line, incompatibilities, other_base, tensors_of
 from gift.files.inspection import DeltaFile, inspect
@@ -65,7 +65,7 @@ def load(
     refuse_meanwhile(net, "merged", "computing rows")
     signature(enable_fine_tuning).bind(net, None, **options)  # not an error of the file
     strategy = _strategy(file)
-    _refuse(file, _rehearse(net, strategy, file, check_base))
+    refuse(DeltaFileError, _UNFIT.format(file.path), _rehearse(net, strategy, file, check_base))
     try:
         with enabling_trained(net, strategy, **options) as report:
             _train_as_there(net, file)
@@ -87,18 +87,13 @@ def _load_onto_enabled(network: Any, file: DeltaFile, spec: IOSpec, check_base: 
         *incompatibilities(network, state, file, check_base),
         *other_base(state | kept, file, check_base),
     ]
-    _refuse(file, problems)
+    refuse(DeltaFileError, _UNFIT.format(file.path), problems)
     _load_values(network, kept | file.tensors, file.aliases)
     load_io_spec(network, spec)
     return record_of(network).report
 
 
 _UNFIT = "{} does not fit this network, which is unchanged"
-
-
-def _refuse(file: DeltaFile, problems: list[str]) -> None:
-    if problems:
-        raise DeltaFileError(_UNFIT.format(file.path), problems)
 
 
 def _io_spec(file: DeltaFile) -> IOSpec:
@@ -127,8 +122,7 @@ def _strategy(file: DeltaFile) -> FineTuningStrategy:
     except Exception as error:  # a file may contain anything
         problem = f"its strategy is none that is known here: {in_a_line(error)}"
         raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error
-    if problems:
-        raise DeltaFileError(f"{file.path} cannot be loaded", problems)
+    refuse(DeltaFileError, f"{file.path} cannot be loaded", problems)
     return strategy
 
 

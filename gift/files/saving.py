@@ -1,7 +1,7 @@
 """Saving the delta of a network to a file."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,15 @@ from gift.core.network import (
 from gift.core.record import fine_tuned_part, record_of
 from gift.core.unfreeze import unfreezable_problems
 from gift.core.weights.record import is_sharded
-from gift.errors import DeltaFileError
+from gift.errors import DeltaFileError, refuse
 from gift.files.container import write
 from gift.files.description import describe_deltas, names_regex, resolve
 from gift.files.digests import digest, digests
 from gift.quantization import quant_state_names
 from gift.support.tensors import dtype_name, is_finite
 from gift.version import __version__
+
+_NOT_SAVED = "the network cannot be saved, nothing was written"
 
 
 def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True) -> None:
@@ -69,35 +71,43 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
     """
     network = fine_tuned_part(net)
     parts = split(network)
-    _refuse(
-        f"{name} is a {type(value).__name__}, which no safetensors file can hold"
-        for name, value in parts.foreign.items()
+    refuse(
+        DeltaFileError,
+        _NOT_SAVED,
+        (
+            f"{name} is a {type(value).__name__}, which no safetensors file can hold"
+            for name, value in parts.foreign.items()
+        ),
     )
-    _refuse(
-        f"{name} is trained, but is not in the network's state under its own name"
-        for name in trained_tensors(network)
-        if name not in parts.saved
+    refuse(
+        DeltaFileError,
+        _NOT_SAVED,
+        (
+            f"{name} is trained, but is not in the network's state under its own name"
+            for name in trained_tensors(network)
+            if name not in parts.saved
+        ),
     )
     lazy = [name for name, tensor in parts.base.items() if is_lazy(tensor)]
     empty = [name for name, tensor in parts.saved.items() if is_lazy(tensor) or tensor.is_meta]
-    _refuse(f"{name} has no values yet" for name in (*lazy, *empty))
-    _refuse(unfreezable_problems(network, [p for _, p in trained_of_the_base(network)]))
+    refuse(DeltaFileError, _NOT_SAVED, [f"{name} has no values yet" for name in (*lazy, *empty)])
+    trained = [p for _, p in trained_of_the_base(network)]
+    refuse(DeltaFileError, _NOT_SAVED, unfreezable_problems(network, trained))
     sharded = any(is_sharded(t) for t in (*parts.saved.values(), *parts.base.values()))
     saved, aliases = _once(network, parts.saved)
     own = {name: _whole(tensor) for name, tensor in saved.items()}
     keeps_base = record_of(network).keeps_base  # otherwise a buffer may always have been so
-    _refuse(
-        f"{name} has numbers that are not finite: training diverged"
-        for name, tensor in own.items()
-        if (keeps_base or name not in parts.buffers) and not is_finite(tensor)
+    refuse(
+        DeltaFileError,
+        _NOT_SAVED,
+        (
+            f"{name} has numbers that are not finite: training diverged"
+            for name, tensor in own.items()
+            if (keeps_base or name not in parts.buffers) and not is_finite(tensor)
+        ),
     )
     header = _describe(network, parts, digest_base) | {"aliases": aliases}
     (_write_in_one_process if sharded else write)(path, header, own)
-
-
-def _refuse(problems: Iterable[str]) -> None:
-    if found := list(problems):
-        raise DeltaFileError("the network cannot be saved, nothing was written", found)
 
 
 def _write_in_one_process(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from inspect import Parameter
 from typing import Any
 
-from gift.errors import JobError
+from gift.errors import JobError, refuse
 from gift.jobs.documented import described_arguments, first_sentence, parameters_of
 from gift.jobs.errors import hint
 from gift.jobs.kinds import KINDS, DataKind
@@ -35,8 +35,7 @@ def init_text(kind: str = "class_folders", strategy: str = "LoRAAllFineTuningStr
         )
         if name not in known
     ]  # fmt: skip
-    if problems:
-        raise JobError("there is no such job to begin with", problems)
+    refuse(JobError, "there is no such job to begin with", problems)
     return "\n".join(_lines(KINDS[kind], strategy)) + "\n"
 
 

@@ -3,9 +3,7 @@
 They change nothing themselves.
 """
 
-from typing import Any
-
-from gift.strategies.adapting import STRATEGIES
+from gift.strategies.adapting import STRATEGIES, lookup_for
 from gift.strategies.base import (
     Cap,
     FineTuningStrategy,
@@ -53,11 +51,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Look up a strategy of a method that was registered later."""
-    if name not in STRATEGIES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return STRATEGIES[name]
+__getattr__ = lookup_for(__name__)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
 """For each method, strategies that adapt all layers, linear layers, or convolutions."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from gift.factories import Check, ma_adapt, ma_freeze, mc_layer, mc_type, pa_adapt, pc_experts
@@ -123,6 +124,20 @@ def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
 
 # Typed as Any, since a type checker cannot know the settings of each.
 STRATEGIES: dict[str, Any] = {}
+
+
+def lookup_for(module: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose attributes are `STRATEGIES`.
+
+    It finds the strategies of methods that are registered later, too.
+    """
+
+    def lookup(name: str) -> Any:
+        if name not in STRATEGIES:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return STRATEGIES[name]
+
+    return lookup
 
 
 def _add(method: type[Method]) -> None:

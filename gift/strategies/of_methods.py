@@ -3,15 +3,8 @@
 They are generated from the methods. ``of_methods.pyi`` declares them for editors and type checkers.
 """
 
-from typing import Any
-
-from gift.strategies.adapting import STRATEGIES
+from gift.strategies.adapting import STRATEGIES, lookup_for
 
 __all__ = list(STRATEGIES)
 
-
-def __getattr__(name: str) -> Any:
-    # Also where pickle looks for a class, and for methods that are registered later.
-    if name not in STRATEGIES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return STRATEGIES[name]
+__getattr__ = lookup_for(__name__)  # pickle looks here for the classes

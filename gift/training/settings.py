@@ -114,7 +114,10 @@ _BOUNDS: dict[str, Bound] = {
     "parallel": (lambda v: v in ("ddp", "fsdp"), "'ddp' or 'fsdp'"),
     "keep": (lambda v: v in ("best", "last"), "'best' or 'last'"),
 }
-"""The valid range of each setting, and how errors describe it."""
+"""The valid range of each setting, and how errors describe it.
+
+pydantic comes with the extra `cli` alone, while `finetune` also works from code without it.
+"""
 _MAY_BE_NONE = ("patience", "checkpoint_steps", "clip", "loraplus_ratio", "seed")
 
 

@@ -10,13 +10,14 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.dynamic_class import set_class, subclass_with
 from gift.core.frozen_norms import release_statistics
-from gift.core.merging.possible import check, refuse, without_values
+from gift.core.merging.possible import NOT_MERGED, check, without_values
 from gift.core.merging.weights import effective
 from gift.core.network import remove_record
 from gift.core.undo.snapshot import Snapshot
 from gift.core.undo.temporary_state import meanwhile
 from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import weight_deltas
+from gift.errors import AdaptationError, refuse
 from gift.private.torch import written_since
 from gift.quantization import is_quantised
 from gift.support.interrupts import switching
@@ -78,7 +79,7 @@ def _merge_copies(net: nn.Module) -> None:
         problems += without_values(path, module, values)
         for tensor, value in values.items():
             instead[id(module._parameters[tensor])] = nn.Parameter(value, requires_grad=False)
-    refuse(problems)
+    refuse(AdaptationError, NOT_MERGED, problems)
     for module in net.modules():
         if module not in staying:
             extensions = vars(module).pop("_gift_forwards", None)  # they stay

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.core.frozen_norms import release_statistics
-from gift.core.merging.possible import check, refuse, unmergeable
+from gift.core.merging.possible import NOT_MERGED, check, unmergeable
 from gift.core.merging.weights import effective, write
 from gift.core.network import remove_record
 from gift.core.undo.snapshot import transaction
 from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import weight_deltas
-from gift.errors import GiftWarning
+from gift.errors import AdaptationError, GiftWarning, refuse
 from gift.quantization import is_quantised, requantised
 from gift.support.threads import changing
 
@@ -55,7 +55,7 @@ def merge(net: nn.Module) -> nn.Module:
     check(net)
     losses: dict[str, float] = {}
     with transaction(net, writes=_written(net)):
-        refuse(list(unmergeable(net, losses)))
+        refuse(AdaptationError, NOT_MERGED, unmergeable(net, losses))
         _warn(losses)  # before merging: it raises where warnings are errors
         _merge(net)
     return net

@@ -18,6 +18,8 @@ from gift.errors import AdaptationError
 from gift.quantization import dequantised, is_quantised, requantised
 from gift.support.tensors import is_finite
 
+NOT_MERGED = "nothing was merged, the network is unchanged"
+
 
 def check(net: nn.Module) -> None:
     """Check that `net` is being fine-tuned and not sharded.
@@ -28,12 +30,6 @@ def check(net: nn.Module) -> None:
     check_undoable(net, needs_base=False)
     if any(is_sharded(parameter) for parameter in nn.Module.parameters(net)):
         raise RuntimeError("the network is sharded: load its delta into a fresh one and merge that")
-
-
-def refuse(problems: list[str]) -> None:
-    """Raise an AdaptationError that lists the problems, if there are any."""
-    if problems:
-        raise AdaptationError("nothing was merged, the network is unchanged", problems)
 
 
 def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from gift.core.report import Report
 from gift.core.weights.record import present_tensor, weight_deltas
 from gift.engine.enable import enabling_trained
-from gift.errors import DeltaFileError
+from gift.errors import DeltaFileError, refuse
 from gift.factories import ma_adapt, mc_path
 from gift.files.container import read_tensors
 from gift.interop.kohya.interpretation import ReadDelta, interpret
@@ -102,8 +102,7 @@ def load_kohya(
             found[place] = module, interpret(layers[name], _target(module, holders))
         except Incompatible as error:
             problems.append(f"{prefix}{name}: {error}")
-    if problems:
-        raise DeltaFileError(f"{path} does not fit {type(net).__name__}, nothing changed", problems)
+    refuse(DeltaFileError, f"{path} does not fit {type(net).__name__}, nothing changed", problems)
     with enabling_trained(net, _strategy(found)) as report, torch.no_grad():
         for module, delta in found.values():
             tensors = weight_deltas(module)["weight"].tensors(module)

@@ -13,7 +13,7 @@ from gift.core.delta import deltas_of
 from gift.core.network import moved_buffers, trained_of_the_base
 from gift.core.record import fine_tuned_part
 from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
-from gift.errors import DeltaFileError
+from gift.errors import DeltaFileError, refuse
 from gift.interop.kohya.layers import Incompatible, flat, is_layer, lead
 from gift.interop.kohya.parts import parts_of
 from gift.quantization import dequantised
@@ -49,7 +49,7 @@ def save_kohya(
         DeltaFileError: naming everything that such a file cannot hold; nothing is written.
     """
     nets = dict(net) if isinstance(net, Mapping) else {prefix: net}
-    _refuse(path, list(_wrong_arguments(nets, dtype, metadata)))
+    refuse(DeltaFileError, f"{path} was not written", _wrong_arguments(nets, dtype, metadata))
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
     methods: set[str] = set()
@@ -78,16 +78,11 @@ def save_kohya(
     bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
-    _refuse(path, problems)
+    refuse(DeltaFileError, f"{path} was not written", problems)
     kept = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in
             tensors.items()}  # fmt: skip
     described = _metadata(tensors, methods) | dict(metadata or {})
     replace_file(path, lambda temporary: save_file(kept, temporary, described))
-
-
-def _refuse(path: str | os.PathLike[str], problems: list[str]) -> None:
-    if problems:
-        raise DeltaFileError(f"{path} was not written", problems)
 
 
 def _parts(delta: WeightDelta, module: nn.Module, name: Any) -> Mapping[str, Tensor]:

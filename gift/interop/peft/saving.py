@@ -14,7 +14,7 @@ from torch import nn
 from gift.core.forwards import named_forward_deltas
 from gift.core.record import fine_tuned_part
 from gift.core.weights.record import is_sharded, weight_deltas
-from gift.errors import DeltaFileError
+from gift.errors import DeltaFileError, refuse
 from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.interop.peft.forms import Config, Form, Tensors, Written
 from gift.interop.peft.inplace import InPlace
@@ -61,8 +61,7 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
     network = fine_tuned_part(net)
     problems: list[str] = []
     config, tensors = _contents(network, problems)
-    if problems:
-        raise DeltaFileError(f"{type(network).__name__} cannot be written for PEFT", problems)
+    refuse(DeltaFileError, f"{type(network).__name__} cannot be written for PEFT", problems)
     own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     target = Path(folder)
