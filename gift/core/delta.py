@@ -195,14 +195,14 @@ class DeltaModule(Generated):
     """Mixin of every module that gained tensors."""
 
     def _gift_added(self) -> list[str]:
-        return added_names(self)  # type: ignore[arg-type]
+        return added_names(self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # `to_empty` moves a network off the meta device into uninitialized memory, so initialize
         # the deltas, for which no checkpoint of the base has values.
-        own = deltas_of(self)  # type: ignore[arg-type]
-        waiting = [key for key, delta in own.items() if delta.is_on_meta(self)]  # type: ignore[arg-type]
-        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        own = deltas_of(self)
+        waiting = [key for key, delta in own.items() if delta.is_on_meta(self)]
+        result = super()._apply(*args, **kwargs)
         for key in waiting:
             own[key].reset(self, key)
         return result
@@ -213,12 +213,12 @@ class DeltaModule(Generated):
 
         torch's distributed checkpoints look up each key of a state as an attribute of the module.
         """
-        return encoded(hidden_settings_of(self))  # type: ignore[arg-type]
+        return encoded(hidden_settings_of(self))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        if hidden := hidden_settings_of(self):  # type: ignore[arg-type]
-            own = (held(self, name)[name] for name in added_names(self))  # type: ignore[arg-type]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hidden := hidden_settings_of(self):
+            own = (held(self, name)[name] for name in added_names(self))
             destination[prefix + KEY] = encoded(hidden, next((t.device for t in own), None))
 
     def _load_from_state_dict(
@@ -226,11 +226,11 @@ class DeltaModule(Generated):
     ) -> None:
         *_, errors = rest
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        problems = settings_incompatibilities(self, prefix.rstrip("."), metadata, own)  # type: ignore[arg-type]
+        problems = settings_incompatibilities(self, prefix.rstrip("."), metadata, own)
         state_dict.pop(prefix + KEY, None)  # else torch would report it as unexpected
         errors += problems
         if not problems:
-            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[misc]
+            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
 
 class OwnState(Generated):
@@ -245,8 +245,8 @@ class OwnState(Generated):
         added = self._gift_added()
         _plain_twin(self, added)._save_to_state_dict(destination, prefix, keep_vars)
         for name in added:
-            tensor = held(self, name).get(name)  # type: ignore[arg-type]
-            if tensor is not None and name not in self._non_persistent_buffers_set:  # type: ignore[attr-defined]
+            tensor = held(self, name).get(name)
+            if tensor is not None and name not in self._non_persistent_buffers_set:
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -297,7 +297,7 @@ def as_plain(module: nn.Module) -> Iterator[None]:
             put_order(holder, order)
 
 
-def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Let modules with state methods of an author save and load deltas too."""
     # Overrides in torch itself (those of lazy modules, for example) save every tensor of a module,
     # so only authors outside of torch count.

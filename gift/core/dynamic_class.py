@@ -15,7 +15,7 @@ import copy
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -51,7 +51,20 @@ _classes: WeakValueDictionary[tuple[type, Spec], type] = WeakValueDictionary()
 _metaclasses: WeakValueDictionary[type, type] = WeakValueDictionary()
 
 
-class Generated:
+if TYPE_CHECKING:
+
+    class _Module(nn.Module):
+        """What all mixins are mixed into, with types for methods that have none in torch."""
+
+        def _apply(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __setstate__(self, state: Any) -> None: ...
+        def register_load_state_dict_post_hook(self, hook: Any) -> Any: ...
+
+else:
+    _Module = object
+
+
+class Generated(_Module):
     """Base class of all mixins."""
 
     _gift_plain: type[nn.Module]
@@ -92,7 +105,8 @@ def _get_parameter(self: Any, target: str) -> nn.Parameter:
     module: nn.Module = self.get_submodule(path)
     parameter = module._parameters.get(name)
     if parameter is None:
-        return super(self._gift_plain, self).get_parameter(target)
+        own: nn.Parameter = super(self._gift_plain, self).get_parameter(target)
+        return own
     return parameter
 
 
@@ -239,12 +253,12 @@ def _recompile(self: Any) -> Any:
 
 
 def _rebuild(spec: Spec, rebuild: Any, args: tuple[Any, ...]) -> nn.Module:
-    module = rebuild(*args)
+    module: nn.Module = rebuild(*args)
     set_class(module, generated_class(type(module), spec))
     return module
 
 
-def generated_class(plain: type, spec: Spec) -> type:
+def generated_class(plain: type[nn.Module], spec: Spec) -> type[nn.Module]:
     """The subclass of `plain` for `spec`, cached; `plain` itself for an empty spec."""
     if not any(spec):
         return plain
@@ -255,10 +269,10 @@ def generated_class(plain: type, spec: Spec) -> type:
     return found
 
 
-def _generate(plain: type, spec: Spec) -> type:
+def _generate(plain: type[nn.Module], spec: Spec) -> type[nn.Module]:
     namespace: dict[str, Any] = {"_gift_plain": plain, "_gift_spec": spec}
     # nn.Module.get_parameter uses getattr, and refuses the effective weight: it is not a parameter.
-    if plain.get_parameter is nn.Module.get_parameter:  # type: ignore[attr-defined]
+    if plain.get_parameter is nn.Module.get_parameter:
         namespace["get_parameter"] = _get_parameter
     if hasattr(plain, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy
@@ -277,7 +291,9 @@ def _generate(plain: type, spec: Spec) -> type:
     return subclass_with(mixins, plain, namespace)
 
 
-def subclass_with(mixins: Iterable[type], plain: type, namespace: dict[str, Any]) -> type:
+def subclass_with(
+    mixins: Iterable[type], plain: type[nn.Module], namespace: dict[str, Any]
+) -> type[nn.Module]:
     """Create a subclass of `plain` with its name and layout, and with the mixins first in the MRO.
 
     Neither ``__init_subclass__`` of the author (if a mixin defines its own) nor the author's
@@ -297,7 +313,9 @@ def subclass_with(mixins: Iterable[type], plain: type, namespace: dict[str, Any]
     metaclass = _mixing(type(plain))
     # Call ``__new__`` of Python directly: an author's metaclass may register its classes.
     maker: Any = ABCMeta if issubclass(metaclass, ABCMeta) else type
-    return maker.__new__(metaclass, plain.__name__, (plain, *namespace["_gift_mixins"]), namespace)
+    bases = (plain, *namespace["_gift_mixins"])
+    made: type[nn.Module] = maker.__new__(metaclass, plain.__name__, bases, namespace)
+    return made
 
 
 def _mixing(metaclass: type) -> type:
@@ -306,7 +324,7 @@ def _mixing(metaclass: type) -> type:
     if found is None:
 
         def mro(cls: Any) -> list[type]:
-            order = super(made, cls).mro()  # type: ignore[arg-type]
+            order: list[type] = super(made, cls).mro()  # type: ignore[arg-type]
             if "_gift_mixins" not in vars(cls):
                 return order  # a user's subclass of a generated class
             plain = cls.__bases__[0].__mro__
@@ -328,9 +346,10 @@ def joined(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def plain_class(cls: type) -> type:
+def plain_class(cls: type) -> type[nn.Module]:
     """The class as it was before fine-tuning."""
-    return getattr(cls, "_gift_plain", cls)
+    plain: type[nn.Module] = getattr(cls, "_gift_plain", cls)
+    return plain
 
 
 def spec_of(module: nn.Module) -> Spec:

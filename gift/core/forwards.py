@@ -169,7 +169,8 @@ class NestingEncoder(Generated):
         """The flag of the encoder while no gradient is recorded, else False."""
         if torch.is_grad_enabled() or is_compiled_by_old():  # its `__dict__` gives this property
             return False
-        return self.__dict__.get("use_nested_tensor", False)
+        own: bool = self.__dict__.get("use_nested_tensor", False)
+        return own
 
     @use_nested_tensor.setter
     def use_nested_tensor(self, value: bool) -> None:
@@ -182,14 +183,14 @@ def _extended(
     return extension.method.call(module, forward, extension.tensors(module), args, kwargs)
 
 
-def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Wrap the forward pass, and adapt what depends on it: ``generate``, nested tensors."""
     if not spec.extended:
         return [], {}
     generated: Any = None  # ``__classcell__`` below: Python stores the new class in this cell
 
     # Keep the signature: trainers inspect it to see which columns of a data set are used.
-    @functools.wraps(plain.forward)  # type: ignore[attr-defined]
+    @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_gift_forwards" not in self.__dict__:
             # This method outlived the wrapper (a reference was kept), and the module is plain
@@ -219,7 +220,7 @@ def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
     return [WrappedModule, *nesting], namespace
 
 
-def _generates(plain: type) -> bool:
+def _generates(plain: type[nn.Module]) -> bool:
     """Whether a class generates text, as models of transformers do."""
     return callable(getattr(plain, "generate", None))
 
@@ -272,7 +273,7 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
 
 
 def _refuse(module: nn.Module) -> None:
-    if plain_class(type(module)).forward is nn.Module.forward:  # type: ignore[attr-defined]
+    if plain_class(type(module)).forward is nn.Module.forward:
         raise AdaptationError("it is never called, as it has no forward: extend what is inside it")
     if "forward" in module.__dict__:
         raise AdaptationError(

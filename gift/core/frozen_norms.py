@@ -16,10 +16,10 @@ class FrozenStatistics(Generated):
     def train(self, mode: bool = True) -> Any:
         """Remember the requested mode, which `release_statistics` restores."""
         self.__dict__["_gift_mode"] = mode
-        return super().train(False)  # type: ignore[misc]
+        return super().train(False)
 
 
-def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Keep norm layers in evaluation mode."""
     return ([FrozenStatistics] if spec.statistics else []), {}
 

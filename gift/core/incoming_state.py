@@ -177,7 +177,7 @@ def _is_comparable(here: Any, there: Any) -> bool:
             return False
         if is_sharded(tensor) or is_quantised(tensor):
             return False
-    return here.shape == there.shape
+    return bool(here.shape == there.shape)
 
 
 def _equal(here: Tensor, there: Tensor) -> bool:

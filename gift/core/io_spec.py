@@ -71,7 +71,8 @@ def io_spec_of(net: nn.Module) -> IOSpec:
         inner = net._modules.get(name)
         if IO_SPEC not in vars(net) and inner is not None:
             return io_spec_of(inner)
-    return vars(net).get(IO_SPEC, IOSpec())
+    spec: IOSpec = vars(net).get(IO_SPEC, IOSpec())
+    return spec
 
 
 def renew_io_spec(net: nn.Module) -> None:

@@ -47,16 +47,16 @@ class FineTunedNetwork(Generated):
         """Call the network; before a training step, check that its base is still frozen."""
         if torch.is_grad_enabled():
             tell_unfrozen(self)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
 
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        watch(self)  # type: ignore[arg-type]
+        super().__setstate__(state)
+        watch(self)
 
     def _gift_copied(self) -> None:
-        watch(self)  # type: ignore[arg-type]
-        if _loaded not in self._load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
-            self.register_load_state_dict_post_hook(_loaded)  # type: ignore[attr-defined]
+        watch(self)
+        if _loaded not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_loaded)
 
     def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
         """The trained parameters; ``named_parameters()`` gives all.
@@ -65,28 +65,28 @@ class FineTunedNetwork(Generated):
         reports these.
         """
         if not self._gift_network.only_trainable_parameters or _is_averaging():
-            return super().parameters(*args, **kwargs)  # type: ignore[misc]
+            return super().parameters(*args, **kwargs)
         tell_unfrozen(self)
         if _overrides(self, "parameters"):
-            return _trained_among(self, super().parameters(*args, **kwargs))  # type: ignore[misc]
-        return (p for _, p in named_trainable(self, *args, **kwargs))  # type: ignore[arg-type]
+            return _trained_among(self, super().parameters(*args, **kwargs))
+        return (p for _, p in named_trainable(self, *args, **kwargs))
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         # Move each buffer once, so that buffers which layers share stay shared.
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def once(tensor: Tensor) -> Tensor:
+        def once(tensor: Tensor) -> Any:
             if isinstance(tensor, nn.Parameter):
                 return fn(tensor)
             if id(tensor) not in moved:
                 moved[id(tensor)] = tensor, fn(tensor)
             return moved[id(tensor)][1]
 
-        return super()._apply(once, *args, **kwargs)  # type: ignore[misc]
+        return super()._apply(once, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters and the persistent buffers, under any prefix."""
-        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        state = super().state_dict(*args, **kwargs)
         if not isinstance(state, MutableMapping):  # an author's own format
             return state
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -113,7 +113,7 @@ class FineTunedNetwork(Generated):
                 with other settings; nothing is loaded then.
         """
         strict = bool(_given(self, args, kwargs).get("strict", True))
-        return _load(self, super().load_state_dict, args, kwargs, strict)  # type: ignore[misc]
+        return _load(self, super().load_state_dict, args, kwargs, strict)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # A bigger module that loads its state calls this method directly, not `load_state_dict`.
@@ -125,9 +125,9 @@ class FineTunedNetwork(Generated):
             frozen, deltas = set(frozen_names(self)), delta_names(self)
             *_, errors = rest
             incoming = Incoming(
-                self,  # type: ignore[arg-type]
+                self,
                 coming,
-                whole_state(self),  # type: ignore[arg-type]
+                whole_state(self),
                 frozen,
                 deltas,
                 record.chosen,
@@ -143,10 +143,10 @@ class FineTunedNetwork(Generated):
             for surprise in incoming.surprises():
                 warnings.warn(surprise, GiftWarning, stacklevel=2)
             if prefix:  # a bigger module loads, without a transaction
-                snapshot = Snapshot(self, writes=_overwritten(self, (coming,), {}))  # type: ignore[arg-type]
+                snapshot = Snapshot(self, writes=_overwritten(self, (coming,), {}))
                 record.before = snapshot, errors, len(errors)
-            keep_values(self, coming, frozen, deltas)  # type: ignore[arg-type]
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+            keep_values(self, coming, frozen, deltas)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _is_averaging() -> bool:
@@ -305,13 +305,14 @@ def _overwritten(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``load_state_dict`` by the parameter names of the author's signature."""
-    load: Any = plain_class(type(network)).load_state_dict  # type: ignore[attr-defined]
+    load: Any = plain_class(type(network)).load_state_dict
     try:
         bound = inspect.signature(load).bind(network, *args, **kwargs)
     except TypeError:
         return kwargs  # the call itself raises a clear error
     variable = (p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD)
-    return dict(bound.arguments) | bound.arguments.get(next(variable, ""), {})
+    further: dict[str, Any] = bound.arguments.get(next(variable, ""), {})
+    return dict(bound.arguments) | further
 
 
 def _rehearse(network: Any, load: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -411,7 +412,7 @@ def _undone(record: NetworkRecord, incompatibilities: list[str]) -> bool:
     return True
 
 
-def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Let a network show only its trained parameters."""
     if not spec.network:
         return [], {}

@@ -66,7 +66,8 @@ class NetworkRecord:
 
 def record_of(network: Any) -> NetworkRecord:
     """The record of a network that is being fine-tuned."""
-    return network._gift_network
+    record: NetworkRecord = network._gift_network
+    return record
 
 
 def fine_tuned_part(net: nn.Module) -> Any:

@@ -22,7 +22,7 @@ from gift.core.record import record_of
 from gift.errors import GiftWarning
 
 
-def saving_methods(plain: type) -> dict[str, Any]:
+def saving_methods(plain: type[nn.Module]) -> dict[str, Any]:
     """Replacements for the saving methods of a class, for a fine-tuned network."""
     if not callable(getattr(plain, "save_pretrained", None)):
         return {}
@@ -37,7 +37,7 @@ def parts_that_save(network: nn.Module) -> Iterator[nn.Module]:
     return (part for part in parts if hasattr(plain_class(type(part)), "save_pretrained"))
 
 
-def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Let parts of a network that save themselves as models warn about missing deltas."""
     if not spec.part or spec.network:
         return [], {}

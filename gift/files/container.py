@@ -83,7 +83,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
 def _tensor(file: Any, name: str) -> Tensor:
     # A signal that arrives inside safetensors would be reported as an error of the file.
     with held_interrupts():
-        return file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

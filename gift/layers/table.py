@@ -274,9 +274,9 @@ def known_features(module: nn.Module) -> Features | None:
 _OPERATIONS = {name: operation for row in LAYERS for name, operation in row.forwards.items()}
 
 
-def operation_of(cls: type) -> Operation:
+def operation_of(cls: type[nn.Module]) -> Operation:
     """What the forward function of a plain class computes; "" if the class has its own."""
-    return _OPERATIONS.get(dotted(cls.forward), "")  # type: ignore[attr-defined]  # of a module
+    return _OPERATIONS.get(dotted(cls.forward), "")
 
 
 def forwards_of(*operations: Operation) -> list[str]:

@@ -120,7 +120,8 @@ class Method(Configured):
         if self.clips is not None or self.size is None:
             return self.fit(shape)
         clip = f"clip_{self.size_setting}"
-        return with_settings(with_settings(self, **{clip: True}).fit(shape), **{clip: None})
+        fitted: Self = with_settings(with_settings(self, **{clip: True}).fit(shape), **{clip: None})
+        return fitted
 
     def settled(self, possible: int, refusal: str) -> Self:
         """Return the method with a size that the matrix can have.
@@ -135,7 +136,8 @@ class Method(Configured):
         assert self.size_setting is not None
         if not self.clips and self.size not in (None, possible):
             raise AdaptationError(refusal)
-        return with_settings(self, **{self.size_setting: possible})
+        settled: Self = with_settings(self, **{self.size_setting: possible})
+        return settled
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return the new tensors for a frozen matrix, in the order in which they are listed.

@@ -35,7 +35,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         where `n` is the smaller of rows and columns, in float64 or complex128.
     """
     if matrix.is_meta:
-        return torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+        u, sigma, v = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+        return u, sigma, v
     work = in_double(matrix)
     finite = torch.isfinite(work).all()
     u, sigma, vh = torch.linalg.svd(work if finite else torch.zeros_like(work), full_matrices=False)

@@ -79,7 +79,7 @@ class FourierFT(Method):
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         values, where = parameters["fourierft_c"].to(dtype), parameters["fourierft_E"]
         spectrum = torch.zeros_like(matrix, dtype=dtype).flatten(-2).scatter(-1, where, values)
-        change = torch.fft.ifft2(spectrum.view(matrix.shape))
+        change: Tensor = torch.fft.ifft2(spectrum.view(matrix.shape))
         change = change if matrix.is_complex() else change.real
         return matrix + (self.scaling * change).to(matrix.dtype)
 

@@ -95,7 +95,8 @@ class OFT(Method):
         skew = above - above.mH
         one = torch.eye(size, dtype=q.dtype, device=q.device)
         # I + Q is always invertible: a check would only make a GPU synchronise.
-        return torch.linalg.solve_ex(one + skew, -2 * skew)[0]
+        turned: Tensor = torch.linalg.solve_ex(one + skew, -2 * skew)[0]
+        return turned
 
     def times(self, rows: Tensor, blocks: Tensor) -> Tensor:
         """Multiply rows ``(..., rows, columns)`` by a matrix with these blocks on its diagonal."""

@@ -66,7 +66,8 @@ class CopyOnWrite(BeforeWrites):
             return None
         whole = parts | {n: parts[n].clone() if v is None else v for n, v in before.items()}
         shape, stride = tensor.shape, tensor.stride()
-        return type(tensor).__tensor_unflatten__(whole, context, shape, stride)
+        rebuilt: Tensor = type(tensor).__tensor_unflatten__(whole, context, shape, stride)
+        return rebuilt
 
 
 def parts_of(tensor: Any) -> Iterator[Tensor]:

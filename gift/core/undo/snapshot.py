@@ -51,7 +51,8 @@ _ATTRIBUTES: Any = vars(nn.Module)["__dict__"]
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """The real ``__dict__`` of a module, even if its class overrides that name."""
-    return _ATTRIBUTES.__get__(module)
+    own: dict[str, Any] = _ATTRIBUTES.__get__(module)
+    return own
 
 
 def completed(step: Callable[[], None], passes: int = 4) -> None:
@@ -79,7 +80,7 @@ class ModuleUndo:
     """
 
     module: nn.Module
-    plain: type | None = None
+    plain: type[nn.Module] | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, dict[Any, Any]] = field(default_factory=dict)
     order: dict[str, list[Any]] = field(default_factory=dict)

@@ -16,7 +16,7 @@ class QuantisedLayer(Generated):
         try:
             _plain_view(self)._save_to_state_dict(destination, prefix, keep_vars)
         except NotImplementedError:  # embeddings cannot save their weight, but the delta can
-            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]  # a mixin
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
             del destination[f"{prefix}weight"]
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -44,7 +44,7 @@ def _embedding(self: Any, input: Tensor) -> Tensor:
 _FORWARDS = {"packed linear": _linear, "packed embedding": _embedding}
 
 
-def feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Save and load packed weights, and compute with effective weights."""
     packed = spec.tensors and issubclass(plain, nn.Module)
     forward = _FORWARDS.get(operation_of(plain)) if packed else None

@@ -214,7 +214,9 @@ def _matrix(weight: Any, index: Any) -> EffectiveWeight | None:
         index = int(index)
     if slices is None or type(index) is not int:
         return None
-    return EffectiveWeight.of(slices(weight, index), weight._gift_name, whole=False)
+    matrix = slices(weight, index)
+    guarded: EffectiveWeight = EffectiveWeight.of(matrix, weight._gift_name, whole=False)
+    return guarded
 
 
 def _operation(func: Any, what: str) -> str:

@@ -36,7 +36,8 @@ class AdaptedModule(DeltaModule):
 
     def _gift_frozen(self, tensor: str) -> Tensor:
         """The frozen tensor: a parameter, or the result of a parametrization or hook."""
-        return plain_tensor(self, tensor)  # type: ignore[arg-type]
+        frozen: Tensor = plain_tensor(self, tensor)
+        return frozen
 
     def _gift_weight(self, tensor: str, once: bool = False) -> Any:
         """The tensor that the module computes with: the effective weight, if it is adapted.
@@ -53,7 +54,7 @@ class AdaptedModule(DeltaModule):
             return None
         try:
             make = delta.weight if once else delta.read
-            return make(self, frozen)  # type: ignore[arg-type]
+            return make(self, frozen)
         except AttributeError as error:
             # An AttributeError in a property makes Python call ``nn.Module.__getattr__``, which
             # would silently return the frozen tensor.
@@ -66,8 +67,8 @@ class AdaptedModule(DeltaModule):
             # the base of torch's class.
             value = generated_class(value.__bases__[0], self._gift_spec)
         if name in self.__dict__.get("_gift_weights", ()):
-            if name in self._parameters and moves(inspect.currentframe()):  # type: ignore[attr-defined]
-                self._parameters[name] = value  # type: ignore[attr-defined]
+            if name in self._parameters and moves(inspect.currentframe()):
+                self._parameters[name] = value
                 return
             self._gift_check_new(name, value)
         super().__setattr__(name, value)
@@ -83,7 +84,7 @@ class AdaptedModule(DeltaModule):
             raise _reparametrised(source.removesuffix("_orig"))  # pruning's first step
         if name in self._gift_weights:
             self._gift_check_new(name, param)
-        super().register_parameter(name, param)  # type: ignore[misc]
+        super().register_parameter(name, param)
 
     def _gift_check_new(self, tensor: str, value: Any) -> None:
         """Refuse an assignment to an adapted tensor.
@@ -105,7 +106,7 @@ class AdaptedModule(DeltaModule):
             raise refused(name, "assigning to it")
 
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)
         self._gift_note_sources()
 
     def _gift_copied(self) -> None:
@@ -122,7 +123,7 @@ class AdaptedModule(DeltaModule):
         # It is None in a copy that is made only to look at it, see `gift.core.merging`.
         for tensor, delta in (self._gift_weights or {}).items():
             if delta.method.derives:
-                delta.note_source(self, tensor)  # type: ignore[arg-type]
+                delta.note_source(self, tensor)
 
     def __delattr__(self, name: str) -> None:
         if name in self._gift_weights:  # the first step of reparametrising a weight
@@ -143,9 +144,9 @@ class AdaptedModule(DeltaModule):
     def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
         """Whether a state changes the values of a frozen tensor from which a delta was made."""
         delta, new = self._gift_weights[tensor], state_dict.get(prefix + tensor)
-        if new is None or not delta.method.reads_weight or delta.is_on_meta(self):  # type: ignore[arg-type]
+        if new is None or not delta.method.reads_weight or delta.is_on_meta(self):
             return False
-        now = self._parameters.get(tensor)  # type: ignore[attr-defined]
+        now = self._parameters.get(tensor)
         return now is not None and (now.is_meta or not same_values(now, new.to(now.device)))
 
 
@@ -246,9 +247,9 @@ class Called(Generated):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module as its own class does."""
         if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with one_call(self, self._gift_reads_often):  # type: ignore[arg-type]
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)
+        with one_call(self, self._gift_reads_often):
+            return super().__call__(*args, **kwargs)
 
 
 class ReadsOften(Called):
@@ -257,7 +258,7 @@ class ReadsOften(Called):
     _gift_reads_often = True
 
 
-def called_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def called_feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Mark calls, within which an effective weight is made once."""
     forward = getattr(plain, "forward", None)
     if spec.tensors and not getattr(forward, "__module__", "").startswith("torch.nn."):
@@ -265,7 +266,7 @@ def called_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]
     return ([Called], {}) if spec.network else ([], {})
 
 
-def adapted_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]]:
+def adapted_feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Turn adapted tensors into properties, and add the method's fast path if it has one."""
     if not spec.tensors:
         return [], {}
@@ -288,14 +289,14 @@ def adapted_feature(plain: type, spec: Spec) -> tuple[list[type], dict[str, Any]
     return mixins, namespace
 
 
-def _fast_forward(plain: type, spec: Spec) -> type | None:
+def _fast_forward(plain: type[nn.Module], spec: Spec) -> type | None:
     method = dict(spec.tensors).get("weight")
     if method is None:
         return None
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: import the file that registers it first")
-    fast = METHODS[method].forwards.get(dotted(plain.forward))  # type: ignore[attr-defined]
+    fast = METHODS[method].forwards.get(dotted(plain.forward))
     if fast is None:
         return None
-    forward = for_every_tensor(fast, plain.forward)  # type: ignore[attr-defined]
+    forward = for_every_tensor(fast, plain.forward)
     return type("FastForward", (Generated,), {"forward": forward})

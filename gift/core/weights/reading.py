@@ -243,7 +243,8 @@ def product_parts(
 
 def _graph(making: Making, value: Tensor, tensors: tuple[Tensor, ...]) -> Tensor | None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Made.apply(making, value, *tensors)
+        made: Tensor = _Made.apply(making, value, *tensors)
+        return made
     return None
 
 

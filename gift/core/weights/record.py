@@ -327,7 +327,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def weight_deltas(module: nn.Module) -> Mapping[str, WeightDelta]:
     """Records of the adapted tensors of `module` itself, by name."""
-    return module.__dict__.get("_gift_weights", {})
+    deltas: Mapping[str, WeightDelta] = module.__dict__.get("_gift_weights", {})
+    return deltas
 
 
 def plain_tensor(module: nn.Module, tensor: str) -> Any:
