@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median, quantiles
 from typing import Any
 
@@ -84,17 +84,28 @@ def bytes_kept(network: nn.Module, batch: Tensor) -> int:
     """What a forward pass keeps for its backward pass, and nobody holds anyway."""
     held = [*dict(network.named_parameters(remove_duplicate=False)).values(), *network.buffers()]
     own = {tensor.untyped_storage().data_ptr() for tensor in [*held, batch]}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other gets its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss(network, batch)
-    sizes = {place: tensor.untyped_storage().nbytes() for place, tensor in kept.items()}
-    del value
+    value = loss(network, batch)
+    storages = (tensor.untyped_storage() for tensor in saved_by(value.grad_fn))
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(size for place, size in sizes.items() if place not in own)
+
+
+def saved_by(root: Any) -> Iterator[Tensor]:
+    """All tensors that the nodes of a graph keep.
+
+    Hooks on what is saved would change it: gift then keeps inputs that it recomputes otherwise.
+    """
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in [*saved, getattr(node, "saved_tensors", ())]:
+            several = value if isinstance(value, list | tuple) else [value]
+            yield from (tensor for tensor in several if isinstance(tensor, Tensor))
 
 
 def growth(name: str, case: Case, rank: int) -> int:

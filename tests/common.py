@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -133,19 +133,30 @@ def bytes_kept(net: nn.Module, *inputs: Tensor) -> int:
     """Bytes of the storages saved for the backward pass, without parameters and the batch."""
     parameters = list(nn.Module.parameters(net))
     known = {t.untyped_storage().data_ptr() for t in (*parameters, *net.parameters(), *inputs)}
-    storages: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = net(*inputs)
+    result = net(*inputs)
     result = result if isinstance(result, Tensor) else result[0]
     assert result.requires_grad
-    return sum(storage.nbytes() for storage in storages.values())
+    storages = [tensor.untyped_storage() for tensor in saved_by(result.grad_fn)]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for place, size in sizes.items() if place not in known)
+
+
+def saved_by(root: Any) -> Iterator[Tensor]:
+    """All tensors that the nodes of a graph keep.
+
+    Hooks on what is saved would change it: inputs that are recomputed otherwise are kept then.
+    """
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in [*saved, getattr(node, "saved_tensors", ())]:
+            several = value if isinstance(value, list | tuple) else [value]
+            yield from (tensor for tensor in several if isinstance(tensor, Tensor))
 
 
 def weighted(y: Tensor) -> Tensor:

@@ -969,7 +969,7 @@ def test_the_form_of_a_setting_is_the_one_that_is_taken(monkeypatch: pytest.Monk
     seen: list[str] = []
     apply = LowRankConv.apply
     monkeypatch.setattr(
-        LowRankConv, "apply", lambda *args: (seen.append(args[-1].form), apply(*args))[1]
+        LowRankConv, "apply", lambda *args: (seen.append(args[-2].form), apply(*args))[1]
     )
     base = layer_of(2, kernel_size=3)
     nets = [adapted(base, rank=2, form=form) for form in FORMS]

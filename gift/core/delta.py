@@ -21,10 +21,12 @@ class Delta:
     Args:
         names: maps the method's name of each tensor to its name on the module.
         owner: the module that holds the tensors if that is another one, None for the module itself.
+        recompute_inputs: whether the module's inputs may be computed again in the backward pass.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     owner: nn.Module | None = field(default=None, kw_only=True)
+    recompute_inputs: bool = field(default=True, kw_only=True, compare=False)
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors, by the method's names."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gift.core.delta import named_deltas
 from gift.core.dynamic_class import spec_of
 from gift.core.holders import misfits_in_memory, refuse_held_elsewhere
 from gift.core.io_spec import drop_empty_io_spec, renew_io_spec
@@ -35,6 +36,7 @@ def enable_fine_tuning(
     replace_parameter_function: bool = True,
     trainable_state_dict: bool = True,
     keep_base: bool = True,
+    recompute_inputs: bool = True,
 ) -> Report:
     """Fine-tune `module` by a strategy: its caps decide what is trained, everything else is frozen.
 
@@ -51,6 +53,9 @@ def enable_fine_tuning(
         trainable_state_dict: let ``state_dict()`` give trained parameters and buffers only.
         keep_base: keep a copy of what training changes in place (base parameters that are trained,
             and buffers), so that `disable_fine_tuning` can restore the base.
+        recompute_inputs: let adapted layers compute their inputs again in the backward pass, where
+            that takes little time and autograd keeps what it needs; False keeps the inputs, which
+            takes more memory. See `gift.kernels.recomputed`.
 
     Returns:
         What the strategy did; it prints as a table.
@@ -93,6 +98,8 @@ def enable_fine_tuning(
         )
         install_record(module, record)
         _warn(report, strategy, module)  # it raises where warnings are errors
+        for _, _, delta in named_deltas(module):
+            delta.recompute_inputs = recompute_inputs
         for parameter in named.values():
             parameter.grad = None  # else an optimizer applies it to a frozen tensor
     return report

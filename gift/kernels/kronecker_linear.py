@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gift.kernels.onednn import matmul
+from gift.kernels.recomputed import keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 
 
@@ -15,7 +16,8 @@ class KroneckerLinear(torch.autograd.Function):
 
     The features of `x` are viewed as a matrix ``X (c, d)``, and the delta is computed as ``left (w1
     X right^T)^T``, since the rank is the smallest size. For the backward pass it saves the inputs
-    as they are given, and ``X right^T``. The backward pass is differentiable.
+    as they are given, or what they are computed from (see `gift.kernels.recomputed`), and ``X
+    right^T``. The backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(..., c * d)``.
@@ -23,6 +25,7 @@ class KroneckerLinear(torch.autograd.Function):
         bias: or None.
         w1: left Kronecker factor, ``(a, c)``.
         left, right: factors of the right one, ``(b, rank)`` and ``(rank, d)``.
+        recompute: whether the inputs may be computed again.
     """
 
     @staticmethod
@@ -35,17 +38,20 @@ class KroneckerLinear(torch.autograd.Function):
         w1: Tensor,
         left: Tensor,
         right: Tensor,
+        recompute: bool = True,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         hidden = _hidden(x, w1, right)
         y.view(-1, len(left)).addmm_(_turned(F.linear(hidden, w1), len(right)), left.mT)
-        ctx.save_for_backward(x, weight, w1, left, right, hidden)
+        ctx.kept, tensors = keep(x, len(weight), recompute)
+        ctx.save_for_backward(weight, w1, left, right, hidden, *tensors)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
-        x, weight, w1, left, right, hidden = ctx.saved_tensors
+        weight, w1, left, right, hidden, *tensors = ctx.saved_tensors
+        x = ctx.kept.value(tensors)
         rank = len(right)
         if torch.is_grad_enabled():  # the saved tensor has no graph
             hidden = _hidden(x, w1, right)
@@ -60,7 +66,7 @@ class KroneckerLinear(torch.autograd.Function):
         gx = None
         if ctx.needs_input_grad[0]:
             gx = matmul(flat, weight).view(-1, right.shape[1]).addmm_(gp, right).view(x.shape)
-        return gx, None, gb, g1, gl, gr
+        return gx, None, gb, g1, gl, gr, None
 
 
 def _hidden(x: Tensor, w1: Tensor, right: Tensor) -> Tensor:

@@ -24,11 +24,13 @@ class Product:
         layer: the layer that holds the matrix.
         weight: the matrix as the layer holds it.
         transposed: whether `weight` is ``(in, out)``.
+        recompute: whether the layer's input may be computed again in the backward pass.
     """
 
     layer: nn.Module
     weight: Tensor
     transposed: bool
+    recompute: bool = True
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``W0 x + bias``."""
@@ -62,10 +64,10 @@ class QuantisedProduct(Product):
 
 def product_of(layer: Any, transposed: bool) -> Product:
     """Return the product with the frozen matrix of an adapted layer."""
-    frozen = layer._gift_frozen("weight")
+    frozen, recompute = layer._gift_frozen("weight"), layer._gift_weights["weight"].recompute_inputs
     if is_quantised(frozen) and not transposed:
-        return QuantisedProduct(layer, frozen, transposed)
-    return Product(layer, dequantised(frozen, layer), transposed)
+        return QuantisedProduct(layer, frozen, transposed, recompute)
+    return Product(layer, dequantised(frozen, layer), transposed, recompute)
 
 
 class LinearPath(Protocol):

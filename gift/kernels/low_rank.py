@@ -76,7 +76,9 @@ def low_rank_product(
             told(product.layer, chosen)
         if not trained:  # autograd's overhead takes longer than a small layer
             return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
-        output: Tensor = LowRankLinear.apply(x, weight, bias, left, right, scale, dropped, chosen)
+        output: Tensor = LowRankLinear.apply(
+            x, weight, bias, left, right, scale, dropped, chosen, product.recompute
+        )
         return output
     output = product.output(x, bias)
     hidden = F.linear((x if dropped is None else dropped).to(right.dtype), right)
@@ -219,7 +221,18 @@ def low_rank_conv(
         dropped = dropped if dropped is None else F.pad(dropped, pads, mode).to(dtype)
     for told in WATCHING:
         told(layer, chosen.form)
-    y: Tensor = LowRankConv.apply(x, weight, bias, left, right, scale, dropped, geometry, chosen)
+    y: Tensor = LowRankConv.apply(
+        x,
+        weight,
+        bias,
+        left,
+        right,
+        scale,
+        dropped,
+        geometry,
+        chosen,
+        layer._gift_weights["weight"].recompute_inputs,
+    )
     return y[0] if single else y
 
 

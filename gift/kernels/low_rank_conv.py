@@ -10,6 +10,7 @@ from gift.kernels.conv_as_gemm import Filters, add_product
 from gift.kernels.cost_model import Plan
 from gift.kernels.geometry import Geometry
 from gift.kernels.products import effective, outer, product, scaled
+from gift.kernels.recomputed import keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_batched
 
@@ -19,8 +20,9 @@ SMALL = 32  # outputs of filters are saved if they are at most this part of the 
 class LowRankConv(torch.autograd.Function):
     """``conv(x, W + s left right) + bias``, optionally with another input for the delta.
 
-    For the backward pass it saves the inputs, which the preceding layers usually save anyway, and
-    the outputs of the filters only if they are few. The backward pass is differentiable.
+    For the backward pass it saves the inputs, which the preceding layers usually save anyway, or
+    what they are computed from (see `gift.kernels.recomputed`), and the outputs of the filters only
+    if they are few. The backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(batch, in, *positions)``.
@@ -30,6 +32,7 @@ class LowRankConv(torch.autograd.Function):
         scale: `s`.
         dropped: the delta's input in place of `x`, for the form "side"; or None.
         geometry, plan: the convolution, and how to compute it.
+        recompute: whether the inputs may be computed again.
     """
 
     @staticmethod
@@ -45,6 +48,7 @@ class LowRankConv(torch.autograd.Function):
         dropped: Tensor | None,
         geometry: Geometry,
         plan: Plan,
+        recompute: bool = True,
     ) -> Tensor:
         ctx.rest = scale, geometry, plan
         hidden = None
@@ -57,37 +61,40 @@ class LowRankConv(torch.autograd.Function):
                 hidden = None
         else:
             y = geometry.apply(x, effective(weight, left, right, scale), bias)
-        ctx.save_for_backward(x, weight, left, right, dropped, hidden)
+        ctx.drops = dropped is not None
+        seen = x if dropped is None else dropped
+        ctx.kept, tensors = keep(seen, len(weight) * geometry.taps, recompute)
+        ctx.save_for_backward(weight, left, right, hidden, *tensors)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
-        x, weight, left, right, dropped, hidden = ctx.saved_tensors
+        weight, left, right, hidden, *tensors = ctx.saved_tensors
+        seen = ctx.kept.value(tensors)  # as the layer's input it only gives the shape, if it drops
         scale, geometry, plan = ctx.rest
         of_x, _, of_bias, of_left, of_right, _, of_dropped, *_ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
-        form = "whole" if dropped is None and is_batched(g) else plan.form
+        form = "whole" if not ctx.drops and is_batched(g) else plan.form
         side = form == "side"
-        seen = x if dropped is None else dropped
         if of_bias:
             gb = g.sum((0, *range(2, g.dim())))
         # If the input needs no gradient, the values of the weight do not matter.
         used = weight if side or not of_x else effective(weight, left, right, scale)
         if form == "whole":
-            gx, whole = geometry.gradients(g, x, used, of_x)
+            gx, whole = geometry.gradients(g, seen, used, of_x)
             whole = whole.reshape(len(left), -1)
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale) if of_right else None
-            return gx, None, gb, gl, gr, None, None, None, None
+            return gx, None, gb, gl, gr, *[None] * 5
         if of_x:
-            gx = geometry.gradient_of_input(g, x, used)
+            gx = geometry.gradient_of_input(g, seen, used)
         filters, flat = filters_of(weight, left, right, geometry, plan), g.flatten(2)
         if of_left:
             if hidden is None or torch.is_grad_enabled():  # the saved tensor has no graph
                 hidden = filters(seen)
             gl = scaled(outer(hidden.flatten(2), flat).mT.contiguous(), scale).view(left.shape)
-        target = gx if dropped is None else torch.zeros_like(dropped) if of_dropped else None
+        target = gx if not ctx.drops else torch.zeros_like(seen) if of_dropped else None
         if of_right or (side and target is not None):
             rows = scaled(left.reshape(len(weight), -1).mT.contiguous(), scale)
             gh = product(rows, flat).unflatten(2, g.shape[2:])
@@ -96,7 +103,7 @@ class LowRankConv(torch.autograd.Function):
             if side and target is not None:
                 filters.add_input_gradient(target, prepared, seen)
         gd = target if of_dropped else None
-        return gx, None, gb, gl, gr, None, gd, None, None
+        return gx, None, gb, gl, gr, None, gd, *[None] * 3
 
 
 def filters_of(

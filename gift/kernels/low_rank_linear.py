@@ -9,6 +9,7 @@ from torch import Tensor
 from gift.kernels.cost_model import Form
 from gift.kernels.onednn import matmul
 from gift.kernels.products import effective, for_each, outer, product, scaled
+from gift.kernels.recomputed import keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_known
 
@@ -18,8 +19,9 @@ MANY = 1024  # number of rows from which they are computed in parts
 class LowRankLinear(torch.autograd.Function):
     """``W x + bias + s left right x``, where `dropped` replaces the second `x` if it is given.
 
-    For the backward pass it saves the inputs as they are given and, in the form "side", ``right
-    x``. If `right` is frozen it saves ``right x`` alone. The backward pass is differentiable.
+    For the backward pass it saves the inputs as they are given, or what they are computed from (see
+    `gift.kernels.recomputed`), and in the form "side" ``right x``. If `right` is frozen it saves
+    ``right x`` alone. The backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(..., in)``.
@@ -29,6 +31,7 @@ class LowRankLinear(torch.autograd.Function):
         scale: `s`.
         dropped: the delta's input in place of `x`, for the form "side"; or None.
         form: how to compute it, see `gift.kernels.cost_model`.
+        recompute: whether the inputs may be computed again.
     """
 
     @staticmethod
@@ -43,6 +46,7 @@ class LowRankLinear(torch.autograd.Function):
         scale: float,
         dropped: Tensor | None,
         form: Form,
+        recompute: bool = True,
     ) -> Tensor:
         of_left, of_right = ctx.needs_input_grad[3:5]
         seen = x if dropped is None else dropped
@@ -50,16 +54,17 @@ class LowRankLinear(torch.autograd.Function):
         if hidden is None and of_left and not of_right:
             hidden = product(right, _columns(seen))
         ctx.rest = x.shape, scale, dropped is not None, form
-        kept = seen if of_right else None
-        ctx.save_for_backward(weight, left, right, kept, hidden if of_left else None)
+        ctx.kept, tensors = keep(seen, len(weight), recompute) if of_right else (None, ())
+        ctx.save_for_backward(weight, left, right, hidden if of_left else None, *tensors)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
-        weight, left, right, seen, hidden = ctx.saved_tensors
+        weight, left, right, hidden, *tensors = ctx.saved_tensors
+        seen: Any = None if ctx.kept is None else ctx.kept.value(tensors)
         shape, scale, drops, form = ctx.rest
-        of_x, _, of_bias, of_left, of_right, _, of_dropped, _ = ctx.needs_input_grad
+        of_x, _, of_bias, of_left, of_right, _, of_dropped, *_ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
         g = g.contiguous()  # attention returns a non-contiguous one, which each use would copy
         flat = g.reshape(-1, g.shape[-1])
@@ -73,7 +78,7 @@ class LowRankLinear(torch.autograd.Function):
             whole = flat.mT @ seen.reshape(-1, seen.shape[-1])
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale)
-            return gx, None, gb, gl, gr, None, None, None
+            return gx, None, gb, gl, gr, *[None] * 4
         columns = _columns(g)
         if of_left:
             hidden = _hidden(hidden, right, seen, columns)
@@ -87,7 +92,7 @@ class LowRankLinear(torch.autograd.Function):
             gd = gd.view(shape)
         if side and gx is not None and not drops:
             _add_product(gx, gh, right)
-        return gx, None, gb, gl, gr, None, gd, None
+        return gx, None, gb, gl, gr, None, gd, None, None
 
 
 def outputs(

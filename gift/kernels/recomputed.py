@@ -1,0 +1,589 @@
+"""Inputs of layers that are computed again in the backward pass.
+
+The gradient of a delta needs its layer's input. A frozen network does not keep that input, but what
+it was computed from: a layer norm and an activation keep their own inputs, attention keeps its
+output. `keep` follows the graph from an input upwards, by the table `RULES`, to tensors that nodes
+keep. An autograd function saves these in place of the input. That costs no memory, as they share it
+with what the nodes keep. Where a node is not in the table, the input itself is saved.
+"""
+
+import contextlib
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gift.kernels.torch_state import gives_no_view
+from gift.private.autograd import Unknown, are_packed, argument, kept_by, number_of, output_of
+from gift.private.torch import is_followed, is_transformed, storage_key, writes_of
+
+Compute = Callable[[Sequence[Tensor]], Tensor]
+"""Makes a tensor from the saved ones."""
+
+FEW = 2**14  # elements, below which to look for a way takes longer than their memory is worth
+LONGEST = 24  # nodes and tensors on a way
+SMALL = 16  # a copy of a weight has at most this part of the elements of the input
+WORK = 30  # multiplications with each element, which a layer does at least for each step of a way
+
+
+class Kept:
+    """How an autograd function gets an input back from what it saved: see `keep`."""
+
+    def value(self, saved: Sequence[Tensor]) -> Tensor:
+        """Return the input, which must not be written to.
+
+        Args:
+            saved: the tensors that `keep` gave, as ``ctx.saved_tensors`` gives them back.
+        """
+        return saved[0]
+
+
+AS_IT_IS = Kept()
+
+
+def keep(x: Tensor, work: int, recompute: bool = True) -> tuple[Kept, tuple[Tensor, ...]]:
+    """Decide how an autograd function keeps an input for its backward pass.
+
+    It is called in `forward` of the function, which saves the tensors by ``ctx.save_for_backward``.
+
+    Args:
+        x: the input.
+        work: how many multiplications the layer does with each element of `x`.
+        recompute: whether the input may be computed again.
+
+    Returns:
+        The way back, which belongs on `ctx`, and the tensors to save.
+    """
+    if recompute and _is_usual(x):
+        with contextlib.suppress(Unknown):
+            return _recomputed(x, work)
+    return AS_IT_IS, (x,)
+
+
+def _is_usual(x: Tensor) -> bool:
+    """Whether the input has a graph, no one else follows it, and nothing was written to it."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.grad_fn is not None
+        and type(x) is Tensor
+        and x.layout is torch.strided
+        and x.is_floating_point()
+        and x.device.type != "meta"
+        and x.numel() > FEW
+        and writes_of(x) == 0
+        and not are_packed()
+        and not is_followed()
+        and not is_transformed()
+    )
+
+
+def _recomputed(x: Tensor, work: int) -> tuple[Kept, tuple[Tensor, ...]]:
+    """Return the way back from what nodes keep; raise `Unknown` if there is none worth going."""
+    node, number, finish = _before_casts(x)
+    way = Way(x.numel())
+    compute = way.to(node, number)
+    largest = max([x.numel(), *(leaf.numel() for leaf in way.leaves)])
+    if way.steps * largest * WORK > work * x.numel():
+        raise Unknown  # it takes too long
+    if any(storage_key(leaf) == storage_key(x) for leaf in way.leaves):
+        raise Unknown  # the input is kept anyway
+    if not _is_right(way, compute, finish, x):
+        raise Unknown
+    key = (node.name(), number_of(node), number, *way.places)
+    shared = _HERE.open.get(key)
+    if shared is None:
+        shared = _HERE.open[key] = _Shared(compute)
+    shared.members += 1
+    with torch.enable_grad():
+        edge = _Edge.apply(x)
+    return _Recomputed(shared, finish), (edge, *way.leaves)
+
+
+def _before_casts(x: Tensor) -> tuple[Any, int, Callable[[Tensor], Tensor]]:
+    """Return the node and the output that was cast to `x`, and what makes `x` of that output.
+
+    Under autocast, layers that have the same input cast it each for itself.
+    """
+    node, number = x.grad_fn, x.output_nr
+    while node is not None and node.name() == CAST:
+        if output_of(node, 0)[2] != x.device:
+            raise Unknown
+        node, number = node.next_functions[0]
+    dtype, contiguous = x.dtype, x.is_contiguous()
+
+    def finish(value: Tensor) -> Tensor:
+        value = value.to(dtype)
+        return value.contiguous() if contiguous else value
+
+    return node, number, finish
+
+
+class _Recomputed(Kept):
+    """An input that is computed again.
+
+    Args:
+        shared: a value that other layers may need as well.
+        finish: makes the input from that value.
+    """
+
+    def __init__(self, shared: "_Shared", finish: Callable[[Tensor], Tensor]) -> None:
+        self.shared, self.finish = shared, finish
+
+    def value(self, saved: Sequence[Tensor]) -> Tensor:
+        edge, *leaves = saved
+        with _aside(edge):
+            value = self.finish(self.shared.take(leaves))
+        return _Joined.apply(value, edge) if torch.is_grad_enabled() else value
+
+
+@contextlib.contextmanager
+def _aside(like: Tensor) -> Iterator[None]:
+    """Context in which neither autograd nor autocast takes part."""
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
+
+
+class _Shared:
+    """A value that is computed once for all layers that need it.
+
+    It is held until each of them has had it, or the thread computes another one.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        self.compute, self.members = compute, 0
+        self.computed: Tensor | None = None
+        self.missing = 0  # layers that have not had what is held
+
+    def take(self, leaves: Sequence[Tensor]) -> Tensor:
+        value = self.computed
+        if value is not None:
+            self.missing -= 1
+            if self.missing <= 0:
+                self.computed = None
+            return value
+        value = self.compute(leaves)
+        last = _HERE.held()
+        if last is not None:
+            last.computed = None
+        if self.members > 1 and not is_transformed():
+            self.missing, self.computed = self.members - 1, value
+            _HERE.held = weakref.ref(self)
+        return value
+
+
+class _Here(threading.local):
+    """What a thread knows: the values that its graphs share, and which one is held."""
+
+    def __init__(self) -> None:
+        self.open: weakref.WeakValueDictionary[Any, _Shared] = weakref.WeakValueDictionary()
+        self.held: Callable[[], _Shared | None] = lambda: None
+
+
+_HERE = _Here()
+
+
+class _Edge(torch.autograd.Function):
+    """A tensor without memory that has the place of another one in the graph."""
+
+    @staticmethod
+    @gives_no_view
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class _Joined(torch.autograd.Function):
+    """A value, in the place that an edge has in the graph: for derivatives of gradients."""
+
+    @staticmethod
+    @gives_no_view
+    def forward(ctx: Any, value: Tensor, edge: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        return None, g
+
+
+class Way:
+    """The way from tensors that nodes keep to an output of another node.
+
+    Args:
+        size: number of elements of that output.
+
+    Attributes:
+        leaves: what nodes keep.
+        places: where the memory of that lies.
+        steps: how long it takes, in operations on each element.
+        form: nodes, arguments and tensors, in the order in which they were met.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.leaves: list[Tensor] = []
+        self.places: list[int] = []
+        self.steps = 0
+        self.form: list[Any] = []
+
+    def to(self, node: Any, number: int) -> Compute:
+        """Return what computes an output of a node."""
+        rule = None if node is None else RULES.get(node.name())
+        if rule is None or len(self.form) > LONGEST:
+            raise Unknown
+        self.form.append((node.name(), number))
+        return rule(self, node, number)
+
+    def kept(self, node: Any, name: str) -> Compute | None:
+        """Return what gives a tensor that a node keeps; None if it keeps none."""
+        tensor = kept_by(node, name)
+        self.form.append((name, None if tensor is None else (tensor.dtype, tensor.dim())))
+        if tensor is None:
+            return None
+        place = len(self.leaves)
+        self.leaves.append(self._held(tensor, name))
+        self.places.append(tensor.data_ptr())
+        return lambda leaves: leaves[place]
+
+    def _held(self, tensor: Tensor, name: str) -> Tensor:
+        """Return what to save of a tensor that a node keeps.
+
+        FSDP and others free the weights of a module until its own backward pass, and the module
+        that made an input may be another one than that which needs it. So weights are copied if
+        they are small, and are no way if they are large.
+        """
+        given = tensor.detach()
+        if tensor.grad_fn is not None or name.startswith("result"):
+            return given
+        if tensor.numel() * SMALL <= self.size:
+            return given.clone()
+        if isinstance(tensor, nn.Parameter):
+            raise Unknown
+        return given
+
+    def tensor(self, node: Any, name: str) -> Compute:
+        """Return what gives a tensor that a node must keep."""
+        found = self.kept(node, name)
+        if found is None:
+            raise Unknown
+        return found
+
+    def operand(self, node: Any, index: int, name: str) -> Compute:
+        """Return what gives an operand of a node, which keeps it, or is led to from above."""
+        return self.kept(node, name) or self.input(node, index)
+
+    def input(self, node: Any, index: int = 0) -> Compute:
+        """Return what computes an input of a node."""
+        return self.to(*node.next_functions[index])
+
+    def argument(self, node: Any, name: str) -> Any:
+        """Return an argument of the operation that made a node."""
+        value = argument(node, name)
+        self.form.append((name, value))
+        return value
+
+
+_MET: dict[Any, int] = {}
+"""How often each form of a way was met; negative if it led elsewhere."""
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}
+
+
+def _is_right(way: Way, compute: Compute, finish: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether a way leads to `x`: it is tried the 1st, 2nd, 4th, 8th ... time that it is met.
+
+    The names and meanings of what nodes keep may differ between versions of torch, and autograd
+    does not see everything that is written to a tensor.
+    """
+    form = (*way.form, x.dtype, x.device)
+    times = _MET.get(form, 0)
+    if times > 0 and times & (times + 1):
+        _MET[form] = times + 1
+        return True
+    if times < 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    with _aside(x):
+        found, low, high = finish(compute(way.leaves)), x.amin(), x.amax()
+        if not -math.inf < float(low) < float(high) < math.inf:  # nothing to be seen
+            return False
+        limit = TOLERANCE.get(x.dtype, 0) * max(abs(float(low)), abs(float(high)))
+        right = (found.shape, found.dtype, found.device) == (x.shape, x.dtype, x.device)
+        right = right and float((found - x).abs().amax()) <= limit
+    if len(_MET) > 2**12:
+        _MET.clear()
+    _MET[form] = times + 1 if right else -1
+    return right
+
+
+Rule = Callable[[Way, Any, int], Compute]
+
+
+def _result(name: str = "result") -> Rule:
+    """Rule for a node that keeps its output."""
+
+    def rule(way: Way, node: Any, number: int) -> Compute:
+        return way.tensor(node, _only(number, name))
+
+    return rule
+
+
+def _only(number: int, given: Any) -> Any:
+    """Return what was given for the first output of a node: the others are something else."""
+    if number:
+        raise Unknown
+    return given
+
+
+def _of(function: Callable[..., Tensor], *operands: str, steps: int = 1, **arguments: str) -> Rule:
+    """Rule for an operation of tensors that its node keeps, or that are computed themselves.
+
+    Args:
+        function: the operation.
+        operands: names of its tensors, in order.
+        steps: how long it takes.
+        arguments: names that the function has for its arguments, and those that the node has.
+    """
+
+    def rule(way: Way, node: Any, number: int) -> Compute:
+        way.steps += _only(number, steps)
+        tensors = [way.operand(node, index, name) for index, name in enumerate(operands)]
+        given = {key: way.argument(node, name) for key, name in arguments.items()}
+        return lambda leaves: function(*(tensor(leaves) for tensor in tensors), **given)
+
+    return rule
+
+
+def _moved(function: Callable[..., Tensor], *arguments: str, steps: int = 0) -> Rule:
+    """Rule for an operation of one tensor that its node does not keep: a view, for one."""
+
+    def rule(way: Way, node: Any, number: int) -> Compute:
+        way.steps += _only(number, steps)
+        given = [way.argument(node, name) for name in arguments]
+        tensor = way.input(node)
+        return lambda leaves: function(tensor(leaves), *given)
+
+    return rule
+
+
+def _shaped(function: Callable[[Tensor, Any], Tensor]) -> Rule:
+    """Rule for a view that is told its whole shape."""
+
+    def rule(way: Way, node: Any, number: int) -> Compute:
+        shape, tensor = output_of(node, _only(number, 0))[0], way.input(node)
+        return lambda leaves: function(tensor(leaves), shape)
+
+    return rule
+
+
+def _part(function: Callable[..., Sequence[Tensor]], *arguments: str) -> Rule:
+    """Rule for an operation with several outputs, all of them views."""
+
+    def rule(way: Way, node: Any, number: int) -> Compute:
+        given = [way.argument(node, name) for name in arguments]
+        tensor = way.input(node)
+        return lambda leaves: function(tensor(leaves), *given)[number]
+
+    return rule
+
+
+def _cast(way: Way, node: Any, number: int) -> Compute:
+    """Rule for a cast; a copy to another device is none."""
+    _, dtype, device = output_of(node, _only(number, 0))
+    tensor, way.steps = way.input(node), way.steps + 1
+
+    def compute(leaves: Sequence[Tensor]) -> Tensor:
+        value = tensor(leaves)
+        return value.to(dtype) if value.device == device else value
+
+    return compute
+
+
+def _sum(sign: int) -> Rule:
+    """Rule for sums and differences."""
+
+    def rule(way: Way, node: Any, number: int) -> Compute:
+        alpha = way.argument(node, _only(number, "alpha"))
+        one, other, way.steps = way.input(node, 0), way.input(node, 1), way.steps + 1
+        return lambda leaves: torch.add(one(leaves), other(leaves), alpha=sign * alpha)
+
+    return rule
+
+
+def _joined(way: Way, node: Any, number: int) -> Compute:
+    """Rule for tensors side by side."""
+    axis = way.argument(node, _only(number, "dim"))
+    parts = [way.input(node, index) for index in range(len(node.next_functions))]
+    way.steps += 1
+    return lambda leaves: torch.cat([part(leaves) for part in parts], axis)
+
+
+def _batched_product(way: Way, node: Any, number: int) -> Compute:
+    """Rule for products of small matrices, as in attention that is written out."""
+    one, other = (way.operand(node, index, name) for index, name in enumerate(("self", "mat2")))
+    inner = way.leaves[-1].shape[-2] if way.leaves else 0
+    way.steps += _only(number, 1) + inner // 8
+    return lambda leaves: torch.bmm(one(leaves), other(leaves))
+
+
+def _dropout(way: Way, node: Any, number: int) -> Compute:
+    """Rule for dropout whose node keeps the mask."""
+    mask, share = way.tensor(node, _only(number, "result1")), way.argument(node, "p")
+    tensor, way.steps = way.input(node), way.steps + 2
+    if not 0 <= share < 1:
+        raise Unknown
+    return lambda leaves: (tensor(leaves) * mask(leaves)).mul_(1 / (1 - share))
+
+
+def _layer_norm(way: Way, node: Any, number: int) -> Compute:
+    """Rule for a layer norm, which keeps its input, and the mean and scale of each row."""
+    x, mean, scale = (way.tensor(node, name) for name in ("input", "result1", "result2"))
+    weight, bias = way.kept(node, "weight"), way.kept(node, "bias")
+    axes = tuple(range(-len(way.argument(node, "normalized_shape")), 0))
+    dtype = output_of(node, _only(number, 0))[1]
+    way.steps += 3
+
+    def compute(leaves: Sequence[Tensor]) -> Tensor:
+        given, centre, factor = x(leaves), mean(leaves), scale(leaves)
+        if centre.dtype.itemsize < 4:
+            given = given.float()
+            centre, factor = _statistics(given, axes, factor)
+        value = (given - centre).mul_(factor)
+        if weight is not None:
+            value.mul_(weight(leaves))
+        if bias is not None:
+            value.add_(bias(leaves))
+        return value.to(dtype)
+
+    return compute
+
+
+def _statistics(x: Tensor, axes: tuple[int, ...], rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute mean and scale in 32 bits, where the node keeps them in 16 bits.
+
+    The small number that was added to the variance is known from the rounded scale alone; it
+    counts only where it changes that.
+    """
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    scale, rounded = variance.rsqrt(), rounded.float()
+    return mean, torch.where((rounded / scale - 1).abs() < 2**-7, scale, rounded)
+
+
+def _rms_norm(way: Way, node: Any, number: int) -> Compute:
+    """Rule for an RMS norm in one operation, which keeps its input and the scale of each row."""
+    x, scale = way.tensor(node, _only(number, "input")), way.tensor(node, "result1")
+    weight, dtype = way.kept(node, "weight"), output_of(node, 0)[1]
+    way.steps += 2
+
+    def compute(leaves: Sequence[Tensor]) -> Tensor:
+        value = x(leaves) * scale(leaves)
+        return (value if weight is None else value * weight(leaves)).to(dtype)
+
+    return compute
+
+
+def _largest(way: Way, node: Any, number: int) -> Compute:
+    """Rule for the largest of each window, whose places are kept."""
+    x, places = way.tensor(node, _only(number, "self")), way.tensor(node, "result1")
+    way.steps += 2
+
+    def compute(leaves: Sequence[Tensor]) -> Tensor:
+        found = places(leaves)
+        return x(leaves).flatten(-2).gather(-1, found.flatten(-2)).view(found.shape)
+
+    return compute
+
+
+CAST = "ToCopyBackward0"
+
+RULES: dict[str, Rule] = {
+    # norms
+    "NativeLayerNormBackward0": _layer_norm,
+    "FusedRmsNormBackward0": _rms_norm,
+    # activations
+    "GeluBackward0": _of(F.gelu, "self", approximate="approximate", steps=2),
+    "SiluBackward0": _of(F.silu, "self", steps=2),
+    "MishBackward0": _of(F.mish, "self", steps=4),
+    "HardswishBackward0": _of(F.hardswish, "self"),
+    "HardsigmoidBackward0": _of(F.hardsigmoid, "self"),
+    "LeakyReluBackward0": _of(F.leaky_relu, "self", negative_slope="negative_slope"),
+    "HardtanhBackward0": _of(F.hardtanh, "self", min_val="min_val", max_val="max_val"),
+    "EluBackward0": _of(
+        torch.ops.aten.elu,
+        "self",
+        alpha="alpha",
+        scale="scale",
+        input_scale="input_scale",
+        steps=2,
+    ),
+    "SoftplusBackward0": _of(F.softplus, "self", beta="beta", threshold="threshold", steps=4),
+    "GluBackward0": _of(F.glu, "self", dim="dim", steps=2),
+    # operations that keep their outputs
+    **dict.fromkeys(
+        (
+            "ReluBackward0",
+            "SigmoidBackward0",
+            "TanhBackward0",
+            "ExpBackward0",
+            "SqrtBackward0",
+            "RsqrtBackward0",
+            "ReciprocalBackward0",
+            "SoftmaxBackward0",
+        ),
+        _result(),
+    ),
+    **dict.fromkeys(
+        (
+            "ScaledDotProductFlashAttentionForCpuBackward0",
+            "ScaledDotProductFlashAttentionBackward0",
+            "ScaledDotProductEfficientAttentionBackward0",
+            "ScaledDotProductCudnnAttentionBackward0",
+        ),
+        _result("output"),
+    ),
+    # arithmetic
+    "MulBackward0": _of(torch.mul, "self", "other"),
+    "DivBackward0": _of(torch.div, "self", "other"),
+    "PowBackward0": _of(torch.pow, "self", exponent="exponent", steps=2),
+    "NegBackward0": _moved(torch.neg, steps=1),
+    "AddBackward0": _sum(1),
+    "SubBackward0": _sum(-1),
+    "BmmBackward0": _batched_product,
+    "NativeDropoutBackward0": _dropout,
+    "MaxPool2DWithIndicesBackward0": _largest,
+    # copies and views
+    CAST: _cast,
+    "CloneBackward0": _moved(lambda x: x, steps=1),
+    "AliasBackward0": _moved(lambda x: x),
+    "CatBackward0": _joined,
+    "ConstantPadNdBackward0": _moved(F.pad, "pad", steps=1),  # by zeros, or it is found out
+    "RollBackward0": _moved(torch.roll, "shifts", "dims", steps=1),
+    "TransposeBackward0": _moved(torch.transpose, "dim0", "dim1"),
+    "TBackward0": _moved(torch.t),
+    "PermuteBackward0": _moved(torch.permute, "dims"),
+    "SelectBackward0": _moved(torch.select, "dim", "index"),
+    "SliceBackward0": _moved(torch.ops.aten.slice, "dim", "start", "end", "step"),
+    "SplitBackward0": _part(torch.split, "split_size", "dim"),
+    "SplitWithSizesBackward0": _part(torch.split_with_sizes, "split_sizes", "dim"),
+    "UnbindBackward0": _part(torch.unbind, "dim"),
+    "ExpandBackward0": _shaped(Tensor.expand),
+    **dict.fromkeys(
+        (
+            "ViewBackward0",
+            "UnsafeViewBackward0",
+            "ReshapeAliasBackward0",
+            "UnsqueezeBackward0",
+            "SqueezeBackward0",
+            "SqueezeBackward1",
+            "SqueezeBackward2",
+        ),
+        _shaped(Tensor.reshape),
+    ),
+}
+"""What is known of the nodes of autograd, by their names."""

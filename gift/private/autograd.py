@@ -1,0 +1,98 @@
+"""What the nodes of an autograd graph keep: private parts of torch.
+
+Nodes, their names and their edges are public, and so is a hook on what they keep. What they keep
+has private names. Everything here raises `Unknown` if a part is gone or does not tell, and callers
+then keep a tensor of their own. See `gift.private` for the rules.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift.private.torch import part
+
+PARTS = ("torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._autograd.SavedTensor")
+
+_top_hooks = part(PARTS[0])
+_tells_hooks = all(hasattr(part(PARTS[1]), name) for name in ("unpack_hook", "data"))
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Unknown(Exception):
+    """A part is gone, or a node does not keep what was asked for."""
+
+
+def are_packed() -> bool:
+    """Whether hooks of somebody receive what is saved now; True if that is unknown.
+
+    Contexts of hooks are public, but not whether one is active.
+    """
+    return _top_hooks is None or not _tells_hooks or _top_hooks(True) is not None
+
+
+def kept_by(node: Any, name: str) -> Tensor | None:
+    """Return the tensor that a node keeps under a name, or None if it keeps none.
+
+    What hooks packed is unknown: unpacking may take long, and gives other memory.
+
+    Raises:
+        Unknown: if the node has no such tensor, or keeps it no longer or in another way.
+    """
+    raw = getattr(node, f"_raw_saved_{name}", None)
+    try:
+        if raw is None or raw.unpack_hook is not None:
+            raise Unknown
+        tensor = getattr(node, f"_saved_{name}")
+    except (AttributeError, RuntimeError) as error:  # gone; freed, or written since
+        raise Unknown from error
+    if tensor is None:
+        return None
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_inference():
+        raise Unknown
+    kept: Tensor = tensor
+    return kept
+
+
+def argument(node: Any, name: str) -> Any:
+    """Return an argument of the operation that made a node: numbers or a text.
+
+    Raises:
+        Unknown: if the node has none of that name.
+    """
+    try:
+        value = getattr(node, f"_saved_{name}")
+    except (AttributeError, RuntimeError) as error:
+        raise Unknown from error
+    return tuple(map(_signed, value)) if isinstance(value, list | tuple) else _signed(value)
+
+
+def _signed(number: Any) -> Any:
+    """Axes that count from the end come as unsigned numbers of 64 bits."""
+    return number - 2**64 if type(number) is int and number >= 2**63 else number
+
+
+def output_of(node: Any, number: int) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    """Return shape, dtype and device of an output of the operation that made a node.
+
+    Raises:
+        Unknown: if the node does not tell.
+    """
+    try:
+        told = node._input_metadata[number]
+        return tuple(told.shape), told.dtype, told.device
+    except (AttributeError, IndexError, RuntimeError) as error:
+        raise Unknown from error
+
+
+def number_of(node: Any) -> int:
+    """Return a number that no other node made by this thread has.
+
+    Raises:
+        Unknown: if the node does not tell.
+    """
+    try:
+        number: int = node._sequence_nr()
+    except AttributeError as error:
+        raise Unknown from error
+    return number
