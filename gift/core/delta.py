@@ -38,7 +38,7 @@ class Delta:
         names = self.names.values() if self.owner is None else ()
         return any(held(module, name)[name].is_meta for name in names)
 
-    def reset(self, module: Any, key: str) -> None:
+    def reset(self, module: nn.Module, key: str) -> None:
         """Give the tensors their initial values, and a shape if they are still lazy."""
         raise NotImplementedError
 
@@ -268,7 +268,7 @@ class OwnState(Generated):
         state_dict.update(coming)
 
 
-def _plain_twin(module: Any, added: list[str]) -> Any:
+def _plain_twin(module: nn.Module, added: list[str]) -> Any:
     """A read-only object of the plain class that has the same attributes, without the deltas."""
     state = vars(module)
     own = {**state, "_parameters": dict(state["_parameters"]), "_buffers": dict(state["_buffers"])}

@@ -363,7 +363,7 @@ def change_class(module: nn.Module, **changes: Any) -> None:
     set_class(module, generated_class(plain_class(type(module)), spec))
 
 
-def set_class(module: Any, cls: type) -> None:
+def set_class(module: nn.Module, cls: type) -> None:
     """Set the class of `module` without its own ``__setattr__``, which may refuse."""
     object.__setattr__(module, "__class__", cls)
 

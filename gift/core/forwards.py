@@ -139,7 +139,7 @@ class ForwardDelta(Delta):
         """Whether the values of its parameters change what the module computes."""
         return not self.is_on_meta(module) and self.method.has_effect(self.tensors(module))
 
-    def reset(self, module: Any, key: str) -> None:
+    def reset(self, module: nn.Module, key: str) -> None:
         """Give the parameters their initial values."""
         made = self.method.reset(module)
         put_values(module, {self.names[name]: value for name, value in made.items()})
@@ -178,7 +178,7 @@ class NestingEncoder(Generated):
 
 
 def _extended(
-    module: Any, extension: ForwardDelta, forward: Forward, *args: Any, **kwargs: Any
+    module: nn.Module, extension: ForwardDelta, forward: Forward, *args: Any, **kwargs: Any
 ) -> Any:
     return extension.method.call(module, forward, extension.tensors(module), args, kwargs)
 

@@ -83,7 +83,7 @@ def is_held(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get(HELD), HeldFlags)
 
 
-def hold_flags(network: Any) -> None:
+def hold_flags(network: nn.Module) -> None:
     """Hold the parameters that a fine-tuned network does not train frozen, and only these.
 
     Called whenever the set of trained parameters changes.
@@ -114,7 +114,7 @@ def hold_flags(network: Any) -> None:
             record.held.append(known)
 
 
-def unfrozen(network: Any) -> list[nn.Parameter]:
+def unfrozen(network: nn.Module) -> list[nn.Parameter]:
     """Parameters that fine-tuning froze and whose ``requires_grad`` was set since."""
     return [
         parameter
@@ -124,7 +124,7 @@ def unfrozen(network: Any) -> list[nn.Parameter]:
     ]
 
 
-def tell_unfrozen(network: Any) -> None:
+def tell_unfrozen(network: nn.Module) -> None:
     """Warn once about the parameters that `unfrozen` finds."""
     if torch.compiler.is_compiling():  # Dynamo cannot read flags or issue warnings
         return

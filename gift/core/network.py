@@ -161,7 +161,7 @@ def _is_averaging() -> bool:
     return asking is not None and asking.f_code is AveragedModel.update_parameters.__code__
 
 
-def _left_in_state(network: Any) -> Collection[str]:
+def _left_in_state(network: nn.Module) -> Collection[str]:
     """Names of the frozen parameters that the caller of ``state_dict()`` needs in the state."""
     if torch.compiler.is_compiling():
         return ()
@@ -186,12 +186,12 @@ def _drops_frozen_itself() -> bool:
     )
 
 
-def _overrides(network: Any, name: str) -> bool:
+def _overrides(network: nn.Module, name: str) -> bool:
     """Whether the network's author overrides this method of `nn.Module`."""
     return getattr(plain_class(type(network)), name) is not getattr(nn.Module, name)
 
 
-def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
+def _trained_among(network: nn.Module, given: Iterable[Any]) -> Iterator[Any]:
     """The author's ``parameters()`` without the frozen ones, then the trained ones it left out."""
     trained = {id(p): p for _, p in named_trainable(network)}
     frozen = {id(p) for p in nn.Module.parameters(network)} - trained.keys()
@@ -203,7 +203,7 @@ def _trained_among(network: Any, given: Iterable[Any]) -> Iterator[Any]:
 
 
 def _drop_names(
-    network: Any, state: MutableMapping[str, Any], prefix: str, left: Container[str] = ()
+    network: nn.Module, state: MutableMapping[str, Any], prefix: str, left: Container[str] = ()
 ) -> None:
     """Drop frozen parameters and quantization states from a state, by torch's names.
 
@@ -218,7 +218,7 @@ def _drop_names(
             state.pop(prefix + name, None)
 
 
-def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:
+def _drop_frozen(network: nn.Module, state: MutableMapping[str, Any]) -> None:
     """Drop frozen tensors to which the network's author gave other names."""
     trained = {id(p) for _, p in named_trainable(network)}
     frozen = {memory_of(p) for p in nn.Module.parameters(network) if id(p) not in trained}
@@ -228,7 +228,9 @@ def _drop_frozen(network: Any, state: MutableMapping[str, Any]) -> None:
             del state[key]
 
 
-def _complete(network: Any, state: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+def _complete(
+    network: nn.Module, state: MutableMapping[str, Any], prefix: str, keep_vars: bool
+) -> None:
     """Add the trained tensors that an author's ``state_dict`` left out under every name."""
     wanted = trained_tensors(network)
     missing = {name: t for name, t in wanted.items() if prefix + name not in state}
@@ -254,7 +256,7 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
     return wanted
 
 
-def own_state(network: Any) -> dict[str, Any]:
+def own_state(network: nn.Module) -> dict[str, Any]:
     """The result of ``state_dict()`` under torch's names, even if the author renames tensors."""
     state = nn.Module.state_dict(network)
     _drop_names(network, state, "")
@@ -263,7 +265,7 @@ def own_state(network: Any) -> dict[str, Any]:
     return state
 
 
-def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
+def load_own_state(network: nn.Module, state: Mapping[str, Any]) -> None:
     """Load the result of `own_state` with torch's own code.
 
     Raises:
@@ -272,7 +274,7 @@ def load_own_state(network: Any, state: Mapping[str, Any]) -> None:
     _load(network, functools.partial(nn.Module.load_state_dict, network), (state,), {}, True)
 
 
-def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: bool) -> Any:
+def _load(network: nn.Module, load: Any, args: tuple[Any, ...], kwargs: Any, strict: bool) -> Any:
     """Call `load` twice: a rehearsal that finds every error, then for real in a transaction."""
     refuse_offloaded(network)
     record = record_of(network)
@@ -290,7 +292,9 @@ def _load(network: Any, load: Any, args: tuple[Any, ...], kwargs: Any, strict: b
     return result
 
 
-def _overwritten(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def _overwritten(
+    network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[Tensor]:
     """The tensors of a network that loading a state writes to, deltas included."""
     given = {
         key for state in (*args, *kwargs.values()) if isinstance(state, Mapping) for key in state
@@ -303,7 +307,7 @@ def _overwritten(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     yield from (tensor for tensor in found.values() if not is_lazy(tensor))
 
 
-def _given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _given(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``load_state_dict`` by the parameter names of the author's signature."""
     load: Any = plain_class(type(network)).load_state_dict
     try:
@@ -315,7 +319,7 @@ def _given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return dict(bound.arguments) | further
 
 
-def _rehearse(network: Any, load: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _rehearse(network: nn.Module, load: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call `load` with the network's own values in place of those in the state.
 
     The rehearsal never passes ``assign=True``, which would put the tensors of the state into the
@@ -333,7 +337,7 @@ def _rehearse(network: Any, load: Any, args: tuple[Any, ...], kwargs: dict[str, 
     load(*args, **{key: value for key, value in kwargs.items() if key != "assign"})
 
 
-def _rehearsal(network: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rehearsal(network: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """A copy of the state with the network's own values, to find errors without changing anything.
 
     Loading it reports everything that is wrong with keys and shapes, through torch's own code with
@@ -369,7 +373,7 @@ def _shape(value: Any) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) and not is_lazy(value) else None
 
 
-def _loaded(network: Any, incompatible: Any) -> None:
+def _loaded(network: nn.Module, incompatible: Any) -> None:
     """Hook after loading: remove keys that may be absent from the missing keys, accept a new base.
 
     A saved delta has no frozen parameters, and a checkpoint of the base has no deltas. If a whole
@@ -473,7 +477,7 @@ def trained_of_the_base(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]
     return ((name, p) for name, p in named_trainable(network) if name not in deltas)
 
 
-def moved_buffers(network: Any) -> Iterator[str]:
+def moved_buffers(network: nn.Module) -> Iterator[str]:
     """Names of buffers whose values changed since enabling, or may have changed.
 
     Only persistent buffers that no method added count. Another dtype or device is not a change.
@@ -497,7 +501,7 @@ def _same(buffer: Tensor, before: Tensor) -> bool:
     return buffer.shape == before.shape and torch.equal(buffer, before.to(buffer))
 
 
-def frozen_names(network: Any) -> list[str]:
+def frozen_names(network: nn.Module) -> list[str]:
     """Names of the parameters that are not trained, including every name of tied ones."""
     chosen = record_of(network).chosen
     return [
@@ -507,7 +511,7 @@ def frozen_names(network: Any) -> list[str]:
     ]
 
 
-def delta_names(network: Any) -> set[str]:
+def delta_names(network: nn.Module) -> set[str]:
     """Names of the parameters and buffers that methods added."""
     return {
         joined(path, name)
@@ -516,7 +520,7 @@ def delta_names(network: Any) -> set[str]:
     }
 
 
-def _describe_deltas(network: Any, state: Any, prefix: str) -> None:
+def _describe_deltas(network: nn.Module, state: Any, prefix: str) -> None:
     """Store the settings with which each delta was trained in the metadata of the state."""
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:

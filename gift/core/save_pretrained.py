@@ -92,7 +92,9 @@ def _saving(method: Callable[..., Any]) -> Callable[..., Any]:
     return save
 
 
-def _save_whole(network: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _save_whole(
+    network: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     from gift.core.merging import merged
 
     with merged(network):
@@ -105,7 +107,7 @@ def _save_whole(network: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
         return getattr(network, name)(*args, **kwargs)
 
 
-def _is_partial(network: Any, state: Any) -> bool:
+def _is_partial(network: nn.Module, state: Any) -> bool:
     """Whether a state has trained tensors and is not the state of the whole plain model."""
     from gift.core.network import delta_names, frozen_names
 

@@ -79,7 +79,9 @@ class Attached:
         release(self.part or net)
         self.unfreezes, self.train_bn = unfreezes, train_bn
         self.division: Division = divide(net, head, blocks)
-        self.deltas = {joined(self.prefix, n) for n in delta_names(self.part)} if parts else set()
+        self.deltas = (
+            {joined(self.prefix, n) for n in delta_names(self.part or net)} if parts else set()
+        )
         self.base = self._flags_of_the_base()
         self.norms = self._norm_parameters()
         units = [Unit(b, tuple(self._waiting(b)), b.norms) for b in self.division.blocks]

@@ -23,7 +23,7 @@ class QuantisedLayer(Generated):
         _plain_view(self)._load_from_state_dict(*args)
 
 
-def _plain_view(module: Any) -> Any:
+def _plain_view(module: nn.Module) -> Any:
     """An object of the plain class with the same attributes, which reads the frozen weight."""
     plain = plain_class(type(module))
     view: Any = object.__new__(plain)

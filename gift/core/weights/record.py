@@ -164,7 +164,7 @@ class WeightDelta(Delta):
         frozen = dequantised(frozen, module)
         return is_finite(frozen) and not torch.equal(trained_value(self, module, frozen), frozen)
 
-    def reset(self, module: Any, key: str) -> None:
+    def reset(self, module: nn.Module, key: str) -> None:
         """Give the delta its initial values, and a shape if it is lazy."""
         if self.follows:
             self.link_to_weights(module, key)
@@ -209,7 +209,7 @@ class WeightDelta(Delta):
             made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
         return {self.names.get(key, key): value for key, value in made.items()}
 
-    def follow(self, module: Any, tensor: str) -> None:
+    def follow(self, module: nn.Module, tensor: str) -> None:
         """Derive parameters again after the frozen tensor got new values.
 
         These are the parameters that are never saved and, while the delta has no effect yet, all of
@@ -228,7 +228,7 @@ class WeightDelta(Delta):
         if untrained:
             put_values(module, made)
 
-    def _frozen(self, module: Any, tensor: str) -> Tensor:
+    def _frozen(self, module: nn.Module, tensor: str) -> Tensor:
         return dequantised(present_tensor(module, tensor), module)
 
 
