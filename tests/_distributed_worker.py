@@ -83,7 +83,7 @@ def play(rank: int, folder: Path, seconds: float) -> None:
             dist.barrier()
         except pytest.skip.Exception as skipped:
             message = f"{SKIPPED}{skipped}"
-        except BaseException:  # what pytest.raises raises is no Exception
+        except BaseException:  # what pytest.raises raises is not an Exception
             message = traceback.format_exc()
         finally:
             if dist.is_initialized():

@@ -41,9 +41,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = {
                  "never called, as MultiheadAttention reads its weight"),
     "lazy": (lambda: nn.LazyLinear(4), "", {}, "have no shape yet: run a batch"),
     "lazy inside": (lambda: nn.Sequential(nn.LazyLinear(4)), "", {}, "have no shape yet"),
-    "unknown": (Unknown, "", {}, r"the features of this \(Unknown\) are not known: say dim="),
+    "unknown": (Unknown, "", {}, r"the features of this \(Unknown\) are not known: give dim="),
     "unknown inside": (lambda: nn.Sequential(nn.Linear(4, 4), Unknown()), "", {}, r"1 \(Unknown\)"),
-    "nothing": (nn.Flatten, "", {}, "no layer that tells its features: say dim= and axis="),
+    "nothing": (nn.Flatten, "", {}, "no layer in it reveals its features: give dim="),
     "two axes": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)), "", {},
                  r"first layer, 0, .*axis -3 .*last one, 2, along axis -1: say axis=1 or axis=-1"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "", {}, "complex"),
@@ -91,7 +91,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 CALLS: dict[str, tuple[nn.Module, dict[str, Any], Tensor, str]] = {
     "features": (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))), {}, torch.randn(5, 4),
                  r"the network \(Sequential\) gives torch.float32 of shape \(5, 2, 3\), its "
-                 r"bottleneck is for 6 features along axis -1: say dim= and axis="),
+                 r"bottleneck is for 6 features along axis -1: give dim= and axis="),
     "axis": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), {"axis": 3}, torch.randn(2, 3, 2, 2),
              r"shape \(2, 16\).*4 features along axis 3"),
     "integers": (nn.Identity(), {"dim": 4, "axis": -1}, torch.arange(4), "gives torch.int64"),

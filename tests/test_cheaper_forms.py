@@ -149,7 +149,7 @@ def test_single_precision_and_autocast(method: str, layer: str) -> None:
 @on_layers
 @pytest.mark.parametrize(
     "method", [name for name in METHODS if name != "dora"]
-)  # whose gradient is no derivative
+)  # whose gradient is not a derivative
 def test_gradients_of_gradients(method: str, layer: str) -> None:
     """They agree with differences, or are refused in words: vera keeps no inputs beside a layer."""
     make, shape = LAYERS[layer]
@@ -221,7 +221,7 @@ def test_a_convolution_that_computes_something_else(method: str) -> None:
 @pytest.mark.parametrize("method", ["dora", "ia3"])
 @on_layers
 def test_an_output_that_is_overwritten(method: str, layer: str) -> None:
-    """As by ``nn.ReLU(inplace=True)``, which is no error behind a layer that is trained."""
+    """As by ``nn.ReLU(inplace=True)``, which is not an error behind a layer that is trained."""
     make, shape = LAYERS[layer]
     net = enabled(make().double(), method)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)

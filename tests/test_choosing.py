@@ -151,7 +151,7 @@ def test_what_is_too_little_for_a_large_layer_raises_a_small_one_again_and_again
 
 
 def test_what_a_layer_cannot_use_goes_to_the_others() -> None:
-    """A layer with one input has rank one, and a delta is no larger than its weight."""
+    """A layer with one input has rank one, and a delta is not larger than its weight."""
     net = nn.Sequential(nn.Linear(1, 16), nn.Linear(16, 16), nn.Linear(16, 64))
     ranks = suggest(net, 17 + 8 * 32 + 11 * 80 + 79, LORA()).ranks
     assert ranks == {"0": 1, "1": 8, "2": 11}

@@ -272,7 +272,7 @@ def test_all_that_is_wrong_in_folders_is_reported_at_once(tmp_path: Path) -> Non
     ("make", "told"),
     [
         (lambda folder: folder / "absent", "there is no such folder"),
-        (lambda folder: saved(folder / "a.png"), "this is no folder"),
+        (lambda folder: saved(folder / "a.png"), "this is not a folder"),
         (lambda folder: folder, "expected one for each class"),
         (lambda folder: class_pictures(folder, ant=1), "no more than one class, ant"),
     ],
@@ -371,7 +371,7 @@ def test_classes_have_an_order(
          ["line 3: label 2 is out of range"]),
         (b"text,label\na,1\nb,1\n", {}, ["no more than one class, 1"]),
         (b"text,label\na,1\n", {"classes": ("1", "1")}, ["classes are given twice: 1"]),
-        (b"text,label\n\xff\xfe,1\n", {}, ["no text in UTF-8"]),
+        (b"text,label\n\xff\xfe,1\n", {}, ["not text in UTF-8"]),
         (b"text,label\n" + b"a,x\n" * 30, {"classes": ("b", "c")}, ["and 20 more problems"]),
     ],
 )  # fmt: skip

@@ -275,7 +275,7 @@ def test_texts_that_cannot_be_packed_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a good film")
     with pytest.raises(DataError) as caught:
         language_text([tmp_path / name for name in ("empty", "latin.txt", "absent")], reader)
-    for part in ("no .txt files in this folder", "no text in UTF-8", "absent: there is no such"):
+    for part in ("no .txt files in this folder", "not text in UTF-8", "absent: there is no such"):
         assert part in str(caught.value)
     with pytest.raises(DataError, match="4 tokens, fewer than one row has: 128"):
         language_text(tmp_path / "short.txt", reader)

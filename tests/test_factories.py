@@ -90,7 +90,7 @@ MODULE_CHECKS: dict[str, tuple[Callable[..., bool], list[str]]] = {
     "mc_any": (mc_any(), PATHS),
     "mc_name, one": (mc_name("conv"), CONVS[1:]),
     "mc_name, several": (mc_name("conv", "stem"), CONVS),
-    "mc_name, the path is no name": (mc_name("head.out"), []),
+    "mc_name, the path is not a name": (mc_name("head.out"), []),
     "mc_name, contains": (mc_name(contains="o"), [
         "blocks", "blocks.0.conv", "blocks.0.norm", "blocks.1.conv", "blocks.1.norm", "attention",
         "attention.out_proj", "head.out"]),
@@ -403,7 +403,7 @@ USING: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "pc_ in a module cap": (pc_name("bias"), ma_train(), TypeError, "use it in para_caps"),
     "the network is replaced": (mc_any(), ma_replace(nn.ReLU()), ValueError, "cannot be replaced"),
     "by no module": (mc_name("head"), ma_replace(lambda old: "new"), TypeError, "'new', expected"),
-    "no head": (mc_name("rnn"), ma_replace_head(4), ValueError, "LSTM is no head.*nn.Linear"),
+    "no head": (mc_name("rnn"), ma_replace_head(4), ValueError, "LSTM is not a head.*nn.Linear"),
     "nothing to adapt": (mc_name("norm"), ma_adapt(), ValueError, "BatchNorm2d has no weight of"),
     "wrong params": (mc_name("head"), ma_adapt(), ValueError, r"no setting \['rnk'\]"),
 }  # fmt: skip

@@ -166,9 +166,9 @@ def test_files_of_others_are_named_as_such(tmp_path: Path) -> None:
     assert Danger.ran, "the danger is real"
     Danger.ran = False
     torch.save({"weight": Danger()}, path)
-    refused(make(), path, "no whole safetensors file")
+    refused(make(), path, "not a complete safetensors file")
     path.write_bytes(pickle.dumps(Danger()))
-    refused(make(), path, "no whole safetensors file")
+    refused(make(), path, "not a complete safetensors file")
     assert not Danger.ran
     save_file(make().state_dict(), path)
     refused(make(), path, "that gift did not write.*load_peft")

@@ -174,7 +174,7 @@ def test_parameters_are_those_that_are_trained(kind: Any) -> None:
 
 
 def test_the_state_of_an_author_has_the_frozen_weight() -> None:
-    """Where the author's code reads ``self.weight`` to write it, that is no effective weight."""
+    """Where an author's code reads ``self.weight`` to write it, it is not an effective weight."""
     net = OfOwnNames()
     weight = net.first.weight.detach().clone()
     enabled(net, LoRAAllFineTuningStrategy(rank=2))

@@ -97,7 +97,7 @@ def test_a_new_head_has_no_names_for_its_classes() -> None:
 
 
 def test_a_strategy_that_no_file_can_name_is_no_hindrance(tmp_path: Path) -> None:
-    """It is written down as what it came to, where a note is no change that must be told."""
+    """It is written down as what it came to, where a note is not a change that must be told."""
     caps = [(lambda *place: place[3] == "Linear", ma_adapt("lora", rank=1))]
     strategy = merge_strategies([HeadReplacementStrategy(3), FineTuningStrategy(caps)])
     net = base()

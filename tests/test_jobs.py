@@ -100,7 +100,7 @@ WRONG = {
     ),
     "a number for a folder": ("folder: 3", "folder: this is 3, expected a text"),
     "an empty folder name": ("folder:", "folder: this is empty (null), expected a text"),
-    "a number for a name of a setting": ("3: 4", "[3]: the name 3 is no text"),
+    "a number for a name of a setting": ("3: 4", "[3]: the name 3 is not a text"),
 }
 
 
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_reported_in_words(tmp_path: Path, added: str, expected
 @pytest.mark.parametrize("name", ["allow_import", "weights", "task", "reader"])
 def test_options_of_a_network_are_no_other_arguments(tmp_path: Path, name: str) -> None:
     text = GOOD.replace('resnet18"', f'resnet18", options: {{{name}: true}}')
-    assert f"network.options: {name}: this is no option" in refused(tmp_path, text)
+    assert f"network.options: {name}: this is not an option" in refused(tmp_path, text)
 
 
 DATA = {
@@ -312,7 +312,7 @@ def test_changes(tmp_path: Path, changes: list[str], expected: dict[str, Any]) -
         ("training.epochs", "expected the name of a setting and a value"),
         ("=3", "expected the name of a setting and a value"),
         ("training..lr=3", "expected the name of a setting and a value"),
-        ("training.lr=[", "is no value in YAML"),
+        ("training.lr=[", "is not a value in YAML"),
         ("training.epoch=3", "\n  training.epoch: there is no such setting, closest: 'epochs'"),
     ],
 )

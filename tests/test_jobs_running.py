@@ -396,7 +396,7 @@ DAMAGED = {
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_run_is_an_error_in_words(content: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match=r"no folder of a run, it has no job\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"not the folder of a run, it has no job\.yaml"):
         Run(folder)
     folder.mkdir()
     job = Job.model_validate({"data": {"kind": "class_folders", "train": "x"}})
@@ -443,6 +443,6 @@ def test_a_refused_restart_leaves_the_run_that_was_there(tmp_path: Path) -> None
     folder = tmp_path / "run"
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     wrong = read_job(path, ["training.metrics=[map]", "training.lr=0.5"])
-    with pytest.raises(TrainingError, match="no metric of classification"):
+    with pytest.raises(TrainingError, match="not a metric of classification"):
         run_job(wrong, restart=True)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before

@@ -1,4 +1,4 @@
-"""Forward-mode differentiation, infinities and what is no number, in every method."""
+"""Forward-mode differentiation, infinities and what is not a number, in every method."""
 
 import copy
 import math
@@ -78,7 +78,7 @@ def test_forward_mode_gives_the_derivative_along_a_direction(
 @layers
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e25, 1e-25, 0.0])
 def test_dora_leaves_a_base_of_any_norm_as_it_is(layer: str, value: float) -> None:
-    """Rows whose norm is no finite number are trained as LoRA does."""
+    """Rows whose norm is not a finite number are trained as LoRA does."""
     net: Any = LAYERS[layer][0]()
     x = inputs(layer).abs()
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_compiled_as_one_graph(records: bool) -> None:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tokens": (lambda: nn.Sequential(nn.Embedding(9, DIM), layer()), "takes no embeddings"),
     "pictures": (lambda: nn.Sequential(nn.Conv2d(3, DIM, 1)), "takes no embeddings"),
-    "no features": (nn.Flatten, "say dim="),
+    "no features": (nn.Flatten, "give dim="),
     "two sequences": (lambda: nn.Transformer(DIM, 2, 1, 1, 12), "extend its encoder or its decod"),
     "a list": (lambda: nn.ModuleList([layer()]), "has no forward"),
 }

@@ -272,5 +272,5 @@ def test_networks_that_take_something_else() -> None:
     vision = ViTForImageClassification(ViTConfig(image_size=32, **sizes))
     with pytest.raises(ValueError, match="takes no embeddings"):
         enable_fine_tuning(vision, Prompts(N))
-    with pytest.raises(ValueError, match=r"a language model tells \['dim'\] itself"):
+    with pytest.raises(ValueError, match=r"a language model sets \['dim'\] itself"):
         enable_fine_tuning(writer(), Prompts(N, dim=8))

@@ -47,7 +47,7 @@ WHEN: list[tuple[Schedule, Epochs]] = [
 
 @pytest.mark.parametrize(("schedule", "expected"), WHEN, ids=repr)
 def test_blocks_are_unfrozen_when_they_are_due(schedule: Schedule, expected: Epochs) -> None:
-    """Norm layers are no blocks where they are trained from the start. The report says as much."""
+    """Norm layers are not blocks where they are trained from the start. The report says as much."""
     schedule = copy.deepcopy(schedule)
     net = network()
     report = schedule.attach(net)

@@ -90,7 +90,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         [*(f"encoder.block.{n}" for n in range(3)), "encoder.final_layer_norm",
          *(f"decoder.block.{n}" for n in range(3)), "decoder.final_layer_norm"],
     ),
-    "mixtral": (  # experts are no blocks
+    "mixtral": (  # experts are not blocks
         of_config("MixtralForCausalLM", "MixtralConfig", **SMALL, num_key_value_heads=2,
                   num_local_experts=4),
         ["model.embed_tokens", *(f"model.layers.{n}" for n in range(3)), "model.norm"],

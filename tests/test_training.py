@@ -137,7 +137,7 @@ def test_it_trains_as_a_loop_written_by_hand(name: str) -> None:
 
 
 def test_batches_that_one_step_takes_together_are_one_batch() -> None:
-    """Also where the last ones are smaller, as 50 is no multiple of 8 or 24."""
+    """Also where the last ones are smaller, as 50 is not a multiple of 8 or 24."""
     runs = []
     for size, together in ((24, 1), (8, 3)):
         tuned = net()

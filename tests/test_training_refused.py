@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no such task": (with_(LABELS, task="guessing"), TrainingError, "expected one of.*regression"),
     "no language model": (with_(LABELS, task="language"), TrainingError, "with its head"),
     "no such metric": (with_(LABELS, metrics=("acuracy",)), TrainingError, "closest: .'accuracy'"),
-    "a metric of another task": (with_(LABELS, metrics=("map",)), TrainingError, "no metric of"),
+    "a metric of another task": (with_(LABELS, metrics=("map",)), TrainingError, "not a metric of"),
     "nothing to watch": (with_(LABELS, patience=2), TrainingError, "give valid"),
     "watching what is not measured": (
         with_(LABELS, valid=(DATA, LABELS), watch="auroc"), TrainingError,
@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "out of range": (
         with_(LABELS, epochs=0, lr=-1.0, precision="float8", warmup=2), ValueError,
         r"epochs is 0.*lr is -1.0.*warmup is 2.*precision is 'float8'"),
-    "no such setting": (with_(LABELS, epoch=3), TypeError, "'epoch' is no setting.*'epochs'"),
+    "no such setting": (with_(LABELS, epoch=3), TypeError, "'epoch' is not a setting.*'epochs'"),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_what_does_not_fit_leaves_network_and_folder_alone(name: str, tmp_path: 
 
 
 def test_a_refused_restart_leaves_the_run_that_was_there(tmp_path: Path) -> None:
-    """Also where the folder is no folder."""
+    """Also where the folder is not a folder."""
     strategy = LoRAAllFineTuningStrategy(rank=2)
     finetune(net(), (DATA, LABELS), strategy=strategy, folder=tmp_path / "run", **QUIET)
     (tmp_path / "file").write_text("")

@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_refused(content: bytes | None, tmp_path: Path) 
     run("adamw", net(), folder=tmp_path, epochs=1)
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:-2000] if content is None else content)
-    with pytest.raises(TrainingError, match=r"checkpoint.pt is no checkpoint.*restart=True"):
+    with pytest.raises(TrainingError, match=r"checkpoint.pt is not a checkpoint.*restart=True"):
         run("adamw", net(), folder=tmp_path, epochs=1)
 
 

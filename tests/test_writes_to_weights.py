@@ -433,7 +433,7 @@ def test_the_fast_paths_of_encoders_are_taken(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_optimizers_refuse_a_weight() -> None:
-    """In torch's own words: it is no leaf."""
+    """In torch's own words: it is not a leaf."""
     with pytest.raises(ValueError, match="non-leaf"):
         torch.optim.SGD([layer().weight], lr=0.1)
 

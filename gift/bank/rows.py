@@ -84,7 +84,7 @@ def _unfit(change: Change, parent: tuple[nn.Module, str] | None) -> str:
     layer: Any = change.module
     cls = plain_class(type(layer))
     if change.factors is None:
-        return "is changed by a method whose delta is no low-rank one"
+        return "is changed by a method whose delta is not of low rank"
     known = operation_of(cls) in _SIDES
     if change.tensor != "weight" or not known:
         bases = [base for base in cls.__mro__ if issubclass(base, nn.Module)]

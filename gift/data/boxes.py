@@ -243,9 +243,9 @@ def _shape_incompatibility(shape: Any, width: int, height: int) -> str:
         far = 4 * max(width, height)
         for part in shape:
             if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
-                return "has a polygon that is no list of 3 points or more, x and y of each"
+                return "has a polygon that is not a list of 3 points or more, x and y of each"
             if not all(_is_finite(value) and abs(value) <= far for value in part):
-                return f"has points that are no numbers up to {far}, or far from the image"
+                return f"has points that are not numbers up to {far}, or far from the image"
         return ""
     if not isinstance(shape, dict) or shape.get("size") != [height, width]:
         found = shape.get("size") if isinstance(shape, dict) else type(shape).__name__

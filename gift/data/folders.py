@@ -45,7 +45,7 @@ def class_folders(
         refuse(
             DataError,
             str(path),
-            ["there is no such folder" if not path.exists() else "this is no folder"],
+            ["there is no such folder" if not path.exists() else "this is not a folder"],
         )
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not _is_hidden(f.name))
     if not folders:

@@ -119,4 +119,4 @@ def _reason(file: Path, error: Exception) -> str:
         return "there are no .txt files in this folder"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    return f"this is no text in UTF-8: {error}" if isinstance(error, ValueError) else str(error)
+    return f"this is not text in UTF-8: {error}" if isinstance(error, ValueError) else str(error)

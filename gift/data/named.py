@@ -106,7 +106,7 @@ def _check_kind(dataset: Any, name: str) -> None:
     images = require("PIL.Image", "vision")
     fits = isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], images.Image)
     if not fits or not isinstance(first[1], int | str) or str(first[1]).isalpha():
-        raise DataError(f"{name} is no data set of images that belong to one class each")
+        raise DataError(f"{name} is not a data set of images that belong to one class each")
 
 
 def _names(dataset: Any) -> tuple[str, ...] | None:

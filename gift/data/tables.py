@@ -90,7 +90,7 @@ def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
     except FileNotFoundError:
         refuse(DataError, str(path), ["there is no such file"])
     except UnicodeDecodeError as error:
-        refuse(DataError, str(path), [f"this is no text in UTF-8, save it as such: {error}"])
+        refuse(DataError, str(path), [f"this is not text in UTF-8, save it as such: {error}"])
     except (OSError, csv.Error, TypeError) as error:
         reason = f"{error}"
         if "unexpected end of data" in reason or "expected after" in reason:
@@ -124,7 +124,7 @@ def _place(column: Column, first: list[str]) -> int | str:
             return names.index(column)
         shown = [name if len(name) < 30 else f"{name[:27]}..." for name in names]
         return (
-            f"there is no column {column!r} but {shown}; where the first line is no header, give "
+            f"there is no column {column!r} but {shown}; if the first line is not a header, give "
             "the numbers of columns, from 0"
         )
     if 0 <= column < len(first):

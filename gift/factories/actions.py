@@ -218,9 +218,10 @@ def new_head(old: nn.Module, num_classes: int) -> nn.Module:
     is_1x1 = getattr(old, "kernel_size", (1, 1)) == (1, 1) and getattr(old, "groups", 1) == 1
     if row is not None and row.like is not None and is_1x1:
         return row.like(old, num_classes, **like)
+    name = plain_class(type(old)).__name__
     raise ValueError(
-        f"{plain_class(type(old)).__name__} is no head that gift can replace: expected nn.Linear "
-        "or a 1x1 nn.Conv2d; name the right layer, or use ma_replace"
+        f"{name} is not a head that gift can replace, expected nn.Linear "
+        "or a 1x1 nn.Conv2d: name the right layer, or use ma_replace"
     )
 
 

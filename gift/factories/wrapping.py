@@ -77,7 +77,7 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
             return
         unused = sorted(set(given) - {"num_virtual_tokens", "dtype"})
         if unused:
-            raise AdaptationError(f"a language model tells {unused} itself: leave them out")
+            raise AdaptationError(f"a language model sets {unused} itself: leave them out")
         own = VirtualTokens(num_virtual_tokens=method.num_virtual_tokens, dtype=method.dtype)
         prompt_language_model(module, own, path)
 

@@ -76,7 +76,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
             names = file.keys()
             return file.metadata() or {}, {name: _tensor(file, name) for name in names}
     except Exception as error:  # malicious files can raise anything
-        problem = f"it is no whole safetensors file ({type(error).__name__}: {error})"
+        problem = f"it is not a complete safetensors file ({type(error).__name__}: {error})"
         raise DeltaFileError(f"{path} cannot be read", [problem]) from error
 
 

@@ -58,7 +58,7 @@ def in_words(error: Mapping[str, Any], names_at: Callable[[Path], Sequence[str]]
     if kind == "value_error":
         return str(error["ctx"]["error"])
     if kind == "invalid_key" or path[-1:] == ("[key]",):
-        return f"the name {shown(path[-2] if path[-1] == '[key]' else path[-1])} is no text"
+        return f"the name {shown(path[-2] if path[-1] == '[key]' else path[-1])} is not a text"
     if kind == "literal_error":
         return f"this is {shown(value)}, expected {error['ctx']['expected']}"
     expected = _EXPECTED.get(kind) or _EXPECTED.get(kind.split("_")[0])

@@ -75,7 +75,7 @@ class Network(_Section):
     def _only_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         own = [name for name in options if name in inspect.signature(load_network).parameters]
         if own:
-            raise ValueError(f"{some(own)}: this is no option of a network")
+            raise ValueError(f"{some(own)}: this is not an option of a network")
         return options
 
     def anchored(self, base: Path) -> Self:

@@ -41,7 +41,7 @@ def read_job(path: str | Path, changes: Iterable[str] = ()) -> Job:
     path = Path(path).expanduser()
     data, lines = read_yaml(path)
     if not isinstance(data, dict):
-        raise JobError(f"{path} is no job", ["expected lines 'name: value'; see gift init"])
+        raise JobError(f"{path} is not a job", ["expected lines 'name: value'; see gift init"])
     others = changed(data, changes)
     kept = {at: n for at, n in lines.items() if not any(at[: len(o)] == o for o in others)}
     return checked(Job, data, str(path), kept).anchored(path.resolve().parent)
@@ -105,7 +105,7 @@ def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
     try:
         value, _ = yaml_files.load(text)
     except YamlError as error:
-        raise JobError(f"{change!r} is no value in YAML", error.problems) from error
+        raise JobError(f"{change!r} is not a value in YAML", error.problems) from error
     *sections, last = place = tuple(name.split("."))
     for section in sections:
         inner = data.get(section)

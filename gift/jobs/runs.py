@@ -40,7 +40,9 @@ class Run:
         self.folder = Path(folder).expanduser()
         missing = [name for name in (JOB, INPUTS) if not (self.folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{self.folder} is no folder of a run, it has no {missing[0]}")
+            raise FileNotFoundError(
+                f"{self.folder} is not the folder of a run, it has no {missing[0]}"
+            )
         data, lines = read_yaml(self.folder / JOB)
         self.job = checked(Job, data, str(self.folder / JOB), lines)
         self.task, self.classes, self._reader = _read_inputs(self.folder / INPUTS)
@@ -109,7 +111,7 @@ class Run:
             own = kind.checked(kind.keywords(place))
             kind.refuse_missing(options | own)
         except ValueError as error:
-            raise JobError(f"{place} says not where examples are", [str(error)]) from error
+            raise JobError(f"{place} does not say where the examples are", [str(error)]) from error
         return read_examples(self.job.data, own, self.reader, self.classes)
 
     def evaluate(

@@ -294,7 +294,7 @@ class Schedule:
         if unknown := sorted(due - set(blocks)):
             close = [match for name in unknown for match in closest(name, blocks)]
             raise ValueError(
-                f"at epoch {epoch}, {type(self).__name__} wants {unknown}, which are no blocks "
+                f"at epoch {epoch}, {type(self).__name__} wants {unknown}, which are not blocks "
                 f"where something waits{f'; closest names: {close}' if close else ''}"
             )
         return [name for name in blocks if name in due]

@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise YamlError([f"it is no text in UTF-8: {error}"]) from error
+        raise YamlError([f"it is not text in UTF-8: {error}"]) from error
 
 
 def load(text: str) -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ def check_writable(folder: Path) -> None:
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written into" if there.is_dir() else "is no folder"
+        what = "cannot be written into" if there.is_dir() else "is not a folder"
         raise TrainingError(f"nothing can be written into {folder}: {there} {what}")
 
 
@@ -88,7 +88,7 @@ def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, 
             raise ValueError(f"its format is {state['format']}, expected {_FORMAT}")
     except Exception as error:  # damaged or foreign files can raise anything
         raise TrainingError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}): {advice}"
+            f"{path} is not a checkpoint that can be read ({type(error).__name__}): {advice}"
         ) from None
     then = state["identity"]
     differences = [

@@ -106,7 +106,7 @@ def metrics_of(task: str, names: Sequence[str] | None) -> dict[str, MetricKind]:
     if names is None:
         return {name: kind for name, kind in own.items() if kind.default}
     problems = [
-        f"{name!r} is no metric of {task}, closest: {closest(name, own)}, there are {sorted(own)}"
+        f"{name!r} is not a metric of {task}, closest: {closest(name, own)}; known: {sorted(own)}"
         for name in names
         if name not in own
     ]

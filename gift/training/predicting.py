@@ -188,7 +188,7 @@ def _predicted(
     count = outputs.shape[1]
     if names is not None and len(names) != count:
         raise TrainingError(
-            f"the network tells {count} classes apart, but {len(names)} are named: give "
+            f"the network distinguishes {count} classes, but {len(names)} are named: give "
             "predict(..., classes=...)"
         )
     labels: Sequence[str | int] = range(count) if names is None else names

@@ -130,7 +130,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     """
     known = [field.name for field in fields(Settings)]
     problems = [
-        f"{name!r} is no setting, closest: {closest(name, known)}"
+        f"{name!r} is not a setting, closest: {closest(name, known)}"
         for name in given
         if name not in known
     ]

@@ -138,7 +138,7 @@ class Classification(Task):
         if self.classes is not None and len(self.classes) != number:
             count = len(self.classes)
             raise TrainingError(
-                f"the network tells {number} classes apart, the examples have {count} "
+                f"the network distinguishes {number} classes, the examples have {count} "
                 f"({some(self.classes)}): give it another head, strategy=merge_strategies(["
                 f"HeadReplacementStrategy(num_classes={count}), ...])"
             )

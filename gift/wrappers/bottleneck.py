@@ -185,7 +185,7 @@ class Bottleneck(ForwardMethod):
             return axis
         raise AdaptationError(
             f"{where(module, self.name)} {verb} {x.dtype} of shape {tuple(x.shape)}, its "
-            f"bottleneck is for {size} features along axis {axis}: say dim= and axis= where it is "
+            f"bottleneck is for {size} features along axis {axis}: give dim= and axis= where it is "
             "made"
         )
 

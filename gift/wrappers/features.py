@@ -75,10 +75,10 @@ def features_of(module: nn.Module, dim: int | None = None, axis: int | None = No
 
 def _unknown(layers: list[tuple[str, nn.Module]]) -> str:
     if not layers:
-        return "it has no layer that tells its features: say dim= and axis="
+        return "no layer in it reveals its features: give dim= and axis="
     path, layer = layers[-1]
     name = plain_class(type(layer)).__name__
-    return f"the features of {path or 'this'} ({name}) are not known: say dim= and axis="
+    return f"the features of {path or 'this'} ({name}) are not known: give dim= and axis="
 
 
 def weight_beside(module: nn.Module) -> Tensor | None:

@@ -78,7 +78,7 @@ class Prompt(ForwardMethod):
         if dim is None:
             raise AdaptationError(
                 "its first layer takes no embeddings (batch, time, dim): extend the part of the "
-                "network that does, or say dim="
+                "network that does, or give dim="
             )
         shape = (self.num_virtual_tokens, dim)
         return {"tokens": torch.randn(shape, **self.beside(weight_beside(module))) * 0.02}
@@ -124,7 +124,7 @@ class Prompt(ForwardMethod):
         raise AdaptationError(
             f"{where(module, self.name)} takes {given} as its first argument, its prompt is for "
             f"embeddings (batch, time, {tokens.shape[1]}): extend the part of the network that "
-            "takes them, or say dim="
+            "takes them, or give dim="
         )
 
 

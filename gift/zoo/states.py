@@ -48,7 +48,9 @@ def put_state(net: nn.Module, path: str | Path) -> None:
     found = [f"{what}: {some(names, 3)}" for what, names in problems.items() if names]
     if found:
         raise NetworkError(
-            f"{path} is no state of this {type(net).__name__}; " + "; ".join(found) + "; does it "
+            f"{path} is not a state of this {type(net).__name__}; "
+            + "; ".join(found)
+            + "; does it "
             "need other options, such as the number of classes?"
         )
     net.load_state_dict(state, strict=False)

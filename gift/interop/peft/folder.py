@@ -71,7 +71,7 @@ def _config(path: Path) -> Config:
     except OSError as error:
         raise _unreadable(path, f"it has no {CONFIG_NAME} that can be read: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise _unreadable(path / CONFIG_NAME, f"it is no JSON: {error}") from None
+        raise _unreadable(path / CONFIG_NAME, f"it is not JSON: {error}") from None
     if not isinstance(config, dict):
         problem = f"it holds a {type(config).__name__}, expected an object"
         raise _unreadable(path / CONFIG_NAME, problem)

@@ -98,7 +98,7 @@ class InPlace:
                 if isinstance(value, Tensor):
                     self.tensors[f"{path}.{key}"] = value
                 else:
-                    self.problems.append(f"{path}.{key} is no tensor, which PEFT cannot save")
+                    self.problems.append(f"{path}.{key} is not a tensor, which PEFT cannot save")
 
 
 def _is_inside(path: str, others: set[str]) -> bool:

@@ -52,7 +52,7 @@ def write_prompt(network: nn.Module, problems: list[str]) -> tuple[Config, Tenso
 def _model_incompatibilities(network: nn.Module) -> Iterator[str]:
     name = plain_class(type(network)).__name__
     if not takes_token_ids(network) or not name.endswith(("ForCausalLM", "LMHeadModel")):
-        yield f"{name} is no causal language model of transformers, for which alone prompts agree"
+        yield f"{name} is not a causal language model of transformers: only there prompts agree"
 
 
 def _tokens(network: nn.Module) -> Tensor | None:

@@ -145,7 +145,9 @@ class Reading:
         }
         if isinstance(targets, str) and targets.lower() == "all-linear":
             wrong = [p for p in adapted if kind_of(self.modules[p]) not in ("linear", "transposed")]
-            self.problems += [f"{path} is no target, as it is not linear" for path in sorted(wrong)]
+            self.problems += [
+                f"{path} is not a target, as it is not linear" for path in sorted(wrong)
+            ]
             return
         wanted = targeted(self.config, (path for path, _ in self.network.named_modules()))
         if self.config.get("ensure_weight_tying"):
@@ -155,7 +157,7 @@ class Reading:
             f"{path} is a target, and has no tensors" for path in sorted(wanted - adapted)
         ]
         self.problems += [
-            f"{path} has tensors, and is no target" for path in sorted(adapted - wanted)
+            f"{path} has tensors, and is not a target" for path in sorted(adapted - wanted)
         ]
 
     def _read_whole(self, others: Tensors) -> None:
