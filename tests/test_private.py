@@ -30,8 +30,9 @@ from gift.methods.draws import seeded_buffer, sorted_entries
 from gift.private import autograd
 from gift.private import torch as private
 from gift.private.diffusers import source_of
-from gift.private.python import frames_of_threads
+from gift.private.python import frames_of_threads, parsed_pattern
 from gift.strategies import LoRAAllFineTuningStrategy
+from gift.support.patterns import problem_of_patterns
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -556,3 +557,12 @@ def test_without_stacks_no_thread_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     assert "frames_of_threads" in frames_of_threads()[own].f_code.co_name
     monkeypatch.delattr(sys, "_current_frames")
     assert frames_of_threads() == {}
+
+
+def test_without_the_structure_of_patterns_none_is_read_from_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert parsed_pattern("ab?") == [("LITERAL", 97), ("MAX_REPEAT", (0, 1, [("LITERAL", 98)]))]
+    assert problem_of_patterns(["ab?"]) == ""
+    monkeypatch.delattr(re, "_parser")
+    assert "'ab?' may take too long" in problem_of_patterns(["ab?"])

@@ -1,7 +1,7 @@
 """Caps, and the strategy that holds them."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -10,6 +10,7 @@ from torch import nn
 from gift.factories.serializable import describe
 from gift.support import yaml_files
 from gift.support.atomic_files import write_text
+from gift.support.patterns import problem_of_patterns
 from gift.support.recipes import bound_arguments, decode, encode, register
 
 
@@ -259,7 +260,7 @@ def load_strategy_from_config(config: str | Path | Mapping[str, Any]) -> FineTun
     """Return the strategy that a file or mapping describes.
 
     A file can only name registered strategies, checks and actions, with plain values: loading runs
-    no code from the file.
+    no code from the file. Regular expressions that may take long to match are refused.
 
     Args:
         config: a YAML file written by `FineTuningStrategy.save_init_paras`, or its content.
@@ -279,6 +280,20 @@ def load_strategy_from_config(config: str | Path | Mapping[str, Any]) -> FineTun
         keys = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"expected a mapping with 'name' and 'init_paras', found {keys}")
     strategy = decode(data)
+    if problem := problem_of_patterns(_expressions(data)):
+        raise ValueError(problem)
     if not isinstance(strategy, FineTuningStrategy):
         raise ValueError(f"{data['name']!r} is a {type(strategy).__name__}, expected a strategy")
     return strategy
+
+
+def _expressions(data: Any) -> Iterator[str]:
+    """Yield the regular expressions in the plain data of a strategy."""
+    if isinstance(data, Mapping):
+        given = data.get("regex") or ()
+        yield from [given] if isinstance(given, str) else given
+        data = data.values()
+    elif not isinstance(data, list):
+        return
+    for value in data:
+        yield from _expressions(value)

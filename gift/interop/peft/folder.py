@@ -14,9 +14,11 @@ from torch import Tensor
 from gift.errors import DeltaFileError
 from gift.files.container import read_tensors
 from gift.interop.peft.forms import Config, Tensors
+from gift.interop.peft.names import expressions
 from gift.interop.peft.prompt import PROMPT_OPTIONS, PROMPT_TUNING
 from gift.interop.peft.table import FORMS
 from gift.methods.settings import is_integer, is_number
+from gift.support.patterns import problem_of_patterns
 from gift.support.tensors import is_finite
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -148,10 +150,14 @@ def _value_incompatibilities(config: Config) -> Iterator[str]:
     }
     if config.get("peft_type") == "OFT":
         del checks["r"]
-    for option, (check, expected) in checks.items():
-        value = config.get(option)
-        if value is not None and not check(value):
-            yield f"{option} is {value!r}, expected {expected}"
+    wrong = [
+        f"{option} is {config[option]!r}, expected {expected}"
+        for option, (check, expected) in checks.items()
+        if config.get(option) is not None and not check(config[option])
+    ]
+    yield from wrong
+    if not wrong and (problem := problem_of_patterns(expressions(config))):
+        yield problem
 
 
 def _is_size(value: Any) -> bool:

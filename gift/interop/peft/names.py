@@ -1,7 +1,7 @@
 """How PEFT matches module names: the meaning of its options, for reading and writing."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 Targets = str | list[str]
@@ -29,7 +29,7 @@ def _is_target(config: Mapping[str, Any], name: str) -> bool:
     if matches(config.get("exclude_modules") or [], name):
         return False
     saved = config.get("modules_to_save") or ()
-    if any(re.match(rf"(^|.*\.){ending}($|\..*)", name) for ending in saved):
+    if any(re.match(_anywhere(ending), name) for ending in saved):
         return False
     targets = config.get("target_modules") or []
     if isinstance(targets, str) or name in targets:
@@ -50,8 +50,8 @@ def _is_in_layer(config: Mapping[str, Any], name: str) -> bool:
     if layers is None or layers == []:
         return True
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    starts = [rf"(?:^|.*?\.){pattern}" if pattern else r".*?\.[^.]*" for pattern in patterns]
-    found = next(filter(None, (re.match(rf"{start}\.(\d+)\.", name) for start in starts)), None)
+    tried = (re.match(_before_a_number(pattern), name) for pattern in patterns)
+    found = next(filter(None, tried), None)
     wanted = [layers] if isinstance(layers, int) else layers
     return found is not None and int(found[1]) in wanted
 
@@ -59,9 +59,33 @@ def _is_in_layer(config: Mapping[str, Any], name: str) -> bool:
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Return the value of the first pattern that matches a name or its end: a rank or alpha."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_at_the_end(pattern), name):
             return value
     return default
+
+
+def expressions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield all regular expressions of a config, as names are matched with them."""
+    wholes = ("target_modules", "exclude_modules", "feedforward_modules")
+    yield from (config[option] for option in wholes if isinstance(config.get(option), str))
+    yield from map(_anywhere, config.get("modules_to_save") or ())
+    for option in ("rank_pattern", "alpha_pattern"):
+        yield from map(_at_the_end, config.get(option) or ())
+    layers = config.get("layers_pattern") or ()
+    yield from map(_before_a_number, [layers] if isinstance(layers, str) else layers)
+
+
+def _anywhere(ending: str) -> str:
+    return rf"(^|.*\.){ending}($|\..*)"
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _before_a_number(pattern: str) -> str:
+    start = rf"(?:^|.*?\.){pattern}" if pattern else r".*?\.[^.]*"
+    return rf"{start}\.(\d+)\."
 
 
 def exact_pattern(name: str) -> str:
