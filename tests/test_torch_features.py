@@ -447,6 +447,18 @@ def test_checkpointing_of_transformers(name: str, reentrant: bool) -> None:
     torch.testing.assert_close([p.grad for p in net.parameters()], gradients(expected, net))
 
 
+# --- casts and copies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_recurrent_layer_is_copied_after_a_cast(copied: Callable[[Any], Any]) -> None:
+    """Its cast empties the list of weights that torch copies a plain layer with."""
+    net = enabled(nn.LSTM(4, 6)).double()
+    twin, x = copied(net), torch.randn(5, 2, 4, dtype=torch.float64)
+    assert torch.equal(twin(x)[0], net(x)[0])
+    assert torch.equal(copied(disable_fine_tuning(twin))(x)[0], disable_fine_tuning(net)(x)[0])
+
+
 # --- torch.func ----------------------------------------------------------------------------------
 
 

@@ -392,6 +392,16 @@ class FlatWeights:
     def _flat_weights(self, value: Any) -> None:
         pass
 
+    @property
+    def _flat_weight_refs(self) -> Any:
+        return vars(self).get("_flat_weight_refs")
+
+    @_flat_weight_refs.setter
+    def _flat_weight_refs(self, value: Any) -> None:
+        # `_apply` empties the list and lets `_init_flat_weights` fill it, which does nothing here.
+        # Copies are made of the plain layer, which needs the list that it had.
+        pass
+
     def _init_flat_weights(self) -> None:
         pass
 
