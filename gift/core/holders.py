@@ -7,8 +7,9 @@ the other.
 """
 
 import gc
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -178,6 +179,62 @@ def refuse_held_elsewhere(network: nn.Module) -> None:
             "is being fine-tuned: merging or disabling one would change the base of the other. "
             "Fine-tune a module that has both (nn.ModuleList([a, b])), or give one a copy"
         )
+
+
+def unmovable(network: nn.Module, names: Collection[str], later: Collection[str]) -> list[str]:
+    """Report parameters whose training in place would move what must stay, with the reason.
+
+    Args:
+        network: the network.
+        names: names of parameters that are about to be trained in place.
+        later: names of those that are trained in place at some time.
+    """
+    holders = [
+        Holder(module, joined(path, name), parameter, "parameter")
+        for path, module in network.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_plain(parameter)
+    ]
+    named = {h.name for h in holders} & {*names}
+    trained = [h for h in holders if h.name in named]
+    adapted = {id(m._parameters.get(t)) for m in network.modules() for t in weight_deltas(m)}
+    moving = {id(h.tensor) for h in holders if h.name in named or h.name in later}
+    staying = [h for h in holders if id(h.tensor) not in moving
+               and (id(h.tensor) in adapted or not h.tensor.requires_grad)]  # fmt: skip
+    found = [f"{one}: it shares memory with {other.name}, which is not trained in place with it"
+             for one, other in _shared(trained, staying)]  # fmt: skip
+    if any(_shared(trained, _bases_of_others(network))):
+        gc.collect()  # the other network may be garbage
+    return found + [
+        f"{one}: a {plain_class(type(other.module)).__name__} that is being fine-tuned, as copies "
+        "by gift.reference are, shares its memory, and would be changed as well: copy it "
+        "(copy.deepcopy), or train deltas only"
+        for one, other in _shared(trained, _bases_of_others(network))
+    ]
+
+
+def _shared(trained: Iterable[Holder], others: Iterable[Holder]) -> Iterator[tuple[str, Holder]]:
+    """Names of trained parameters, each with another tensor that shows an element of it."""
+    groups: dict[int, list[Holder]] = {}
+    for other in others:
+        groups.setdefault(storage_key(other.tensor), []).append(other)
+    for one in trained if groups else ():
+        same = groups.get(storage_key(one.tensor), ())
+        overlapping = (other for other in same if _overlap(one.tensor, other.tensor))
+        yield from ((one.name, other) for other in itertools.islice(overlapping, 1))
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (start, end), (first, last) = _span(one), _span(other)
+    return start < last and first < end and _share(one, other)
+
+
+def _bases_of_others(network: nn.Module) -> Iterator[Holder]:
+    """The parameters of other networks that are being fine-tuned, without their deltas."""
+    for other in {*fine_tuned_networks(), *modules_meanwhile()} - {*network.modules()}:
+        for parameter in _base_of(other):
+            if parameter is not None and is_plain(parameter):
+                yield Holder(other, "", parameter, "parameter")
 
 
 def _held_elsewhere(network: nn.Module) -> tuple[str, nn.Module] | None:

@@ -9,6 +9,7 @@ from torch import nn
 from gift.core.delta import deltas_of
 from gift.core.dynamic_class import joined, plain_class, spec_of
 from gift.core.frozen_norms import freeze_statistics, release_statistics
+from gift.core.holders import unmovable
 from gift.core.network import delta_names
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.unfreeze import (
@@ -176,10 +177,14 @@ class Attached:
                 self.units[last] = Unit(other.block, other.waiting, other.still + unit.still)
 
     def _refuse(self) -> None:
-        wanted = {name for unit in self.units.values() for name in unit.waiting}
+        wanted = self._later()
         where = self.part or self.net
         reasons = {joined(self.prefix, n): why for n, why in untrainable(where).items()}
         found = [f"{name}: {reasons[name]}" for name in reasons if name in wanted]
+        self._refuse_to_train(found)
+
+    @staticmethod
+    def _refuse_to_train(found: list[str]) -> None:
         if found:
             more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
             raise AdaptationError(
@@ -206,6 +211,8 @@ class Attached:
             train |= {n for n in head if n not in self.deltas and self._is_trainable(n)}
         self._let_wait(wait - train)
         self._train(train)
+        later = self._later()  # flags are known now, and the caller's transaction undoes them
+        self._refuse_to_train(unmovable(self.net, later, later))
 
     def unfreeze(self, names: Iterable[str]) -> None:
         """Unfreeze the waiting parameters of these blocks."""
@@ -250,10 +257,16 @@ class Attached:
         return (self.part or self.net).__dict__["_gift_schedule"]
 
     def _train(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self._refuse_to_train(unmovable(self.net, names, self._later()))  # others may share it now
         inside, outside = self._sorted(names)
         if self.part is not None:
             unfreeze(self.part, inside)
         set_flags(outside, True)
+
+    def _later(self) -> set[str]:
+        """Names of all parameters that wait, or have waited."""
+        return {name for unit in self.units.values() for name in unit.waiting}
 
     def _let_wait(self, names: Iterable[str]) -> None:
         inside, outside = self._sorted(names)

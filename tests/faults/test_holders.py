@@ -13,6 +13,7 @@ import gift
 from gift import DeltaBank
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, ma_freeze, ma_train, mc_path
+from gift.schedules import FreezeUnfreeze
 from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import enabled, picture
 
@@ -209,3 +210,76 @@ def test_copies_and_references_share_what_nobody_writes_to() -> None:
     gift.disable_fine_tuning(net)
     enabled(net)
     assert len({type(n) for n in (before, twin, net)}) == 1
+
+
+def scheduled(net: Any, **settings: Any) -> FreezeUnfreeze:
+    """A schedule that trains the first layer from epoch 1 on."""
+    blocks = ["0"] if isinstance(net, nn.Sequential) else ["first"]
+    head = "1" if isinstance(net, nn.Sequential) else "second"
+    return FreezeUnfreeze(1, head=head, blocks=blocks, **settings)
+
+
+def looked(*nets: nn.Module) -> Any:
+    return [picture(net) for net in nets]
+
+
+def view_of(weight: Tensor) -> nn.Sequential:
+    """Another network, whose first weight shows a part of that memory."""
+    other = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    other[0].weight = nn.Parameter(weight.data[2:6])
+    return other
+
+
+@pytest.mark.parametrize("fine_tuned", [True, False])
+def test_a_schedule_trains_no_memory_of_another_network(fine_tuned: bool) -> None:
+    """Refused as it is attached, also where it would be trained later only."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    other = enabled(view_of(net[0].weight), adapting("0"))
+    if fine_tuned:
+        enabled(net, adapting("1"))
+    before = looked(net, other)
+    with pytest.raises(AdaptationError, match=r"0\.weight: a Sequential that is being fine-tuned"):
+        scheduled(net).attach(net)
+    assert looked(net, other) == before
+    gift.disable_fine_tuning(other)
+    scheduled(net).attach(net)
+
+
+def test_a_schedule_whose_memory_another_network_holds_since_does_not_step() -> None:
+    """As a reference for preference optimisation, which must not move."""
+    net = enabled(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), adapting("1"))
+    schedule = scheduled(net)
+    schedule.attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    reference = gift.reference(net)
+    before, groups = looked(net, reference), len(optimizer.param_groups)
+    with pytest.raises(AdaptationError, match=r"0\.weight: a Sequential .* gift\.reference"):
+        schedule.step(1, optimizer)
+    assert looked(net, reference) == before
+    assert (schedule.trained, len(optimizer.param_groups)) == ([], groups)
+    del reference
+    assert schedule.step(1, optimizer) == ["0"]
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_a_schedule_trains_no_view_of_a_frozen_weight(name: str) -> None:
+    class Larger(Net):
+        def __init__(self, share: Callable[[Any], None]) -> None:
+            super().__init__(share)
+            self.third = nn.Linear(8, 2)
+
+    net = Larger(SHARES[name])
+    schedule = FreezeUnfreeze(1, head="third", blocks=["first"])
+    before = looked(net)
+    with pytest.raises(AdaptationError, match=r"first\.weight: it shares memory with second\.wei"):
+        schedule.attach(net)
+    assert looked(net) == before
+    FreezeUnfreeze(1, head="third", blocks=["first", "second"]).attach(net)
+    with pytest.raises(AdaptationError, match="shares memory"):
+        FreezeUnfreeze(1, head="third", blocks=["second"]).attach(net)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_schedule_trains_what_no_other_shows(name: str) -> None:
+    net: Any = Net(APART[name])
+    scheduled(net).attach(net)
