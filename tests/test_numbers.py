@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gift
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, ma_bottleneck, mc_any, mc_layer
-from gift.methods import METHODS
+from gift.methods import METHODS, method_of
 from gift.methods.dora import DoRA
 from tests.cases.methods import METHODS as CASES
 
@@ -256,3 +256,23 @@ def test_the_start_is_the_network_with_its_base_frozen(method: str) -> None:
         assert torch.equal(net(x), frozen)
         gift.disable_fine_tuning(net)
         assert torch.equal(net(x), trained)
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+@pytest.mark.parametrize("started", [True, False])
+def test_dora_changes_a_row_of_zeros_as_lora_does(detach_norm: bool, started: bool) -> None:
+    """It has no direction, so no magnitude: every gradient is finite, and that row is ``B A``."""
+    method = method_of("dora", {"rank": 2, "detach_norm": detach_norm}).fit((4, 6))
+    matrix = torch.randn(4, 6, dtype=torch.float64)
+    matrix[1] = 0
+    own = {name: value.detach() for name, value in method.init_parameters(matrix).items()}
+    if started:
+        own["lora_B"] = torch.randn(4, 2, dtype=torch.float64)
+    trained = {name: own[name].requires_grad_() for name in ("lora_B", "lora_A", "dora_delta_m")}
+    effective, weights = method.effective_weight(matrix, own), torch.randn_like(matrix)
+    gradients = torch.autograd.grad((effective * weights).sum(), list(trained.values()))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    b, a = own["lora_B"].detach(), own["lora_A"].detach()
+    torch.testing.assert_close(effective[1], (b @ a)[1])
+    torch.testing.assert_close(gradients[0][1], weights[1] @ a.T)
+    assert gradients[2][1] == 0
