@@ -106,6 +106,13 @@ def faults(session: nox.Session) -> None:
     run_tests(session, "tests/faults")
 
 
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Break 120 lines of the mechanism, one at a time, and see which no test notices."""
+    session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
+    session.run("python", "-m", "tests.mutation", *(session.posargs or ["120"]))
+
+
 @nox.session(venv_backend="none")
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt: today's version of everything that `dev` and `clients` need.

@@ -1,0 +1,43 @@
+"""What the lane of mutants changes, and what it leaves alone."""
+
+import ast
+from typing import Any
+
+from tests.mutation.mutants import mutants, mutated
+
+SOURCE = '''
+def least(values: list[int] | None, strict: bool = True) -> int:
+    """The least of them."""
+    found = []
+    for value in values or ():
+        if value >= 0 and strict:
+            found.append(value + 1)
+    if not found:
+        raise ValueError(f"{values} has {len(found) + 1} problems")
+    return min(found)
+'''
+
+
+def run(number: int, *given: Any) -> Any:
+    scope: dict[str, Any] = {}
+    exec(compile(mutated(SOURCE, number), "least", "exec"), scope)
+    try:
+        return scope["least"](*given)
+    except (ValueError, NameError) as error:
+        return type(error)
+
+
+def test_each_change_does_what_it_says() -> None:
+    """Annotations, docstrings and texts of errors stay; nothing is changed twice."""
+    found = {(one.line - 1, one.what): one.number for one in mutants("least.py", SOURCE)}
+    expected = {
+        (3, "dropped"): NameError, (4, "the last left out"): 2, (5, "negated"): 0,
+        (5, "the last left out"): 2, (5, "the first left out"): 0, (5, "compared otherwise"): 2,
+        (6, "dropped"): ValueError, (6, "computed otherwise"): 0, (6, "2"): 3,
+        (7, "negated"): ValueError, (9, "None"): None,
+    }  # fmt: skip
+    assert {key: run(found[key], [-1, 1]) for key in expected} == expected
+    assert {key for key in found if key[0] in (1, 2)} == set()
+    assert {key for key in found if key[0] == 8} == {(8, "dropped")}
+    trees = {ast.dump(mutated(SOURCE, number)) for number in found.values()}
+    assert len(trees) == len(found)
