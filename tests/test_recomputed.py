@@ -24,6 +24,7 @@ from gift.kernels import recomputed
 from gift.kernels.recomputed import AS_IT_IS, RULES, keep
 from gift.methods import METHODS
 from gift.private import autograd
+from gift.utils.info import kept_inputs
 from tests.common import saved_by, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
@@ -690,3 +691,57 @@ def test_every_method(method: str) -> None:
         )
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_scaled_outputs_are_kept_without_the_input(method: str, overwritten: bool) -> None:
+    """Which is computed again if the next operation has overwritten the output."""
+    base = nn.Linear(WIDTH, 8).double()
+    h = hidden()
+
+    def run(net: nn.Module) -> tuple[int, list[Tensor]]:
+        y = net(F.gelu(h))
+        y = y.mul_(2) if overwritten else y * 1
+        return size(y, net), list(torch.autograd.grad(weighted(y), [h, *net.parameters()]))
+
+    ours, theirs = (run(adapted(base, method, recompute=on)) for on in (True, False))
+    assert theirs[0] - ours[0] >= h.numel() * 8 - 32
+    assert all(map(torch.equal, ours[1], theirs[1]))
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+def test_scaled_outputs_can_be_differentiated_twice(method: str) -> None:
+    def run(net: nn.Module) -> Any:
+        h = hidden(4, WIDTH)
+        x = F.gelu(h)
+        wanted = [x, *net.parameters()]
+        first = torch.autograd.grad(weighted(net(x)), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [h, *wanted])
+
+    base = nn.Linear(WIDTH, 8).double()
+    ours, theirs = (run(adapted(base, method, recompute=on)) for on in (True, False))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_users_can_see_what_layers_keep() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+            self.q, self.k, self.conv = nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(5, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.first(x))
+            return self.conv(F.gelu(self.q(x)[:, :5] + self.k(x[:, :5])))
+
+    x = torch.randn(8, 6, 8)
+    expected = {"first": "input", "q": "NativeLayerNorm", "k": "Slice", "conv": "Gelu"}
+    for method in ("lora", "dora"):
+        net = adapted(Block(), method, rank=2)
+        assert kept_inputs(net, x) == expected
+        assert net.training
+    net = adapted(Block(), recompute=False, rank=2)
+    assert kept_inputs(net, x) == dict.fromkeys(expected, "input")
+    assert not recomputed.WATCHING

@@ -32,7 +32,13 @@ WORK = 30  # multiplications with each element, which a layer does at least for 
 
 
 class Kept:
-    """How an autograd function gets an input back from what it saved: see `keep`."""
+    """How an autograd function gets an input back from what it saved: see `keep`.
+
+    Attributes:
+        source: ``"input"``, or the operation from which the input is computed again.
+    """
+
+    source = "input"
 
     def value(self, saved: Sequence[Tensor]) -> Tensor:
         """Return the input, which must not be written to.
@@ -45,8 +51,13 @@ class Kept:
 
 AS_IT_IS = Kept()
 
+WATCHING: list[Callable[[Kept], None]] = []
+"""Callbacks that receive how each input is kept: see `gift.utils.info.kept_inputs`."""
 
-def keep(x: Tensor, work: int, recompute: bool = True) -> tuple[Kept, tuple[Tensor, ...]]:
+
+def keep(
+    x: Tensor, work: int, recompute: bool = True, *, seldom: bool = False
+) -> tuple[Kept, tuple[Tensor, ...]]:
     """Decide how an autograd function keeps an input for its backward pass.
 
     It is called in `forward` of the function, which saves the tensors by ``ctx.save_for_backward``.
@@ -55,14 +66,19 @@ def keep(x: Tensor, work: int, recompute: bool = True) -> tuple[Kept, tuple[Tens
         x: the input.
         work: how many multiplications the layer does with each element of `x`.
         recompute: whether the input may be computed again.
+        seldom: whether most backward passes of the function do without the input.
 
     Returns:
         The way back, which belongs on `ctx`, and the tensors to save.
     """
+    kept: Kept = AS_IT_IS
+    tensors: tuple[Tensor, ...] = (x,)
     if recompute and _is_usual(x):
         with contextlib.suppress(Unknown):
-            return _recomputed(x, work)
-    return AS_IT_IS, (x,)
+            kept, tensors = _recomputed(x, work, seldom)
+    for note in WATCHING:
+        note(kept)
+    return kept, tensors
 
 
 def _is_usual(x: Tensor) -> bool:
@@ -82,7 +98,7 @@ def _is_usual(x: Tensor) -> bool:
     )
 
 
-def _recomputed(x: Tensor, work: int) -> tuple[Kept, tuple[Tensor, ...]]:
+def _recomputed(x: Tensor, work: int, seldom: bool) -> tuple[Kept, tuple[Tensor, ...]]:
     """Return the way back from what nodes keep; raise `Unknown` if there is none worth going."""
     node, number, finish = _before_casts(x)
     way = Way(x.numel())
@@ -98,10 +114,11 @@ def _recomputed(x: Tensor, work: int) -> tuple[Kept, tuple[Tensor, ...]]:
     shared = _HERE.open.get(key)
     if shared is None:
         shared = _HERE.open[key] = _Shared(compute)
-    shared.members += 1
+    shared.members += not seldom
     with torch.enable_grad():
         edge = _Edge.apply(x)
-    return _Recomputed(shared, finish), (edge, *way.leaves)
+    source = node.name().removesuffix("Backward0")
+    return _Recomputed(shared, finish, source), (edge, *way.leaves)
 
 
 def _before_casts(x: Tensor) -> tuple[Any, int, Callable[[Tensor], Tensor]]:
@@ -129,10 +146,11 @@ class _Recomputed(Kept):
     Args:
         shared: a value that other layers may need as well.
         finish: makes the input from that value.
+        source: see `Kept`.
     """
 
-    def __init__(self, shared: "_Shared", finish: Callable[[Tensor], Tensor]) -> None:
-        self.shared, self.finish = shared, finish
+    def __init__(self, shared: "_Shared", finish: Callable[[Tensor], Tensor], source: str) -> None:
+        self.shared, self.finish, self.source = shared, finish, source
 
     def value(self, saved: Sequence[Tensor]) -> Tensor:
         edge, *leaves = saved

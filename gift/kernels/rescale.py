@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gift.kernels.recomputed import AS_IT_IS, Kept, keep
 from gift.kernels.torch_state import gives_no_view
 from gift.private.torch import is_transformed, writes_of
 
@@ -20,6 +22,7 @@ def rescaled(
     compute: Compute,
     inputs: tuple[Tensor | None, ...],
     channel: int = -1,
+    recompute: bool = True,
 ) -> Tensor:
     """Compute ``ratio o (z - bias) + bias`` in the dtype of `z`; exactly `z` for a ratio of one.
 
@@ -30,6 +33,7 @@ def rescaled(
         compute: function that computes `z` again.
         inputs: arguments of `compute`.
         channel: the axis of output features, from the end.
+        recompute: whether `inputs` may be computed again.
     """
     shape = [1] * z.dim()
     shape[channel] = -1
@@ -41,7 +45,7 @@ def rescaled(
         ratio, bias = torch.where(finite, ratio, 1), torch.where(finite, bias, 0)
     if _is_plain(z, ratio):
         return _scale(z, ratio, bias)
-    y: Tensor = Rescaled.apply(z, ratio, bias, channel, compute, *inputs)
+    y: Tensor = Rescaled.apply(z, ratio, bias, channel, compute, recompute, *inputs)
     return y
 
 
@@ -78,25 +82,33 @@ class Rescaled(torch.autograd.Function):
         bias: Tensor | None,
         channel: int,
         compute: Compute,
+        recompute: bool,
         *inputs: Tensor | None,
     ) -> Tensor:
         y = _scale(z, ratio, bias)
         ctx.rest = channel, compute, z.dtype
         ctx.divides = y.device.type == "cpu" and bool(ratio.abs().amin() > 2**-4)
         ctx.writes = Writes(y)
+        ctx.kept, saved = [], list[Tensor | None]()
+        for tensor in inputs:
+            kept, tensors = _kept(tensor, ratio.numel(), recompute)
+            ctx.kept.append((kept, len(tensors)))
+            saved += tensors
         # Saving the output itself would raise an error once it is overwritten.
-        ctx.save_for_backward(y.data if ctx.divides else z, ratio, bias, *inputs)
+        ctx.save_for_backward(y.data if ctx.divides else z, ratio, bias, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
-        kept, ratio, bias, *inputs = ctx.saved_tensors
+        kept, ratio, bias, *saved = ctx.saved_tensors
         channel, compute, dtype = ctx.rest
         of_z, of_ratio, of_bias, *_ = ctx.needs_input_grad
         gz = (g * ratio).to(dtype) if of_z else None
         total = None if bias is None else _total(g, channel, ratio)
         divides = ctx.divides
         if divides and (ctx.writes.happened() or torch.is_grad_enabled()):
+            each = iter(saved)
+            inputs = [how.value(list(islice(each, count))) for how, count in ctx.kept]
             kept, divides = compute(*inputs), False
         gr = None
         if of_ratio:
@@ -106,7 +118,14 @@ class Rescaled(torch.autograd.Function):
             if divides:
                 gr = gr / ratio
         gb = (1 - ratio) * total if total is not None and of_bias else None
-        return gz, gr, gb, None, None, *(None for _ in inputs)
+        return gz, gr, gb, None, None, None, *(None for _ in ctx.kept)
+
+
+def _kept(
+    tensor: Tensor | None, work: int, recompute: bool
+) -> tuple[Kept, tuple[Tensor | None, ...]]:
+    """Return how to keep an argument of `compute`, which few backward passes need."""
+    return (AS_IT_IS, (None,)) if tensor is None else keep(tensor, work, recompute, seldom=True)
 
 
 def _total(tensor: Tensor, channel: int, like: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def _linear(
     factor = parameters["ia3_l"]
     if method.feedforward:
         return product.output((x * factor.squeeze(-2)).to(x.dtype), bias)
-    return rescaled(product.output(x, bias), factor, bias, product.output, (x, bias))
+    output, inputs = product.output(x, bias), (x, bias)
+    return rescaled(output, factor, bias, product.output, inputs, recompute=product.recompute)
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     def compute(x: Tensor, bias: "Tensor | None") -> Tensor:
         return convolve(self, x, frozen, bias)
 
-    return rescaled(compute(input, bias), factor, bias, compute, (input, bias), -1 - axes)
+    output, inputs = compute(input, bias), (input, bias)
+    return rescaled(output, factor, bias, compute, inputs, -1 - axes, delta.recompute_inputs)
 
 
 IA3.forwards = linear_forwards(_linear) | conv_forwards(_conv)

@@ -18,6 +18,8 @@ from gift.engine.dry_run import cost_of, on_meta, rehearsed
 from gift.errors import AdaptationError
 from gift.kernels.cost_model import Form
 from gift.kernels.low_rank import WATCHING
+from gift.kernels.recomputed import WATCHING as KEPT
+from gift.kernels.recomputed import Kept
 from gift.methods import METHODS, method_of
 from gift.strategies import (
     STRATEGIES,
@@ -143,21 +145,72 @@ def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
         >>> forms(net, torch.randn(2, 3, 64, 64))
         {'0': 'whole', '2': 'side'}
     """
-    names = {module: name for name, module in net.named_modules()}
     found: dict[str, Form] = {}
+    _watch(net, inputs, found.__setitem__)
+    return found
 
-    def note(layer: nn.Module, form: Form) -> None:
+
+def kept_inputs(net: nn.Module, *inputs: Any) -> dict[str, str]:
+    """Return what each layer with a low-rank delta keeps of its input for the backward pass.
+
+    The network is run once, in evaluation mode, so that its statistics do not change. See
+    `gift.kernels.recomputed`.
+
+    Args:
+        net: an enabled network.
+        *inputs: inputs of its forward pass.
+
+    Returns:
+        By the path of the layer ``"input"`` if it keeps its input; otherwise the operation that
+        made the input, which is computed again from what autograd keeps of that operation. A layer
+        that needs no input is not listed, nor is one that computes with its effective weight.
+
+    Example:
+        A small output of an activation is not worth it:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import LoRALinearFineTuningStrategy
+        >>> from gift.utils.info import kept_inputs
+        >>> net = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> report = enable_fine_tuning(net, LoRALinearFineTuningStrategy(rank=3))
+        >>> [kept_inputs(net, torch.randn(rows, 64)) for rows in (256, 4)]
+        [{'0': 'input', '2': 'Gelu'}, {'0': 'input', '2': 'input'}]
+    """
+    found: dict[str, str] = {}
+    running: list[str] = []
+
+    def kept(how: Kept) -> None:
+        if running:  # the first one is of the layer's own input
+            found[running.pop()] = how.source
+
+    def layer(name: str, form: Form) -> None:
+        running[:] = [name]
+
+    KEPT.append(kept)
+    try:
+        _watch(net, inputs, layer)
+    finally:
+        KEPT.remove(kept)
+    return found
+
+
+def _watch(net: nn.Module, inputs: Sequence[Any], note: Callable[[str, Form], None]) -> None:
+    """Run a network, and note the path and form of each layer with a low-rank delta."""
+    names = {module: name for name, module in net.named_modules()}
+
+    def seen(layer: nn.Module, form: Form) -> None:
         if layer in names:  # another thread may run another network
-            found[names[layer]] = form
+            note(names[layer], form)
 
-    WATCHING.append(note)
+    WATCHING.append(seen)
     try:
         with kept_modes(net), torch.enable_grad():
             net.eval()
             net(*inputs)
     finally:
-        WATCHING.remove(note)
-    return found
+        WATCHING.remove(seen)
 
 
 def compare_methods(
