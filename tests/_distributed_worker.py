@@ -41,6 +41,7 @@ from gift import (
 )
 from gift.factories import pa_train
 from gift.files.container import read
+from gift.kernels import recomputed
 from gift.methods import METHODS
 from gift.strategies import (
     STRATEGIES,
@@ -50,6 +51,9 @@ from gift.strategies import (
 )
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from tests.two_processes import SKIPPED
+
+recomputed.FEW = recomputed.WORK = 0
+"""Inputs are recomputed at every size: FSDP frees what that might read."""
 
 State = dict[str, Any]
 NO_SHARDS = torch.__version__.startswith("2.6")

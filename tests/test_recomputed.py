@@ -384,6 +384,15 @@ def test_weights_of_norms_may_be_written_or_freed(affine: Callable[..., Any]) ->
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("affine", [nn.LayerNorm, nn.RMSNorm])
+def test_weights_that_were_freed_already_are_not_read(affine: Callable[..., Any]) -> None:
+    """As FSDP does at the end of the module that has the norm."""
+    h, norm = hidden(30, WIDTH), affine(WIDTH, dtype=torch.float64).requires_grad_(False)
+    x = norm(h)
+    norm.weight.untyped_storage().resize_(0)
+    assert not is_recomputed(x)
+
+
 def test_large_weights_are_no_way() -> None:
     h = hidden()
     assert not is_recomputed(nn.Parameter(like(h, *h.shape), requires_grad=False) * F.gelu(h))

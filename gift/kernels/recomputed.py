@@ -27,6 +27,7 @@ Compute = Callable[[Sequence[Tensor]], Tensor]
 
 FEW = 2**14  # elements, below which to look for a way takes longer than their memory is worth
 LONGEST = 24  # nodes and tensors on a way
+DEVICES = ("cpu", "cuda", "xpu", "mps")  # others may have no memory that can be compared
 SMALL = 16  # a copy of a weight has at most this part of the elements of the input
 WORK = 30  # multiplications with each element, which a layer does at least for each step of a way
 
@@ -89,7 +90,7 @@ def _is_usual(x: Tensor) -> bool:
         and type(x) is Tensor
         and x.layout is torch.strided
         and x.is_floating_point()
-        and x.device.type != "meta"
+        and x.device.type in DEVICES
         and x.numel() > FEW
         and writes_of(x) == 0
         and not are_packed()

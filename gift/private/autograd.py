@@ -50,6 +50,8 @@ def kept_by(node: Any, name: str) -> Tensor | None:
         return None
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_inference():
         raise Unknown
+    if tensor.numel() and not tensor.untyped_storage().nbytes():  # FSDP frees memory of weights
+        raise Unknown
     kept: Tensor = tensor
     return kept
 
