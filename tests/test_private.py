@@ -27,7 +27,6 @@ from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
 from gift.kernels import onednn
 from gift.methods.draws import seeded_buffer, sorted_entries
-from gift.private import autograd
 from gift.private import torch as private
 from gift.private.diffusers import source_of
 from gift.private.python import frames_of_threads, parsed_pattern
@@ -120,7 +119,7 @@ def test_customary_names_are_listed_and_there() -> None:
         assert hasattr(state if name == "_metadata" else module, name), name
 
 
-@pytest.mark.parametrize("path", [*private.PARTS, *autograd.PARTS])
+@pytest.mark.parametrize("path", private.PARTS)
 def test_the_part_is_there(path: str) -> None:
     """Where this fails gift still works, but slower: see what the part was for, and mend that."""
     assert private.part(path) is not None

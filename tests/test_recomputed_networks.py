@@ -17,6 +17,7 @@ from gift import enable_fine_tuning
 from gift.kernels import recomputed
 from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import saved_by, unet
+from tests.test_recomputed import OLD
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -183,6 +184,7 @@ def frozen(base: nn.Module) -> nn.Module:
     return net
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.6 does not tell of hooks, so that inputs are kept")
 @pytest.mark.parametrize(("make", "inputs", "limit"), NETWORKS.values(), ids=NETWORKS)
 def test_what_is_kept(
     make: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]], limit: float

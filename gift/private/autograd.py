@@ -24,7 +24,7 @@ class Unknown(Exception):
 
 
 def are_packed() -> bool:
-    """Whether hooks of somebody receive what is saved now; True if that is unknown.
+    """Whether hooks of somebody receive what is saved now; True if that is unknown (torch 2.6).
 
     Contexts of hooks are public, but not whether one is active.
     """
