@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import gift
 from gift import FineTuningStrategy, enable_fine_tuning
-from gift.core.network import moved_buffers
+from gift.core.trained import moved_buffers
 from gift.factories import (
     ma_adapt,
     ma_bottleneck,

@@ -14,8 +14,9 @@ from gift.bank.combining import Combination, combine
 from gift.bank.rows import rows_added
 from gift.bank.scaling import scale
 from gift.core.dynamic_class import spec_of
-from gift.core.network import delta_names, frozen_names, whole_state
 from gift.core.record import NetworkRecord, record_of
+from gift.core.state import whole_state
+from gift.core.trained import delta_names, frozen_names
 from gift.core.undo.snapshot import all_or_nothing, completed, transaction
 from gift.core.undo.temporary_state import meanwhile, refuse_meanwhile
 from gift.core.undo.undoable import check_undoable

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.network import frozen_names
 from gift.core.record import fine_tuned_part, record_of
+from gift.core.trained import frozen_names
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.quantization import is_quantised
 

@@ -109,7 +109,7 @@ def _save_whole(
 
 def _is_partial(network: nn.Module, state: Any) -> bool:
     """Whether a state has trained tensors and is not the state of the whole plain model."""
-    from gift.core.network import delta_names, frozen_names
+    from gift.core.trained import delta_names, frozen_names
 
     deltas, frozen = delta_names(network), set(frozen_names(network))
     if not deltas.isdisjoint(state):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from gift.core.network import named_trainable
 from gift.core.report import Report
+from gift.core.trained import named_trainable
 from gift.core.undo.snapshot import Snapshot
 from gift.engine.claims import size_of
 from gift.engine.enable import enable_fine_tuning

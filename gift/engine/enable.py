@@ -14,9 +14,10 @@ from gift.core.dynamic_class import spec_of
 from gift.core.holders import misfits_in_memory, refuse_held_elsewhere
 from gift.core.io_spec import drop_empty_io_spec, renew_io_spec
 from gift.core.movers import offloaded
-from gift.core.network import install_record, remove_record, trained_of_the_base
+from gift.core.network import install_record, remove_record
 from gift.core.record import NetworkRecord, record_of
 from gift.core.report import Report
+from gift.core.trained import trained_of_the_base
 from gift.core.undo.snapshot import Snapshot, all_or_nothing, tensor_of, transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.undo.undoable import check_undoable

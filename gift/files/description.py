@@ -8,8 +8,8 @@ from gift.core.delta import Delta, added_names, deltas_of
 from gift.core.dynamic_class import joined, plain_class, spec_of
 from gift.core.forwards import ForwardDelta
 from gift.core.io_spec import IO_SPEC
-from gift.core.network import trained_of_the_base
 from gift.core.record import record_of
+from gift.core.trained import trained_of_the_base
 from gift.core.undo.snapshot import ModuleUndo
 from gift.core.weights.record import WeightDelta
 from gift.engine.dry_run import on_meta

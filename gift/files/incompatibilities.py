@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.forwards import forward_method_of
-from gift.core.network import whole_state
+from gift.core.state import whole_state
 from gift.errors import some
 from gift.files.description import describe_deltas
 from gift.files.digests import digest

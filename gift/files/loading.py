@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from gift.core.delta import deltas_of, held
 from gift.core.dynamic_class import joined, spec_of
 from gift.core.io_spec import IOSpec, load_io_spec
-from gift.core.network import delta_names, load_own_state, own_state, trained_of_the_base
 from gift.core.record import fine_tuned_part, record_of
 from gift.core.report import Report
+from gift.core.state import load_own_state, own_state
+from gift.core.trained import delta_names, trained_of_the_base
 from gift.core.undo.copy_on_write import CopyOnWrite
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.unfreeze import unfreeze

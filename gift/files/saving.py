@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.io_spec import io_spec_of
-from gift.core.network import (
-    delta_names,
-    frozen_names,
-    trained_of_the_base,
-    trained_tensors,
-    whole_state,
-)
 from gift.core.record import fine_tuned_part, record_of
+from gift.core.state import whole_state
+from gift.core.trained import delta_names, frozen_names, trained_of_the_base, trained_tensors
 from gift.core.unfreeze import unfreezable_problems
 from gift.core.weights.record import is_sharded
 from gift.errors import DeltaFileError, refuse

@@ -10,7 +10,7 @@ from gift.core.delta import deltas_of
 from gift.core.dynamic_class import joined, plain_class, spec_of
 from gift.core.frozen_norms import freeze_statistics, release_statistics
 from gift.core.holders import unmovable
-from gift.core.network import delta_names
+from gift.core.trained import delta_names
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.unfreeze import (
     flags_of_the_base,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gift.core.frozen_norms import kept_modes
-from gift.core.network import named_trainable
+from gift.core.trained import named_trainable
 from gift.errors import NotFiniteError
 from gift.files import save
 from gift.schedules import Schedule

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from gift.core.delta import named_deltas
-from gift.core.network import named_trainable
+from gift.core.trained import named_trainable
 from gift.errors import TrainingError, closest
 from gift.training.settings import Settings
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gift.core.network import frozen_names
+from gift.core.trained import frozen_names
 from gift.errors import TrainingError
 from gift.schedules import Schedule
 from gift.training.distributed import Processes, sharded_like, whole

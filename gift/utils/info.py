@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from gift.budget import suggest
 from gift.core.dynamic_class import spec_of
 from gift.core.frozen_norms import kept_modes
-from gift.core.network import named_trainable
+from gift.core.trained import named_trainable
 from gift.core.weights.record import weight_deltas
 from gift.engine.claims import size_of
 from gift.engine.dry_run import cost_of, on_meta, rehearsed

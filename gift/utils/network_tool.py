@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from gift.core.network import named_trainable
+from gift.core.trained import named_trainable
 
 
 def trainable_parameters(net: nn.Module) -> Iterator[nn.Parameter]:

@@ -5,8 +5,8 @@ from torch import nn
 from gift.core.delta import added_names, held
 from gift.core.dynamic_class import joined, spec_of
 from gift.core.movers import refuse_offloaded
-from gift.core.network import named_trainable
 from gift.core.record import record_of
+from gift.core.trained import named_trainable
 from gift.core.undo.temporary_state import refuse_meanwhile
 
 

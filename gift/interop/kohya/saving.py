@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gift.core.delta import deltas_of
-from gift.core.network import moved_buffers, trained_of_the_base
 from gift.core.record import fine_tuned_part
+from gift.core.trained import moved_buffers, trained_of_the_base
 from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
 from gift.errors import DeltaFileError, refuse
 from gift.interop.kohya.layers import Incompatible, flat, is_layer, lead

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
-from gift.core.network import moved_buffers, trained_of_the_base
+from gift.core.trained import moved_buffers, trained_of_the_base
 from gift.interop.peft.forms import Form, Tensors, Written
 from gift.interop.peft.names import ends_with, kept
 
