@@ -276,6 +276,7 @@ def test_rolling_back_is_completed_when_it_is_interrupted_at_any_line() -> None:
     held, looks = _held(net), _look(net)
     files = (
         "gift/core/undo/snapshot.py",
+        "gift/core/undo/undo.py",
         "gift/core/undo/containers.py",
         "gift/core/dynamic_class.py",
         "gift/support/tensors.py",

@@ -17,8 +17,9 @@ from gift.core.dynamic_class import spec_of
 from gift.core.record import NetworkRecord, record_of
 from gift.core.state import whole_state
 from gift.core.trained import delta_names, frozen_names
-from gift.core.undo.snapshot import all_or_nothing, completed, transaction
+from gift.core.undo.snapshot import all_or_nothing, transaction
 from gift.core.undo.temporary_state import meanwhile, refuse_meanwhile
+from gift.core.undo.undo import completed
 from gift.core.undo.undoable import check_undoable
 from gift.core.undo.unload import UnloadedDelta
 from gift.engine.enable import enable_fine_tuning, enabling_trained, values_of_the_base

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gift.core.dynamic_class import joined
 from gift.core.forwards import named_forward_deltas
 from gift.core.record import record_of
-from gift.core.undo.snapshot import tensor_of, transaction
+from gift.core.undo.snapshot import transaction
+from gift.core.undo.undo import tensor_of
 from gift.core.undo.unload import UnloadedDelta
 from gift.core.weights.record import WeightDelta, present_tensor, trained_value, weight_deltas
 from gift.layers.layouts import Layout, LayoutOptions

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gift.core.delta import put_values
 from gift.core.dynamic_class import joined
 from gift.core.record import NetworkRecord, record_of
-from gift.core.undo.snapshot import completed, tensor_of
+from gift.core.undo.undo import completed, tensor_of
 from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError, refuse
 from gift.methods.settings import is_number

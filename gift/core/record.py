@@ -13,7 +13,8 @@ from gift.core.undo.temporary_state import refuse_meanwhile
 
 if TYPE_CHECKING:  # circular: both import this file
     from gift.core.frozen_base import HeldFlags
-    from gift.core.undo.snapshot import Snapshot, Undo
+    from gift.core.undo.snapshot import Snapshot
+    from gift.core.undo.undo import Undo
 
 
 @dataclass

@@ -11,7 +11,7 @@ from gift.core.delta import added_names
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.frozen_base import hold_flags
 from gift.core.record import record_of
-from gift.core.undo.snapshot import put_value, tensor_of
+from gift.core.undo.undo import put_value, tensor_of
 from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError
 from gift.layers.table import row_of

@@ -18,8 +18,9 @@ from gift.core.network import install_record, remove_record
 from gift.core.record import NetworkRecord, record_of
 from gift.core.report import Report
 from gift.core.trained import trained_of_the_base
-from gift.core.undo.snapshot import Snapshot, all_or_nothing, tensor_of, transaction
+from gift.core.undo.snapshot import Snapshot, all_or_nothing, transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
+from gift.core.undo.undo import tensor_of
 from gift.core.undo.undoable import check_undoable
 from gift.core.unfreeze import unfreezable_problems
 from gift.core.weights.record import is_sharded

@@ -10,7 +10,7 @@ from gift.core.forwards import ForwardDelta
 from gift.core.io_spec import IO_SPEC
 from gift.core.record import record_of
 from gift.core.trained import trained_of_the_base
-from gift.core.undo.snapshot import ModuleUndo
+from gift.core.undo.undo import ModuleUndo
 from gift.core.weights.record import WeightDelta
 from gift.engine.dry_run import on_meta
 from gift.factories.actions import CLASS_COUNTS, new_head

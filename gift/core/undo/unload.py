@@ -24,8 +24,9 @@ from gift.core.frozen_norms import kept_modes
 from gift.core.holders import refuse_held_elsewhere
 from gift.core.network import remove_record
 from gift.core.record import record_of
-from gift.core.undo.snapshot import OWN, ModuleUndo, completed, place_of, tensor_of, transaction
+from gift.core.undo.snapshot import OWN, transaction
 from gift.core.undo.temporary_state import meanwhile
+from gift.core.undo.undo import ModuleUndo, completed, place_of, tensor_of
 from gift.core.undo.undoable import check_undoable
 from gift.core.weights.mixin import is_parametrized
 from gift.core.weights.record import weight_deltas

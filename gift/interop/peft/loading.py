@@ -8,7 +8,7 @@ from torch import nn
 
 from gift.core.dynamic_class import Spec, spec_of
 from gift.core.report import Report
-from gift.core.undo.snapshot import tensor_of
+from gift.core.undo.undo import tensor_of
 from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError
