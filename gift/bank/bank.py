@@ -226,30 +226,39 @@ class DeltaBank:
         """Context manager that computes each row of a batch with its own delta, for inference.
 
         The deltas must be low-rank changes of linear layers, convolutions and embeddings only
-        (LoRA, rsLoRA, PiSSA, OLoRA, LoRA-FA, VeRA, LoHa). Each of these layers must get the batch
-        along axis `dim`. If it gets a multiple of the batch along the first axis (beam search,
-        flattened tokens), the entries of one row are assumed to be consecutive. The computation is
-        tracked to distinguish layers that get the batch from layers whose rows are elsewhere, or
-        that get the same for all rows (positions). Layers without the batch are rejected.
+        (LoRA, rsLoRA, PiSSA, OLoRA, LoRA-FA, VeRA, LoHa). The first tensor that the network gets is
+        the batch. If its length is a multiple of the number of rows (beam search), the entries of
+        one row are consecutive. Other inputs of the same length have the rows too; all others are
+        the same for all rows, as parameters, buffers, and tensors made from constants are.
 
-        Some changes in the order of rows cannot be detected, and must not happen: in numpy, in a
-        function of another library, in a slice of a tensor that is written to separately (`part =
-        x[1:]`, `part.copy_(...)`), by a reshape that splits a batch and joins it in another order,
-        or by a mask computed from data that reads rows in one order and writes them in another. If
-        rows are mixed, as by a mean over the batch, no row has its own result.
+        Each function of torch is tracked from there on: which entries along which axis belong to
+        which row. A function keeps rows apart if `gift/bank/kinds.py` has a rule for it: what torch
+        tags as pointwise, what moves or joins axes or picks entries, and what sums over, sorts or
+        normalises other axes than that of the rows. After any other function the rows are lost, as
+        after one that mixes them (a mean over the batch, batch normalisation in training). A layer
+        of a delta rejects a tensor whose rows are lost, or that is the same for all rows and has no
+        axis for them. So does the end of the network, if it returns nothing but lost rows or rows
+        in another order. If some of several results have their rows, a warning says that others do
+        not; a loss without axes is no such result.
+
+        What torch does not show is not known to keep rows apart: `torch.vmap`, TorchScript,
+        extensions, numpy. Code compiled by `torch.compile` runs as it is written. What cannot be
+        detected is a decision: control flow or integers that depend on other rows (`if mask.any()`,
+        `int(x.argmax())`).
 
         Only the thread that enters the context may call the network. Calls by another thread are an
         error.
 
         Args:
             names: name of the delta of each row of the batch; None means the base.
-            dim: axis of the batch in the inputs of layers.
+            dim: axis of the batch in the inputs of the network. If an input has another length
+                there, the first axis is tried.
 
         Raises:
             KeyError: if a name is unknown.
             AdaptationError: naming every change of a delta that cannot differ between rows.
-            ValueError, RuntimeError: in the context, if a layer does not get the batch, or another
-                one reads its weight.
+            ValueError, RuntimeError: in the context, if a layer does not get the batch, the network
+                does not return it, values of rows leave torch, or another layer reads a weight.
         """
         for name in names:
             if name is not None:

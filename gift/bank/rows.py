@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.bank.changes import Change, Changes, changes_of
+from gift.bank.places import SAME, Lost, One, Place, Rows, everywhere
 from gift.bank.tracking import Hook, Tracking
 from gift.core.dynamic_class import plain_class
 from gift.errors import AdaptationError, GiftWarning, refuse
 from gift.layers.layouts import Layout
 from gift.layers.table import known_features, operation_of, reader_of
-from gift.private.torch import convolve, unfollowed
+from gift.private.torch import convolve, uncompiled, unfollowed
 
 Factors = tuple[Tensor, Tensor]
 
@@ -31,18 +32,19 @@ def rows_added(
         raise ValueError("there are no rows")
     layers = _layers(net, read)
     weights = [module._parameters.get("weight") for module, _ in layers.values()]
-    tracking = Tracking(net, [weight for weight in weights if weight is not None], len(rows), dim)
+    held = [weight for weight in weights if weight is not None]
+    tracking = Tracking(net, held, len(rows), dim, differs=len({*rows}) > 1)
     seen: set[str] = set()
-    with tracking, ExitStack() as hooks:
+    with uncompiled(), tracking, ExitStack() as hooks:
         for path, (module, by_name) in layers.items():
             own = Hook(_Rows(path, by_name, rows, tracking, seen))
             # Prepended, so that other hooks see the complete output.
             hook = module.register_forward_hook(own, prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
         yield
-    held = {path: id(module._parameters.get("weight")) for path, (module, _) in layers.items()}
-    reached = {held[path] for path in seen}  # one of several tied layers is enough
-    never = [path for path in layers if path not in seen and held[path] not in reached]
+    ids = {path: id(module._parameters.get("weight")) for path, (module, _) in layers.items()}
+    reached = {ids[path] for path in seen}  # one of several tied layers is enough
+    never = [path for path in layers if path not in seen and ids[path] not in reached]
     if tracking.was_called and never:
         warnings.warn(
             f"{never} were never called, so their deltas had no effect", GiftWarning, stacklevel=4
@@ -118,48 +120,66 @@ class _Rows:
         self.tracking = tracking
         self.seen = seen
         self.names = {name: i for i, name in enumerate(by_name)}
-        self.known: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self.known: dict[tuple[int, int, torch.device], dict[str, Tensor]] = {}
 
     def __call__(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         self.seen.add(self.path)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        side = _SIDES[operation_of(type(module))]
-        if len({*self.rows}) == 1:  # wherever the rows are
-            name = self.rows[0]
-            if name is None:
-                return output
-            return (output + side(module, x, self.by_name[name])).to(output.dtype)
-        dim = self.tracking.dim
-        if x.ndim > dim and x.shape[dim] == 1 and self.tracking.is_same(x):
-            # An input computed once for all rows, like positions, is expanded to all of them.
-            x, output = (_repeated(tensor, len(self.rows), dim) for tensor in (x, output))
-        elif dim not in _axes_before_features(module, x) or not self.tracking.has_rows(x):
-            raise ValueError(
-                f"{self.path} gets {tuple(x.shape)}, where axis {dim} is not the batch of "
-                f"{len(self.rows)} rows, as far as can be seen: rows cannot differ there"
-            )
         with unfollowed():  # these operations need no tracking
-            for name, index in self._places(x.shape[dim], x.device).items():
-                taken = output.index_select(dim, index)
-                change = side(module, x.index_select(dim, index), self.by_name[name])
-                output = output.index_copy(dim, index, (taken + change).to(output.dtype))
-        self.tracking.now_has_rows(output)
-        return output
+            changed, place = self._changed(module, x, output)
+        self.tracking.set_place(changed, place)
+        return changed
 
-    def _places(self, size: int, device: torch.device) -> dict[str, Tensor]:
-        """Return the indices of each delta along the axis of the batch."""
-        if (size, device) not in self.known:
-            times = size // len(self.rows)
-            rows = torch.tensor(
-                [self.names.get(name or "", -1) for name in self.rows], device=device
+    def _changed(self, module: Any, x: Tensor, output: Tensor) -> tuple[Tensor, Place]:
+        """Return the output with each row's delta, and where its rows are."""
+        tracking, side = self.tracking, _SIDES[operation_of(type(module))]
+        dim = tracking.dim
+        place = tracking.in_layer(x) if tracking.differs else SAME
+        if len({*self.rows}) == 1 or isinstance(place, One):
+            name = self.rows[place.row if isinstance(place, One) else 0]
+            if name is not None:
+                output = (output + side(module, x, self.by_name[name])).to(output.dtype)
+            return output, tracking.place_of(output)
+        if place is SAME and x.ndim > dim and x.shape[dim] == 1:
+            # An input computed once for all rows, like positions, is expanded to all of them.
+            x, output = (_repeated(tensor, tracking.batch, dim) for tensor in (x, output))
+            place = Rows(len(self.rows), dim, tracking.batch // len(self.rows))
+        if not isinstance(place, Rows) or place.axis not in _axes_before_features(module, x):
+            raise ValueError(
+                f"{self.path} gets {tuple(x.shape)}, which is not the batch of {len(self.rows)} "
+                f"rows: {_why(place)}. Leave this layer out of the deltas, or call the network "
+                "once for each delta"
             )
-            each = rows.repeat_interleave(times)
-            self.known[size, device] = {
+        axis = place.axis
+        for name, index in self._indices(place, x.shape[axis], x.device).items():
+            taken = output.index_select(axis, index)
+            change = side(module, x.index_select(axis, index), self.by_name[name])
+            output = output.index_copy(axis, index, (taken + change).to(output.dtype))
+        return output, place
+
+    def _indices(self, place: Rows, size: int, device: torch.device) -> dict[str, Tensor]:
+        """Return the indices of each delta along the axis of the rows."""
+        key = (size, place.inner, device)
+        if place.ids is not None or key not in self.known:
+            rows = torch.tensor([self.names.get(name or "", -1) for name in self.rows])
+            each = rows[everywhere(place, size)].to(device)
+            found = {
                 name: (each == i).nonzero().flatten()
                 for name, i in self.names.items()
                 if name in self.rows
             }
-        return self.known[size, device]
+            if place.ids is not None:
+                return found
+            self.known[key] = found
+        return self.known[key]
+
+
+def _why(place: Place) -> str:
+    if isinstance(place, Lost):
+        return place.why
+    if isinstance(place, Rows):
+        return f"the rows are along axis {place.axis}"
+    return "it is the same for all rows and has no axis of the batch; `x[None]` would have one"
 
 
 def _repeated(tensor: Tensor, times: int, dim: int) -> Tensor:

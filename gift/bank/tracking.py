@@ -1,6 +1,8 @@
 """Track the rows of a batch inside a network: which tensors have them, along which axis."""
 
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -9,26 +11,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gift.bank.axes import (
-    ALONG,
-    ANYWHERE,
-    BROADCASTING,
-    COMBINING,
-    GROWING,
-    PERMUTING,
-    PUTTING,
-    READS,
-    RESHAPING,
-    at,
-    combined,
-    is_whole,
-    items_of,
-    left_by,
-    name_of,
-    permuted,
-)
+from gift.bank import kinds
+from gift.bank.call import Call, name_of, tensors_of, writes
+from gift.bank.places import SAME, Lost, Mixed, One, Place, Rows, in_order, is_alike
+from gift.bank.rules import place_after
+from gift.core.dynamic_class import plain_class
 from gift.core.forwards import argument_names
-from gift.wrappers.arguments import in_order
+from gift.errors import GiftWarning
+from gift.layers.table import operation_of
+from gift.private.torch import is_transformed, storage_key
+from gift.wrappers.arguments import in_order as arguments_in_order
 
 
 class Hook:
@@ -46,10 +38,10 @@ class Hook:
 
 
 class Tracking(TorchFunctionMode):
-    """Context manager that tracks where rows are, as far as shapes do not show it.
+    """Context manager that tracks where the rows of a batch are in each tensor of a network.
 
     A tensor computed from constants only, such as positions, is the same for all rows, whatever the
-    length of its axes. A tensor whose axes were permuted has its rows along another axis.
+    length of its axes. A function that is not known to keep rows apart loses them.
 
     Args:
         net: the network.
@@ -57,24 +49,29 @@ class Tracking(TorchFunctionMode):
             module that reads them would see the base.
         n_rows: the number of rows.
         dim: axis of the rows in the inputs of layers.
+        differs: whether the rows differ. If not, nothing can be mixed.
     """
 
-    def __init__(self, net: nn.Module, weights: Collection[Tensor], n_rows: int, dim: int) -> None:
+    def __init__(
+        self, net: nn.Module, weights: Collection[Tensor], n_rows: int, dim: int, differs: bool
+    ) -> None:
         super().__init__()
         self.weights = {id(weight) for weight in weights}
-        self.constants = {id(t) for t in (*nn.Module.parameters(net), *net.buffers())}
         self.n_rows = n_rows
         self.dim = dim
+        self.differs = differs
         self.batch = n_rows
         self.sizes = {n_rows}  # batch sizes: beam search repeats each row in place
         self.was_called = False
         self._thread = threading.get_ident()
         self._inside: list[nn.Module] = []
-        self._same = WeakTensorKeyDictionary()
-        self._axes = WeakTensorKeyDictionary()  # axis of rows, if not `dim`; None if unknown
-        self._followed = WeakTensorKeyDictionary()  # tensors known to come from the batch
         self._modules = list(net.modules())
         self._hooks: list[Any] = []
+        self._places = WeakTensorKeyDictionary()
+        self._overwritten: dict[int, tuple[int, Tensor]] = {}  # memory: when; kept, so not reused
+        self._now = 0
+        for tensor in _constants(self._modules):
+            self.set_place(tensor, SAME)
 
     def __enter__(self) -> Any:
         for module in self._modules:
@@ -91,24 +88,33 @@ class Tracking(TorchFunctionMode):
             hook.remove()
         super().__exit__(*error)
 
-    def is_same(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is known to be the same for all rows."""
-        return id(tensor) in self.constants or tensor in self._same
+    def place_of(self, tensor: Tensor) -> Place:
+        """Return where the rows are in a tensor."""
+        known: tuple[Place, int] | None = self._places.get(tensor)
+        if known is None:
+            return Lost(_unseen())
+        place, when = known
+        if self._overwritten:
+            written, _ = self._overwritten.get(storage_key(tensor), (0, None))
+            if written > when:
+                return Lost("other rows were written into its memory, through another view")
+        return place
 
-    def has_rows(self, tensor: Tensor) -> bool:
-        """Return whether a tensor has the rows along `dim`, as far as is known."""
-        size, axis = tensor.shape[self.dim], self._axes.get(tensor, self.dim)
-        if self.is_same(tensor):  # unless it has a row for each, all equal
-            axis = None if tensor.ndim == 1 or not _alike(tensor, self.dim) else axis
-        return axis == self.dim and (
-            size % self.batch == 0 if self.dim == 0 else size == self.batch
-        )
+    def set_place(self, tensor: Tensor, place: Place) -> None:
+        """Record where the rows are in a tensor."""
+        self._places[tensor] = place, self._now
 
-    def now_has_rows(self, tensor: Tensor) -> None:
-        """Record that a tensor has the rows along `dim`, whatever it was computed from."""
-        self._same.pop(tensor, None)
-        self._axes.pop(tensor, None)
-        self._followed[tensor] = True
+    def in_layer(self, tensor: Tensor) -> Place:
+        """Return where the rows are in the input of a layer.
+
+        What is computed from constants has the rows along `dim` if it has an entry for each, all
+        equal.
+        """
+        place, size = self.place_of(tensor), _size(tensor, self.dim)
+        each = place is SAME and tensor.ndim > 1 and size and size % self.batch == 0
+        if each and _alike(tensor, self.dim):
+            return Rows(self.n_rows, self.dim, size // self.n_rows)
+        return place
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if threading.get_ident() != self._thread:
@@ -116,22 +122,38 @@ class Tracking(TorchFunctionMode):
                 f"{type(module).__name__} is computing rows for another thread: rows differ in the "
                 "thread of the with block alone"
             )
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(module).__name__} is compiled, where rows cannot differ: compile it "
+                "before the with block, or call the network itself"
+            )
+        if not self._inside:
+            given = arguments_in_order(argument_names(type(module)), args, kwargs)
+            self._begin(module, list(tensors_of(given)), given)
         self._inside.append(module)
-        if len(self._inside) == 1:
-            self._begin(module, [*_tensors(in_order(argument_names(type(module)), args, kwargs))])
         self.was_called = True
 
-    def _leave(self, *_: Any) -> None:
-        if threading.get_ident() == self._thread:
-            self._inside.pop()
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread or not self._inside:
+            return
+        self._inside.pop()
+        if not self.differs or output is None:
+            return
+        if operation_of(type(module)) == "packed linear":
+            self.set_place(output, self.place_of(args[0]))  # kernels are not seen
+        if not self._inside:
+            self._check_output(module, output)
 
-    def _begin(self, module: nn.Module, inputs: list[Tensor]) -> None:
+    def _begin(self, module: nn.Module, inputs: list[Tensor], given: Any) -> None:
         """Find the batch: the first input has it; inputs of other sizes are equal for all rows."""
-        for tensor in inputs:
-            self.now_has_rows(tensor)
+        self._overwritten.clear()
         batches = [tensor for tensor in inputs if tensor.ndim]
+        within = [t for t in _inside_objects(given) if t not in self._places]  # caches
+        for tensor in inputs:
+            self.set_place(tensor, SAME)
         if self.dim != 0:
-            self._find(batches)
+            for tensor in [*batches, *within]:
+                self.set_place(tensor, self._find(tensor))
             return
         if not batches:
             return
@@ -141,151 +163,142 @@ class Tracking(TorchFunctionMode):
             raise ValueError(
                 f"{type(module).__name__} gets a batch of {self.batch}, expected {self.n_rows} rows"
             )
-        for tensor in batches[1:]:
+        place = Rows(self.n_rows, 0, self.batch // self.n_rows)
+        for tensor in [*batches, *within]:
             # A vector as long as the second axis may hold positions, and cannot be distinguished
             # from values for each row.
-            either = tensor.ndim == 1 and first.shape[1:2] == tensor.shape
-            if len(tensor) != self.batch or either:
-                self._same[tensor] = True
+            either = tensor.ndim == 1 and first.shape[1:2] == tensor.shape and tensor is not first
+            has_rows = tensor.ndim and len(tensor) == self.batch and not either
+            self.set_place(tensor, place if has_rows else SAME)
 
-    def _find(self, inputs: list[Tensor]) -> None:
+    def _find(self, tensor: Tensor) -> Place:
         """Find the batch in a network that may get it first, though layers get it along `dim`."""
-        for tensor in inputs:
-            found = [a for a, size in enumerate(tensor.shape) if size == self.n_rows]
-            if self.dim not in found and 0 in found:
-                self._axes[tensor] = 0
-            elif self.dim not in found:
-                self._same[tensor] = True
+        for axis in (self.dim, 0):
+            if _size(tensor, axis) == self.n_rows:
+                return Rows(self.n_rows, axis)
+        return SAME
+
+    def _check_output(self, module: nn.Module, output: Any) -> None:
+        """Raise if a network returns its rows in another order, or warn if it mixes some."""
+        kind, found = type(module).__name__, [t for t in tensors_of(output) if t.ndim]
+        places = [self.place_of(tensor) for tensor in found]
+        lost = [place.why for place in places if isinstance(place, Lost)]
+        lost += ["rows are in another order" for place in places if not in_order(place)]
+        single = found[0] if isinstance(output, Tensor) and found else None
+        if single is not None and isinstance(places[0], One) and len(single) == self.batch:
+            lost.append(f"all of it belongs to row {places[0].row}")
+        if not lost:
+            return
+        text = (
+            f"{kind} returns {tuple(found[0].shape)}, which is not the batch of {self.n_rows} "
+            f"rows: {lost[0]}. Call it once for each delta instead"
+        )
+        if len(lost) == len(found) or single is not None:
+            raise ValueError(text)
+        warnings.warn(
+            f"of {len(found)} tensors that {kind} returns, {len(lost)} have no rows: {lost[0]}",
+            GiftWarning,
+            stacklevel=2,
+        )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if name_of(func) == "repeat_interleave" and args[0].shape[:1] == (self.n_rows,):
+        name = name_of(func)
+        if name == "repeat_interleave" and args[0].shape[:1] == (self.n_rows,):
             self.sizes.update(size for size in result.shape[:1] if size % self.n_rows == 0)
-        if name_of(func) == "__iter__":  # over slices, which are tracked too
+        if name == "__iter__":  # over slices, which are tracked too
             result = list(result)
         if self._inside:
-            made = [args[0]] if name_of(func) == "__setitem__" else list(_tensors(result))
-            if made:
-                self._follow(func, [*_tensors(args), *_tensors(kwargs)], args, kwargs, made)
-        return iter(result) if name_of(func) == "__iter__" else result
+            self._follow(name, func, args, kwargs, result)
+        return iter(result) if name == "__iter__" else result
 
-    def _follow(
-        self, func: Any, given: list[Tensor], args: Any, kwargs: Any, made: list[Tensor]
-    ) -> None:
-        for tensor in given:
+    def _check_weights(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
             if id(tensor) in self.weights and not self._is_own(tensor):
                 raise RuntimeError(
                     f"{type(self._inside[-1]).__name__} reads a weight of another layer itself, "
                     "which has no single value while rows differ"
                 )
-        name = name_of(func)
-        read = {"making": [], "first": given[:1], "other": given[1:2], "last_two": given[-2:]}.get(
-            READS.get(name, ""), given
-        )
-        varying = [tensor for tensor in read if not self.is_same(tensor)]
-        if not varying:
-            self._same.update(dict.fromkeys(made, True))
+
+    def _follow(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        made = [args[0]] if name in ("__setitem__", "__set__") else list(tensors_of(result))
+        if not made and name not in kinds.LEAVING:
             return
-        # The first tensor decides where the rows are, before masks and the like, unless it was not
-        # computed from the batch.
-        first = min(varying, key=lambda tensor: (tensor not in self._followed, not tensor.ndim))
-        axis = self._axes.get(first, self.dim)
-        moved = [
-            self._put(name, args, kwargs, axis)
-            if name in PUTTING
-            else self._moved(name, func, args, kwargs, read, first, tensor, axis)
-            for tensor in made
-        ]
-        for tensor, there in zip(made, moved, strict=True):
-            self._same.pop(tensor, None)
-            self._axes[tensor] = there
-            if first in self._followed:
-                self._followed[tensor] = True
+        call = Call(name, func, args, kwargs, self.n_rows, self.place_of, made)
+        if made:
+            self._check_weights(call.tensors)
+        elif self.differs:
+            self._check_leaving(call)
+        if not self.differs:
+            return
+        for which, tensor in enumerate(made):
+            try:
+                place = place_after(call, which)
+            except Mixed as error:
+                place = Lost(f"{name} in {type(self._inside[-1]).__name__} {error}")
+            if writes(func) and not is_alike(place, self.place_of(tensor)):
+                self._now += 1
+                self._overwritten[storage_key(tensor)] = self._now, tensor
+            self.set_place(tensor, place)
 
-    def _moved(
-        self,
-        name: str,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        read: list[Tensor],
-        first: Tensor,
-        made: Tensor,
-        axis: int | None,
-    ) -> int | None:
-        """Return the axis of the rows in a result, given their axis before; None if unknown."""
-        if axis is None or name in ANYWHERE or axis >= first.ndim:
-            return None
-        if name in PERMUTING:
-            return permuted(func, args, kwargs, axis)
-        if name == "__getitem__":
-            return self._indexed(args[0], args[1], made, axis)
-        if name in COMBINING:
-            return combined(name, args, kwargs, read, first, made, axis)
-        if name in GROWING:  # concatenated batches are not a batch of these rows
-            same = made.ndim == first.ndim and made.shape[axis] == first.shape[axis]
-            return axis if same else None
-        if name in BROADCASTING or (name in ("max", "min") and len(read) > 1):
-            return None if made.ndim < first.ndim else axis + made.ndim - first.ndim
-        if name in ALONG:
-            return left_by(name, args, kwargs, first, made, axis)
-        unknown = axis != self.dim and (name in RESHAPING or made.ndim != first.ndim)
-        return None if unknown else axis
-
-    def _indexed(self, x: Tensor, index: Any, made: Tensor, axis: int) -> int | None:
-        """The same for indexing."""
-        if self.is_same(x):  # a table: entries are where the index has them
-            is_number = isinstance(index, Tensor) and index.dtype != torch.bool
-            return axis if is_number else None
-        items = items_of(index, x.ndim)
-        if isinstance(items[0], Tensor) and axis == 0 and len(items) > 1:
-            dims = [item.ndim for item in items if isinstance(item, Tensor)]
-            # Each row is indexed at another position.
-            return 0 if max(dims) == 1 and is_whole(items[0], self.batch) else None
-        chosen = [isinstance(item, Tensor | list) for item in items if type(item) is not int]
-        first, last = (chosen.index(True), chosen[::-1].index(True)) if any(chosen) else (0, 0)
-        if any(chosen) and not all(chosen[first : len(chosen) - last]):
-            return None  # with separated index tensors, their axis comes first
-        there, left = 0, axis
-        for item in items:
-            if item is None:
-                there += 1
-            elif left == 0:
-                return there if is_whole(item, x.shape[axis]) else None
-            elif isinstance(item, Tensor | list):
-                return None
-            else:
-                there, left = there + isinstance(item, slice), left - 1
-        return there + left
-
-    def _put(self, name: str, args: Any, kwargs: Any, axis: int | None) -> int | None:
-        """Return the axis of the rows after writing values into a tensor at indices."""
-
-        def given(place: int, *names: str) -> Any:
-            found = (kwargs[n] for n in names if n in kwargs)
-            return next(found, args[place] if len(args) > place else None)
-
-        into = given(0, "input")
-        indexed = name in ("__setitem__", "index_put")
-        source = given(2, "values") if indexed else given(3, "src", "source", "value", "tensor")
-        varies = isinstance(source, Tensor) and not self.is_same(source)
-        if self.is_same(into) and varies:
-            axis = self._axes.get(source, self.dim)
-        if axis is None:
-            return None
-        if indexed:
-            index = given(1, "indices")
-            item = at(items_of(index if name == "__setitem__" else tuple(index), into.ndim), axis)
-        else:
-            along = given(1, "dim")
-            item = given(2, "index") if along % into.ndim == axis else slice(None)
-        mask = isinstance(item, Tensor) and item.dtype == torch.bool and not self.is_same(item)
-        kept = mask or (not varies and not self.is_same(into))
-        return axis if kept or is_whole(item, into.shape[axis]) else None
+    def _check_leaving(self, call: Call) -> None:
+        """Raise if values of rows leave torch, where what becomes of them is not seen."""
+        x = call.x
+        number = call.name not in ("numpy", "__array__", "__dlpack__")
+        if self.place_of(x) is not SAME and not (number and not x.is_floating_point()):
+            raise ValueError(
+                f"{type(self._inside[-1]).__name__} takes values of rows out of torch by "
+                f"{call.name}: what becomes of them cannot be followed"
+            )
 
     def _is_own(self, weight: Tensor) -> bool:
         return any(p is weight for p in self._inside[-1]._parameters.values())
+
+
+def _unseen() -> str:
+    if is_transformed():
+        return "torch.vmap or another transform of torch.func hides what it does"
+    return (
+        "it comes from what torch does not show, such as TorchScript, vmap, numpy or an "
+        "extension, or from a tensor that is no parameter, buffer or attribute of a module"
+    )
+
+
+def _constants(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Return what modules, their classes and the files of these hold, the same for all rows."""
+    classes = {plain_class(type(module)) for module in modules}
+    files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+    holders = [vars(holder) for holder in (*modules, *classes, *files)]
+    holders += [held for m in modules for held in (m._parameters, m._buffers)]
+    for holder in holders:
+        for value in list(holder.values()):
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, list | tuple | dict):
+                items = value.values() if isinstance(value, dict) else value
+                yield from (item for item in list(items) if isinstance(item, Tensor))
+
+
+def _inside_objects(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Return the tensors in the attributes of objects, as caches are."""
+    if (
+        isinstance(value, Tensor | nn.Module | str | int | float | type)
+        or value is None
+        or not depth
+    ):
+        return
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _inside_objects(item, depth)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from tensors_of(item)
+            yield from _inside_objects(item, depth - 1)
+
+
+def _size(tensor: Tensor, axis: int) -> int:
+    return tensor.shape[axis] if tensor.ndim > axis else 0
 
 
 def _alike(tensor: Tensor, dim: int) -> bool:
@@ -293,14 +306,3 @@ def _alike(tensor: Tensor, dim: int) -> bool:
     return tensor.stride(dim) == 0 or torch.equal(
         tensor.narrow(dim, 0, 1).expand_as(tensor), tensor
     )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)

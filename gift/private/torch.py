@@ -148,6 +148,18 @@ def unfollowed() -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if disable is None else disable()
 
 
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context in which compiled functions run as they are written.
+
+    The public function imports the compiler, which takes seconds. Before anything was compiled, the
+    compiler is not imported, which its private name shows.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 OVERRIDES_NOTHING: Any = part("torch._C._disabled_torch_function_impl")
 """The ``__torch_function__`` of a tensor class that overrides no function. torch's notes on
 extending it name this and the next part, in private places. None if it is gone."""

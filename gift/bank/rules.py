@@ -1,0 +1,531 @@
+"""Rules that say where the rows of a batch are after a function was called.
+
+`place_after` finds the rule; the tables of `gift/bank/kinds.py` say which functions have one.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gift.bank import kinds
+from gift.bank.call import Call, tensors_of
+from gift.bank.indexing import found_in, indexed, is_decision, scattered, written
+from gift.bank.places import (
+    SAME,
+    Lost,
+    Mixed,
+    One,
+    Operand,
+    Place,
+    Rows,
+    aligned,
+    entry,
+    everywhere,
+    placed,
+    repeated,
+    reshaped,
+    sliced,
+    stretched,
+)
+from gift.private.torch import unfollowed
+
+Rule = Callable[[Call, int], Place]  # of a call and the number of a result
+
+
+def place_after(call: Call, which: int) -> Place:
+    """Return where the rows are in one of a call's results.
+
+    Raises:
+        Mixed: if the function mixes rows, or is not known to keep them apart.
+    """
+    name, read = call.name, _read(call)
+    places = [call.place_of(tensor) for tensor in read]
+    varying = [place for place in places if place is not SAME]
+    for place in varying:
+        if isinstance(place, Lost):
+            return place
+    if not varying:
+        return SAME
+    first = varying[0]
+    if name not in kinds.WRITING and isinstance(first, One) and all(p == first for p in varying):
+        return first
+    try:
+        return _rule(name)(call, which)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        raise Mixed("is called in a way that is not known to keep rows apart") from None
+
+
+def _read(call: Call) -> list[Tensor]:
+    """Return the tensors on whose values a result depends."""
+    if call.name in kinds.READING_FIRST:
+        return call.tensors[:1] if call.name not in kinds.WEIGHTED else call.tensors
+    if call.name in kinds.MAKING or call.name == "copy":
+        return call.tensors[1:]
+    if call.name in ("__getitem__", "__setitem__"):
+        return [t for t in call.tensors if not (is_decision(t) and _is_lost(call, t))]
+    return call.tensors
+
+
+def _is_lost(call: Call, tensor: Tensor) -> bool:
+    return tensor is not call.args[0] and isinstance(call.place_of(tensor), Lost)
+
+
+@cache
+def _rule(name: str) -> Rule:
+    """Return the rule for a function, by its name."""
+    if name in _OWN:
+        return _OWN[name]
+    if name in kinds.WEIGHTED:
+        return _weighted
+    for names, rule in _BY_KIND:
+        if name in names:
+            return rule
+    return _pointwise if kinds.is_pointwise(name) else _unknown
+
+
+def _unknown(call: Call, which: int) -> Place:
+    raise Mixed("is not known to keep rows apart")
+
+
+def _pointwise(call: Call, which: int) -> Place:
+    return call.together(call.tensors, call.made[which].shape)
+
+
+def _weighted(call: Call, which: int) -> Place:
+    place = call.only_first()
+    if call.name == "prelu" and place.axis == 1:
+        raise Mixed("gets rows in an argument that all rows share")
+    return place
+
+
+def _copied(call: Call, which: int) -> Place:
+    return call.together(call.tensors[1:], call.made[which].shape)
+
+
+def _expanded(call: Call, which: int) -> Place:
+    x = call.tensors[which] if call.name == "broadcast_tensors" else call.x
+    return call.together([x], call.made[which].shape)
+
+
+# --- axes that move ------------------------------------------------------------------------------
+
+
+def _permuted(call: Call, which: int) -> Place:
+    place = call.only_first()
+    axes = [tuple(a) if isinstance(a, list) else a for a in call.args[1:]]
+    named = tuple((n, tuple(a) if isinstance(a, list) else a) for n, a in call.kwargs.items())
+    return place.on(_permutation(call.func, call.x.ndim, tuple(axes), named).index(place.axis))
+
+
+@cache
+def _permutation(func: Any, ndim: int, args: Any, kwargs: Any) -> list[int]:
+    """Return the axis that each axis of the result was."""
+    with unfollowed():
+        probe = torch.empty([2 + i for i in range(ndim)], device="meta")
+        return [size - 2 for size in func(probe, *args, **dict(kwargs)).shape]
+
+
+def _reshaped(call: Call, which: int) -> Place:
+    x = call.tensors[which] if len(call.made) > 1 else call.x
+    place, made = call.place_of(x), call.made[which]
+    if not isinstance(place, Rows):
+        return place
+    if x.numel() == made.numel():
+        return reshaped(place, x.shape, made.shape)
+    if place.axis == x.ndim - 1:  # another dtype's view
+        raise Mixed("cuts rows into pieces that no axis holds")
+    return place
+
+
+def _strided(call: Call, which: int) -> Place:
+    place, x, made = call.only_first(), call.x, call.made[which]
+    axis = place.axis
+    start = (made.storage_offset(), made.shape[axis : axis + 1], made.stride()[axis : axis + 1])
+    if start != (x.storage_offset(), x.shape[axis : axis + 1], x.stride()[axis : axis + 1]):
+        raise Mixed("reads memory in an order of its own")
+    return place
+
+
+def _diagonal(call: Call, which: int) -> Place:
+    place, x = call.only_first(), call.x
+    one = call.given(2, "dim1", default=0) % x.ndim
+    other = call.given(3, "dim2", default=1) % x.ndim
+    if place.axis in (one, other):
+        raise Mixed("works along the axis of the rows")
+    return place.on(place.axis - (one < place.axis) - (other < place.axis))
+
+
+# --- axes that grow ------------------------------------------------------------------------------
+
+
+def _repeated(call: Call, which: int) -> Place:
+    place, x, made = call.only_first(), call.x, call.made[which]
+    axis = place.axis - x.ndim
+    return repeated(place, made.shape[axis] // x.shape[axis]).on(axis + made.ndim)
+
+
+def _interleaved(call: Call, which: int) -> Place:
+    x, repeats = call.x, call.given(1, "repeats")
+    place = call.only(x, call.tensors[1:])
+    axis = call.given(2, "dim")
+    axis = 0 if axis is None and x.ndim == 1 else axis
+    if axis is None:
+        raise Mixed("flattens rows")
+    if axis % x.ndim != place.axis:
+        return place
+    if not isinstance(repeats, int):
+        return placed(
+            call.n, place.axis, everywhere(place, x.shape[axis]).repeat_interleave(repeats.cpu())
+        )
+    return stretched(place, repeats)
+
+
+def _joined(call: Call, which: int) -> Place:
+    axis, least = kinds.JOINING[call.name]
+    parts = [part for part in call.tensors if part.numel() or part.ndim != 1]
+    ndim = parts[0].ndim
+    if ndim < least:
+        raise Mixed("joins tensors of too few axes")
+    if call.name in ("cat", "concat", "concatenate"):
+        axis = call.given(1, "dim", "axis", default=0)
+    return _side_by_side([call.operand(part) for part in parts], axis % ndim, call.n)
+
+
+def _stacked(call: Call, which: int) -> Place:
+    axis = call.given(1, "dim", default=0) % call.made[which].ndim
+    parts: list[Operand] = []
+    for part in call.tensors:
+        shape, place = call.operand(part)
+        shape = (*shape[:axis], 1, *shape[axis:])
+        moved = isinstance(place, Rows) and place.axis >= axis
+        parts.append((shape, place.on(place.axis + 1) if moved else place))  # type: ignore[attr-defined]
+    return _side_by_side(parts, axis, call.n)
+
+
+def _side_by_side(parts: Sequence[Operand], axis: int, n: int) -> Place:
+    """Return the place after parts were joined along an axis."""
+    along = [isinstance(p, One) or (isinstance(p, Rows) and p.axis == axis) for _, p in parts]
+    if not any(along):
+        return aligned(
+            [(_without(before, axis), place) for before, place in parts],
+            _without(parts[0][0], axis),
+        )
+    if not all(along):
+        raise Mixed("joins rows with what is not theirs")
+    ids, ragged = [], False
+    for shape, place in parts:
+        if isinstance(place, One):
+            ids.append(torch.full((shape[axis],), place.row))
+        elif isinstance(place, Rows):
+            ids.append(everywhere(place, shape[axis]))
+            ragged = ragged or place.ragged
+    return placed(n, axis, torch.cat(ids), ragged)
+
+
+def _without(shape: Sequence[int], axis: int) -> list[int]:
+    return [1 if a == axis else size for a, size in enumerate(shape)]
+
+
+def _padded(call: Call, which: int) -> Place:
+    place = call.only_first()
+    pads, there = call.given(1, "pad"), 2 * (call.x.ndim - 1 - place.axis)
+    if any(pads[there : there + 2]):
+        raise Mixed("adds to the axis of the rows")
+    return place
+
+
+# --- axes along which something happens ----------------------------------------------------------
+
+
+def _axes(call: Call, ndim: int) -> set[int]:
+    """Return the axes along which a function of `kinds.ALONG` works."""
+    position, default = kinds.ALONG[call.name]
+    given = next((call.kwargs[key] for key in ("dims", "dim", "axis") if key in call.kwargs), None)
+    if given is None and len(call.args) > position:
+        varargs = call.name == "flip" and isinstance(call.args[1], int)
+        given = call.args[position:] if varargs else call.args[position]
+    if isinstance(given, bool) or not isinstance(given, int | tuple | list):
+        given = range(ndim) if default is None else default
+    return {a % ndim for a in ((given,) if isinstance(given, int) else given)}
+
+
+def _along(call: Call, which: int) -> Place:
+    shape = call.made[which].shape
+    ndim = max(tensor.ndim for tensor in call.tensors)
+    axes = _axes(call, ndim)
+    if call.name in ("gather", "take_along_dim") and call.place_of(call.x) is SAME:
+        index = call.tensors[1]  # entries of a table are where the index has them
+        if index.shape == shape:
+            return call.place_of(index)
+    widest = [max(t.shape[a] for t in call.tensors if t.ndim >= -a) for a in range(-ndim, 0)]
+    place = call.together(call.tensors, widest)
+    if not isinstance(place, Rows):
+        return place
+    size = widest[place.axis]
+    if place.axis in axes:
+        if call.name in kinds.SPLITTING:
+            return _piece(call, which, place)
+        if call.name in ("flip", "flipud", "fliplr") and not place.ragged:
+            return placed(call.n, place.axis, everywhere(place, size).flip(0))
+        raise Mixed("works along the axis of the rows")
+    gone = ndim - len(shape) == len(axes)
+    there = place.on(place.axis - gone * sum(a < place.axis for a in axes))
+    if there.axis >= len(shape) or shape[there.axis] != size:
+        raise Mixed("takes some of the rows only")
+    return there
+
+
+def _piece(call: Call, which: int, place: Rows) -> Place:
+    """Return the place in one of the pieces of a tensor that was cut along the axis of the rows."""
+    x, made, axis = call.x, call.made[which], place.axis
+    if call.name in ("select", "select_copy"):
+        return entry(place, int(call.given(2, "index")), x.shape[axis])
+    if call.name in ("unbind", "__iter__"):
+        return entry(place, which, x.shape[axis])
+    if made.ndim < x.ndim:
+        raise Mixed("works along the axis of the rows")
+    if call.name in ("narrow", "narrow_copy"):
+        start = int(call.given(2, "start"))
+        start += x.shape[axis] if start < 0 else 0
+    else:
+        start = sum(piece.shape[axis] for piece in call.made[:which])
+    return sliced(place, x.shape[axis], start, start + made.shape[axis])
+
+
+def _largest(call: Call, which: int) -> Place:
+    """`max` and `min` compare two tensors, or reduce one."""
+    return _pointwise(call, which) if len(call.tensors) > 1 else _along(call, which)
+
+
+def _selected(call: Call, which: int) -> Place:
+    index = (*[slice(None)] * (call.given(1, "dim") % call.x.ndim), call.given(2, "index"))
+    return indexed(call, call.x, call.place_of(call.x), index)
+
+
+def _got(call: Call, which: int) -> Place:
+    return indexed(call, call.args[0], call.place_of(call.args[0]), call.args[1])
+
+
+def _written(call: Call, which: int) -> Place:
+    return written(call, call.args[0])
+
+
+def _scattered(call: Call, which: int) -> Place:
+    return scattered(call, call.args[0])
+
+
+def _where(call: Call, which: int) -> Place:
+    """`where` chooses between tensors, or finds where one holds."""
+    if len(call.args) + len(call.kwargs) > 1:
+        return _pointwise(call, which)
+    return _held(call, which)
+
+
+def _held(call: Call, which: int) -> Place:
+    return found_in(call.only_first(), call.x.nonzero(as_tuple=True))
+
+
+def _mask_selected(call: Call, which: int) -> Place:
+    x, mask = call.tensors[:2]
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    place = call.together([x, mask], shape)
+    return found_in(place, mask.expand(shape).nonzero(as_tuple=True))
+
+
+# --- axes that are mixed -------------------------------------------------------------------------
+
+
+def _trailing(call: Call, which: int) -> Place:
+    place, x, made = call.only_first(), call.x, call.made[which]
+    mixed = kinds.TRAILING.get(call.name, 0)
+    if call.name in kinds.NORMALISING:
+        given = call.given(1, "normalized_shape")
+        mixed = 1 if isinstance(given, int) else len(given)
+    if place.axis >= x.ndim - mixed or made.shape[place.axis] != x.shape[place.axis]:
+        raise Mixed("works along the axis of the rows")
+    return place
+
+
+def _batched(call: Call, which: int) -> Place:
+    """Return the place after a function of samples, of which the batch is the first axis."""
+    ndim, x = kinds.BATCHED[call.name], call.x
+    if call.name == "batch_norm" and call.given(5, "training", default=False):
+        raise Mixed("takes statistics over the batch, as in training")
+    if ndim is not None and x.ndim != ndim:
+        raise Mixed("gets no batch along the first axis")
+    return _lengthwise(
+        call, [(t, 0) for t in call.tensors[: kinds.SAMPLES.get(call.name, 1)]], 0, which
+    )
+
+
+def _lengthwise(call: Call, given: Sequence[tuple[Tensor, int]], axis: int, which: int) -> Place:
+    """Return the place along an axis if tensors have rows along axes that belong together.
+
+    Args:
+        call: the call.
+        given: tensors and the axis of each; others are the same for all rows.
+        axis: the same axis in the result.
+        which: number of the result.
+    """
+    known = {id(tensor) for tensor, _ in given}
+    if any(call.place_of(t) is not SAME for t in call.tensors if id(t) not in known):
+        raise Mixed("gets rows in an argument that all rows share")
+    size = call.made[which].shape[axis]
+    operands: list[Operand] = []
+    for tensor, a in given:
+        place = call.place_of(tensor)
+        if isinstance(place, Rows) and place.axis != a:
+            raise Mixed("works along the axis of the rows")
+        moved = place.on(0) if isinstance(place, Rows) else place
+        operands.append(((tensor.shape[a],) if tensor.ndim > a else (), moved))
+    place = aligned(operands, (size,))
+    return place.on(axis) if isinstance(place, Rows) else place
+
+
+def _recurrent(call: Call, which: int) -> Place:
+    if not isinstance(call.args[3], bool):
+        raise Mixed("gets a packed sequence")
+    axis = 0 if call.args[8] else 1
+    states = [(state, 1) for state in tensors_of(call.args[1])]
+    return _lengthwise(call, [(call.x, axis), *states], 1 if which else axis, which)
+
+
+def _cell(call: Call, which: int) -> Place:
+    states = [(state, 0) for state in tensors_of(call.args[1])]
+    return _lengthwise(call, [(call.x, 0), *states], 0, which)
+
+
+def _of_matrices(call: Call, which: int) -> Place:
+    """Return the place after a function of matrices, in the last two axes of each tensor."""
+    operands: list[Operand] = []
+    for tensor in call.tensors:
+        place = call.place_of(tensor)
+        if isinstance(place, Rows) and place.axis >= tensor.ndim - 2:
+            raise Mixed("works along the axis of the rows")
+        operands.append((tensor.shape[:-2], place))
+    return aligned(operands, call.made[which].shape[:-2])
+
+
+def _solved(call: Call, which: int) -> Place:
+    if len({tensor.ndim for tensor in call.tensors}) > 1:
+        raise Mixed("gets vectors, which may be columns of one matrix")
+    return _of_matrices(call, which)
+
+
+def _attended_by_heads(call: Call, which: int) -> Place:
+    if call.x.ndim != 3:
+        raise Mixed("gets no batch along the second axis")
+    given = [(tensor, 1) for tensor in call.args[:3]]
+    if isinstance(call.kwargs.get("key_padding_mask"), Tensor):
+        given.append((call.kwargs["key_padding_mask"], 0))
+    return _lengthwise(call, given, 0 if which else 1, which)
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+def _product(call: Call, which: int) -> Place:
+    operator = kinds.PRODUCTS[call.name]
+    return _multiplied(call, operator, call.tensors, which)
+
+
+def _matmul(call: Call, which: int) -> Place:
+    left, right = call.tensors if call.name != "__rmatmul__" else call.tensors[::-1]
+    rows, columns = "i" * (left.ndim > 1), "k" * (right.ndim > 1)
+    terms = f"{'...' * (left.ndim > 2)}{rows}j,{'...' * (right.ndim > 2)}j{columns}"
+    dots = "..." * (left.ndim > 2 or right.ndim > 2)
+    return _multiplied(call, f"{terms}->{dots}{rows}{columns}", [left, right], which)
+
+
+def _added(call: Call, which: int) -> Place:
+    made = call.made[which]
+    product = _multiplied(call, kinds.PRODUCTS[kinds.ADDED[call.name]], call.tensors[1:], which)
+    return aligned([call.operand(call.x), (made.shape, product)], made.shape)
+
+
+def _summed(call: Call, which: int) -> Place:
+    equation = call.given(0, "equation")
+    if not isinstance(equation, str):
+        raise Mixed("is called without an equation")
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        letters = terms.replace("...", "").replace(",", "")
+        once = sorted(letter for letter in {*letters} if letters.count(letter) == 1)
+        result = "..." * ("..." in terms) + "".join(once)
+    return _multiplied(call, f"{terms}->{result}", call.tensors, which)
+
+
+def _multiplied(call: Call, equation: str, factors: Sequence[Tensor], which: int) -> Place:
+    """Return the place in a product, given the letters of axes as for einsum."""
+    terms, result = equation.split("->")
+    letters = [_spelled(t, f.ndim) for t, f in zip(terms.split(","), factors, strict=False)]
+    result = _spelled(result, call.made[which].ndim)
+    if any(call.place_of(f) is not SAME for f in factors[len(letters) :]):
+        raise Mixed("gets rows in an argument that all rows share")
+    operands: list[Operand] = []
+    for factor, term in zip(factors, letters, strict=False):
+        place = call.place_of(factor)
+        if isinstance(place, Rows):
+            letter = term[place.axis]
+            if letter not in result or term.count(letter) > 1:
+                raise Mixed("sums over the axis of the rows")
+            place = place.on(result.index(letter))
+        shape = [factor.shape[term.index(a)] if a in term else 1 for a in result]
+        operands.append((shape, place))
+    return aligned(operands, call.made[which].shape)
+
+
+def _spelled(term: str, ndim: int) -> str:
+    """Return a term with digits for its dots, counted from the last."""
+    named = term.replace("...", "")
+    return term.replace("...", "9876543210"[10 - (ndim - len(named)) :])
+
+
+_OWN: dict[str, Rule] = {
+    "as_strided": _strided,
+    "diagonal": _diagonal,
+    "repeat_interleave": _interleaved,
+    "stack": _stacked,
+    "pad": _padded,
+    "max": _largest,
+    "min": _largest,
+    "index_select": _selected,
+    "__getitem__": _got,
+    "where": _where,
+    "nonzero": _held,
+    "argwhere": _held,
+    "masked_select": _mask_selected,
+    "copy": _copied,
+    "embedding": lambda call, which: call.only_first(),
+    "scaled_dot_product_attention": _of_matrices,
+    "linalg_solve": _solved,
+    "linalg_solve_triangular": _solved,
+    "multi_head_attention_forward": _attended_by_heads,
+    "matmul": _matmul,
+    "__matmul__": _matmul,
+    "__rmatmul__": _matmul,
+    "einsum": _summed,
+    "repeat": _repeated,
+    "tile": _repeated,
+    "to": lambda call, which: call.together([call.x], call.made[which].shape),
+    "type_as": lambda call, which: call.together([call.x], call.made[which].shape),
+}
+_BY_KIND: tuple[tuple[Any, Rule], ...] = (
+    (kinds.PERMUTING, _permuted),
+    (kinds.RESHAPING, _reshaped),
+    (kinds.EXPANDING, _expanded),
+    (kinds.JOINING, _joined),
+    (kinds.ALONG, _along),
+    (kinds.TRAILING, _trailing),
+    (kinds.NORMALISING, _trailing),
+    (kinds.BATCHED, _batched),
+    (kinds.CELLS, _cell),
+    (kinds.RECURRENT, _recurrent),
+    (kinds.PRODUCTS, _product),
+    (kinds.ADDED, _added),
+    (kinds.WRITING, _written),
+    (kinds.SCATTERING, _scattered),
+)
