@@ -226,7 +226,7 @@ class Segmenting(nn.Module):
             nn.Linear(2, 2),
             torch.zeros(1, 2),
             {"classes": NAMES},
-            "2 classes apart, but 3 are named",
+            "distinguishes 2 classes, but 3 are named",
         ),
         (Segmenting(), torch.zeros(1, 2, 3, 3), {}, r"gives \[1, 2, 3, 3\], expected logits"),
         (nn.Linear(2, 2), torch.zeros(1, 2), {"device": "no such"}, "no device"),

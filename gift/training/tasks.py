@@ -170,8 +170,8 @@ class Classification(Task):
         wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= number))]
         if len(wrong):
             raise TrainingError(
-                f"labels {sorted(set(wrong.tolist()))[:5]} are out of range: the network tells "
-                f"{number} classes apart, numbered from 0 to {number - 1}"
+                f"labels {sorted(set(wrong.tolist()))[:5]} are out of range: the network "
+                f"distinguishes {number} classes, numbered from 0 to {number - 1}"
             )
 
     def count(self, batch: Any) -> int:
