@@ -16,7 +16,7 @@ Predictions (with two threads):
   rank 64, and never slower than full fine-tuning or PEFT, at any rank or batch.
 * BERT and Llama: at most 1.06 of the bound at rank 3, 1.09 at rank 16, 1.05 with 24 x 128 tokens;
   at most 0.93 of PEFT at every rank.
-* Bytes kept: within 2 % of the bound's for convolutional networks, below PEFT's for transformers.
+* Bytes kept: at most 1.03 of the bound's.
 * Under torch.compile: not slower than without, one graph.
 * Inference: merged as fast as the plain network; unmerged at most 1.05 of it where a batch fills
   the machine.

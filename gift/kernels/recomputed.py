@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.kernels.torch_state import gives_no_view
+from gift.kernels.torch_state import autocasts, gives_no_view
 from gift.private.autograd import Unknown, are_packed, argument, kept_by, number_of, output_of
 from gift.private.torch import is_followed, is_transformed, storage_key, writes_of
 
@@ -163,8 +163,13 @@ class _Recomputed(Kept):
 @contextlib.contextmanager
 def _aside(like: Tensor) -> Iterator[None]:
     """Context in which neither autograd nor autocast takes part."""
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        yield
+    kind = like.device.type
+    with torch.no_grad():
+        if not autocasts(kind):  # to enter a context takes longer than to ask
+            yield
+            return
+        with torch.autocast(kind, enabled=False):
+            yield
 
 
 class _Shared:
