@@ -20,7 +20,7 @@ from gift.strategies import (
     LoRALinearFineTuningStrategy,
     ModulesFineTuningStrategy,
 )
-from tests.common import picture, trainable
+from tests.common import enabled, picture, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:the delta has more parameters:gift.GiftWarning")
 
@@ -315,3 +315,11 @@ def test_lightning_finetunes_a_backbone() -> None:
 
     (text,) = warnings_of(fit)
     assert "enc.0.weight" in text
+
+
+def test_asking_for_the_parameters_tells_of_a_flag_that_somebody_set() -> None:
+    """An optimizer that is made of them would train the base."""
+    net = enabled(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    net[0].bias.requires_grad = True
+    with pytest.warns(GiftWarning, match=r"1 parameters were frozen by fine-tuning.*0\.bias"):
+        net.parameters()
