@@ -106,24 +106,20 @@ _checked: set[tuple[type[Method], int, torch.dtype]] = set()
 
 
 def _check_shape(delta: WeightDelta, frozen: Tensor, values: Mapping[str, Any]) -> None:
-    """Check that a method keeps shape and dtype, on the first matrix of each kind.
+    """Check that another author's method keeps shape and dtype, on the first matrix of each kind.
 
-    A method of another author says nothing of shapes, so its function is called: on the meta
-    device, which computes no values, or with values if the function needs them.
+    It computes one effective weight. The meta device would need no values, but torch imports its
+    compiler for some functions there, which takes seconds. The tests check the methods of gift.
     """
     assert delta.layout is not None
     key = (type(delta.method), len(delta.layout.matrix), frozen.dtype)
-    if key in _checked:
+    if key in _checked or type(delta.method).__module__.startswith("gift."):
         return
     dtype = delta.method.working_dtype(frozen)
     matrix = delta.layout.to_matrix(frozen).to(dtype)
     precise = {name: in_precision_of(value, dtype) for name, value in values.items()}
     with torch.no_grad():
-        try:
-            shapes = {name: value.to("meta") for name, value in precise.items()}
-            result = delta.method.effective_weight(matrix.to("meta"), shapes)
-        except Exception:  # of any kind: the function reads values
-            result = delta.method.effective_weight(matrix, precise)
+        result = delta.method.effective_weight(matrix, precise)
     if result.shape != matrix.shape or result.dtype != matrix.dtype:
         raise AdaptationError(
             f"{delta.method} makes {tuple(result.shape)} {result.dtype} of a matrix "
