@@ -21,7 +21,7 @@ from gift import FineTuningStrategy, enable_fine_tuning
 from gift.core.delta import named_deltas
 from gift.factories import ma_adapt, mc_any, mc_layer
 from gift.kernels import recomputed
-from gift.kernels.recomputed import AS_IT_IS, RULES, keep
+from gift.kernels.recomputed import AS_IT_IS, RULES, Ways, keep
 from gift.methods import METHODS
 from gift.private import autograd
 from gift.private.torch import part
@@ -42,7 +42,6 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers are not worth it otherwise, and ways are remembered by a process."""
     monkeypatch.setattr(recomputed, "FEW", 0)
     monkeypatch.setattr(recomputed, "WORK", 0)
-    monkeypatch.setattr(recomputed, "_MET", {})
 
 
 def adapted(net: nn.Module, method: str = "lora", recompute: bool = True, **settings: Any) -> Any:
@@ -80,8 +79,9 @@ def gradients(net: nn.Module, before: Callable[[Tensor], Tensor], h: Tensor) -> 
     return [y.detach(), *torch.autograd.grad(weighted(y), wanted)]
 
 
-def is_recomputed(x: Tensor) -> bool:
-    return keep(x, 1)[0] is not AS_IT_IS
+def is_recomputed(x: Tensor, ways: Ways | None = None) -> bool:
+    """By a layer that has met no way, or these."""
+    return keep(x, 1, ways or Ways())[0] is not AS_IT_IS
 
 
 def like(h: Tensor, *shape: int, positive: bool = False) -> Tensor:
@@ -167,7 +167,7 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sigmoid": (lambda h: -h.sigmoid(), "Sigmoid"),
     "tanh": (lambda h: -h.tanh(), "Tanh"),
     "side by side": (lambda h: torch.cat([gelu(h)[..., :6], h.sin().tanh()[..., 6:]], -1), "Cat"),
-    "padded": (lambda h: F.pad(gelu(h), (0, 0, 1, 2)), "ConstantPadNd"),
+    "padded by nothing": (lambda h: F.pad(gelu(h), (0, 0, 0, 0)), "ConstantPadNd"),
     "rolled": (lambda h: gelu(h).roll((1, -2), (0, 1)), "Roll"),
     "cast": (lambda h: -F.gelu(h.to(other_dtype(h))).to(h.dtype), "ToCopy"),
     "copy": (lambda h: gelu(h).transpose(0, 1).contiguous(), "Clone"),
@@ -302,6 +302,7 @@ STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
     "written in place": lambda h: F.gelu(h).mul_(2),
     "written in place, a part": lambda h: F.gelu(h).index_fill_(0, torch.tensor(1), 0.5),
     "a part of what is written": lambda h: F.gelu(h).mul_(2)[:3],
+    "padded": lambda h: F.pad(gelu(h), (0, 0, 1, 2)),
     "padded by something": lambda h: F.pad(gelu(h), (0, 0, 1, 2), value=1.0),
     "an activation in place": lambda h: F.silu(h * 1, inplace=True),
     "relu in place": lambda h: F.relu(h * 1, inplace=True),
@@ -345,12 +346,13 @@ def test_where_the_way_does_not_lead_to_it_the_input_is_kept(
 
 
 def test_a_way_that_once_led_elsewhere_is_not_gone_again() -> None:
-    h = hidden()
+    h, ways = hidden(), Ways()
     x = F.gelu(h).double()
     with torch.no_grad():
         x.data.add_(1)
-    assert not is_recomputed(x)
-    assert not is_recomputed(F.gelu(h))
+    assert not is_recomputed(x, ways)
+    assert not is_recomputed(F.gelu(h), ways)
+    assert is_recomputed(F.gelu(h)), "another layer"
 
 
 def test_what_has_no_values_proves_nothing() -> None:
@@ -415,6 +417,22 @@ def test_what_was_written_before_the_layer_is_not_used() -> None:
         torch.autograd.grad(weighted(one(x)), list(one.parameters())) for one in (net, expected)
     ]
     assert all(map(torch.equal, *found))
+
+
+def scaled_unseen(h: Tensor) -> Tensor:
+    x = F.gelu(h)
+    x.data.mul_(3)  # autograd does not see it
+    return x
+
+
+def test_each_layer_tries_a_way_itself() -> None:
+    """Another layer has met the same nodes, and they led to its input."""
+    h, usual = hidden(), layer()
+    for _ in range(9):
+        gradients(usual, F.gelu, h)
+    ours, theirs = (gradients(layer(recompute=on), scaled_unseen, h) for on in (True, False))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_a_graph_that_was_freed_is_not_used() -> None:
@@ -645,15 +663,15 @@ def test_a_rule_for_another_meaning_is_found_out(monkeypatch: pytest.MonkeyPatch
 def test_small_inputs_and_dear_ways_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     x = F.mish(hidden())
     monkeypatch.setattr(recomputed, "FEW", x.numel())
-    assert keep(x, 1000)[0] is AS_IT_IS
+    assert keep(x, 1000, Ways())[0] is AS_IT_IS
     monkeypatch.setattr(recomputed, "FEW", x.numel() - 1)
     monkeypatch.setattr(recomputed, "WORK", 30)
-    assert keep(x, 1000)[0] is not AS_IT_IS
-    assert keep(x, 100)[0] is AS_IT_IS, "a layer with few outputs"
-    assert keep(F.relu6(x), 100)[0] is not AS_IT_IS
+    assert keep(x, 1000, Ways())[0] is not AS_IT_IS
+    assert keep(x, 100, Ways())[0] is AS_IT_IS, "a layer with few outputs"
+    assert keep(F.relu6(x), 100, Ways())[0] is not AS_IT_IS
     monkeypatch.setattr(recomputed, "FEW", 0)
     first = F.relu6(x)[:, 0] * 1
-    assert keep(first, 100)[0] is AS_IT_IS, "a small part of what would be computed"
+    assert keep(first, 100, Ways())[0] is AS_IT_IS, "a small part of what would be computed"
 
 
 def test_the_setting_keeps_inputs_in_all_layers() -> None:

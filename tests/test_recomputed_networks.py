@@ -146,7 +146,6 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers as small as these are not worth it otherwise."""
     monkeypatch.setattr(recomputed, "FEW", 0)
     monkeypatch.setattr(recomputed, "WORK", 0)
-    monkeypatch.setattr(recomputed, "_MET", {})
 
 
 def output(net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

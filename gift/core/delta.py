@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from gift.core.dynamic_class import Generated, Spec, bare, plain_class, set_class
 from gift.core.state_settings import KEY, decoded, encoded
 from gift.core.undo.containers import put_order
+from gift.kernels.recomputed import Ways
 
 
 @dataclass
@@ -27,6 +28,16 @@ class Delta:
     names: dict[str, str] = field(default_factory=dict)
     owner: nn.Module | None = field(default=None, kw_only=True)
     recompute_inputs: bool = field(default=True, kw_only=True, compare=False)
+    _ways: Ways | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def ways(self) -> Ways | None:
+        """What is known of the ways to the module's inputs; None if these are kept."""
+        if not self.recompute_inputs or torch.compiler.is_compiling():
+            return None
+        if self._ways is None:
+            self._ways = Ways()
+        return self._ways
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors, by the method's names."""

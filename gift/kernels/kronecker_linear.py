@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gift.kernels.onednn import matmul
-from gift.kernels.recomputed import keep
+from gift.kernels.recomputed import Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 
 
@@ -25,7 +25,7 @@ class KroneckerLinear(torch.autograd.Function):
         bias: or None.
         w1: left Kronecker factor, ``(a, c)``.
         left, right: factors of the right one, ``(b, rank)`` and ``(rank, d)``.
-        recompute: whether the inputs may be computed again.
+        ways: what is known of the inputs of the layer, see `keep`.
     """
 
     @staticmethod
@@ -38,12 +38,12 @@ class KroneckerLinear(torch.autograd.Function):
         w1: Tensor,
         left: Tensor,
         right: Tensor,
-        recompute: bool = True,
+        ways: Ways | None = None,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         hidden = _hidden(x, w1, right)
         y.view(-1, len(left)).addmm_(_turned(F.linear(hidden, w1), len(right)), left.mT)
-        ctx.kept, tensors = keep(x, len(weight), recompute)
+        ctx.kept, tensors = keep(x, len(weight), ways)
         ctx.save_for_backward(weight, w1, left, right, hidden, *tensors)
         return y
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.kernels.recomputed import Ways
 from gift.layers.table import forwards_of
 from gift.quantization import dequantised, is_quantised
 from gift.quantization import product as quantised_product
@@ -24,13 +25,13 @@ class Product:
         layer: the layer that holds the matrix.
         weight: the matrix as the layer holds it.
         transposed: whether `weight` is ``(in, out)``.
-        recompute: whether the layer's input may be computed again in the backward pass.
+        ways: what is known of the layer's inputs, see `gift.kernels.recomputed.keep`.
     """
 
     layer: nn.Module
     weight: Tensor
     transposed: bool
-    recompute: bool = True
+    ways: Ways | None = None
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``W0 x + bias``."""
@@ -64,10 +65,10 @@ class QuantisedProduct(Product):
 
 def product_of(layer: Any, transposed: bool) -> Product:
     """Return the product with the frozen matrix of an adapted layer."""
-    frozen, recompute = layer._gift_frozen("weight"), layer._gift_weights["weight"].recompute_inputs
+    frozen, ways = layer._gift_frozen("weight"), layer._gift_weights["weight"].ways
     if is_quantised(frozen) and not transposed:
-        return QuantisedProduct(layer, frozen, transposed, recompute)
-    return Product(layer, dequantised(frozen, layer), transposed, recompute)
+        return QuantisedProduct(layer, frozen, transposed, ways)
+    return Product(layer, dequantised(frozen, layer), transposed, ways)
 
 
 class LinearPath(Protocol):

@@ -77,7 +77,7 @@ def low_rank_product(
         if not trained:  # autograd's overhead takes longer than a small layer
             return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
         output: Tensor = LowRankLinear.apply(
-            x, weight, bias, left, right, scale, dropped, chosen, product.recompute
+            x, weight, bias, left, right, scale, dropped, chosen, product.ways
         )
         return output
     output = product.output(x, bias)
@@ -231,7 +231,7 @@ def low_rank_conv(
         dropped,
         geometry,
         chosen,
-        layer._gift_weights["weight"].recompute_inputs,
+        layer._gift_weights["weight"].ways,
     )
     return y[0] if single else y
 

@@ -10,7 +10,7 @@ from gift.kernels.conv_as_gemm import Filters, add_product
 from gift.kernels.cost_model import Plan
 from gift.kernels.geometry import Geometry
 from gift.kernels.products import effective, outer, product, scaled
-from gift.kernels.recomputed import keep
+from gift.kernels.recomputed import Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_batched
 
@@ -32,7 +32,7 @@ class LowRankConv(torch.autograd.Function):
         scale: `s`.
         dropped: the delta's input in place of `x`, for the form "side"; or None.
         geometry, plan: the convolution, and how to compute it.
-        recompute: whether the inputs may be computed again.
+        ways: what is known of the inputs of the layer, see `keep`.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class LowRankConv(torch.autograd.Function):
         dropped: Tensor | None,
         geometry: Geometry,
         plan: Plan,
-        recompute: bool = True,
+        ways: Ways | None = None,
     ) -> Tensor:
         ctx.rest = scale, geometry, plan
         hidden = None
@@ -63,7 +63,7 @@ class LowRankConv(torch.autograd.Function):
             y = geometry.apply(x, effective(weight, left, right, scale), bias)
         ctx.drops = dropped is not None
         seen = x if dropped is None else dropped
-        ctx.kept, tensors = keep(seen, len(weight) * geometry.taps, recompute)
+        ctx.kept, tensors = keep(seen, len(weight) * geometry.taps, ways)
         ctx.save_for_backward(weight, left, right, hidden, *tensors)
         return y
 

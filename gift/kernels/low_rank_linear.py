@@ -9,7 +9,7 @@ from torch import Tensor
 from gift.kernels.cost_model import Form
 from gift.kernels.onednn import matmul
 from gift.kernels.products import effective, for_each, outer, product, scaled
-from gift.kernels.recomputed import keep
+from gift.kernels.recomputed import Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch import is_known
 
@@ -31,7 +31,7 @@ class LowRankLinear(torch.autograd.Function):
         scale: `s`.
         dropped: the delta's input in place of `x`, for the form "side"; or None.
         form: how to compute it, see `gift.kernels.cost_model`.
-        recompute: whether the inputs may be computed again.
+        ways: what is known of the inputs of the layer, see `keep`.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class LowRankLinear(torch.autograd.Function):
         scale: float,
         dropped: Tensor | None,
         form: Form,
-        recompute: bool = True,
+        ways: Ways | None = None,
     ) -> Tensor:
         of_left, of_right = ctx.needs_input_grad[3:5]
         seen = x if dropped is None else dropped
@@ -54,7 +54,7 @@ class LowRankLinear(torch.autograd.Function):
         if hidden is None and of_left and not of_right:
             hidden = product(right, _columns(seen))
         ctx.rest = x.shape, scale, dropped is not None, form
-        ctx.kept, tensors = keep(seen, len(weight), recompute) if of_right else (None, ())
+        ctx.kept, tensors = keep(seen, len(weight), ways) if of_right else (None, ())
         ctx.save_for_backward(weight, left, right, hidden if of_left else None, *tensors)
         return y
 

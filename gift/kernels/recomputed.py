@@ -27,6 +27,7 @@ Compute = Callable[[Sequence[Tensor]], Tensor]
 
 FEW = 2**14  # elements, below which to look for a way takes longer than their memory is worth
 LONGEST = 24  # nodes and tensors on a way
+MANY = 256  # forms of ways to one layer
 DEVICES = ("cpu", "cuda", "xpu", "mps")  # others may have no memory that can be compared
 SMALL = 16  # a copy of a weight has at most this part of the elements of the input
 WORK = 30  # multiplications with each element, which a layer does at least for each step of a way
@@ -56,8 +57,24 @@ WATCHING: list[Callable[[Kept], None]] = []
 """Callbacks that receive how each input is kept: see `gift.utils.info.kept_inputs`."""
 
 
+class Ways:
+    """The ways to the input of one layer that were met. A copy of it has met none.
+
+    Attributes:
+        times: how often each form of a way was met; negative if it led elsewhere.
+    """
+
+    __slots__ = ("times",)
+
+    def __init__(self) -> None:
+        self.times: dict[Any, int] = {}
+
+    def __reduce__(self) -> Any:
+        return Ways, ()
+
+
 def keep(
-    x: Tensor, work: int, recompute: bool = True, *, seldom: bool = False
+    x: Tensor, work: int, ways: Ways | None, *, seldom: bool = False
 ) -> tuple[Kept, tuple[Tensor, ...]]:
     """Decide how an autograd function keeps an input for its backward pass.
 
@@ -66,7 +83,7 @@ def keep(
     Args:
         x: the input.
         work: how many multiplications the layer does with each element of `x`.
-        recompute: whether the input may be computed again.
+        ways: what is known of the layer; None keeps the input.
         seldom: whether most backward passes of the function do without the input.
 
     Returns:
@@ -74,9 +91,9 @@ def keep(
     """
     kept: Kept = AS_IT_IS
     tensors: tuple[Tensor, ...] = (x,)
-    if recompute and _is_usual(x):
+    if ways is not None and _is_usual(x):
         with contextlib.suppress(Unknown):
-            kept, tensors = _recomputed(x, work, seldom)
+            kept, tensors = _recomputed(x, work, ways, seldom)
     for note in WATCHING:
         note(kept)
     return kept, tensors
@@ -99,7 +116,7 @@ def _is_usual(x: Tensor) -> bool:
     )
 
 
-def _recomputed(x: Tensor, work: int, seldom: bool) -> tuple[Kept, tuple[Tensor, ...]]:
+def _recomputed(x: Tensor, work: int, ways: Ways, seldom: bool) -> tuple[Kept, tuple[Tensor, ...]]:
     """Return the way back from what nodes keep; raise `Unknown` if there is none worth going."""
     node, number, finish = _before_casts(x)
     way = Way(x.numel())
@@ -109,7 +126,7 @@ def _recomputed(x: Tensor, work: int, seldom: bool) -> tuple[Kept, tuple[Tensor,
         raise Unknown  # it takes too long
     if any(storage_key(leaf) == storage_key(x) for leaf in way.leaves):
         raise Unknown  # the input is kept anyway
-    if not _is_right(way, compute, finish, x):
+    if not _is_right(way, compute, finish, x, ways.times):
         raise Unknown
     key = (node.name(), number_of(node), number, *way.places)
     shared = _HERE.open.get(key)
@@ -314,22 +331,25 @@ class Way:
         return value
 
 
-_MET: dict[Any, int] = {}
-"""How often each form of a way was met; negative if it led elsewhere."""
-
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}
 
 
-def _is_right(way: Way, compute: Compute, finish: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether a way leads to `x`: it is tried the 1st, 2nd, 4th, 8th ... time that it is met.
+def _is_right(
+    way: Way,
+    compute: Compute,
+    finish: Callable[[Tensor], Tensor],
+    x: Tensor,
+    met: dict[Any, int],
+) -> bool:
+    """Whether a way leads to `x`: a layer tries it the 1st, 2nd, 4th, 8th ... time it meets it.
 
     The names and meanings of what nodes keep may differ between versions of torch, and autograd
     does not see everything that is written to a tensor.
     """
     form = (*way.form, x.dtype, x.device)
-    times = _MET.get(form, 0)
+    times = met.get(form, 0)
     if times > 0 and times & (times + 1):
-        _MET[form] = times + 1
+        met[form] = times + 1
         return True
     if times < 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
@@ -340,9 +360,9 @@ def _is_right(way: Way, compute: Compute, finish: Callable[[Tensor], Tensor], x:
         limit = TOLERANCE.get(x.dtype, 0) * max(abs(float(low)), abs(float(high)))
         right = (found.shape, found.dtype, found.device) == (x.shape, x.dtype, x.device)
         right = right and float((found - x).abs().amax()) <= limit
-    if len(_MET) > 2**12:
-        _MET.clear()
-    _MET[form] = times + 1 if right else -1
+    if len(met) > MANY:
+        met.clear()
+    met[form] = times + 1 if right else -1
     return right
 
 
@@ -394,6 +414,13 @@ def _moved(function: Callable[..., Tensor], *arguments: str, steps: int = 0) -> 
         return lambda leaves: function(tensor(leaves), *given)
 
     return rule
+
+
+def _unpadded(way: Way, node: Any, number: int) -> Compute:
+    """Rule for padding by nothing: the value is not known by which anything is padded."""
+    if any(way.argument(node, _only(number, "pad"))):
+        raise Unknown
+    return way.input(node)
 
 
 def _shaped(function: Callable[[Tensor, Any], Tensor]) -> Rule:
@@ -586,7 +613,7 @@ RULES: dict[str, Rule] = {
     "CloneBackward0": _moved(lambda x: x, steps=1),
     "AliasBackward0": _moved(lambda x: x),
     "CatBackward0": _joined,
-    "ConstantPadNdBackward0": _moved(F.pad, "pad", steps=1),  # by zeros, or it is found out
+    "ConstantPadNdBackward0": _unpadded,
     "RollBackward0": _moved(torch.roll, "shifts", "dims", steps=1),
     "TransposeBackward0": _moved(torch.transpose, "dim0", "dim1"),
     "TBackward0": _moved(torch.t),

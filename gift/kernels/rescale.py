@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.kernels.recomputed import AS_IT_IS, Kept, keep
+from gift.kernels.recomputed import AS_IT_IS, Kept, Ways, keep
 from gift.kernels.torch_state import gives_no_view
 from gift.private.torch import is_transformed, writes_of
 
@@ -22,7 +22,7 @@ def rescaled(
     compute: Compute,
     inputs: tuple[Tensor | None, ...],
     channel: int = -1,
-    recompute: bool = True,
+    ways: Ways | None = None,
 ) -> Tensor:
     """Compute ``ratio o (z - bias) + bias`` in the dtype of `z`; exactly `z` for a ratio of one.
 
@@ -33,7 +33,7 @@ def rescaled(
         compute: function that computes `z` again.
         inputs: arguments of `compute`.
         channel: the axis of output features, from the end.
-        recompute: whether `inputs` may be computed again.
+        ways: what is known of the inputs of the layer, see `gift.kernels.recomputed.keep`.
     """
     shape = [1] * z.dim()
     shape[channel] = -1
@@ -45,7 +45,7 @@ def rescaled(
         ratio, bias = torch.where(finite, ratio, 1), torch.where(finite, bias, 0)
     if _is_plain(z, ratio):
         return _scale(z, ratio, bias)
-    y: Tensor = Rescaled.apply(z, ratio, bias, channel, compute, recompute, *inputs)
+    y: Tensor = Rescaled.apply(z, ratio, bias, channel, compute, ways, *inputs)
     return y
 
 
@@ -82,7 +82,7 @@ class Rescaled(torch.autograd.Function):
         bias: Tensor | None,
         channel: int,
         compute: Compute,
-        recompute: bool,
+        ways: Ways | None,
         *inputs: Tensor | None,
     ) -> Tensor:
         y = _scale(z, ratio, bias)
@@ -91,7 +91,7 @@ class Rescaled(torch.autograd.Function):
         ctx.writes = Writes(y)
         ctx.kept, saved = [], list[Tensor | None]()
         for tensor in inputs:
-            kept, tensors = _kept(tensor, ratio.numel(), recompute)
+            kept, tensors = _kept(tensor, ratio.numel(), ways)
             ctx.kept.append((kept, len(tensors)))
             saved += tensors
         # Saving the output itself would raise an error once it is overwritten.
@@ -122,10 +122,10 @@ class Rescaled(torch.autograd.Function):
 
 
 def _kept(
-    tensor: Tensor | None, work: int, recompute: bool
+    tensor: Tensor | None, work: int, ways: Ways | None
 ) -> tuple[Kept, tuple[Tensor | None, ...]]:
     """Return how to keep an argument of `compute`, which few backward passes need."""
-    return (AS_IT_IS, (None,)) if tensor is None else keep(tensor, work, recompute, seldom=True)
+    return (AS_IT_IS, (None,)) if tensor is None else keep(tensor, work, ways, seldom=True)
 
 
 def _total(tensor: Tensor, channel: int, like: Tensor) -> Tensor:

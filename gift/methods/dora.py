@@ -137,7 +137,7 @@ def _linear(
         return low_rank_product(x, product, bias, (left, right), dropped, form=method.form)
 
     inputs = (x, bias, *method.factors(parameters), dropped)
-    return rescaled(lora(*inputs), ratio, bias, lora, inputs, recompute=product.recompute)
+    return rescaled(lora(*inputs), ratio, bias, lora, inputs, ways=product.ways)
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
@@ -155,8 +155,8 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         if output is not None:
             frozen = delta.layout.to_matrix(self._gift_frozen("weight"))
             ratio = method.ratio(frozen.to(parameters["lora_A"].dtype), parameters)
-            axis, recompute = -1 - len(self.kernel_size), delta.recompute_inputs
-            return rescaled(output, ratio, self.bias, lora, inputs, axis, recompute)
+            axis = -1 - len(self.kernel_size)
+            return rescaled(output, ratio, self.bias, lora, inputs, axis, delta.ways)
     return convolve(self, input, self.weight, self.bias)
 
 

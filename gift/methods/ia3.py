@@ -83,7 +83,7 @@ def _linear(
     if method.feedforward:
         return product.output((x * factor.squeeze(-2)).to(x.dtype), bias)
     output, inputs = product.output(x, bias), (x, bias)
-    return rescaled(output, factor, bias, product.output, inputs, recompute=product.recompute)
+    return rescaled(output, factor, bias, product.output, inputs, ways=product.ways)
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         return convolve(self, x, frozen, bias)
 
     output, inputs = compute(input, bias), (input, bias)
-    return rescaled(output, factor, bias, compute, inputs, -1 - axes, delta.recompute_inputs)
+    return rescaled(output, factor, bias, compute, inputs, -1 - axes, delta.ways)
 
 
 IA3.forwards = linear_forwards(_linear) | conv_forwards(_conv)

@@ -184,7 +184,7 @@ def _linear(
         factors = w1, parameters["lokr_w2_a"], parameters["lokr_w2_b"]
         alike = operands(x, product.matrix, bias, *factors) if type(product) is Product else None
         if alike is not None:
-            fast: Tensor = KroneckerLinear.apply(*alike, product.recompute)
+            fast: Tensor = KroneckerLinear.apply(*alike, product.ways)
             return fast
     output = product.output(x, bias)
     right = parameters["lokr_w2_b"] if w2 is None else w2
