@@ -52,9 +52,6 @@ from gift.strategies import (
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from tests.two_processes import SKIPPED
 
-recomputed.FEW = recomputed.WORK = 0
-"""Inputs are recomputed at every size: FSDP frees what that might read."""
-
 State = dict[str, Any]
 NO_SHARDS = torch.__version__.startswith("2.6")
 """FSDP2 of torch 2.6 needs an accelerator: `fsdp_of_plain_networks` shows that."""
@@ -75,6 +72,7 @@ def scenario(*networks: str) -> Callable[[Callable[..., None]], Callable[..., No
 def play(rank: int, folder: Path, seconds: float) -> None:
     """Run all scenarios in this process; what one raises stands in the file ``<name>.<rank>``."""
     torch.set_num_threads(1)
+    recomputed.FEW = recomputed.WORK = 0  # at every size: FSDP frees what that might read
     for name, function in SCENARIOS.items():
         place = folder / name
         place.mkdir(exist_ok=True)

@@ -137,6 +137,15 @@ def test_a_network_from_the_meta_device(method: str) -> None:
 
 
 @everywhere
+def test_tensors_have_the_layout_of_files(method: str) -> None:
+    """A product rounds by the layout of its factors."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(128, 6))
+    enable(net, method)
+    named = [*net.named_parameters(), *net.named_buffers()]
+    assert [name for name, tensor in named if not tensor.is_contiguous()] == []
+
+
+@everywhere
 def test_lazy_layers_get_their_delta_with_their_shape(method: str) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(6))

@@ -72,11 +72,11 @@ class Experts(nn.Module):
 
 
 def test_experts_train_and_tables_stay_out() -> None:
-    base = Experts()
+    base = Experts().double()
     net = enabled(copy.deepcopy(base), LoRAAllFineTuningStrategy(rank=2))
     assert [n for n, p in net.named_parameters() if p.requires_grad] == [
         "up_lora_B", "up_lora_A", "last.lora_B", "last.lora_A"]  # fmt: skip
-    assert_same_training(net, base, lambda m: m(torch.ones(2, 5)))
+    assert_same_training(net, base, lambda m: m(torch.ones(2, 5).double()))
 
 
 def test_networks_without_experts_are_as_they_were() -> None:

@@ -25,7 +25,7 @@ def ways(pattern: str) -> float:
         re.error, RecursionError, OverflowError: if it is no pattern.
 
     Example:
-        >>> ways(r"layers\\.(q|v)_proj"), ways(r".*\\.attn"), ways(r"(a+)+b")
+        >>> ways(r"layers\\.(query|value)"), ways(r".*\\.attn"), ways(r"(a+)+b")
         (2.0, 100.0, inf)
     """
     return _of_all(parsed_pattern(pattern))

@@ -207,7 +207,7 @@ class WeightDelta(Delta):
         mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with mode, torch.no_grad():
             made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
-        return {self.names.get(key, key): value for key, value in made.items()}
+        return {self.names.get(key, key): _contiguous(value) for key, value in made.items()}
 
     def follow(self, module: nn.Module, tensor: str) -> None:
         """Derive parameters again after the frozen tensor got new values.
@@ -251,6 +251,16 @@ class _Source(NamedTuple):
             return frozen.data_ptr() == self.memory and not frozen.requires_grad
         except RuntimeError:  # tensors of function transforms have no memory
             return False
+
+
+def _contiguous(value: Tensor) -> Tensor:
+    """The tensor in the layout in which files give it back: products round by the layout."""
+    if value.is_contiguous():
+        return value
+    made = value.detach().contiguous()
+    if isinstance(value, nn.Buffer):
+        return nn.Buffer(made, persistent=value.persistent)
+    return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
 
 
 def _is_plain(tensor: Any) -> bool:
