@@ -155,11 +155,11 @@ def _prompts() -> Iterator[tuple[str, Trip]]:
 
 
 def trips() -> dict[str, Trip]:
-    """Every trip, with a strategy that files can name and with one that they cannot."""
+    """Every trip with a strategy that files can name, a fourth also with one that they cannot."""
     named = dict([*_matrix(), *_strategies(), *_calls(), *_prompts()])
     again = {
         f"{name}-unnamed": Trip(trip.make, unnamed(trip.strategy), trip.outputs)
-        for name, trip in named.items()
+        for name, trip in list(named.items())[::4]
     }
     return named | again
 

@@ -1,5 +1,6 @@
 """Random chains of operations between layers whose rows differ: right, or refused."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -161,7 +162,7 @@ CHAINS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=int(os.environ.get("GIFT_EXAMPLES", 40)), deadline=None, derandomize=True)
 @given(CHAINS, st.sampled_from([(3, 4), (3, 5, 4), (4, 4, 4), (3, 3, 2, 4)]), st.integers(0, 99))
 def test_a_chain_of_operations_is_right_or_refused(
     steps: list[Taken], shape: tuple[int, ...], seed: int

@@ -135,7 +135,7 @@ def test_the_trips_are_about_everything() -> None:
         *METHODS, "bottleneck", "prompt", *_files_worker.REGISTERED
     } - {"DebugStrategy"}  # fmt: skip
     configs = [trip.strategy for name, trip in trips.items() if name.endswith("-unnamed")]
-    assert len(configs) * 2 == len(trips)
+    assert len(configs) >= (len(trips) - len(configs)) / 4
     for strategy in configs[:: len(configs) // 20]:
         with pytest.raises(ValueError, match="cannot name"):
             strategy.to_config()
