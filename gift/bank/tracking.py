@@ -148,7 +148,8 @@ class Tracking(TorchFunctionMode):
         """Find the batch: the first input has it; inputs of other sizes are equal for all rows."""
         self._overwritten.clear()
         batches = [tensor for tensor in inputs if tensor.ndim]
-        within = [t for t in _inside_objects(given) if t not in self._places]  # caches
+        own = {id(part) for part in module.modules()}
+        within = [t for t in _inside_objects(given, own) if t not in self._places]  # caches
         for tensor in inputs:
             self.set_place(tensor, SAME)
         if self.dim != 0:
@@ -280,21 +281,23 @@ def _constants(modules: list[nn.Module]) -> Iterator[Tensor]:
                 yield from (item for item in list(items) if isinstance(item, Tensor))
 
 
-def _inside_objects(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Return the tensors in the attributes of objects, as caches are."""
-    if (
-        isinstance(value, Tensor | nn.Module | str | int | float | type)
-        or value is None
-        or not depth
-    ):
+def _inside_objects(value: Any, own: Collection[int], depth: int = 4) -> Iterator[Tensor]:
+    """Return the tensors in the attributes of objects, as caches are: modules in transformers 4.48.
+
+    Args:
+        value: an object, or a container of them.
+        own: ids of objects that are left out.
+        depth: how many objects within objects are looked at.
+    """
+    if isinstance(value, Tensor | str | int | float | type) or id(value) in own or not depth:
         return
     if isinstance(value, list | tuple | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _inside_objects(item, depth)
+            yield from _inside_objects(item, own, depth)
     elif hasattr(value, "__dict__"):
         for item in vars(value).values():
             yield from tensors_of(item)
-            yield from _inside_objects(item, depth - 1)
+            yield from _inside_objects(item, own, depth - 1)
 
 
 def _size(tensor: Tensor, axis: int) -> int:
