@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from statistics import median, quantiles
 from typing import Any
 
@@ -15,6 +15,8 @@ from _common import peak
 from _contenders import CONTENDERS
 from _networks import Case, loss, train
 from torch import Tensor, nn
+
+from gift.private.autograd import bytes_kept_by
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
@@ -83,29 +85,7 @@ def compared(seconds: dict[str, list[float]], reference: str) -> dict[str, Any]:
 def bytes_kept(network: nn.Module, batch: Tensor) -> int:
     """What a forward pass keeps for its backward pass, and nobody holds anyway."""
     held = [*dict(network.named_parameters(remove_duplicate=False)).values(), *network.buffers()]
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*held, batch]}
-    value = loss(network, batch)
-    storages = (tensor.untyped_storage() for tensor in saved_by(value.grad_fn))
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(size for place, size in sizes.items() if place not in own)
-
-
-def saved_by(root: Any) -> Iterator[Tensor]:
-    """All tensors that the nodes of a graph keep.
-
-    Hooks on what is saved would change it: gift then keeps inputs that it recomputes otherwise.
-    """
-    nodes, seen = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [parent for parent, _ in node.next_functions]
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        for value in [*saved, getattr(node, "saved_tensors", ())]:
-            several = value if isinstance(value, list | tuple) else [value]
-            yield from (tensor for tensor in several if isinstance(tensor, Tensor))
+    return bytes_kept_by(loss(network, batch).grad_fn, [*held, batch])
 
 
 def growth(name: str, case: Case, rank: int) -> int:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
+from gift.private.autograd import bytes_kept_by
 from gift.strategies import LoRAAllFineTuningStrategy
 
 
@@ -131,32 +132,11 @@ def assert_same_training(
 
 def bytes_kept(net: nn.Module, *inputs: Tensor) -> int:
     """Bytes of the storages saved for the backward pass, without parameters and the batch."""
-    parameters = list(nn.Module.parameters(net))
-    known = {t.untyped_storage().data_ptr() for t in (*parameters, *net.parameters(), *inputs)}
     result = net(*inputs)
     result = result if isinstance(result, Tensor) else result[0]
     assert result.requires_grad
-    storages = [tensor.untyped_storage() for tensor in saved_by(result.grad_fn)]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(size for place, size in sizes.items() if place not in known)
-
-
-def saved_by(root: Any) -> Iterator[Tensor]:
-    """All tensors that the nodes of a graph keep.
-
-    Hooks on what is saved would change it: inputs that are recomputed otherwise are kept then.
-    """
-    nodes, seen = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [parent for parent, _ in node.next_functions]
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        for value in [*saved, getattr(node, "saved_tensors", ())]:
-            several = value if isinstance(value, list | tuple) else [value]
-            yield from (tensor for tensor in several if isinstance(tensor, Tensor))
+    parameters = (*nn.Module.parameters(net), *net.parameters())
+    return bytes_kept_by(result.grad_fn, [*parameters, *inputs])
 
 
 def weighted(y: Tensor) -> Tensor:

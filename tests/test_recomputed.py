@@ -26,7 +26,7 @@ from gift.methods import METHODS
 from gift.private import autograd
 from gift.private.torch import part
 from gift.utils.info import kept_inputs
-from tests.common import saved_by, weighted
+from tests.common import weighted
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and autograd.are_packed()
 pytestmark = [
@@ -39,7 +39,7 @@ WIDTH = 16
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers are not worth it otherwise, and ways are remembered by a process."""
+    """Small layers are not worth it otherwise."""
     monkeypatch.setattr(recomputed, "FEW", 0)
     monkeypatch.setattr(recomputed, "WORK", 0)
 
@@ -259,9 +259,9 @@ def test_gradients_are_those_with_the_input_kept(
 
 def size(y: Tensor, *but: nn.Module) -> int:
     """Bytes that the graph of `y` keeps beside the parameters of these modules."""
-    own = {p.untyped_storage().data_ptr() for net in but for _, p in net.named_parameters()}
-    storages = [tensor.untyped_storage() for tensor in saved_by(y.grad_fn)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
+    return autograd.bytes_kept_by(
+        y.grad_fn, (parameter for net in but for _, parameter in net.named_parameters())
+    )
 
 
 @pytest.mark.parametrize("before", [*(way for way, _ in WAYS.values()), attention, F.relu])

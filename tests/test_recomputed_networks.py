@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from gift import enable_fine_tuning
 from gift.kernels import recomputed
+from gift.private.autograd import bytes_kept_by
 from gift.strategies import LoRAAllFineTuningStrategy
-from tests.common import saved_by, unet
+from tests.common import unet
 from tests.test_recomputed import OLD
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
@@ -157,10 +158,7 @@ def output(net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def size(net: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Bytes that a forward pass keeps, beside the network and its inputs."""
     held = [*dict(net.named_parameters(remove_duplicate=False)).values(), *net.buffers()]
-    own = {t.untyped_storage().data_ptr() for t in (*held, *inputs.values())}
-    y = output(net, inputs)
-    storages = [tensor.untyped_storage() for tensor in saved_by(y.grad_fn)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
+    return bytes_kept_by(output(net, inputs).grad_fn, [*held, *inputs.values()])
 
 
 def adapted(base: nn.Module, recompute: bool) -> Any:

@@ -5,6 +5,7 @@ has private names. Everything here raises `Unknown` if a part is gone or does no
 then keep a tensor of their own. See `gift.private` for the rules.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +55,35 @@ def kept_by(node: Any, name: str) -> Tensor | None:
         raise Unknown
     kept: Tensor = tensor
     return kept
+
+
+def saved_by(root: Any) -> Iterator[Tensor]:
+    """Yield all tensors that the nodes of a graph keep.
+
+    The public way, hooks on what is saved, would change it: gift does not recompute inputs then.
+
+    Args:
+        root: the ``grad_fn`` of the graph's output.
+    """
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in [*saved, getattr(node, "saved_tensors", ())]:
+            several = value if isinstance(value, list | tuple) else [value]
+            yield from (tensor for tensor in several if isinstance(tensor, Tensor))
+
+
+def bytes_kept_by(root: Any, besides: Iterable[Tensor]) -> int:
+    """Return the size of all storages that a graph keeps, but for those of some tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    storages = (tensor.untyped_storage() for tensor in saved_by(root))
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for place, size in sizes.items() if place not in own)
 
 
 def argument(node: Any, name: str) -> Any:
