@@ -98,6 +98,19 @@ def has_attribute(module: nn.Module, name: str) -> bool:
     )
 
 
+def contiguous(value: Tensor) -> Tensor:
+    """Return a new tensor of a delta in the layout in which files give it back.
+
+    Products round by the layout of their factors.
+    """
+    if value.is_contiguous():
+        return value
+    made = value.detach().contiguous()
+    if isinstance(value, nn.Buffer):
+        return nn.Buffer(made, persistent=value.persistent)
+    return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+
+
 def add_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Add a tensor to `module`: an ``nn.Buffer`` as a buffer, all others as a parameter."""
     if isinstance(value, nn.Buffer):

@@ -53,9 +53,9 @@ class SVDiff(Method):
         like = self.factory_kwargs(matrix)
         real: dict[str, Any] = like | {"dtype": torch.empty(0, dtype=like["dtype"]).real.dtype}
         return {
-            "svdiff_U": u.to(**like).contiguous(),  # products round by the layout
+            "svdiff_U": u.to(**like),
             "svdiff_sigma": sigma.to(**real),
-            "svdiff_Vh": vh.to(**like).contiguous(),
+            "svdiff_Vh": vh.to(**like),
         }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import Delta, put_values
+from gift.core.delta import Delta, contiguous, put_values
 from gift.core.dynamic_class import plain_class
 from gift.core.weights.reading import Memory, Slices, made_once, product_parts
 from gift.errors import AdaptationError, GiftWarning
@@ -74,7 +74,8 @@ class WeightDelta(Delta):
         if not _is_plain(frozen) or source.is_of(frozen):
             return {}
         assert self.layout is not None
-        return self.method.derived(self.layout.to_matrix(frozen))
+        made = self.method.derived(self.layout.to_matrix(frozen))
+        return {key: contiguous(value) for key, value in made.items()}
 
     def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight in the frozen one's dtype, rounded once."""
@@ -207,7 +208,7 @@ class WeightDelta(Delta):
         mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with mode, torch.no_grad():
             made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
-        return {self.names.get(key, key): _contiguous(value) for key, value in made.items()}
+        return {self.names.get(key, key): contiguous(value) for key, value in made.items()}
 
     def follow(self, module: nn.Module, tensor: str) -> None:
         """Derive parameters again after the frozen tensor got new values.
@@ -251,16 +252,6 @@ class _Source(NamedTuple):
             return frozen.data_ptr() == self.memory and not frozen.requires_grad
         except RuntimeError:  # tensors of function transforms have no memory
             return False
-
-
-def _contiguous(value: Tensor) -> Tensor:
-    """The tensor in the layout in which files give it back: products round by the layout."""
-    if value.is_contiguous():
-        return value
-    made = value.detach().contiguous()
-    if isinstance(value, nn.Buffer):
-        return nn.Buffer(made, persistent=value.persistent)
-    return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
 
 
 def _is_plain(tensor: Any) -> bool:
