@@ -231,16 +231,21 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 def _bases_of_others(network: nn.Module) -> Iterator[Holder]:
     """The parameters of other networks that are being fine-tuned, without their deltas."""
-    for other in {*fine_tuned_networks(), *modules_meanwhile()} - {*network.modules()}:
+    for other in _others(network):
         for parameter in _base_of(other):
             if parameter is not None and is_plain(parameter):
                 yield Holder(other, "", parameter, "parameter")
 
 
+def _others(network: nn.Module) -> set[nn.Module]:
+    """Other networks that are being fine-tuned now, or are their base for a while."""
+    others = {*fine_tuned_networks(), *modules_meanwhile()}
+    return others - {*network.modules()} if others else others
+
+
 def _held_elsewhere(network: nn.Module) -> tuple[str, nn.Module] | None:
-    if not (others := {*fine_tuned_networks(), *modules_meanwhile()}):
+    if not (others := _others(network)):
         return None
-    others -= {*network.modules()}
     own = {id(p): name for name, p in nn.Module.named_parameters(network)}
     for other in others:
         for parameter in _base_of(other):
