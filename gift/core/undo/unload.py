@@ -260,7 +260,7 @@ def disabled(net: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _disabled(net: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in nn.Module.parameters(net)]
-    before = _names_by_module(net)
+    before = {module: _own_names(module) for module in net.modules()}
     with transaction(net):
         detached = UnloadedDelta(net)
         for parameter, _ in gradients:
@@ -295,24 +295,24 @@ def _disabled(net: nn.Module) -> Iterator[None]:
         )
 
 
-def _names_by_module(net: nn.Module) -> dict[int, tuple[nn.Module, set[str]]]:
-    """The names of the parameters of each module, by the module's id."""
-    return {
-        id(m): (m, {name for name, p in m._parameters.items() if p is not None})
-        for m in net.modules()
-    }
+def _own_names(module: nn.Module) -> set[str]:
+    """The names of the parameters of a module itself."""
+    return {name for name, p in module._parameters.items() if p is not None}
 
 
-def _new_parameters(net: nn.Module, before: dict[int, tuple[nn.Module, set[str]]]) -> Iterator[str]:
+def _new_parameters(net: nn.Module, before: dict[nn.Module, set[str]]) -> Iterator[str]:
     """Names of the parameters that were added, but not of those that replaced others.
 
     A weight norm and the like compute a parameter from others, which replace it.
+
+    Args:
+        net: the network.
+        before: the names of the parameters that each module had.
     """
-    paths = {id(m): path for path, m in net.named_modules()}
-    for key, (_, names) in _names_by_module(net).items():
-        _, known = before.get(key, (None, set()))
-        if known <= names and "parametrizations" not in paths[key].split("."):
-            yield from (joined(paths[key], name) for name in sorted(names - known))
+    for path, module in net.named_modules():
+        names, known = _own_names(module), before.get(module, set())
+        if known <= names and "parametrizations" not in path.split("."):
+            yield from (joined(path, name) for name in sorted(names - known))
 
 
 def _parameters(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
