@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from gift.core.dynamic_class import plain_class
+from gift.core.dynamic_class import joined, plain_class
 from gift.core.record import record_of
 from gift.errors import GiftWarning, some
 
@@ -96,7 +96,7 @@ def hold_flags(network: nn.Module) -> None:
         id(parameter)
         for path, module in parts
         for name, parameter in module._parameters.items()
-        if (f"{path}.{name}" if path else name) in trained
+        if joined(path, name) in trained
     }
     record.held = []
     same: dict[frozenset[str], frozenset[str]] = {}  # one object for all layers of a kind

@@ -14,7 +14,7 @@ from gift.core.iterator import named_parts
 from gift.core.report import Claim
 from gift.core.weights.record import WeightDelta, weight_deltas
 from gift.errors import some
-from gift.quantization import numel_of
+from gift.quantization import shape_of
 
 Adapted = tuple[str, nn.Module, WeightDelta]
 
@@ -134,7 +134,7 @@ def sizes_of(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 def _size(parameter: nn.Parameter) -> int:
-    return 0 if is_lazy(parameter) else numel_of(parameter)
+    return 0 if is_lazy(parameter) else shape_of(parameter).numel()
 
 
 def _is_larger(module: nn.Module, delta: WeightDelta) -> bool:

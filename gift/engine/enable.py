@@ -100,8 +100,8 @@ def enable_fine_tuning(
         )
         install_record(module, record)
         _warn(report, strategy, module)  # it raises where warnings are errors
-        for _, _, delta in named_deltas(module):
-            delta.recompute_inputs = recompute_inputs
+        for _, _, delta in () if recompute_inputs else named_deltas(module):
+            delta.recompute_inputs = False
         for parameter in named.values():
             parameter.grad = None  # else an optimizer applies it to a frozen tensor
     return report

@@ -10,7 +10,7 @@ from gift.core.dynamic_class import joined, plain_class
 from gift.core.raw_parameters import raw_weights
 from gift.errors import some
 from gift.layers.table import LAYERS, row_of
-from gift.quantization import numel_of
+from gift.quantization import shape_of
 from gift.strategies.base import Cap, FineTuningStrategy
 
 SHARE = 0.1
@@ -36,7 +36,7 @@ def describe_leftover(
     for path, module in network.named_modules():
         for name, parameter in raw_weights(module):
             if id(parameter) in known and id(parameter) not in kept:
-                size = numel_of(parameter)
+                size = shape_of(parameter).numel()
                 found.setdefault(id(parameter), (joined(path, name), module, size))
     share = sum(size for *_, size in found.values()) / max(total, 1)
     if share < SHARE:

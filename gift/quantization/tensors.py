@@ -41,12 +41,6 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return tensor.shape if row is None else row.shape(tensor)
 
 
-def numel_of(tensor: Tensor) -> int:
-    """Return the number of elements of the matrix that a tensor represents, see `shape_of`."""
-    row = _row_for(tensor)
-    return tensor.numel() if row is None else row.shape(tensor).numel()
-
-
 def dequantised(tensor: Tensor, module: Any = None) -> Tensor:
     """Return a quantised tensor in floating point, and any other tensor unchanged.
 
