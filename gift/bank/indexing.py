@@ -228,9 +228,11 @@ def scattered(call: Call, into: Tensor) -> Place:
     dim, index = call.given(1, "dim") % into.ndim, call.given(2, "index")
     source = call.given(3, "src", "value")
     tensors = [index, *([source] if isinstance(source, Tensor) else [])]
-    for tensor in (t for t in tensors if isinstance(call.place_of(t), Rows)):
-        axis = call.place_of(tensor).axis  # type: ignore[attr-defined]
-        if axis != dim and (tensor.shape[axis] != into.shape[axis] or index.ndim != into.ndim):
+    for tensor in tensors:
+        place = call.place_of(tensor)
+        if not isinstance(place, Rows) or (axis := place.axis) == dim:
+            continue
+        if tensor.shape[axis] != into.shape[axis] or index.ndim != into.ndim:
             raise Mixed("scatters some of the rows")
     shape = [1 if a == dim else size for a, size in enumerate(into.shape)]
     operands = [

@@ -200,8 +200,9 @@ def _stacked(call: Call, which: int) -> Place:
     for part in call.tensors:
         shape, place = call.operand(part)
         shape = (*shape[:axis], 1, *shape[axis:])
-        moved = isinstance(place, Rows) and place.axis >= axis
-        parts.append((shape, place.on(place.axis + 1) if moved else place))  # type: ignore[attr-defined]
+        if isinstance(place, Rows) and place.axis >= axis:
+            place = place.on(place.axis + 1)
+        parts.append((shape, place))
     return _side_by_side(parts, axis, call.n)
 
 
