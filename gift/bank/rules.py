@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.bank import kinds
-from gift.bank.call import Call, tensors_of
+from gift.bank import kinds, products, samples
+from gift.bank.call import Call
 from gift.bank.indexing import found_in, indexed, is_decision, scattered, written
 from gift.bank.places import (
     SAME,
@@ -350,141 +350,6 @@ def _trailing(call: Call, which: int) -> Place:
     return place
 
 
-def _batched(call: Call, which: int) -> Place:
-    """Return the place after a function of samples, of which the batch is the first axis."""
-    ndim, x = kinds.BATCHED[call.name], call.x
-    if call.name == "batch_norm" and call.given(5, "training", default=False):
-        raise Mixed("takes statistics over the batch, as in training")
-    if ndim is not None and x.ndim != ndim:
-        raise Mixed("gets no batch along the first axis")
-    return _lengthwise(
-        call, [(t, 0) for t in call.tensors[: kinds.SAMPLES.get(call.name, 1)]], 0, which
-    )
-
-
-def _lengthwise(call: Call, given: Sequence[tuple[Tensor, int]], axis: int, which: int) -> Place:
-    """Return the place along an axis if tensors have rows along axes that belong together.
-
-    Args:
-        call: the call.
-        given: tensors and the axis of each; others are the same for all rows.
-        axis: the same axis in the result.
-        which: number of the result.
-    """
-    known = {id(tensor) for tensor, _ in given}
-    if any(call.place_of(t) is not SAME for t in call.tensors if id(t) not in known):
-        raise Mixed("gets rows in an argument that all rows share")
-    size = call.made[which].shape[axis]
-    operands: list[Operand] = []
-    for tensor, a in given:
-        place = call.place_of(tensor)
-        if isinstance(place, Rows) and place.axis != a:
-            raise Mixed("works along the axis of the rows")
-        moved = place.on(0) if isinstance(place, Rows) else place
-        operands.append(((tensor.shape[a],) if tensor.ndim > a else (), moved))
-    place = aligned(operands, (size,))
-    return place.on(axis) if isinstance(place, Rows) else place
-
-
-def _recurrent(call: Call, which: int) -> Place:
-    if not isinstance(call.args[3], bool):
-        raise Mixed("gets a packed sequence")
-    axis = 0 if call.args[8] else 1
-    states = [(state, 1) for state in tensors_of(call.args[1])]
-    return _lengthwise(call, [(call.x, axis), *states], 1 if which else axis, which)
-
-
-def _cell(call: Call, which: int) -> Place:
-    states = [(state, 0) for state in tensors_of(call.args[1])]
-    return _lengthwise(call, [(call.x, 0), *states], 0, which)
-
-
-def _of_matrices(call: Call, which: int) -> Place:
-    """Return the place after a function of matrices, in the last two axes of each tensor."""
-    operands: list[Operand] = []
-    for tensor in call.tensors:
-        place = call.place_of(tensor)
-        if isinstance(place, Rows) and place.axis >= tensor.ndim - 2:
-            raise Mixed("works along the axis of the rows")
-        operands.append((tensor.shape[:-2], place))
-    return aligned(operands, call.made[which].shape[:-2])
-
-
-def _solved(call: Call, which: int) -> Place:
-    if len({tensor.ndim for tensor in call.tensors}) > 1:
-        raise Mixed("gets vectors, which may be columns of one matrix")
-    return _of_matrices(call, which)
-
-
-def _attended_by_heads(call: Call, which: int) -> Place:
-    if call.x.ndim != 3:
-        raise Mixed("gets no batch along the second axis")
-    given = [(tensor, 1) for tensor in call.args[:3]]
-    if isinstance(call.kwargs.get("key_padding_mask"), Tensor):
-        given.append((call.kwargs["key_padding_mask"], 0))
-    return _lengthwise(call, given, 0 if which else 1, which)
-
-
-# --- products ------------------------------------------------------------------------------------
-
-
-def _product(call: Call, which: int) -> Place:
-    operator = kinds.PRODUCTS[call.name]
-    return _multiplied(call, operator, call.tensors, which)
-
-
-def _matmul(call: Call, which: int) -> Place:
-    left, right = call.tensors if call.name != "__rmatmul__" else call.tensors[::-1]
-    rows, columns = "i" * (left.ndim > 1), "k" * (right.ndim > 1)
-    terms = f"{'...' * (left.ndim > 2)}{rows}j,{'...' * (right.ndim > 2)}j{columns}"
-    dots = "..." * (left.ndim > 2 or right.ndim > 2)
-    return _multiplied(call, f"{terms}->{dots}{rows}{columns}", [left, right], which)
-
-
-def _added(call: Call, which: int) -> Place:
-    made = call.made[which]
-    product = _multiplied(call, kinds.PRODUCTS[kinds.ADDED[call.name]], call.tensors[1:], which)
-    return aligned([call.operand(call.x), (made.shape, product)], made.shape)
-
-
-def _summed(call: Call, which: int) -> Place:
-    equation = call.given(0, "equation")
-    if not isinstance(equation, str):
-        raise Mixed("is called without an equation")
-    terms, arrow, result = equation.replace(" ", "").partition("->")
-    if not arrow:
-        letters = terms.replace("...", "").replace(",", "")
-        once = sorted(letter for letter in {*letters} if letters.count(letter) == 1)
-        result = "..." * ("..." in terms) + "".join(once)
-    return _multiplied(call, f"{terms}->{result}", call.tensors, which)
-
-
-def _multiplied(call: Call, equation: str, factors: Sequence[Tensor], which: int) -> Place:
-    """Return the place in a product, given the letters of axes as for einsum."""
-    terms, result = equation.split("->")
-    letters = [_spelled(t, f.ndim) for t, f in zip(terms.split(","), factors, strict=False)]
-    result = _spelled(result, call.made[which].ndim)
-    if any(call.place_of(f) is not SAME for f in factors[len(letters) :]):
-        raise Mixed("gets rows in an argument that all rows share")
-    operands: list[Operand] = []
-    for factor, term in zip(factors, letters, strict=False):
-        place = call.place_of(factor)
-        if isinstance(place, Rows):
-            letter = term[place.axis]
-            if letter not in result or term.count(letter) > 1:
-                raise Mixed("sums over the axis of the rows")
-            place = place.on(result.index(letter))
-        shape = [factor.shape[term.index(a)] if a in term else 1 for a in result]
-        operands.append((shape, place))
-    return aligned(operands, call.made[which].shape)
-
-
-def _spelled(term: str, ndim: int) -> str:
-    """Return a term with digits for its dots, counted from the last."""
-    named = term.replace("...", "")
-    return term.replace("...", "9876543210"[10 - (ndim - len(named)) :])
-
-
 _OWN: dict[str, Rule] = {
     "as_strided": _strided,
     "diagonal": _diagonal,
@@ -501,14 +366,14 @@ _OWN: dict[str, Rule] = {
     "masked_select": _mask_selected,
     "copy": _copied,
     "embedding": lambda call, which: call.only_first(),
-    "scaled_dot_product_attention": _of_matrices,
-    "linalg_solve": _solved,
-    "linalg_solve_triangular": _solved,
-    "multi_head_attention_forward": _attended_by_heads,
-    "matmul": _matmul,
-    "__matmul__": _matmul,
-    "__rmatmul__": _matmul,
-    "einsum": _summed,
+    "scaled_dot_product_attention": samples.of_matrices,
+    "linalg_solve": samples.solved,
+    "linalg_solve_triangular": samples.solved,
+    "multi_head_attention_forward": samples.attended_by_heads,
+    "matmul": products.matmul,
+    "__matmul__": products.matmul,
+    "__rmatmul__": products.matmul,
+    "einsum": products.summed,
     "repeat": _repeated,
     "tile": _repeated,
     "to": lambda call, which: call.together([call.x], call.made[which].shape),
@@ -522,11 +387,11 @@ _BY_KIND: tuple[tuple[Any, Rule], ...] = (
     (kinds.ALONG, _along),
     (kinds.TRAILING, _trailing),
     (kinds.NORMALISING, _trailing),
-    (kinds.BATCHED, _batched),
-    (kinds.CELLS, _cell),
-    (kinds.RECURRENT, _recurrent),
-    (kinds.PRODUCTS, _product),
-    (kinds.ADDED, _added),
+    (kinds.BATCHED, samples.batched),
+    (kinds.CELLS, samples.cell),
+    (kinds.RECURRENT, samples.recurrent),
+    (kinds.PRODUCTS, products.product),
+    (kinds.ADDED, products.added),
     (kinds.WRITING, _written),
     (kinds.SCATTERING, _scattered),
 )
