@@ -21,7 +21,8 @@ from gift import FineTuningStrategy, enable_fine_tuning
 from gift.core.delta import named_deltas
 from gift.factories import ma_adapt, mc_any, mc_layer
 from gift.kernels import recomputed
-from gift.kernels.recomputed import AS_IT_IS, RULES, Ways, keep
+from gift.kernels.recomputed import AS_IT_IS, Ways, keep
+from gift.kernels.ways import RULES
 from gift.methods import METHODS
 from gift.private import autograd
 from gift.private.torch import part
