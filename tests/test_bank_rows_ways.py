@@ -588,7 +588,7 @@ def test_constants_are_known_wherever_a_network_keeps_them() -> None:
     assert outcome(bank_of(net.double()), x, NAMES) == "right"
     elsewhere = constant(4)
     found = outcome(bank_of(Between(lambda y: y - elsewhere).double()), x, NAMES)
-    assert "no parameter, buffer or attribute" in found
+    assert "is not a parameter, buffer or attribute" in found
 
 
 SHIFT = constant(4)

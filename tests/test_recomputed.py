@@ -471,7 +471,11 @@ def test_gradients_can_be_differentiated(before: Callable[[Tensor], Tensor]) -> 
 def test_numerical_gradients_of_both_orders() -> None:
     net = layer()
     h = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
-    call = lambda h: net(F.gelu(h))  # noqa: E731
+
+    def call(h: Tensor) -> Tensor:
+        made: Tensor = net(F.gelu(h))
+        return made
+
     assert torch.autograd.gradcheck(call, (h,))
     assert torch.autograd.gradgradcheck(call, (h,))
 

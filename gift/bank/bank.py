@@ -239,7 +239,7 @@ class DeltaBank:
         of a delta rejects a tensor whose rows are lost, or that is the same for all rows and has no
         axis for them. So does the end of the network, if it returns nothing but lost rows or rows
         in another order. If some of several results have their rows, a warning says that others do
-        not; a loss without axes is no such result.
+        not; a loss, which has no axes, is not reported.
 
         What torch does not show is not known to keep rows apart: `torch.vmap`, TorchScript,
         extensions, numpy. Code compiled by `torch.compile` runs as it is written. What cannot be

@@ -262,7 +262,7 @@ def _unseen() -> str:
         return "torch.vmap or another transform of torch.func hides what it does"
     return (
         "it comes from what torch does not show, such as TorchScript, vmap, numpy or an "
-        "extension, or from a tensor that is no parameter, buffer or attribute of a module"
+        "extension, or from a tensor that is not a parameter, buffer or attribute of a module"
     )
 
 

@@ -64,8 +64,8 @@ class Way:
         """Return what to save of a tensor that a node keeps.
 
         FSDP and others free the weights of a module until its own backward pass, and the module
-        that made an input may be another one than that which needs it. So weights are copied if
-        they are small, and are no way if they are large.
+        that made an input may be another one than that which needs it. So small weights are copied,
+        and a way that needs a large one is not used.
         """
         given = tensor.detach()
         if tensor.grad_fn is not None or name.startswith("result"):
@@ -156,7 +156,7 @@ def _unpadded(way: Way, node: Any, number: int) -> Compute:
 
 
 def _shaped(function: Callable[[Tensor, Any], Tensor]) -> Rule:
-    """Rule for a view that is told its whole shape."""
+    """Rule for a view whose shape is given."""
 
     def rule(way: Way, node: Any, number: int) -> Compute:
         shape, tensor = output_of(node, _only(number, 0))[0], way.input(node)

@@ -25,7 +25,7 @@ class Unknown(Exception):
 
 
 def are_packed() -> bool:
-    """Whether hooks of somebody receive what is saved now; True if that is unknown (torch 2.6).
+    """Whether saved-tensor hooks are active now; True if that is unknown (torch 2.6).
 
     Contexts of hooks are public, but not whether one is active.
     """
@@ -111,8 +111,8 @@ def output_of(node: Any, number: int) -> tuple[tuple[int, ...], torch.dtype, tor
         Unknown: if the node does not tell.
     """
     try:
-        told = node._input_metadata[number]
-        return tuple(told.shape), told.dtype, told.device
+        facts = node._input_metadata[number]
+        return tuple(facts.shape), facts.dtype, facts.device
     except (AttributeError, IndexError, RuntimeError) as error:
         raise Unknown from error
 

@@ -22,7 +22,7 @@ def ways(pattern: str) -> float:
     """Bound the ways in which `re` can try to match a pattern at one place of a name.
 
     Raises:
-        re.error, RecursionError, OverflowError: if it is no pattern.
+        re.error, RecursionError, OverflowError: if it is not a valid pattern.
 
     Example:
         >>> ways(r"layers\\.(query|value)"), ways(r".*\\.attn"), ways(r"(a+)+b")
@@ -75,7 +75,7 @@ def problem_of_patterns(patterns: Iterable[str]) -> str:
         try:
             counts[pattern] = ways(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            return f"{_shown(pattern)} is no regular expression: {error}"
+            return f"{_shown(pattern)} is not a regular expression: {error}"
     if sum(counts.values()) <= MOST_WAYS:
         return ""
     return (

@@ -90,7 +90,7 @@ def test_many_patterns_add_up(saved: Path, tmp_path: Path) -> None:
 
 def test_a_pattern_that_is_none_where_it_is_used(saved: Path, tmp_path: Path) -> None:
     """Alone it is one: flags stand at the beginning, and it is matched after a prefix."""
-    with pytest.raises(DeltaFileError, match="is no regular expression"):
+    with pytest.raises(DeltaFileError, match="is not a regular expression"):
         load_peft(net(), changed(saved, tmp_path, rank_pattern={"(?i)X": 2}))
 
 
