@@ -59,7 +59,7 @@ DELTAS = ("gift", "gift, balanced", "peft")
 
 def taking_part(case: Case) -> list[str]:
     """The names of all contenders; the layout matters for convolutions alone."""
-    return [name for name in CONTENDERS if case.pictures or name != "gift, balanced"]
+    return [name for name in CONTENDERS if case.images or name != "gift, balanced"]
 
 
 def adapted(name: str, case: Case, rank: int) -> nn.Module:

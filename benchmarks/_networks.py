@@ -18,8 +18,8 @@ class Case:
 
     Args:
         make: makes the network.
-        shape: of the batch: pictures ``(batch, 3, height, width)`` or tokens ``(batch, length)``.
-        channels_last: whether pictures and weights are laid out with the channels last.
+        shape: of the batch: images ``(batch, 3, height, width)`` or tokens ``(batch, length)``.
+        channels_last: whether images and weights are laid out with the channels last.
     """
 
     make: Callable[[], nn.Module]
@@ -38,13 +38,13 @@ class Case:
     def batch(self) -> Tensor:
         """The same batch each time."""
         torch.manual_seed(1)
-        if not self.pictures:
+        if not self.images:
             return torch.randint(0, 1000, self.shape)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return torch.randn(self.shape).contiguous(memory_format=layout)
 
     @property
-    def pictures(self) -> bool:
+    def images(self) -> bool:
         """Whether the network is a convolutional one."""
         return len(self.shape) > 2
 
@@ -94,13 +94,13 @@ def llama(layers: int = 6) -> nn.Module:
     return LlamaModel(config)
 
 
-PICTURES = (16, 3, 128, 128)
+IMAGES = (16, 3, 128, 128)
 
 CASES = {
-    "resnet18": Case(torchvision.models.resnet18, PICTURES),
-    "resnet18, channels_last": Case(torchvision.models.resnet18, PICTURES, channels_last=True),
-    "resnet50": Case(torchvision.models.resnet50, PICTURES),
-    "resnet50, channels_last": Case(torchvision.models.resnet50, PICTURES, channels_last=True),
+    "resnet18": Case(torchvision.models.resnet18, IMAGES),
+    "resnet18, channels_last": Case(torchvision.models.resnet18, IMAGES, channels_last=True),
+    "resnet50": Case(torchvision.models.resnet50, IMAGES),
+    "resnet50, channels_last": Case(torchvision.models.resnet50, IMAGES, channels_last=True),
     "bert": Case(bert, (8, 128)),
     "bert, 24 x 128": Case(bert, (24, 128)),
     "bert, 2 layers": Case(partial(bert, layers=2), (8, 128)),

@@ -34,7 +34,7 @@ class Data:
     """Labelled examples.
 
     Args:
-        inputs: one tensor for each; pictures of one size, or token numbers of any length.
+        inputs: one tensor for each; images of one size, or token numbers of any length.
         labels: of the classes.
     """
 
@@ -75,7 +75,7 @@ class Task:
     """What contenders are asked to learn, and how.
 
     Args:
-        title: for tables and pictures.
+        title: for tables and images.
         family: of the network, by which contenders choose their settings.
         network: pretrained; `features` and then `linear` make its output.
         examples: to learn from, in random order; a fifth of them is held out.
@@ -155,7 +155,7 @@ class ResNet20(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """One vector for each picture, of any size."""
+        """One vector for each image, of any size."""
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
@@ -191,17 +191,15 @@ def there(path: Path) -> Path:
     return path
 
 
-def pictures(folder: Path, size: int) -> Data:
-    """The pictures in class folders, cropped to squares."""
+def images(folder: Path, size: int) -> Data:
+    """The images in class folders, cropped to squares."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
     steps.append(transforms.Normalize(MEAN, STD))
     examples = list(ImageFolder(there(folder), transforms.Compose(steps)))
-    return Data(
-        [picture for picture, _ in examples], torch.tensor([label for _, label in examples])
-    )
+    return Data([image for image, _ in examples], torch.tensor([label for _, label in examples]))
 
 
 def resnet20(data: Path) -> ResNet20:
@@ -214,8 +212,8 @@ def resnet20(data: Path) -> ResNet20:
 def ants_and_bees(data: Path) -> Task:
     """From CIFAR-10 to 244 photographs of ants and bees."""
     network = resnet20(data)
-    test = pictures(data / "hymenoptera/val", 64)
-    cifar = pictures(data / "cifar10_subset/test", 32)
+    test = images(data / "hymenoptera/val", 64)
+    cifar = images(data / "cifar10_subset/test", 32)
 
     def judge(adapted: nn.Module) -> tuple[float, float]:
         logits = cifar.through(lambda x: network.linear(adapted.features(x)))
@@ -225,7 +223,7 @@ def ants_and_bees(data: Path) -> Task:
         title="ResNet20 to ants and bees",
         family="resnet20",
         network=network,
-        examples=pictures(data / "hymenoptera/train", 64).shuffled(),
+        examples=images(data / "hymenoptera/train", 64).shuffled(),
         judge=judge,
         source="CIFAR-10, with the original head",
         steps=48,
@@ -236,7 +234,7 @@ def ants_and_bees(data: Path) -> Task:
 
 def jpeg_cifar(data: Path) -> Task:
     """From CIFAR-10 to CIFAR-10 after a strong JPEG compression."""
-    test = pictures(data / "cifar10_subset/test", 32)
+    test = images(data / "cifar10_subset/test", 32)
 
     def judge(adapted: nn.Module) -> tuple[float, float]:
         right = accuracy(test.through(adapted), test.labels)
@@ -246,9 +244,9 @@ def jpeg_cifar(data: Path) -> Task:
         title="ResNet20 to JPEG-compressed CIFAR-10",
         family="resnet20",
         network=resnet20(data),
-        examples=pictures(data / "cifar10_subset/train", 32).shuffled(),
+        examples=images(data / "cifar10_subset/train", 32).shuffled(),
         judge=judge,
-        source="the same pictures",
+        source="the same images",
         steps=30,
         batch=50,
         head_rate=1e-3,

@@ -40,7 +40,7 @@ class Layer(NamedTuple):
     channels: int
     kernel: int
     side: int
-    pictures: int
+    images: int
     rank: int
     balanced: bool = False
     stride: int = 1
@@ -59,7 +59,7 @@ class Layer(NamedTuple):
     @property
     def positions(self) -> int:
         """How many are computed in the batch."""
-        return self.pictures * math.prod(self.geometry.positions((self.side,) * 2))
+        return self.images * math.prod(self.geometry.positions((self.side,) * 2))
 
     @property
     def plans(self) -> list[Plan]:
@@ -71,12 +71,12 @@ class Layer(NamedTuple):
     def chosen(self) -> Plan:
         """The choice of the cost model."""
         return cost_model.plan(
-            self.geometry, self.rank, self.cuts, self.positions, pictures=self.pictures
+            self.geometry, self.rank, self.cuts, self.positions, images=self.images
         )
 
     def expected(self, plan: Plan) -> float:
         """Seconds beyond those of the frozen convolution, by the cost model."""
-        sizes = self.geometry, self.rank, self.cuts, self.positions, self.pictures
+        sizes = self.geometry, self.rank, self.cuts, self.positions, self.images
         costs = cost_model.extra_costs(*sizes, as_product=plan.as_product, trained=True)
         return costs[plan.form] * 1e-9
 
@@ -99,7 +99,7 @@ Measured = dict[Plan | None, float]
 def step(layer: Layer, plan: Plan | None) -> Callable[[], None]:
     """A training step of the layer by that plan, or of the frozen convolution."""
     geometry, rows = layer.geometry, layer.channels * layer.cuts
-    x = torch.randn(layer.pictures, layer.channels, layer.side, layer.side, requires_grad=True)
+    x = torch.randn(layer.images, layer.channels, layer.side, layer.side, requires_grad=True)
     weight = torch.randn(geometry.shape)
     left = torch.randn(rows, layer.rank, requires_grad=True)
     right = torch.randn(layer.rank, weight.numel() // rows, requires_grad=True)
@@ -193,7 +193,7 @@ def main() -> None:
     anew = losses(table)
     rows = [
         [
-            f"{s.channels} channels, {s.kernel}x{s.kernel}, {s.pictures} of {s.side}x{s.side}"
+            f"{s.channels} channels, {s.kernel}x{s.kernel}, {s.images} of {s.side}x{s.side}"
             + ", balanced" * s.balanced + f", stride {s.stride}" * (s.stride > 1),
             s.rank, seconds[None] * 1e3, plan.form, ratio, s.chosen.form, other,
         ]

@@ -19,7 +19,7 @@ Protocol, the same for all contenders:
 * "Source" is how much is left of what the network could do before, with the delta on and after
   `disable_fine_tuning`; the script stops if the latter is not exactly what it was at the start.
   Ants and bees: accuracy on CIFAR-10 of the adapted network with the original head. JPEG: the same
-  pictures, since the original ones are not part of the data. SST-2: of the 10 nearest neighbours
+  images, since the original ones are not part of the data. SST-2: of the 10 nearest neighbours
   (by cosine) of each sentence among the test sentences, the share that stays.
 * A step (forward, backward, AdamW) is timed in turns with one of full fine-tuning; the median of
   the ratios is given. Memory is what one training step keeps for its backward pass, in bytes: all
@@ -384,7 +384,7 @@ def label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
                                   "alpha": 0.6, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
 
 
-def told(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """One line on a result, while others are being measured."""
     if "reason" in result:
         return result["reason"]
@@ -412,7 +412,7 @@ def main() -> None:
             if old is None or args.fresh or old["settings"] != settings:
                 result = {"settings": settings} | measure(name, task, args.seeds)
                 store(args.out, key, task, name, result)
-                print(f"  {name}: {told(result)}", flush=True)
+                print(f"  {name}: {summary(result)}", flush=True)
     results = stored(args.out)
     for task in results["tasks"].values():
         print("\n" + table(task))

@@ -55,7 +55,7 @@ from _measuring import (
     usual_environment,
 )
 from _networks import CASES, Case, loss, train
-from _steps_picture import draw
+from _steps_plot import draw
 from tabulate import tabulate
 from torch import nn
 
@@ -282,7 +282,7 @@ def added(results: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], file: Path) -> None:
-    """The results, tables, and picture."""
+    """The results, tables, and a plot."""
     write_results(file, results)
     file.with_suffix(".md").write_text(document(results), encoding="utf-8")
     draw(results["results"], file.with_suffix(".png"))
@@ -339,8 +339,8 @@ def main() -> None:
             break
         result = measure(task, args.rounds)
         release_memory()
-        told = {name: round(value, 3) for name, value in result.get("ratio", {}).items()}
-        print(*task, result.get("reason", told), file=sys.stderr, flush=True)
+        shown = {name: round(value, 3) for name, value in result.get("ratio", {}).items()}
+        print(*task, result.get("reason", shown), file=sys.stderr, flush=True)
         results = added(results, result)
         if args.out:
             write(results, args.out)

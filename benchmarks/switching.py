@@ -49,7 +49,7 @@ def fresh(layers: int) -> nn.Module:
 
 
 def by_gift(network: nn.Module) -> Actions:
-    """What gift does with the network, which wears a delta of the bank."""
+    """What gift does with the network, on which a delta of the bank is active."""
     bank = gift.DeltaBank(network)
     for name in NAMES:
         bank.add(name, strategy=LoRALinearFineTuningStrategy(rank=RANK))

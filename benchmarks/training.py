@@ -354,26 +354,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
     quiet()
-    told = {"title": "Two linear layers", "costs": costs(small_work(), args.rounds)}
-    store(args.out, "small", told)
+    result = {"title": "Two linear layers", "costs": costs(small_work(), args.rounds)}
+    store(args.out, "small", result)
     for key, task in tasks_that_are_there(parser, args.tasks, args.data):
         work = replace(work_of(key, task, 0), epochs=1)
-        told = {
+        result = {
             "title": task.title,
             "settings": {"epochs": EPOCHS[key], "batch": task.batch, "rate": RATES[key]},
             "examples": len(task.train.labels),
             "accuracies": accuracies(key, task, args.seeds),
             "costs": costs(replace(work, pairs=work.pairs[: 24 * work.batch]), args.rounds),
         }
-        store(args.out, key, told)
+        store(args.out, key, result)
 
 
-def store(file: Path, key: str, told: dict[str, Any]) -> None:
+def store(file: Path, key: str, result: dict[str, Any]) -> None:
     """Print a result, and add it to those that are in the file by now."""
-    print(table(told), flush=True)
+    print(table(result), flush=True)
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"tasks": {}}
     results["machine"] = machine() | {"lightning": lightning.__version__}
-    results["tasks"][key] = told
+    results["tasks"][key] = result
     write_results(file, results)
     parts = "\n".join(map(table, results["tasks"].values()))
     file.with_suffix(".md").write_text(f"# Training\n\n{parts}", encoding="utf-8")

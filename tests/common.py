@@ -48,7 +48,7 @@ def all_bits(net: nn.Module) -> dict[str, str]:
     return {name: bits(tensor) for name, tensor in named}
 
 
-def picture(net: nn.Module) -> dict[str, Any]:
+def full_state(net: nn.Module) -> dict[str, Any]:
     """All that a network is: classes, objects, attributes, hooks, values, flags and gradients."""
     return {
         path: (type(module), {name: _look(value) for name, value in vars(module).items()})

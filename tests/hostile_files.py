@@ -37,7 +37,7 @@ from gift.strategies import (
     VeRALinearFineTuningStrategy,
 )
 from gift.support.recipes import REGISTRY
-from tests.common import picture
+from tests.common import full_state
 
 Header = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -328,7 +328,7 @@ def try_many(
     source = Hostile(good_files(folder), seed, consistent)
     makers = [plain_network, *(functools.partial(tuned_network, s) for s in STRATEGIES[:1])]
     nets = [make() for make in makers]
-    pictures = [picture(net) for net in nets]
+    full_states = [full_state(net) for net in nets]
     outcomes, memory, start = Counter[str](), peak_memory(), time.perf_counter()
     wrong: list[dict[str, str]] = []
     path = folder / "hostile.safetensors"
@@ -341,12 +341,12 @@ def try_many(
         finite = all(torch.isfinite(p).all() for p in nets[which].parameters())
         if outcome == "loaded" and harmless and finite:
             nets[which] = makers[which]()
-            pictures[which] = picture(nets[which])
-        elif outcome != "refused" or picture(nets[which]) != pictures[which]:
+            full_states[which] = full_state(nets[which])
+        elif outcome != "refused" or full_state(nets[which]) != full_states[which]:
             keep = folder / f"wrong-{seed}-{number}"
             keep.write_bytes(data)
             nets[which] = makers[which]()
-            pictures[which] = picture(nets[which])
+            full_states[which] = full_state(nets[which])
             wrong.append({"kind": kind, "file": str(keep), "what": outcome})
             outcome = "wrong"
         outcomes[f"{kind}: {outcome}"] += 1

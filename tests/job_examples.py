@@ -9,8 +9,8 @@ import yaml
 CHEAP = {"device": "cpu", "progress": False, "tensorboard": False, "batch_size": 4, "epochs": 1}
 
 
-def pictures(folder: Path) -> Path:
-    """Class folders of small pictures: warm and cold colours, with other sizes."""
+def images(folder: Path) -> Path:
+    """Class folders of small images: warm and cold colours, with other sizes."""
     from PIL import Image
 
     draw = random.Random(0)
@@ -59,9 +59,9 @@ def bert(folder: Path) -> Path:
     return folder
 
 
-def picture_job(folder: Path, **parts: Any) -> Path:
-    """A job with the smallest network of torchvision, and `pictures` beside it."""
-    pictures(folder / "data")
+def image_job(folder: Path, **parts: Any) -> Path:
+    """A job with the smallest network of torchvision, and `images` beside it."""
+    images(folder / "data")
     places = {"train": "data/train", "valid": "data/val"}
     job = {
         "network": {"name": "torchvision:shufflenet_v2_x0_5", "weights": None},

@@ -16,21 +16,21 @@ from transformers import PreTrainedTokenizerFast
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "a", "good", "bad", "film", ",", "very"]
 
 
-def picture(width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
+def image(width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
     """Noise, scaled up so that neighbours are alike."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
 def saved(path: Path, **options: Any) -> Path:
-    """The file of such a picture."""
+    """The file of such an image."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(**options).save(path)
+    image(**options).save(path)
     return path
 
 
-def class_pictures(folder: Path, **counts: int) -> Path:
-    """A folder for each class, with so many pictures."""
+def class_images(folder: Path, **counts: int) -> Path:
+    """A folder for each class, with so many images."""
     for number, (name, count) in enumerate(counts.items()):
         for i in range(count):
             saved(folder / name / f"{i}.png", seed=10 * number + i)
@@ -48,7 +48,7 @@ def word_tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
 
 
 def mnist(root: Path, labels: list[int]) -> np.ndarray:
-    """Big-endian IDX files of grey pictures, as LeCun's; gives the pixels of both parts."""
+    """Big-endian IDX files of grey images, as LeCun's; gives the pixels of both parts."""
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def box(number: int, image: int, category: int, bbox: Any, **more: Any) -> dict[
 
 
 def coco_files(folder: Path, boxes: list[dict[str, Any]], images: int = 3) -> tuple[Path, Path]:
-    """Pictures of 40 x 30, and instances as COCO has them: category numbers with gaps."""
+    """Images of 40 x 30, and instances as COCO has them: category numbers with gaps."""
     for number in range(images):
         saved(folder / "pictures" / f"{number:012}.png", seed=number)
     content = {

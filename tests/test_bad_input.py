@@ -37,7 +37,7 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     LoRAConvFineTuningStrategy,
 )
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 
 LORA = LoRAAllFineTuningStrategy
 
@@ -208,7 +208,7 @@ REFUSALS: dict[str, Refusal] = {
 }  # fmt: skip
 
 
-def told(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
     """The message, and the notes that a traceback shows below it."""
     return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
@@ -220,24 +220,24 @@ def test_a_refusal(
     make: Callable[[], Any], strategy: Any, kind: type[BaseException], words: list[str], call: Any
 ) -> None:
     net = make()
-    before = picture(net) if isinstance(net, nn.Module) else None
+    before = full_state(net) if isinstance(net, nn.Module) else None
     with pytest.raises(kind) as caught:
         call(net, strategy)
     for word in words:
-        assert word in told(caught.value)
+        assert word in text_of(caught.value)
     if isinstance(net, nn.Module):
-        assert picture(net) == before
+        assert full_state(net) == before
 
 
 @pytest.mark.parametrize("call", [enable_fine_tuning, plan_fine_tuning])
 def test_a_tied_tensor_takes_one_method(call: Any) -> None:
     net, strategy = tied_for_two_methods()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(
         ValueError, match=r"2\.weight is tied.*rank=1.*rank=2.*one tensor takes one"
     ):
         call(net, strategy)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 # --- whatever an action did --------------------------------------------------------------------
@@ -276,19 +276,19 @@ VANDALS = [change_values, change_data, change_everything, change_class]
 @pytest.mark.parametrize("how", ["refused", "planned", "disabled"])
 def test_whatever_an_action_changed_is_taken_back(vandal: Callable[[Any], None], how: str) -> None:
     net = mlp()
-    before = picture(net)
+    before = full_state(net)
     strategy = caps((mc_name("0"), lambda *place: vandal(place[4])), (mc_name("2"), ma_train()))
     if how == "planned":
         plan_fine_tuning(net, strategy)
     elif how == "disabled":
         enable_fine_tuning(net, strategy)
-        assert picture(net) != before
+        assert full_state(net) != before
         disable_fine_tuning(net)
     else:
         strategy = caps(strategy.module_caps[0], (mc_name("2"), raising(OSError("full"), "2")))
         with pytest.raises(OSError, match="full"):
             enable_fine_tuning(net, strategy)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
@@ -303,10 +303,10 @@ def test_containers_that_an_action_shuffled_come_back_in_order(kind: Any) -> Non
         if name == "3":
             raise OSError
 
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises((OSError, KeyError)):
         enable_fine_tuning(net, caps((lambda *place: place[1] != "", shuffle)))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 # --- other calls -------------------------------------------------------------------------------
@@ -417,10 +417,10 @@ def test_an_argument_is_refused(make: Callable[[], Any], error: Any, message: st
 def test_disabling_without_the_base_is_refused_and_leaves_the_network_enabled() -> None:
     net, base = mlp(), mlp()
     enable_fine_tuning(net, FullFineTuningStrategy(), keep_base=False)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match=r"base was not kept.*keep_base=False"):
         disable_fine_tuning(net)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert type(net).__name__ == type(base).__name__
 
 
@@ -447,10 +447,10 @@ def test_a_network_refused_once_can_be_enabled_with_what_fits() -> None:
 @pytest.mark.filterwarnings("error")
 def test_a_warning_that_is_an_error_leaves_the_network_as_it_was() -> None:
     net = mlp()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(GiftWarning, match="took nothing"):
         enable_fine_tuning(net, caps((mc_layer(), ma_adapt()), (mc_name("head"), ma_train())))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_classes_with_demands_on_their_subclasses_can_be_enabled() -> None:
@@ -495,9 +495,9 @@ def test_a_size_fits_the_network_if_not_each_layer(
     method: str, settings: dict[str, Any], clipped: dict[str, tuple[str, int]]
 ) -> None:
     net = of_three_sizes()
-    with pytest.warns(GiftWarning) as told:
+    with pytest.warns(GiftWarning) as raised:
         report = enable_fine_tuning(net, caps((mc_layer(), ma_adapt(method, **settings))))
-    (text,) = [str(w.message) for w in told if "cannot have the size" in str(w.message)]
+    (text,) = [str(w.message) for w in raised if "cannot have the size" in str(w.message)]
     assert report.clipped == clipped
     for path, (setting, size) in clipped.items():
         assert f"{path} ({setting} {size})" in text

@@ -34,7 +34,7 @@ from gift.strategies import (
     PromptFineTuningStrategy,
     SVDiffAllFineTuningStrategy,
 )
-from tests.common import all_bits, bits, picture
+from tests.common import all_bits, bits, full_state
 from tests.test_every_method import TOKENS, bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:the delta has more parameters")
@@ -144,7 +144,7 @@ def test_many_switches_in_any_order() -> None:
     before, output = all_bits(base), bits(base(IMAGES))
     bank, alone = filled()
     bank.activate(None)
-    plain = picture(bank.net)
+    plain = full_state(bank.net)
     objects: dict[str, list[int]] = {}
     rng = random.Random(0)
     for _ in range(60):
@@ -152,7 +152,7 @@ def test_many_switches_in_any_order() -> None:
         bank.activate(name)
         assert bank.active == name
         if name is None:
-            assert picture(bank.net) == plain
+            assert full_state(bank.net) == plain
             assert all_bits(bank.net) == before
             assert bits(bank.net(IMAGES)) == output
             assert [type(m) for m in bank.net.modules()] == [type(m) for m in base.modules()]
@@ -269,16 +269,16 @@ def test_a_delta_that_was_trained_elsewhere(
     bank = DeltaBank(mixed().eval())
     bank.add("other", strategy=BitFitFineTuningStrategy())
     bank.activate(active)
-    before = picture(bank.net)
+    before = full_state(bank.net)
     bank.add(name, **source_of(kind, net, STRATEGIES[name](), tmp_path))
-    assert unnumbered(picture(bank.net)) == unnumbered(before)
+    assert unnumbered(full_state(bank.net)) == unnumbered(before)
     bank.activate(name)
     ours, theirs = seen(bank.net), seen(net)
     assert ours == theirs
 
 
 def unnumbered(seen: dict[str, Any]) -> dict[str, Any]:
-    """A picture without the numbers of hooks, which count up."""
+    """The state without the numbers of hooks, which count up."""
     return {
         k: (c, {n: v for n, v in d.items() if not n.endswith("_hooks")})
         for k, (c, d) in seen.items()
@@ -406,10 +406,10 @@ def test_a_base_that_is_loaded_later_is_the_base_of_all(active: str | None) -> N
         with pytest.raises(RuntimeError, match="fc"):
             bank.net.load_state_dict(base)
         bank.activate(None)
-    told: Any = nullcontext()
+    warning: Any = nullcontext()
     if active == "lora":
-        told = pytest.warns(gift.GiftWarning, match="frozen tensors of the base")
-    with told:
+        warning = pytest.warns(gift.GiftWarning, match="frozen tensors of the base")
+    with warning:
         bank.net.load_state_dict(base)
     bank.net.eval()
     for name, net in expected.items():
@@ -519,10 +519,10 @@ def test_what_fails_changes_nothing(
     tmp_path: Path,
 ) -> None:
     bank = small(active)
-    before = picture(bank.net)
+    before = full_state(bank.net)
     with pytest.raises(error, match=match):
         act(bank, tmp_path)
-    assert unnumbered(picture(bank.net)) == unnumbered(before)
+    assert unnumbered(full_state(bank.net)) == unnumbered(before)
     assert (bank.names, bank.active) == (["french", "german"], active)
     for name in (None, "german", "french"):
         bank.activate(name)
@@ -534,7 +534,7 @@ def test_a_network_with_another_active_delta_behind_the_bank(active: str) -> Non
     bank = small(active)
     gift.disable_fine_tuning(bank.net)
     enable_fine_tuning(bank.net, IA3AllFineTuningStrategy())
-    before = picture(bank.net)
+    before = full_state(bank.net)
     for call in (
         lambda: bank.activate(None),
         lambda: bank.activate(active),
@@ -547,7 +547,7 @@ def test_a_network_with_another_active_delta_behind_the_bank(active: str) -> Non
     ):
         with pytest.raises(RuntimeError, match="without the bank"):
             call()
-        assert picture(bank.net) == before
+        assert full_state(bank.net) == before
     gift.disable_fine_tuning(bank.net)
     with pytest.warns(gift.GiftWarning, match=f"'{active}'.*without the bank"):
         bank.activate(None)  # which is in order again
@@ -690,19 +690,19 @@ def test_scaling_is_all_or_nothing() -> None:
     bank = small()
     bank.add("dora", strategy=DoRAAllFineTuningStrategy(rank=2))
     bank.activate("dora")
-    before = picture(bank.net)
+    before = full_state(bank.net)
     with pytest.raises(AdaptationError) as error:
         bank.scale("dora", 2.0)
     assert "0.weight" in str(error.value)
     assert "2.weight" in str(error.value)
-    assert picture(bank.net) == before
+    assert full_state(bank.net) == before
     bank.activate("german")
     with torch.no_grad():
         bank.net[2].weight[0, 0] = 1e30
-    before = picture(bank.net)
+    before = full_state(bank.net)
     with pytest.raises(AdaptationError, match=r"weight.*not be finite"):
         bank.scale("german", 1e30)
-    assert picture(bank.net) == before
+    assert full_state(bank.net) == before
 
 
 # --- costs ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from gift.strategies import (
     NormFineTuningStrategy,
 )
 from tests.cases.layers import LAYERS, LayerCase
-from tests.common import picture
+from tests.common import full_state
 from tests.test_bank import unnumbered
 from tests.test_every_method import TOKENS, bert
 from tests.test_matrix import as_dtype, run
@@ -115,9 +115,9 @@ def test_a_sum_without_rank_is_exact(methods: tuple[str, ...], layer: LayerCase)
         add(bank, name, by(method, layer))
     names = list(layer.weights)
     expected = summed(differences(bank, names), NUMBERS)
-    told = bank.combine(NUMBERS)
-    assert told.error <= 1e-12
-    assert all(error <= 1e-12 for error in told.errors.values())
+    report = bank.combine(NUMBERS)
+    assert report.error <= 1e-12
+    assert all(error <= 1e-12 for error in report.errors.values())
     made = differences(bank, names)["combined"]
     for name in names:
         close(made[name], expected[name])
@@ -126,9 +126,9 @@ def test_a_sum_without_rank_is_exact(methods: tuple[str, ...], layer: LayerCase)
     bank.activate("combined")
     assert run(bank.net, layer, inputs).isfinite().all()
     ranks = {n: m._gift_weights[t] for n, m, t in _adapted(bank.net)}
-    assert {name: adapter.method.rank for name, adapter in ranks.items()} == told.ranks
+    assert {name: adapter.method.rank for name, adapter in ranks.items()} == report.ranks
     assert all(
-        told.ranks[name] <= min(adapter.layout.matrix[-2:]) for name, adapter in ranks.items()
+        report.ranks[name] <= min(adapter.layout.matrix[-2:]) for name, adapter in ranks.items()
     )
 
 
@@ -178,8 +178,8 @@ def test_a_tied_weight_and_a_layer_that_only_one_delta_has() -> None:
     numbers = {"a": 1.5, "b": 0.5, "c": -1.0}
     names = ["token.weight", "inner.weight", "head.weight"]
     expected = summed(differences(bank, names), numbers)
-    told = bank.combine(numbers, "sum")
-    assert {*told.ranks} == {"token.weight", "inner.weight"}
+    report = bank.combine(numbers, "sum")
+    assert {*report.ranks} == {"token.weight", "inner.weight"}
     made = differences(bank, names)["sum"]
     for name in names:
         close(made[name], expected[name])
@@ -229,8 +229,8 @@ def test_a_sum_of_a_rank_is_the_truncated_svd(
         assert "hra" in methods
         return
     numbers = {"a": 0.7, "b": -1.3}
-    told = bank.combine(numbers, rank=rank)
-    names = list(told.ranks)
+    report = bank.combine(numbers, rank=rank)
+    names = list(report.ranks)
     assert {*layer.weights} <= {*names}
     made = differences(bank, names)
     expected = summed({name: made[name] for name in numbers}, numbers)
@@ -244,10 +244,10 @@ def test_a_sum_of_a_rank_is_the_truncated_svd(
         best = u[..., :, :kept] @ torch.diag_embed(sigma[..., :kept]) @ vh[..., :kept, :]
         close(found, best, 1e-8)
         error = (found - dense).norm() / dense.norm().clamp(min=1e-30)
-        assert math.isclose(told.errors[name], error, rel_tol=1e-6, abs_tol=1e-7)
+        assert math.isclose(report.errors[name], error, rel_tol=1e-6, abs_tol=1e-7)
         lost, whole = lost + (found - dense).norm() ** 2, whole + dense.norm() ** 2
-    assert math.isclose(told.error, math.sqrt(lost / whole), rel_tol=1e-6, abs_tol=1e-7)
-    assert "all" in str(told)
+    assert math.isclose(report.error, math.sqrt(lost / whole), rel_tol=1e-6, abs_tol=1e-7)
+    assert "all" in str(report)
 
 
 def test_biases_that_follow_are_summed_as_well() -> None:
@@ -290,8 +290,8 @@ def test_trained_values_and_buffers_are_summed() -> None:
         seen[name] = weights_of(net, [n for n in base if "num_batches" not in n])
     numbers = {"a": 0.5, "b": 0.25, "c": 0.4, "d": 0.3}
     bank.activate("b")
-    told = bank.combine(numbers)
-    assert told.ranks == {}  # the weights are trained whole by one of them
+    report = bank.combine(numbers)
+    assert report.ranks == {}  # the weights are trained whole by one of them
     bank.activate("combined")
     now = weights_of(net, list(seen["a"]))
     for name in now:
@@ -323,10 +323,10 @@ def test_negative_variances_are_refused() -> None:
         bank.activate(name)
         net.train()(1e-3 * torch.randn(8, 6).double())
     bank.activate("a")
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=r"negative.*1.running_var"):
         bank.combine({"a": 10.0, "b": 10.0})
-    assert unnumbered(picture(net)) == unnumbered(before)
+    assert unnumbered(full_state(net)) == unnumbered(before)
     assert (bank.names, bank.active) == (["a", "b"], "a")
 
 
@@ -341,7 +341,7 @@ def test_what_cannot_be_summed_is_listed() -> None:
     add(bank, "head", HeadReplacementStrategy(7))
     add(bank, "dora", by("dora"))
     bank.activate("lora")
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(AdaptationError) as error:
         bank.combine(dict.fromkeys(bank.names, 1.0))
     text = str(error.value)
@@ -350,7 +350,7 @@ def test_what_cannot_be_summed_is_listed() -> None:
     assert "head: " in text
     assert "was replaced" in text
     assert text.count("give a rank") > 10
-    assert unnumbered(picture(net)) == unnumbered(before)
+    assert unnumbered(full_state(net)) == unnumbered(before)
     assert bank.names == ["lora", "bottleneck", "head", "dora"]
 
 
@@ -404,8 +404,8 @@ def test_complex_weights() -> None:
         add(bank, name, by("lora"))
     for rank in (None, 4):
         expected = summed(differences(bank, ["weight"]), {"a": 2.0, "b": -1.0})["weight"]
-        told = bank.combine({"a": 2.0, "b": -1.0}, "sum", rank)
-        assert told.error < 1e-12
+        report = bank.combine({"a": 2.0, "b": -1.0}, "sum", rank)
+        assert report.error < 1e-12
         close(differences(bank, ["weight"])["sum"]["weight"], expected)
         bank.remove("sum")
 

@@ -42,7 +42,7 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     NormFineTuningStrategy,
 )
-from tests.common import picture
+from tests.common import full_state
 from tests.test_bank import unnumbered
 
 LOW_RANK = ("LoRA", "RsLoRA", "PiSSA", "OLoRA", "LoRAFA", "VeRA", "LoHa")
@@ -748,11 +748,11 @@ def test_what_cannot_differ_between_rows_is_named(
     bank = DeltaBank(make())
     filled(bank, "a", strategy)
     bank.activate("a")
-    before = picture(bank.net)
+    before = full_state(bank.net)
     with pytest.raises(AdaptationError) as error, bank.rows(["a", None]):
         pass
     assert all(re.search(rf"a: {re.escape(name)}\b", str(error.value)) for name in names)
-    assert unnumbered(picture(bank.net)) == unnumbered(before)
+    assert unnumbered(full_state(bank.net)) == unnumbered(before)
 
 
 def test_statistics_that_moved_are_refused() -> None:
@@ -808,13 +808,13 @@ def test_afterwards_the_network_is_what_it_was_whatever_happened_inside() -> Non
     bank = bank_of(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     net = bank.net
     net[0].register_forward_hook(lambda module, args, output: output + 1)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ZeroDivisionError), bank.rows(["a", "b"]):
         net(torch.randn(2, 4)).sum() + 1 / 0
-    assert picture(net) == before
+    assert full_state(net) == before
     with pytest.raises(ValueError, match="expected 2"), bank.rows(["a", "b"]):
         net(torch.randn(3, 4))
-    assert picture(net) == before
+    assert full_state(net) == before
     torch.testing.assert_close(net(torch.ones(2, 4)), net(torch.ones(2, 4)), rtol=0, atol=0)
 
 

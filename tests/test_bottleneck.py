@@ -30,7 +30,7 @@ from tests.cases.calls import (
     parameters,
     tensors,
 )
-from tests.common import bits, picture, trainable
+from tests.common import bits, full_state, trainable
 
 
 def skip_parallel(case: CallCase, parallel: bool) -> bool:
@@ -38,10 +38,10 @@ def skip_parallel(case: CallCase, parallel: bool) -> bool:
     if not (parallel and case.alone):
         return False
     net = case.make()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(AdaptationError, match=case.alone):
         extended(case, net, parallel=True)
-    assert picture(net) == before
+    assert full_state(net) == before
     return True
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gift import enable_fine_tuning
 from gift.factories import ma_bottleneck, mc_path
 from gift.strategies import BottleneckFineTuningStrategy as Bottlenecks
-from tests.common import picture
+from tests.common import full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -58,10 +58,10 @@ def test_refused(
     make: Callable[[], nn.Module], at: str, settings: dict[str, Any], message: str
 ) -> None:
     net = make()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=message):
         enable_fine_tuning(net, Bottlenecks(2, after=mc_path(at), **settings))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_the_axis_can_be_said_where_it_is_not_clear() -> None:

@@ -26,7 +26,7 @@ from tests.cases.calls import (
     first,
     small,
 )
-from tests.common import all_bits, bits, picture
+from tests.common import all_bits, bits, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -100,13 +100,13 @@ def test_a_copy_is_independent(case: CallCase, way: str) -> None:
 def test_the_way_back(case: CallCase) -> None:
     net = case.make().eval()
     net.get_submodule(case.after).register_forward_hook(lambda *args: None)
-    before = picture(net)
+    before = full_state(net)
     extended(case, net)
     fill(net)
     net(*case.inputs())
-    assert picture(net) != before
+    assert full_state(net) != before
     disable_fine_tuning(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @every_module

@@ -60,7 +60,7 @@ from gift.strategies import (
     SVDiffAllFineTuningStrategy,
 )
 from gift.utils.info import compare_methods, table_methods
-from tests.common import picture, trainable
+from tests.common import full_state, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -590,12 +590,12 @@ def test_a_copy_on_meta_has_all_but_the_values() -> None:
 def test_neither_the_network_nor_the_random_numbers_are_touched() -> None:
     net = nn.Sequential(resnet18(num_classes=4), nn.Dropout())
     net[0].fc.weight.grad = torch.ones_like(net[0].fc.weight)
-    before, state = picture(net), torch.get_rng_state()
+    before, state = full_state(net), torch.get_rng_state()
     strategy = merge_strategies([HeadReplacementStrategy(4), LORA()])
     assert suggest(net, "1%", strategy).ranks == suggest(net, "1%", strategy).ranks
     table_methods(net)
     table_methods(net, ["lora", "pissa"], budget="1%")
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(torch.get_rng_state(), state)
 
 

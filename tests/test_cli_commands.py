@@ -18,7 +18,7 @@ from gift.jobs import KINDS, Run, init_text, read_job
 from gift.strategies import LoRALinearFineTuningStrategy
 from gift.utils.info import collect_trainable_parameters, table_info, table_methods
 from gift.zoo import load_network
-from tests.job_examples import CHEAP, picture_job, text_job
+from tests.job_examples import CHEAP, image_job, text_job
 
 OWN = """
 import torch
@@ -63,13 +63,13 @@ def run(tmp_path: Path) -> Path:
 def test_from_a_job_to_a_merged_network(tmp_path: Path) -> None:
     """Each command tells what the same call in code gives."""
     job = text_job(tmp_path, training=CHEAP | {"lr": 0.1})
-    told = good("finetune", job, "--set", "training.epochs=2", "--set", "folder=own")
+    output = good("finetune", job, "--set", "training.epochs=2", "--set", "folder=own")
     folder = tmp_path / "own"
-    assert f"All files are in {folder}" in told
+    assert f"All files are in {folder}" in output
     run = Run(folder)
     assert run.job.training.epochs == 2
     assert (folder / "report.html").is_file()
-    assert good("finetune", job, "--set", "training.epochs=2", "--set", "folder=own") == told
+    assert good("finetune", job, "--set", "training.epochs=2", "--set", "folder=own") == output
 
     values = run.evaluate()
     assert json.loads(good("evaluate", folder, "--json")) == pytest.approx(values)
@@ -137,13 +137,13 @@ def test_own_networks_are_named_on_the_command_line(
     (tmp_path / "mine_for_runs.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     strategy = {"name": "LoRALinearFineTuningStrategy", "init_paras": {"rank": 1}, "head": "keep"}
-    job, own = picture_job(tmp_path, network=None, strategy=strategy), "import:mine_for_runs:make"
+    job, own = image_job(tmp_path, network=None, strategy=strategy), "import:mine_for_runs:make"
     changes = ("--set", "data.reader.size=8")
     assert "the job names no network" in bad("finetune", job, *changes)
     good("finetune", job, *changes, "--network", own)
-    folder, picture = tmp_path / "run", tmp_path / "data/val/warm/0.png"
-    assert "the job names no network" in bad("predict", folder, picture)
-    said = good("predict", folder, picture, "--network", own)
+    folder, image = tmp_path / "run", tmp_path / "data/val/warm/0.png"
+    assert "the job names no network" in bad("predict", folder, image)
+    said = good("predict", folder, image, "--network", own)
     assert said.endswith("%\n")
     assert {"cold", "warm"} & {*said.split()}
     good("merge", folder, tmp_path / "merged.safetensors", "--network", own)
@@ -197,7 +197,7 @@ def test_errors_are_one_message(
 ) -> None:
     """On standard error, with exit code 1; nothing is left behind."""
     monkeypatch.chdir(tmp_path)
-    job = picture_job(tmp_path)
+    job = image_job(tmp_path)
     before = {p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".safetensors")}
     assert expected in bad(*(text.format(job=job) for text in arguments))
     assert {p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".safetensors")} == before
@@ -231,9 +231,9 @@ def test_another_base_is_refused(run: Path, tmp_path: Path) -> None:
 
 def test_gift_itself() -> None:
     assert good("--version") == f"gift {gift.__version__}\n"
-    told = good("--help")
+    output = good("--help")
     for command in ("init", "finetune", "predict", "evaluate", "table", "merge", "show"):
-        assert f"\n  {command} " in told
+        assert f"\n  {command} " in output
         assert "Usage: " in good(command, "--help")
 
 
@@ -268,7 +268,7 @@ def test_control_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gift.jobs.running.finetune", stopped)
-    job = picture_job(tmp_path)
+    job = image_job(tmp_path)
     assert "the same command goes on from the last checkpoint" in bad("finetune", job, code=130)
 
 

@@ -27,7 +27,7 @@ from gift.data import (
     tensors,
     text_table,
 )
-from tests.small_files import class_pictures, picture, saved, word_tokenizer
+from tests.small_files import class_images, image, saved, word_tokenizer
 
 SMALL = PictureReader(size=16)
 
@@ -37,7 +37,7 @@ SMALL = PictureReader(size=16)
     ("size", "resize", "interpolation"),
     [(24, 28, "bilinear"), (28, 28, "bicubic"), (28, None, "nearest"), (30, 64, "bilinear")],
 )
-def test_a_picture_is_read_as_torchvision_reads_it_for_its_weights(
+def test_a_image_is_read_as_torchvision_reads_it_for_its_weights(
     mode: str, size: int, resize: int | None, interpolation: str
 ) -> None:
     reader = PictureReader(size=size, resize=resize, interpolation=interpolation)
@@ -45,11 +45,11 @@ def test_a_picture_is_read_as_torchvision_reads_it_for_its_weights(
         crop_size=size, resize_size=resize or size, interpolation=InterpolationMode(interpolation)
     )
     for width, height in ((40, 30), (31, 57), (100, 20)):
-        shown = picture(width, height, mode)
+        shown = image(width, height, mode)
         assert torch.equal(reader(shown), its(shown.convert("RGB")))
 
 
-def test_a_picture_that_is_not_square_fills_the_tensor() -> None:
+def test_a_image_that_is_not_square_fills_the_tensor() -> None:
     pixels = torch.arange(8, dtype=torch.uint8).reshape(1, 2, 4) * 30
     shown = Image.fromarray(pixels[0].numpy())
     reader = PictureReader(size=(2, 4), mean=(0.0,), std=(1.0,))
@@ -58,11 +58,11 @@ def test_a_picture_that_is_not_square_fills_the_tensor() -> None:
     assert torch.equal(both(shown), pixels[:, :, 1:3] / 255)
 
 
-def test_a_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+def test_a_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    picture().save(tmp_path / "turned.png", exif=exif)
-    turned = picture().transpose(Image.Transpose.ROTATE_270)
+    image().save(tmp_path / "turned.png", exif=exif)
+    turned = image().transpose(Image.Transpose.ROTATE_270)
     assert torch.equal(SMALL(tmp_path / "turned.png"), SMALL(turned))
 
 
@@ -84,13 +84,13 @@ def test_augmentation_is_that_of_torchvision(flip: bool) -> None:
     ])  # fmt: skip
     for seed in range(6):
         torch.manual_seed(seed)
-        own = reader.augmented(picture())
+        own = reader.augmented(image())
         torch.manual_seed(seed)
-        torch.testing.assert_close(own, torch.Tensor(its(picture())))
+        torch.testing.assert_close(own, torch.Tensor(its(image())))
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"size": 0}, "size is 0"),
         ({"size": (3, 4, 5)}, "expected a whole number"),
@@ -102,8 +102,8 @@ def test_augmentation_is_that_of_torchvision(flip: bool) -> None:
         ({"interpolation": "cubic", "scale": (0.0, 2.0)}, "bicubic.*two shares"),
     ],
 )
-def test_a_reader_that_cannot_be_is_refused(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=f"(?s){told}"):
+def test_a_reader_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         PictureReader(**settings)
 
 
@@ -130,12 +130,12 @@ def test_what_is_no_text_is_refused(raw: Any) -> None:
 
 
 READERS: dict[str, tuple[Callable[[], Any], Any]] = {
-    "default": (PictureReader, picture()),
+    "default": (PictureReader, image()),
     "picture": (
         lambda: PictureReader((20, 24), (32, 30), (0.1,), (0.3,), "bicubic", (0.5, 1.0), False),
-        picture(),
+        image(),
     ),
-    "detector": (DetectorReader, picture()),
+    "detector": (DetectorReader, image()),
     "text": (lambda: TextReader(word_tokenizer(), 3), "a very good film"),
 }  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_a_reader_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({}, "None, expected one of"),
         ({"kind": "sound"}, "'sound', expected one of.*picture"),
@@ -167,8 +167,8 @@ def test_a_reader_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
         ({"kind": "text", "tokenizer": "no/such folder"}, "no tokenizer 'no/such folder'"),
     ],
 )
-def test_a_file_that_describes_no_reader_is_refused(config: Any, told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_a_file_that_describes_no_reader_is_refused(config: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         reader_from_config(config)
 
 
@@ -177,11 +177,11 @@ def test_a_tokenizer_without_a_name_needs_a_folder() -> None:
         TextReader(word_tokenizer()).to_config()
 
 
-# Damaged pictures
+# Damaged images
 
 
 def damaged(folder: Path) -> dict[str, Path]:
-    """Files that are no pictures, though their names say so."""
+    """Files that are no images, though their names say so."""
     whole = {end: saved(folder / f"whole.{end}", width=300, height=300) for end in ("jpg", "png")}
     files = {"empty.png": b"", "text.jpg": b"I am no picture"}
     files |= {f"half.{end}": path.read_bytes()[:900] for end, path in whole.items()}
@@ -195,7 +195,7 @@ def damaged(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     for name, path in damaged(tmp_path).items():
         for raw in (path, str(path)):
             with pytest.raises(DataError, match=f"{name} cannot be read as an image: .+"):
@@ -203,8 +203,8 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_picture_is_named_while_training(workers: int, tmp_path: Path) -> None:
-    folder = class_pictures(tmp_path / "train", ant=2, bee=1)
+def test_a_damaged_image_is_named_while_training(workers: int, tmp_path: Path) -> None:
+    folder = class_images(tmp_path / "train", ant=2, bee=1)
     (folder / "bee" / "broken.png").write_bytes((folder / "bee" / "0.png").read_bytes()[:500])
     examples = class_folders(folder, SMALL, augment=True)
     loader: Any = DataLoader(examples.dataset, 4, collate_fn=examples.collate, num_workers=workers)
@@ -213,7 +213,7 @@ def test_a_damaged_picture_is_named_while_training(workers: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize("raw", [3, None, np.zeros((3, 3)), torch.zeros(3, 4, 4)])
-def test_what_is_no_picture_is_refused(raw: Any) -> None:
+def test_what_is_no_image_is_refused(raw: Any) -> None:
     with pytest.raises(DataError, match="expected an image of PIL or the path of one"):
         SMALL(raw)
 
@@ -222,7 +222,7 @@ def test_what_is_no_picture_is_refused(raw: Any) -> None:
 
 
 def test_folders_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
-    folder = class_pictures(tmp_path, wasp=3, ant=2, bee=1)
+    folder = class_images(tmp_path, wasp=3, ant=2, bee=1)
     saved(folder / "ant" / "more" / "deep" / "X.JPG")
     examples = class_folders(folder, SMALL)
     its = ImageFolder(str(folder), transform=SMALL)
@@ -234,7 +234,7 @@ def test_folders_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_a_pair_of_tensors(tmp_path: Path) -> None:
-    examples = class_folders(class_pictures(tmp_path, ant=2, bee=1), SMALL)
+    examples = class_folders(class_images(tmp_path, ant=2, bee=1), SMALL)
     inputs, labels = next(iter(DataLoader(examples.dataset, 3, collate_fn=examples.collate)))
     assert inputs.shape == (3, 3, 16, 16)
     assert labels.tolist() == [0, 0, 1]
@@ -242,7 +242,7 @@ def test_a_batch_is_a_pair_of_tensors(tmp_path: Path) -> None:
 
 
 def test_what_a_computer_leaves_in_folders_does_not_count(tmp_path: Path) -> None:
-    folder = class_pictures(tmp_path, ant=1, bee=1)
+    folder = class_images(tmp_path, ant=1, bee=1)
     for name in ("ant/.DS_Store", "ant/._0.png", "ant/Thumbs.db", ".cache/0.png", "__MACOSX/0.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
@@ -250,15 +250,15 @@ def test_what_a_computer_leaves_in_folders_does_not_count(tmp_path: Path) -> Non
 
 
 def test_validation_folders_are_numbered_as_those_for_training(tmp_path: Path) -> None:
-    train = class_folders(class_pictures(tmp_path / "train", ant=1, bee=1, wasp=1), SMALL)
-    folder = class_pictures(tmp_path / "val", bee=1, wasp=2)
+    train = class_folders(class_images(tmp_path / "train", ant=1, bee=1, wasp=1), SMALL)
+    folder = class_images(tmp_path / "val", bee=1, wasp=2)
     valid = class_folders(folder, SMALL, classes=train.classes)
     assert valid.classes == train.classes
     assert [label for _, label in valid.dataset] == [1, 2, 2]  # type: ignore[attr-defined]
 
 
 def test_all_that_is_wrong_in_folders_is_reported_at_once(tmp_path: Path) -> None:
-    folder = class_pictures(tmp_path, ant=1, bee=1, cat=1)
+    folder = class_images(tmp_path, ant=1, bee=1, cat=1)
     (folder / "dog").mkdir()
     (folder / "bee" / "none.png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
@@ -269,16 +269,16 @@ def test_all_that_is_wrong_in_folders_is_reported_at_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda folder: folder / "absent", "there is no such folder"),
         (lambda folder: saved(folder / "a.png"), "this is not a folder"),
         (lambda folder: folder, "expected one for each class"),
-        (lambda folder: class_pictures(folder, ant=1), "no more than one class, ant"),
+        (lambda folder: class_images(folder, ant=1), "no more than one class, ant"),
     ],
 )
-def test_what_are_no_class_folders_is_refused(make: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=told):
+def test_what_are_no_class_folders_is_refused(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
         class_folders(make(tmp_path), SMALL)
 
 
@@ -354,7 +354,7 @@ def test_classes_have_an_order(
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "told"),
+    ("content", "options", "message"),
     [
         (b"", {}, ["the table is empty"]),
         (b"text,label\n", {}, ["no rows below it"]),
@@ -376,18 +376,18 @@ def test_classes_have_an_order(
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_table_is_reported_with_its_lines(
-    content: bytes, options: dict[str, Any], told: list[str], tmp_path: Path
+    content: bytes, options: dict[str, Any], message: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         text_table(path, words, **options)  # type: ignore[arg-type]
-    for part in told:
+    for part in message:
         assert part in str(caught.value)
 
 
 def test_images_of_a_table_are_as_seen_from_its_folder(tmp_path: Path) -> None:
-    class_pictures(tmp_path / "pictures", one=2)
+    class_images(tmp_path / "pictures", one=2)
     far = saved(tmp_path / "elsewhere" / "x.png", seed=5)
     table = tmp_path / "x.csv"
     table.write_text(f"path,label\npictures/one/0.png,no ant\npictures/one/1.png,ant\n{far},ant\n")
@@ -412,7 +412,7 @@ def test_images_that_are_not_there_are_reported_with_their_lines(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "targets", "options", "told"),
+    ("inputs", "targets", "options", "message"),
     [
         (torch.zeros(3, 2), torch.zeros(2), {}, "3 inputs and 2 targets"),
         (torch.zeros(0, 2), torch.zeros(0), {}, "0 inputs"),
@@ -423,9 +423,9 @@ def test_images_that_are_not_there_are_reported_with_their_lines(tmp_path: Path)
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_refused(
-    inputs: Any, targets: Any, options: dict[str, Any], told: str
+    inputs: Any, targets: Any, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         tensors(inputs, targets, **options)
 
 
@@ -437,7 +437,7 @@ def test_arrays_are_tensors_too() -> None:
 
 
 def test_without_a_reader_it_says_which_there_are(tmp_path: Path) -> None:
-    folder = class_pictures(tmp_path, ant=1, bee=1)
+    folder = class_images(tmp_path, ant=1, bee=1)
     with pytest.raises(DataError, match=r"the reader is None, expected one of gift\.data"):
         class_folders(folder, None)  # type: ignore[arg-type]
 

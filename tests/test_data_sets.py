@@ -26,7 +26,7 @@ from gift.data import (
 from tests.small_files import (
     box,
     cifar10,
-    class_pictures,
+    class_images,
     coco_files,
     imagenet,
     mnist,
@@ -71,7 +71,7 @@ def test_imagenet_names_its_classes_by_their_synonyms(tmp_path: Path) -> None:
         assert [label for _, label in examples.dataset] == [0, 1]  # type: ignore[attr-defined]
 
 
-def test_a_damaged_picture_of_imagenet_is_named(tmp_path: Path) -> None:
+def test_a_damaged_image_of_imagenet_is_named(tmp_path: Path) -> None:
     imagenet(tmp_path)
     path = tmp_path / "train" / "n01443537" / "n01443537_1.JPEG"
     path.write_bytes(path.read_bytes()[:400])
@@ -81,7 +81,7 @@ def test_a_damaged_picture_of_imagenet_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "told"),
+    ("name", "split", "message"),
     [
         ("MNST", "train", "no data set 'MNST', closest: .*'MNIST'"),
         ("wrap_dataset_for_transforms_v2", "train", "no data set"),
@@ -96,13 +96,13 @@ def test_a_damaged_picture_of_imagenet_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_what_torchvision_cannot_give_is_refused(
-    name: str, split: str | None, told: str | None, tmp_path: Path
+    name: str, split: str | None, message: str | None, tmp_path: Path
 ) -> None:
-    if told is None:
+    if message is None:
         examples = torchvision_dataset(name, tmp_path, split, SMALL)  # made of random numbers
         assert examples.dataset[0][0].shape == (3, 16, 16)
         return
-    with pytest.raises(DataError, match=f"(?s){told}"):
+    with pytest.raises(DataError, match=f"(?s){message}"):
         torchvision_dataset(name, tmp_path, split, SMALL)
 
 
@@ -133,15 +133,15 @@ def test_boxes_of_coco_are_as_torchvision_takes_them(tmp_path: Path) -> None:
     examples = coco(*coco_files(tmp_path, BOXES))
     assert examples.task == "detection"
     assert examples.classes == ("__background__", "car", "cat", "dog")
-    pictures, targets = next(iter(DataLoader(examples.dataset, 3, collate_fn=examples.collate)))
-    assert [p.shape for p in pictures] == [(3, 30, 40)] * 3
+    images, targets = next(iter(DataLoader(examples.dataset, 3, collate_fn=examples.collate)))
+    assert [p.shape for p in images] == [(3, 30, 40)] * 3
     assert [t["labels"].tolist() for t in targets] == [[3, 1], [], [2]]
     assert [t["boxes"].tolist() for t in targets] == [
         [[10, 5, 30, 25], [5, 0, 7, 30]], [], [[0, 20, 16.5, 30]],
     ]  # fmt: skip
     assert targets[1]["boxes"].shape == (0, 4)
     its = CocoDetection(str(tmp_path / "pictures"), str(tmp_path / "instances.json"))
-    for own, (other, _) in zip(pictures, its, strict=True):
+    for own, (other, _) in zip(images, its, strict=True):
         assert torch.equal(own, as_tensor(other))
 
 
@@ -210,7 +210,7 @@ def test_all_that_is_wrong_with_boxes_is_reported_at_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "cannot be read as JSON"),
         ("[]", "no list 'images'"),
@@ -220,16 +220,16 @@ def test_all_that_is_wrong_with_boxes_is_reported_at_once(tmp_path: Path) -> Non
          '{"id": 1, "name": "b"}]}', "there are 2 with id 1"),
     ],
 )  # fmt: skip
-def test_what_is_no_file_of_coco_is_refused(content: str, told: str, tmp_path: Path) -> None:
+def test_what_is_no_file_of_coco_is_refused(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     with pytest.raises(DataError, match="there is no file"):
         coco(tmp_path, path)
     path.write_text(content)
-    with pytest.raises(DataError, match=f"(?s){told}"):
+    with pytest.raises(DataError, match=f"(?s){message}"):
         coco(tmp_path, path)
 
 
-def test_boxes_for_a_picture_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_boxes_for_a_image_of_another_size_are_refused(tmp_path: Path) -> None:
     images, path = coco_files(tmp_path, BOXES)
     saved(images / f"{0:012}.png", width=30, height=40)
     with pytest.raises(DataError, match=r"000.png is 30 x 40, its boxes .* 40 x 30"):
@@ -316,7 +316,7 @@ def test_texts_of_hugging_face_from_everywhere(tmp_path: Path) -> None:
 
 
 def test_images_of_hugging_face(tmp_path: Path) -> None:
-    folder = class_pictures(tmp_path / "pictures", ant=1, bee=2)
+    folder = class_images(tmp_path / "pictures", ant=1, bee=2)
     data = datasets.load_dataset(
         "imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache")
     )
@@ -327,7 +327,7 @@ def test_images_of_hugging_face(tmp_path: Path) -> None:
     assert label == 0
 
 
-def test_a_damaged_picture_of_hugging_face_is_named(tmp_path: Path) -> None:
+def test_a_damaged_image_of_hugging_face_is_named(tmp_path: Path) -> None:
     good = saved(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(good.read_bytes()[:200])
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
@@ -359,7 +359,7 @@ def test_classes_of_hugging_face(
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "told"),
+    ("data", "options", "message"),
     [
         (reviews, {"label": "gold"}, "no column 'gold', but .*'label', 'text'"),
         (reviews, {"input": "label2", "pair": "b"}, "(?s)'label2'.*'b'"),
@@ -379,6 +379,6 @@ def test_classes_of_hugging_face(
         (lambda: "no/such-data", {}, "(?s)'no/such-data' cannot be loaded.*save_to_disk"),
     ],
 )  # fmt: skip
-def test_what_hugging_face_cannot_give_is_refused(data: Any, options: Any, told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_what_hugging_face_cannot_give_is_refused(data: Any, options: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         hugging_face(data(), TextReader(word_tokenizer()), **options)

@@ -33,8 +33,8 @@ def of_digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, Path]:
     return main(["--steps", "60", "--out", str(out)]), out
 
 
-def write_pictures(folder: Path, classes: list[str], number: int) -> Path:
-    """Class folders of noisy pictures, each class with a colour of its own."""
+def write_images(folder: Path, classes: list[str], number: int) -> Path:
+    """Class folders of noisy images, each class with a colour of its own."""
     for name in classes:
         (folder / name).mkdir(parents=True)
         for index in range(number):
@@ -109,21 +109,21 @@ def test_one_changed_value_is_not_the_same_base() -> None:
 @pytest.mark.parametrize("layout", ["classes", "train_and_val"])
 def test_half_of_the_classes_of_a_folder_are_learned(tmp_path: Path, layout: str) -> None:
     if layout == "classes":
-        folder = write_pictures(tmp_path / "all", [*COLOURS], 8)
+        folder = write_images(tmp_path / "all", [*COLOURS], 8)
     else:
         folder = tmp_path / "all"
-        write_pictures(folder / "train", [*COLOURS], 6)
-        write_pictures(folder / "val", [*COLOURS], 2)
+        write_images(folder / "train", [*COLOURS], 6)
+        write_images(folder / "val", [*COLOURS], 2)
     out = tmp_path / "out"
     result = main(["--images", str(folder), "--scratch", "--steps", "2", "--out", str(out)])
     assert result.same_output
     assert result.same_base
     assert result.outputs is not None
-    assert result.outputs.shape == (4, 2)  # a quarter of the pictures of two classes
-    check_pictures(result, out)
+    assert result.outputs.shape == (4, 2)  # a quarter of the images of two classes
+    check_plots(result, out)
 
 
-def check_pictures(result: Facts, out: Path) -> None:
+def check_plots(result: Facts, out: Path) -> None:
     assert out / "predictions.png" in result.images
     for file in result.images:
         with Image.open(file) as image:
@@ -141,20 +141,20 @@ def test_two_classes_start_from_pretrained_weights_or_from_turned_images(
         cache = tmp_path / "torch" / "hub" / "checkpoints"
         cache.mkdir(parents=True)
         torch.save(resnet18().state_dict(), cache / Path(ResNet18_Weights.DEFAULT.url).name)
-    folder = write_pictures(tmp_path / "all", ["blue", "red"], 4)
+    folder = write_images(tmp_path / "all", ["blue", "red"], 4)
     out = tmp_path / "out"
     result = main(["--images", str(folder), "--steps", "2", "--out", str(out)])
     assert (result.base_accuracy is None) == (weights == "present")
     assert result.same_output
     assert result.same_base
-    check_pictures(result, out)
+    check_plots(result, out)
 
 
 def test_a_big_folder_is_read_in_part_and_evenly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules["gift.demo.data"].LIMITS, "train", 10)
-    task = read_folder(write_pictures(tmp_path, ["blue", "red"], 16), size=8)
+    task = read_folder(write_images(tmp_path, ["blue", "red"], 16), size=8)
     assert task.train.labels.tolist() == [0] * 5 + [1] * 5
     assert task.train.images.shape == (10, 3, 8, 8)
     assert len(task.test) == 8
@@ -169,21 +169,21 @@ def a_file(path: Path) -> None:
 
 
 def one_class(path: Path) -> None:
-    write_pictures(path, ["blue"], 3)
+    write_images(path, ["blue"], 3)
 
 
-def lonely_picture(path: Path) -> None:
-    write_pictures(path, ["blue", "red"], 3)
-    write_pictures(path, ["green"], 1)
+def lonely_image(path: Path) -> None:
+    write_images(path, ["blue", "red"], 3)
+    write_images(path, ["green"], 1)
 
 
 def other_classes_in_val(path: Path) -> None:
-    write_pictures(path / "train", ["blue", "red"], 2)
-    write_pictures(path / "val", ["blue", "green"], 2)
+    write_images(path / "train", ["blue", "red"], 2)
+    write_images(path / "val", ["blue", "green"], 2)
 
 
-def broken_picture(path: Path) -> None:
-    write_pictures(path, ["blue", "red"], 3)
+def broken_image(path: Path) -> None:
+    write_images(path, ["blue", "red"], 3)
     (path / "red" / "1.png").write_bytes(b"no picture")
 
 
@@ -194,9 +194,9 @@ def broken_picture(path: Path) -> None:
         (a_file, "pictures is not a folder"),
         (Path.mkdir, "these classes: [], expected at least two"),
         (one_class, "these classes: ['blue'], expected at least two"),
-        (lonely_picture, "classes ['green'] have fewer than two images"),
+        (lonely_image, "classes ['green'] have fewer than two images"),
         (other_classes_in_val, "['green', 'red'] are in only one of train and val"),
-        (broken_picture, "1.png cannot be read as an image"),
+        (broken_image, "1.png cannot be read as an image"),
     ],
 )
 def test_a_bad_folder_is_refused_in_plain_words(
@@ -217,7 +217,7 @@ def test_a_bad_folder_is_refused_in_plain_words(
 def test_an_output_folder_that_is_a_file_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_pictures(tmp_path / "all", ["blue", "red"], 2)
+    folder = write_images(tmp_path / "all", ["blue", "red"], 2)
     with pytest.raises(SystemExit):
         main(["--images", str(folder), "--scratch", "--out", str(folder / "red" / "0.png")])
     assert "0.png cannot be made a folder" in capsys.readouterr().err

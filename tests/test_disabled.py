@@ -15,7 +15,7 @@ import gift
 from gift import GiftWarning, disable_fine_tuning, disabled, enable_fine_tuning, merge, merged
 from gift.strategies import FullFineTuningStrategy
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
-from tests.common import all_bits, bits, enabled, picture
+from tests.common import all_bits, bits, enabled, full_state
 from tests.test_merging import NETWORKS, Case, call, cnn, fail, ids, look, mlp, run_out, tuned
 
 networks = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
@@ -38,7 +38,7 @@ def test_the_base_bit_for_bit_and_back(case: Case) -> None:
     x = case.inputs()
     base, net = base.eval().requires_grad_(False), net.eval()
     expected, plain = call(base, x), look(base)
-    output, before = call(net, x).detach(), picture(net)
+    output, before = call(net, x).detach(), full_state(net)
     parameters = [name for name, _ in net.named_parameters()]
     state = list(net.state_dict())
     with disabled(net) as same:
@@ -47,7 +47,7 @@ def test_the_base_bit_for_bit_and_back(case: Case) -> None:
         assert all_bits(net) == all_bits(base)
         assert list(net.state_dict()) == list(base.state_dict())
         assert look(net) == plain
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(call(net, x), output)
     assert [name for name, _ in net.named_parameters()] == parameters
     assert list(net.state_dict()) == state
@@ -74,11 +74,11 @@ def test_the_base_bit_for_bit_and_back(case: Case) -> None:
 )  # fmt: skip
 def test_all_comes_back(case: Case, what: Callable[[Any], Any]) -> None:
     net = tuned(case)
-    before = picture(net)
+    before = full_state(net)
     with suppress(ZeroDivisionError, KeyboardInterrupt, RuntimeError), disabled(net):
         call(net.eval(), case.inputs())
         what(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_training_goes_on_as_if_nothing_had_been() -> None:
@@ -192,7 +192,7 @@ def test_what_is_enabled_inside_is_gone_afterwards() -> None:
     """Another delta is trained on the same base; the first one then finds that base."""
     base = mlp().eval()
     net, x = enabled(copy.deepcopy(base)), torch.randn(2, 6)
-    before = picture(net)
+    before = full_state(net)
     with disabled(net):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GiftWarning)
@@ -200,7 +200,7 @@ def test_what_is_enabled_inside_is_gone_afterwards() -> None:
         net(x).sum().backward()
         torch.optim.SGD(net.parameters(), 0.1).step()
         assert not torch.equal(net(x), base(x))
-    assert picture(net) == before
+    assert full_state(net) == before
     with disabled(net):
         assert torch.equal(net.eval()(x), base(x))
 
@@ -212,13 +212,13 @@ def test_one_block_in_another() -> None:
     with disabled(net):
         base = net(x)
         enabled(net, LoRA(rank=1))
-        second, inside = net(x), picture(net)
+        second, inside = net(x), full_state(net)
         with disabled(net):
             assert torch.equal(net(x), base)
-        assert picture(net) == inside
+        assert full_state(net) == inside
         with merged(net):
             torch.testing.assert_close(net(x), second)
-        assert picture(net) == inside
+        assert full_state(net) == inside
     assert torch.equal(net(x), output)
 
 
@@ -235,10 +235,10 @@ def test_one_block_in_another() -> None:
 def test_what_needs_the_deltas_is_refused_inside(what: Callable[[Any], Any]) -> None:
     net = enabled(mlp())
     with disabled(net):
-        before = picture(net)
+        before = full_state(net)
         with pytest.raises(RuntimeError, match=r"disabled for a while: .* after the with block"):
             what(net)
-        assert picture(net) == before
+        assert full_state(net) == before
 
 
 def test_a_base_that_was_not_kept() -> None:
@@ -246,19 +246,19 @@ def test_a_base_that_was_not_kept() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GiftWarning)
         enable_fine_tuning(net, LoRA(), keep_base=False)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match="the base was not kept"):
         disabled(net).__enter__()
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_network_without_shapes_is_refused() -> None:
     net = nn.Sequential(nn.LazyLinear(64), nn.Linear(64, 64))
     enable_fine_tuning(net, LoRA())
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match="no shape yet: run a batch"):
         disabled(net).__enter__()
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_parts_keep_their_own_modes() -> None:
@@ -288,10 +288,10 @@ def test_under_inference_mode() -> None:
     """Nothing is an inference tensor afterwards, and training and the way back go on."""
     case = NETWORKS["norms and statistics"]
     base, net = from_base(case)
-    x, before = case.inputs(), picture(net)
+    x, before = case.inputs(), full_state(net)
     with torch.inference_mode(), disabled(net):
         call(net.eval(), x)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert not any(t.is_inference() for t in (*net.named_parameters(), *net.buffers())
                    if isinstance(t, torch.Tensor))  # fmt: skip
     call(net, x).sum().backward()
@@ -334,8 +334,8 @@ def test_what_is_refused_keeps_its_gradients() -> None:
     net = nn.Linear(6, 5)
     enable_fine_tuning(net, FullFineTuningStrategy(), keep_base=False)
     net(torch.ones(2, 6)).sum().backward()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match="was not kept"), disabled(net):
         pass
-    assert picture(net) == before
+    assert full_state(net) == before
     assert net.weight.grad is not None

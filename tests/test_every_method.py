@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from gift import disable_fine_tuning, enable_fine_tuning
 from gift.methods import METHODS
 from gift.strategies import STRATEGIES
-from tests.common import all_bits, picture
+from tests.common import all_bits, full_state
 
 everywhere = pytest.mark.parametrize("method", METHODS)
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
@@ -202,10 +202,10 @@ def test_an_average_of_weights(method: str) -> None:
 @everywhere
 def test_a_failure_half_way_leaves_nothing(method: str) -> None:
     net = nn.Sequential(nn.Linear(8, 12), nn.Conv2d(3, 8, 3), nn.Linear(0, 4))
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match="no elements"):
         enable(net, method)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @everywhere

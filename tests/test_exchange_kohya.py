@@ -29,7 +29,7 @@ from gift.factories import (
     pc_name,
 )  # fmt: skip
 from gift.interop.kohya import load_kohya, save_kohya
-from tests.common import picture
+from tests.common import full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -416,10 +416,10 @@ def test_layers_with_other_names_are_renamed(tmp_path: Path) -> None:
     tensors = {k.replace("attn1", "input_blocks_4"): t for k, t in load_file(path).items()}
     path = tmp_path / "renamed.safetensors"
     save_file(tensors, path)
-    before = picture(base)
+    before = full_state(base)
     with pytest.raises(ValueError, match=r"4 layers, the first is input_blocks_4.*rename="):
         load_kohya(base, path)
-    assert picture(base) == before
+    assert full_state(base) == before
     load_kohya(base, path, rename=lambda name: name.replace("input_blocks_4_", "attn1."))
     torch.testing.assert_close(base(X), tuned(X))
     save_kohya(tuned, path, rename=lambda path: path.replace("attn1", "input_blocks.4"))
@@ -514,10 +514,10 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 
 def refused(net: nn.Module, path: Path, message: str, **options: Any) -> None:
     """Loading is an error that says so, and leaves the network as it is."""
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=message):
         load_kohya(net, path, **options)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize(("parts", "message"), MISFITS.values(), ids=MISFITS)
@@ -594,10 +594,10 @@ def test_two_names_for_one_layer(tmp_path: Path) -> None:
 
 def test_a_network_that_is_being_fine_tuned(tmp_path: Path) -> None:
     net = adapted(nn.ModuleDict({"proj": nn.Linear(6, 4)}), "lora", rank=2)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match="fine-tuned already"):
         load_kohya(net, layer_file(tmp_path / "a.safetensors", **GOOD))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_damaged_files(tmp_path: Path) -> None:
@@ -784,7 +784,7 @@ def test_diffusers_reads_what_gift_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"dtype": torch.int32}, "expected a floating-point torch dtype"),
         ({"dtype": "float16"}, "expected a floating-point torch dtype"),
@@ -792,10 +792,10 @@ def test_diffusers_reads_what_gift_writes(tmp_path: Path) -> None:
         ({"rename": lambda path: None}, "0: rename gives None"),
     ],
 )
-def test_wrong_arguments_write_nothing(arguments: Any, told: str, tmp_path: Any) -> None:
+def test_wrong_arguments_write_nothing(arguments: Any, message: str, tmp_path: Any) -> None:
     net = nn.Sequential(nn.Linear(8, 8))
     enable_fine_tuning(net, gift.strategies.LoRALinearFineTuningStrategy(rank=2))
-    with pytest.raises(gift.DeltaFileError, match=told):
+    with pytest.raises(gift.DeltaFileError, match=message):
         save_kohya(net, tmp_path / "x.safetensors", **arguments)
     with pytest.raises(gift.DeltaFileError, match="no network"):
         save_kohya({}, tmp_path / "x.safetensors", **arguments)

@@ -29,7 +29,7 @@ from tests.cases.exchange import (
     Tied,
     trained_by_peft,
 )  # fmt: skip
-from tests.common import picture
+from tests.common import full_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
@@ -145,10 +145,10 @@ def edited(written: Path, folder: Path, edit: Edit) -> Path:
 @pytest.mark.parametrize(("edit", "reason"), UNREADABLE.values(), ids=UNREADABLE)
 def test_what_cannot_be_read(edit: Edit, reason: str, written: Path, tmp_path: Path) -> None:
     net = base()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=reason):
         load_peft(net, edited(written, tmp_path, edit))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_network_without_values_takes_none(written: Path) -> None:
@@ -228,10 +228,10 @@ def test_what_peft_does_otherwise(
 ) -> None:
     net = make()
     trained_by_peft(copy.deepcopy(net), config).save_pretrained(tmp_path)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=reason):
         load_peft(net, tmp_path)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_network_that_is_fine_tuned_already_is_left_alone(written: Path) -> None:
@@ -272,7 +272,7 @@ def test_damaged_weights_never_load_by_half(written: Path, tmp_path: Path) -> No
     whole = (folder / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     net, chance = base(), random.Random(0)
-    before = picture(net)
+    before = full_state(net)
     cut = [whole[: chance.randrange(len(whole))] for _ in range(100)]
     changed = []
     for _ in range(200):
@@ -287,10 +287,10 @@ def test_damaged_weights_never_load_by_half(written: Path, tmp_path: Path) -> No
             load_peft(net, folder)
         except ValueError:
             refused += 1
-            assert picture(net) == before
+            assert full_state(net) == before
         else:  # white space, or the metadata, which say nothing
             net = base()
-            before = picture(net)
+            before = full_state(net)
     assert refused > 250
 
 
@@ -319,7 +319,7 @@ def test_damaged_old_files_are_refused_or_hold_tensors(written: Path, tmp_path: 
     whole = path.read_bytes()
     pickled = whole.index(b"data.pkl"), whole.index(b"/byteorder")
     net, causes = base(), set()
-    before = picture(net)
+    before = full_state(net)
     for _ in range(400):
         content = bytearray(whole)
         for _ in range(chance.choice([1, 4])):
@@ -329,10 +329,10 @@ def test_damaged_old_files_are_refused_or_hold_tensors(written: Path, tmp_path: 
             load_peft(net, tmp_path)
         except DeltaFileError as error:
             causes.add(type(error.__cause__))
-            assert picture(net) == before
+            assert full_state(net) == before
         else:  # names in the archive, or of things that are not looked up
             net = base()
-            before = picture(net)
+            before = full_state(net)
     assert {KeyError, IndexError, pickle.UnpicklingError} <= causes
 
 

@@ -38,7 +38,7 @@ from tests.cases.exchange import (
     Tied,
     randomised,
 )  # fmt: skip
-from tests.common import picture
+from tests.common import full_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
@@ -263,10 +263,10 @@ def test_virtual_tokens_that_cannot_be_read(
     save_file({"prompt_embeddings": torch.ones(3, 8)} | more, tmp_path / WEIGHTS)
     shape = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
     net = GPT2LMHeadModel(GPT2Config(vocab_size=9, bos_token_id=0, eos_token_id=0, **shape))
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(DeltaFileError, match=reason):
         load_peft(net, tmp_path)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_names_that_peft_leaves_out_cannot_be_written(tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ def test_save_pretrained(name: str, for_a_while: bool, tmp_path: Path) -> None:
         expected = call(net, x)
         with merged(net) if for_a_while else nullcontext(merge(net)):
             net.save_pretrained(tmp_path)
-        again, told = type(case.make()).from_pretrained(tmp_path, output_loading_info=True)
+        again, info = type(case.make()).from_pretrained(tmp_path, output_loading_info=True)
         torch.testing.assert_close(call(again.eval(), x), expected, rtol=1e-4, atol=1e-4)
-    assert not any(told.values())
+    assert not any(info.values())
     assert again.state_dict().keys() == keys
     assert again.config.architectures == [type(case.make()).__name__]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:

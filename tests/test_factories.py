@@ -48,7 +48,7 @@ from gift.factories import (
     pc_path,
 )
 from gift.methods import LoRA
-from tests.common import all_bits, enabled, picture, trainable
+from tests.common import all_bits, enabled, full_state, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -271,7 +271,7 @@ ACTIONS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize(("kind", "action", "params", "expected"), ACTIONS.values(), ids=ACTIONS)
 def test_an_action(kind: str, action: Any, params: dict[str, Any], expected: list[str]) -> None:
     net = Net()
-    before = picture(net)
+    before = full_state(net)
     caps: dict[str, Any] = {"module_caps": [(mc_name("head"), action, params)]}
     if kind == "parameter":
         caps = {"para_caps": [(pc_path(glob="head.*.weight"), action, params)]}
@@ -284,7 +284,7 @@ def test_an_action(kind: str, action: Any, params: dict[str, Any], expected: lis
         update = net.head["out"].weight - net.head["out"]._parameters["weight"]
         torch.testing.assert_close(update, 4.0 * net.head["out"].lora_A.expand(10, 4))
     disable_fine_tuning(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_ma_freeze_keeps_statistics_still_whatever_train_says() -> None:
@@ -306,7 +306,7 @@ def test_ma_replace_puts_another_module_in_each_place(how: str) -> None:
     net, new = Net(), nn.GroupNorm(2, 4)
     makers = {"a module": new, "a function": lambda old: nn.GroupNorm(2, old.num_features),
               "a class": nn.Identity}  # fmt: skip
-    old, before = [net.blocks[0].norm, net.blocks[1].norm], picture(net)
+    old, before = [net.blocks[0].norm, net.blocks[1].norm], full_state(net)
     strategy = FineTuningStrategy([(mc_name("norm"), ma_replace(makers[how]))])
     report = enable_fine_tuning(net, strategy)
     now = [net.blocks[0].norm, net.blocks[1].norm]
@@ -318,7 +318,7 @@ def test_ma_replace_puts_another_module_in_each_place(how: str) -> None:
     assert [claim.what for claim in report.claims] == [f"replaced by {type(now[0]).__name__}"] * 2
     disable_fine_tuning(net)
     assert [net.blocks[0].norm, net.blocks[1].norm] == old
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize("modes", [(True, False), (False, True)])
@@ -414,11 +414,11 @@ def test_what_does_not_fit_the_network_is_refused(
     check: Any, action: Any, error: type[Exception], message: str
 ) -> None:
     net = Net()
-    before = picture(net)
+    before = full_state(net)
     params = {"rnk": 3} if "rnk" in message else {}
     with pytest.raises(error, match=message):
         enable_fine_tuning(net, FineTuningStrategy([(check, action, params)]))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_what_must_know_the_network_says_so_when_called_alone() -> None:

@@ -72,7 +72,7 @@ def test_the_words_are_those_of_the_type() -> None:
 
 @pytest.mark.parametrize(("form", "given", "rank", "cuts", "positions"), [
     pytest.param("merged", geometry(64, 64), 3, 1, 16 * 56 * 56, id="early layer of a ResNet"),
-    pytest.param("side", geometry(512, 512), 3, 1, 4 * 4 * 4, id="late layer, few pictures"),
+    pytest.param("side", geometry(512, 512), 3, 1, 4 * 4 * 4, id="late layer, few images"),
     pytest.param("side", geometry(512, 512), 3, 3, 4 * 4 * 4, id="the same, balanced"),
     pytest.param("whole", geometry(64, 3, (7, 7), 2), 64, 1, 16 * 64 * 64, id="few channels"),
     pytest.param("whole", geometry(16, 16), 16, 3, 16 * 32 * 32, id="a rank that saves nothing"),

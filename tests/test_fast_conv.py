@@ -239,7 +239,7 @@ def test_every_geometry_in_every_plan(dtype: torch.dtype, memories: Any, batch: 
 
 
 def test_every_geometry_as_if_images_were_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shifted pictures are added one after the other then, not in one operation."""
+    """Shifted images are added one after the other then, not in one operation."""
     monkeypatch.setattr(conv_as_gemm, "FEW", 0)
     failures = sweep(torch.float64, FORMATS[:1])
     assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:20])
@@ -558,7 +558,7 @@ class Quiet(nn.Conv2d):
 
 
 def patched(base: nn.Module) -> nn.Module:
-    """As the recipes for tileable pictures patch an instance: one axis around, one not."""
+    """As the recipes for tileable images patch an instance: one axis around, one not."""
 
     def conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Any) -> Tensor:
         padded = F.pad(F.pad(input, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
@@ -680,7 +680,7 @@ class Small(nn.Sequential):
         )
 
 
-def picture(batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+def image(batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(batch, 3, 8, 8, dtype=dtype)
 
 
@@ -713,7 +713,7 @@ def assert_same_step(call: Any, other: Any, x: Tensor, net: nn.Module, tolerance
 @pytest.mark.parametrize("form", CHOICES)
 def test_gradients_of_gradients_through_a_network(form: Any) -> None:
     base, net = pair(form)
-    x, results = picture().requires_grad_(), []
+    x, results = image().requires_grad_(), []
     for call in (net, materialised(base, net)):
         (first,) = torch.autograd.grad(weighted(call(x)), x, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), [x, *trained(net)]))
@@ -724,7 +724,7 @@ def test_gradients_of_gradients_through_a_network(form: Any) -> None:
 @pytest.mark.parametrize("form", CHOICES)
 def test_checkpointing(form: Any, reentrant: bool) -> None:
     base, net = pair(form)
-    x = picture().requires_grad_()
+    x = image().requires_grad_()
     weighted(checkpoint(net, x, use_reentrant=reentrant)).backward()
     found = [x.grad, *(p.grad for p in trained(net))]
     _, *expected = step(lambda: materialised(base, net)(x), [x, *trained(net)])
@@ -737,7 +737,7 @@ def test_autocast(form: Any, dropout: float) -> None:
     """The plain layer's dtype, gradients in that of the parameters, all close to float32."""
     base, net = pair(form, torch.float32, lora_dropout=dropout)
     net.eval()
-    x = picture(4, torch.float32)
+    x = image(4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found, plain = net(x), base(x)
     assert found.dtype == plain.dtype == torch.bfloat16
@@ -756,7 +756,7 @@ def test_autocast(form: Any, dropout: float) -> None:
 @pytest.mark.parametrize("form", CHOICES)
 def test_autocast_leaves_float64_alone(form: Any) -> None:
     base, net = pair(form)
-    x = picture()
+    x = image()
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = net(x), base(x)
     assert found.dtype == expected.dtype
@@ -787,7 +787,7 @@ def test_a_small_delta_is_not_rounded_away_in_bfloat16(layout: str, form: Any) -
 @pytest.mark.parametrize("form", CHOICES)
 def test_per_example_gradients_and_ensembles(form: Any) -> None:
     base, net = pair(form)
-    x = picture(3)
+    x = image(3)
     call, own = per_example_gradients(net)
     found = call(own, x)
     for index, one in enumerate(x):
@@ -824,7 +824,7 @@ def test_compile(form: Any, dynamo: None) -> None:
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch in (2, 5):
         for memory in (lambda x: x, channels_last)[: 1 + (batch == 5)]:
-            x = memory(picture(batch))
+            x = memory(image(batch))
             assert_same_step(compiled, materialised(base, net), x, net, 1e-12)
 
 
@@ -838,7 +838,7 @@ def test_compile_is_not_repeated_for_other_sizes(dynamo: None) -> None:
 
     compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=True)
     for batch in range(2, 40):
-        torch.testing.assert_close(compiled(picture(batch)).shape, torch.Size([batch, 5]))
+        torch.testing.assert_close(compiled(image(batch)).shape, torch.Size([batch, 5]))
     assert len(graphs) <= 3
 
 
@@ -847,16 +847,16 @@ def test_export(form: Any, strict: bool) -> None:
     base, net = pair(form)
     sizes = ({0: torch.export.Dim("batch", min=2, max=64)},)
     exported = torch.export.export(
-        net.eval(), (picture(4),), dynamic_shapes=sizes, strict=strict
+        net.eval(), (image(4),), dynamic_shapes=sizes, strict=strict
     ).module()
-    x = picture(7)
+    x = image(7)
     torch.testing.assert_close(exported(x), materialised(base, net)(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", CHOICES)
 def test_training_after_inference(form: Any) -> None:
     base, net = pair(form)
-    x = picture()
+    x = image()
     with torch.inference_mode():
         seen = net(x)
     with torch.no_grad():
@@ -867,7 +867,7 @@ def test_training_after_inference(form: Any) -> None:
 
 @pytest.mark.parametrize("form", CHOICES)
 def test_a_weight_that_is_trained_under_its_delta(form: Any) -> None:
-    base, x = layer_of(2, kernel_size=3, padding=1), picture(2).repeat(1, 2, 1, 1)[:, :4]
+    base, x = layer_of(2, kernel_size=3, padding=1), image(2).repeat(1, 2, 1, 1)[:, :4]
     net = adapted(base, rank=2, form=form)
     frozen = net._parameters["weight"]
     frozen.requires_grad = True
@@ -883,7 +883,7 @@ def test_a_weight_that_is_trained_under_its_delta(form: Any) -> None:
 def test_a_factor_that_changed_before_backward_is_an_error(form: Any) -> None:
     """As in torch itself: no gradient of what is no longer there."""
     net = pair(form)[1]
-    y = net(picture())
+    y = net(image())
     with torch.no_grad():
         net[0].lora_A += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -893,7 +893,7 @@ def test_a_factor_that_changed_before_backward_is_an_error(form: Any) -> None:
 def test_lora_fa_on_convolutions_trains_and_gives_second_derivatives() -> None:
     for form in CHOICES:
         base = layer_of(2, kernel_size=3)
-        net, x = adapted(base, "lora_fa", rank=2, form=form), picture(2).repeat(1, 2, 1, 1)
+        net, x = adapted(base, "lora_fa", rank=2, form=form), image(2).repeat(1, 2, 1, 1)
         x = x[:, :4].requires_grad_()
         results = []
         for call in (net, lambda x: call_with_delta(base, net, x)):

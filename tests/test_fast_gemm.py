@@ -187,17 +187,17 @@ def test_outputs_stay_those_of_torch(
 
 def test_which_processor_prefers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of AMD with AVX-512, as far as torch tells; and where there are two to choose from."""
-    told = {"avx512_f": True, "cpu_name": "AMD EPYC 9654"}
+    capabilities = {"avx512_f": True, "cpu_name": "AMD EPYC 9654"}
     for known, expected in (
-        (told, torch.backends.mkl.is_available() and onednn.has_onednn()),
-        ({**told, "avx512_f": False}, False),
-        ({**told, "cpu_name": "Intel(R) Xeon(R)"}, False),
+        (capabilities, torch.backends.mkl.is_available() and onednn.has_onednn()),
+        ({**capabilities, "avx512_f": False}, False),
+        ({**capabilities, "cpu_name": "Intel(R) Xeon(R)"}, False),
         ({}, False),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
         assert onednn.prefers_onednn.__wrapped__() == expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not onednn.prefers_onednn.__wrapped__()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert not onednn.prefers_onednn.__wrapped__()

@@ -61,8 +61,8 @@ from tests.common import (
     all_bits,
     assert_same_training,
     enabled,
+    full_state,
     merged,
-    picture,
     trainable,
 )
 
@@ -660,10 +660,10 @@ def test_biases_are_trained_where_asked_for_only(train_bias: bool) -> None:
 def test_enabling_twice_is_refused() -> None:
     net = enabled(mlp())
     for again in (net, nn.Sequential(net), net[0]):
-        before = picture(again)
+        before = full_state(again)
         with pytest.raises(RuntimeError, match=r"being fine-tuned already.*disable_fine_tuning"):
             enable_fine_tuning(again, LORA())
-        assert picture(again) == before
+        assert full_state(again) == before
 
 
 def test_a_failure_half_way_leaves_the_network_as_it_was() -> None:
@@ -678,10 +678,10 @@ def test_a_failure_half_way_leaves_the_network_as_it_was() -> None:
             raise KeyError("the fifteenth layer")
         ma_adapt("lora")(*place)
 
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(KeyError, match="the fifteenth layer") as caught:
         enable_fine_tuning(net, FineTuningStrategy([(mc_layer(), adapt_a_few)]))
-    assert picture(net) == before
+    assert full_state(net) == before
     assert any(seen[-1] in note for note in caught.value.__notes__)
 
 
@@ -705,23 +705,23 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], found: str)
 
 def test_a_rank_that_no_weight_can_have_is_refused_with_every_layer_named() -> None:
     net = mlp()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match="rank 1000 is above 8") as caught:
         enable_fine_tuning(net, LORA(rank=1000))
     assert [f"{path}.weight" in str(caught.value) or f"{path} (Linear)" in str(caught.value)
             for path in ("0", "3")] == [True, True]  # fmt: skip
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_name_that_nothing_has_is_refused_with_the_closest() -> None:
     net = bert()
-    before = picture(net)
+    before = full_state(net)
     for check in (mc_name("clasifier"), lambda *place: place[1] == "clasifier"):
         with pytest.raises(
             ValueError, match=r"matched anything.*\n.*closest names: .*'classifier'"
         ):
             enable_fine_tuning(net, FineTuningStrategy([(check, ma_train())]))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_one_misspelt_target_of_several_is_warned_about() -> None:

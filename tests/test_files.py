@@ -42,7 +42,7 @@ from gift.support import atomic_files
 from gift.wrappers import Bottleneck
 from tests import _files_worker
 from tests._files_worker import unnamed
-from tests.common import all_bits, bits, picture
+from tests.common import all_bits, bits, full_state
 
 LORA = LoRAAllFineTuningStrategy
 ROOT = Path(__file__).parent.parent
@@ -78,13 +78,13 @@ def base(seed: int = 0, make: Callable[[], nn.Module] = Net) -> nn.Module:
     return make()
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(2))
 
 
 def output(net: nn.Module, x: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return net.eval()(pictures() if x is None else x)
+        return net.eval()(images() if x is None else x)
 
 
 def enable(net: nn.Module, strategy: FineTuningStrategy, **options: Any) -> nn.Module:
@@ -99,7 +99,7 @@ def train(net: nn.Module, steps: int = 2) -> nn.Module:
     net.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        net(pictures()).square().sum().backward()
+        net(images()).square().sum().backward()
         optimizer.step()
     return net
 
@@ -284,11 +284,11 @@ def test_what_only_code_can_do_says_so_and_loads_onto_what_that_code_enabled(
     net, plain, ready = tuned(strategy), base(), enable(base(), strategy)
     gift.save(net, path)
     assert gift.inspect(path).strategy is None
-    before = picture(plain)
+    before = full_state(plain)
     with pytest.raises(DeltaFileError, match=reason) as caught:
         gift.load(plain, path)
     assert "enable it in your code" in str(caught.value)
-    assert picture(plain) == before
+    assert full_state(plain) == before
     gift.load(ready, path)
     assert torch.equal(output(ready), output(net))
 
@@ -551,10 +551,10 @@ def test_saving_changes_nothing(path: Path) -> None:
     """Not the network, its gradients, the random numbers, nor a file beside it."""
     for strategy in (LORA(rank=2), LAMBDAS["a new head"]):
         net = tuned(strategy)
-        net(pictures()).sum().backward()
-        before, random = picture(net), torch.get_rng_state()
+        net(images()).sum().backward()
+        before, random = full_state(net), torch.get_rng_state()
         gift.save(net, path)
-        assert picture(net) == before
+        assert full_state(net) == before
         assert torch.equal(torch.get_rng_state(), random)
     assert list(path.parent.iterdir()) == [path]
 
@@ -577,8 +577,8 @@ def test_an_interrupted_load_leaves_the_network_as_it_was(
     net = base()
     if ready:
         train(enable(net, FullFineTuningStrategy()))
-    net(pictures()).sum().backward()
-    before, plain = picture(net), nn.LSTM._load_from_state_dict
+    net(images()).sum().backward()
+    before, plain = full_state(net), nn.LSTM._load_from_state_dict
 
     def interrupted(self: Any, *args: Any) -> None:
         plain(self, *args)
@@ -588,7 +588,7 @@ def test_an_interrupted_load_leaves_the_network_as_it_was(
     monkeypatch.setattr(nn.LSTM, "_load_from_state_dict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gift.load(net, path)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 # --- what a file tells ---------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def test_many_kills_leave_a_whole_file(tmp_path: Path) -> None:
         time.sleep(draw.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        with os.fdopen(reader, "rb") as told:
-            done = [int(line) for line in (begun + told.read()).split()]
+        with os.fdopen(reader, "rb") as source:
+            done = [int(line) for line in (begun + source.read()).split()]
         found = version_of(path)
         first = 1000 * number
         possible = {done[-1], done[-1] + 1} if done else {versions[-1], first}

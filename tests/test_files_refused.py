@@ -29,7 +29,7 @@ from gift.strategies import (
     VeRALinearFineTuningStrategy,
 )
 from gift.strategies.resolved import ResolvedStrategy
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 from tests.hostile_files import damaged, rewritten
 
 LORA = LoRAAllFineTuningStrategy
@@ -42,13 +42,13 @@ def make(*more: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, *more)
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(4, 3, 3, 4, generator=torch.Generator().manual_seed(2))
 
 
 def used(net: nn.Module) -> nn.Module:
     """With gradients, and statistics that moved."""
-    net.train()(pictures()).square().sum().backward()
+    net.train()(images()).square().sum().backward()
     return net
 
 
@@ -63,10 +63,10 @@ def path(tmp_path: Path) -> Path:
 
 def refused(net: nn.Module, path: Path, *reasons: str, **options: Any) -> DeltaFileError:
     """Loading is refused for these reasons, and nothing of the network changes."""
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(DeltaFileError) as caught:
         gift.load(net, path, **options)
-    assert picture(net) == before
+    assert full_state(net) == before
     for reason in reasons:
         assert re.search(reason, str(caught.value)), f"{reason!r} not in: {caught.value}"
     assert path.name in str(caught.value)

@@ -17,7 +17,7 @@ from gift.schedules import Freeze, NoFreeze, Schedule
 from gift.strategies import LoRAAllFineTuningStrategy
 from gift.training import TrainingError
 from gift.training.lr_finder import LearningRates, find_lr, smooth
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 PLAIN: dict[str, Any] = QUIET | {"optimizer": "SGD", "weight_decay": 0.0, "clip": None}
@@ -65,7 +65,7 @@ def test_network_and_random_numbers_are_as_before(make: Any, more: dict[str, Any
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     loader = DataLoader(Drawing(*examples()), 8, True, generator=torch.Generator().manual_seed(3))
-    before = picture(net)
+    before = full_state(net)
 
     def draws() -> list[Any]:
         own = torch.rand(2, generator=copy.deepcopy(loader.generator)).tolist()
@@ -79,16 +79,16 @@ def test_network_and_random_numbers_are_as_before(make: Any, more: dict[str, Any
     random_before = draws()
     found = find_lr(net, loader, steps=12, **more, **QUIET)
     assert len(found.losses) > 3
-    assert picture(net) == before
+    assert full_state(net) == before
     assert draws() == random_before
 
 
 @pytest.mark.parametrize("schedule", [Freeze(), NoFreeze(lr_ratio=1.0)], ids=repr)
 def test_the_schedule_is_that_of_the_first_epoch_and_stays_free(schedule: Schedule) -> None:
     net, data = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3)), examples()
-    before = picture(net)
+    before = full_state(net)
     found = find_lr(net, data, schedule=schedule, **QUIET)
-    assert picture(net) == before
+    assert full_state(net) == before
     schedule.attach(copy.deepcopy(net))
     net[0].requires_grad_(isinstance(schedule, NoFreeze))
     expected = find_lr(net, data, **QUIET).losses
@@ -97,10 +97,10 @@ def test_the_schedule_is_that_of_the_first_epoch_and_stays_free(schedule: Schedu
 
 def test_nothing_is_left_behind_when_it_fails() -> None:
     net, data = small(), examples()
-    before, state = picture(net), torch.get_rng_state()
+    before, state = full_state(net), torch.get_rng_state()
     with pytest.raises(TrainingError, match="out of range"):
         find_lr(net, (data[0], data[1] + 1), strategy=LoRAAllFineTuningStrategy(rank=1), **QUIET)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -259,7 +259,7 @@ def test_without_a_fall_there_is_no_suggestion(losses: list[float], tmp_path: Pa
     found.plot(tmp_path / "lr.png")
 
 
-def test_the_picture_is_written(tmp_path: Path) -> None:
+def test_the_image_is_written(tmp_path: Path) -> None:
     found = find_lr(small(), examples(), **QUIET)
     found.plot(tmp_path / "lr.png")
     with Image.open(tmp_path / "lr.png") as image:

@@ -136,10 +136,10 @@ def test_a_bank_follows(cast: str, base: nn.Module) -> None:
         bank.add(name, strategy=_strategy())
     bank.activate("a")
     CASTS[cast](net)
-    worn = _places(net)
+    active = _places(net)
     for name in ("b", "a", "b"):
         bank.activate(name)
-        assert _places(net) == worn
+        assert _places(net) == active
         _runs(net)
     bank.activate(None)
     assert _places(net) == expected

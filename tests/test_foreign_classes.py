@@ -23,7 +23,7 @@ from gift.strategies import (
     IA3AllFineTuningStrategy,
     LoRAAllFineTuningStrategy,
 )
-from tests.common import picture
+from tests.common import full_state
 
 Item = TypeVar("Item")
 
@@ -411,9 +411,9 @@ def test_modules_with_an_answer_for_every_name(answer: str, name: str, tmp_path:
         )  # fmt: skip
 
     net, x, strategy = build(), torch.randn(2, 3, 8, 8), ANSWERED[name]
-    before, start = net(x), picture(net)
+    before, start = net(x), full_state(net)
     gift.plan_fine_tuning(net, strategy)
-    assert picture(net) == start
+    assert full_state(net) == start
     gift.enable_fine_tuning(net, strategy)
     assert torch.equal(net(x), before)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -444,6 +444,6 @@ def test_an_answer_for_every_name_is_no_configuration(answer: str, tmp_path: Pat
     net = _answering(nn.Sequential, answer, _answering(nn.Linear, answer, 8, 4))
     gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
     gift.save_peft(net, tmp_path / "adapter")
-    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert told.get("base_model_name_or_path") is None
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config.get("base_model_name_or_path") is None
     gift.save_kohya(net, tmp_path / "delta.safetensors")

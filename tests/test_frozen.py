@@ -20,7 +20,7 @@ from gift.strategies import (
     LoRALinearFineTuningStrategy,
     ModulesFineTuningStrategy,
 )
-from tests.common import enabled, picture, trainable
+from tests.common import enabled, full_state, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:the delta has more parameters:gift.GiftWarning")
 
@@ -102,13 +102,13 @@ def test_a_method_of_the_author_is_called() -> None:
 
 def test_classes_of_parts_stay_and_disabling_leaves_no_trace() -> None:
     base = network()
-    before = picture(base)
+    before = full_state(base)
     enable_fine_tuning(base, lora())
     assert type(base.enc) is nn.Sequential
     assert type(base.enc[1]) is nn.ModuleList
     base.enc.requires_grad_(False)
     disable_fine_tuning(base)
-    assert picture(base) == before
+    assert full_state(base) == before
     base.enc.requires_grad_(False)
     assert trainable(base) == [n for n, _ in base.named_parameters() if not n.startswith("enc")]
 

@@ -19,7 +19,7 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     ModulesFineTuningStrategy,
 )
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 
 timm = pytest.importorskip("timm")
 from timm.models import reparameterize_model  # noqa: E402
@@ -87,14 +87,14 @@ FUSIONS: list[Callable[[Any], None]] = [
 def test_a_fused_layer_does_not_join(fuse: Callable[[Any], None], strategy: Any) -> None:
     net = enabled(nn.Sequential(Attention(), nn.Linear(8, 2)), strategy(rank=2))
     x = torch.randn(2, 5, 8)
-    before, expected = picture(net), net(x)
+    before, expected = full_state(net), net(x)
     with pytest.raises(RuntimeError, match=r"Linear.weight is adapted.*gift.merge\(network\)"):
         fuse(net[0])
-    assert picture(net) == before
+    assert full_state(net) == before
     with gift.merged(net):
         fuse(net[0])
         torch.testing.assert_close(net(x), expected)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(net(x), expected)
     fuse(gift.merge(net)[0])
     torch.testing.assert_close(net(x), expected)
@@ -152,13 +152,13 @@ def into_a_new_layer(net: Any) -> Any:
 
 def test_a_norm_that_is_folded_in() -> None:
     net, x = enabled(conv_and_norm()).eval(), torch.randn(2, 3, 6, 6)
-    before, expected = picture(net), net(x)
+    before, expected = full_state(net), net(x)
     with pytest.raises(RuntimeError, match=r"Conv2d.weight is adapted.*gift.merge\(network\)"):
         into_a_new_layer(net)
-    assert picture(net) == before
+    assert full_state(net) == before
     with gift.merged(net):
         torch.testing.assert_close(into_a_new_layer(net)(x), expected)
-    assert picture(net) == before
+    assert full_state(net) == before
     torch.testing.assert_close(into_a_new_layer(gift.merge(net))(x), expected)
 
 
@@ -193,10 +193,10 @@ def by_its_state(net: Any) -> None:
 @pytest.mark.parametrize("surgery", [two_factors, some_rows, by_numpy, by_its_state])
 def test_a_layer_that_is_made_from_an_adapted_one(surgery: Callable[[Any], None]) -> None:
     net, x = enabled(nn.Sequential(nn.Linear(8, 8))), torch.randn(3, 8)
-    expected, before = net(x), picture(net)
+    expected, before = net(x), full_state(net)
     with pytest.raises(RuntimeError, match=r"Linear.weight is adapted.*gift.merge\(network\)"):
         surgery(net)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(net(x), expected)
     surgery(gift.merge(net))
 
@@ -210,10 +210,10 @@ def test_models_that_merge_their_branches(name: str) -> None:
     net = timm.create_model(name, num_classes=3).eval()
     x = torch.rand(1, 3, *(2 * [224 if "levit" in name else 64]))
     enabled(net, LoRAAllFineTuningStrategy(rank=1), std=0.01)
-    expected, before = net(x), picture(net)
+    expected, before = net(x), full_state(net)
     with pytest.raises(RuntimeError, match=r"is adapted.*gift.merge\(network\)"):
         reparameterize_model(net, inplace=True)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(net(x), expected)
     with gift.merged(net):
         fused = reparameterize_model(net)

@@ -91,10 +91,10 @@ def test_the_wheel_works_with_its_bare_dependencies(wheel: Path, tmp_path: Path)
     assert not {"transformers", "torchvision", "yaml", "sklearn"} & set(modules)
 
     for command in (["-m", "gift", "--help"], [str(python(home).with_name("gift")), "--help"]):
-        told = run(home, *command, where=tmp_path)
-        assert told.returncode == 1
-        assert told.stderr.strip().endswith(install("cli")), told.stderr
-        assert "Traceback" not in told.stderr
+        refused = run(home, *command, where=tmp_path)
+        assert refused.returncode == 1
+        assert refused.stderr.strip().endswith(install("cli")), refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_the_wheel_has_what_is_not_python_and_says_what_it_is(wheel: Path) -> None:
@@ -144,8 +144,8 @@ print(finetune(net, data, data, strategy=LoRAAllFineTuningStrategy(), epochs=1, 
 from PIL import Image
 from gift.zoo import load_network
 loaded = load_network("torchvision:squeezenet1_1", weights=None, num_classes=3)
-Image.new("RGB", (80, 60)).save("picture.png")
-assert loaded.net(loaded.reader("picture.png")[None]).shape == (1, 3)
+Image.new("RGB", (80, 60)).save("image.png")
+assert loaded.net(loaded.reader("image.png")[None]).shape == (1, 3)
 """,
     "detection": """
 from gift.data.boxes import masks_of

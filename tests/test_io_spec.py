@@ -50,8 +50,8 @@ def labels(net: nn.Module) -> list[str | int]:
 def named(net: nn.Module, names: tuple[str, ...] | range) -> list[str | int]:
     """The labels by plain computation."""
     with torch.no_grad():
-        told: Tensor = copy.deepcopy(net).eval()(torch.eye(4)).argmax(1)
-    return [names[number] for number in told]
+        predicted: Tensor = copy.deepcopy(net).eval()(torch.eye(4)).argmax(1)
+    return [names[number] for number in predicted]
 
 
 @pytest.mark.parametrize("classes", [OLD, None])

@@ -196,8 +196,8 @@ def test_all_that_is_wrong_is_reported_at_once_in_the_order_of_the_file(tmp_path
         "strategy: {init_paras: {rank: -1}, head: old}", "foldr: x", "training: {epoch: 1, lr: x}"
     ]  # fmt: skip
     message = refused(tmp_path, GOOD + "\n".join(added))
-    told = ["strategy.head", "strategy.init_paras", "foldr", "training.epoch", "training.lr"]
-    assert [line.split(":")[0].split()[-1] for line in message.splitlines()[1:]] == told
+    expected = ["strategy.head", "strategy.init_paras", "foldr", "training.epoch", "training.lr"]
+    assert [line.split(":")[0].split()[-1] for line in message.splitlines()[1:]] == expected
 
 
 def test_no_file_names_code_to_import(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from gift.strategies import (
 from gift.training import TrainingError, evaluate, finetune
 from gift.training.predicting import predict
 from gift.zoo import LoadedNetwork, load_network
-from tests.job_examples import CHEAP, bert, picture_job, pictures, text_job, texts, written
+from tests.job_examples import CHEAP, bert, image_job, images, text_job, texts, written
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def by_hand_with_pictures(folder: Path) -> tuple[Any, Any, Any, Any]:
+def by_hand_with_images(folder: Path) -> tuple[Any, Any, Any, Any]:
     torch.manual_seed(0)
     net = load_network("torchvision:shufflenet_v2_x0_5", weights=None).net
     reader = PictureReader(size=32)
@@ -57,7 +57,7 @@ def by_hand_with_texts(folder: Path) -> tuple[Any, Any, Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("job", "by_hand"), [(picture_job, by_hand_with_pictures), (text_job, by_hand_with_texts)]
+    ("job", "by_hand"), [(image_job, by_hand_with_images), (text_job, by_hand_with_texts)]
 )
 def test_a_job_is_what_the_same_calls_do(
     job: Callable[..., Path], by_hand: Callable[..., Any], tmp_path: Path
@@ -80,7 +80,7 @@ def test_a_job_is_what_the_same_calls_do(
 
 
 def _new_head(job: Callable[..., Path]) -> dict[str, Any]:
-    if job is picture_job:
+    if job is image_job:
         return {"name": "NormFineTuningStrategy", "head": "new"}
     return {"name": "LoRALinearFineTuningStrategy", "init_paras": {"rank": 1}, "head": "new"}
 
@@ -114,7 +114,7 @@ def own_network(folder: Path, **parts: Any) -> Job:
     training = CHEAP | {"epochs": 3, "lr": 0.01}
     strategy = {"name": "LoRALinearFineTuningStrategy", "init_paras": {"rank": 1}, "head": "keep"}
     job = {"network": None, "data": data | {"valid": "data/val"}, "training": training}
-    pictures(folder / "data")
+    images(folder / "data")
     return read_job(written(folder, job | {"strategy": strategy} | parts))
 
 
@@ -194,10 +194,10 @@ def test_a_network_from_code_is_opened_with_it(tmp_path: Path) -> None:
     assert torch.equal(opened(x), net.eval()(x))
     with pytest.raises(JobError, match="names no network"):
         Run(tmp_path / "run").network()
-    picture = tmp_path / "data" / "val" / "warm" / "0.png"
+    image = tmp_path / "data" / "val" / "warm" / "0.png"
     found, again = (
-        Run(tmp_path / "run", Stops(0)).predict([picture], top=2),
-        predict(net, [picture]),
+        Run(tmp_path / "run", Stops(0)).predict([image], top=2),
+        predict(net, [image]),
     )
     assert [p.probabilities for p in found] == [p.probabilities for p in again]  # noted by finetune
     assert set(found[0].probabilities) == {"cold", "warm"}
@@ -206,7 +206,7 @@ def test_a_network_from_code_is_opened_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("augment", [False, True])
 def test_what_is_held_out_is_not_augmented(tmp_path: Path, augment: bool) -> None:
     """Both parts together are all examples, each once, and the same ones each time."""
-    pictures(tmp_path)
+    images(tmp_path)
     data = {"kind": "class_folders", "train": str(tmp_path / "train"), "valid_share": 0.25}
     job = Job.model_validate({"data": data | {"options": {"augment": augment}}})
     reader = PictureReader(size=8, scale=(0.1, 0.2))

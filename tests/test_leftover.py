@@ -103,7 +103,7 @@ def test_a_file_from_before_there_were_experts_leaves_them_out() -> None:
     assert adapted == [True, False, True]
 
 
-def told(net: nn.Module, strategy: Any) -> list[str]:
+def warnings_of(net: nn.Module, strategy: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         enable_fine_tuning(net, strategy)
@@ -119,15 +119,17 @@ def cap_in(text: str) -> Any:
 
 def test_what_is_left_out_is_reported_with_the_cap_that_takes_it() -> None:
     make, strategy = MIXTURES["mixtral"], LoRAAllFineTuningStrategy(rank=2, experts=False)
-    (text,) = told(make(), strategy)
+    (text,) = warnings_of(make(), strategy)
     net = make()
     raw = sum(p.numel() for n, p in net.named_parameters() if ".mlp." in n)
     share = raw / sum(p.numel() for p in net.parameters())
     assert f"{share:.0%} of the base" in text
     assert "experts.down_proj" in text
-    assert told(net, merge_strategies([strategy], para_caps=[cap_in(text)])) == []
+    assert warnings_of(net, merge_strategies([strategy], para_caps=[cap_in(text)])) == []
     assert net.model.layers[0].mlp.experts.down_proj_lora_A.shape == (3, 2, 48)
-    assert told(make(), LoRALinearFineTuningStrategy(rank=2)) == [], "who asks for some layers"
+    assert warnings_of(make(), LoRALinearFineTuningStrategy(rank=2)) == [], (
+        "who asks for some layers"
+    )
 
 
 def test_spectral_weights_are_reported_and_adapted() -> None:
@@ -137,12 +139,12 @@ def test_spectral_weights_are_reported_and_adapted() -> None:
         return models.FNO(n_modes=(4, 4), in_channels=1, out_channels=1, hidden_channels=8,
                           n_layers=2)  # fmt: skip
 
-    (text,) = told(make(), LoRAAllFineTuningStrategy(rank=1))
+    (text,) = warnings_of(make(), LoRAAllFineTuningStrategy(rank=1))
     assert "convs.0.weight.tensor" in text
     base = make()
     net = copy.deepcopy(base)
     strategy = merge_strategies([LoRAAllFineTuningStrategy(rank=1)], para_caps=[cap_in(text)])
-    assert told(net, strategy) == []
+    assert warnings_of(net, strategy) == []
     x = torch.randn(1, 1, 16, 16)
     torch.testing.assert_close(net(x), base(x))
     net(x).square().sum().backward()
@@ -170,8 +172,8 @@ def test_a_class_that_is_only_named_like_a_layer_is_named() -> None:
     assert lone[0].lora_A.shape == (2, 8)
     net = nn.Sequential(Linear(), nn.Linear(8, 8))
     strategy = LoRAAllFineTuningStrategy(rank=2)
-    (text,) = told(net, strategy)
+    (text,) = warnings_of(net, strategy)
     assert "test_leftover.Linear is not torch's nn.Linear" in text
     twin = nn.Sequential(Linear(), nn.Linear(8, 8))
-    assert told(twin, merge_strategies([strategy], para_caps=[cap_in(text)])) == []
+    assert warnings_of(twin, merge_strategies([strategy], para_caps=[cap_in(text)])) == []
     assert twin[0].lora_A.shape == (2, 8)

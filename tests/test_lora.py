@@ -182,9 +182,9 @@ def test_a_rank_fits_each_weight_and_is_refused_where_none_can_have_it() -> None
     enable_fine_tuning(clipped, LoRAAllFineTuningStrategy(rank=8, clip_rank=True))
     assert [layer.lora_A.shape[0] for layer in clipped] == [8, 2, 2]
     given = net()
-    with pytest.warns(GiftWarning, match=r"1.weight \(rank 2\), 2.weight \(rank 2\)") as told:
+    with pytest.warns(GiftWarning, match=r"1.weight \(rank 2\), 2.weight \(rank 2\)") as caught:
         report = enable_fine_tuning(given, LoRAAllFineTuningStrategy(rank=8))
-    (text,) = [str(w.message) for w in told if "cannot have" in str(w.message)]
+    (text,) = [str(w.message) for w in caught if "cannot have" in str(w.message)]
     assert "0.weight" not in text
     assert [layer.lora_A.shape[0] for layer in given] == [8, 2, 2]
     assert report.clipped == {"1.weight": ("rank", 2), "2.weight": ("rank", 2)}

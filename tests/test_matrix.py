@@ -20,7 +20,7 @@ from gift.factories import ma_adapt
 from gift.methods import METHODS as KNOWN
 from tests.cases.layers import ANY_LAYER, LAYERS, LayerCase
 from tests.cases.methods import METHODS, MethodCase
-from tests.common import picture
+from tests.common import full_state
 
 CELLS, IMPOSSIBLE = [], []
 for method_name, method in METHODS.items():
@@ -467,7 +467,7 @@ def test_what_is_impossible_says_why_and_changes_nothing(
     settings = method.settings | {name: False for name in clips if name in own}
     method = dataclasses.replace(method, settings=settings)
     net = layer.make()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=reason):
         adapt(net, method, layer)
-    assert picture(net) == before
+    assert full_state(net) == before

@@ -38,7 +38,7 @@ from gift.strategies import DoRALinearFineTuningStrategy as DoRA
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
 from tests.cases.layers import LayerCase
 from tests.cases.methods import METHODS, MethodCase
-from tests.common import all_bits, bits, enabled, picture
+from tests.common import all_bits, bits, enabled, full_state
 from tests.test_matrix import (
     CELLS,
     adapt,
@@ -97,16 +97,16 @@ def test_merging_gives_the_plain_layer_with_the_weights_of_the_formula(
     parameters = {name: added(net, name) for name in layer.weights}
     expected = expected_weights(method, layer, net, frozen, parameters)
     output = run(net, layer, inputs).detach()
-    before = picture(net)
+    before = full_state(net)
 
     with merged(net):
         torch.testing.assert_close(run(net, layer, inputs), output, rtol=0, atol=1e-11)
-    assert picture(net) == before
+    assert full_state(net) == before
 
     if cannot_be_merged(method, request):
         with pytest.raises(AdaptationError, match="cannot give every value: make it plain first"):
             merge(net)
-        assert picture(net) == before
+        assert full_state(net) == before
         return
     assert merge(net) is net
     assert look(net) == plain
@@ -360,11 +360,11 @@ def test_mode_and_dropout_do_not_enter_the_weights(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in NETWORKS.values() if c.refused])
 def test_what_cannot_be_merged_is_named_and_unchanged(case: Case) -> None:
     net = tuned(case)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(AdaptationError, match="nothing was merged") as caught:
         merge(net)
     assert all(text in str(caught.value) for text in case.refused)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize("fold", [merge, lambda net: merged(net).__enter__()])
@@ -375,12 +375,12 @@ def test_numbers_that_are_not_finite_are_all_named(fold: Callable[[Any], Any]) -
         net[0].lora_B[0, 0] = float("nan")
         net[1].lora_B.fill_(1e5)
         net[1].lora_A.fill_(1.0)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(AdaptationError) as caught:
         fold(net)
     named = [line for line in str(caught.value).splitlines() if "not finite" in line]
     assert [line.split()[0] for line in named] == ["0.weight", "1.weight"]
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize("fold", [merge, lambda net: merged(net).__enter__()])
@@ -490,12 +490,12 @@ DONE: dict[str, Callable[[Any], Any]] = {
 def test_all_comes_back(case: Case, what: Callable[[Any], Any]) -> None:
     """Every object, bit, flag, hook, mode and gradient, after two forward passes in train mode."""
     net, x = tuned(case), case.inputs()
-    before = picture(net)
+    before = full_state(net)
     with suppress(ZeroDivisionError, KeyboardInterrupt), merged(net):
         call(net, x)
         call(net.train(), x)
         what(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @networks
@@ -574,13 +574,13 @@ INSIDE: dict[str, Callable[[Any, Any], Any]] = {
 def test_what_needs_the_deltas_is_refused_while_merged(what: Any, tmp_path: Any) -> None:
     net = enabled(mlp())
     gift.save(net, tmp_path / "saved")
-    before = picture(net)
+    before = full_state(net)
     with merged(net):
-        inside = picture(net)
+        inside = full_state(net)
         with pytest.raises(RuntimeError, match=r"merged for a while: .* after the with block"):
             what(net, tmp_path)
-        assert picture(net) == inside
-    assert picture(net) == before
+        assert full_state(net) == inside
+    assert full_state(net) == before
     assert not (tmp_path / "new").exists()
 
 
@@ -593,14 +593,14 @@ def test_no_training_for_a_while(within: Any) -> None:
         optimizer.zero_grad()
         net(x).square().sum().backward()
         optimizer.step()
-    before = picture(net)
+    before = full_state(net)
     with within(net):
         output = net(x)
         with pytest.raises(RuntimeError, match="does not require grad"):
             output.sum().backward()
         optimizer.step()
         assert torch.equal(net(x), output)
-    after = picture(net)
+    after = full_state(net)
     for path in before:  # hooks have numbers, which go on
         before[path][1].pop("_load_state_dict_post_hooks")
         after[path][1].pop("_load_state_dict_post_hooks")
@@ -639,15 +639,15 @@ def test_writing_to_the_base_while_merged_is_reported(train: Any) -> None:
 def test_an_embedding_with_a_largest_norm_is_not_scaled_while_merged() -> None:
     net = nn.Sequential(nn.Embedding(9, 6, max_norm=0.1), nn.Linear(6, 3))
     enabled(net, only("1"))
-    before = picture(net)
+    before = full_state(net)
     with merged(net):
         net(ids())
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_generator_that_is_left_early() -> None:
     net = enabled(mlp())
-    before = picture(net)
+    before = full_state(net)
 
     def predictions() -> Any:
         with merged(net):
@@ -656,7 +656,7 @@ def test_a_generator_that_is_left_early() -> None:
 
     for _ in predictions():
         break
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_compiled_network() -> None:
@@ -688,10 +688,10 @@ def test_under_inference_mode() -> None:
     """Nothing is an inference tensor afterwards, and training goes on."""
     case = NETWORKS["norms and statistics"]
     net, x = tuned(case), case.inputs()
-    before = picture(net)
+    before = full_state(net)
     with torch.inference_mode(), merged(net):
         call(net, x)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert not any(t.is_inference() for t in (*net.parameters(), *net.buffers()))
     call(net, x).sum().backward()
 

@@ -17,7 +17,7 @@ from gift.strategies import (
     LoRALinearFineTuningStrategy,
     SVDiffConvFineTuningStrategy,
 )
-from tests.common import picture
+from tests.common import full_state
 
 WIDTH, INNER = 32, 48
 
@@ -75,7 +75,7 @@ def test_one_strategy_mixes_methods_by_layer() -> None:
 
 def test_two_methods_on_one_tensor_are_an_error() -> None:
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    before = picture(net)
+    before = full_state(net)
 
     def both(*place: Any) -> None:
         ma_adapt("ia3")(*place)
@@ -83,7 +83,7 @@ def test_two_methods_on_one_tensor_are_an_error() -> None:
 
     with pytest.raises(ValueError, match=r"'weight' is adapted already, by ia3.*one tensor takes"):
         enable_fine_tuning(net, FineTuningStrategy([(mc_type(nn.Linear), both)]))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_in_a_merge_the_first_strategy_takes_a_layer_and_the_other_is_named() -> None:

@@ -31,7 +31,7 @@ from gift.strategies import (
     ModulesFineTuningStrategy,
     NormFineTuningStrategy,
 )
-from tests.common import all_bits, picture, trainable
+from tests.common import all_bits, full_state, trainable
 
 BitFit, Norm, Modules = BitFitFineTuningStrategy, NormFineTuningStrategy, ModulesFineTuningStrategy
 
@@ -138,10 +138,10 @@ def test_a_table_of_positions_is_no_bias() -> None:
     """T5's norms have no bias, and its relative bias is the weight of an embedding."""
     net = t5()
     assert any("relative_attention_bias.weight" in name for name, _ in net.named_parameters())
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=r"(?s)no cap of BitFitFine.* pc_bias\(\) -> pa_train"):
         enable_fine_tuning(net, BitFit())
-    assert picture(net) == before
+    assert full_state(net) == before
     swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=24,
                              num_heads=(1, 2), num_classes=3)  # fmt: skip
     assert any("relative_position_bias_table" in name for name, _ in swin.named_parameters())
@@ -290,10 +290,10 @@ def test_an_activation_inside_a_norm_layer_is_frozen() -> None:
     ],
 )  # fmt: skip
 def test_a_network_without_norm_parameters_is_refused(net: nn.Module, reason: str) -> None:
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=f"(?s){reason}"):
         enable_fine_tuning(net, Norm())
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_norms_beside_lora() -> None:
@@ -325,10 +325,10 @@ def test_modules_are_chosen_by_paths_and_patterns(paths: list[str], prefixes: li
 
 def test_each_path_that_takes_nothing_is_reported() -> None:
     net = bert()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=r"(?s)no cap of Modules.*'fc'.*'layer4.\*'"):
         enable_fine_tuning(net, Modules("fc", "layer4.*"))
-    assert picture(net) == before
+    assert full_state(net) == before
     with pytest.warns(GiftWarning, match=r"glob='clasifier'.*took nothing; closest.*classifier"):
         report = enable_fine_tuning(net, Modules("classifier", "clasifier"))
     assert len(report.unmatched) == 1

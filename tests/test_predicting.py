@@ -1,4 +1,4 @@
-"""What networks say of pictures, texts and tensors."""
+"""What networks say of images, texts and tensors."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from gift.training import TrainingError
 from gift.training.predicting import Detected, Prediction, predict, remember
 from gift.zoo import load_network
 from tests.common import enabled
-from tests.small_files import class_pictures, picture, saved, word_tokenizer
+from tests.small_files import class_images, image, saved, word_tokenizer
 from tests.test_zoo import model_folder
 
 READER = PictureReader(size=8)
@@ -38,7 +38,7 @@ class Convolutions(nn.Sequential):
 def remembering(folder: Path) -> tuple[Any, Examples]:
     """A network in training, which knows of examples."""
     net = enabled(Convolutions())
-    examples = class_folders(class_pictures(folder, ant=2, bee=1, cat=2), READER, augment=True)
+    examples = class_folders(class_images(folder, ant=2, bee=1, cat=2), READER, augment=True)
     remember(net, examples)
     return net, examples
 
@@ -69,8 +69,8 @@ def test_files_get_the_probabilities_of_the_network(batch_size: int, tmp_path: P
     texts = [str(file) for file in files]
     check(predict(net, texts), texts, expected)
     check(predict(net, texts[1]), texts[1:2], expected[1:2])
-    pictures = [picture(seed=3)]
-    check(predict(net, pictures), pictures, formula(net, READER(pictures[0])[None]))
+    images = [image(seed=3)]
+    check(predict(net, images), images, formula(net, READER(images[0])[None]))
 
 
 def test_tensors_need_no_reader() -> None:
@@ -88,7 +88,7 @@ def test_nothing_is_changed_by_predicting(tmp_path: Path) -> None:
     modes = [m.training for m in net.modules()]
     state = {k: v.clone() for k, v in net.state_dict().items()}
     random = torch.get_rng_state()
-    predict(net, [picture()])
+    predict(net, [image()])
     assert [m.training for m in net.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
@@ -130,7 +130,7 @@ COPIES = {
 def test_copies_remember(kind: str, tmp_path: Path) -> None:
     net, _ = remembering(tmp_path)
     other = COPIES[kind](net)
-    given = [picture(seed=1), picture(seed=2)]
+    given = [image(seed=1), image(seed=2)]
     for own, its in zip(predict(net, given), predict(other, given), strict=True):
         assert its.label == own.label
         assert its.probabilities == pytest.approx(own.probabilities, rel=1e-4)
@@ -138,7 +138,7 @@ def test_copies_remember(kind: str, tmp_path: Path) -> None:
 
 def test_the_base_and_the_merged_network_predict_too(tmp_path: Path) -> None:
     net, _ = remembering(tmp_path)
-    given = [picture(seed=1)]
+    given = [image(seed=1)]
     before = predict(net, given)[0]
     with merged(net):
         assert predict(net, given)[0].probabilities == pytest.approx(before.probabilities, rel=1e-4)
@@ -219,7 +219,7 @@ class Segmenting(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("net", "given", "options", "told"),
+    ("net", "given", "options", "message"),
     [
         (nn.Linear(2, 2), ["a.jpg"], {}, "reads a.jpg is not known: give reader=PictureReader"),
         (
@@ -233,9 +233,9 @@ class Segmenting(nn.Module):
     ],
 )
 def test_what_cannot_be_predicted_is_reported(
-    net: Any, given: Any, options: Any, told: str
+    net: Any, given: Any, options: Any, message: str
 ) -> None:
-    with pytest.raises(TrainingError, match=told):
+    with pytest.raises(TrainingError, match=message):
         predict(net, given, **options)
 
 
@@ -260,8 +260,8 @@ def test_no_inputs_give_no_predictions() -> None:
 def test_what_is_given_counts_more_than_what_is_noted(tmp_path: Path) -> None:
     net, _ = remembering(tmp_path)
     other = PictureReader(size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
-    [found] = predict(net, picture(), reader=other, classes="xyz")
-    expected = formula(net, other(picture())[None])[0]
+    [found] = predict(net, image(), reader=other, classes="xyz")
+    expected = formula(net, other(image())[None])[0]
     assert found.probabilities == pytest.approx(dict(zip("xyz", expected, strict=True)))  # type: ignore[union-attr]
 
 

@@ -342,10 +342,10 @@ def test_other_ways_are_right_or_refused(kind: str, way: Callable[[Any, Any], An
     try:
         written = writer.generate(ids, **few, **asked)
     except AdaptationError as problem:
-        told = str(problem)
+        message = str(problem)
     else:
-        told = "" if torch.equal(written, expected) else "it is wrong"
-    assert told == "" or re.search("begin anew|give an attention_mask for all tokens", told)
+        message = "" if torch.equal(written, expected) else "it is wrong"
+    assert message == "" or re.search("begin anew|give an attention_mask for all tokens", message)
 
 
 def test_generate_keeps_its_signature_and_goes_back() -> None:

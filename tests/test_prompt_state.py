@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_prompt, mc_path
 from gift.strategies import PromptFineTuningStrategy as Prompts
-from tests.common import all_bits, bits, picture
+from tests.common import all_bits, bits, full_state
 from tests.test_prompt import DIM, TIME, N, Pooled, encoder, layer, prompted
 
 # --- precision, copies, the way back -------------------------------------------------------------
@@ -53,10 +53,10 @@ def test_a_copy_is_independent(copied: Callable[[Any], Any]) -> None:
 
 def test_the_way_back() -> None:
     net = encoder().eval()
-    before = picture(net)
+    before = full_state(net)
     prompted(net)(torch.randn(2, TIME, DIM))
     disable_fine_tuning(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_saved_delta() -> None:
@@ -103,10 +103,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(make: Callable[[], nn.Module], message: str) -> None:
     net = make()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=message):
         enable_fine_tuning(net, Prompts(N))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 FORWARD_METHODS: dict[str, tuple[tuple[Any, ...], str]] = {

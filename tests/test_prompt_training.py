@@ -31,7 +31,7 @@ from gift.strategies import (
 )
 from gift.strategies import PromptFineTuningStrategy as Prompts
 from tests.cases.prompts import PAD, WORDS, N, batch, made, prompted, tokens_of
-from tests.common import all_bits, bits, picture, trainable
+from tests.common import all_bits, bits, full_state, trainable
 
 pytestmark = [pytest.mark.usefixtures("double"),
               pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")]  # fmt: skip
@@ -202,13 +202,13 @@ def test_a_copy_is_independent(copied: Callable[[Any], Any]) -> None:
 )
 def test_the_way_back(kind: str, head: str) -> None:
     net = made(kind, head)
-    before = picture(net)
+    before = full_state(net)
     enable_fine_tuning(net, Prompts(N))
     net.generate(**batch("left"), max_new_tokens=2)
     generation = net.generation_config
     disable_fine_tuning(net)
     assert net.generation_config is generation
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_saved_delta() -> None:

@@ -85,8 +85,8 @@ def test_merging_quantises_as_the_base_was_and_tells_the_error(name: str) -> Non
         at_once = matrix(kind.quantise(plain).train(kind.trains), kind)
         assert_near(merged[key], at_once.detach(), 1e-2, key)
         missed.append(float((merged[key] - value).norm() / change[key].norm()))
-    told = [float(number) for number in re.findall(r"([\d.]+)%", str(caught[0].message))]
-    assert told == pytest.approx([50 * sum(missed), 100 * max(missed)], abs=0.06)
+    percents = [float(number) for number in re.findall(r"([\d.]+)%", str(caught[0].message))]
+    assert percents == pytest.approx([50 * sum(missed), 100 * max(missed)], abs=0.06)
     assert net.state_dict().keys() == fresh.state_dict().keys()
     assert not any(parameter.requires_grad for key, parameter in net.named_parameters()
                    if key.endswith("weight"))  # fmt: skip

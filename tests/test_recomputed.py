@@ -198,7 +198,7 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda h: -F.max_pool2d(torch.cat([h, h.cos()], -1)[None], (1, 2)),
         "MaxPool2DWithIndices",
     ),
-    "windows of a picture": (
+    "windows of an image": (
         lambda h: (
             F.layer_norm(h, h.shape[-1:], like(h), like(h))
             .roll((1, 2), (0, 1))

@@ -95,7 +95,7 @@ def mixtral() -> nn.Module:
     return hf.MixtralModel(config)
 
 
-def picture() -> dict[str, Tensor]:
+def image() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 64, 64)}
 
 
@@ -115,9 +115,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor
     "Llama, heads share keys": (lambda: llama(num_key_value_heads=2), text, 1.06),
     "GPT-2, dropout": (gpt2, text, 1.05),
     "T5, dropout": (t5, both, 1.05),
-    "ViT": (vit, picture, 1.03),
-    "Swin": (swin, picture, 1.05),
-    "ConvNeXt": (convnext, picture, 1.03),
+    "ViT": (vit, image, 1.03),
+    "Swin": (swin, image, 1.05),
+    "ConvNeXt": (convnext, image, 1.03),
     "Whisper": (
         whisper,
         lambda: {

@@ -21,7 +21,7 @@ from gift.strategies import (
     ModulesFineTuningStrategy,
     VeRAAllFineTuningStrategy,
 )
-from tests.common import picture
+from tests.common import full_state
 
 
 class Net(nn.Module):
@@ -72,9 +72,9 @@ def train(net: nn.Module, steps: int = 3) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_it_stays_what_the_network_was(strategy: str) -> None:
     net, x = tuned(strategy), torch.randn(4, 3, 8, 8)
-    before = picture(net)
+    before = full_state(net)
     reference = gift.reference(net)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert net.training
     expected = copy.deepcopy(net).eval()(x)
     assert torch.equal(reference(x), expected)
@@ -102,18 +102,18 @@ def test_only_what_training_changes_is_copied(strategy: str) -> None:
 
 def test_moving_the_copy_leaves_the_network_alone() -> None:
     net, x = tuned("lora"), torch.randn(4, 3, 8, 8)
-    before, reference = picture(net), gift.reference(net)
+    before, reference = full_state(net), gift.reference(net)
     expected = reference(x)
     reference.double()
     torch.testing.assert_close(reference(x.double()).float(), expected)
     reference.to("meta")
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_it_can_be_saved_merged_and_disabled(tmp_path: Path) -> None:
     net, x = tuned("lora"), torch.randn(4, 3, 8, 8)
     reference = gift.reference(net)
-    expected, before = reference(x), picture(net)
+    expected, before = reference(x), full_state(net)
     gift.save(reference, tmp_path / "task.safetensors")
     torch.manual_seed(0)
     fresh = Net()
@@ -121,7 +121,7 @@ def test_it_can_be_saved_merged_and_disabled(tmp_path: Path) -> None:
     torch.testing.assert_close(fresh.eval()(x), expected)
     torch.testing.assert_close(gift.merge(copy.deepcopy(reference)).eval()(x), expected)
     gift.disable_fine_tuning(reference)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_inside_a_bigger_module() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gift
 from gift import GiftWarning, enable_fine_tuning
 from gift.strategies import LoRALinearFineTuningStrategy, PromptFineTuningStrategy
-from tests.common import picture, unet
+from tests.common import full_state, unet
 
 
 def perturbed(net: nn.Module) -> Any:
@@ -66,9 +66,9 @@ def test_a_whole_model_is_written(
     plain, start = type(net), run(net)
     enable_fine_tuning(net, lora())
     expected = run(perturbed(net))
-    before = picture(net)
+    before = full_state(net)
     net.save_pretrained(tmp_path)
-    assert picture(net) == before
+    assert full_state(net) == before
     torch.testing.assert_close(run(plain.from_pretrained(tmp_path)), expected)
     assert not torch.allclose(expected, start, atol=1e-3)
 
@@ -135,11 +135,11 @@ def test_a_rebuilt_sentence_transformer_is_not_loaded_under_the_deltas(
     model = sentences()
     enable_fine_tuning(part_of(model, which), lora())
     perturbed(model).save(str(tmp_path))
-    before = picture(model)
+    before = full_state(model)
     rebuilt = SentenceTransformer(str(tmp_path), device="cpu")
     with pytest.raises(RuntimeError, match="merged copy"):
         model.load_state_dict(rebuilt.state_dict())
-    assert picture(model) == before
+    assert full_state(model) == before
 
 
 # --- what is not written whole -------------------------------------------------------------------
@@ -158,10 +158,10 @@ def llama() -> Any:
 def test_what_cannot_be_merged_is_not_written_as_a_whole_model(tmp_path: Path) -> None:
     net = llama()
     enable_fine_tuning(net, PromptFineTuningStrategy(num_virtual_tokens=3))
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match=r"gift\.save"):
         net.save_pretrained(tmp_path)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert not list(tmp_path.iterdir())
 
 

@@ -93,7 +93,7 @@ def gemma3(vision: bool) -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def pictures(kind: str, **settings: Any) -> Any:
+def image_models(kind: str, **settings: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(
         image_size=16, patch_size=4, num_labels=3, **settings
     )
@@ -109,13 +109,13 @@ class Family:
 
 FAMILIES = {
     "vit": Family(
-        lambda: pictures(
+        lambda: image_models(
             "ViT", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
         ),
         of_images,
     ),
     "swin": Family(
-        lambda: pictures("Swin", embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2),
+        lambda: image_models("Swin", embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2),
         of_images,
     ),
     "gemma3": Family(lambda: gemma3(vision=False), needs="Gemma3Config"),

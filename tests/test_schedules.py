@@ -51,9 +51,9 @@ def test_blocks_are_unfrozen_when_they_are_due(schedule: Schedule, expected: Epo
     schedule = copy.deepcopy(schedule)
     net = network()
     report = schedule.attach(net)
-    told = {row.name: row.epoch for row in report.blocks if row.waiting}
-    assert {e: [n for n in told if told[n] == e] for e in expected} == expected
-    assert set(told.values()) - {None} == set(expected)
+    epochs = {row.name: row.epoch for row in report.blocks if row.waiting}
+    assert {e: [n for n in epochs if epochs[n] == e] for e in expected} == expected
+    assert set(epochs.values()) - {None} == set(expected)
     trained = {"9"} | ({"1", "4"} if schedule.train_bn else set())
     for epoch in range(6):
         assert schedule.step(epoch) == expected.get(epoch, [])

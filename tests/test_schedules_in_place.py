@@ -21,7 +21,7 @@ from gift.factories import ma_adapt, mc_layer
 from gift.methods import METHODS, method_of
 from gift.schedules import FreezeUnfreeze, NoFreeze, UnfreezeMilestones
 from gift.strategies import STRATEGIES, FineTuningStrategy, FullFineTuningStrategy
-from tests.common import all_bits, bits, picture
+from tests.common import all_bits, bits, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 READING = [name for name in METHODS if method_of(name, {}).reads_weight]
@@ -104,12 +104,12 @@ def test_a_weight_from_which_a_delta_was_made_must_stay(method: str) -> None:
     """The delta would mean something else where it is loaded: the error says what to do."""
     net = convnet()
     enable_fine_tuning(net, of(method))
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(AdaptationError, match=rf"0\.weight: its delta, by {method}, is made from"):
         NoFreeze().attach(net)
     with pytest.raises(AdaptationError, match="nothing was changed"):
         unfreeze(net, ["6.bias", "6.weight"])
-    assert picture(net) == before
+    assert full_state(net) == before
     assert NoFreeze(unfreezes="deltas").attach(net).blocks[0].waiting > 0
 
 

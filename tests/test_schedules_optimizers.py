@@ -114,8 +114,8 @@ def test_parameters_keep_the_settings_of_the_group_that_they_had() -> None:
     decays = [{"params": part, "weight_decay": d} for part, d in zip(split, (0.1, 0), strict=True)]
     optimizer = optim.AdamW(decays, lr=1.0)
     schedule.step(0, optimizer)
-    told = [(len(g["params"]), g["weight_decay"], g["lr"]) for g in optimizer.param_groups]
-    assert told == [(2, 0.1, 1.0), (2, 0, 1.0), (3, 0.1, 0.1), (3, 0, 0.1)]
+    groups = [(len(g["params"]), g["weight_decay"], g["lr"]) for g in optimizer.param_groups]
+    assert groups == [(2, 0.1, 1.0), (2, 0, 1.0), (3, 0.1, 0.1), (3, 0, 0.1)]
 
 
 def test_new_biases_get_the_settings_of_the_biases_of_the_head() -> None:
@@ -124,8 +124,8 @@ def test_new_biases_get_the_settings_of_the_biases_of_the_head() -> None:
     groups = [{"params": [net[7].weight]}, {"params": [net[7].bias], "weight_decay": 0}]
     optimizer = optim.AdamW(groups, weight_decay=0.1)
     schedule.step(0, optimizer)
-    told = [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in optimizer.param_groups]
-    assert told == [(0.1, {2}), (0, {1}), (0.1, {2}), (0, {1})]
+    groups = [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in optimizer.param_groups]
+    assert groups == [(0.1, {2}), (0, {1}), (0.1, {2}), (0, {1})]
 
 
 def plus(net: nn.Module, make: Any, flipped: bool) -> optim.Optimizer:

@@ -29,7 +29,7 @@ from gift.strategies import (
 )
 from gift.support.recipes import REGISTRY
 from tests.cases.schedules import X, attached, moves, network, units
-from tests.common import all_bits, picture, trainable
+from tests.common import all_bits, full_state, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -136,7 +136,7 @@ def test_a_schedule_waits_until_a_with_block_is_over() -> None:
 
 def test_a_milestone_that_would_unfreeze_nothing_is_reported_with_what_there_is() -> None:
     net = network()
-    before = picture(net)
+    before = full_state(net)
     for schedule, text in [
         (
             NoFreeze(unfreezes="deltas"),
@@ -146,7 +146,7 @@ def test_a_milestone_that_would_unfreeze_nothing_is_reported_with_what_there_is(
     ]:
         with pytest.raises(ValueError, match=text):
             schedule.attach(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_packed_weights_cannot_be_unfrozen() -> None:
@@ -219,13 +219,13 @@ def test_the_state_of_another_schedule_or_network_changes_nothing() -> None:
         states[name] = one.state_dict()
     (small := FreezeUnfreeze(1)).attach(other)
     states |= {"net": small.state_dict(), "empty": {}, "list": []}
-    before = picture(net)
+    before = full_state(net)
     texts = {"rate": "lr_ratio=0.5", "kind": "it is of NoFreeze", "net": r"head is \['1'\]",
              "empty": "found \\[\\]", "list": "found list"}  # fmt: skip
     for name, state in states.items():
         with pytest.raises(ValueError, match=texts[name]):
             schedule.load_state_dict(state)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 # Own schedules, and schedules as plain data.
@@ -252,8 +252,8 @@ class EveryOther(Schedule):
 def test_an_own_schedule_is_one_method() -> None:
     schedule = EveryOther(start=2)
     net = network()
-    told = {row.name: row.epoch for row in schedule.attach(net).blocks if row.waiting}
-    assert told == {"0": 2, "3": None, "8": 2}
+    epochs = {row.name: row.epoch for row in schedule.attach(net).blocks if row.waiting}
+    assert epochs == {"0": 2, "3": None, "8": 2}
     assert [schedule.step(epoch) for epoch in range(4)] == [[], [], ["0", "8"], []]
 
 

@@ -32,7 +32,7 @@ from gift.strategies import (
     LoRAConvFineTuningStrategy,
 )
 from gift.utils.network_tool import trainable_parameters
-from tests.common import all_bits, picture, trainable
+from tests.common import all_bits, full_state, trainable
 
 # The network of these tests is small, so its one raw parameter is a large share of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the base is in raw parameters")
@@ -64,7 +64,7 @@ def lora(**options: Any) -> FineTuningStrategy:
     return LoRAAllFineTuningStrategy(**{"rank": 2} | options)
 
 
-def pictures(count: int = 4) -> Tensor:
+def images(count: int = 4) -> Tensor:
     return torch.randn(count, 2, 6, 6)
 
 
@@ -74,7 +74,7 @@ def train(net: nn.Module, steps: int = 2) -> None:
     net.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        net(pictures()).square().sum().backward()
+        net(images()).square().sum().backward()
         optimizer.step()
 
 
@@ -226,7 +226,7 @@ def test_a_whole_state_round_trips(base: nn.Module) -> None:
     other = fresh(Net())
     assert other.load_state_dict(through_file(base.state_dict())) == ([], [])
     assert all_bits(other) == all_bits(base)
-    assert_bitwise(other.eval()(x := pictures()), base.eval()(x))
+    assert_bitwise(other.eval()(x := images()), base.eval()(x))
 
 
 class Counting(nn.Linear):
@@ -260,7 +260,7 @@ def test_a_fresh_network_is_restored_exactly(
     base: nn.Module, net: nn.Module, inside: bool, assign: bool
 ) -> None:
     """Deltas and BatchNorm's statistics; the same output bit for bit in training and evaluation."""
-    other, x = fresh(base), pictures()
+    other, x = fresh(base), images()
     assert not torch.equal(other.eval()(x), net.eval()(x))
     if inside:
         outer = Outer(net)
@@ -282,7 +282,7 @@ def test_training_goes_on_after_loading(base: nn.Module, net: nn.Module) -> None
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     other.load_state_dict(net.state_dict())
     held = {name: p.detach().clone() for name, p in other.named_parameters()}
-    other(pictures()).square().sum().backward()
+    other(images()).square().sum().backward()
     optimizer.step()
     assert {n for n, p in other.named_parameters() if not torch.equal(p, held[n])} == set(DELTAS)
 
@@ -336,11 +336,11 @@ def test_a_state_that_does_not_fit_is_refused_whole(
         state = {PREFIX + key: value for key, value in state.items()}
         state |= {key: target.state_dict()[key] for key in LAST}
         names = [PREFIX + n if n[0] != "[" else n for n in names]
-    before = picture(other)
+    before = full_state(other)
     with pytest.raises(RuntimeError) as caught:
         target.load_state_dict(state)
     assert [name for name in names if name not in str(caught.value)] == []
-    assert picture(other) == before
+    assert full_state(other) == before
     net_state = net.state_dict()
     other.load_state_dict(net_state)
     assert_bitwise(other.state_dict(), net_state)
@@ -348,10 +348,10 @@ def test_a_state_that_does_not_fit_is_refused_whole(
 
 @pytest.mark.parametrize("state", [None, [("head.lora_A", 1)], 3])
 def test_what_is_no_state_is_refused(net: nn.Module, state: Any) -> None:
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(TypeError, match="dict"):
         net.load_state_dict(state)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 OTHER_SETTINGS = {
@@ -370,13 +370,13 @@ def test_deltas_of_other_settings_are_refused(
     other: nn.Module = fresh(base, **OTHER_SETTINGS[which])
     target = Outer(other) if inside else other
     state = through_file((Outer(net) if inside else net).state_dict())
-    before = picture(other)
+    before = full_state(other)
     held = all_bits(other)
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=r"(?s)body\.0.*trained with.*head.*trained with"):
             target.load_state_dict(state, strict)
     if not inside:
-        assert picture(other) == before
+        assert full_state(other) == before
     assert [key for key in DELTAS if all_bits(other)[key] != held[key]] == []
 
 
@@ -384,14 +384,14 @@ def test_an_alpha_that_means_the_same_is_no_other(base: nn.Module, net: nn.Modul
     """``lora_alpha=None`` is the rank."""
     other = fresh(base, lora_alpha=2)
     other.load_state_dict(through_file(net.state_dict()))
-    assert_bitwise(other.eval()(x := pictures()), net.eval()(x))
+    assert_bitwise(other.eval()(x := images()), net.eval()(x))
 
 
 def test_dropout_may_differ(base: nn.Module, net: nn.Module) -> None:
     """It changes how deltas are trained, not what they mean."""
     other = fresh(base, lora_dropout=0.5)
     other.load_state_dict(through_file(net.state_dict()))
-    assert_bitwise(other.eval()(x := pictures()), net.eval()(x))
+    assert_bitwise(other.eval()(x := images()), net.eval()(x))
 
 
 def test_a_state_that_says_nothing_of_settings_loads(base: nn.Module, net: nn.Module) -> None:
@@ -418,10 +418,10 @@ def test_not_strict(base: nn.Module, net: nn.Module) -> None:
     assert missing == [f"{PREFIX}head.lora_A", *LAST]
     assert unexpected == [f"{PREFIX}bogus"]
     state["head.lora_B"] = torch.ones(1, 1)
-    before = picture(other)
+    before = full_state(other)
     with pytest.raises(RuntimeError, match=r"head\.lora_B"):
         other.load_state_dict(state, strict=False)
-    assert picture(other) == before
+    assert full_state(other) == before
 
 
 # --- checkpoints of the base ---------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_a_base_checkpoint_loads_before_and_after_enabling(
     base: nn.Module, net: nn.Module, inside: bool, assign: bool
 ) -> None:
     """Either way there is the new base, the old delta, and a way back to the new base."""
-    new, x = Net(), pictures()
+    new, x = Net(), images()
     train(new)
     new.eval()
     before = copy.deepcopy(base)
@@ -468,10 +468,10 @@ def test_a_base_checkpoint_that_does_not_fit_is_refused(
 ) -> None:
     state = Net().state_dict()
     spoil(state)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match=name):
         net.load_state_dict(state)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_base_checkpoint_with_trained_layers(base: nn.Module) -> None:
@@ -514,7 +514,7 @@ def trained(net: nn.Module) -> None:
     """Real training, where there is anything to train, with its statistics in any case."""
     if list(net.parameters()):
         train(net)
-    net(pictures())
+    net(images())
 
 
 @every_strategy
@@ -528,13 +528,13 @@ def test_disabling_gives_back_every_bit(base: nn.Module, strategy: str, mode: bo
     base.register_state_dict_post_hook(lambda *_: fired.append("state"))
     base.train(mode)
     base.body[2].train(not mode)
-    before, x = picture(base), pictures()
+    before, x = full_state(base), images()
     enable_fine_tuning(base, STRATEGIES[strategy]())
     trained(base)
     base.train(mode)
     base.body[2].train(not mode)
     assert disable_fine_tuning(base) is base
-    assert picture(base) == before
+    assert full_state(base) == before
     fired.clear()
     base(x)
     assert fired == ["head"]
@@ -551,11 +551,11 @@ def test_disabling_a_copy(base: nn.Module, strategy: str, other: Callable) -> No
     net = copy.deepcopy(base)
     enable_fine_tuning(net, STRATEGIES[strategy]())
     trained(net)
-    kept = picture(net)
+    kept = full_state(net)
     made = other(net)
     trained(made)
     disable_fine_tuning(made)
-    assert picture(net) == kept
+    assert full_state(net) == kept
     disable_fine_tuning(net)
     for again in (made, net):
         assert [(n, type(m)) for n, m in again.named_modules()] == [
@@ -582,7 +582,7 @@ def test_what_was_added_since_stays(net: nn.Module) -> None:
     net.head.register_forward_hook(lambda *_: fired.append("head"))
     net.note = "mine"
     disable_fine_tuning(net)
-    net(pictures())
+    net(images())
     assert fired == ["head"]
     assert net.note == "mine"
 
@@ -597,7 +597,7 @@ def test_the_mode_since_stays(net: nn.Module) -> None:
 def test_a_replaced_head_comes_back_as_the_object_that_it_was(base: nn.Module) -> None:
     head, bits = base.head, all_bits(base)
     enable_fine_tuning(base, HeadReplacementStrategy(3))
-    assert base(pictures()).shape == (4, 3)
+    assert base(images()).shape == (4, 3)
     train(base)
     assert disable_fine_tuning(base).head is head
     assert all(bits[key] == value for key, value in all_bits(base).items())
@@ -607,10 +607,10 @@ def test_a_replaced_head_comes_back_as_the_object_that_it_was(base: nn.Module) -
 def test_without_the_base_there_is_no_way_back(base: nn.Module) -> None:
     enable_fine_tuning(base, lora(), keep_base=False)
     train(base)
-    before = picture(base)
+    before = full_state(base)
     with pytest.raises(RuntimeError, match="keep_base"):
         disable_fine_tuning(base)
-    assert picture(base) == before
+    assert full_state(base) == before
 
 
 def test_the_base_is_kept_only_where_training_changes_it(base: nn.Module) -> None:
@@ -642,10 +642,10 @@ def test_the_base_is_kept_only_where_training_changes_it(base: nn.Module) -> Non
 )
 def test_what_cannot_be_disabled(net: nn.Module, make: Callable, error: type, words: str) -> None:
     target = make(net)
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(error, match=words):
         disable_fine_tuning(target)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 # --- statistics, gradients -----------------------------------------------------------------------
@@ -661,7 +661,7 @@ def test_frozen_statistics_stand_still_whatever_the_mode(base: nn.Module, how: s
         net.train(mode)
         assert net.training == net.head.training == mode
         assert not net.body[1].training
-        net(pictures())
+        net(images())
     train(net)
     held = {name: b for name, b in net.named_buffers() if name in before}
     assert_bitwise(held, before)
@@ -675,7 +675,7 @@ def test_frozen_statistics_stand_still_whatever_the_mode(base: nn.Module, how: s
 def test_gradients_from_before_are_gone(base: nn.Module, strategy: str) -> None:
     """An optimizer would move a frozen weight by the gradient that it still has."""
     optimizer = torch.optim.AdamW(base.parameters(), lr=0.1)
-    base(pictures()).square().sum().backward()
+    base(images()).square().sum().backward()
     enable_fine_tuning(base, STRATEGIES[strategy]())
     before = all_bits(base)
     assert all(p.grad is None for p in nn.Module.parameters(base))
@@ -784,10 +784,10 @@ def sabotage(mutate: Callable, count: int, error: BaseException | None) -> FineT
 @pytest.mark.parametrize("how", MUTATIONS)
 def test_a_failing_action_leaves_the_network_as_it_was(how: str, count: int) -> None:
     net = layers()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(Broken, match="on purpose"):
         enable_fine_tuning(net, sabotage(MUTATIONS[how], count, Broken("on purpose")))
-    assert picture(net) == before
+    assert full_state(net) == before
     enable_fine_tuning(net, lora())
     assert len(list(net.parameters())) == 8
 
@@ -796,11 +796,11 @@ def test_a_failing_action_leaves_the_network_as_it_was(how: str, count: int) -> 
 def test_a_plan_leaves_the_network_as_it_was(how: str) -> None:
     """Whatever the actions do, a plan and a debug strategy look only."""
     net = layers()
-    before = picture(net)
+    before = full_state(net)
     plan_fine_tuning(net, sabotage(MUTATIONS[how], 0, None))
-    assert picture(net) == before
+    assert full_state(net) == before
     enable_fine_tuning(net, DebugStrategy(sabotage(MUTATIONS[how], 0, None)))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize("how", MUTATIONS)
@@ -809,10 +809,10 @@ def test_what_actions_did_is_undone(how: str) -> None:
     net = layers()
     for parameter in net.parameters():
         parameter.grad = None
-    before = picture(net)
+    before = full_state(net)
     enable_fine_tuning(net, sabotage(MUTATIONS[how], 0, None))
     disable_fine_tuning(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize(
@@ -820,10 +820,10 @@ def test_what_actions_did_is_undone(how: str) -> None:
 )
 def test_whatever_is_raised(error: BaseException) -> None:
     net = layers()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(type(error)):
         enable_fine_tuning(net, sabotage(MUTATIONS["adapts it"], 3, error))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_check_that_raises_after_others_acted() -> None:
@@ -833,19 +833,19 @@ def test_a_check_that_raises_after_others_acted() -> None:
         return place[3] == "Linear"
 
     net = layers()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(Broken):
         enable_fine_tuning(net, FineTuningStrategy([(check, ma_adapt("lora", rank=1))]))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_ranks_that_do_not_fit_are_named_together() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2), nn.Sequential(nn.Linear(2, 9)))
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=r"(?s)1 \(Linear\).*2\.0 \(Linear\)") as caught:
         enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=4, clip_rank=False))
     assert "\n  0" not in str(caught.value)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_warning_that_is_an_error_leaves_the_network_as_it_was() -> None:
@@ -854,21 +854,21 @@ def test_a_warning_that_is_an_error_leaves_the_network_as_it_was() -> None:
         [(mc_type(nn.Linear), ma_adapt("lora", rank=1)), (mc_type(nn.Conv2d), ma_adapt("lora"))]
     )
     net = layers()
-    before = picture(net)
+    before = full_state(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error", GiftWarning)
         with pytest.raises(GiftWarning, match="took nothing"):
             enable_fine_tuning(net, strategy)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_a_refused_state_leaves_a_lazy_network_lazy() -> None:
     """A shape that a layer has taken cannot be given back: the refusal comes before."""
     net = nn.Sequential(nn.LazyLinear(5), nn.LazyLinear(3))
     enable_fine_tuning(net, lora())
-    before = picture(net)
+    before = full_state(net)
     state = {f"{i}.lora_{f}": torch.ones(2, 2) for i in (0, 1) for f in "BA"}
     with pytest.raises(RuntimeError, match="bogus"):
         net.load_state_dict(state | {"bogus": torch.ones(1)})
-    assert picture(net) == before
+    assert full_state(net) == before
     assert all(nn.parameter.is_lazy(p) for _, p in net.named_parameters())

@@ -228,16 +228,16 @@ def test_layouts_of_convolutions_are_shown_by_shapes_or_settings(name: str) -> N
     own, other = METHODS[name].conv_layouts[:2]
     confused = nn.Conv2d(2, 6, 3)  # 18 x 6 or 6 x 18
     for conv in (nn.Conv2d(4, 6, 3), confused):
-        told = []
+        states = []
         for layout in (own, other):
             caps = [(mc_any(), ma_adapt(name, conv_layout=layout))]
             net = tuned(FineTuningStrategy(caps), make=lambda conv=conv: copy.deepcopy(conv))
             state = net.state_dict()
-            told.append({k: v.tolist() if is_settings(k) else v.shape for k, v in state.items()})
-        assert told[0] != told[1]
+            states.append({k: v.tolist() if is_settings(k) else v.shape for k, v in state.items()})
+        assert states[0] != states[1]
         if not METHODS[name].shares_names:
-            assert KEY not in told[0]
-            assert METHODS[name].shows_matrix == (KEY not in told[1])
+            assert KEY not in states[0]
+            assert METHODS[name].shows_matrix == (KEY not in states[1])
 
 
 def test_bottlenecks_and_prompts() -> None:

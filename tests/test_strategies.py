@@ -81,7 +81,7 @@ from gift.strategies.resolved import ResolvedStrategy
 from gift.support.recipes import REGISTRY
 from gift.utils.info import collect_trainable_parameters, summary, table_info
 from gift.utils.network_tool import trainable_parameters
-from tests.common import all_bits, enabled, picture, trainable
+from tests.common import all_bits, enabled, full_state, trainable
 
 LORA = LoRAAllFineTuningStrategy
 
@@ -236,7 +236,7 @@ def test_the_scaling_is_alpha_over_rank(settings: dict[str, Any], scaling: float
 def test_full_fine_tuning_trains_everything_and_disabling_gives_the_base_back() -> None:
     net = small()
     net[0][0].weight.requires_grad = False
-    before, x = picture(net), torch.randn(4, 16)
+    before, x = full_state(net), torch.randn(4, 16)
     report = enable_fine_tuning(net, FullFineTuningStrategy())
     assert trainable(net) == [name for name, _ in net.named_parameters()]
     assert report.trainable_before == report.trainable_after - 256
@@ -244,9 +244,9 @@ def test_full_fine_tuning_trains_everything_and_disabling_gives_the_base_back() 
     net(x).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    assert picture(net) != before
+    assert full_state(net) != before
     disable_fine_tuning(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_disabling_never_calls_trained_what_is_the_base() -> None:
@@ -336,7 +336,7 @@ def test_a_head_is_replaced(
     make: Callable[[], nn.Module], path: str, shape: tuple[int, ...] | None, named: bool
 ) -> None:
     net = make().eval()
-    before, old = picture(net), net.get_submodule(path)
+    before, old = full_state(net), net.get_submodule(path)
     classes = getattr(net, "num_classes", None)
     report = enable_fine_tuning(net, HeadReplacementStrategy(4, path if named else None))
     assert [(claim.name, claim.class_name) for claim in report.claims] == [
@@ -351,7 +351,7 @@ def test_a_head_is_replaced(
     assert all(p.grad is not None for p in net.parameters())
     net.zero_grad()
     assert disable_fine_tuning(net).get_submodule(path) is old
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def bert(**settings: Any) -> BertForSequenceClassification:
@@ -599,12 +599,12 @@ def test_debugging_prints_what_each_check_claims_and_changes_nothing(
 ) -> None:
     net = small()
     net[2].weight.grad = torch.ones(16, 16)
-    before, random = picture(net), torch.get_rng_state()
+    before, random = full_state(net), torch.get_rng_state()
     enable_fine_tuning(net, DebugStrategy(DEBUGGED))
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(torch.get_rng_state(), random)
-    told = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert told == [
+    starts = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert starts == [
         "module cap 1 claims 0.0 (Linear)",
         "parameter cap 0 claims 0.1.bias (LayerNorm)",
         "parameter cap 1 would also match 0.1.bias (LayerNorm)",
@@ -613,7 +613,7 @@ def test_debugging_prints_what_each_check_claims_and_changes_nothing(
         "module cap 2 would also match 2 (Linear)",
     ]
     claims = plan_fine_tuning(net, DEBUGGED).claims
-    assert [line.split()[4] for line in told if "claims" in line] == [c.name for c in claims]
+    assert [line.split()[4] for line in starts if "claims" in line] == [c.name for c in claims]
 
 
 @pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
@@ -621,7 +621,7 @@ def test_debugging_prints_what_each_check_claims_and_changes_nothing(
 def test_debugging_changes_nothing_wherever_it_stands(how: str) -> None:
     """It may refuse to stand there, but must not train what it only looks at."""
     net = small()
-    before = picture(net)
+    before = full_state(net)
     debug = DebugStrategy(LORA())
     with contextlib.suppress(TypeError, ValueError), contextlib.redirect_stdout(io.StringIO()):
         strategy = {
@@ -631,7 +631,7 @@ def test_debugging_changes_nothing_wherever_it_stands(how: str) -> None:
         }[how]()
         enable_fine_tuning(net, strategy)
     assert trainable(net) == [name for name, _ in net.named_parameters()]
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_the_report_of_debugging_names_the_caps_of_its_strategy() -> None:
@@ -666,9 +666,9 @@ def test_a_plan_is_the_report_of_enabling_and_touches_nothing(
     net.fc.weight.grad = torch.ones_like(net.fc.weight)
     net.layer1.eval()
     net.register_forward_hook(lambda *call: None)
-    before, random, strategy = picture(net), torch.get_rng_state(), make()
+    before, random, strategy = full_state(net), torch.get_rng_state(), make()
     plan = plan_fine_tuning(net, strategy)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert torch.equal(torch.get_rng_state(), random)
     report = enable_fine_tuning(net, strategy)
     assert report == plan

@@ -32,7 +32,7 @@ from gift.strategies import (
     ModulesFineTuningStrategy,
     SVDiffAllFineTuningStrategy,
 )
-from tests.common import picture, trainable
+from tests.common import full_state, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.GiftWarning")
 
@@ -91,7 +91,7 @@ def test_a_tied_tensor_has_one_fate(first: str, second: str, kinds: str, head_fi
         check = mc_path(name) if kind == "m" else pc_path(f"{name}.weight")
         given[kind].append((check, ACTIONS[action][kind == "p"]))
     net, strategy = Words(head_first), FineTuningStrategy(given["m"], given["p"])
-    before = picture(net)
+    before = full_state(net)
     if first == second or {first, second} in SAME:
         enable_fine_tuning(net, strategy)
         assert net.head._parameters["weight"] is net.table._parameters["weight"]
@@ -101,7 +101,7 @@ def test_a_tied_tensor_has_one_fate(first: str, second: str, kinds: str, head_fi
         enable_fine_tuning(net, strategy)
     for word in ("head.weight", "table.weight", *(repr(c) for c in strategy.caps)):
         assert word in str(caught.value)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 SHARED: dict[str, FineTuningStrategy] = {
@@ -123,12 +123,12 @@ SHARED: dict[str, FineTuningStrategy] = {
 @pytest.mark.parametrize("strategy", SHARED.values(), ids=SHARED)
 def test_a_module_under_two_names_is_taken_by_one_cap(strategy: FineTuningStrategy) -> None:
     net = under_two_names()
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match="takes one") as caught:
         enable_fine_tuning(net, strategy)
     for word in ("a", "b", *(repr(cap) for cap in strategy.caps)):
         assert word in str(caught.value)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 AGREED: dict[str, tuple[Callable[[], nn.Module], FineTuningStrategy, list[str]]] = {
@@ -202,10 +202,10 @@ def test_an_action_that_trains_what_its_delta_is_made_from_is_refused() -> None:
         place[4]._parameters["weight"].requires_grad = True
 
     net = nn.Sequential(nn.Linear(8, 8))
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(ValueError, match=r"0\.weight.*dora.*frozen values"):
         enable_fine_tuning(net, caps((mc_path("0"), act)))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 class Biased(Words):

@@ -1051,13 +1051,13 @@ def lazily_adapted(**options: object) -> nn.Module:
     return net
 
 
-PICTURES = torch.linspace(-1, 1, 216).reshape(2, 3, 6, 6)
+IMAGES = torch.linspace(-1, 1, 216).reshape(2, 3, 6, 6)
 
 
 def test_lazy_modules_get_their_delta_with_their_shape() -> None:
     net = lazily_adapted()
     trained = [name for name, _ in net.named_parameters() if name.endswith(("lora_A", "lora_B"))]
-    first = net(PICTURES)
+    first = net(IMAGES)
     assert isinstance(net[0], nn.Conv2d)
     assert not isinstance(net[0], nn.LazyConv2d)
     assert {n: tuple(p.shape) for n, p in deltas(net).items()} == {
@@ -1065,15 +1065,15 @@ def test_lazy_modules_get_their_delta_with_their_shape() -> None:
     }  # fmt: skip
     assert list(deltas(net)) == trained == list(net.state_dict())
     plain = lazy()
-    plain(PICTURES)
+    plain(IMAGES)
     plain.load_state_dict(frozen(net))
-    assert_bitwise(first, plain(PICTURES))
+    assert_bitwise(first, plain(IMAGES))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_()
-    torch.testing.assert_close(net(PICTURES), reference(plain, net, PICTURES))
+    torch.testing.assert_close(net(IMAGES), reference(plain, net, IMAGES))
     disable_fine_tuning(net)
-    assert_bitwise(net(PICTURES), first)
+    assert_bitwise(net(IMAGES), first)
     assert type(net[0]) is nn.Conv2d
     assert all(p.requires_grad for p in net.parameters())
 
@@ -1081,19 +1081,19 @@ def test_lazy_modules_get_their_delta_with_their_shape() -> None:
 @pytest.mark.parametrize("fresh", ["lazy", "materialised"])
 def test_state_of_a_lazily_adapted_network_round_trips(fresh: str) -> None:
     net, other = lazily_adapted(), lazily_adapted()
-    net(PICTURES)
+    net(IMAGES)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_()
     if fresh == "materialised":
-        other(PICTURES)
+        other(IMAGES)
     other.load_state_dict(dict(net.named_parameters()))
-    assert_bitwise(other(PICTURES), net(PICTURES))
+    assert_bitwise(other(IMAGES), net(IMAGES))
     other = lazily_adapted()
     if fresh == "materialised":
-        other(PICTURES)
+        other(IMAGES)
     other.load_state_dict(net.state_dict())
-    other(PICTURES)
+    other(IMAGES)
     assert_bitwise(other.state_dict(), net.state_dict())
 
 
@@ -1101,7 +1101,7 @@ def test_state_of_a_lazily_adapted_network_round_trips(fresh: str) -> None:
 def test_copies_of_a_network_that_is_still_lazy(how: str) -> None:
     net = lazily_adapted()
     other = COPIES[how](net)
-    other(PICTURES)
+    other(IMAGES)
     assert set(deltas(other)) == {f"{i}.lora_{f}" for i in "03" for f in "AB"}
     assert all(nn.parameter.is_lazy(p) for p in nn.Module.parameters(net))
 
@@ -1109,17 +1109,17 @@ def test_copies_of_a_network_that_is_still_lazy(how: str) -> None:
 def test_disabling_a_network_that_is_still_lazy() -> None:
     net = disable_fine_tuning(lazily_adapted())
     assert type(net[0]) is nn.LazyConv2d
-    assert net(PICTURES).shape == (2, 5)
+    assert net(IMAGES).shape == (2, 5)
     assert list(net.state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
 
 
 def test_a_rank_that_a_lazy_module_cannot_have() -> None:
     """It is clipped with a warning; or refused, at each forward until it is disabled."""
     with pytest.warns(GiftWarning, match=r"rank 6 is above 5.*5 x 64.*got 5"):
-        assert lazily_adapted(rank=6)(PICTURES).shape == (2, 5)
+        assert lazily_adapted(rank=6)(IMAGES).shape == (2, 5)
     net = lazily_adapted(rank=6, clip_rank=False)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"rank 6 is above 5.*5 x 64"):
-            net(PICTURES)
-    assert disable_fine_tuning(net)(PICTURES).shape == (2, 5)
-    assert lazily_adapted(rank=6, clip_rank=True)(PICTURES).shape == (2, 5)
+            net(IMAGES)
+    assert disable_fine_tuning(net)(IMAGES).shape == (2, 5)
+    assert lazily_adapted(rank=6, clip_rank=True)(IMAGES).shape == (2, 5)

@@ -266,17 +266,17 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     result = finetune(tuned, data(), (inputs, labels), strategy=lora(), epochs=2, **QUIET)
     with torch.no_grad():
         logits = tuned.eval()(inputs)
-    told = logits.argmax(1)
+    predicted = logits.argmax(1)
     precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
-        labels, told, average="macro", zero_division=0
+        labels, predicted, average="macro", zero_division=0
     )
     expected = {
         "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy": (told == labels).double().mean().item(),
+        "accuracy": (predicted == labels).double().mean().item(),
         "f1": f1, "precision": precision, "recall": recall,
     }  # fmt: skip
     assert result.after == pytest.approx(expected, abs=1e-6)
-    assert result.confusion == sklearn.metrics.confusion_matrix(labels, told).tolist()
+    assert result.confusion == sklearn.metrics.confusion_matrix(labels, predicted).tolist()
     assert evaluate(tuned, (inputs, labels), device="cpu") == pytest.approx(result.after)
     assert result.before == pytest.approx(evaluate(net(), (inputs, labels), device="cpu"))
 
@@ -443,8 +443,8 @@ def test_the_old_task_is_of_the_same_kind() -> None:
         strategy=FullFineTuningStrategy(),
     )  # fmt: skip
     assert result.old_before == expected
-    told = finetune(net(), data(), old=lambda net: {"any": 1.5}, epochs=1, **QUIET)
-    assert told.old_after == {"any": 1.5}
+    predicted = finetune(net(), data(), old=lambda net: {"any": 1.5}, epochs=1, **QUIET)
+    assert predicted.old_after == {"any": 1.5}
 
 
 def test_small_types_of_labels_mean_what_they_say() -> None:
@@ -479,14 +479,14 @@ def test_small_errors_are_not_rounded_away() -> None:
 def test_an_own_loss_and_pixels_with_classes() -> None:
     """A class for each pixel; one more of those that are ignored changes nothing."""
     torch.manual_seed(0)
-    pictures, labels = torch.randn(6, 2, 4, 4), torch.randint(0, 3, (6, 4, 4))
+    images, labels = torch.randn(6, 2, 4, 4), torch.randint(0, 3, (6, 4, 4))
     labels[:, 0] = -100
     tuned = nn.Conv2d(2, 3, 1)
     result = finetune(
-        tuned, (pictures, labels), (pictures, labels), strategy=FullFineTuningStrategy(), epochs=1,
+        tuned, (images, labels), (images, labels), strategy=FullFineTuningStrategy(), epochs=1,
         loss=lambda out, target: 2 * F.cross_entropy(out, target), keep="last", **QUIET,
     )  # fmt: skip
-    out = tuned(pictures).detach()
+    out = tuned(images).detach()
     assert result.after["loss"] == pytest.approx(2 * F.cross_entropy(out, labels).item(), rel=1e-5)
     seen = labels != -100
     right = (out.argmax(1) == labels)[seen].double().mean().item()

@@ -67,10 +67,10 @@ def test_rows_are_there_before_the_file_is_closed(tmp_path: Path) -> None:
 
 def test_columns_that_come_later_leave_the_rows_before_as_they_were(tmp_path: Path) -> None:
     log = CsvLog(tmp_path)
-    told = [step(1), step(2, lr_1=0.01), step(3), step(4, lr_2=0.2, lr_1=0.3)]
-    for row in told:
+    written = [step(1), step(2, lr_1=0.01), step(3), step(4, lr_2=0.2, lr_1=0.3)]
+    for row in written:
         log.step(row)
-    assert rows(tmp_path / "steps.csv") == told
+    assert rows(tmp_path / "steps.csv") == written
 
 
 @pytest.mark.parametrize("known", range(9))

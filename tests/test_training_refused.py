@@ -16,7 +16,7 @@ from gift.schedules import FreezeUnfreeze
 from gift.strategies import FreezeStrategy, HeadReplacementStrategy, IA3AllFineTuningStrategy
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from gift.training import Settings, TrainingError, evaluate, finetune, loop
-from tests.common import picture
+from tests.common import full_state
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False, "tensorboard": False, "epochs": 1}
 DATA = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
@@ -127,11 +127,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_what_does_not_fit_leaves_network_and_folder_alone(name: str, tmp_path: Path) -> None:
     options, error, message = REFUSED[name]
     network = net()
-    before = picture(network)
+    before = full_state(network)
     given = {"strategy": LoRAAllFineTuningStrategy(rank=2), **QUIET, **options}
     with pytest.raises(error, match=f"(?s){message}"):
         finetune(network, given.pop("train"), folder=tmp_path / "run", **given)
-    assert picture(network) == before
+    assert full_state(network) == before
     assert not (tmp_path / "run").exists()
 
 
@@ -144,13 +144,13 @@ def test_a_refused_restart_leaves_the_run_that_was_there(tmp_path: Path) -> None
     late = (DATA, one(19, 7))
     for folder, valid in (("run", late), ("file", None), ("file/run", None)):
         network = net()
-        untouched = picture(network)
+        untouched = full_state(network)
         with pytest.raises(TrainingError):
             finetune(
                 network, (DATA, LABELS), valid, strategy=strategy, folder=tmp_path / folder,
                 restart=True, batch_size=4, **QUIET,
             )  # fmt: skip
-        assert picture(network) == untouched
+        assert full_state(network) == untouched
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
@@ -201,18 +201,18 @@ def test_evaluating_leaves_modes_as_they_are() -> None:
     network = net()
     network[1].eval()
     modes = [module.training for module in network.modules()]
-    before = picture(network)
+    before = full_state(network)
     found = evaluate(network, (DATA, LABELS), device="cpu")
     assert set(found) == {"loss", "accuracy", "f1", "precision", "recall"}
     assert [module.training for module in network.modules()] == modes
-    assert picture(network) == before
+    assert full_state(network) == before
     with pytest.raises(TrainingError, match="out of range"):
         evaluate(network, (DATA, one(19, 5)), device="cpu", batch_size=4)
-    assert picture(network) == before
+    assert full_state(network) == before
 
 
 def test_every_setting_is_reported_in_its_docstring() -> None:
-    told = (Settings.__doc__ or "").split("Args:")[1].split("Raises:")[0]
-    named = [line.split(":")[0].strip() for line in told.splitlines() if line.startswith(" " * 8)
+    text = (Settings.__doc__ or "").split("Args:")[1].split("Raises:")[0]
+    named = [line.split(":")[0].strip() for line in text.splitlines() if line.startswith(" " * 8)
              and not line.startswith(" " * 9)]  # fmt: skip
     assert named == list(Settings.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""Text, pictures and page of a result: everything that was measured is there, and readable."""
+"""Text, plots and page of a result: everything that was measured is there, and readable."""
 
 import base64
 import copy
@@ -59,7 +59,7 @@ class Page(HTMLParser):
         if self._texts:
             self._texts[-1] += data
 
-    def pictures(self, tag: str, attribute: str) -> list[Image.Image]:
+    def images(self, tag: str, attribute: str) -> list[Image.Image]:
         """What the addresses of a tag hold."""
         found = []
         for name, attributes in self.tags:
@@ -136,7 +136,7 @@ def test_the_page_says_what_was_unfrozen_when(written: tuple[Path, Page]) -> Non
 
 
 def test_classes_and_their_mistakes_are_counted(written: tuple[Path, Page]) -> None:
-    """Precision of bees: 50 of 59 pictures that were taken for them; recall of ants: 40 of 50."""
+    """Precision of bees: 50 of 59 images that were taken for them; recall of ants: 40 of 50."""
     tables = written[1].tables
     assert row(tables["Each class"], "bees")["precision"] == f"{50 / 59:.4f}"
     assert row(tables["Each class"], "ants")["recall"] == "0.8000"
@@ -155,7 +155,7 @@ def test_the_page_needs_nothing_from_outside(written: tuple[Path, Page]) -> None
 
 def test_images_are_files_too_and_drawn_for_light_and_dark(written: tuple[Path, Page]) -> None:
     folder, found = written
-    light, dark = found.pictures("img", "src"), found.pictures("source", "srcset")
+    light, dark = found.images("img", "src"), found.images("source", "srcset")
     files = [Image.open(folder / f"{n}.png") for n in ("losses", "metrics", "rates", "confusion")]
     assert [x.tobytes() for x in light] == [x.tobytes() for x in files]
     for day, night in zip(light, dark, strict=True):
@@ -250,7 +250,7 @@ def test_images_of_an_earlier_run_go(tmp_path: Path) -> None:
 
 
 def drawn(draw: Callable[..., Any], of: Result) -> Any:
-    """The panel of a picture."""
+    """The panel of a plot."""
     return draw(of, plots.LIGHT).axes[0]
 
 

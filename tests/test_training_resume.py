@@ -20,7 +20,7 @@ from gift.schedules import UnfreezeMilestones
 from gift.strategies import HeadReplacementStrategy, merge_strategies
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from gift.training import TrainingError, finetune, loop
-from tests.common import all_bits, picture
+from tests.common import all_bits, full_state
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False, "tensorboard": False}
 DATA = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
@@ -29,7 +29,7 @@ STEPS = 20
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures that are changed at random whenever they are read, by three sources of numbers."""
+    """Images that are changed at random whenever they are read, by three sources of numbers."""
 
     def __len__(self) -> int:
         return len(DATA)
@@ -186,10 +186,10 @@ def test_the_checkpoint_of_another_run_is_refused(
     run("adamw", net(), folder=tmp_path)
     files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     network = net()
-    before = picture(network)
+    before = full_state(network)
     with pytest.raises(TrainingError, match=message + ".*restart=True"):
         run("adamw", network, folder=tmp_path, **change)
-    assert picture(network) == before
+    assert full_state(network) == before
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 

@@ -46,7 +46,7 @@ from gift.strategies import (
     PromptFineTuningStrategy,
 )
 from tests.cases.calls import encoder, fill, small
-from tests.common import picture, trainable
+from tests.common import full_state, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -129,7 +129,7 @@ LATER: dict[str, tuple[Any, list[str]]] = {
 @pytest.mark.parametrize(("cap", "trained"), LATER.values(), ids=LATER)
 def test_a_later_cap_takes_the_module_and_not_its_extension(cap: Any, trained: list[str]) -> None:
     net = small()
-    before = picture(net)
+    before = full_state(net)
     caps = [(mc_name("2"), ma_bottleneck(3)), *([cap] if cap else [])]
     report = enable_fine_tuning(net, FineTuningStrategy(caps))
     assert sorted(trainable(net)) == sorted([*trained, *(f"2.{key}" for key in KEYS)])
@@ -139,7 +139,7 @@ def test_a_later_cap_takes_the_module_and_not_its_extension(cap: Any, trained: l
     assert sum(counts.values()) == report.trainable_after
     assert net(torch.randn(2, 8)).shape == (2, width)
     disable_fine_tuning(net)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_parameter_caps_reach_an_extended_module() -> None:
@@ -162,11 +162,11 @@ def test_what_a_later_cap_removes_cannot_be_extended() -> None:
         parent._modules[name] = None
 
     net = small()
-    before = picture(net)
+    before = full_state(net)
     caps = [(mc_name("2"), ma_bottleneck(3)), (mc_name("2"), remove)]
     with pytest.raises(ValueError, match=r"2 \(Linear\).*nothing to act on"):
         enable_fine_tuning(net, FineTuningStrategy(caps))
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 def test_two_extensions_on_one_module() -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import fusion, parametrizations, parametrize, prune
 import gift
 from gift import disable_fine_tuning, enable_fine_tuning
 from gift.strategies import DoRAAllFineTuningStrategy, LoRAAllFineTuningStrategy
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
@@ -155,10 +155,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("how", CHANGES)
 def test_another_weight_is_refused_and_changes_nothing(how: str) -> None:
     net, x = layer(), torch.randn(3, 8)
-    before, y, order = picture(net), net(x), list(net._parameters)
+    before, y, order = full_state(net), net(x), list(net._parameters)
     with pytest.raises((RuntimeError, TypeError, KeyError), match="weight"):
         CHANGES[how](net)
-    assert picture(net) == before
+    assert full_state(net) == before
     assert list(net._parameters) == order
     assert torch.equal(net(x), y)
 
@@ -268,10 +268,10 @@ def computed(how: Callable[[Any], Any]) -> tuple[Any, Tensor]:
 def test_removing_what_computes_an_adapted_weight_is_refused(case: str) -> None:
     how, undo = REFUSED[case]
     (net, x), (twin, _) = computed(how), computed(how)
-    before, held = net(x), picture(net)
+    before, held = net(x), full_state(net)
     with pytest.raises(RuntimeError, match=r"'weight' is adapted.*disable_fine_tuning"):
         undo(net[0])
-    assert picture(net) == held
+    assert full_state(net) == held
     assert torch.equal(net(x), before)
     assert torch.equal(twin(x), before)  # of a class that may be the same
     undone = disable_fine_tuning(net)(x)

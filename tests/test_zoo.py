@@ -27,7 +27,7 @@ from gift.strategies import (
 )
 from gift.zoo import LoadedNetwork, NetworkError, load_network
 from tests.common import all_bits, trainable
-from tests.small_files import WORDS, box, coco_files, picture, word_tokenizer
+from tests.small_files import WORDS, box, coco_files, image, word_tokenizer
 
 TINY = "timm:test_resnet"
 
@@ -46,8 +46,8 @@ def test_a_network_of_torchvision_reads_as_its_weights_do() -> None:
     assert type(loaded.net) is models.SqueezeNet
     assert (loaded.task, loaded.classes) == ("classification", None)
     assert loaded.reader is not None
-    assert torch.equal(loaded.reader(picture(300, 200)), its(picture(300, 200)))
-    assert loaded.net(loaded.reader(picture())[None]).shape == (1, 5)
+    assert torch.equal(loaded.reader(image(300, 200)), its(image(300, 200)))
+    assert loaded.net(loaded.reader(image())[None]).shape == (1, 5)
 
 
 def fetched_from(state: dict[str, Any], monkeypatch: Any) -> list[str]:
@@ -79,7 +79,7 @@ def test_a_detector_of_torchvision(monkeypatch: Any) -> None:
     loaded = load_network("torchvision:ssdlite320_mobilenet_v3_large", weights=None, num_classes=3)
     assert (loaded.task, loaded.reader, asked) == ("detection", DetectorReader(), [])
     assert loaded.reader is not None
-    [found] = loaded.net.eval()([loaded.reader(picture())])
+    [found] = loaded.net.eval()([loaded.reader(image())])
     assert {"boxes", "labels", "scores"} <= set(found)
 
 
@@ -109,7 +109,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "there is no file"),
         (b"weights", "no weights that can be read"),
@@ -126,7 +126,7 @@ class Harmful:
 )
 @pytest.mark.parametrize("end", ["pt", "safetensors"])
 def test_what_are_no_weights_is_refused(
-    content: Any, told: str, end: str, tmp_path: Path, monkeypatch: Any
+    content: Any, message: str, end: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / f"x.{end}"
@@ -134,8 +134,8 @@ def test_what_are_no_weights_is_refused(
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-        told = "no weights that can be read" if end == "safetensors" else told
-    with pytest.raises(NetworkError, match=told):
+        message = "no weights that can be read" if end == "safetensors" else message
+    with pytest.raises(NetworkError, match=message):
         load_network(TINY, path)
     assert not (tmp_path / "harm").exists()
 
@@ -164,7 +164,7 @@ def test_a_network_of_timm_reads_as_timm_does(name: str) -> None:
     its = timm.data.create_transform(**config)
     assert loaded.reader is not None
     for width, height in ((300, 400), (91, 64)):
-        shown = picture(width, height)
+        shown = image(width, height)
         assert torch.equal(loaded.reader(shown), its(shown))
 
 
@@ -172,7 +172,7 @@ def test_options_and_settings_of_the_reader_reach_timm() -> None:
     loaded = load_network(TINY, None, num_classes=4, in_chans=1, reader={"flip": False})
     assert isinstance(loaded.reader, PictureReader)
     assert not loaded.reader.flip
-    assert loaded.net(loaded.reader(picture())[None]).shape == (1, 4)
+    assert loaded.net(loaded.reader(image())[None]).shape == (1, 4)
     with pytest.warns(GiftWarning, match="expected 3 of each, or 1 for grey"):
         assert load_network(TINY, None, in_chans=4).reader is None
 
@@ -221,10 +221,10 @@ def test_a_folder_of_transformers(kind: str, task: str | None, tmp_path: Path) -
     assert loaded.classes == (("ant", "bee") if kind == "vit" else None)
     reader: Any = loaded.reader
     if kind == "vit":
-        its = AutoImageProcessor.from_pretrained(tmp_path)(picture(80, 60), return_tensors="pt")
-        difference = reader(picture(80, 60)) - its["pixel_values"][0]
+        its = AutoImageProcessor.from_pretrained(tmp_path)(image(80, 60), return_tensors="pt")
+        difference = reader(image(80, 60)) - its["pixel_values"][0]
         assert difference.abs().max() < 2.01 * 2 / 255  # two steps of a colour: it rounds otherwise
-        assert loaded.net(reader(picture())[None]).logits.shape == (1, 2)
+        assert loaded.net(reader(image())[None]).logits.shape == (1, 2)
         return
     assert isinstance(reader, TextReader)
     assert reader.max_length == (20 if kind == "bert" else 64)
@@ -287,7 +287,7 @@ def test_a_reader_does_what_the_processor_of_transformers_does(kind: str, tmp_pa
     reader = load_network(f"transformers:{tmp_path}").reader
     assert reader is not None
     for width, height in ((300, 400), (91, 64)):
-        shown = picture(width, height)
+        shown = image(width, height)
         its = processor(shown, return_tensors="pt")["pixel_values"][0]
         assert reader(shown).shape == its.shape
         assert (reader(shown) - its).abs().max() < 4 * 2 / 255  # tensors are scaled otherwise
@@ -352,8 +352,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_be_loaded_is_reported(name: str) -> None:
-    options, told = WRONG[name]
-    with pytest.raises(NetworkError, match=f"(?s){told}"):
+    options, message = WRONG[name]
+    with pytest.raises(NetworkError, match=f"(?s){message}"):
         load_network(name, **options)
 
 
@@ -397,7 +397,7 @@ def test_own_code_makes_a_network_where_the_caller_says_so(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("tests.test_zoo:own_net", r"closest: .*own_network"),
         ("os:getcwd", "gives a str"),
@@ -405,8 +405,8 @@ def test_own_code_makes_a_network_where_the_caller_says_so(tmp_path: Path) -> No
         ("tests", "no function"),
     ],
 )
-def test_own_code_that_makes_no_network_is_refused(name: str, told: str) -> None:
-    with pytest.raises(NetworkError, match=told):
+def test_own_code_that_makes_no_network_is_refused(name: str, message: str) -> None:
+    with pytest.raises(NetworkError, match=message):
         load_network(f"import:{name}", allow_import=True)
 
 

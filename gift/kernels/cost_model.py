@@ -94,7 +94,7 @@ def plan(
     cuts: int,
     positions: int,
     *,
-    pictures: int = 1,
+    images: int = 1,
     trained: bool = True,
     form: Form | None = None,
     on_processor: bool = True,
@@ -106,7 +106,7 @@ def plan(
         rank: rank of the delta.
         cuts: rows of the delta's matrix for each output.
         positions: number of positions that are computed in the whole batch.
-        pictures: number of images in the batch.
+        images: number of images in the batch.
         trained: whether there will be a backward pass.
         form: the form to use; None chooses the cheapest.
         on_processor: whether the layer runs on a CPU, where many small operations are cheap. On an
@@ -122,7 +122,7 @@ def plan(
         >>> plan(early, 64, 1, 16384).form
         'whole'
     """
-    sizes = geometry, rank, cuts, positions, pictures
+    sizes = geometry, rank, cuts, positions, images
     can_shift = on_processor and geometry.stride_one
     as_product = geometry.pointwise or (
         can_shift and filtering(*sizes, as_product=True) < filtering(*sizes, as_product=False)
@@ -137,7 +137,7 @@ def plan(
 
 
 def filtering(
-    geometry: Geometry, rank: int, cuts: int, positions: int, pictures: int, as_product: bool
+    geometry: Geometry, rank: int, cuts: int, positions: int, images: int, as_product: bool
 ) -> float:
     """Return the cost of applying the delta's filters to the input, or of their gradient."""
     inputs, filters, taps = geometry.shape[1], rank * cuts, geometry.taps
@@ -145,7 +145,7 @@ def filtering(
         blocks = -(-filters // BLOCK) * BLOCK
         return CONV * blocks * taps * inputs * positions + 5 * START
     moved = 0 if geometry.pointwise else SHIFT
-    busy = positions + NARROW * pictures
+    busy = positions + NARROW * images
     each = GEMM * inputs / cuts * busy + moved * min(cuts, 2) * positions
     return each * filters * taps + START * (3 + cuts)
 
@@ -155,7 +155,7 @@ def extra_costs(
     rank: int,
     cuts: int,
     positions: int,
-    pictures: int,
+    images: int,
     as_product: bool,
     trained: bool,
 ) -> dict[Form, float]:
@@ -164,14 +164,14 @@ def extra_costs(
     filters, size = rank * cuts, outputs * inputs * geometry.taps
     # `thin`: the filters on the input, or their gradient. `wide`: from the filters' outputs to
     # those of the layer, or back.
-    thin = filtering(geometry, rank, cuts, positions, pictures, as_product)
+    thin = filtering(geometry, rank, cuts, positions, images, as_product)
     wide = (GEMM * filters + TOUCH) * outputs * positions
     merging = (MERGE + GEMM * rank) * size
     if not trained:
         return {"merged": merging, "side": thin + wide}
     back = thin
     if as_product:
-        back = GEMM * inputs * filters * geometry.taps * (positions + NARROW * pictures)
+        back = GEMM * inputs * filters * geometry.taps * (positions + NARROW * images)
     back += TOUCH * inputs * positions
     whole = WHOLE * size * positions + 2 * (GEMM * rank / cuts + TOUCH) * size
     return {

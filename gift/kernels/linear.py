@@ -96,12 +96,12 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
         try:
-            adapter = self._gift_weights["weight"]
+            delta = self._gift_weights["weight"]
         except AttributeError:  # a reference to this method outlived the adaptation
             return type(self).forward(self, x)
-        if not adapter.reads_alike:  # tied to an embedding whose layout is transposed
+        if not delta.reads_alike:  # tied to an embedding whose layout is transposed
             return Product(self, self.weight, transposed).output(x, self.bias)
-        method, parameters = adapter.delta_of(self)
+        method, parameters = delta.delta_of(self)
         product = product_of(self, transposed)
         return path(
             method, parameters, x, product, self._gift_weight("bias", once=True), self.training

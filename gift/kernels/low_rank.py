@@ -72,8 +72,8 @@ def low_rank_product(
             form="side" if _only_beside(x, dropped) else form,
             on_processor=x.device.type == "cpu",
         )
-        for told in WATCHING:
-            told(product.layer, chosen)
+        for watcher in WATCHING:
+            watcher(product.layer, chosen)
         if not trained:  # autograd's overhead takes longer than a small layer
             return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
         output: Tensor = LowRankLinear.apply(
@@ -151,10 +151,10 @@ def _is_open(x: Tensor) -> bool:
 def conv(self: Any, input: Tensor) -> Tensor:
     """Compute a convolution in its cheapest form, or with the effective weight if none applies."""
     try:
-        adapter = self._gift_weights["weight"]
+        delta = self._gift_weights["weight"]
     except AttributeError:  # a reference to this method outlived the adaptation
         return type(self).forward(self, input)
-    method, parameters = adapter.delta_of(self)
+    method, parameters = delta.delta_of(self)
     dropped = dropped_inputs(method, input, self.training)
     if is_usual(self) and self.groups == 1:
         *factors, scale = method.scaled_low_rank(parameters)
@@ -164,9 +164,9 @@ def conv(self: Any, input: Tensor) -> Tensor:
     if dropped is None:
         return convolve(self, input, self.weight, self.bias)
     left, right = method.low_rank(parameters)
-    delta = adapter.layout.to_weight(left @ right)
+    kernel = delta.layout.to_weight(left @ right)
     output = convolve(self, input, self._gift_frozen("weight"), self.bias)
-    return (output + convolve(self, dropped.to(delta.dtype), delta, None)).to(output.dtype)
+    return (output + convolve(self, dropped.to(kernel.dtype), kernel, None)).to(output.dtype)
 
 
 def low_rank_conv(
@@ -219,8 +219,8 @@ def low_rank_conv(
         mode, dtype = "constant" if around is None else layer.padding_mode, x.dtype
         x = F.pad(x, pads, mode).to(dtype)  # under autocast some padding modes return 32 bits
         dropped = dropped if dropped is None else F.pad(dropped, pads, mode).to(dtype)
-    for told in WATCHING:
-        told(layer, chosen.form)
+    for watcher in WATCHING:
+        watcher(layer, chosen.form)
     y: Tensor = LowRankConv.apply(
         x,
         weight,
@@ -260,16 +260,16 @@ def _settle(
         _padding(tuple(shape[2:]), padding, dilation) if around is None else (None, around)
     )
     geometry = Geometry(tuple(shape), stride, zeros or (0,) * axes, dilation)
-    pictures, _, *inputs = sizes
+    images, _, *inputs = sizes
     if pads is not None:  # pads list the last axis first
         inputs = [n + pads[-2 * i - 2] + pads[-2 * i - 1] for i, n in enumerate(inputs)]
-    positions = pictures * math.prod(geometry.positions(tuple(inputs)))
+    positions = images * math.prod(geometry.positions(tuple(inputs)))
     chosen = plan(
         geometry,
         rank,
         cuts,
         positions,
-        pictures=pictures,
+        images=images,
         trained=trained,
         form=form,
         on_processor=on_processor,
@@ -285,8 +285,8 @@ def is_usual(layer: Any) -> bool:
 
     A subclass or the instance itself may override the computation; a lazy layer has no shape yet.
     """
-    adapter = layer._gift_weights["weight"]
-    if adapter.layout is None or not adapter.reads_alike:
+    delta = layer._gift_weights["weight"]
+    if delta.layout is None or not delta.reads_alike:
         return False
     return convolves_as(layer, CONVOLUTIONS)
 

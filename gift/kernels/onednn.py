@@ -32,8 +32,10 @@ def prefers_onednn() -> bool:
     if not (torch.backends.mkl.is_available() and has_onednn()):
         return False
     # Older versions of torch do not report capabilities.
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(told.get("avx512_f")) and str(told.get("cpu_name")).startswith("AMD")
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_f")) and str(capabilities.get("cpu_name")).startswith(
+        "AMD"
+    )
 
 
 def _is_for_onednn(a: Tensor, b: Tensor) -> bool:

@@ -10,5 +10,5 @@ def source_of(network: Any) -> str | None:
     Without either it is unknown, and files that would name it leave it out.
     """
     config = getattr(network, "config", None)
-    told = (getattr(config, name, None) for name in ("name_or_path", "_name_or_path"))
-    return next((name for name in told if name and isinstance(name, str)), None)
+    values = (getattr(config, name, None) for name in ("name_or_path", "_name_or_path"))
+    return next((value for value in values if value and isinstance(value, str)), None)

@@ -17,7 +17,7 @@ from gift.factories import ma_adapt, mc_layer, mc_path
 from gift.methods import METHODS
 from gift.strategies import BottleneckFineTuningStrategy, LoRAAllFineTuningStrategy
 from tests.clients._properties import Client
-from tests.common import all_bits, picture, trainable
+from tests.common import all_bits, full_state, trainable
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
@@ -169,22 +169,22 @@ class Tied(nn.Module):
 @pytest.mark.filterwarnings("ignore::gift.GiftWarning")
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize(
-    ("net", "strategy", "told"),
+    ("net", "strategy", "message"),
     [
         (Tied, LoRAAllFineTuningStrategy(rank=1), r"\['head'\] have the delta of a tied tensor"),
         (made, BottleneckFineTuningStrategy(2, after=mc_path("0")), r"\['0'\] are extended"),
     ],
 )
 def test_what_cannot_be_fetched_by_module_is_refused(
-    net: Any, strategy: Any, told: str, where: str, tmp_path: Path
+    net: Any, strategy: Any, message: str, where: str, tmp_path: Path
 ) -> None:
     """In words, and before any weight was sent elsewhere."""
     net = net()
     enable_fine_tuning(net, strategy)
-    before = picture(net)
-    with pytest.raises(RuntimeError, match=told):
+    before = full_state(net)
+    with pytest.raises(RuntimeError, match=message):
         offload(net, where, tmp_path)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize("places", [{"": "cpu"}, {"0": "cpu", "1": "cpu", "2": "cpu", "3": "disk"}])
@@ -195,10 +195,10 @@ def test_the_base_is_loaded_before_it_is_fine_tuned(places: Any, tmp_path: Path)
     with accelerate.init_empty_weights():
         empty, net = made(), made()
     enable_fine_tuning(empty, LoRAAllFineTuningStrategy(rank=1))
-    before = picture(empty)
+    before = full_state(empty)
     with pytest.raises(RuntimeError, match="load it before enable_fine_tuning"):
         accelerate.load_checkpoint_and_dispatch(empty, file, dict(places), offload_folder=folder)
-    assert picture(empty) == before
+    assert full_state(empty) == before
     accelerate.load_checkpoint_and_dispatch(net, file, {"": "cpu"})
     enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
     accelerate.dispatch_model(net, places, offload_dir=folder)

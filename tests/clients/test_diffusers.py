@@ -18,7 +18,7 @@ from gift.strategies import (
     LoRALinearFineTuningStrategy,
 )
 from tests.clients._properties import Client
-from tests.common import all_bits, enabled, picture, unet
+from tests.common import all_bits, enabled, full_state, unet
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -307,11 +307,11 @@ def test_fused_projections(name: str) -> None:
         net.fuse_qkv_projections()
     assert list(net.state_dict()) == before
     assert torch.equal(denoised(net, model), expected)
-    held = picture(net)
+    held = full_state(net)
     with gift.merged(net):
         net.fuse_qkv_projections()
         torch.testing.assert_close(denoised(net, model), expected, rtol=1e-4, atol=1e-5)
-    assert picture(net) == held
+    assert full_state(net) == held
     assert torch.equal(denoised(net, model), expected)
     gift.merge(net).fuse_qkv_projections()
     assert any("to_qkv" in path for path, _ in net.named_modules())

@@ -34,7 +34,7 @@ def body_and_head() -> nn.Module:
     return create_vision_model(resnet18, 4, pretrained=False)
 
 
-def picture_of(number: int) -> Tensor:
+def image_of(number: int) -> Tensor:
     return X[number]
 
 
@@ -45,7 +45,7 @@ def label_of(number: int) -> Tensor:
 def learner(net: nn.Module, folder: Path, **settings: Any) -> Any:
     random.seed(1)  # by which fastai shuffles
     torch.manual_seed(1)
-    data = Datasets(range(16), [[picture_of], [label_of]])
+    data = Datasets(range(16), [[image_of], [label_of]])
     loaders = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
     return Learner(
         loaders, net, loss_func=nn.CrossEntropyLoss(), path=folder, model_dir="models", **settings
@@ -151,7 +151,7 @@ def test_unfreezing_all_parameters_of_a_body_is_reported(tmp_path: Path) -> None
     with (
         made.no_logging(),
         made.no_bar(),
-        pytest.warns(GiftWarning, match="frozen by fine-tuning") as told,
+        pytest.warns(GiftWarning, match="frozen by fine-tuning") as caught,
     ):
         made.fit(1, 1e-2)
-    assert len([one for one in told if issubclass(one.category, GiftWarning)]) == 1
+    assert len([one for one in caught if issubclass(one.category, GiftWarning)]) == 1

@@ -212,8 +212,8 @@ def test_its_own_way_of_unfreezing_a_backbone_is_reported(tmp_path: Path) -> Non
     enable_fine_tuning(module.backbone, LoRALinearFineTuningStrategy(rank=2))
     base = {n: p.detach().clone() for n, p in module.backbone.named_parameters()}
     unfreezing = callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
-    with pytest.warns(GiftWarning, match="frozen by fine-tuning") as told:
+    with pytest.warns(GiftWarning, match="frozen by fine-tuning") as caught:
         trainer_in(tmp_path, 3, unfreezing).fit(module, batches())
-    assert len([one for one in told if issubclass(one.category, GiftWarning)]) == 1
+    assert len([one for one in caught if issubclass(one.category, GiftWarning)]) == 1
     now = dict(module.backbone.named_parameters())
     assert not torch.equal(now["0.weight"], base["0.weight"])  # as the warning says

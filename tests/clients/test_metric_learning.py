@@ -1,4 +1,4 @@
-"""pytorch-metric-learning: its losses, miners and trainer over embeddings of pictures."""
+"""pytorch-metric-learning: its losses, miners and trainer over embeddings of images."""
 
 from pathlib import Path
 from typing import Any

@@ -106,9 +106,9 @@ def test_training_and_saving(factorization: str | None, tmp_path: Path) -> None:
 def test_its_checkpoint_of_a_merged_operator_is_a_whole_one(tmp_path: Path) -> None:
     """`from_checkpoint` makes the network itself, so it needs all weights."""
     net = operator()
-    with pytest.warns(GiftWarning, match="70% of the base") as told:
+    with pytest.warns(GiftWarning, match="70% of the base") as caught:
         enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=2, clip_rank=True))
-    assert "pc_path(glob=['fno_blocks.convs.*.weight.tensor'])" in str(told[0].message)
+    assert "pc_path(glob=['fno_blocks.convs.*.weight.tensor'])" in str(caught[0].message)
     train(net, tmp_path)
     expected = output(net)
     gift.merge(net).save_checkpoint(tmp_path, "whole")

@@ -1,4 +1,4 @@
-"""Trainer of transformers over families of models, with pictures, sounds, and experts.
+"""Trainer of transformers over families of models, with images, sounds, and experts.
 
 What its checkpoints restore is in `tests/test_saved_by_transformers.py`, which has the families.
 """
@@ -55,7 +55,7 @@ MORE = {
 # What a family does not use with these inputs.
 STILL = {
     "gemma3 with images": ["*vision_tower*"],  # its projection starts at zero, and stays frozen
-    "qwen2.5-vl": ["*visual*"],  # it is given no pictures
+    "qwen2.5-vl": ["*visual*"],  # it is given no images
 }
 STRATEGIES: dict[str, Any] = {
     "gpt2": LoRAAllFineTuningStrategy,  # its output layer is tied to its embedding

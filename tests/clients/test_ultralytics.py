@@ -13,7 +13,7 @@ import gift
 from gift import GiftWarning
 from gift.strategies import LoRAConvFineTuningStrategy
 from tests.clients._properties import Client
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())  # not the user's own settings
 os.environ.setdefault("YOLO_OFFLINE", "true")
@@ -41,7 +41,7 @@ X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A model, and pictures of a bright and a dark square."""
+    """A model, and images of a bright and a dark square."""
     (tmp_path / "tiny.yaml").write_text(MODEL)
     for part in ("images", "labels"):
         (tmp_path / part).mkdir()
@@ -126,17 +126,17 @@ def tuned(files: Path) -> Any:
 def test_fusing_asks_for_merged_weights(files: Path) -> None:
     """As do `predict`, `val` and `export`, which fuse."""
     net = tuned(files)
-    expected, before = scores(net), picture(net)
+    expected, before = scores(net), full_state(net)
     with pytest.raises(RuntimeError, match=r"Conv2d.weight is adapted.*gift.merge\(network\)"):
         net.fuse(verbose=False)
-    assert picture(net) == before
+    assert full_state(net) == before
     with pytest.raises(RuntimeError, match=r"Conv2d is about to join a RepConv as 'conv'"):
         net.model[7].fuse_convs()
-    assert picture(net) == before
+    assert full_state(net) == before
     with gift.merged(net):
         torch.testing.assert_close(scores(net.fuse(verbose=False)), expected, rtol=1e-4, atol=1e-3)
         assert net.is_fused()
-    assert picture(net) == before
+    assert full_state(net) == before
     gift.merge(net).fuse(verbose=False)
     torch.testing.assert_close(scores(net), expected, rtol=1e-4, atol=1e-3)
 

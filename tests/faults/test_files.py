@@ -87,8 +87,8 @@ def in_a_child(act: Callable[[], Any]) -> tuple[int, str]:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told
+        output = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
 
 
 def write_to_a_full_disk(kind: str, path: Path) -> str:
@@ -123,8 +123,8 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(kind: str, tmp_path: 
     else:
         path.write_bytes(b"old")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    _, told = in_a_child(lambda: write_to_a_full_disk(kind, path))
-    assert f"{path} was not written, what was there is as it was" in told
+    _, output = in_a_child(lambda: write_to_a_full_disk(kind, path))
+    assert f"{path} was not written, what was there is as it was" in output
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -158,10 +158,10 @@ def test_a_writer_of_two_files_may_be_killed_at_any_step(tmp_path: Path) -> None
     while True:
         folder = tmp_path / str(place)
         save_peft(old, folder)
-        code, told = in_a_child(lambda: save_until_killed(new, folder, place))  # noqa: B023
-        if told == "done":
+        code, output = in_a_child(lambda: save_until_killed(new, folder, place))  # noqa: B023
+        if output == "done":
             break
-        assert code == -signal.SIGKILL, told
+        assert code == -signal.SIGKILL, output
         net = base()
         try:
             load_peft(net, folder)

@@ -1,7 +1,7 @@
 """Whoever switches what in which order: the base is never trained, and has its own flags.
 
 A model of what must hold: the flags of the base are those that somebody gave it while it was the
-base, and an optimizer that has everything moves what the network that is worn has chosen, alone.
+base, and an optimizer that has everything moves what the network that is active has chosen, alone.
 """
 
 import itertools
@@ -44,7 +44,7 @@ class Trial:
         self.done: list[str] = []
 
     @property
-    def worn(self) -> bool:
+    def active(self) -> bool:
         return "_gift_network" in vars(self.net)
 
     def strategy(self) -> gift.FineTuningStrategy:
@@ -64,7 +64,7 @@ class Trial:
             OPERATIONS[operation](self)
         except (AdaptationError, ValueError):  # refused
             self.done[-1] += " (refused)"
-        if not self.worn:
+        if not self.active:
             assert {n: p.requires_grad for n, p in self.base.items()} == self.flags, self.done
             assert all(torch.equal(p, self.values[n]) for n, p in self.base.items()), self.done
         else:
@@ -89,7 +89,7 @@ class Trial:
         self.bank.add(name, strategy=self.strategy())
 
     def enable(self) -> None:
-        if not self.worn:
+        if not self.active:
             gift.enable_fine_tuning(self.net, self.strategy())
             self.bank.add(f"n{len(self.done)}")
 
@@ -112,24 +112,24 @@ class Trial:
             self.net(X)
 
     def merged(self) -> None:
-        if self.worn:
+        if self.active:
             with gift.merged(self.net):
                 assert not any(p.requires_grad for p in nn.Module.parameters(self.net))
 
     def disabled(self) -> None:
-        if self.worn:
+        if self.active:
             with gift.disabled(self.net):
                 assert not any(p.requires_grad for p in nn.Module.parameters(self.net))
 
     def set_flags(self) -> None:
-        """Of the base somebody sets flags; of a network that is worn they are held."""
+        """Of the base somebody sets flags; of a network that is active they are held."""
         flag = self.random.random() < 0.5
         self.net.requires_grad_(flag)
-        if not self.worn:
+        if not self.active:
             self.flags = dict.fromkeys(self.flags, flag)
 
     def set_flag(self) -> None:
-        if not self.worn:
+        if not self.active:
             name = self.random.choice(list(self.base))
             self.base[name].requires_grad ^= True
             self.flags[name] ^= True

@@ -15,7 +15,7 @@ from gift.errors import AdaptationError
 from gift.factories import ma_adapt, ma_freeze, ma_train, mc_path
 from gift.schedules import FreezeUnfreeze
 from gift.strategies import LoRAAllFineTuningStrategy
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.GiftWarning")
 
@@ -81,10 +81,10 @@ def adapting(*names: str) -> gift.FineTuningStrategy:
 
 
 def refused(net: nn.Module, strategy: gift.FineTuningStrategy, match: str) -> None:
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(AdaptationError, match=match):
         gift.enable_fine_tuning(net, strategy)
-    assert picture(net) == before
+    assert full_state(net) == before
 
 
 @pytest.mark.parametrize("name", SHARES)
@@ -165,10 +165,10 @@ def two() -> tuple[Any, Any]:
 def test_a_weight_of_two_networks_is_fine_tuned_in_one() -> None:
     first, second = two()
     enabled(first)
-    before = picture(second)
+    before = full_state(second)
     with pytest.raises(RuntimeError, match=r"0\.weight is a parameter of another Sequential"):
         gift.enable_fine_tuning(second, LoRAAllFineTuningStrategy())
-    assert picture(second) == before
+    assert full_state(second) == before
     with gift.disabled(first), pytest.raises(RuntimeError, match="another Sequential"):
         gift.enable_fine_tuning(second, LoRAAllFineTuningStrategy())
     gift.disable_fine_tuning(first)
@@ -196,10 +196,10 @@ def test_a_bank_does_not_put_a_delta_on_what_another_network_holds() -> None:
     bank = DeltaBank(first)
     bank.add("a", strategy=LoRAAllFineTuningStrategy())
     enabled(second)
-    before = picture(first)
+    before = full_state(first)
     with pytest.raises(RuntimeError, match="another Sequential"):
         bank.activate("a")
-    assert (picture(first), bank.active) == (before, None)
+    assert (full_state(first), bank.active) == (before, None)
     gift.disable_fine_tuning(second)
     bank.activate("a")
 
@@ -220,7 +220,7 @@ def scheduled(net: Any, **settings: Any) -> FreezeUnfreeze:
 
 
 def looked(*nets: nn.Module) -> Any:
-    return [picture(net) for net in nets]
+    return [full_state(net) for net in nets]
 
 
 def view_of(weight: Tensor) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Pictures, outlines and adapters from strangers: sizes before pixels, formats by a list, casts."""
+"""Images, outlines and adapters from strangers: sizes before pixels, formats by a list, casts."""
 
 import copy
 import json
@@ -38,13 +38,13 @@ def png(path: Path, width: int, height: int) -> Path:
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 60_000)])
-def test_a_thin_picture_is_not_scaled_to_a_huge_one(size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_thin_image_is_not_scaled_to_a_huge_one(size: tuple[int, int], tmp_path: Path) -> None:
     path = png(tmp_path / "thin.png", *size)
     with pytest.raises(DataError, match=r"thin.png.*224 it would have more than.*resize="):
         PictureReader(size=224)(str(path))
-    picture = images.new("L", size)
+    image = images.new("L", size)
     with pytest.raises(DataError, match=r"the image has .*resize="):
-        PictureReader(size=224)(picture)
+        PictureReader(size=224)(image)
     assert PictureReader(size=8, resize=(8, 8))(str(path)).shape == (3, 8, 8)
     assert PictureReader(size=8)(images.new("L", (20, 200))).shape == (3, 8, 8)
 
@@ -62,7 +62,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(ran) 
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.eps"])
-def test_no_program_is_started_for_a_picture(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_no_program_is_started_for_a_image(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     import subprocess
 
     def start(*args: Any, **kwargs: Any) -> None:
@@ -102,7 +102,7 @@ def test_of_many_frames_one_is_read(tmp_path: Path) -> None:
 
 
 def annotated(tmp_path: Path, masks: bool = True, **changes: Any) -> Any:
-    """One picture of 6 x 4 with one object; what is changed is in `image`, `box` or `category`."""
+    """One image of 6 x 4 with one object; what is changed is in `image`, `box` or `category`."""
     images.new("RGB", (6, 4)).save(tmp_path / "a.png")
     image = {"id": 1, "file_name": "a.png", "width": 6, "height": 4} | changes.get("image", {})
     box = {"id": 5, "image_id": 1, "category_id": 2, "bbox": [1, 1, 3, 2],
@@ -132,7 +132,7 @@ COCO: dict[str, tuple[dict[str, Any], str]] = {
     "two points": ({"box": {"segmentation": [[0, 0, 1, 1]]}}, "3 points"),
     "half a point": ({"box": {"segmentation": [[0] * 7]}}, "3 points"),
     "a text": ({"box": {"segmentation": "x"}}, "has the size 'str'"),
-    "a huge picture": ({"image": {"width": 10**5, "height": 10**5}}, r"images\[0\].*at most"),
+    "a huge image": ({"image": {"width": 10**5, "height": 10**5}}, r"images\[0\].*at most"),
     "a size below": ({"image": {"width": -6}}, r"images\[0\]: width is -6, expected a whole"),
     "a size that is a text": ({"image": {"width": "6"}}, r"images\[0\]: width is '6'"),
     "a size that is a list": ({"image": {"height": [4]}}, r"images\[0\]: height is \[4\]"),

@@ -16,7 +16,7 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     PiSSAAllFineTuningStrategy,
 )
-from tests.common import enabled, picture
+from tests.common import enabled, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.GiftWarning", "ignore::FutureWarning")
 
@@ -123,10 +123,10 @@ def test_what_is_trained_in_place_is_not_computed_meanwhile() -> None:
     bank = DeltaBank(net)
     bank.add("a", strategy=BitFitFineTuningStrategy())
     COMPUTES["bias"](net[0])
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match=r"\['0'\] were parametrised"):
         bank.activate("a")
-    assert picture(net) == before
+    assert full_state(net) == before
     parametrize.remove_parametrizations(net[0], "bias")
     bank.activate("a")
 
@@ -145,10 +145,10 @@ def test_an_outer_network_is_not_fine_tuned_while_an_inner_one_is_the_base(withi
     net = Outer()
     expected = net(X)
     with within(net.inner):
-        before = picture(net)
+        before = full_state(net)
         with pytest.raises(RuntimeError, match=r"inner(\.0)? is (disabled|merged) for a while"):
             gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy())
-        assert picture(net) == before
+        assert full_state(net) == before
     assert torch.equal(net(X), expected)
 
 
@@ -158,10 +158,10 @@ def test_a_bank_does_not_switch_a_part_that_an_outer_network_adapts() -> None:
     bank.add("a")
     bank.activate(None)
     enabled(net)
-    before, expected = picture(net), net(X)
+    before, expected = full_state(net), net(X)
     with pytest.raises(RuntimeError, match="0, 2 are being fine-tuned by another strategy"):
         bank.activate("a")
-    assert (picture(net), bank.active) == (before, None)
+    assert (full_state(net), bank.active) == (before, None)
     assert torch.equal(net(X), expected)
 
 
@@ -173,9 +173,9 @@ def test_the_bias_of_an_adapted_layer_is_computed(act: Any) -> None:
     for one in (net, base):
         COMPUTES["bias"](one[0])
     torch.testing.assert_close(net(X), formula(net, base))
-    before = picture(net)
+    before = full_state(net)
     with pytest.raises(RuntimeError, match=r"\['0'\] were given another class since"):
         act(net)
-    assert picture(net) == before
+    assert full_state(net) == before
     parametrize.remove_parametrizations(net[0], "bias", leave_parametrized=False)
     act(net)

@@ -194,8 +194,8 @@ def test_no_job_unpickles_in_any_command(options: dict[str, Any], tmp_path: Path
     run = tmp_path / "run"
     write_job(job, run / "job.yaml")
     reader = {"kind": "text", "tokenizer": str(tmp_path), "max_length": 8}
-    told = {"task": "classification", "classes": ["0", "1"], "reader": reader}
-    write_text(run / "inputs.json", json.dumps(told))
+    content = {"task": "classification", "classes": ["0", "1"], "reader": reader}
+    write_text(run / "inputs.json", json.dumps(content))
     (run / "best.safetensors").write_bytes(b"")
     for command in (
         ["finetune", str(run / "job.yaml")],

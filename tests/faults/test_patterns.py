@@ -16,7 +16,7 @@ from gift.factories import ma_adapt, mc_name, mc_path
 from gift.interop import load_peft, save_peft
 from gift.strategies import LoRALinearFineTuningStrategy, load_strategy_from_config
 from gift.support.patterns import ways
-from tests.common import picture
+from tests.common import full_state
 
 # Each takes 2^n or n^5 steps, or more, for some name of n letters.
 SLOW = [
@@ -75,11 +75,11 @@ def test_an_adapter_with_a_slow_pattern_is_refused(
 ) -> None:
     folder = changed(saved, tmp_path, **{option: OPTIONS[option](pattern)})
     other = net()
-    before = picture(other)
+    before = full_state(other)
     shown = re.escape(repr(pattern[:20])[:-1])
     with pytest.raises(DeltaFileError, match=rf"(?s)the regular expression .*{shown[1:]}"):
         load_peft(other, folder)
-    assert picture(other) == before
+    assert full_state(other) == before
 
 
 def test_many_patterns_add_up(saved: Path, tmp_path: Path) -> None:

@@ -116,17 +116,17 @@ def operation(
     return register
 
 
-def is_worn(one: "Sequences") -> bool:
-    return one.worn is not None
+def is_active(one: "Sequences") -> bool:
+    return one.active is not None
 
 
 def is_base(one: "Sequences") -> bool:
-    return one.worn is None
+    return one.active is None
 
 
 def is_known(one: "Sequences") -> bool:
     """Whether a delta without a name is in nobody's way."""
-    return one.worn is None or one.name is not None
+    return one.active is None or one.name is not None
 
 
 class Sequences(RuleBasedStateMachine):
@@ -152,13 +152,13 @@ class Sequences(RuleBasedStateMachine):
         self.values: Values = {n: self.found(n).detach().clone() for n in self.firsts}
         self.flags: dict[str, bool] = {n: p.requires_grad for n, p in self.net.named_parameters()}
         self.bank = DeltaBank(self.net)
-        self.worn: Delta | None = None
-        self.name: str | None = None  # of the delta that is worn, in the bank
+        self.active: Delta | None = None
+        self.name: str | None = None  # of the delta that is active, in the bank
         self.away: dict[str, Delta] = {}  # of the bank
         self.loose: list[tuple[UnloadedDelta, Delta]] = []
         self.states: list[tuple[Plan, Mapping[str, Tensor], Values]] = []
         self.number = 0
-        self.schedule: Any = None  # of what the network wears
+        self.schedule: Any = None  # of the active delta
 
     # ------------------------------------------------------------------ what there is
 
@@ -200,7 +200,7 @@ class Sequences(RuleBasedStateMachine):
         for tensor in delta.plan.tensors if delta is not None else ():
             assert delta is not None
             roles = delta.plan.added(tensor)
-            hidden = self.hidden(tensor, roles) if delta is self.worn else delta.hidden[tensor]
+            hidden = self.hidden(tensor, roles) if delta is self.active else delta.hidden[tensor]
             mine = {role: leaf(name, delta.own[name]) for role, name in roles.items()}
             own[tensor] = {role: leaf("", value) for role, value in hidden.items()} | mine
         return {name: leaf(name, value) for name, value in values.items()}, own
@@ -216,14 +216,14 @@ class Sequences(RuleBasedStateMachine):
 
     def effective(self, delta: Delta | None = None, values: Values | None = None) -> Values:
         """Everything that a network computes with, by the formula, in float64."""
-        delta = delta or self.worn
+        delta = delta or self.active
         base, own = self.leaves(delta, self.values if values is None else values)
         made = delta.plan.effective(base, own, delta.kind) if delta and delta.plan.method else {}
         return base | made
 
     def base(self) -> Values:
-        """The base's values, whatever the network wears."""
-        kept = self.worn.base if self.worn else {}
+        """The base's values, whatever delta is active."""
+        kept = self.active.base if self.active else {}
         return self.values | {n: as_dtype(v, self.dtype) for n, v in kept.items()}
 
     def another_base(self) -> Any:
@@ -241,7 +241,7 @@ class Sequences(RuleBasedStateMachine):
         return {n: v.detach() for n, v in self.effective(delta, self.base() | place).items()}
 
     def mode(self, path: str) -> bool:
-        still = self.worn.plan.still_norms if self.worn else []
+        still = self.active.plan.still_norms if self.active else []
         return self.training and path not in still
 
     # ------------------------------------------------------------------ what must hold
@@ -249,28 +249,28 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def structure(self) -> None:
         """Names, classes, bits, flags, modes, and what parameters() and state_dict() give."""
-        net, worn = self.net, self.worn
+        net, active = self.net, self.active
         for path, module in net.named_modules():
             plain = self.shape.classes[path]
             assert isinstance(module, plain), path
             assert type(module).__name__ == plain.__name__
             assert module.training == self.mode(path), path
-            if worn is None:
+            if active is None:
                 assert type(module) is plain
                 left = [k for k in vars(module) if k.startswith("_gift") or k == "requires_grad_"]
                 assert not left, (path, left)
-        known = {*self.shape.names, *(worn.own if worn else ())}
+        known = {*self.shape.names, *(active.own if active else ())}
         named = dict(nn.Module.named_parameters(net, remove_duplicate=False))
         assert {*named} == {n for n in known if n not in self.saved_buffers}, "names"
-        for name, value in {**self.values, **(worn.own if worn else {})}.items():
+        for name, value in {**self.values, **(active.own if active else {})}.items():
             tensor = self.found(name)
             assert tensor.dtype == value.dtype, name
             assert torch.equal(tensor, value), f"the value of {name}"
         for name, first in self.shape.names.items():
             assert self.found(name) is self.found(first), f"{name} is tied to {first}"
-        flags = self.flags if worn is None else dict.fromkeys(self.flags, False) | worn.flags
+        flags = self.flags if active is None else dict.fromkeys(self.flags, False) | active.flags
         assert {n: p.requires_grad for n, p in net.named_parameters()} == flags
-        trained = [*flags] if worn is None else worn.chosen
+        trained = [*flags] if active is None else active.chosen
         assert {id(p) for p in net.parameters()} == {id(self.found(n)) for n in trained}
         keys = {k for k in net.state_dict() if not k.endswith("gift_settings")}
         assert {self.shape.names.get(k, k) for k in keys} == self.state_keys
@@ -279,13 +279,13 @@ class Sequences(RuleBasedStateMachine):
 
     @property
     def saved_buffers(self) -> set[str]:
-        return {*self.shape.buffers, *(self.worn.plan.saved_buffers() if self.worn else ())}
+        return {*self.shape.buffers, *(self.active.plan.saved_buffers() if self.active else ())}
 
     @property
     def state_keys(self) -> set[str]:
-        if self.worn is None:
+        if self.active is None:
             return {*self.firsts}
-        return {*self.worn.chosen, *self.saved_buffers}
+        return {*self.active.chosen, *self.saved_buffers}
 
     @invariant()
     def outputs(self) -> None:
@@ -310,11 +310,11 @@ class Sequences(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ the model's steps
 
-    def wear(self, delta: Delta) -> None:
+    def activated(self, delta: Delta) -> None:
         """Put a delta of the model on: the base keeps what it changes in place."""
         delta.base = {n: self.values[n] for n in delta.in_place}
         delta.own = {n: v.to(self.dtype) for n, v in delta.own.items()}
-        before, self.worn, self.schedule = self.effective(values=self.values), delta, None
+        before, self.active, self.schedule = self.effective(values=self.values), delta, None
         self.values |= {n: as_dtype(v, self.dtype) for n, v in delta.place.items()}
         if delta.changes is not None:
             expected = {n: before[n].detach() + change for n, change in delta.changes.items()}
@@ -337,12 +337,12 @@ class Sequences(RuleBasedStateMachine):
             self.close(found[name], value, f"{what} of {name}")
 
     def take_off(self) -> Delta:
-        delta = self.worn
+        delta = self.active
         assert delta is not None
         delta.place = {n: self.values[n] for n in delta.in_place}
         delta.hidden = {t: self.hidden(t, delta.plan.added(t)) for t in delta.plan.tensors}
         self.values |= {n: as_dtype(v, self.dtype) for n, v in delta.base.items()}
-        self.worn = self.name = self.schedule = None
+        self.active = self.name = self.schedule = None
         return delta
 
     def adopt(self, delta: Delta) -> None:
@@ -356,12 +356,12 @@ class Sequences(RuleBasedStateMachine):
         return Plan.drawn(self.shape, random.Random(seed))
 
     def begun(self, plan: Plan) -> None:
-        """After enabling: the model wears a new delta, whose start has no effect."""
+        """After enabling: a new delta is active, whose start has no effect."""
         delta = Delta(plan, {}, dict.fromkeys(plan.chosen, True))
         if plan.head is not None:
             delta.place = {n: self.found(n).detach().clone() for n in plan.in_place}
         before = self.effective()
-        self.wear(delta)
+        self.activated(delta)
         self.adopt(delta)
         if plan.head is None:
             for name, value in self.effective().items():
@@ -379,7 +379,7 @@ class Sequences(RuleBasedStateMachine):
             for parameter in nn.Module.parameters(self.net):
                 parameter.add_(1)
             assert all(torch.equal(p, before[n]) for n, p in nn.Module.named_parameters(old[0]))
-            for name, value in {**self.values, **(self.worn.own if self.worn else {})}.items():
+            for name, value in {**self.values, **(self.active.own if self.active else {})}.items():
                 self.found(name).copy_(value)
 
     @contextmanager
@@ -411,7 +411,7 @@ class Sequences(RuleBasedStateMachine):
     def plan(self, chance: random.Random) -> None:
         seed = chance.randrange(2**32)
         plan = self.drawn(seed)
-        if self.worn is not None:
+        if self.active is not None:
             with self.refused():
                 gift.plan_fine_tuning(self.net, plan.strategy())
             return
@@ -426,16 +426,16 @@ class Sequences(RuleBasedStateMachine):
         """What does not fit the moment is refused."""
         seed = chance.randrange(2**32)
         operation = chance.choice(["enable", "disable", "merge", "save"])
-        if operation == "enable" and self.worn is not None:
+        if operation == "enable" and self.active is not None:
             with self.refused():
                 gift.enable_fine_tuning(self.net, self.drawn(seed).strategy())
-        elif operation != "enable" and self.worn is None:
+        elif operation != "enable" and self.active is None:
             act = {"disable": gift.disable_fine_tuning, "merge": gift.merge,
                    "save": lambda net: gift.save(net, self.file())}[operation]  # fmt: skip
             with self.refused():
                 act(self.net)
 
-    @operation(is_worn, weight=0.6)
+    @operation(is_active, weight=0.6)
     def disable(self, chance: random.Random) -> None:
         name = self.name
         self.take_off()
@@ -448,13 +448,13 @@ class Sequences(RuleBasedStateMachine):
             with pytest.warns(GiftWarning, match=f"'{name}' was .* without the bank"):
                 self.bank.activate(None)
 
-    @operation(is_worn, weight=0.6)
+    @operation(is_active, weight=0.6)
     def merge(self, chance: random.Random) -> None:
-        assert self.worn is not None
+        assert self.active is not None
         expected = {n: v.detach() for n, v in self.effective().items()}
-        values, plan, name = dict(self.values), self.worn.plan, self.name
+        values, plan, name = dict(self.values), self.active.plan, self.name
         gift.merge(self.net)
-        self.worn = self.schedule = self.name = None
+        self.active = self.schedule = self.name = None
         self.bank_forgets(name)
         for name in self.firsts:
             now = self.found(name).detach().clone()
@@ -484,10 +484,10 @@ class Sequences(RuleBasedStateMachine):
         self.loose = [one for one in self.loose if one[1].plan.method not in READS_WEIGHT]
         self.states = [one for one in self.states if one[0].method not in READS_WEIGHT]
 
-    @operation(is_worn)
+    @operation(is_active)
     def merged(self, chance: random.Random) -> None:
         fails = chance.random() < 0.3
-        assert self.worn is not None
+        assert self.active is not None
         expected = {n: v.detach() for n, v in self.effective().items()}
         output, _ = computed(self.shape, expected, X, self.mode)
         try:
@@ -503,13 +503,13 @@ class Sequences(RuleBasedStateMachine):
         except Failure:
             pass
 
-    @operation(is_worn)
+    @operation(is_active)
     def disabled(self, chance: random.Random) -> None:
         fails = chance.random() < 0.3
         inside = chance.choice(["nothing", "flags", "mode", "enable"])
         seed = chance.randrange(2**32)
-        worn, name = self.worn, self.name
-        assert worn is not None
+        active, name = self.active, self.name
+        assert active is not None
         flags = dict(self.flags)
         try:
             self.take_off()
@@ -531,36 +531,38 @@ class Sequences(RuleBasedStateMachine):
                     raise Failure
         except Failure:
             pass
-        self.wear(worn)
+        self.activated(active)
         self.flags, self.name = flags, name
 
-    @operation(lambda self: is_worn(self) and self.name is None, weight=0.7)
+    @operation(lambda self: is_active(self) and self.name is None, weight=0.7)
     def unload(self, chance: random.Random) -> None:
         delta = self.take_off()
         self.loose.append((UnloadedDelta(self.net), delta))
 
-    @operation(lambda self: self.worn is None and self.loose)
+    @operation(lambda self: self.active is None and self.loose)
     def attach(self, chance: random.Random) -> None:
         unloaded, delta = self.loose.pop(chance.randrange(len(self.loose)))
         unloaded.attach()
-        self.wear(delta)
+        self.activated(delta)
 
     # ------------------------------------------------------------------ what users do
 
-    @operation(is_worn, weight=3)
+    @operation(is_active, weight=3)
     def train(self, chance: random.Random) -> None:
         """One step; the formula's gradients come from autograd of plain tensors."""
-        worn = self.worn
-        assert worn is not None
-        base, own = self.leaves(worn, self.values)
-        weights = base | (worn.plan.effective(base, own, worn.kind) if worn.plan.method else {})
+        active = self.active
+        assert active is not None
+        base, own = self.leaves(active, self.values)
+        weights = base | (
+            active.plan.effective(base, own, active.kind) if active.plan.method else {}
+        )
         with torch.enable_grad():
             output, buffers = computed(self.shape, weights, X, self.mode)
-            leaves = {n: base[n] for n in worn.flags if n in base}
-            for tensor in worn.plan.tensors:
-                roles = worn.plan.added(tensor)
+            leaves = {n: base[n] for n in active.flags if n in base}
+            for tensor in active.plan.tensors:
+                roles = active.plan.added(tensor)
                 leaves |= {name: own[tensor][role] for role, name in roles.items()
-                           if name in worn.flags}  # fmt: skip
+                           if name in active.flags}  # fmt: skip
             leaves = {n: t for n, t in leaves.items() if t.requires_grad}
             expected = dict.fromkeys(leaves, None)
             if leaves and output.requires_grad:
@@ -580,7 +582,7 @@ class Sequences(RuleBasedStateMachine):
             self.close(
                 now, before if gradient is None else before - RATE * gradient, f"step {name}"
             )
-            (self.values if name in self.values else worn.own)[name] = now
+            (self.values if name in self.values else active.own)[name] = now
 
     @operation()
     def requires_grad(self, chance: random.Random) -> None:
@@ -590,14 +592,14 @@ class Sequences(RuleBasedStateMachine):
         inside = {self.shape.names.get(f"{path}.{n}".lstrip("."), f"{path}.{n}".lstrip("."))
                   for n, _ in nn.Module.named_parameters(part)}  # fmt: skip
         part.requires_grad_(flag)
-        changed = self.flags if self.worn is None else self.worn.flags
+        changed = self.flags if self.active is None else self.active.flags
         waiting = self.waiting if flag else set()
         changed |= dict.fromkeys((inside & changed.keys()) - waiting, flag)
 
     @property
     def waiting(self) -> set[str]:
         """What a schedule holds frozen, whoever asks."""
-        return {n for names in (self.worn.waiting.values() if self.worn else ()) for n in names}
+        return {n for names in (self.active.waiting.values() if self.active else ()) for n in names}
 
     @operation(weight=0.7)
     def train_mode(self, chance: random.Random) -> None:
@@ -610,7 +612,7 @@ class Sequences(RuleBasedStateMachine):
         dtype = chance.choice([torch.float32, torch.float64])
         self.net.to(dtype)
         self.coarse = max(self.coarse, torch.finfo(dtype).eps)
-        for values in (self.values, self.worn.own if self.worn else {}):
+        for values in (self.values, self.active.own if self.active else {}):
             values |= {n: v.to(dtype) for n, v in values.items() if v.is_floating_point()}
 
     @operation(weight=0.5)
@@ -623,37 +625,37 @@ class Sequences(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ states and files
 
-    @operation(is_worn)
+    @operation(is_active)
     def keep_state(self, chance: random.Random) -> None:
         plainly = chance.random() < 0.5
-        assert self.worn is not None
+        assert self.active is not None
         state = {k: v.clone() for k, v in self.net.state_dict().items()}
         held = self.net.state_dict() if not plainly else state
         for key, value in state.items():
             held[key] = value
-        self.states.append((self.worn.plan, held, {n: v.detach() for n, v in state.items()}))
+        self.states.append((self.active.plan, held, {n: v.detach() for n, v in state.items()}))
 
-    @operation(lambda self: is_worn(self) and self.states)
+    @operation(lambda self: is_active(self) and self.states)
     def load_state(self, chance: random.Random) -> None:
         """Of this delta, or of another, which is refused or means what it meant."""
-        worn = self.worn
-        assert worn is not None
+        active = self.active
+        assert active is not None
         plan, state, kept = chance.choice(self.states)
         try:
             self.net.load_state_dict(state)
         except RuntimeError:
-            assert plan != worn.plan or {*kept} ^ {*self.net.state_dict()}
+            assert plan != active.plan or {*kept} ^ {*self.net.state_dict()}
             return
         firsts = {self.shape.names.get(k, k): v for k, v in kept.items()}
         delta = Delta(plan, {n: firsts[n].to(self.dtype) for n in
                              (*plan.trained_deltas(), *plan.saved_buffers())}, {})  # fmt: skip
         values = {n: v.to(self.values[n].dtype) for n, v in firsts.items() if n in self.values}
-        worn.base |= {n: self.values[n] for n in values.keys() - worn.base.keys()}
-        worn.more += values.keys() - {*worn.in_place}
+        active.base |= {n: self.values[n] for n in values.keys() - active.base.keys()}
+        active.more += values.keys() - {*active.in_place}
         self.values |= values
-        for name in worn.own:
-            worn.own[name] = firsts[name].to(self.dtype)
-        if plan != worn.plan:
+        for name in active.own:
+            active.own[name] = firsts[name].to(self.dtype)
+        if plan != active.plan:
             mine, theirs = self.effective(), self.effective(delta)
             for name in mine:
                 self.close(mine[name], theirs[name], f"{name} of {plan.method}")
@@ -662,11 +664,11 @@ class Sequences(RuleBasedStateMachine):
         self.number += 1
         return Path(self.folder.name) / f"{self.number}.safetensors"
 
-    @operation(is_worn)
+    @operation(is_active)
     def save_and_load(self, chance: random.Random) -> None:
         """A file on another copy of the base gives the same network, bit for bit."""
-        worn = self.worn
-        assert worn is not None
+        active = self.active
+        assert active is not None
         path, other = self.file(), self.another_base()
         gift.save(self.net, path)
         gift.load(other, path)
@@ -698,32 +700,34 @@ class Sequences(RuleBasedStateMachine):
         self.adopt(delta)
         delta.place = {n: self.found(n).detach().clone() for n in plan.in_place}
         self.net = mine
-        self.wear(delta)
+        self.activated(delta)
 
     # ------------------------------------------------------------------ schedules
 
     def blocks(self) -> list[str]:
         return [f"parts.{i}" for i in range(len(self.shape.pieces))]
 
-    @operation(lambda self: is_worn(self) and not self.shape.tied and self.trains("head"), weight=2)
+    @operation(
+        lambda self: is_active(self) and not self.shape.tied and self.trains("head"), weight=2
+    )
     def schedule_attached(self, chance: random.Random) -> None:
         """All blocks but the head wait; their weights or their deltas."""
         weights = chance.random() < 0.5
-        worn = self.worn
-        assert worn is not None
-        flags = dict(worn.flags)
-        if worn.noted is not None:
-            flags = dict.fromkeys(worn.chosen, False) | worn.noted
+        active = self.active
+        assert active is not None
+        flags = dict(active.flags)
+        if active.noted is not None:
+            flags = dict.fromkeys(active.chosen, False) | active.noted
         norms = {n for p in self.shape.norms if self.shape.classes[p] is nn.BatchNorm2d
                  for n in self.shape.names if n.startswith(f"{p}.")}  # fmt: skip
-        deltas, waiting = {*worn.plan.trained_deltas()}, dict[str, list[str]]()
+        deltas, waiting = {*active.plan.trained_deltas()}, dict[str, list[str]]()
         base = [n for n, flag in self.flags.items() if flag] if weights else deltas
         for block in self.blocks():
             own = [n for n in base if n.startswith(f"{block}.") and n not in norms]
             if own:
                 waiting[block] = own
         wanted = {n for names in waiting.values() for n in names}
-        reads = worn.plan.method in READS_WEIGHT and wanted & worn.plan.tensors.keys()
+        reads = active.plan.method in READS_WEIGHT and wanted & active.plan.tensors.keys()
         schedule = FreezeUnfreeze(1, head="head", blocks=self.blocks(), train_bn=True,
                                   unfreezes="weights" if weights else "deltas")  # fmt: skip
         if not waiting or reads:
@@ -731,64 +735,64 @@ class Sequences(RuleBasedStateMachine):
                 schedule.attach(self.net)
             return
         schedule.attach(self.net)
-        worn.noted, worn.flags, worn.waiting = dict(flags), flags, waiting
+        active.noted, active.flags, active.waiting = dict(flags), flags, waiting
         self.schedule = schedule
         if weights:
             waiting["rest"] = [n for n in flags if n.startswith("embed.") and n not in deltas]
             self.begin_late({n for n in norms if self.flags.get(n)})
-        worn.flags |= dict.fromkeys((n for n in self.waiting if n in worn.flags), False)
+        active.flags |= dict.fromkeys((n for n in self.waiting if n in active.flags), False)
 
     def trains(self, path: str) -> bool:
-        flags = self.worn.noted or self.worn.flags if self.worn else {}
+        flags = self.active.noted or self.active.flags if self.active else {}
         return any(flag for name, flag in flags.items() if name.startswith(f"{path}."))
 
     def begin_late(self, names: set[str]) -> None:
         """Train parameters of the base from now on."""
-        worn = self.worn
-        assert worn is not None
-        new = sorted(names - {*worn.chosen})
-        worn.base |= {n: self.values[n] for n in new if n not in worn.base}
-        worn.late += new
-        worn.flags |= dict.fromkeys(names, True)
+        active = self.active
+        assert active is not None
+        new = sorted(names - {*active.chosen})
+        active.base |= {n: self.values[n] for n in new if n not in active.base}
+        active.late += new
+        active.flags |= dict.fromkeys(names, True)
 
-    @operation(lambda self: self.schedule is not None and self.worn is not None, weight=2)
+    @operation(lambda self: self.schedule is not None and self.active is not None, weight=2)
     def schedule_stepped(self, chance: random.Random) -> None:
         epoch = chance.choice([0, 1, 1])
-        worn = self.worn
-        assert worn is not None
+        active = self.active
+        assert active is not None
         if epoch == 0 and self.schedule.trained:
             with self.refused(ValueError):
                 self.schedule.step(0)
             return
         optimizer = torch.optim.SGD(self.net.parameters(), lr=RATE)
         done = self.schedule.step(epoch, optimizer)
-        assert set(done) == (worn.waiting.keys() - {"rest"} if epoch else set())
+        assert set(done) == (active.waiting.keys() - {"rest"} if epoch else set())
         for block in done:
-            self.begin_late(set(worn.waiting.pop(block)))
+            self.begin_late(set(active.waiting.pop(block)))
         groups = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert groups >= {id(p) for p in self.net.parameters() if p.requires_grad}
 
-    @operation(lambda self: self.schedule is not None and self.worn is not None)
+    @operation(lambda self: self.schedule is not None and self.active is not None)
     def schedule_detached(self, chance: random.Random) -> None:
-        worn = self.worn
-        assert worn is not None
-        assert worn.noted is not None
+        active = self.active
+        assert active is not None
+        assert active.noted is not None
         self.schedule.detach()
-        worn.flags = dict.fromkeys(worn.chosen, False) | worn.noted
-        worn.noted, worn.waiting, self.schedule = None, {}, None
+        active.flags = dict.fromkeys(active.chosen, False) | active.noted
+        active.noted, active.waiting, self.schedule = None, {}, None
 
     # ------------------------------------------------------------------ the bank
 
     def uncovered(self) -> None:
-        """What is worn is off for a moment: the base has the network's dtype from then on."""
-        if self.worn is not None:
-            self.worn.base = {n: as_dtype(v, self.dtype) for n, v in self.worn.base.items()}
+        """What is active is off for a moment: the base has the network's dtype from then on."""
+        if self.active is not None:
+            self.active.base = {n: as_dtype(v, self.dtype) for n, v in self.active.base.items()}
 
     def new_name(self) -> str:
         self.number += 1
         return f"delta {self.number}"
 
-    @operation(is_worn, weight=2)
+    @operation(is_active, weight=2)
     def name_it(self, chance: random.Random) -> None:
         if self.name is not None:
             with self.refused():
@@ -833,7 +837,7 @@ class Sequences(RuleBasedStateMachine):
         if name == self.name:
             return
         if name is not None:
-            self.wear(self.away.pop(name))
+            self.activated(self.away.pop(name))
             self.name = name
 
     @operation(lambda self: self.away)
@@ -844,13 +848,15 @@ class Sequences(RuleBasedStateMachine):
 
     def named(self) -> dict[str, Delta]:
         """All deltas of the bank whose tensors are known."""
-        worn = {self.name: self.worn} if self.name is not None and self.worn is not None else {}
-        return {n: d for n, d in (self.away | worn).items()
+        active = (
+            {self.name: self.active} if self.name is not None and self.active is not None else {}
+        )
+        return {n: d for n, d in (self.away | active).items()
                 if d.changes is None and not d.late and not d.more}  # fmt: skip
 
     def as_away(self, delta: Delta) -> Delta:
-        """A delta that is worn, as if it were away."""
-        if delta is not self.worn:
+        """A delta that is active, as if it were away."""
+        if delta is not self.active:
             return delta
         hidden = {t: self.hidden(t, delta.plan.added(t)) for t in delta.plan.tensors}
         place = {n: self.values[n] for n in delta.in_place}
@@ -883,9 +889,9 @@ class Sequences(RuleBasedStateMachine):
         if heads:  # the rest is scaled: see it by another delta
             self.bank.remove(name)
             self.away.pop(name, None)
-            if delta is self.worn:
+            if delta is self.active:
                 self.take_off()
-        elif delta is self.worn:
+        elif delta is self.active:
             self.meet(delta, {n: base[n] + change for n, change in changes.items()})
         else:
             delta.changes = changes

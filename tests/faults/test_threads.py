@@ -17,7 +17,7 @@ import gift.support.threads
 from gift import DeltaBank
 from gift.private import torch as private
 from gift.strategies import LoRAAllFineTuningStrategy
-from tests.common import all_bits, enabled, picture
+from tests.common import all_bits, enabled, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.GiftWarning")
 
@@ -136,7 +136,7 @@ def test_two_threads_in_rows_leave_the_network_free() -> None:
         for name in ("a", "b", None, "a"):
             bank.activate(name)
             expected.append(net(X)[len(expected)])
-    before, refused = picture(net), []
+    before, refused = full_state(net), []
 
     def work(_: int) -> int:
         right = 0
@@ -153,7 +153,7 @@ def test_two_threads_in_rows_leave_the_network_free() -> None:
         right = sum(pool.map(work, range(3)))
     assert right
     assert {"computing rows" in why for why in refused} <= {True}
-    assert picture(net) == before
+    assert full_state(net) == before
     with bank.rows(["a", "b", None, "a"]), torch.no_grad():
         torch.testing.assert_close(net(X), torch.stack(expected))
 
@@ -236,11 +236,11 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(1) as pool:
         generated = pool.submit(net.generate, X)
         assert net.begun.wait(20)
-        before = picture(net)
+        before = full_state(net)
         for act in (gift.disable_fine_tuning, gift.merge, lambda n: gift.merged(n).__enter__()):
             with pytest.raises(RuntimeError, match="has been computing with it for"):
                 act(net)
-        assert picture(net) == before
+        assert full_state(net) == before
         net.go_on.set()
         generated.result(20)
         gift.disable_fine_tuning(net)
@@ -248,7 +248,7 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_block_ends_although_another_thread_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     net = enabled(Slow())
-    before = picture(net)
+    before = full_state(net)
     with ThreadPoolExecutor(1) as pool:
         block = gift.disabled(net)
         block.__enter__()
@@ -257,7 +257,7 @@ def test_a_block_ends_although_another_thread_computes(monkeypatch: pytest.Monke
         monkeypatch.setattr(gift.support.threads, "LONGEST", 0.05)
         with pytest.raises(RuntimeError, match="was still computing"):
             block.__exit__(None, None, None)
-        assert picture(net) == before
+        assert full_state(net) == before
         net.go_on.set()
         generated.result(20)
 

@@ -36,7 +36,7 @@ from gift.strategies import (
     NormFineTuningStrategy,
     PiSSAAllFineTuningStrategy,
 )
-from tests.common import all_bits, bits, picture
+from tests.common import all_bits, bits, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.GiftWarning", "ignore::FutureWarning")
 
@@ -234,7 +234,7 @@ def look(made: Made) -> Any:
     net = made["net"]
     seen: dict[str, Any] = {
         path: ((cls.__name__, getattr(cls, "_gift_spec", None)), _without_ids(state))
-        for path, (cls, state) in picture(net).items()
+        for path, (cls, state) in full_state(net).items()
     }
     seen["bits"] = all_bits(net)
     seen["kept"] = _kept(net)
@@ -269,9 +269,9 @@ def _schedule(made: Made) -> Any:
     schedule, net = made["schedule"], made["net"]
     noted = vars(net).get("_gift_schedule")
     still = noted and len(noted["still"])
-    told = schedule.state_dict() if schedule.is_attached else None
+    schedule_state = schedule.state_dict() if schedule.is_attached else None
     if "optimizer" not in made:
-        return told, still
+        return schedule_state, still
     optimizer, rates = made["optimizer"], made["rates"]
     names = {id(p): name for name, p in nn.Module.named_parameters(net)}
     groups = [
@@ -279,7 +279,14 @@ def _schedule(made: Made) -> Any:
         for group in optimizer.param_groups
     ]
     hooks = len(optimizer._optimizer_step_pre_hooks)
-    return told, still, groups, hooks, [float(r) for r in rates.base_lrs], len(rates.lr_lambdas)
+    return (
+        schedule_state,
+        still,
+        groups,
+        hooks,
+        [float(r) for r in rates.base_lrs],
+        len(rates.lr_lambdas),
+    )
 
 
 def _without_ids(state: dict[str, Any]) -> Any:

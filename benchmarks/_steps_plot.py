@@ -1,10 +1,10 @@
-"""The picture of training steps by rank."""
+"""A plot of training steps by rank."""
 
 from pathlib import Path
 from typing import Any
 
 PANELS = {
-    "resnet18": "ResNet18, 16 pictures of 128 x 128",
+    "resnet18": "ResNet18, 16 images of 128 x 128",
     "bert": "BERT of 6 x 384, 8 x 128 tokens",
 }
 BATCHES = {"resnet18": 16, "bert": 8}
