@@ -14,6 +14,7 @@ from gift.kernels.geometry import Geometry, Sizes
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank_conv import LowRankConv
 from gift.kernels.low_rank_linear import LowRankLinear, outputs
+from gift.kernels.low_rank_lookup import lookup
 from gift.kernels.products import scaled
 from gift.kernels.torch_state import autocasts
 from gift.layers.table import CONVOLUTIONS, forwards_of
@@ -32,7 +33,8 @@ WATCHING: list[Callable[[nn.Module, Form], None]] = []
 
 def low_rank_forwards() -> dict[str, Callable[..., Any]]:
     """Return entries for `Method.forwards`, for methods with `Method.low_rank`."""
-    return linear_forwards(linear) | conv_forwards(conv)
+    lookups = dict.fromkeys(forwards_of("embedding"), lookup)
+    return linear_forwards(linear) | conv_forwards(conv) | lookups
 
 
 def conv_forwards(path: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
