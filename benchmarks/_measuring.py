@@ -16,7 +16,7 @@ from _contenders import CONTENDERS
 from _networks import Case, loss, train
 from torch import Tensor, nn
 
-from gift.private.autograd import bytes_kept_by
+from gift.private.torch.autograd import bytes_kept_by
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from gift import FineTuningStrategy, GiftWarning, enable_fine_tuning
-from gift.private.autograd import bytes_kept_by
+from gift.private.torch.autograd import bytes_kept_by
 from gift.strategies import LoRAAllFineTuningStrategy
 
 

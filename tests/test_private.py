@@ -3,6 +3,7 @@
 import ast
 import collections
 import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
@@ -27,9 +28,11 @@ from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer
 from gift.kernels import onednn
 from gift.methods.draws import seeded_buffer, sorted_entries
-from gift.private import torch as private
+from gift.private import torch as torch_parts
 from gift.private.diffusers import source_of
 from gift.private.python import frames_of_threads, parsed_pattern
+from gift.private.torch import calls, containers, layers, operations, tensors, tracing
+from gift.private.torch.parts import part
 from gift.strategies import LoRAAllFineTuningStrategy
 from gift.support.patterns import problem_of_patterns
 
@@ -119,23 +122,29 @@ def test_customary_names_are_listed_and_there() -> None:
         assert hasattr(state if name == "_metadata" else module, name), name
 
 
-@pytest.mark.parametrize("path", private.PARTS)
+ROOMS = [
+    importlib.import_module(f"gift.private.torch.{found.name}")
+    for found in pkgutil.iter_modules(torch_parts.__path__)
+]
+
+
+@pytest.mark.parametrize("path", [path for room in ROOMS for path in getattr(room, "PARTS", ())])
 def test_the_part_is_there(path: str) -> None:
     """Where this fails gift still works, but slower: see what the part was for, and mend that."""
-    assert private.part(path) is not None
+    assert part(path) is not None
 
 
 def test_parts_of_instances_are_there() -> None:
     conv = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
     assert list(conv._reversed_padding_repeated_twice) == [1, 1, 1, 1]
-    assert private.knows_recurrent()
-    assert private.COMPILED in dict(torch.compile(nn.Linear(1, 1)).named_modules())
-    assert not torch.backends.mkldnn.is_available() or private.has_onednn()
+    assert layers.knows_recurrent()
+    assert calls.COMPILED in dict(torch.compile(nn.Linear(1, 1)).named_modules())
+    assert not torch.backends.mkldnn.is_available() or operations.has_onednn()
 
 
 def test_what_is_gone_is_none() -> None:
-    assert private.part("torch._C._no_such_thing") is None
-    assert private.part("torch.no_such_module._thing") is None
+    assert part("torch._C._no_such_thing") is None
+    assert part("torch.no_such_module._thing") is None
 
 
 def adapted(layer: nn.Module, method: str = "lora", **settings: Any) -> nn.Module:
@@ -170,7 +179,7 @@ def test_layers_compute_the_same_without(
     make, shape = NETS[kind]
     net, x = adapted(make().double(), method), torch.randn(shape, dtype=torch.float64)
     expected = result(net, x)
-    monkeypatch.setattr(private, gone, None)
+    monkeypatch.setattr(tracing, gone, None)
     torch.testing.assert_close(result(net, x), expected)
 
 
@@ -178,7 +187,7 @@ def test_transforms_are_noticed_and_suspected_where_they_cannot_be() -> None:
     seen = []
 
     def ask(x: Tensor) -> Tensor:
-        seen.append(private.is_transformed())
+        seen.append(tracing.is_transformed())
         return x
 
     ask(torch.ones(2))
@@ -197,26 +206,26 @@ def test_without_knowing_of_transforms_they_are_suspected(
     if gone == "_current_level":
         monkeypatch.delattr(torch.autograd.forward_ad, gone)
     else:
-        monkeypatch.setattr(private, gone, None)
-    assert private.is_transformed()
+        monkeypatch.setattr(tracing, gone, None)
+    assert tracing.is_transformed()
 
 
 def test_batched_gradients_are_noticed() -> None:
     seen = []
     x = torch.ones(2, requires_grad=True)
     y = x * 1
-    y.register_hook(lambda g: seen.append(private.is_batched(g)))
+    y.register_hook(lambda g: seen.append(tracing.is_batched(g)))
     torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
     torch.autograd.grad(y, x, torch.ones(2))
     assert seen == [True, False]
 
 
 def test_modes_are_noticed() -> None:
-    assert not private.is_followed()
+    assert not tracing.is_followed()
     with FlopCounterMode(display=False):
-        assert private.is_followed()
+        assert tracing.is_followed()
     with TorchFunctionMode():
-        assert private.is_followed()
+        assert tracing.is_followed()
 
 
 def test_exporting_is_noticed_and_all_that_is_compiled_taken_for_it_otherwise(
@@ -224,15 +233,15 @@ def test_exporting_is_noticed_and_all_that_is_compiled_taken_for_it_otherwise(
 ) -> None:
     class Asks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x + 1 if private.is_exporting() else x
+            return x + 1 if tracing.is_exporting() else x
 
-    assert not private.is_exporting()
+    assert not tracing.is_exporting()
     assert torch.export.export(Asks(), (torch.zeros(2),)).module()(torch.zeros(2))[0] == 1
     torch._dynamo.reset()
-    if private._exporting is not None:
+    if tracing._exporting is not None:
         assert torch.compile(Asks(), backend="eager", fullgraph=True)(torch.zeros(2))[0] == 0
     torch._dynamo.reset()
-    monkeypatch.setattr(private, "_exporting", None)
+    monkeypatch.setattr(tracing, "_exporting", None)
     assert torch.compile(Asks(), backend="eager", fullgraph=True)(torch.zeros(2))[0] == 1
     torch._dynamo.reset()
 
@@ -241,8 +250,8 @@ def test_a_compiled_layer_is_right_where_sizes_cannot_be_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     net = adapted(nn.Linear(6, 5))
-    assert private.is_known(True)
-    assert not private.is_known(False)
+    assert tracing.is_known(True)
+    assert not tracing.is_known(False)
     known = "gift.kernels.low_rank_linear.is_known"
     monkeypatch.setattr(known, lambda it: not torch.compiler.is_compiling() and bool(it))
     torch._dynamo.reset()
@@ -255,23 +264,22 @@ def test_a_compiled_layer_is_right_where_sizes_cannot_be_asked(
 
 def test_products_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(8, 6), torch.randn(6, 7)
-    torch.testing.assert_close(private.by_onednn(a, b), a @ b)
+    torch.testing.assert_close(operations.by_onednn(a, b), a @ b)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not private.has_onednn()
-    assert torch.equal(private.by_onednn(a, b), a @ b)
+    assert not operations.has_onednn()
+    assert torch.equal(operations.by_onednn(a, b), a @ b)
     assert torch.equal(onednn.matmul(a, b), a @ b)
 
 
 def gone(*paths: str) -> Callable[[str], Any]:
-    """`private.part` where these are gone."""
-    part = private.part
+    """`part` where these are gone."""
     return lambda path: None if path in paths else part(path)
 
 
 def test_rows_of_a_bank_where_functions_cannot_be_left_unfollowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(private, "part", gone("torch._C.DisableTorchFunction"))
+    monkeypatch.setattr(tracing, "part", gone("torch._C.DisableTorchFunction"))
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5))
     bank, x = DeltaBank(net), torch.randn(3, 6)
     for name in ("a", "b"):
@@ -298,12 +306,12 @@ class Uncounted(nn.Parameter):
 
 def test_writes_are_reported_with_and_without_torchs_count() -> None:
     for tensor in (torch.zeros(2), Uncounted(torch.zeros(2), requires_grad=False)):
-        was_written = private.written_since(tensor)
+        was_written = tensors.written_since(tensor)
         assert not was_written()
         tensor.add_(1)
         assert was_written()
     with torch.inference_mode():
-        assert private.writes_of(torch.zeros(2)) is None
+        assert tensors.writes_of(torch.zeros(2)) is None
 
 
 def test_shared_buffers_and_rescaled_outputs_without_that_count(
@@ -319,12 +327,12 @@ def test_shared_buffers_and_rescaled_outputs_without_that_count(
     assert torch.equal(*draws)
 
 
-def copy_without(monkeypatch: pytest.MonkeyPatch, *paths: str) -> ModuleType:
-    """`gift.private.torch`, imported where these parts are gone."""
+def copy_without(monkeypatch: pytest.MonkeyPatch, room: ModuleType, *paths: str) -> ModuleType:
+    """A module of `gift.private.torch`, imported where these parts are gone."""
     with monkeypatch.context() as patch:
         for path in paths:
             patch.delattr(path)
-        spec = importlib.util.spec_from_file_location("copy_of_private", private.__file__)
+        spec = importlib.util.spec_from_file_location("copy_of_private", room.__file__)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -334,18 +342,18 @@ def copy_without(monkeypatch: pytest.MonkeyPatch, *paths: str) -> ModuleType:
 
 def test_types_of_layers_without_their_bases(monkeypatch: pytest.MonkeyPatch) -> None:
     bases = ("conv._ConvNd", "conv._ConvTransposeNd", "batchnorm._NormBase")
-    other = copy_without(monkeypatch, *(f"torch.nn.modules.{base}" for base in bases))
+    other = copy_without(monkeypatch, layers, *(f"torch.nn.modules.{base}" for base in bases))
     for name in ("CONV", "CONV_TRANSPOSE", "NORM_WITH_STATISTICS"):
         assert isinstance(getattr(other, name), tuple)
         for kind in vars(nn).values():
             if isinstance(kind, type) and issubclass(kind, nn.Module):
-                here = issubclass(kind, getattr(private, name))
+                here = issubclass(kind, getattr(layers, name))
                 assert issubclass(kind, getattr(other, name)) == here, (name, kind)
 
 
 def test_values_are_kept_where_operations_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = copy_without(monkeypatch, "torch.utils._python_dispatch.TorchDispatchMode")
-    for base in (private.BeforeWrites, other.BeforeWrites):
+    other = copy_without(monkeypatch, operations, "torch.utils._python_dispatch.TorchDispatchMode")
+    for base in (operations.BeforeWrites, other.BeforeWrites):
         kind = type(
             "Kept", (base,), {k: v for k, v in vars(CopyOnWrite).items() if k != "__init__"}
         )
@@ -354,7 +362,7 @@ def test_values_are_kept_where_operations_cannot_be_seen(monkeypatch: pytest.Mon
         kept = kind.__new__(kind)
         base.__init__(kept)
         kept.tensors = list(net.parameters())
-        kept.storages = {private.storage_key(p): p.untyped_storage() for p in net.parameters()}
+        kept.storages = {tensors.storage_key(p): p.untyped_storage() for p in net.parameters()}
         kept.kept = {}
         with kept, torch.no_grad():
             net.weight.fill_(7)
@@ -374,7 +382,7 @@ def test_storages_by_address() -> None:
 
     x, other = torch.zeros(4), torch.zeros(4)
     for kind in (lambda tensor: tensor, Tensorlike):
-        keys = [private.storage_key(kind(t)) for t in (x, x[1:], other)]  # type: ignore[no-untyped-call]
+        keys = [tensors.storage_key(kind(t)) for t in (x, x[1:], other)]  # type: ignore[no-untyped-call]
         assert keys[0] == keys[1] != keys[2]
 
 
@@ -382,10 +390,10 @@ def test_containers_without_torchs_trees(monkeypatch: pytest.MonkeyPatch) -> Non
     pair = collections.namedtuple("pair", "a b")
     counts = collections.defaultdict(int, {"x": 1})
     tree = {"a": [1, (2, None)], "b": pair(3, {"c": 4}), "d": counts}
-    expected = private.tree_map(str, tree), private.tree_leaves(tree)
+    expected = containers.tree_map(str, tree), containers.tree_leaves(tree)
     paths = (f"torch.utils._pytree.tree_{name}" for name in ("map", "leaves"))
-    monkeypatch.setattr(private, "part", gone(*paths))
-    got = private.tree_map(str, tree), private.tree_leaves(tree)
+    monkeypatch.setattr(containers, "part", gone(*paths))
+    got = containers.tree_map(str, tree), containers.tree_leaves(tree)
     assert got == expected
     assert type(got[0]["b"]) is pair
     assert got[0]["d"].default_factory is int
@@ -405,7 +413,7 @@ def test_convolutions_without_their_method(kind: str) -> None:
     conv: Any = CONVOLUTIONS[kind]()
     x = torch.randn(2, 4, *[7] * len(conv.kernel_size))
     expected = conv(x)
-    assert torch.equal(private.convolve(conv, x, conv.weight, conv.bias), expected)
+    assert torch.equal(layers.convolve(conv, x, conv.weight, conv.bias), expected)
 
     class Bare:  # what is public of the layer
         def __getattr__(self, name: str) -> Any:
@@ -413,9 +421,9 @@ def test_convolutions_without_their_method(kind: str) -> None:
                 raise AttributeError(name)
             return getattr(conv, name)
 
-    torch.testing.assert_close(private.convolve(Bare(), x, conv.weight, conv.bias), expected)
+    torch.testing.assert_close(layers.convolve(Bare(), x, conv.weight, conv.bias), expected)
     if conv.padding_mode != "zeros":
-        assert private.padding_around(Bare()) == private.padding_around(conv)
+        assert layers.padding_around(Bare()) == layers.padding_around(conv)
 
 
 def test_who_convolves_otherwise_is_noticed() -> None:
@@ -425,21 +433,21 @@ def test_who_convolves_otherwise_is_noticed() -> None:
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     conv = nn.Conv2d(1, 1, 1)
-    assert private.convolves_as(conv, kinds)
-    assert not private.convolves_as(Other(1, 1, 1), kinds)
+    assert layers.convolves_as(conv, kinds)
+    assert not layers.convolves_as(Other(1, 1, 1), kinds)
     conv._conv_forward = lambda *args: args[0]  # type: ignore[method-assign]
-    assert not private.convolves_as(conv, kinds)
+    assert not layers.convolves_as(conv, kinds)
 
 
 def test_recurrent_layers_that_hold_no_list_are_not_understood(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(private, "nn", Without(nn))
-    private.knows_recurrent.cache_clear()
+    monkeypatch.setattr(layers, "nn", Without(nn))
+    layers.knows_recurrent.cache_clear()
     try:
-        assert not private.knows_recurrent()
+        assert not layers.knows_recurrent()
     finally:
-        private.knows_recurrent.cache_clear()
+        layers.knows_recurrent.cache_clear()
 
 
 class Without:
@@ -462,7 +470,7 @@ def test_without_frames_nobody_is_known(monkeypatch: pytest.MonkeyPatch) -> None
     name_of = attrgetter("f_code.co_name")
 
     def asks() -> list[str]:
-        return list(map(name_of, private.callers()))
+        return list(map(name_of, calls.callers()))
 
     assert asks()[0] == "test_without_frames_nobody_is_known"
     net = adapted(nn.Linear(3, 3))
@@ -472,7 +480,7 @@ def test_without_frames_nobody_is_known(monkeypatch: pytest.MonkeyPatch) -> None
         torch.equal(a, b)
         for a, b in zip(average.module.parameters(), net.parameters(), strict=True)
     )
-    monkeypatch.setattr(private.inspect, "currentframe", lambda: None)
+    monkeypatch.setattr(calls.inspect, "currentframe", lambda: None)
     assert asks() == []
     assert [name for name, p in net.named_parameters() if p.requires_grad] == ["lora_B", "lora_A"]
     assert len(list(net.parameters())) == 2
@@ -486,7 +494,7 @@ def test_a_bigger_module_says_by_its_frame_whether_keys_may_be_missing(
     net = adapted(nn.Linear(3, 3))
     outer, before = nn.Sequential(net), net.lora_A.detach().clone()
     if not frames:
-        monkeypatch.setattr(private.inspect, "currentframe", lambda: None)
+        monkeypatch.setattr(calls.inspect, "currentframe", lambda: None)
     state = {"0.lora_A": before + 1}
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.lora_B"):
         outer.load_state_dict(state)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gift import enable_fine_tuning
 from gift.kernels import recomputed
-from gift.private.autograd import bytes_kept_by
+from gift.private.torch.autograd import bytes_kept_by
 from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import unet
 from tests.test_recomputed import OLD

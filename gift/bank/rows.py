@@ -17,7 +17,8 @@ from gift.core.dynamic_class import plain_class
 from gift.errors import AdaptationError, GiftWarning, refuse
 from gift.layers.layouts import Layout
 from gift.layers.table import known_features, operation_of, reader_of
-from gift.private.torch import convolve, uncompiled, unfollowed
+from gift.private.torch.layers import convolve
+from gift.private.torch.tracing import uncompiled, unfollowed
 
 Factors = tuple[Tensor, Tensor]
 

@@ -30,7 +30,7 @@ from gift.bank.places import (
     sliced,
     stretched,
 )
-from gift.private.torch import unfollowed
+from gift.private.torch.tracing import unfollowed
 
 Rule = Callable[[Call, int], Place]  # of a call and the number of a result
 

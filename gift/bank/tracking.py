@@ -19,7 +19,8 @@ from gift.core.dynamic_class import plain_class
 from gift.core.forwards import argument_names
 from gift.errors import GiftWarning
 from gift.layers.table import operation_of
-from gift.private.torch import is_transformed, storage_key
+from gift.private.torch.tensors import storage_key
+from gift.private.torch.tracing import is_transformed
 from gift.wrappers.arguments import in_order as arguments_in_order
 
 

@@ -19,7 +19,7 @@ from gift.core.delta import Delta, DeltaModule, add_tensor, has_attribute, put_v
 from gift.core.dynamic_class import Generated, Spec, change_class, plain_class
 from gift.errors import AdaptationError
 from gift.methods.settings import Configured, dtype_of
-from gift.private.torch import is_compiled_by_old
+from gift.private.torch.tracing import is_compiled_by_old
 
 Forward = Callable[..., Any]
 FORWARD_METHODS: dict[str, type["ForwardMethod"]] = {}

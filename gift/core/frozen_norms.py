@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from gift.core.dynamic_class import Generated, Spec, change_class
-from gift.private.torch import NORM_WITH_STATISTICS
+from gift.private.torch.layers import NORM_WITH_STATISTICS
 
 
 class FrozenStatistics(Generated):

@@ -22,7 +22,7 @@ from gift.core.undo.temporary_state import modules_meanwhile
 from gift.core.weights.record import weight_deltas
 from gift.errors import some
 from gift.layers.table import row_of
-from gift.private.torch import storage_key
+from gift.private.torch.tensors import storage_key
 from gift.quantization import is_quantised
 from gift.support.tensors import is_plain
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from gift.private.torch import COMPILED
+from gift.private.torch.calls import COMPILED
 
 IO_SPEC = "_gift_io_spec"
 """The attribute of a network that holds its `IOSpec`."""

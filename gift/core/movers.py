@@ -13,7 +13,7 @@ from torch import nn
 from gift.core.delta import named_deltas
 from gift.core.forwards import named_forward_deltas
 from gift.core.weights.record import weight_deltas
-from gift.private.torch import callers
+from gift.private.torch.calls import callers
 
 _PACKAGE = "accelerate."
 _STATES = "accelerate.big_modeling"

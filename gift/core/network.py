@@ -35,7 +35,7 @@ from gift.core.trained import delta_names, frozen_names, named_trainable
 from gift.core.undo.snapshot import Snapshot
 from gift.core.unfreeze import keep_values
 from gift.errors import GiftWarning
-from gift.private.torch import callers
+from gift.private.torch.calls import callers
 
 
 class FineTunedNetwork(Generated):

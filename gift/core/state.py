@@ -23,7 +23,7 @@ from gift.core.trained import delta_names, frozen_names, named_trainable, traine
 from gift.core.undo.copy_on_write import memory_of
 from gift.core.undo.snapshot import transaction
 from gift.core.weights.record import weight_deltas
-from gift.private.torch import callers, loads_strictly
+from gift.private.torch.calls import callers, loads_strictly
 from gift.quantization import quant_state_names
 
 

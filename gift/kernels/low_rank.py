@@ -18,14 +18,8 @@ from gift.kernels.low_rank_lookup import lookup
 from gift.kernels.products import scaled
 from gift.kernels.torch_state import autocasts
 from gift.layers.table import CONVOLUTIONS, forwards_of
-from gift.private.torch import (
-    convolve,
-    convolves_as,
-    is_compiled_by_old,
-    is_exporting,
-    is_transformed,
-    padding_around,
-)
+from gift.private.torch.layers import convolve, convolves_as, padding_around
+from gift.private.torch.tracing import is_compiled_by_old, is_exporting, is_transformed
 
 WATCHING: list[Callable[[nn.Module, Form], None]] = []
 """Callbacks that receive each layer and the form chosen for it: see `gift.utils.info.forms`."""

@@ -12,7 +12,7 @@ from gift.kernels.geometry import Geometry
 from gift.kernels.products import effective, outer, product, scaled
 from gift.kernels.recomputed import Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
-from gift.private.torch import is_batched
+from gift.private.torch.tracing import is_batched
 
 SMALL = 32  # outputs of filters are saved if they are at most this part of the inputs
 

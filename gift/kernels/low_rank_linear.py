@@ -11,7 +11,7 @@ from gift.kernels.onednn import matmul
 from gift.kernels.products import effective, for_each, outer, product, scaled
 from gift.kernels.recomputed import Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
-from gift.private.torch import is_known
+from gift.private.torch.tracing import is_known
 
 MANY = 1024  # number of rows from which they are computed in parts
 

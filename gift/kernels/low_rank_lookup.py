@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gift.kernels.products import scaled
 from gift.kernels.torch_state import gives_no_view, without_autocast
-from gift.private.torch import is_compiled_by_old, is_transformed
+from gift.private.torch.tracing import is_compiled_by_old, is_transformed
 
 
 def lookup(self: Any, input: Tensor) -> Tensor:

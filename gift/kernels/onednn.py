@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.private.torch import by_onednn, has_onednn, is_batched, is_followed
+from gift.private.torch.operations import by_onednn, has_onednn
+from gift.private.torch.tracing import is_batched, is_followed
 
 MANY = 2**20  # multiplications, below which starting the other library takes longer
 PLAIN = (Tensor, nn.Parameter)

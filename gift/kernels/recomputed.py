@@ -20,8 +20,9 @@ from torch import Tensor
 
 from gift.kernels.torch_state import autocasts, gives_no_view
 from gift.kernels.ways import CAST, Compute, Way
-from gift.private.autograd import Unknown, are_packed, number_of, output_of
-from gift.private.torch import is_followed, is_transformed, storage_key, writes_of
+from gift.private.torch.autograd import Unknown, are_packed, number_of, output_of
+from gift.private.torch.tensors import storage_key, writes_of
+from gift.private.torch.tracing import is_followed, is_transformed
 
 FEW = 2**14  # elements, below which to look for a way takes longer than their memory is worth
 MANY = 256  # forms of ways to one layer

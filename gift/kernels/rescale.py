@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gift.kernels.recomputed import AS_IT_IS, Kept, Ways, keep
 from gift.kernels.torch_state import gives_no_view
-from gift.private.torch import is_transformed, writes_of
+from gift.private.torch.tensors import writes_of
+from gift.private.torch.tracing import is_transformed
 
 Compute = Callable[..., Tensor]
 

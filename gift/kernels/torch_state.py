@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.private.torch import OVERRIDES_NOTHING
+from gift.private.torch.tensors import OVERRIDES_NOTHING
 
 
 def autocasts(kind: str) -> bool:

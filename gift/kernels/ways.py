@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.private.autograd import Unknown, argument, kept_by, output_of
+from gift.private.torch.autograd import Unknown, argument, kept_by, output_of
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
 """Makes a tensor from the saved ones."""

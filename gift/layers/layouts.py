@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gift.errors import AdaptationError
-from gift.private.torch import knows_recurrent
+from gift.private.torch.layers import knows_recurrent
 
 ConvLayout = Literal["balanced", "out_as_h"]
 

@@ -26,7 +26,7 @@ from gift.layers.layouts import (
     recurrent_layout,
     transposed_layout,
 )
-from gift.private.torch import CONV, CONV_TRANSPOSE, NORM_WITH_STATISTICS, FlatWeights
+from gift.private.torch.layers import CONV, CONV_TRANSPOSE, NORM_WITH_STATISTICS, FlatWeights
 from gift.support.weak import known_by_class
 
 Operation = Literal[

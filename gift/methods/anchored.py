@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import conv, conv_forwards, linear, low_rank_product
 from gift.methods.lora import LoRA
-from gift.private.torch import convolve
+from gift.private.torch.layers import convolve
 
 
 @dataclass(frozen=True)

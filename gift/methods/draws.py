@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from gift.private.torch import writes_of
+from gift.private.torch.tensors import writes_of
 
 _buffers: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 

@@ -12,7 +12,7 @@ from gift.kernels.low_rank import conv_forwards, is_usual
 from gift.kernels.rescale import rescaled
 from gift.methods.base import Method, register_method
 from gift.methods.settings import flag
-from gift.private.torch import convolve
+from gift.private.torch.layers import convolve
 
 
 @register_method

@@ -12,7 +12,7 @@ from gift.kernels.low_rank import conv, conv_forwards, linear
 from gift.kernels.merged_linear import terms, through_weight
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.settings import number
-from gift.private.torch import convolve
+from gift.private.torch.layers import convolve
 
 
 @register_method

@@ -15,7 +15,7 @@ from gift.kernels.low_rank import conv_forwards, is_usual, low_rank_conv, operan
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, number, setting
-from gift.private.torch import convolve
+from gift.private.torch.layers import convolve
 
 
 def _is_factor(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Private parts of other libraries, one file per library.
+"""Private parts of other libraries: one file per library, a folder for torch.
 
 Nothing else in gift touches a name of another library that begins with an underscore. The name of
 each function here says what it finds out, and its docstring says why no public name does. If the

@@ -21,7 +21,7 @@ from gift.core.unfreeze import (
 )
 from gift.engine.claims import size_of
 from gift.errors import AdaptationError, some
-from gift.private.torch import COMPILED
+from gift.private.torch.calls import COMPILED
 from gift.quantization import is_quantised
 from gift.schedules.blocks import Block, Division, divide
 from gift.schedules.flags import release, remember, set_flags

@@ -14,7 +14,7 @@ from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.record import weight_deltas
 from gift.errors import closest
 from gift.factories.checks import last_linear
-from gift.private.torch import NORM_WITH_STATISTICS
+from gift.private.torch.layers import NORM_WITH_STATISTICS
 
 Paths = str | Iterable[str] | None
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

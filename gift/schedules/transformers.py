@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gift.private.torch import callers
+from gift.private.torch.calls import callers
 from gift.schedules.base import Schedule
 from gift.schedules.config import load_schedule_from_config
 from gift.support.optional import require

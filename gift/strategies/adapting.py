@@ -7,7 +7,7 @@ from typing import Any
 from gift.factories import Check, ma_adapt, ma_freeze, mc_layer, mc_type, pa_adapt, pc_experts
 from gift.methods import METHODS, Method
 from gift.methods.base import WHEN_REGISTERED
-from gift.private.torch import NORM_WITH_STATISTICS
+from gift.private.torch.layers import NORM_WITH_STATISTICS
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
 
 # The options of a strategy besides the settings of its method.

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from gift.private.python import frames_of_threads
-from gift.private.torch import callers, instead_of_calls
+from gift.private.torch.calls import callers, instead_of_calls
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gift.errors import TrainingError
-from gift.private.torch import tree_map
+from gift.private.torch.containers import tree_map
 from gift.support.atomic_files import replace_file
 from gift.training.distributed import sharded_like, whole
 from gift.training.randomness import random_state, restore_random

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gift.core.weights.record import is_sharded
 from gift.errors import TrainingError
-from gift.private.torch import tree_map
+from gift.private.torch.containers import tree_map
 from gift.schedules.blocks import divide
 from gift.training.settings import Settings
 

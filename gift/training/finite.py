@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from gift.data.examples import Examples
 from gift.errors import some
-from gift.private.torch import tree_leaves
+from gift.private.torch.containers import tree_leaves
 
 _NAMED = ("inputs", "targets")
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from gift.data.examples import Examples
 from gift.errors import TrainingError
-from gift.private.torch import tree_map
+from gift.private.torch.containers import tree_map
 from gift.training.distributed import Processes
 
 

@@ -13,7 +13,7 @@ from gift.core.io_spec import io_spec_of, set_io_spec
 from gift.data.classes import distinct
 from gift.data.examples import Examples, Reader
 from gift.errors import TrainingError
-from gift.private.torch import tree_map
+from gift.private.torch.containers import tree_map
 from gift.training.distributed import device_of
 from gift.training.tasks import accepted, keywords_of, main_output
 

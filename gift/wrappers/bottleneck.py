@@ -13,7 +13,7 @@ from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
 from gift.layers.table import Features
 from gift.methods.settings import choice, flag, is_integer, number, probability, setting, whole
-from gift.private.torch import CONV, CONV_TRANSPOSE
+from gift.private.torch.layers import CONV, CONV_TRANSPOSE
 from gift.wrappers.arguments import in_order
 from gift.wrappers.features import features_of, weight_beside
 from gift.wrappers.tensors import first_tensor, with_first_changed

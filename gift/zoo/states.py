@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gift.errors import NetworkError, first_line, some
-from gift.private.torch import COMPILED
+from gift.private.torch.calls import COMPILED
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", f"{COMPILED}.")

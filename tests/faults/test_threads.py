@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import gift
 import gift.support.threads
 from gift import DeltaBank
-from gift.private import torch as private
+from gift.private.torch import calls
 from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import all_bits, enabled, full_state
 
@@ -266,7 +266,7 @@ def test_a_block_ends_although_another_thread_computes(monkeypatch: pytest.Monke
 def test_a_call_that_torch_compiled_is_kept(place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without that place in torch a change waits for others, and holds nobody back."""
     if not place:
-        monkeypatch.setattr(private, "_COMPILED_CALL", "gone")
+        monkeypatch.setattr(calls, "_COMPILED_CALL", "gone")
     net = enabled(network())
     net.compile(backend="eager")
     expected, compiled = net(X).detach(), net._compiled_call_impl

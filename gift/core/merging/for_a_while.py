@@ -18,7 +18,7 @@ from gift.core.undo.temporary_state import meanwhile
 from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError, refuse
-from gift.private.torch import written_since
+from gift.private.torch.tensors import written_since
 from gift.quantization import is_quantised
 from gift.support.interrupts import switching
 

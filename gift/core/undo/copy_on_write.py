@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gift.private.torch import BeforeWrites, storage_key
+from gift.private.torch.operations import BeforeWrites
+from gift.private.torch.tensors import storage_key
 
 
 class CopyOnWrite(BeforeWrites):

@@ -33,7 +33,7 @@ from gift.core.undo.containers import (
 )
 from gift.core.undo.copy_on_write import CopyOnWrite, parts_of
 from gift.core.undo.undo import ModuleUndo, Undo, attributes_of, completed, place_of, put_value
-from gift.private.torch import as_called
+from gift.private.torch.calls import as_called
 from gift.support.interrupts import held_interrupts
 from gift.support.tensors import set_data, set_flag
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.fused import note_copy
-from gift.private.torch import OVERRIDES_NOTHING, as_plain_tensors, can_guard, writes_of
+from gift.private.torch.tensors import OVERRIDES_NOTHING, as_plain_tensors, can_guard, writes_of
 
 # torch's encoder layers disable their fast path for weights that override torch functions. They
 # never write into weights, so tell them that nothing is overridden.

@@ -25,7 +25,7 @@ from gift.core.weights.record import WeightDelta, is_sharded, plain_tensor
 from gift.kernels.torch_state import for_every_tensor
 from gift.layers.table import dotted, row_of
 from gift.methods import METHODS
-from gift.private.torch import is_transformed
+from gift.private.torch.tracing import is_transformed
 from gift.quantization import is_quantised, same_values
 
 

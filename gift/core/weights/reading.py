@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from gift.kernels.torch_state import autocasts
-from gift.private.torch import is_transformed, writes_of
+from gift.private.torch.tensors import writes_of
+from gift.private.torch.tracing import is_transformed
 
 
 def _nobody() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.private.torch import part
+from gift.private.torch.parts import part
 
 PARTS = ("torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._autograd.SavedTensor")
 
