@@ -107,6 +107,14 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def matrix(session: nox.Session) -> None:
+    """Test every property of every method on every layer type."""
+    session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
+    session.env["GIFT_MATRIX"] = "whole"
+    run_tests(session, "tests/test_matrix.py", "tests/test_merging.py")
+
+
+@nox.session(default=False)
 def mutation(session: nox.Session) -> None:
     """Break 120 lines of the mechanism, one at a time, and see which no test notices."""
     session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))

@@ -23,8 +23,9 @@ from gift.factories.serializable import bind
 from gift.strategies import BottleneckFineTuningStrategy, PromptFineTuningStrategy
 from tests.cases import calls, prompts
 from tests.cases.layers import ANY_LAYER
+from tests.cases.selection import selected
 from tests.common import bits
-from tests.test_matrix import CELLS
+from tests.test_matrix import PLACED
 from tests.test_strategies import REGISTERED, some_of_all
 
 
@@ -98,7 +99,7 @@ def effective(net: nn.Module) -> list[Tensor]:
 
 
 def _matrix() -> Iterator[tuple[str, Trip]]:
-    for cell in CELLS:
+    for cell in selected(PLACED, 0):
         method, layer = cell.values
         caps: dict[str, Any] = {"module_caps": [(ANY_LAYER, ma_adapt)]}
         made = {

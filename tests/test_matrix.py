@@ -1,10 +1,15 @@
-"""Methods x layers x properties: the centre of the proofs (tables in `tests/cases`)."""
+"""Methods x layers x properties: the centre of the proofs (tables in `tests/cases`).
+
+A part of the cells runs, in which all pairs are: see `tests.cases.selection`.
+"""
 
 import copy
 import dataclasses
 import io
+import itertools
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,20 +25,33 @@ from gift.factories import ma_adapt
 from gift.methods import METHODS as KNOWN
 from tests.cases.layers import ANY_LAYER, LAYERS, LayerCase
 from tests.cases.methods import METHODS, MethodCase
+from tests.cases.selection import selected
 from tests.common import full_state
 
 CELLS, IMPOSSIBLE = [], []
-for method_name, method in METHODS.items():
-    for layer_name, layer in LAYERS.items():
-        differs = layer.differs | method.differs.get(layer_name, {})
-        layer = dataclasses.replace(layer, differs=differs)
-        cell = pytest.param(method, layer, id=f"{method_name}-{layer_name}")
-        reason = method.impossible.get(layer_name)
-        if reason is None:
-            CELLS.append(cell)
-        else:
-            IMPOSSIBLE.append(pytest.param(method, layer, reason, id=cell.id))
-everywhere = pytest.mark.parametrize(("method", "layer"), CELLS)
+PLACED: list[tuple[int, int, Any]] = []
+for (i, (method_name, method)), (j, (layer_name, layer)) in itertools.product(
+    enumerate(METHODS.items()), enumerate(LAYERS.items())
+):
+    differs = layer.differs | method.differs.get(layer_name, {})
+    layer = dataclasses.replace(layer, differs=differs)
+    cell = pytest.param(method, layer, id=f"{method_name}-{layer_name}")
+    reason = method.impossible.get(layer_name)
+    if reason is None:
+        CELLS.append(cell)
+        PLACED.append((i, j, cell))
+    else:
+        IMPOSSIBLE.append(pytest.param(method, layer, reason, id=cell.id))
+
+PROPERTIES: dict[str, set[str]] = {}
+"""The names of the cells in which each property is tested."""
+
+
+def everywhere(test: Callable[..., None]) -> Callable[..., None]:
+    """Test a property of every method on every layer type, in the cells that are selected."""
+    cells = selected(PLACED, len(PROPERTIES))
+    PROPERTIES[test.__name__] = {cell.id for cell in cells}
+    return pytest.mark.parametrize(("method", "layer"), cells)(test)
 
 
 def enabled(method: MethodCase, layer: LayerCase, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -93,7 +111,7 @@ def added(net: nn.Module, weight: str) -> dict[str, Tensor]:
 
 def of_group(tensors: dict[str, Tensor], group: int, groups: int) -> dict[str, Tensor]:
     """The part for one group of a weight: where there are several, they are the first axis."""
-    return {k: v[group] if groups > 1 or v.ndim == 3 else v for k, v in tensors.items()}
+    return {k: v[group] if groups > 1 else v for k, v in tensors.items()}
 
 
 def expected_weights(
@@ -471,3 +489,14 @@ def test_what_is_impossible_says_why_and_changes_nothing(
     with pytest.raises(ValueError, match=reason):
         adapt(net, method, layer)
     assert full_state(net) == before
+
+
+def test_every_pair_of_the_matrix_is_tested() -> None:
+    """Of a method and a layer type, a method and a property, a layer type and a property."""
+    possible = {cell.id for cell in CELLS}
+    assert set().union(*PROPERTIES.values()) == possible
+    for name, tested in PROPERTIES.items():
+        for side, known in ((0, METHODS), (1, LAYERS)):
+            wanted = {cell.split("-")[side] for cell in possible}
+            missing = wanted - {cell.split("-")[side] for cell in tested}
+            assert not missing, f"{name} is never tested for {missing & set(known)}"

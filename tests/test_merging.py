@@ -38,9 +38,10 @@ from gift.strategies import DoRALinearFineTuningStrategy as DoRA
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
 from tests.cases.layers import LayerCase
 from tests.cases.methods import METHODS, MethodCase
+from tests.cases.selection import selected
 from tests.common import all_bits, bits, enabled, full_state
 from tests.test_matrix import (
-    CELLS,
+    PLACED,
     adapt,
     added,
     as_dtype,
@@ -129,7 +130,7 @@ def cannot_be_merged(method: MethodCase, request: pytest.FixtureRequest) -> bool
 
 # One row for each method: settings do not matter here.
 FIRST = {case.method: case for case in reversed(METHODS.values())}
-ONCE = [cell for cell in CELLS if cell.values[0] is FIRST[cell.values[0].method]]
+ONCE = selected([at for at in PLACED if at[2].values[0] in FIRST.values()], 0)
 
 
 @pytest.mark.parametrize(("method", "layer"), ONCE)
