@@ -14,7 +14,7 @@ everywhere = pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
 shapes = pytest.mark.parametrize("shape", [(6, 8), (8, 4), (3, 6, 4)], ids=str)
 
 LOW_RANK = {"lora", "rslora", "pissa", "olora", "lora_fa", "vera", "loha"}
-NO_MULTIPLE = {"dora", "oft", "hra", "svdiff"}
+NO_MULTIPLE = {"dora", "oft", "boft", "hra", "svdiff"}
 
 
 def trained(case: MethodCase, shape: tuple[int, ...]) -> tuple[Any, Tensor, dict[str, Tensor]]:

@@ -183,6 +183,38 @@ def test_neurons_keep_their_lengths_and_angles(method: Method, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("factors", [1, 2, 3, 4])
+def test_butterflies_mix_twice_as_many_inputs_with_each_factor(
+    factors: int, dtype: torch.dtype
+) -> None:
+    """Of 16 inputs each meets 2, 4, 8, or all; lengths and angles stay."""
+    method = METHODS["boft"](block_size=2, n_factors=factors, rescale=False)
+    one = torch.eye(16, dtype=dtype)
+    parameters = {k: v.normal_() for k, v in method.fit((16, 16)).init_parameters(one).items()}
+    matrix = method.effective_weight(one, parameters)
+    assert ((matrix.abs() > 1e-12).sum(0) == 2**factors).all()
+    torch.testing.assert_close(matrix @ matrix.mH, one, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns", "message"),
+    [
+        ({"n_factors": 3}, 12, "n_factors 3 needs a multiple of 8 columns, and its matrix has 12"),
+        ({"n_factors": 2}, 9, "n_factors 2 needs a multiple of 4 columns, and its matrix has 9"),
+        ({"block_size": 6}, 16, "block_size 6 is odd, or 2 times as much does not divide the 16"),
+        ({"block_size": 3}, 12, r"block_size 3 is odd, .* \(2 or 6 would"),
+        ({"block_size": 4}, 9, "block_size 4 does not divide the 9 columns"),
+        ({}, 1, "one column has nothing to rotate"),
+    ],
+)
+def test_butterflies_that_do_not_fit_are_refused(
+    settings: dict[str, Any], columns: int, message: str
+) -> None:
+    with pytest.raises(AdaptationError, match=message):
+        METHODS["boft"](**settings, clip_block_size=False).fit((5, columns))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_the_product_of_reflections(dtype: torch.dtype) -> None:
     """``H_1 H_2 ... H_r``, written out, for each matrix of a batch."""
     method = METHODS["hra"](rank=6)

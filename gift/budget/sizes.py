@@ -10,6 +10,7 @@ from torch import nn
 from gift.engine.dry_run import Cost
 from gift.errors import AdaptationError
 from gift.methods import Method
+from gift.methods.blocks import divisors
 from gift.strategies.sized import setting_of, with_size
 
 
@@ -36,7 +37,7 @@ class Sizes:
         self.elements = sum(math.prod(shape) for shape, _ in weights)
         sides = {side for shape, _ in weights for side in shape[-2:]}
         self._longest = max(sides)
-        self._divisors = sorted({divisor for side in sides for divisor in _divisors(side)})
+        self._divisors = sorted({divisor for side in sides for divisor in divisors(side)})
         self._costs: dict[int, tuple[Cost, int]] = {}
         self._settled: dict[int, int | None] = {}
         self._reason = ""
@@ -125,11 +126,6 @@ class Sizes:
 
 
 _NEAR = 64
-
-
-def _divisors(number: int) -> set[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return {*small, *(number // n for n in small)}
 
 
 def last_that(low: int, high: int, holds: Callable[[int], bool]) -> int:

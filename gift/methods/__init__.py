@@ -8,6 +8,7 @@ from gift.methods.base import METHODS as METHODS
 from gift.methods.base import Method as Method
 from gift.methods.base import method_of as method_of
 from gift.methods.base import register_method as register_method
+from gift.methods.boft import BOFT as BOFT
 from gift.methods.dora import DoRA as DoRA
 from gift.methods.fourierft import FourierFT as FourierFT
 from gift.methods.hra import HRA as HRA

@@ -1,6 +1,5 @@
 """OFT: rotations of blocks of input features."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -10,13 +9,14 @@ from torch import Tensor
 
 from gift.errors import AdaptationError
 from gift.kernels.linear import Product, linear_forwards
-from gift.methods.base import Method, register_method
+from gift.methods.base import register_method
+from gift.methods.blocks import BlockMethod, divisors, rotation_change, times_blocks
 from gift.methods.settings import flag, whole
 
 
 @register_method
 @dataclass(frozen=True)
-class OFT(Method):
+class OFT(BlockMethod):
     r"""Orthogonal fine-tuning (Qiu et al. 2023, https://arxiv.org/abs/2306.07280).
 
     .. math:: W' = W_0 R^T, \quad R = \operatorname{diag}(R_1, \dots, R_n), \quad
@@ -37,21 +37,16 @@ class OFT(Method):
         block_size: `b`, which must divide the columns. None means the divisor nearest to 32.
         block_share: whether all blocks share one rotation, with ``b (b-1) / 2`` parameters.
         clip_block_size: whether a matrix whose columns `block_size` does not divide gets the
-            nearest divisor. None means yes, with a warning that names the matrix, unless it divides
-            the columns of no matrix, which is an error. False makes every such matrix an error.
-            True clips without a warning.
+            nearest divisor; see `BlockMethod`.
         dtype: dtype of `Q`, or its name; None means the weight's, but at least float32.
     """
 
     name: ClassVar[str] = "oft"
     strategy_prefix: ClassVar[str] = "OFT"
     conv_layouts = ("out_as_h",)
-    size_setting: ClassVar[str] = "block_size"
-    default_block_size: ClassVar[int] = 32
 
     block_size: int | None = whole(None, least=2)
     block_share: bool = flag()
-    clip_block_size: bool | None = flag(None, enters_weight=False, kw_only=True)
 
     def fit(self, shape: tuple[int, ...]) -> Self:
         """Return the method with its block size settled for a matrix ``(..., rows, columns)``."""
@@ -60,15 +55,8 @@ class OFT(Method):
             raise AdaptationError(
                 "a matrix of one column has nothing to rotate: a rotation needs two inputs"
             )
-        small = [n for n in range(1, math.isqrt(columns) + 1) if columns % n == 0]
-        sizes = sorted({*small, *(columns // n for n in small)} - {1})
-        wanted = self.block_size or self.default_block_size
-        nearest = min(sizes, key=lambda size: (abs(size - wanted), size))
-        near = [*[n for n in sizes if n < wanted][-1:], *[n for n in sizes if n > wanted][:1]]
-        return self.settled(
-            nearest,
-            f"block_size {wanted} does not divide the {columns} columns of its matrix "
-            f"({' or '.join(map(str, near))} would, or clip_block_size=True)",
+        return self.cut(
+            divisors(columns)[1:], f"does not divide the {columns} columns of its matrix"
         )
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -81,27 +69,12 @@ class OFT(Method):
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Compute ``W0 + W0 (R^T - I)``."""
-        return matrix + self.times(matrix, self.change(parameters))
+        return matrix + times_blocks(matrix, self.change(parameters))
 
     def change(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return ``R^T - I`` for each block, ``(..., blocks, b, b)``, in float32 or better."""
-        q = parameters["oft_Q"]
-        q = q.to(torch.promote_types(q.dtype, torch.float32))  # no half-precision solver
-        size = self.block_size
-        assert size is not None
-        row, column = torch.triu_indices(size, size, 1, device=q.device)
-        above = q.new_zeros(*q.shape[:-1], size * size).index_add(-1, row * size + column, q)
-        above = above.unflatten(-1, (size, size))
-        skew = above - above.mH
-        one = torch.eye(size, dtype=q.dtype, device=q.device)
-        # I + Q is always invertible: a check would only make a GPU synchronise.
-        turned: Tensor = torch.linalg.solve_ex(one + skew, -2 * skew)[0]
-        return turned
-
-    def times(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """Multiply rows ``(..., rows, columns)`` by a matrix with these blocks on its diagonal."""
-        parts = rows.unflatten(-1, (-1, blocks.shape[-1]))
-        return torch.einsum("...rni,...nij->...rnj", parts, blocks).flatten(-2)
+        assert self.block_size is not None
+        return rotation_change(parameters["oft_Q"], self.block_size)
 
 
 def _rotated(
@@ -114,7 +87,7 @@ def _rotated(
 ) -> Tensor:
     """Compute ``W0 (R^T x) + bias``."""
     blocks = method.change(parameters).mT
-    change = method.times(x.reshape(-1, x.shape[-1]).to(blocks.dtype), blocks)
+    change = times_blocks(x.reshape(-1, x.shape[-1]).to(blocks.dtype), blocks)
     return product.output((x + change.view(x.shape)).to(x.dtype), bias)
 
 

@@ -6,6 +6,52 @@ import torch
 
 from gift.strategies.adapting import _AdaptingStrategy
 
+class BOFTAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        n_factors: int | None = None,
+        rescale: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_block_size: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class BOFTLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        n_factors: int | None = None,
+        rescale: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_block_size: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class BOFTConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        n_factors: int | None = None,
+        rescale: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_block_size: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class LoRAAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,

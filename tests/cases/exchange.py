@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import peft.tuners.boft.layer
 import torch
 from peft import (
+    BOFTConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -16,6 +18,23 @@ from peft import (
 )  # fmt: skip
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+class BlockDiagonals:
+    """What PEFT computes several factors of BOFT with, which it compiles on CUDA alone."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*one) for one in blocks])]
+
+    @staticmethod
+    def backward(gradient: Tensor, blocks: Tensor) -> list[Tensor]:
+        size = blocks.shape[-1]
+        parts = gradient.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+        return [parts.diagonal(0, -4, -2).movedim(-1, -3)]
+
+
+peft.tuners.boft.layer._FBD_CUDA = BlockDiagonals
 
 
 class Attended(nn.Module):
@@ -104,6 +123,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Conv1D of transformers": (lambda: Around(Conv1D(12, 8)), lambda: torch.randn(2, 3, 8)),
     "conv1d": (lambda: Around(nn.Conv1d(4, 6, 3, 2, 1)), lambda: torch.randn(2, 4, 9)),
     "conv2d": (lambda: Around(nn.Conv2d(4, 6, (3, 2), (2, 1))), lambda: torch.randn(IMAGE)),
+    "conv2d square": (lambda: Around(nn.Conv2d(4, 6, 3, 2, 1)), lambda: torch.randn(IMAGE)),
     "conv2d 1x1": (lambda: Around(nn.Conv2d(4, 6, 1)), lambda: torch.randn(IMAGE)),
     "conv3d": (
         lambda: Around(nn.Conv3d(4, 6, 2, bias=False)),
@@ -138,6 +158,9 @@ OURS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "OFT": ("oft", {}, (*LINEAR, "conv2d 1x1", "embedding")),
     "OFT in blocks": ("oft", {"block_size": 2}, (*LINEAR, "conv2d 1x1", "embedding")),
     "OFT, shared": ("oft", {"block_size": 2, "block_share": True}, ("linear", "embedding")),
+    "BOFT": ("boft", {}, (*LINEAR, "conv2d 1x1", "conv2d square")),
+    "BOFT, one factor": ("boft", {"n_factors": 1, "block_size": 4}, (*LINEAR, "conv2d 1x1")),
+    "BOFT, not rescaled": ("boft", {"block_size": 2, "rescale": False}, ("linear", "conv2d 1x1")),
 }
 
 # By PEFT: a configuration, and the layers.
@@ -177,6 +200,17 @@ THEIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = 
         OFTConfig,
         {"oft_block_size": 4, "num_cayley_neumann_terms": 90, "block_share": True},
         LINEAR,
+    ),
+    "BOFT": (BOFTConfig, {"boft_block_size": 4}, (*LINEAR, "conv2d 1x1", "conv2d square")),
+    "BOFT of two factors": (
+        BOFTConfig,
+        {"boft_block_size": 2, "boft_n_butterfly_factor": 2, "bias": "boft_only"},
+        (*LINEAR, "conv2d 1x1", "conv2d square"),
+    ),
+    "BOFT of three factors": (
+        BOFTConfig,
+        {"boft_block_size": 0, "boft_block_num": 4, "boft_n_butterfly_factor": 3},
+        ("linear",),
     ),
 }
 

@@ -180,25 +180,56 @@ def frozen_a_count(rank: int) -> Callable[[int, int], int]:
     return lambda rows, columns: min(rank, rows, columns) * rows
 
 
+def rotation(values: Tensor, size: int) -> Tensor:
+    """``(I + Q) (I - Q)^-1``, where `values` are above the diagonal of a skew-symmetric `Q`."""
+    q = torch.zeros(size, size, dtype=torch.float64)
+    for (i, j), value in zip(itertools.combinations(range(size), 2), values, strict=True):
+        place = torch.zeros(size, size, dtype=torch.float64)
+        place[i, j], place[j, i] = 1, -1
+        q = q + value * place
+    one = torch.eye(size, dtype=torch.float64)
+    return (one + q) @ torch.linalg.inv(one - q)
+
+
 def rotated_blocks(size: int | None = None) -> Formula:
     """``W0 R^T`` with ``R = (I + Q) (I - Q)^-1``, a block of `size` columns after the other."""
 
     def formula(w0: Tensor, p: Parameters) -> Tensor:
         b = size or w0.shape[1]
-        rotations = []
-        for values in p["oft_Q"]:
-            q = torch.zeros(b, b, dtype=torch.float64)
-            for (i, j), value in zip(itertools.combinations(range(b), 2), values, strict=True):
-                place = torch.zeros(b, b, dtype=torch.float64)
-                place[i, j], place[j, i] = 1, -1
-                q = q + value * place
-            one = torch.eye(b, dtype=torch.float64)
-            rotations.append((one + q) @ torch.linalg.inv(one - q))
+        rotations = [rotation(values, b) for values in p["oft_Q"]]
         if len(rotations) == 1:
             rotations *= w0.shape[1] // b
         return torch.einsum("oi,ji->oj", w0, torch.block_diag(*rotations))
 
     return formula
+
+
+def butterflies(w0: Tensor, p: Parameters) -> Tensor:
+    """``diag(s) W0 (F_m ... F_1)^T``: a factor turns pairs of half-blocks, far apart in later ones.
+
+    With a single factor, which may have odd blocks, these are turned as they lie.
+    """
+    columns, (factors, blocks, _) = w0.shape[1], p["boft_Q"].shape
+    size = columns // blocks
+    places = torch.arange(columns).reshape(-1, size if factors == 1 else size // 2)
+    whole = torch.eye(columns, dtype=torch.float64)
+    for i, values in enumerate(p["boft_Q"]):
+        first = [k for k in range(len(places)) if k // 2**i % 2 == 0]
+        pairs = [torch.cat([places[k], places[k + 2**i]]) for k in first if factors > 1]
+        for inputs, upper in zip(pairs or places, values, strict=True):
+            turn = torch.eye(columns, dtype=torch.float64)
+            whole = turn.index_put((inputs[:, None], inputs), rotation(upper, size)) @ whole
+    scales = p["boft_s"].flatten() if "boft_s" in p else torch.ones(len(w0)).double()
+    return torch.einsum("o,oi,ji->oj", scales, w0, whole)
+
+
+def butterfly_count(rows: int, columns: int) -> int:
+    """Two factors where half-blocks fit, else one; blocks as near to 8 as possible."""
+    factors = 1 if columns % 4 else 2
+    sizes = [n for n in range(2, columns + 1) if columns % (factors * n) == 0]
+    sizes = [n for n in sizes if factors == 1 or n % 2 == 0]
+    size = min(sizes, key=lambda n: (abs(n - 8), n))
+    return factors * columns * (size - 1) // 2 + rows
 
 
 def reflections(w0: Tensor, p: Parameters) -> Tensor:
@@ -352,6 +383,15 @@ METHODS: dict[str, MethodCase] = {
         rotated_blocks(2),
         lambda rows, columns: 1,
         {"block_size": 2, "block_share": True},
+        "filters",
+        impossible=ONE_COLUMN | ODD_COLUMNS,
+    ),
+    "boft": MethodCase("boft", butterflies, butterfly_count, view="filters", impossible=ONE_COLUMN),
+    "boft_plain": MethodCase(
+        "boft",
+        butterflies,
+        lambda rows, columns: columns // 2,
+        {"block_size": 2, "n_factors": 1, "rescale": False},
         "filters",
         impossible=ONE_COLUMN | ODD_COLUMNS,
     ),

@@ -1,4 +1,4 @@
-"""OFT of PEFT, as far as it computes rotations exactly or up to rounding."""
+"""OFT of PEFT, as far as it computes rotations exactly or up to rounding, and BOFT."""
 
 import math
 from typing import Any, cast
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gift.interop.peft.forms import Config, Form, Layer, Read, Tensors, Written, same
 from gift.interop.peft.layers import CONVOLUTIONS, AdaptedTensor, kind_of
+from gift.methods.boft import BOFT
 from gift.methods.oft import OFT
 from gift.methods.settings import is_integer
 
@@ -124,4 +125,94 @@ OFT_FORM = Form(
         "eps", "module_dropout", "init_weights", "bias",
     }),
     bias="oft_only",
+)  # fmt: skip
+
+
+# BOFT. PEFT holds whole blocks, of which the skew-symmetric part counts, with the opposite sign.
+
+
+def write_boft(items: list[AdaptedTensor]) -> Written:
+    """Write skew-symmetric blocks; PEFT computes several factors on CUDA only."""
+    written = Written()
+    methods = [cast(BOFT, item.delta.method) for item in items]
+    factors = same("n_factors", [method.n_factors for method in methods], written)
+    for item in items:
+        written.problems += [f"{item.name}: {text}" for text in _odd_convolution(item.module)]
+        values = item.values
+        blocks = _skew(values["boft_Q"], cast(int, cast(BOFT, item.delta.method).block_size))
+        scales = values.get("boft_s", torch.ones_like(item.frozen[:, :1]))
+        of_convolution = kind_of(item.module) in CONVOLUTIONS
+        tensors = {"boft_R": -blocks, "boft_s": scales.mT if of_convolution else scales}
+        written.add(item.path, tensors)
+    sizes = {cast(int, method.block_size) for method in methods}
+    counts = {item.values["boft_Q"].shape[1] for item in items}
+    if len(sizes) > 1 < len(counts):
+        written.problems.append(
+            f"PEFT has one block size, or number of blocks, for all layers, here they have sizes "
+            f"{sorted(sizes)} and numbers {sorted(counts)}"
+        )
+    one_size = len(sizes) == 1
+    written.config = {
+        "boft_block_size": sizes.pop() if one_size else 0,
+        "boft_block_num": 0 if one_size else counts.pop(),
+        "boft_n_butterfly_factor": factors,
+        "init_weights": True,
+    }
+    return written
+
+
+def _skew(upper: Tensor, size: int) -> Tensor:
+    """Return skew-symmetric matrices with these upper triangles."""
+    row, column = torch.triu_indices(size, size, 1)
+    whole = upper.new_zeros(*upper.shape[:-1], size, size)
+    whole[..., row, column] = upper
+    return whole - whole.mT
+
+
+def _odd_convolution(module: Any) -> list[str]:
+    """Say what PEFT leaves out of a convolution, of which it reads the first axis alone."""
+    if kind_of(module) not in CONVOLUTIONS:
+        return []
+    told = {
+        "kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding,
+    }  # fmt: skip
+    found = [
+        f"PEFT takes {name}={value} for that of a square convolution"
+        for name, value in told.items()
+        if isinstance(value, str) or len(set(value)) > 1
+    ]
+    if set(module.dilation) != {1}:
+        found.append(f"PEFT forgets dilation={module.dilation}")
+    return found
+
+
+def read_boft(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
+    """Read BOFT with the same rotations and scales."""
+    for text in _odd_convolution(layer.module):
+        raise ValueError(text)
+    blocks, scales = layer.take("boft_R"), layer.take("boft_s")
+    rows, columns = layer.matrix()
+    size = blocks.shape[-1]
+    layer.expect("boft_R", blocks, (len(blocks), columns // size, size, size))
+    scale_shape = (1, rows) if layer.kind in CONVOLUTIONS else (rows, 1)
+    layer.expect("boft_s", scales, scale_shape)
+    row, column = torch.triu_indices(size, size, 1)
+    upper = (blocks.mT - blocks)[..., row, column] / 2
+    values = {"boft_Q": upper, "boft_s": scales.reshape(rows, 1)}
+    settings = {"block_size": size, "n_factors": len(blocks)}
+    return [Read(layer, "boft", settings, values, layer.path)]
+
+
+BOFT_FORM = Form(
+    peft_type="BOFT",
+    methods=("boft",),
+    kinds=("linear", "conv2d"),
+    suffixes=("boft_R", "boft_s"),
+    write=write_boft,
+    read=read_boft,
+    options=frozenset({
+        "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout",
+        "init_weights", "bias",
+    }),
+    bias="boft_only",
 )  # fmt: skip
