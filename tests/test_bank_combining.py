@@ -346,7 +346,7 @@ def test_what_cannot_be_summed_is_listed() -> None:
         bank.combine(dict.fromkeys(bank.names, 1.0))
     text = str(error.value)
     assert "bottleneck: " in text
-    assert "is extended by" in text
+    assert "is wrapped by" in text
     assert "head: " in text
     assert "was replaced" in text
     assert text.count("give a rank") > 10

@@ -772,7 +772,7 @@ def test_bottlenecks_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GiftWarning)
         bank.add("a", strategy=BottleneckFineTuningStrategy())
-    with pytest.raises(AdaptationError, match="is extended by"), bank.rows(["a"]):
+    with pytest.raises(AdaptationError, match="is wrapped by"), bank.rows(["a"]):
         pass
 
 

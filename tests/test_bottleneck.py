@@ -22,13 +22,13 @@ from tests.cases.calls import (
     encoder,
     encoder_layer,
     every_module,
-    extended,
     fill,
     first,
     hooked,
     padded,
     parameters,
     tensors,
+    wrapped,
 )
 from tests.common import bits, full_state, trainable
 
@@ -40,7 +40,7 @@ def skip_parallel(case: CallCase, parallel: bool) -> bool:
     net = case.make()
     before = full_state(net)
     with pytest.raises(AdaptationError, match=case.alone):
-        extended(case, net, parallel=True)
+        wrapped(case, net, parallel=True)
     assert full_state(net) == before
     return True
 
@@ -56,7 +56,7 @@ def test_a_network_starts_as_it_was(case: CallCase, parallel: bool, mode: bool) 
     if skip_parallel(case, parallel):
         return
     base = case.make().train(mode).requires_grad_(False)
-    net = extended(case, copy.deepcopy(base), parallel=parallel)
+    net = wrapped(case, copy.deepcopy(base), parallel=parallel)
     inputs = case.inputs()
     with torch.no_grad():
         output, expected = called(net, inputs), called(base, inputs)
@@ -137,7 +137,7 @@ def test_value_and_gradient_are_those_of_the_formula(case: CallCase, parallel: b
     if case.alone and parallel:
         return
     base = case.make().double().eval()
-    net = extended(case, copy.deepcopy(base), parallel=parallel, dtype=torch.float64)
+    net = wrapped(case, copy.deepcopy(base), parallel=parallel, dtype=torch.float64)
     inputs = tuple(map(double, case.inputs()))
     if case.after == "" and type(net).__name__ == "GRU":
         inputs = (inputs[0].double(),)  # a packed sequence
@@ -153,14 +153,14 @@ def test_activation_and_scaling(activation: str, parallel: bool) -> None:
     case = CASES["conv2d"]
     base = case.make().double()
     settings: dict[str, Any] = {"activation": activation, "scaling": 4.0, "parallel": parallel}
-    net = extended(case, copy.deepcopy(base), **settings)
+    net = wrapped(case, copy.deepcopy(base), **settings)
     assert_formula(case, net, base, (torch.randn(2, 6, 8, 7, dtype=torch.float64),), **settings)
 
 
 def test_dropout_is_on_the_bottleneck_in_training() -> None:
     case, x = CASES["linear"], torch.randn(4, 6, dtype=torch.float64)
     base = case.make().double()
-    net = extended(case, copy.deepcopy(base), dropout=0.5, activation="identity")
+    net = wrapped(case, copy.deepcopy(base), dropout=0.5, activation="identity")
     fill(net)
     p = parameters(net, case)
     hidden = base(x) @ p["down_weight"].T + p["down_bias"]
@@ -212,7 +212,7 @@ def test_a_parallel_one_reads_its_input_before_the_module_changes_it() -> None:
 
 def test_arguments_by_name_come_in_the_order_of_the_signature() -> None:
     case = CASES["attention"]
-    net = extended(case, case.make(), parallel=True)
+    net = wrapped(case, case.make(), parallel=True)
     fill(net)
     query, key, value = case.inputs()
     by_name = net(value=value, key=key, query=query)[0]

@@ -21,10 +21,10 @@ from tests.cases.calls import (
     CallCase,
     both_ways,
     every_module,
-    extended,
     fill,
     first,
     small,
+    wrapped,
 )
 from tests.common import all_bits, bits, full_state
 
@@ -66,7 +66,7 @@ def test_under_autocast(name: str) -> None:
     """Products in the lower precision, the start is that of the base, gradients are float32."""
     case = CASES[name]
     base = case.make().eval().requires_grad_(False)
-    net, inputs = extended(case, copy.deepcopy(base)), case.inputs()
+    net, inputs = wrapped(case, copy.deepcopy(base)), case.inputs()
     with torch.autocast("cpu", torch.bfloat16):
         output, expected = first(net(*inputs)), first(base(*inputs))
     assert bits(output) == bits(expected)
@@ -85,7 +85,7 @@ def test_under_autocast(name: str) -> None:
 @every_module
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_is_independent(case: CallCase, way: str) -> None:
-    net = extended(case, case.make()).eval()
+    net = wrapped(case, case.make()).eval()
     fill(net)
     twin = copy.deepcopy(net) if way == "deepcopy" else pickle.loads(pickle.dumps(net))
     inputs = case.inputs()
@@ -101,7 +101,7 @@ def test_the_way_back(case: CallCase) -> None:
     net = case.make().eval()
     net.get_submodule(case.after).register_forward_hook(lambda *args: None)
     before = full_state(net)
-    extended(case, net)
+    wrapped(case, net)
     fill(net)
     net(*case.inputs())
     assert full_state(net) != before
@@ -112,7 +112,7 @@ def test_the_way_back(case: CallCase) -> None:
 @every_module
 def test_signature_and_class_stay(case: CallCase) -> None:
     base = case.make()
-    net = extended(case, copy.deepcopy(base))
+    net = wrapped(case, copy.deepcopy(base))
     one, other = net.get_submodule(case.after), base.get_submodule(case.after)
     assert inspect.signature(one.forward) == inspect.signature(other.forward)
     assert isinstance(one, type(other))

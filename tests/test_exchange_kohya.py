@@ -663,7 +663,8 @@ NOT_WRITTEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nothing": (lambda: tuned(nn.Linear(6, 4), caps=[(mc_path("0"), ma_train())]), "has no delta"),
     "method": (lambda: tuned(nn.Linear(6, 4), method="vera"), "no counterpart of 'vera'"),
     "call": (
-        lambda: tuned(nn.Linear(6, 4), caps=[(mc_path("0"), ma_bottleneck())]), "extend calls",
+        lambda: tuned(nn.Linear(6, 4), caps=[(mc_path("0"), ma_bottleneck())]),
+        "wrapped forward passes",
     ),
     "tied": (sharing, "1.weight shares the delta"),
     "statistics": (with_running_statistics, r"buffers that changed.*: 1.running_mean"),

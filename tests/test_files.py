@@ -119,7 +119,7 @@ def path(tmp_path: Path) -> Path:
 def test_everything_comes_back_in_a_fresh_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every method on every layer, every strategy, every extended call; with and without names."""
+    """Every method on every layer, every strategy, every wrapped call; with and without names."""
     monkeypatch.setattr(atomic_files, "_flush", lambda path: None)  # this machine does not crash
     _files_worker.save_all(tmp_path)
     command = [sys.executable, "-W", "ignore", "-m", "tests._files_worker", str(tmp_path)]
@@ -196,13 +196,13 @@ LAMBDAS: dict[str, FineTuningStrategy] = {
     "a new head": FineTuningStrategy(
         [(at("head"), ma_replace_head(7)), (at("first"), ma_adapt("lora"))]),
     "a new head like one": FineTuningStrategy([(at("head"), ma_replace(nn.Linear(8, 9)))]),
-    "a new head, extended": FineTuningStrategy(
+    "a new head, wrapped": FineTuningStrategy(
         [(at("head"), ma_bottleneck(3)), (at("head"), ma_replace_head(7))]),
     "parametrised": FineTuningStrategy([(at("normed"), ma_adapt("oft"))]),
     "what is parametrised with": FineTuningStrategy(para_caps=[(named("original1"), pa_train())]),
     "raw parameters of the root": FineTuningStrategy(
         para_caps=[(named("raw", "experts"), pa_adapt("lora", rank=2))]),
-    "extended calls": FineTuningStrategy([
+    "wrapped calls": FineTuningStrategy([
         (at("first", "conv"), ma_bottleneck(2)), (at("second"), ma_bottleneck(3, parallel=True)),
         (at("conv", "head"), ma_adapt("vera", save_projection=True))]),
     "regular expressions": FineTuningStrategy([(mc_path(regex="head|con."), ma_adapt("lora"))]),

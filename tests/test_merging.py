@@ -302,13 +302,13 @@ NETWORKS = {
         encoder,
         lambda: merge_strategies([BottleneckFineTuningStrategy(size=2), LoRA()]),
         sequences,
-        refused=("layers.0 is extended by bottleneck", "layers.1 is extended by bottleneck"),
+        refused=("layers.0 is wrapped by bottleneck", "layers.1 is wrapped by bottleneck"),
     ),
     "prompts": Case(
         bert,
         lambda: PromptFineTuningStrategy(num_virtual_tokens=2),
         ids,
-        refused=("is extended by prompt",),
+        refused=("is wrapped by prompt",),
     ),
 }
 networks = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)

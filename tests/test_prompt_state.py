@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tokens": (lambda: nn.Sequential(nn.Embedding(9, DIM), layer()), "takes no embeddings"),
     "pictures": (lambda: nn.Sequential(nn.Conv2d(3, DIM, 1)), "takes no embeddings"),
     "no features": (nn.Flatten, "give dim="),
-    "two sequences": (lambda: nn.Transformer(DIM, 2, 1, 1, 12), "extend its encoder or its decod"),
+    "two sequences": (lambda: nn.Transformer(DIM, 2, 1, 1, 12), "wrap its encoder or its decoder"),
     "a list": (lambda: nn.ModuleList([layer()]), "has no forward"),
 }
 

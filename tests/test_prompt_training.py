@@ -122,7 +122,7 @@ def test_with_lora_bottlenecks_and_a_new_head() -> None:
 
 
 class Own(nn.Module):
-    """Takes embeddings itself, so that it is its own call that is extended."""
+    """Takes embeddings itself, so that it is its own call that is wrapped."""
 
     def __init__(self) -> None:
         super().__init__()

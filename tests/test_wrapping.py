@@ -1,4 +1,4 @@
-"""Open caps: what extends a module leaves it to the other caps of a strategy."""
+"""Open caps: what wraps a module leaves it to the other caps of a strategy."""
 
 import copy
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def classifier() -> BertForSequenceClassification:
 
 
 def test_bottlenecks_lora_and_a_new_head_in_one_strategy() -> None:
-    """Blocks are extended, layers in them adapted, the head is new; all else is frozen."""
+    """Blocks are wrapped, layers in them adapted, the head is new; all else is frozen."""
     net = classifier()
     base, ids = copy.deepcopy(net), torch.randint(0, 20, (2, 5))
     parts = [Bottlenecks(4), HeadReplacementStrategy(5), LoRALinearFineTuningStrategy(rank=2)]
@@ -95,7 +95,7 @@ def test_it_counts_by_the_formula_of_its_documentation() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_lora_on_the_extended_layer_itself(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_on_the_wrapped_layer_itself(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bottleneck stands after the adapted layer, which keeps its fast path and its dropout."""
     lora = LoRALinearFineTuningStrategy(rank=2, lora_dropout=dropout)
     net, alone, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(3, 8)
@@ -115,7 +115,7 @@ def test_lora_on_the_extended_layer_itself(dropout: float, monkeypatch: pytest.M
     torch.testing.assert_close(output, f + hidden @ up.T + up_bias)
 
 
-# what a later cap does to an extended layer (8, 8), and what is trained then
+# what a later cap does to a wrapped layer (8, 8), and what is trained then
 LATER: dict[str, tuple[Any, list[str]]] = {
     "nothing": (None, []),
     "freeze": ((mc_name("2"), ma_freeze()), []),
@@ -142,7 +142,7 @@ def test_a_later_cap_takes_the_module_and_not_its_extension(cap: Any, trained: l
     assert full_state(net) == before
 
 
-def test_parameter_caps_reach_an_extended_module() -> None:
+def test_parameter_caps_reach_a_wrapped_module() -> None:
     net = small()
     strategy = FineTuningStrategy([(mc_name("2"), ma_bottleneck(3))], [(pc_any(), pa_train())])
     enable_fine_tuning(net, strategy)
@@ -157,7 +157,7 @@ def test_an_earlier_cap_keeps_what_it_claimed() -> None:
     assert trainable(net) == ["2.weight", "2.bias"]
 
 
-def test_what_a_later_cap_removes_cannot_be_extended() -> None:
+def test_what_a_later_cap_removes_cannot_be_wrapped() -> None:
     def remove(parent: Any, name: str, *rest: Any) -> None:
         parent._modules[name] = None
 
@@ -187,12 +187,12 @@ def test_two_extensions_on_one_module() -> None:
 
 def test_one_module_takes_one_bottleneck() -> None:
     caps = [(mc_name("0"), ma_bottleneck(3)), (mc_type(nn.Linear), ma_bottleneck(2))]
-    message = r"0 \(Linear\): it is extended already, by bottleneck\(size=3\)"
+    message = r"0 \(Linear\): it is wrapped already, by bottleneck\(size=3\)"
     with pytest.raises(ValueError, match=message):
         enable_fine_tuning(small(), FineTuningStrategy(caps))
 
 
-def test_a_module_under_two_names_is_extended_once() -> None:
+def test_a_module_under_two_names_is_wrapped_once() -> None:
     layer = nn.Linear(8, 8)
     net = nn.Sequential(layer, nn.ReLU(), layer)
     report = enable_fine_tuning(net, FineTuningStrategy([(mc_type(nn.Linear), ma_bottleneck(3))]))
@@ -236,9 +236,9 @@ def test_looking_at_open_caps_shows_what_they_leave_open(capsys: pytest.CaptureF
     report = enable_fine_tuning(net, DebugStrategy(strategy))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0] for line in lines] == [
-        "module cap 0 extends the network",
-        "module cap 0 extends 0",
-        "module cap 0 extends 0.0",
+        "module cap 0 wraps the network",
+        "module cap 0 wraps 0",
+        "module cap 0 wraps 0.0",
         "module cap 1 claims 0.0",
     ]
     assert [(c.cap, c.name) for c in report.claims] == [(c.cap, c.name) for c in plan.claims]

@@ -93,7 +93,7 @@ def _read(net: Any, dense: bool) -> Changes:
     for path, module in net.named_modules():
         for tensor, delta in weight_deltas(module).items():
             name = joined(path, tensor)
-            if delta.owner is not None and not delta.follows:
+            if delta.owner is not None and not delta.bias_of:
                 found.tied[name] = module, tensor, delta
             else:
                 whole = first.get(id(module._parameters.get(tensor)), name)
@@ -108,9 +108,9 @@ def _read(net: Any, dense: bool) -> Changes:
 def _foreign(net: Any, paths: Mapping[int, str]) -> Iterator[str]:
     """Yield descriptions of changes that are not changes of a weight or value."""
     record = record_of(net)
-    for path, _, extension in named_forward_deltas(net):
-        if extension.names:
-            yield f"{path or 'the network'} is extended by {extension.method}"
+    for path, _, wrapper in named_forward_deltas(net):
+        if wrapper.names:
+            yield f"{path or 'the network'} is wrapped by {wrapper.method}"
     for undo in record.undo.modules:
         for name in undo.entries.get("_modules", ()):
             yield f"{joined(paths.get(id(undo.module), ''), name)} was replaced"
@@ -120,7 +120,7 @@ def _change(name: str, module: nn.Module, tensor: str, delta: WeightDelta, dense
     assert delta.layout is not None
     method, parameters = delta.delta_of(module)
     with torch.no_grad():
-        factors = None if delta.follows else method.low_rank(parameters)
+        factors = None if delta.bias_of else method.low_rank(parameters)
         factors = factors and (factors[0].detach().clone(), factors[1].detach().clone())
         matrix = None
         if factors is None and dense:

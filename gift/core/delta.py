@@ -328,7 +328,7 @@ def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, A
     # Overrides in torch itself (those of lazy modules, for example) save every tensor of a module,
     # so only authors outside of torch count.
     own = any(not getattr(plain, name).__module__.startswith("torch.nn.") for name in _STATE)
-    return ([OwnState] if own and (spec.tensors or spec.extended) else []), {}
+    return ([OwnState] if own and (spec.tensors or spec.wrapped) else []), {}
 
 
 _STATE = ("_save_to_state_dict", "_load_from_state_dict")

@@ -28,7 +28,7 @@ class Spec(NamedTuple):
         tensors: the adapted tensors, each with the name of its method.
         network: whether the module is the network that was passed to `enable_fine_tuning`.
         statistics: whether the running statistics of a norm layer are frozen.
-        extended: whether the module's forward pass is wrapped.
+        wrapped: whether the module's forward pass is wrapped.
         part: whether the module is inside such a network and has a method to save itself as a
             model.
     """
@@ -36,7 +36,7 @@ class Spec(NamedTuple):
     tensors: tuple[tuple[str, str], ...] = ()
     network: bool = False
     statistics: bool = False
-    extended: bool = False
+    wrapped: bool = False
     part: bool = False
 
 

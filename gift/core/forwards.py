@@ -105,7 +105,7 @@ def forward_method_of(name: str, settings: Mapping[str, Any]) -> ForwardMethod:
         ValueError: for an unknown name or setting.
     """
     if name not in FORWARD_METHODS:
-        raise ValueError(f"unknown extension of calls {name!r}; known: {sorted(FORWARD_METHODS)}")
+        raise ValueError(f"unknown wrapper {name!r}; known: {sorted(FORWARD_METHODS)}")
     unknown = sorted(set(settings) - set(FORWARD_METHODS[name].__dataclass_fields__))
     if unknown:
         known = list(FORWARD_METHODS[name].__dataclass_fields__)
@@ -152,8 +152,8 @@ class WrappedModule(DeltaModule):
     _gift_arguments: ClassVar[tuple[str, ...]]
 
     def _gift_call(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for extension in self._gift_forwards.values():
-            call = functools.partial(_extended, self, extension, call)
+        for wrapper in self._gift_forwards.values():
+            call = functools.partial(_call_wrapped, self, wrapper, call)
         return call(*args, **kwargs)
 
 
@@ -177,15 +177,15 @@ class NestingEncoder(Generated):
         self.__dict__["use_nested_tensor"] = value
 
 
-def _extended(
-    module: nn.Module, extension: ForwardDelta, forward: Forward, *args: Any, **kwargs: Any
+def _call_wrapped(
+    module: nn.Module, wrapper: ForwardDelta, forward: Forward, *args: Any, **kwargs: Any
 ) -> Any:
-    return extension.method.call(module, forward, extension.tensors(module), args, kwargs)
+    return wrapper.method.call(module, forward, wrapper.tensors(module), args, kwargs)
 
 
 def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, Any]]:
     """Wrap the forward pass, and adapt what depends on it: ``generate``, nested tensors."""
-    if not spec.extended:
+    if not spec.wrapped:
         return [], {}
     generated: Any = None  # ``__classcell__`` below: Python stores the new class in this cell
 
@@ -211,8 +211,8 @@ def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, A
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
             if "_gift_forwards" not in self.__dict__:
                 return type(self).generate(self, *args, **kwargs)
-            for _, module, extension in named_forward_deltas(self):
-                extension.method.before_generate(module, kwargs)
+            for _, module, wrapper in named_forward_deltas(self):
+                wrapper.method.before_generate(module, kwargs)
             return super(generated, self).generate(*args, **kwargs)
 
         namespace["generate"] = generate
@@ -252,7 +252,7 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
     own: dict[str, ForwardDelta] = module.__dict__.get("_gift_forwards", {})
     _refuse(module)
     if method.name in own:
-        raise AdaptationError(f"it is extended already, by {own[method.name].method}")
+        raise AdaptationError(f"it is wrapped already, by {own[method.name].method}")
     method = method.fit(module)
     with torch.inference_mode(False), torch.no_grad():
         values = method.init_parameters(module)
@@ -262,22 +262,22 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
         raise AdaptationError(f"it has attributes {present} already, which this would hide")
     for key, value in values.items():
         add_tensor(module, names[key], value)
-    extension = ForwardDelta(names, method=method, path=path)
-    module.__dict__["_gift_forwards"] = own | {method.name: extension}
+    wrapper = ForwardDelta(names, method=method, path=path)
+    module.__dict__["_gift_forwards"] = own | {method.name: wrapper}
     # Fused kernels compute a whole block without calling its submodules, unless these have hooks.
     # An encoder layer gets no hook: the wrapper calls the layer itself, which may use its own
     # kernel.
     if not isinstance(module, nn.TransformerEncoderLayer):
         module.register_forward_hook(_seen)
-    change_class(module, extended=True)
+    change_class(module, wrapped=True)
 
 
 def _refuse(module: nn.Module) -> None:
     if plain_class(type(module)).forward is nn.Module.forward:
-        raise AdaptationError("it is never called, as it has no forward: extend what is inside it")
+        raise AdaptationError("it is never called, as it has no forward: wrap what is inside it")
     if "forward" in module.__dict__:
         raise AdaptationError(
-            "a forward was set on the object itself and would hide the extension: remove it first, "
+            "a forward was set on the object itself and would hide the wrapper: remove it first, "
             "or set it afterwards, around the present one"
         )
     lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
@@ -294,8 +294,8 @@ def named_forward_deltas(
 ) -> Iterator[tuple[str, nn.Module, ForwardDelta]]:
     """All wrappers in `module`: path, wrapped module, record of the wrapper."""
     for path, part in module.named_modules(prefix=prefix):
-        for extension in part.__dict__.get("_gift_forwards", {}).values():
-            yield path, part, extension
+        for wrapper in part.__dict__.get("_gift_forwards", {}).values():
+            yield path, part, wrapper
 
 
 def settle_modules_around(network: nn.Module) -> None:
@@ -304,10 +304,10 @@ def settle_modules_around(network: nn.Module) -> None:
         concerned = isinstance(module, nn.TransformerEncoder) or _generates(type(module))
         if concerned and any(True for _ in named_forward_deltas(module)):
             module.__dict__.setdefault("_gift_forwards", {})
-            change_class(module, extended=True)
+            change_class(module, wrapped=True)
 
 
 def unwrap_forwards(module: nn.Module) -> None:
     """Undo `wrap_forward`, after its parameters and hooks were removed with all other additions."""
     if module.__dict__.pop("_gift_forwards", None) is not None:
-        change_class(module, extended=False)
+        change_class(module, wrapped=False)

@@ -124,7 +124,7 @@ def unfrozen(network: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def tell_unfrozen(network: nn.Module) -> None:
+def warn_unfrozen(network: nn.Module) -> None:
     """Warn once about the parameters that `unfrozen` finds."""
     if torch.compiler.is_compiling():  # Dynamo cannot read flags or issue warnings
         return
@@ -176,7 +176,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             continue
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not moved.isdisjoint(map(id, found)):
-            tell_unfrozen(network)
+            warn_unfrozen(network)
 
 
 def release_flags(network: nn.Module) -> None:

@@ -42,7 +42,7 @@ class Holder(NamedTuple):
     kind: str
 
 
-def misfits_in_memory(network: nn.Module, before: Snapshot) -> list[str]:
+def memory_conflicts(network: nn.Module, before: Snapshot) -> list[str]:
     """Report tensors that share memory with an adapted or trained weight but must stay unchanged.
 
     Args:

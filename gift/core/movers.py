@@ -65,8 +65,8 @@ def _stuck(network: nn.Module) -> str:
     ]
     if tied:
         return f"{tied} have the delta of a tied tensor"
-    extended = [path for path, _, extension in named_forward_deltas(network) if extension.names]
-    return f"{extended} are extended by deltas" if extended else ""
+    wrapped = [path for path, _, wrapper in named_forward_deltas(network) if wrapper.names]
+    return f"{wrapped} are wrapped by deltas" if wrapped else ""
 
 
 def offloaded(network: nn.Module) -> str:

@@ -14,7 +14,7 @@ from gift.core.dynamic_class import (
     Spec,
     change_class,
 )
-from gift.core.frozen_base import hold_flags, release_flags, tell_unfrozen, watch
+from gift.core.frozen_base import hold_flags, release_flags, warn_unfrozen, watch
 from gift.core.incoming_state import Incoming
 from gift.core.record import NetworkRecord
 from gift.core.save_pretrained import parts_that_save, saving_methods
@@ -46,7 +46,7 @@ class FineTunedNetwork(Generated):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network; before a training step, check that its base is still frozen."""
         if torch.is_grad_enabled():
-            tell_unfrozen(self)
+            warn_unfrozen(self)
         return super().__call__(*args, **kwargs)
 
     def __setstate__(self, state: Any) -> None:
@@ -66,7 +66,7 @@ class FineTunedNetwork(Generated):
         """
         if not self._gift_network.only_trainable_parameters or _is_averaging():
             return super().parameters(*args, **kwargs)
-        tell_unfrozen(self)
+        warn_unfrozen(self)
         if overrides(self, "parameters"):
             return _trained_among(self, super().parameters(*args, **kwargs))
         return (p for _, p in named_trainable(self, *args, **kwargs))

@@ -253,7 +253,7 @@ def after_loading(network: nn.Module, incompatible: Any) -> None:
             if delta.is_on_meta(module):
                 delta.reset(module, key)
             elif key in weight_deltas(module) and key not in module._parameters:
-                weight_deltas(module)[key].follow(module, key)  # a computed tensor
+                weight_deltas(module)[key].rederive(module, key)  # a computed tensor
 
 
 def _undone(record: NetworkRecord, incompatibilities: list[str]) -> bool:

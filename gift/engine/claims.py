@@ -83,8 +83,8 @@ class Claimed(NamedTuple):
             own = self.module._parameters.get(self.parameter)
             return [own, *_parameters_of(self.deltas())]
         parts = [part for _, part in named_parts(self.module)]
-        extended = [part for part in parts if "_gift_forwards" in vars(part)]
-        others = {id(p) for part in extended for p in _parameters_of(named_forward_deltas(part))}
+        wrapped = [part for part in parts if "_gift_forwards" in vars(part)]
+        others = {id(p) for part in wrapped for p in _parameters_of(named_forward_deltas(part))}
         return [p for part in parts for p in part._parameters.values() if id(p) not in others]
 
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import named_deltas
 from gift.core.dynamic_class import spec_of
-from gift.core.holders import misfits_in_memory, refuse_held_elsewhere
+from gift.core.holders import memory_conflicts, refuse_held_elsewhere
 from gift.core.io_spec import drop_empty_io_spec, renew_io_spec
 from gift.core.movers import offloaded
 from gift.core.network import install_record, remove_record
@@ -270,7 +270,7 @@ def _apply(
             "what must stay frozen",
             wrong,
         )
-    if wrong := misfits_in_memory(module, snapshot):
+    if wrong := memory_conflicts(module, snapshot):
         raise AdaptationError(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged:\n  "
             + "\n  ".join(wrong)

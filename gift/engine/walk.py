@@ -49,14 +49,14 @@ class Walk:
         self.problems: list[str] = []
         self.kept: set[int] = set()  # ids of the parameters that caps claimed
         self.done: dict[int, nn.Module | None] = {}  # by id of a claimed module: its replacement
-        self.extended: dict[int, str] = {}  # paths of modules of open actions, by id
+        self.handled: dict[int, str] = {}  # paths of modules of open actions, by id
         self.ties = Ties(network)
         self.caps = strategy.cap_texts if self.ties else []
         caps = self._caps_for(strategy, network)
         self._visit(caps, Site(None, "", "", _class_name(network), network), None)
         self.problems += self.ties.settle(self.caps)
         self._tie()
-        if self.extended:
+        if self.handled:
             settle_modules_around(network)
         self.clipped: dict[str, tuple[str, int]] = {}  # weights without the requested size
         self._settle_sizes()
@@ -158,7 +158,7 @@ class Walk:
             self.problems.append(f"{path} ({class_name}): {cap!r} has nothing to act on, as a "
                                  "later cap removed the module")  # fmt: skip
             return
-        if self.extended.setdefault(id(now), path) != path:
+        if self.handled.setdefault(id(now), path) != path:
             return  # done already, under its first name
         before = {id(delta) for *_, delta in placed_deltas(now)}
         self._run(cap, Site(parent, name, path, _class_name(now), now), path)
@@ -297,7 +297,7 @@ def _with_owners(
 def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
     """Let `module` read its tensor through the delta of the tied tensor in `owner`."""
     delta = weight_deltas(owner)[tensor]
-    shared = replace(delta, owner=owner, follows=())
+    shared = replace(delta, owner=owner, bias_of=())
     if delta.layout is not None:
         shape = torch.Size(delta.layout.shape)
         shared.reads_alike = layout_of(module, name, shape, delta.options) == delta.layout
@@ -314,7 +314,7 @@ def _drop(module: nn.Module, tensor: str) -> None:
     for added in gone:
         remove_tensor(module, added)
     for name, other in list(weight_deltas(module).items()):
-        if other.follows and gone & set(other.names.values()):
+        if other.bias_of and gone & set(other.names.values()):
             uninstall(module, name)
 
 

@@ -42,7 +42,7 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
         site = Site(*place)
         if cls := reader_of(site.parent, site.name):
             raise AdaptationError(
-                f"it is never called, as {cls.__name__} reads its weight: extend {cls.__name__}"
+                f"it is never called, as {cls.__name__} reads its weight: wrap {cls.__name__}"
             )
         method = Bottleneck(**({"size": size} | settings | params)) if params else made
         wrap_forward(site.module, method, site.path)

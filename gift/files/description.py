@@ -39,11 +39,11 @@ def _describe(
         method = delta.method
         return {"call": type(method).__name__, "settings": method.settings}, "modules", path, None
     assert isinstance(delta, WeightDelta)
-    if delta.owner is not None and not delta.follows:
+    if delta.owner is not None and not delta.bias_of:
         return None
     shape = None if delta.layout is None else list(delta.layout.matrix)
     group = group_of(delta.method, delta.options)
-    return group, "biases" if delta.follows else "tensors", joined(path, key), shape
+    return group, "biases" if delta.bias_of else "tensors", joined(path, key), shape
 
 
 def names_regex(config: Any) -> bool:

@@ -106,7 +106,7 @@ def dtype_of(given: torch.dtype | str | None) -> Any:
     return getattr(torch, given, given) if isinstance(given, str) else given
 
 
-def misfit(field: Field[Any], value: Any) -> str | None:
+def why_invalid(field: Field[Any], value: Any) -> str | None:
     """Return why the value of a field is invalid, or None."""
     check = field.metadata.get("check")
     if check is None or (value is None and field.default is None) or check(value):
@@ -151,7 +151,7 @@ class Configured:
     dtype: torch.dtype | str | None = floating_dtype()  # noqa: RUF009 - gives a field
 
     def __post_init__(self) -> None:
-        problems = [misfit(field, getattr(self, field.name)) for field in fields(self)]
+        problems = [why_invalid(field, getattr(self, field.name)) for field in fields(self)]
         found = "; ".join(problem for problem in problems if problem is not None)
         if found:
             raise ValueError(f"{type(self).__name__}: {found}")

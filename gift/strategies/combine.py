@@ -135,7 +135,7 @@ class _PrintingCheck:
         where = f"{site.in_words()} ({site.class_name})"
         own = self.caps[self.number]
         if getattr(own.action, "open", False):  # later caps are tried too, and print for themselves
-            print(f"{self.kind} cap {self.number} extends {where}: {own}")
+            print(f"{self.kind} cap {self.number} wraps {where}: {own}")
             return True
         verb = "claims"
         for number, cap in list(enumerate(self.caps))[self.number :]:

@@ -20,16 +20,16 @@ class Arguments:
         module: the wrapped module.
         args: the positional arguments.
         kwargs: the keyword arguments.
-        extension: the name of the method that wraps it, for messages.
+        wrapper: the name of the method that wraps it, for messages.
     """
 
     def __init__(
-        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], extension: str
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], wrapper: str
     ) -> None:
         names: tuple[str, ...] = module._gift_arguments
         if len(args) > len(names):
             raise AdaptationError(
-                f"{where(module, extension)} was called with {len(args)} arguments by position, "
+                f"{where(module, wrapper)} was called with {len(args)} arguments by position, "
                 f"but its forward has names for {list(names)} only"
             )
         self.positional = names[: len(args)]

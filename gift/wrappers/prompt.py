@@ -65,7 +65,7 @@ class Prompt(ForwardMethod):
     def fit(self, module: nn.Module) -> Self:
         """Return the method with the order of the module's axes."""
         if isinstance(module, nn.Transformer):
-            raise AdaptationError("it takes two sequences: extend its encoder or its decoder")
+            raise AdaptationError("it takes two sequences: wrap its encoder or its decoder")
         if self.batch_first is not None:
             return self
         said = (getattr(part, "batch_first", None) for part in module.modules())
@@ -77,7 +77,7 @@ class Prompt(ForwardMethod):
         dim = inputs_of(module) if self.dim is None else self.dim
         if dim is None:
             raise AdaptationError(
-                "its first layer takes no embeddings (batch, time, dim): extend the part of the "
+                "its first layer takes no embeddings (batch, time, dim): wrap the part of the "
                 "network that does, or give dim="
             )
         shape = (self.num_virtual_tokens, dim)
@@ -123,7 +123,7 @@ class Prompt(ForwardMethod):
             given = f"a {type(x).__name__}"
         raise AdaptationError(
             f"{where(module, self.name)} takes {given} as its first argument, its prompt is for "
-            f"embeddings (batch, time, {tokens.shape[1]}): extend the part of the network that "
+            f"embeddings (batch, time, {tokens.shape[1]}): wrap the part of the network that "
             "takes them, or give dim="
         )
 

@@ -1,4 +1,4 @@
-"""Modules whose call can be extended, and bottleneck adapters written again for them.
+"""Modules whose call can be wrapped, and bottleneck adapters written again for them.
 
 The formula is one of tensor products along an axis, differentiated by autograd; in a plain network
 it stands in a forward hook.
@@ -137,7 +137,7 @@ class CallCase:
     Args:
         make: a network.
         inputs: what it is called with.
-        after: path of the module in it that is extended.
+        after: path of the module in it that is wrapped.
         axis: along which that has its features.
         alone: why it takes no parallel bottleneck, if so: the error says that.
         settings: of the bottleneck.
@@ -257,7 +257,7 @@ every_module = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 both_ways = pytest.mark.parametrize("parallel", [False, True], ids=["after", "beside"])
 
 
-def extended(case: CallCase, net: nn.Module, **settings: Any) -> Any:
+def wrapped(case: CallCase, net: nn.Module, **settings: Any) -> Any:
     """`net`, with a bottleneck of width 3 at the place of the case."""
     enable_fine_tuning(
         net, BottleneckFineTuningStrategy(3, after=case.after, **case.settings, **settings)

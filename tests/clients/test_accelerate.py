@@ -172,7 +172,7 @@ class Tied(nn.Module):
     ("net", "strategy", "message"),
     [
         (Tied, LoRAAllFineTuningStrategy(rank=1), r"\['head'\] have the delta of a tied tensor"),
-        (made, BottleneckFineTuningStrategy(2, after=mc_path("0")), r"\['0'\] are extended"),
+        (made, BottleneckFineTuningStrategy(2, after=mc_path("0")), r"\['0'\] are wrapped"),
     ],
 )
 def test_what_cannot_be_fetched_by_module_is_refused(

@@ -82,10 +82,10 @@ def _merge_copies(net: nn.Module) -> None:
     refuse(AdaptationError, NOT_MERGED, problems)
     for module in net.modules():
         if module not in staying:
-            extensions = vars(module).pop("_gift_forwards", None)  # they stay
+            wrappers = vars(module).pop("_gift_forwards", None)  # they stay
             release_tensors(module)
-            if extensions is not None:
-                vars(module)["_gift_forwards"] = extensions
+            if wrappers is not None:
+                vars(module)["_gift_forwards"] = wrappers
         for holder in (module._parameters, module._buffers):
             holder.update({n: instead[id(t)] for n, t in holder.items() if id(t) in instead})
         if "_gift_mode" in vars(module):

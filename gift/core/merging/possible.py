@@ -39,10 +39,10 @@ def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:
         net: the network.
         losses: receives, for each quantised weight, the error of quantising it with its delta.
     """
-    for path, _, extension in named_forward_deltas(net):
-        if extension.names:
+    for path, _, wrapper in named_forward_deltas(net):
+        if wrapper.names:
             where = path or "the network"
-            yield f"{where} is extended by {extension.method}, which changes no weight"
+            yield f"{where} is wrapped by {wrapper.method}, which changes no weight"
     for path, module in net.named_modules():
         values = effective(module)
         yield from without_values(path, module, values)

@@ -14,7 +14,7 @@ def effective(module: nn.Module) -> dict[str, Tensor]:
 
     A tied tensor whose delta is held by another module is reported for that module.
     """
-    own = {t: a for t, a in weight_deltas(module).items() if a.owner is None or a.follows}
+    own = {t: a for t, a in weight_deltas(module).items() if a.owner is None or a.bias_of}
     own = {t: a for t, a in own.items() if a.layout is not None}  # None for lazy tensors
     return {t: trained_value(a, module, present_tensor(module, t)) for t, a in own.items()}
 

@@ -193,7 +193,7 @@ def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
         if weights:
             first = deltas[weights[0]]
             delta = WeightDelta(method=first.method, options=first.options, owner=module)
-            delta.follows = weights
+            delta.bias_of = weights
             install(module, bias, delta)
             delta.link_to_weights(module, bias)
 

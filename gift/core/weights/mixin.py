@@ -138,7 +138,7 @@ class AdaptedModule(DeltaModule):
         finally:
             del vars(self)["_gift_loading"]
         for tensor in changed:
-            self._gift_weights[tensor].follow(self, tensor)
+            self._gift_weights[tensor].rederive(self, tensor)
         self._gift_note_sources()
 
     def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:

@@ -30,7 +30,7 @@ class WeightDelta(Delta):
         options: the choice of layouts.
         asked: the method as requested, before it was fitted; None if it is not fitted.
         layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
-        follows: for a bias, the weights of the module to whose outputs it is added. The bias uses
+        bias_of: for a bias, the weights of the module to whose outputs it is added. It uses
             their delta, and the module is its owner.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
         memory: a weak reference to the effective weight that was read last.
@@ -41,7 +41,7 @@ class WeightDelta(Delta):
     options: LayoutOptions = field(kw_only=True)
     asked: Method | None = None
     layout: Layout | None = None
-    follows: tuple[str, ...] = ()
+    bias_of: tuple[str, ...] = ()
     reads_alike: bool = True
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
     source: "_Source | None" = field(default=None, compare=False, repr=False)
@@ -167,7 +167,7 @@ class WeightDelta(Delta):
 
     def reset(self, module: nn.Module, key: str) -> None:
         """Give the delta its initial values, and a shape if it is lazy."""
-        if self.follows:
+        if self.bias_of:
             self.link_to_weights(module, key)
             return
         if self.owner is not None:
@@ -190,7 +190,7 @@ class WeightDelta(Delta):
 
     def link_to_weights(self, module: nn.Module, bias: str) -> None:
         """Use the names, layout and method of the weights' deltas for a bias."""
-        deltas = [weight_deltas(module)[weight] for weight in self.follows]
+        deltas = [weight_deltas(module)[weight] for weight in self.bias_of]
         several = len(deltas) > 1
         self.names = {
             f"{key}.{i}" if several else key: name
@@ -210,7 +210,7 @@ class WeightDelta(Delta):
             made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
         return {self.names.get(key, key): contiguous(value) for key, value in made.items()}
 
-    def follow(self, module: nn.Module, tensor: str) -> None:
+    def rederive(self, module: nn.Module, tensor: str) -> None:
         """Derive parameters again after the frozen tensor got new values.
 
         These are the parameters that are never saved and, while the delta has no effect yet, all of

@@ -109,7 +109,7 @@ def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, W
         for tensor, delta in deltas_of(module).items():
             where = f"{path}.{tensor}".lstrip(".")
             if not isinstance(delta, WeightDelta):
-                problems.append(f"{where}: such files cannot extend calls")
+                problems.append(f"{where}: such files cannot hold wrapped forward passes")
             elif delta.owner is not None:
                 problems.append(f"{where} shares the delta of another tensor; in such files each "
                                 "layer has its own")  # fmt: skip

@@ -33,7 +33,7 @@ PROMPT_OPTIONS = frozenset({
 def is_prompted(network: nn.Module) -> bool:
     """Whether virtual tokens are the only wrapped forwards of a network."""
     found = list(named_forward_deltas(network))
-    return bool(found) and all(extension.method.name == "prompt" for *_, extension in found)
+    return bool(found) and all(wrapper.method.name == "prompt" for *_, wrapper in found)
 
 
 def write_prompt(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
@@ -56,9 +56,9 @@ def _model_incompatibilities(network: nn.Module) -> Iterator[str]:
 
 
 def _tokens(network: nn.Module) -> Tensor | None:
-    for _, module, extension in named_forward_deltas(network):
-        if isinstance(extension.method, VirtualTokens):
-            return extension.tensors(module)["tokens"]
+    for _, module, wrapper in named_forward_deltas(network):
+        if isinstance(wrapper.method, VirtualTokens):
+            return wrapper.tensors(module)["tokens"]
     return None
 
 

@@ -80,8 +80,8 @@ def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]
             problems.append("PEFT cannot train virtual tokens along with anything else")
         return write_prompt(network, problems)
     problems += [
-        f"{path or 'the network'}: PEFT has no counterpart for {extension.method}"
-        for path, _, extension in named_forward_deltas(network)
+        f"{path or 'the network'}: PEFT has no counterpart for {wrapper.method}"
+        for path, _, wrapper in named_forward_deltas(network)
     ]
     form = _form_of(items, problems)
     if form is None:
@@ -132,7 +132,7 @@ def _adapted_tensors(network: nn.Module, problems: list[str]) -> Iterator[Adapte
         names.setdefault(id(module), []).append(path)
     for path, module in network.named_modules():
         for tensor, delta in weight_deltas(module).items():
-            if delta.follows:
+            if delta.bias_of:
                 continue
             item = AdaptedTensor(path, module, tensor, delta, _attention_of(network, path, tensor))
             found = list(_incompatibilities(network, item))
