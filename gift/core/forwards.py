@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from gift.core.delta import Delta, DeltaModule, add_tensor, has_attribute, put_values
 from gift.core.dynamic_class import Generated, Spec, change_class, plain_class
 from gift.errors import AdaptationError
+from gift.layers.blocks import fuses_layers, nests_batches
 from gift.methods.settings import Configured, dtype_of
 from gift.private.torch.tracing import is_compiled_by_old
 
@@ -216,7 +217,7 @@ def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, A
             return super(generated, self).generate(*args, **kwargs)
 
         namespace["generate"] = generate
-    nesting = [NestingEncoder] if issubclass(plain, nn.TransformerEncoder) else []
+    nesting = [NestingEncoder] if nests_batches(plain) else []
     return [WrappedModule, *nesting], namespace
 
 
@@ -267,7 +268,7 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
     # Fused kernels compute a whole block without calling its submodules, unless these have hooks.
     # An encoder layer gets no hook: the wrapper calls the layer itself, which may use its own
     # kernel.
-    if not isinstance(module, nn.TransformerEncoderLayer):
+    if not fuses_layers(module):
         module.register_forward_hook(_seen)
     change_class(module, wrapped=True)
 
@@ -301,7 +302,7 @@ def named_forward_deltas(
 def settle_modules_around(network: nn.Module) -> None:
     """Generate classes for modules around wrapped ones: encoders (`NestingEncoder`), generators."""
     for module in network.modules():
-        concerned = isinstance(module, nn.TransformerEncoder) or _generates(type(module))
+        concerned = nests_batches(type(module)) or _generates(type(module))
         if concerned and any(True for _ in named_forward_deltas(module)):
             module.__dict__.setdefault("_gift_forwards", {})
             change_class(module, wrapped=True)

@@ -18,7 +18,7 @@ from gift.core.dynamic_class import plain_class
 from gift.core.iterator import ModuleIterator, Site
 from gift.core.raw_parameters import is_experts
 from gift.factories.serializable import Recorded, bind, recorded
-from gift.layers.table import FAMILIES, LAYERS, is_norm, row_of
+from gift.layers.table import FAMILIES, LAYERS, family_of, is_norm, reader_of, row_of
 
 Names = str | Iterable[str] | None
 Test = Callable[..., bool]
@@ -193,8 +193,7 @@ def mc_layer(*families: str) -> Check:
         raise ValueError(f"unknown families {unknown}, expected some of {list(FAMILIES)}")
 
     def test(*place: Any) -> bool:
-        row = row_of(plain_class(type(Site(*place).module)))
-        return row is not None and (not families or row.family in families)
+        return family_of(Site(*place).module) in (families or FAMILIES)
 
     return Check(test)
 
@@ -252,7 +251,7 @@ def mc_last(number: int, within: str = "") -> Check:
             container = network.get_submodule(within)
         except AttributeError as error:
             raise ValueError(f"there is no module {within!r} to take blocks from") from error
-        blocks = [entry[3] for entry in ModuleIterator(container, within)]
+        blocks = [module for *_, module, _ in ModuleIterator(container, within)]
         blocks = [block for block in blocks if next(nn.Module.parameters(block), None) is not None]
         if number > len(blocks):
             raise ValueError(
@@ -278,14 +277,18 @@ def mc_last_linear() -> Check:
 
 def last_linear(network: nn.Module) -> tuple[str, nn.Module | None]:
     """Return path and module of the last linear layer in registration order, or None."""
-    packed = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
-    layers = [(n, m) for n, m in network.named_modules() if _is_linear(m) and id(m) not in packed]
+    read = {  # by an attention, which never calls them
+        id(child)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+        if reader_of(parent, name) is not None
+    }
+    layers = [
+        (path, module)
+        for path, module in network.named_modules()
+        if family_of(module) == "linear" and id(module) not in read
+    ]
     return layers[-1] if layers else ("", None)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    row = row_of(type(module))
-    return row is not None and row.family == "linear"
 
 
 def _parameter_test(test: Callable[[Site], bool]) -> Check:

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gift.layers.layouts import (
     Layout,
@@ -259,6 +260,14 @@ NORMS: tuple[NormRow, ...] = (
 )
 
 
+_NO_LAYERS = (ParametrizationList, nn.PReLU)
+
+
+def is_part_of_layer(module: nn.Module) -> bool:
+    """Whether a module has parameters and is not a layer: parametrizations, activations."""
+    return isinstance(module, _NO_LAYERS)
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm layer of torch, or of a subclass of one."""
     return any(isinstance(module, row.kind) for row in NORMS)
@@ -285,6 +294,12 @@ def forwards_of(*operations: Operation) -> list[str]:
 
 
 FAMILIES = tuple(dict.fromkeys(row.family for row in LAYERS))
+
+
+def family_of(module: nn.Module) -> str:
+    """The family of a layer, as `mc_layer` takes it; "" if its type has no row."""
+    row = row_of(type(module))
+    return "" if row is None else row.family
 
 
 def _names(patterns: tuple[str, ...], name: str) -> bool:

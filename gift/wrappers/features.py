@@ -3,17 +3,16 @@
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from gift.core.dynamic_class import plain_class
 from gift.errors import AdaptationError
-from gift.layers.table import Features, known_features
+from gift.layers.table import Features, is_part_of_layer, known_features
 from gift.support.tensors import is_inexact
 
 
 def _layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers in `module` in registration order: known, or with parameters."""
-    if isinstance(module, ParametrizationList | nn.PReLU):
+    if is_part_of_layer(module):
         return
     inside = [part for name, child in module.named_children()
               for part in _layers(child, f"{path}.{name}".strip("."))]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
+from gift.layers.blocks import takes_two_sequences
 from gift.methods.settings import flag, setting, whole
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.features import inputs_of, weight_beside
@@ -64,7 +65,7 @@ class Prompt(ForwardMethod):
 
     def fit(self, module: nn.Module) -> Self:
         """Return the method with the order of the module's axes."""
-        if isinstance(module, nn.Transformer):
+        if takes_two_sequences(module):
             raise AdaptationError("it takes two sequences: wrap its encoder or its decoder")
         if self.batch_first is not None:
             return self

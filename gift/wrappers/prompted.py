@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
+from gift.layers.table import family_of
 from gift.methods.settings import flag, whole
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import is_tuples
@@ -18,7 +19,7 @@ from gift.wrappers.tensors import with_all_changed, with_items
 from gift.wrappers.understood import Understood, continuing
 
 
-def embedding_of(module: Any) -> nn.Embedding | None:
+def embedding_of(module: Any) -> Any:
     """Return the token embedding of a model in the style of transformers, or None."""
     if not hasattr(module, "get_input_embeddings"):
         return None
@@ -26,7 +27,11 @@ def embedding_of(module: Any) -> nn.Embedding | None:
         found = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         found = getattr(module, "embed_tokens", None)  # encoders of old versions have only this
-    return found if isinstance(found, nn.Embedding) else None
+    return found if _is_embedding(found) else None
+
+
+def _is_embedding(module: Any) -> bool:
+    return isinstance(module, nn.Module) and family_of(module) == "embedding"
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,8 @@ class OfModel(ForwardMethod):
 class VirtualTokens(OfModel):
     """Wraps the embedding: looks up the ids from -1 downwards in ``tokens (n, dim)``."""
 
-    def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
+    def init_parameters(self, module: Any) -> dict[str, Tensor]:
         """Return the embeddings of random entries of the vocabulary, as in the paper."""
-        assert isinstance(module, nn.Embedding)
         n, entries = self.num_virtual_tokens, module.num_embeddings
         chances = torch.ones(entries)
         if module.padding_idx is not None and entries > 1:
@@ -166,7 +170,7 @@ class PromptedModel(OfModel):
 
 
 def _pooled(module: Any, pooler: nn.Module, hidden: Tensor) -> Tensor:
-    if not isinstance(pooler, nn.Linear):
+    if family_of(pooler) != "linear":
         return pooler(hidden)
     activation = getattr(module, "pooler_activation", None) or module.activation
     return activation(pooler(hidden[:, 0]))
@@ -204,7 +208,7 @@ def _positions(module: Any) -> tuple[int, int | None]:
     if not isinstance(limit, int) or limit < 1:  # XLNet has -1
         return 0, None
     words = embedding_of(module)
-    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    tables = [part for part in module.modules() if _is_embedding(part)]
     padding = [table.padding_idx for table in tables
                if table.num_embeddings == limit and table is not words]  # fmt: skip
     # In RoBERTa and similar models, positions start after the padding index.

@@ -8,7 +8,6 @@ behaves like any tensor, and results computed from it are plain tensors.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType
 from typing import Any
 
 import torch
@@ -16,14 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.fused import note_copy
+from gift.layers.blocks import FORWARDS_THAT_ASK
 from gift.private.torch.tensors import OVERRIDES_NOTHING, as_plain_tensors, can_guard, writes_of
-
-# torch's encoder layers disable their fast path for weights that override torch functions. They
-# never write into weights, so tell them that nothing is overridden.
-_ASKING: frozenset[CodeType] = frozenset(
-    cls.forward.__code__
-    for cls in (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
-)
 
 # The compiler must see a weight that is an argument of a function as a plain tensor.
 _COMPILER = ("torch._dynamo", "torch._subclasses", "torch._functorch")
@@ -42,7 +35,10 @@ class _Overriding:
         # Do not keep the current frame in a variable: it would refer to itself, and so keep the
         # tensor alive until the next garbage collection.
         frame: Any = inspect.currentframe().f_back  # type: ignore[union-attr]
-        if frame.f_code in _ASKING or frame.f_globals.get("__name__", "").startswith(_COMPILER):
+        # Encoder layers never write into weights. They are told that nothing is overridden, since
+        # they disable their fast path otherwise.
+        asks = frame.f_code in FORWARDS_THAT_ASK
+        if asks or frame.f_globals.get("__name__", "").startswith(_COMPILER):
             return OVERRIDES_NOTHING
         return _answer
 

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,13 @@ class KohyaReport(Report):
         """Return totals, what each cap matched, and what was left in the file."""
         others = [f"{number} tensors of {prefix}..." for prefix, number in self.left.items()]
         return super().summary() + (f"\nleft in the file: {', '.join(others)}" if others else "")
+
+
+class _Located(NamedTuple):
+    """A module of a network, and its path there."""
+
+    path: str
+    module: nn.Module
 
 
 def load_kohya(
@@ -141,30 +149,32 @@ def _targets(
     names: list[str],
     rename: Callable[[str], str] | None,
     problems: list[str],
-) -> dict[str, tuple[str, nn.Module]]:
-    """Return the path and layer in the network for each layer name in the file."""
-    known: dict[str, dict[int, tuple[str, nn.Module]]] = {}
+) -> dict[str, _Located]:
+    """Return the layer in the network for each layer name in the file."""
+    known: dict[str, dict[int, _Located]] = {}
     paths: dict[int, str] = {}
     for path, module in net.named_modules(remove_duplicate=False):
         first = paths.setdefault(id(module), path)
-        known.setdefault(flat(path), {})[id(module)] = first, module
-    targets: dict[str, tuple[str, nn.Module]] = {}
+        known.setdefault(flat(path), {})[id(module)] = _Located(first, module)
+    targets: dict[str, _Located] = {}
     claimed: dict[str, str] = {}
     absent = []
     for name in names:
         path = flat(rename(name) if rename else name)
-        places = list(known.get(path, known.get(elsewhere(net, path), {})).values())
-        layers = [place for place in places if is_layer(place[1])]
-        if not places:
+        found = list(known.get(path, known.get(elsewhere(net, path), {})).values())
+        layers = [one for one in found if is_layer(one.module)]
+        if not found:
             absent.append(name)
         elif len(layers) > 1:
-            same = " and ".join(path for path, _ in layers)
+            same = " and ".join(layer.path for layer in layers)
             problems.append(f"{name} may be {same}: their names differ by dots alone")
         elif not layers:
-            problems.append(f"{name} is a {type(places[0][1]).__name__}; such files are for linear "
-                            "layers and convolutions")  # fmt: skip
-        elif (other := claimed.setdefault(layers[0][0], name)) != name:
-            problems.append(f"{other} and {name} are the same layer, {layers[0][0]}")
+            kind = type(found[0].module).__name__
+            problems.append(
+                f"{name} is a {kind}; such files are for linear layers and convolutions"
+            )
+        elif (other := claimed.setdefault(layers[0].path, name)) != name:
+            problems.append(f"{other} and {name} are the same layer, {layers[0].path}")
         else:
             targets[name] = layers[0]
     original = sorted(name for name in absent if _ORIGINAL.match(name))

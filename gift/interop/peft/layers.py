@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.record import WeightDelta
+from gift.layers.blocks import fuses_layers
 from gift.layers.table import operation_of, reader_of
 
 # What PEFT has adapters for; of bitsandbytes' layers only the linear ones.
@@ -120,4 +121,4 @@ def is_passed_by(network: nn.Module, path: str) -> bool:
     """Whether a layer is inside a torch encoder layer, whose fast path ignores adapters."""
     parts = path.split(".")
     parents = (network.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
-    return any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents)
+    return any(map(fuses_layers, parents))
