@@ -301,6 +301,41 @@ def test_trained_values_and_buffers_are_summed() -> None:
     assert all(torch.equal(value, base[name]) for name, value in net.state_dict().items())
 
 
+def test_a_sum_trains_what_its_terms_train_whether_or_not_it_has_moved() -> None:
+    """Else a later step would leave it frozen, and states of two sums would not fit each other."""
+    net, x = normed().eval(), torch.randn(8, 6).double()
+    bank = DeltaBank(net)
+    bank.add("a", strategy=NormFineTuningStrategy())
+    add(bank, "b", by("lora"))
+    own = ["1.weight", "1.bias"]
+    bank.combine({"a": 1.0, "b": 1.0})
+    bank.activate("b")
+    expected = net(x)
+    bank.activate("combined")
+    assert torch.equal(net(x), expected)
+    assert {*own} < {name for name, p in net.named_parameters() if p.requires_grad}
+    net(x).square().sum().backward()
+    assert all(net[1].get_parameter(name).grad.abs().max() > 0 for name in ("weight", "bias"))
+    base = net[1].weight.detach().clone()
+    with torch.no_grad():
+        net[1].weight += 1
+    bank.activate(None)
+    assert torch.equal(net[1].weight, base)
+
+
+def test_of_a_weight_that_one_trains_whole_the_change_of_another_is_added_to_it() -> None:
+    """Though the first has not moved it."""
+    bank = DeltaBank(normed())
+    bank.add("a", strategy=FullFineTuningStrategy())
+    add(bank, "b", by("lora"))
+    names = ["0.weight", "3.weight", "1.weight"]
+    expected = differences(bank, names)["b"]
+    assert bank.combine({"a": 1.0, "b": 1.0}).ranks == {}
+    made = differences(bank, names)["combined"]
+    for name in names:
+        close(made[name], expected[name])
+
+
 def test_a_weight_that_one_trains_whole_and_another_adapts_without_factors() -> None:
     bank = DeltaBank(normed())
     add(bank, "a", FullFineTuningStrategy())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gift.core.dynamic_class import joined
 from gift.core.forwards import named_forward_deltas
 from gift.core.record import record_of
+from gift.core.trained import named_trainable
 from gift.core.undo.snapshot import transaction
 from gift.core.undo.undo import tensor_of
 from gift.core.undo.unload import UnloadedDelta
@@ -59,7 +60,8 @@ class Changes:
     Args:
         weights: changes of weights, by the path of the weight.
         tied: paths of further tensors that read one of these deltas.
-        values: the network's own trained parameters and buffers, with base and present values.
+        values: the network's own parameters that are trained, whether or not they have moved, and
+            buffers that have; with base and present values.
         foreign: descriptions of all other changes.
     """
 
@@ -98,9 +100,11 @@ def _read(net: Any, dense: bool) -> Changes:
             else:
                 whole = first.get(id(module._parameters.get(tensor)), name)
                 found.weights[name] = _change(whole, module, tensor, delta, dense)
+    trained = {id(parameter) for _, parameter in named_trainable(net)}
     for module, name, base in record_of(net).undo.values:
-        now = tensor_of(module, name).detach()
-        if id(module) in paths and not torch.equal(now, base):
+        own = tensor_of(module, name)
+        now = own.detach()
+        if id(module) in paths and (id(own) in trained or not torch.equal(now, base)):
             found.values[joined(paths[id(module)], name)] = module, name, base, now.clone()
     return found
 
@@ -137,6 +141,11 @@ def _difference(module: nn.Module, tensor: str, delta: WeightDelta) -> Tensor:
     frozen = wide(dequantised(present_tensor(module, tensor).detach(), module))
     assert delta.layout is not None
     return delta.layout.to_matrix(trained_value(delta, module, frozen) - frozen)
+
+
+def moved_values(changes: Changes) -> Iterator[str]:
+    """Return the names of the network's own parameters and buffers that have other values."""
+    return (name for name, (*_, base, now) in changes.values.items() if not torch.equal(now, base))
 
 
 def trained_values(changes: Changes) -> Iterator[str]:

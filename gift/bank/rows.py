@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.bank.changes import Change, Changes, changes_of
+from gift.bank.changes import Change, Changes, changes_of, moved_values
 from gift.bank.places import SAME, Lost, One, Place, Rows, everywhere
 from gift.bank.tracking import Hook, Tracking
 from gift.core.dynamic_class import plain_class
@@ -61,7 +61,7 @@ def _layers(
     parents = {id(c): (parent, n) for parent in net.modules() for n, c in parent.named_children()}
     for name, changes in read.items():
         problems += [f"{name}: {what}" for what in changes.foreign]
-        problems += [f"{name}: {path} has a value of its own" for path in changes.values]
+        problems += [f"{name}: {path} has a value of its own" for path in moved_values(changes)]
         for path, change in _all_changes(changes).items():
             why = _unfit(change, parents.get(id(change.module)))
             if why:

@@ -59,7 +59,7 @@ class Delta:
         place: what is trained in place, and buffers: values while it is away.
         base: the same in the base, while it is on the network.
         hidden: buffers that no state has, for each adapted tensor, while it is away.
-        changes: by how much it must change tensors of the base, where its own are not known.
+        changes: by how much it must change parameters of the base, where its own are not known.
         made: whether it is a sum of others.
         late: parameters of the base that a schedule unfroze.
         more: others of the base that a state had.
@@ -318,13 +318,14 @@ class Sequences(RuleBasedStateMachine):
         self.values |= {n: as_dtype(v, self.dtype) for n, v in delta.place.items()}
         if delta.changes is not None:
             expected = {n: before[n].detach() + change for n, change in delta.changes.items()}
+            expected |= {n: v for n, v in delta.place.items() if n in self.shape.buffers}
             self.meet(delta, expected)
 
     def meet(self, delta: Delta, expected: Values) -> None:
         """Take what the network has for a delta, which must give these tensors."""
         self.adopt(delta)
         plan, delta.changes = delta.plan, None
-        self.values |= {n: self.found(n).detach().clone() for n in plan.in_place}
+        self.values |= {n: self.found(n).detach().clone() for n in delta.in_place}
         for kind in ("matrices", "filters", "outputs") if delta.made else ():
             delta.kind = kind
             with contextlib.suppress(RuntimeError, AssertionError):
@@ -630,6 +631,8 @@ class Sequences(RuleBasedStateMachine):
         plainly = chance.random() < 0.5
         assert self.active is not None
         state = {k: v.clone() for k, v in self.net.state_dict().items()}
+        if state.keys() >= self.shape.names.keys():
+            return  # all is trained in place: to another delta, it is a checkpoint of a base
         held = self.net.state_dict() if not plainly else state
         for key, value in state.items():
             held[key] = value
@@ -894,7 +897,7 @@ class Sequences(RuleBasedStateMachine):
         elif delta is self.active:
             self.meet(delta, {n: base[n] + change for n, change in changes.items()})
         else:
-            delta.changes = changes
+            delta.changes = {n: c for n, c in changes.items() if n not in buffers}
 
     @operation(lambda self: is_known(self) and self.named(), weight=2)
     def combine(self, chance: random.Random) -> None:
@@ -903,11 +906,11 @@ class Sequences(RuleBasedStateMachine):
         named = self.named()
         names = chance.sample(list(named), min(len(named), chance.choice([1, 2])))
         weights, plans = dict(zip(names, factors, strict=False)), [named[n].plan for n in names]
-        moved = sorted({name for n in names for name in self.moved_in_place(named[n])})
+        whole = sorted({name for n in names for name in self.trained_in_place(named[n])})
         adapted = dict.fromkeys(path for plan in plans for path in plan.adapted)
         parts = {path: {self.shape.names[n] for n in self.shape.weights(path)} for path in adapted}
         if any(plan.still for plan in plans) or any(
-            own & {*moved} and own - {*moved} for own in parts.values()
+            own & {*whole} and own - {*whole} for own in parts.values()
         ):
             return
         name = self.new_name()
@@ -921,18 +924,17 @@ class Sequences(RuleBasedStateMachine):
             return
         self.bank.combine(weights, name)
         self.uncovered()
-        left = tuple(path for path in adapted if parts[path].isdisjoint(moved))
+        left = tuple(path for path in adapted if parts[path].isdisjoint(whole))
         plan = Plan(self.shape, "lora" if left else None, left, (), None, still=False)
-        delta = Delta(plan, {}, {}, changes=sums, made=True, late=moved)
+        place = {n: self.base()[n].double() + sums.pop(n)  # of statistics, as they are now
+                 for n in self.shape.buffers if n in sums}  # fmt: skip
+        delta = Delta(plan, {}, {}, place, changes=sums, made=True, late=whole)
         delta.flags = dict.fromkeys(delta.chosen, True)
         self.away[name] = delta
 
-    def moved_in_place(self, delta: Delta) -> list[str]:
-        """The parameters of the base that it gives other values."""
-        place, base = self.as_away(delta).place, self.base()
-        names = [n for n in delta.in_place if n not in self.shape.buffers]
-        return [n for n in names if place[n].shape != base[n].shape
-                or not torch.equal(as_dtype(place[n], self.dtype), base[n])]  # fmt: skip
+    def trained_in_place(self, delta: Delta) -> list[str]:
+        """The parameters of the base that it trains, whether or not they have moved."""
+        return [n for n in delta.in_place if n not in self.shape.buffers]
 
     def sum_of_changes(self, weights: Mapping[str, float]) -> Values:
         sums: Values = {}
