@@ -1,44 +1,68 @@
-"""Break a sample of the mechanism, one place at a time, and run the tests of the part.
+"""Break a sample of the mechanism, one place at a time, and run the tests that reach it.
 
-``python -m tests.mutation 120 --seed 0`` takes an hour of one core. Each mutant is a process that
-is forked once torch is there; it compiles the one module from a changed tree, so that no file is
-written, and nothing that imports gift was loaded before.
+``python -m tests.mutation 120 --seed 0`` takes an hour of one core. First, all tests of the parts
+run once, to see which functions each calls. Each mutant is a process that is forked once the
+libraries are there; it compiles the one module from a changed tree, so that no file is written,
+and nothing that imports gift was loaded before. It runs the tests of its part that call its
+function, the quickest first, up to the first that fails.
 """
 
 import argparse
+import contextlib
+import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.mutation.calls import Called, Chosen, Recorder, read
 from tests.mutation.mutants import Mutant, mutants, mutated
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PARTS: dict[str, list[str]] = tomllib.loads((HERE / "parts.toml").read_text())
 EQUIVALENT: dict[str, str] = tomllib.loads((HERE / "equivalent.toml").read_text())
-LONGEST = 600  # seconds for the tests of one mutant, which may never end
+SPARE = 60  # seconds that tests of a mutant may take beyond five times their own
 
 
-def tests_of(module: str) -> list[str]:
+def files_for(module: str) -> list[str]:
     """The files of tests for a module: those of the longest path that it is below."""
-    return PARTS[max((part for part in PARTS if module.startswith(part)), key=len)]
+    return PARTS[max((part for part in PARTS if is_below(module, part)), key=len)]
 
 
-def all_mutants() -> list[Mutant]:
-    files = sorted({path for part in PARTS for path in _files(ROOT / part)})
-    return [one for path in files
-            for one in mutants(str(path.relative_to(ROOT)), path.read_text())]  # fmt: skip
+def is_below(module: str, part: str) -> bool:
+    return module == part or module.startswith(f"{part}/")
+
+
+def modules() -> list[str]:
+    """The paths of all modules of the mechanism."""
+    found = {path for part in PARTS for path in _files(ROOT / part)}
+    return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 def _files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def all_mutants() -> list[Mutant]:
+    return [one for path in modules() for one in mutants(path, (ROOT / path).read_text())]
+
+
+def chosen(mutant: Mutant, calls: Mapping[str, Called]) -> list[str]:
+    """The tests of the part that call its function, the quickest first; all, if none does."""
+    files = {*files_for(mutant.module)}
+    own = [name for name in calls if name.partition("::")[0] in files]
+    reached = [name for name in own if mutant.function in calls[name].functions]
+    return sorted(reached or own, key=lambda name: calls[name].seconds)
 
 
 class Loader(importlib.machinery.SourceFileLoader):
@@ -67,71 +91,78 @@ class Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(fullname, self.path, loader=loader)
 
 
-def run(mutant: Mutant | None, tests: list[str]) -> str:
+def run(mutant: Mutant | None, files: Sequence[str], plugin: Any, longest: float) -> str:
     """Run tests in a process of their own, and say how it ends: "killed", "survived", "timeout"."""
     child = os.fork()
     if child == 0:
-        _run_here(mutant, tests)
+        _run_here(mutant, files, plugin)
     began, status = time.monotonic(), None
     while status is None:
         done, ended = os.waitpid(child, os.WNOHANG)
         if done:
             status = ended
-        elif time.monotonic() - began > LONGEST:
+        elif time.monotonic() - began > longest:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return "timeout"
         else:
-            time.sleep(0.2)
+            time.sleep(0.1)
     return "survived" if status == 0 else "killed"
 
 
-def _run_here(mutant: Mutant | None, tests: list[str]) -> None:
+def _run_here(mutant: Mutant | None, files: Sequence[str], plugin: Any) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
     if mutant is not None:
         sys.meta_path.insert(0, Finder(mutant))
+        options.append("-x")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    options = [
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--no-header",
-        "-W",
-        "ignore",
-    ]
     try:
         import pytest
 
-        os._exit(int(pytest.main([*options, *tests])))
+        os._exit(int(pytest.main([*options, *files], plugins=[plugin])))
     except BaseException:
         os._exit(70)
+
+
+def calls_of(files: Sequence[str], path: Path) -> dict[str, Called]:
+    """What the tests of files call, and in this process all libraries that they import."""
+    if not path.is_file():
+        run(None, files, Recorder(ROOT, path), longest=7200)
+    calls, failed, libraries = read(path)
+    for name in failed:
+        print(f"left out, as it fails without any change: {name}")
+    for name in libraries:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    return calls
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("count", type=int, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="text of the mutants to choose from")
+    parser.add_argument("--calls", type=Path, help="file that keeps which test calls what")
     given = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "GIFT_EXAMPLES": "20", "HF_HUB_OFFLINE": "1"}
-    import hypothesis.stateful  # noqa: F401 - forked processes have what is loaded here
-    import safetensors.torch  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
-    every = all_mutants()
+    every = [one for one in all_mutants() if given.only in str(one)]
     sample = random.Random(given.seed).sample(every, min(given.count, len(every)))
-    for tests in {tuple(tests_of(one.module)) for one in sample}:
-        if (how := run(None, list(tests))) != "survived":
-            sys.exit(f"{tests} fail without any change ({how})")
+    files = sorted({test for one in sample for test in files_for(one.module)})
+    with tempfile.TemporaryDirectory() as folder:
+        calls = calls_of(files, given.calls or Path(folder) / "calls.json")
     print(f"{len(sample)} of {len(every)} mutants", flush=True)
     counts = {"killed": 0, "survived": 0, "timeout": 0, "equivalent": 0}
     for one in sample:
-        how = run(one, tests_of(one.module))
+        names = chosen(one, calls)
+        own = list(dict.fromkeys(name.partition("::")[0] for name in names))
+        longest = SPARE + 5 * sum(calls[name].seconds for name in names)
+        how = run(one, own, Chosen(names), longest)
         if how == "survived" and equivalent(one):
             how = "equivalent"
         counts[how] += 1

@@ -29,6 +29,7 @@ class Mutant:
         text: the line.
         what: what is changed.
         number: of the change, in the order of `changes`.
+        function: the innermost one around it, as "path: qualified name".
     """
 
     module: str
@@ -36,16 +37,37 @@ class Mutant:
     text: str
     what: str
     number: int
+    function: str
 
     def __str__(self) -> str:
         return f"{self.module}:{self.line}: {self.what}: {self.text}"
 
 
 def mutants(module: str, source: str) -> list[Mutant]:
-    lines = source.splitlines()
-    found = enumerate(changes(ast.parse(source)))
-    return [Mutant(module, node.lineno, lines[node.lineno - 1].strip(), what, number)
-            for number, (node, what, _) in found]  # fmt: skip
+    lines, tree = source.splitlines(), ast.parse(source)
+    inside = _functions(tree)
+    found = enumerate(changes(tree))
+    return [Mutant(module, n.lineno, lines[n.lineno - 1].strip(), what, number,
+                   f"{module}: {inside[id(n)]}") for number, (n, what, _) in found]  # fmt: skip
+
+
+def _functions(tree: ast.Module) -> dict[int, str]:
+    """For each node inside of functions, by its id, the qualified name of the innermost one."""
+    found: dict[int, str] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                name = f"{prefix}{child.name}"
+                found.update((id(n), name) for part in child.body for n in ast.walk(part))
+                visit(child, f"{name}.<locals>.")
+            else:
+                visit(
+                    child, f"{prefix}{child.name}." if isinstance(child, ast.ClassDef) else prefix
+                )
+
+    visit(tree, "")
+    return found
 
 
 def mutated(source: str, number: int) -> ast.Module:
@@ -67,8 +89,7 @@ def changes(tree: ast.Module) -> Iterator[tuple[Any, str, Edit]]:
     """The nodes of functions that can be changed, what is changed, and what stands there then."""
     skipped = {id(inner) for node in ast.walk(tree) for part in _unread(node)
                for inner in ast.walk(part)}  # fmt: skip
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    inside = {id(n): n for f in functions for part in f.body for n in ast.walk(part)}
+    inside = _functions(tree)
     for node in ast.walk(tree):
         if id(node) in inside and id(node) not in skipped:
             yield from ((node, what, edit) for what, edit in _changes_of(node))
@@ -106,6 +127,10 @@ def _joined(node: ast.BoolOp, values: list[ast.expr]) -> ast.expr:
     return values[0] if len(values) == 1 else ast.BoolOp(node.op, values)
 
 
+def _is_nothing(value: ast.expr | None) -> bool:
+    return value is None or (isinstance(value, ast.Constant) and value.value is None)
+
+
 def _changes_of(node: Any) -> Iterator[tuple[str, Edit]]:
     if isinstance(node, DROPPED):
         yield "dropped", lambda: ast.copy_location(ast.Pass(), node)
@@ -128,5 +153,5 @@ def _changes_of(node: Any) -> Iterator[tuple[str, Edit]]:
         yield f"{not node.value}", _with(node, value=not node.value)
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
         yield f"{node.value + 1}", _with(node, value=node.value + 1)
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and not _is_nothing(node.value):
         yield "None", _with(node, value=ast.Constant(None))

@@ -15,6 +15,7 @@ def least(values: list[int] | None, strict: bool = True) -> int:
     if not found:
         raise ValueError(f"{values} has {len(found) + 1} problems")
     return min(found)
+    return None
 '''
 
 
@@ -28,7 +29,7 @@ def run(number: int, *given: Any) -> Any:
 
 
 def test_each_change_does_what_it_says() -> None:
-    """Annotations, docstrings and texts of errors stay; nothing is changed twice."""
+    """Annotations, docstrings and texts of errors stay; each change is another."""
     found = {(one.line - 1, one.what): one.number for one in mutants("least.py", SOURCE)}
     expected = {
         (3, "dropped"): NameError, (4, "the last left out"): 2, (5, "negated"): 0,
@@ -40,4 +41,14 @@ def test_each_change_does_what_it_says() -> None:
     assert {key for key in found if key[0] in (1, 2)} == set()
     assert {key for key in found if key[0] == 8} == {(8, "dropped")}
     trees = {ast.dump(mutated(SOURCE, number)) for number in found.values()}
-    assert len(trees) == len(found)
+    assert len(trees | {ast.dump(ast.parse(SOURCE))}) == len(found) + 1
+
+
+def test_a_function_is_known_as_python_names_it() -> None:
+    """By that name it is found which tests call it."""
+    source = "class A:\n  def f(self):\n    def g():\n      return 1\n    return g() + 2\n"
+    found = {one.text: one.function for one in mutants("a.py", source) if one.what == "None"}
+    assert found == {"return 1": "a.py: A.f.<locals>.g", "return g() + 2": "a.py: A.f"}
+    scope: dict[str, Any] = {}
+    exec(source, scope)
+    assert scope["A"].f.__code__.co_qualname == "A.f"

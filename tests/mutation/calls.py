@@ -1,0 +1,86 @@
+"""Which test calls which functions of gift, and how long it takes: a plugin of pytest."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+
+class Called(NamedTuple):
+    """What a test does.
+
+    Args:
+        seconds: how long it takes.
+        functions: those that it calls, as "path: qualified name".
+    """
+
+    seconds: float
+    functions: frozenset[str]
+
+
+class Recorder:
+    """Notes the functions below a folder that each test calls, and writes all of it at the end."""
+
+    def __init__(self, root: Path, path: Path) -> None:
+        self.root, self.path = f"{root}/", path
+        self.found: dict[str, Any] = {}
+        self.failed: list[str] = []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        seen: set[Any] = set()
+
+        def call(frame: Any, event: str, argument: Any) -> None:
+            seen.add(frame.f_code)
+
+        began = time.monotonic()
+        threading.settrace(call)
+        sys.settrace(call)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]  # as in its documentation
+            own = {
+                f"{code.co_filename.removeprefix(self.root)}: {code.co_qualname}"
+                for code in seen
+                if code.co_filename.startswith(f"{self.root}gift/")
+            }
+            self.found[item.nodeid] = time.monotonic() - began, sorted(own)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        for name in self.failed:
+            self.found.pop(name, None)
+        modules = [name for name in sys.modules if name.split(".")[0] not in _OWN]
+        whole = {"failed": self.failed, "calls": self.found, "modules": modules}
+        self.path.write_text(json.dumps(whole), encoding="utf-8")
+
+
+_OWN = {"gift", "tests", "conftest", "__main__", "__mp_main__"}
+
+
+def read(path: Path) -> tuple[dict[str, Called], list[str], list[str]]:
+    """The calls of each test, the tests that fail, and the modules that they import."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    calls = {name: Called(s, frozenset(of)) for name, (s, of) in whole["calls"].items()}
+    return calls, whole["failed"], whole["modules"]
+
+
+class Chosen:
+    """Runs chosen tests alone, in their order."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.order = {name: number for number, name in enumerate(names)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        kept = [item for item in items if item.nodeid in self.order]
+        items[:] = sorted(kept, key=lambda item: self.order[item.nodeid])
