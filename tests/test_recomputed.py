@@ -734,6 +734,16 @@ def test_every_method(method: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"dora", "ia3", "boft"}))
+def test_no_method_keeps_inputs_or_weights(method: str) -> None:
+    """Those left out scale outputs, and keep these."""
+    base = nn.Linear(WIDTH, 2 * WIDTH)
+    h = hidden(4000, WIDTH).float().detach().requires_grad_()
+    ours = size(adapted(base, method)(F.gelu(h)), base)
+    frozen = size(base.requires_grad_(False)(F.gelu(h)), base)
+    assert ours <= frozen + h.numel() * 4 / 4, "what is of the size of the delta alone"
+
+
 @pytest.mark.parametrize("method", ["dora", "ia3"])
 @pytest.mark.parametrize("overwritten", [False, True])
 def test_scaled_outputs_are_kept_without_the_input(method: str, overwritten: bool) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gift.kernels.onednn import matmul
-from gift.kernels.recomputed import Ways, keep
+from gift.kernels.recomputed import THIN, Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 
 
@@ -17,7 +17,7 @@ class KroneckerLinear(torch.autograd.Function):
     The features of `x` are viewed as a matrix ``X (c, d)``, and the delta is computed as ``left (w1
     X right^T)^T``, since the rank is the smallest size. For the backward pass it saves the inputs
     as they are given, or what they are computed from (see `gift.kernels.recomputed`), and ``X
-    right^T``. The backward pass is differentiable.
+    right^T`` only if it is small. The backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(..., c * d)``.
@@ -44,7 +44,8 @@ class KroneckerLinear(torch.autograd.Function):
         hidden = _hidden(x, w1, right)
         y.view(-1, len(left)).addmm_(_turned(F.linear(hidden, w1), len(right)), left.mT)
         ctx.kept, tensors = keep(x, len(weight), ways)
-        ctx.save_for_backward(weight, w1, left, right, hidden, *tensors)
+        few = hidden if hidden.numel() * THIN <= x.numel() else None
+        ctx.save_for_backward(weight, w1, left, right, few, *tensors)
         return y
 
     @staticmethod
@@ -53,7 +54,7 @@ class KroneckerLinear(torch.autograd.Function):
         weight, w1, left, right, hidden, *tensors = ctx.saved_tensors
         x = ctx.kept.value(tensors)
         rank = len(right)
-        if torch.is_grad_enabled():  # the saved tensor has no graph
+        if hidden is None or torch.is_grad_enabled():  # the saved tensor has no graph
             hidden = _hidden(x, w1, right)
         flat = g.reshape(-1, g.shape[-1])
         rows = flat.reshape(-1, len(left))

@@ -42,6 +42,11 @@ class Product:
         return out.view(*x.shape[:-1], self.weight.shape[1])
 
     @property
+    def outputs(self) -> int:
+        """The number of output features."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
     def matrix(self) -> Tensor:
         """The frozen matrix, ``(out, in)``."""
         return self.weight.mT if self.transposed else self.weight
@@ -56,6 +61,12 @@ class QuantisedProduct(Product):
         if is_quantised(self.weight):
             return quantised_product(self.weight, self.layer, x, bias)
         return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @property
+    def outputs(self) -> int:
+        """The number of output features, which the packed matrix does not show."""
+        outputs: int = self.layer.out_features  # type: ignore[assignment]
+        return outputs
 
     @property
     def matrix(self) -> Tensor:

@@ -10,11 +10,9 @@ from gift.kernels.conv_as_gemm import Filters, add_product
 from gift.kernels.cost_model import Plan
 from gift.kernels.geometry import Geometry
 from gift.kernels.products import effective, outer, product, scaled
-from gift.kernels.recomputed import Ways, keep
+from gift.kernels.recomputed import THIN, Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch.tracing import is_batched
-
-SMALL = 32  # outputs of filters are saved if they are at most this part of the inputs
 
 
 class LowRankConv(torch.autograd.Function):
@@ -57,7 +55,7 @@ class LowRankConv(torch.autograd.Function):
             filters = filters_of(weight, left, right, geometry, plan)
             hidden = filters(x if dropped is None else dropped)
             add_product(y, left.reshape(len(weight), -1), hidden, scale)
-            if math.prod(hidden.shape[1:]) * SMALL > math.prod(x.shape[1:]):
+            if math.prod(hidden.shape[1:]) * THIN > math.prod(x.shape[1:]):
                 hidden = None
         else:
             y = geometry.apply(x, effective(weight, left, right, scale), bias)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gift.kernels.cost_model import GEMM, MERGE, TOUCH
+from gift.kernels.effective_linear import effective_linear
 from gift.kernels.linear import Product
 
 
@@ -63,6 +64,10 @@ def through_weight(
     bias: Tensor | None,
 ) -> Tensor:
     """Compute ``W' x + bias`` with the effective weight ``W'``."""
+    if type(product) is Product:
+        output = effective_linear(product.layer, x, bias, product.transposed)
+        if output is not None:
+            return output
     matrix = product.matrix
     dtype = method.working_dtype(matrix)
     factors = {key: value.to(dtype) for key, value in parameters.items()}

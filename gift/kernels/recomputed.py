@@ -26,6 +26,7 @@ from gift.private.torch.tracing import is_followed, is_transformed
 
 FEW = 2**14  # elements, below which to look for a way takes longer than their memory is worth
 MANY = 256  # forms of ways to one layer
+THIN = 32  # what a factor makes of an input is saved if it is at most this part of the input
 DEVICES = ("cpu", "cuda", "xpu", "mps")  # others may have no memory that can be compared
 WORK = 30  # multiplications with each element, which a layer does at least for each step of a way
 
@@ -96,6 +97,11 @@ def keep(
     return kept, tensors
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether an input has so few elements that it is kept as it is."""
+    return x.numel() <= FEW
+
+
 def _is_usual(x: Tensor) -> bool:
     """Whether the input has a graph, no one else follows it, and nothing was written to it."""
     return (
@@ -105,7 +111,7 @@ def _is_usual(x: Tensor) -> bool:
         and x.layout is torch.strided
         and x.is_floating_point()
         and x.device.type in DEVICES
-        and x.numel() > FEW
+        and not is_small(x)
         and writes_of(x) == 0
         and not are_packed()
         and not is_followed()

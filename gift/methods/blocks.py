@@ -76,9 +76,3 @@ def rotation_change(upper: Tensor, size: int) -> Tensor:
     # I + Q is always invertible: a check would only make a GPU synchronise.
     turned: Tensor = torch.linalg.solve_ex(one + skew, -2 * skew)[0]
     return turned
-
-
-def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
-    """Multiply rows ``(..., rows, columns)`` by a matrix with these blocks on its diagonal."""
-    parts = rows.unflatten(-1, (-1, blocks.shape[-1]))
-    return torch.einsum("...rni,...nij->...rnj", parts, blocks).flatten(-2)

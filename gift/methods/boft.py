@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError
+from gift.kernels.changed_input import changed, times_blocks
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.rescale import rescaled
 from gift.methods.base import register_method, with_settings
-from gift.methods.blocks import BlockMethod, divisors, rotation_change, times_blocks
+from gift.methods.blocks import BlockMethod, divisors, rotation_change
 from gift.methods.settings import flag, whole
 
 
@@ -128,16 +129,26 @@ def _linear(
     training: bool,
 ) -> Tensor:
     """Compute ``s o (W0 (R^T x)) + bias``."""
-    turned = x
-    for i, change in reversed([*enumerate(method.changes(parameters))]):
-        blocks = change.mT
-        rows = _paired(turned.reshape(-1, x.shape[-1]).to(blocks.dtype), i, blocks)
-        turned = turned + _unpaired(times_blocks(rows, blocks), i, blocks).view(x.shape)
-    turned = turned.to(x.dtype)
-    output, inputs = product.output(turned, bias), (turned, bias)
+    blocks = [change.mT for change in method.changes(parameters)]
+    turned = changed(_turned, x, blocks, product.outputs, product.ways)
+    output = product.output(turned, bias)
     if not method.rescale:
         return output
-    return rescaled(output, parameters["boft_s"], bias, product.output, inputs)
+
+    def again(x: Tensor, bias: Tensor | None, *blocks: Tensor) -> Tensor:
+        return product.output(_turned(x, *blocks), bias)
+
+    inputs = (x, bias, *blocks)
+    return rescaled(output, parameters["boft_s"], bias, again, inputs, ways=product.ways)
+
+
+def _turned(x: Tensor, *blocks: Tensor) -> Tensor:
+    """Compute ``R^T x`` from ``(R^T - I)^T`` of each factor, in the dtype of `x`."""
+    turned = x
+    for i, change in reversed([*enumerate(blocks)]):
+        rows = _paired(turned.reshape(-1, x.shape[-1]).to(change.dtype), i, change)
+        turned = turned + _unpaired(times_blocks(rows, change), i, change).view(x.shape)
+    return turned.to(x.dtype)
 
 
 BOFT.forwards = linear_forwards(_linear)

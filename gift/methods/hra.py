@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gift.errors import AdaptationError
 from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.low_rank import low_rank_product
 from gift.methods.base import RankedMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import is_integer, setting
@@ -110,8 +111,11 @@ def _turned(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """Compute ``W0 (x + L (I - N)^{-1} R x) + bias``."""
+    """Compute ``W0 (x + L (I - N)^{-1} R x) + bias``, for many inputs by the factor ``W0 L``."""
     left, right = method.factors(parameters)
+    matrix = product.matrix if type(product) is Product else None
+    if matrix is not None and matrix.dtype == left.dtype and 2 * x.numel() > matrix.numel():
+        return low_rank_product(x, product, bias, (matrix @ left, right))
     change = F.linear(F.linear(x.to(right.dtype), right), left)
     return product.output((x + change).to(x.dtype), bias)
 

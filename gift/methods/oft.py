@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError
+from gift.kernels.changed_input import changed, times_blocks
 from gift.kernels.linear import Product, linear_forwards
 from gift.methods.base import register_method
-from gift.methods.blocks import BlockMethod, divisors, rotation_change, times_blocks
+from gift.methods.blocks import BlockMethod, divisors, rotation_change
 from gift.methods.settings import flag, whole
 
 
@@ -87,8 +88,14 @@ def _rotated(
 ) -> Tensor:
     """Compute ``W0 (R^T x) + bias``."""
     blocks = method.change(parameters).mT
+    rotated = changed(_times, x, [blocks], product.outputs, product.ways)
+    return product.output(rotated, bias)
+
+
+def _times(x: Tensor, blocks: Tensor) -> Tensor:
+    """Compute ``R^T x`` from ``(R^T - I)^T``, in the dtype of `x`."""
     change = times_blocks(x.reshape(-1, x.shape[-1]).to(blocks.dtype), blocks)
-    return product.output((x + change.view(x.shape)).to(x.dtype), bias)
+    return (x + change.view(x.shape)).to(x.dtype)
 
 
 OFT.forwards = linear_forwards(_rotated)

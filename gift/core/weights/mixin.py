@@ -20,13 +20,16 @@ from gift.core.delta import DeltaModule, as_plain
 from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class
 from gift.core.movers import moves
 from gift.core.weights.effective import EffectiveWeight, refused
-from gift.core.weights.reading import one_call
+from gift.core.weights.reading import Made, one_call
 from gift.core.weights.record import WeightDelta, is_sharded, plain_tensor
+from gift.kernels.effective_linear import effective_forwards
 from gift.kernels.torch_state import for_every_tensor
 from gift.layers.table import dotted, row_of
 from gift.methods import METHODS
 from gift.private.torch.tracing import is_transformed
 from gift.quantization import is_quantised, same_values
+
+EFFECTIVE = effective_forwards()
 
 
 class AdaptedModule(DeltaModule):
@@ -59,6 +62,10 @@ class AdaptedModule(DeltaModule):
             # An AttributeError in a property makes Python call ``nn.Module.__getattr__``, which
             # would silently return the frozen tensor.
             raise RuntimeError(f"the effective {tensor!r} cannot be computed: {error}") from error
+
+    def _gift_made(self, tensor: str) -> Made | None:
+        """The effective weight in parts, for a forward function that does not save it."""
+        return self._gift_weights[tensor].made(self, self._gift_frozen(tensor))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and value is self._gift_plain and is_parametrized(value):
@@ -295,7 +302,8 @@ def _fast_forward(plain: type[nn.Module], spec: Spec) -> type | None:
         return None
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: import the file that registers it first")
-    fast = METHODS[method].forwards.get(dotted(plain.forward))
+    name = dotted(plain.forward)
+    fast = METHODS[method].forwards.get(name, EFFECTIVE.get(name))
     if fast is None:
         return None
     forward = for_every_tensor(fast, plain.forward)

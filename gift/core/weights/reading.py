@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ class _Entry:
         tensors: its inputs. Holding them here keeps their ids valid.
         making: the function that computes it.
         graph: its node in the graph; None without gradients.
+        again: computes it in backward passes.
         memory: a weak reference to its values.
         value: a strong reference to its values, while the module that reads it runs.
     """
@@ -102,8 +103,23 @@ class _Entry:
     tensors: tuple[Tensor, ...]
     making: Making
     graph: Tensor | None
+    again: "Again"
     memory: Memory
     value: Tensor | None = None
+
+
+class Made(NamedTuple):
+    """An effective weight for functions that save none of its values.
+
+    Args:
+        graph: its node in the graph, of the shape of the weight but without memory.
+        value: its values, which have no graph.
+        again: computes the values again in the backward pass.
+    """
+
+    graph: Tensor
+    value: Tensor
+    again: "Again"
 
 
 class _Calls(threading.local):
@@ -168,8 +184,33 @@ def made_once(
         memory: a weak reference to the values that were read last.
         of: distinguishes it from other weights with the same inputs.
     """
-    if not _is_usual(tensors):
+    found = _found(module, making, tensors, memory, of) if _is_usual(tensors) else None
+    if found is None:
         return making(*tensors)
+    entry, value = found
+    return value if entry.graph is None else _Held.apply(entry.graph, value)
+
+
+def made(
+    module: nn.Module, making: Making, tensors: tuple[Tensor, ...], memory: Memory, of: Any
+) -> Made | None:
+    """Return the weight as `made_once` does, in its parts.
+
+    Returns:
+        None if no gradients are recorded, or a compiler, a transform or a mode of torch observes
+        the tensors.
+    """
+    found = _found(module, making, tensors, memory, of) if _is_usual(tensors) else None
+    if found is None:
+        return None
+    entry, value = found
+    return None if entry.graph is None else Made(entry.graph, value, entry.again)
+
+
+def _found(
+    module: nn.Module, making: Making, tensors: tuple[Tensor, ...], memory: Memory, of: Any
+) -> tuple[_Entry, Tensor] | None:
+    """The entry and the values of a weight; None if a mode of torch returns another type."""
     entries = _CALLS.entries
     state = (of, *_modes(tensors[0].device), *map(_state_of, tensors))
     entry = None if entries is None else entries.get(state)
@@ -180,16 +221,17 @@ def made_once(
         with torch.no_grad():
             value = making(*tensors)
         if type(value) is not Tensor:
-            return making(*tensors)  # a mode of torch returns another type
+            return None
         value = _alive_alike(memory, value)
         memory.put(value)
         if entry is None:
-            entry = _Entry(tensors, making, _graph(making, value, tensors), memory)
+            again = Again(making, tensors)
+            entry = _Entry(tensors, making, _graph(again, value), again, memory)
             if entries is not None:
                 entries[state] = entry
         _keep(entry, module, value)
     assert entry is not None
-    return value if entry.graph is None else _Held.apply(entry.graph, value)
+    return entry, value
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +256,8 @@ class Slices:
         value = weight.detach()[index]
         making = _Sum()
         factors = self.left[index], self.right[index]
-        graph = _Made.apply(making, value, self.frozen[index], *factors)
+        tensors = self.frozen[index], *factors
+        graph = _Made.apply(Again(making, tensors), value, *tensors)
         matrix: Tensor = _Held.apply(graph, value)
         return matrix
 
@@ -242,9 +285,9 @@ def product_parts(
         return [(left, g @ right.mH), (right, left.mH @ g)]
 
 
-def _graph(making: Making, value: Tensor, tensors: tuple[Tensor, ...]) -> Tensor | None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        made: Tensor = _Made.apply(making, value, *tensors)
+def _graph(again: "Again", value: Tensor) -> Tensor | None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in again.tensors):
+        made: Tensor = _Made.apply(again, value, *again.tensors)
         return made
     return None
 
@@ -306,40 +349,101 @@ def _autocast(kind: str, dtype: torch.dtype | None) -> AbstractContextManager[An
     return torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
 
 
+class Again:
+    """The values of a weight in backward passes, which are computed once for all that need them.
+
+    Args:
+        making: the function that computes the weight.
+        tensors: its inputs, the frozen tensor first.
+    """
+
+    __slots__ = ("_cast", "_held", "_versions", "making", "tensors")
+
+    def __init__(self, making: Making, tensors: tuple[Tensor, ...]) -> None:
+        self.making, self.tensors = making, tensors
+        self._versions = [writes_of(tensor) for tensor in tensors]
+        self._cast = _cast(tensors[0].device.type)
+        self._held: tuple[list[Tensor], Tensor] | None = None
+
+    def weight(self) -> Tensor:
+        """Return the weight, with a graph if the backward pass is itself differentiated.
+
+        Raises:
+            RuntimeError: if an input was written since the forward pass.
+        """
+        if torch.is_grad_enabled():
+            return self.of([tensor.view_as(tensor) for tensor in self.tensors])
+        if self._held is None:  # until the node of the weight has its gradient
+            tensors = [_leaf(tensor, tensor.requires_grad) for tensor in self.tensors]
+            self._held = tensors, self.of(tensors)
+        else:
+            self.check(0)
+        return self._held[1].detach()
+
+    def taken(self) -> tuple[list[Tensor], Tensor] | None:
+        """Return the inputs and the weight that `weight` computed last, and hold them no more."""
+        held, self._held = self._held, None
+        return held
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Compute the weight from these tensors, as in the forward pass."""
+        self.check(0)
+        with torch.enable_grad(), _autocast(tensors[0].device.type, self._cast):
+            return self.making(*tensors)
+
+    def check(self, first: int) -> None:
+        """Raise if an input was written since the forward pass, as autograd does for saved ones.
+
+        Args:
+            first: the number of the first input that counts.
+        """
+        for tensor, version in list(zip(self.tensors, self._versions, strict=True))[first:]:
+            if writes_of(tensor) != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: a tensor of shape {tuple(tensor.shape)}, of which an "
+                    f"adapted weight was made, is at version {writes_of(tensor)}, expected version "
+                    f"{version}"
+                )
+
+
+def _leaf(tensor: Tensor, needs: bool) -> Tensor:
+    return tensor.detach().requires_grad_() if needs else tensor
+
+
 class _Made(torch.autograd.Function):
     """Graph node of computing a weight; its output has the shape of the weight but no memory."""
 
     @staticmethod
-    def forward(ctx: Any, making: Making, value: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.making, ctx.tensors = making, tensors
-        ctx.versions = [writes_of(tensor) for tensor in tensors]
-        ctx.cast = _cast(value.device.type)
+    def forward(ctx: Any, again: Again, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.again = again
         ctx.set_materialize_grads(False)
         return value.new_full((), float("nan")).expand(value.shape)  # NaN shows any read
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
+        again: Again = ctx.again
         wanted = ctx.needs_input_grad[2:]
+        taken = again.taken()
         if g is None:
             return (None,) * (2 + len(wanted))
         if _CALLS.entries is not None:  # training inside a call changes the inputs
             _CALLS.entries.clear()
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            tensors = [
-                tensor.view_as(tensor)
-                if differentiable
-                else tensor.detach().requires_grad_()
-                if needs
-                else tensor
-                for tensor, needs in zip(ctx.tensors, wanted, strict=True)
-            ]
-            with _autocast(g.device.type, None):
-                parts: Any = ctx.making.parts(tensors, g, differentiable)
-            _check_unchanged(ctx, from_parts=parts is not None)
-            if parts is None:
-                with _autocast(g.device.type, ctx.cast):
-                    parts = [(ctx.making(*tensors), g)]
+        tensors = [
+            tensor.view_as(tensor) if differentiable else _leaf(tensor, needs)
+            for tensor, needs in zip(again.tensors, wanted, strict=True)
+        ]
+        with torch.enable_grad(), _autocast(g.device.type, None):
+            parts = again.making.parts(tensors, g, differentiable)
+        if parts is not None:
+            again.check(1)  # gradients of parts do not use the frozen tensor
+        elif taken is not None and not differentiable:
+            tensors, weight = taken
+            again.check(0)
+            parts = [(weight, g)]
+        else:
+            parts = [(again.of(tensors), g)]
         asked = [tensor for tensor, needs in zip(tensors, wanted, strict=True) if needs]
         found = iter(_gradients(parts, asked, differentiable))
         return (None, None, *(next(found) if needs else None for needs in wanted))
@@ -360,18 +464,6 @@ def _gradients(
             outputs, asked, gradients, create_graph=differentiable, allow_unused=True
         )
     )
-
-
-def _check_unchanged(ctx: Any, from_parts: bool) -> None:
-    """Raise if an input was written since the forward pass, as autograd does for saved tensors."""
-    first = int(from_parts)  # gradients of parts do not use the frozen tensor
-    for tensor, version in list(zip(ctx.tensors, ctx.versions, strict=True))[first:]:
-        if writes_of(tensor) != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: a tensor of shape {tuple(tensor.shape)}, of which an adapted "
-                f"weight was made, is at version {writes_of(tensor)}, expected version {version}"
-            )
 
 
 class _Held(torch.autograd.Function):

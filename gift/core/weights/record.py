@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import Delta, contiguous, put_values
 from gift.core.dynamic_class import plain_class
-from gift.core.weights.reading import Memory, Slices, made_once, product_parts
+from gift.core.weights.reading import Made, Memory, Slices, made, made_once, product_parts
 from gift.errors import AdaptationError, GiftWarning
 from gift.layers.layouts import Layout, LayoutOptions, bias_layout
 from gift.layers.table import layout_of
@@ -97,6 +97,20 @@ class WeightDelta(Delta):
         making = _Making(self.layout, method, tuple(parameters))
         of = id(self.layout), id(method)
         return made_once(module, making, (frozen, *parameters.values()), self.memory, of)
+
+    def made(self, module: nn.Module, frozen: Tensor) -> Made | None:
+        """The effective weight in parts, for functions that do not save it; None if `read` must do.
+
+        A plain weight without a graph of its own is what they can take.
+        """
+        if self.layout is None or is_sharded(frozen) or is_quantised(frozen):
+            return None
+        method, parameters = self.delta_of(module)
+        if frozen.requires_grad or (method.dropout and module.training):
+            return None
+        making = _Making(self.layout, method, tuple(parameters))
+        of = id(self.layout), id(method)
+        return made(module, making, (frozen, *parameters.values()), self.memory, of)
 
     def slices(self, module: nn.Module, frozen: Tensor) -> Slices | None:
         """The matrices of a weight that is a batch of them; None if they cannot be read singly."""

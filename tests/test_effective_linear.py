@@ -1,0 +1,191 @@
+"""Linear layers with an effective weight of which nothing is kept, against torch's own product.
+
+The reference multiplies by ``layer.weight``, the effective weight that any code reads, and is
+differentiated by plain autograd.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from gift import FineTuningStrategy, enable_fine_tuning
+from gift.factories import ma_adapt, mc_any
+from gift.kernels import recomputed
+from gift.methods import METHODS, Method
+from gift.private.torch.autograd import saved_by
+from tests.common import weighted
+
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+
+INPUTS, OUTPUTS = 8, 6
+EFFECTIVE = ("fourierft", "shira", "svdiff", "loha", "vera")
+methods = pytest.mark.parametrize("method", EFFECTIVE)
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs are not worth it otherwise."""
+    monkeypatch.setattr(recomputed, "FEW", 0)
+
+
+def adapted(base: nn.Module, method: str, **settings: Any) -> Any:
+    net = copy.deepcopy(base)
+    enable_fine_tuning(net, FineTuningStrategy([(mc_any(), ma_adapt(method, **settings))]))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return net
+
+
+def linear(dtype: torch.dtype = torch.float64) -> nn.Module:
+    return nn.Linear(INPUTS, OUTPUTS, dtype=dtype)
+
+
+def conv1d(dtype: torch.dtype = torch.float64) -> nn.Module:
+    layer = Conv1D(OUTPUTS, INPUTS).to(dtype)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def formula(layer: Any, x: Tensor) -> Tensor:
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return F.linear(x, weight, layer.bias)
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
+    # Many rows, for which the effective weight is cheaper than factors.
+    return torch.randn(3, 200, INPUTS, dtype=dtype, requires_grad=True)
+
+
+def is_used(y: Tensor) -> bool:
+    node: Any = y.grad_fn
+    while node is not None and "EffectiveLinear" not in node.name():
+        node = node.next_functions[0][0]
+    return node is not None
+
+
+@methods
+@pytest.mark.parametrize("make", [linear, conv1d])
+def test_values_and_derivatives_of_both_orders(method: str, make: Callable[[], nn.Module]) -> None:
+    net, x = adapted(make(), method), inputs()
+    wanted = [x, *net.parameters()]
+    results = []
+    for call in (net, lambda x: formula(net, x)):
+        y = call(x)
+        first = torch.autograd.grad(weighted(y), wanted, create_graph=True)
+        penalty = sum((g.square().sum() for g in first), x.new_zeros(()))
+        second = torch.autograd.grad(penalty, wanted)
+        results.append([y, *first, *second])
+        assert is_used(y) is (call is net)
+    for one, other in zip(*results, strict=True):
+        largest = float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11 * (1 + largest))
+
+
+@methods
+def test_no_values_of_the_weight_are_kept(method: str) -> None:
+    net, x = adapted(linear(), method), inputs()
+    y = net(x)
+    sizes = {tensor.untyped_storage().nbytes() for tensor in saved_by(y.grad_fn)}
+    assert INPUTS * OUTPUTS * 8 not in sizes - {
+        tensor.untyped_storage().nbytes() for tensor in [*net.parameters(), *net.buffers()]
+    }
+
+
+def test_the_weight_is_made_once_in_a_backward_pass_for_all_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(INPUTS, INPUTS, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = self.layer(x).tanh()
+            return x
+
+    net = Shared()
+    enable_fine_tuning(net, FineTuningStrategy([(mc_any(), ma_adapt("svdiff"))]))
+    made: list[int] = []
+    cls: Any = METHODS["svdiff"]
+    plain = cls.effective_weight
+
+    def counted(self: Method, *args: Any) -> Any:
+        made.append(1)
+        return plain(self, *args)
+
+    monkeypatch.setattr(cls, "effective_weight", counted)
+    y = net(inputs())
+    assert len(made) == 1
+    weighted(y).backward()
+    assert len(made) == 2
+
+
+def test_a_gradient_of_the_input_alone() -> None:
+    net, x = adapted(linear(), "svdiff"), inputs()
+    y = net(x)
+    found = torch.autograd.grad(weighted(y), x, retain_graph=True)
+    expected = torch.autograd.grad(weighted(formula(net, x)), x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    again = torch.autograd.grad(weighted(y), list(net.parameters()))
+    wanted = torch.autograd.grad(weighted(formula(net, x)), list(net.parameters()))
+    torch.testing.assert_close(again, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("which", ["delta", "base"])
+@pytest.mark.parametrize("after_one", [False, True])
+def test_writing_to_what_the_weight_is_made_of_is_an_error(which: str, after_one: bool) -> None:
+    net, x = adapted(linear(), "svdiff"), inputs()
+    y = net(x)
+    if after_one:
+        torch.autograd.grad(weighted(y), x, retain_graph=True)
+    with torch.no_grad():
+        (next(net.parameters()) if which == "delta" else net._parameters["weight"]).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weighted(y).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_and_sixteen_bits(dtype: torch.dtype) -> None:
+    net, x = adapted(linear(dtype), "fourierft"), inputs(dtype)
+    wanted = [x, *net.parameters()]
+    results = []
+    for call in (net, lambda x: formula(net, x)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = call(x)
+        results.append([y, *torch.autograd.grad(weighted(y.float()), wanted)])
+        assert is_used(y) is (call is net)
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        largest = float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02 * largest)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant: bool) -> None:
+    net, x = adapted(linear(), "shira"), inputs()
+    wanted = [x, *net.parameters()]
+    found = []
+    for call in (net, lambda x: checkpoint(net, x, use_reentrant=reentrant)):
+        for tensor in wanted:
+            tensor.grad = None
+        weighted(call(x)).backward()  # type: ignore[arg-type]
+        found.append([tensor.grad for tensor in wanted])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_without_gradients_and_under_transforms_the_weight_is_read() -> None:
+    net, x = adapted(linear(), "svdiff"), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), formula(net, x))
+    torch.testing.assert_close(torch.func.vmap(net)(x), formula(net, x))
+    found = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, formula(net, x))
