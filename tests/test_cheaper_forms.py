@@ -29,13 +29,20 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr": ("lokr", {"rank": 1}),
     "lokr of four": ("lokr", {"rank": 1, "factor": 2, "decompose_both": True}),
     "lokr, full": ("lokr", {"full_matrix": True}),
+    "boft": ("boft", {"block_size": 2, "clip_block_size": True}),
+    "delora": ("delora", {"rank": 2}),
+    "gralora": ("gralora", {"rank": 2}),
+    "miss": ("miss", {"rank": 3}),
 }
 by_every_method = pytest.mark.parametrize("method", METHODS)
 
 
+CIRCULAR = {f"c3a in blocks of {size}": ("c3a", {"block_size": size}) for size in (17, 32)}
+
+
 def enabled(layer: nn.Module, method: str) -> nn.Module:
     """The layer, adapted and as after some steps."""
-    name, settings = METHODS[method]
+    name, settings = (METHODS | CIRCULAR)[method]
     clip = {"clip_rank": True} if "rank" in settings else {}
     caps = [(mc_layer(), ma_adapt(name, **(settings | clip)))]
     net = nn.Sequential(layer)
@@ -111,6 +118,19 @@ def test_convolutions_of_any_geometry(method: str) -> None:
 def test_linear_layers(method: str, batch: tuple[int, ...], bias: bool) -> None:
     net = enabled(nn.Linear(12, 8, bias, dtype=torch.float64), method)
     compare(net, torch.randn(*batch, 12, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("size", [17, 32])
+def test_circular_convolutions_in_the_frequency_domain(size: int, batch: tuple[int, ...]) -> None:
+    """Kernels of the sizes that linear layers transform, even and odd."""
+    layer = nn.Linear(2 * size, 3 * size, bias=bool(batch), dtype=torch.float64)
+    net = enabled(layer, f"c3a in blocks of {size}")
+    compare(net, torch.randn(*batch, 2 * size, dtype=torch.float64, requires_grad=True))
+    compare(net.float(), torch.randn(*batch, 2 * size, requires_grad=True), 1e-4)
+    x = torch.randn(*batch, 2 * size)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
 
 
 LAYERS = {

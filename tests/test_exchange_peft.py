@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_name
 from gift.interop import load_peft, save_peft
-from tests.cases.exchange import LAYERS, OURS, THEIRS, cells, randomised, trained_by_peft
+from tests.cases.exchange import LAYERS, LOOSE, OURS, THEIRS, cells, randomised, trained_by_peft
 from tests.common import all_bits
 
 pytestmark = [
@@ -45,9 +45,9 @@ def loaded(base: nn.Module, folder: Path) -> Any:
     return net.eval()
 
 
-def assert_same(x: Tensor, one: nn.Module, other: nn.Module, base: nn.Module) -> None:
-    output = one(x)
-    torch.testing.assert_close(other(x), output, rtol=1e-10, atol=1e-10)
+def assert_same(x: Tensor, one: nn.Module, other: nn.Module, base: nn.Module, row: str) -> None:
+    output, close = one(x), LOOSE.get(row, 1e-10)
+    torch.testing.assert_close(other(x), output, rtol=close, atol=close)
     assert (output - base(x)).abs().max() > 1e-4, "the delta of the test has no effect"
 
 
@@ -59,8 +59,8 @@ def test_gift_to_peft_and_back(method: str, layer: str, tmp_path: Path) -> None:
     enable_fine_tuning(net, FineTuningStrategy([(mc_name("inner"), ma_adapt(name, **settings))]))
     randomised(net)
     save_peft(net, tmp_path)
-    assert_same(x, net, in_peft(base, tmp_path), base)
-    assert_same(x, net, loaded(base, tmp_path), base)
+    assert_same(x, net, in_peft(base, tmp_path), base, method)
+    assert_same(x, net, loaded(base, tmp_path), base, method)
 
 
 @pytest.mark.parametrize(("config", "layer"), cells(THEIRS))
@@ -70,8 +70,8 @@ def test_peft_to_gift_and_back(config: str, layer: str, tmp_path: Path) -> None:
     theirs = trained_by_peft(copy.deepcopy(base), kind(target_modules=["inner"], **settings))
     theirs.save_pretrained(tmp_path / "theirs")
     net = loaded(base, tmp_path / "theirs")
-    assert_same(x, theirs, net, base)
+    assert_same(x, theirs, net, base, config)
     save_peft(net, tmp_path / "ours")
-    assert_same(x, theirs, in_peft(base, tmp_path / "ours"), base)
+    assert_same(x, theirs, in_peft(base, tmp_path / "ours"), base, config)
     bits = all_bits(base)
     assert all_bits(disable_fine_tuning(net)) == bits

@@ -224,6 +224,18 @@ class RankedMethod(Method):
         )
 
 
+def of_each_weight(parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the parameters of each weight, for a bias that belongs to one or several.
+
+    Those of several weights are numbered: ``name.0``, ``name.1``, ...
+    """
+    each: dict[str, dict[str, Tensor]] = {}
+    for key, value in parameters.items():
+        name, _, number = key.partition(".")
+        each.setdefault(number, {})[name] = value
+    return list(each.values())
+
+
 @lru_cache(maxsize=512)
 def with_settings(method: Any, **settings: Any) -> Any:
     """Return the method with other settings, cached so that weights share one object."""

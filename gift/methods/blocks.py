@@ -40,13 +40,17 @@ class BlockMethod(Method):
             refusal: why a size is refused, after the size and before those that would do.
         """
         wanted = self.block_size or self.default_block_size
-        nearest = min(sizes, key=lambda size: (abs(size - wanted), size))
         near = [*[n for n in sizes if n < wanted][-1:], *[n for n in sizes if n > wanted][:1]]
         return self.settled(
-            nearest,
+            nearest(sizes, wanted),
             f"block_size {wanted} {refusal} "
             f"({' or '.join(map(str, near))} would, or clip_block_size=True)",
         )
+
+
+def nearest(sizes: Sequence[int], wanted: int) -> int:
+    """Return the size nearest to the wanted one, and of two the smaller."""
+    return min(sizes, key=lambda size: (abs(size - wanted), size))
 
 
 def divisors(number: int) -> list[int]:

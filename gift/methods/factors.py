@@ -48,6 +48,22 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, sigma, vh
 
 
+def signed(u: Tensor, sigma: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an SVD whose vectors have settled signs, or phases.
+
+    A pair of singular vectors may be multiplied by any sign. Here the components of all right ones
+    along a reference vector are positive.
+
+    Args:
+        u: left vectors, as `svd` gives them.
+        sigma: singular values.
+        vh: right vectors.
+    """
+    along = vh @ _references(vh.shape[-1], 1, vh)
+    phase = torch.where(along == 0, 1, along / along.abs().clamp_min(1e-300))
+    return u * phase.mT, sigma, phase.conj() * vh
+
+
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return the reduced QR decomposition with a nonnegative diagonal of ``R``.
 

@@ -52,6 +52,86 @@ class BOFTConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class C3AAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class C3ALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class C3AConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        block_size: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class DeLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        delora_lambda: float = 15.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class DeLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        delora_lambda: float = 15.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class DeLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        delora_lambda: float = 15.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class LoRAAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,
@@ -251,6 +331,126 @@ class FourierFTConvFineTuningStrategy(_AdaptingStrategy):
         *,
         dtype: torch.dtype | str | None = None,
         clip_n_frequency: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class FullDeltaAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class FullDeltaLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class FullDeltaConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class GraLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        n_blocks: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class GraLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        n_blocks: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class GraLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        n_blocks: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class HiRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class HiRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class HiRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
         train_bias: bool = False,
         conv_layout: str | None = None,
         split_qkv: bool = False,
@@ -484,6 +684,89 @@ class LoRAFAConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class LoRAXSAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class LoRAXSLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoRAXSConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class MiSSAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class MiSSLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class MiSSConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class OFTAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,
@@ -631,6 +914,92 @@ class PiSSAConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class RandLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int = 32,
+        alpha: float | None = None,
+        seed: int = 0,
+        save_projection: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class RandLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int = 32,
+        alpha: float | None = None,
+        seed: int = 0,
+        save_projection: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class RandLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int = 32,
+        alpha: float | None = None,
+        seed: int = 0,
+        save_projection: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class RoAdAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        variant: str = "road_1",
+        group_size: int = 64,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class RoAdLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        variant: str = "road_1",
+        group_size: int = 64,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class RoAdConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        variant: str = "road_1",
+        group_size: int = 64,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class SHiRAAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,
@@ -757,6 +1126,52 @@ class VeRAConvFineTuningStrategy(_AdaptingStrategy):
         *,
         dtype: torch.dtype | str | None = None,
         clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class WaveFTAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        n_frequency: int | None = None,
+        scaling: float = 25.0,
+        seed: int = 777,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_n_frequency: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class WaveFTLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        n_frequency: int | None = None,
+        scaling: float = 25.0,
+        seed: int = 777,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_n_frequency: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class WaveFTConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        n_frequency: int | None = None,
+        scaling: float = 25.0,
+        seed: int = 777,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_n_frequency: bool | None = None,
         train_bias: bool = False,
         conv_layout: str | None = None,
         split_qkv: bool = False,

@@ -7,13 +7,20 @@ import peft.tuners.boft.layer
 import torch
 from peft import (
     BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
+    GraloraConfig,
+    HiraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     OFTConfig,
     PeftModel,
+    RoadConfig,
     VeraConfig,
+    WaveFTConfig,
     get_peft_model,
 )  # fmt: skip
 from torch import Tensor, nn
@@ -123,6 +130,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Conv1D of transformers": (lambda: Around(Conv1D(12, 8)), lambda: torch.randn(2, 3, 8)),
     "conv1d": (lambda: Around(nn.Conv1d(4, 6, 3, 2, 1)), lambda: torch.randn(2, 4, 9)),
     "conv2d": (lambda: Around(nn.Conv2d(4, 6, (3, 2), (2, 1))), lambda: torch.randn(IMAGE)),
+    "linear, odd": (lambda: Around(nn.Linear(7, 5)), lambda: torch.randn(2, 7)),
     "conv2d square": (lambda: Around(nn.Conv2d(4, 6, 3, 2, 1)), lambda: torch.randn(IMAGE)),
     "conv2d 1x1": (lambda: Around(nn.Conv2d(4, 6, 1)), lambda: torch.randn(IMAGE)),
     "conv3d": (
@@ -134,6 +142,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 LINEAR = ("linear", "linear, no bias")
 FLAT = (*LINEAR, "Conv1D of transformers")
 IMAGES = ("conv2d", "conv2d 1x1")
+LOOSE = {"C3A": 1e-6, "C3A in blocks": 1e-6}  # PEFT computes these in float32
 
 # By gift: the method, its settings, and the layers.
 OURS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -161,6 +170,20 @@ OURS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "BOFT": ("boft", {}, (*LINEAR, "conv2d 1x1", "conv2d square")),
     "BOFT, one factor": ("boft", {"n_factors": 1, "block_size": 4}, (*LINEAR, "conv2d 1x1")),
     "BOFT, not rescaled": ("boft", {"block_size": 2, "rescale": False}, ("linear", "conv2d 1x1")),
+    "C3A": ("c3a", {}, LINEAR),
+    "C3A in blocks": ("c3a", {"block_size": 2}, ("linear",)),
+    "DeLoRA": ("delora", {"rank": 3, "delora_lambda": 2.0}, LINEAR),
+    "GraLoRA": ("gralora", {"alpha": 3}, FLAT),
+    "GraLoRA of many blocks": ("gralora", {"rank": 8, "n_blocks": 4}, ("linear",)),
+    "HiRA": ("hira", {"rank": 2}, tuple(LAYERS)),
+    "HiRA of high rank": ("hira", {}, ("linear", "embedding")),
+    "MiSS": ("miss", {"rank": 4}, LINEAR),
+    "MiSS with a cut block": ("miss", {"rank": 5}, LINEAR),
+    "RoAd": ("road", {}, LINEAR),
+    "RoAd in groups": ("road", {"variant": "road_2", "group_size": 4}, LINEAR),
+    "RoAd of four": ("road", {"variant": "road_4", "group_size": 2}, LINEAR),
+    "WaveFT": ("waveft", {}, FLAT),
+    "WaveFT, few": ("waveft", {"n_frequency": 9, "scaling": 3.0, "seed": 5}, ("linear, odd",)),
 }
 
 # By PEFT: a configuration, and the layers.
@@ -212,6 +235,16 @@ THEIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = 
         {"boft_block_size": 0, "boft_block_num": 4, "boft_n_butterfly_factor": 3},
         ("linear",),
     ),
+    "C3A": (C3AConfig, {"block_size": 4, "bias": "c3a_only"}, LINEAR),
+    "DeLoRA": (DeloraConfig, {"r": 3, "delora_lambda": 4}, LINEAR),
+    "GraLoRA": (GraloraConfig, {"r": 4, "alpha": 3}, FLAT),
+    "HiRA": (HiraConfig, {"r": 2}, tuple(LAYERS)),
+    "MiSS": (MissConfig, {"r": 5, "bias": "miss_only"}, LINEAR),
+    "RoAd": (RoadConfig, {"group_size": 4}, LINEAR),
+    "RoAd of two": (RoadConfig, {"group_size": 2, "variant": "road_2"}, LINEAR),
+    "RoAd of four": (RoadConfig, {"group_size": 4, "variant": "road_4"}, LINEAR),
+    "WaveFT": (WaveFTConfig, {"n_frequency": 30, "bias": "waveft_only"}, FLAT),
+    "MiSS, mini": (MissConfig, {"r": 4, "init_weights": "mini", "mini_r": 4}, LINEAR),
 }
 
 

@@ -239,7 +239,173 @@ def reflections(w0: Tensor, p: Parameters) -> Tensor:
     return w0
 
 
+def circulants(w0: Tensor, p: Parameters) -> Tensor:
+    """Element by element: what output `o` gets from input `i`, a column count away."""
+    (m, n, b), columns = p["c3a_w"].shape, w0.shape[1]
+    o, i = torch.meshgrid(torch.arange(m * b), torch.arange(n * b), indexing="ij")
+    return w0 + p["c3a_w"][o // b, i // b, (i % b - o % b) % b] / columns
+
+
+def circulant_count(size: int | None = None) -> Callable[[int, int], int]:
+    """Blocks as large as both sides allow, or as near to `size` as they allow."""
+
+    def count(rows: int, columns: int) -> int:
+        both = [n for n in range(1, rows + 1) if rows % n == 0 == columns % n]
+        block = max(both) if size is None else min(both, key=lambda n: (abs(n - size), n))
+        return rows * columns // block
+
+    return count
+
+
+def directions(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 + lambda / r sum_i (b_i / |b_i|) (a_i / |a_i|)^T diag(|W0 e_j|)``."""
+    b, a = p["delora_B"], p["delora_A"]
+    strength, rank = p["delora_lambda"], len(a)
+    of_columns = w0.square().sum(0).sqrt()
+    for i in range(rank):
+        lengths = b[:, i].square().sum().sqrt() * a[i].square().sum().sqrt()
+        w0 = w0 + strength / rank / lengths * torch.outer(b[:, i], a[i] * of_columns)
+    return w0
+
+
+def block_products(scaling: Callable[[int], float]) -> Formula:
+    """Block `(j, n)` has ``B[j][:, n's ranks] A[n][j's ranks]``; `scaling` takes the rank."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        b, a = p["gralora_B"], p["gralora_A"]
+        k, rank = len(b), b.shape[2]
+        share = rank // k
+        rows = []
+        for j in range(k):
+            blocks = [
+                b[j][:, n * share : (n + 1) * share] @ a[n][j * share : (j + 1) * share]
+                for n in range(k)
+            ]
+            rows.append(torch.cat(blocks, 1))
+        return w0 + scaling(rank) * torch.cat(rows)
+
+    return formula
+
+
+def block_product_count(rank: int) -> Callable[[int, int], int]:
+    """Two blocks along each side, if both are even; the rank is a multiple of that."""
+
+    def count(rows: int, columns: int) -> int:
+        k = 1 if rows % 2 or columns % 2 else 2
+        return max(k, min(rank, rows, columns) // k * k) * (rows + columns)
+
+    return count
+
+
+def modulated(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 o (1 + B A)``."""
+    return w0 * (1 + torch.einsum("oq,qi->oi", p["hira_B"], p["hira_A"]))
+
+
+def shared_shard(w0: Tensor, p: Parameters) -> Tensor:
+    """Input `i` has column ``i mod r`` of the shard."""
+    d = p["miss_D"]
+    return torch.stack([w0[:, i] + d[:, i % d.shape[1]] for i in range(w0.shape[1])], 1)
+
+
+def rotated_pairs(variant: int, group: int = 64) -> Formula:
+    """``R W0``, a pair of outputs after the other; a last one alone is scaled by its cosine."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        rows = len(w0) + len(w0) % 2
+        sizes = [n for n in range(2, rows + 1, 2) if rows % n == 0]
+        size = min(sizes, key=lambda n: (abs(n - group), n))
+        half, theta, alpha = size // 2, p["road_theta"], p["road_alpha"]
+        turn = torch.eye(rows, dtype=torch.float64)
+        for start in range(0, rows, size):
+            for i in range(half):
+                pair = start + i, start + half + i
+                for place, (own, other, sign) in enumerate(((*pair, -1), (*pair[::-1], 1))):
+                    if variant == 1:
+                        cosine = sine = start // 2 + i
+                    elif variant == 2:
+                        cosine = sine = own
+                    else:
+                        cosine = 2 * start + i + half * place
+                        sine = cosine + size
+                    row = torch.zeros(rows, dtype=torch.float64)
+                    row = row.index_put(
+                        (torch.tensor([own, other]),),
+                        torch.stack([
+                            alpha[cosine] * theta[cosine].cos(),
+                            sign * alpha[sine] * theta[sine].sin(),
+                        ]),
+                    )  # fmt: skip
+                    turn = torch.cat([turn[:own], row[None], turn[own + 1 :]])
+        return turn[: len(w0), : len(w0)] @ w0
+
+    return formula
+
+
+def pair_count(entries: int) -> Callable[[int, int], int]:
+    return lambda rows, columns: entries * (rows + rows % 2)
+
+
+def added_whole(w0: Tensor, p: Parameters) -> Tensor:
+    return w0 + p["full_delta"]
+
+
+def mixed_directions(scaling: Callable[[int], float]) -> Formula:
+    """``W0 + s U Sigma R V^T``; that U, Sigma and V are what they should be is told apart."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        scale = scaling(len(p["xs_R"]))
+        return w0 + scale * torch.einsum("op,pq,qi->oi", p["xs_B"], p["xs_R"], p["xs_A"])
+
+    return formula
+
+
+def square_count(rank: int) -> Callable[[int, int], int]:
+    return lambda rows, columns: min(rank, rows, columns) ** 2
+
+
+def scaled_bases(scaling: float) -> Formula:
+    """``W0 + s sum_j B_j Lambda_j A Gamma_j``, or its transpose for fewer rows than columns."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        a, b = p["randlora_A"], p["randlora_B"]
+        update = torch.zeros(max(w0.shape), min(w0.shape), dtype=torch.float64)
+        scales = p["randlora_lambda"], p["randlora_gamma"]
+        for basis, of_rank, of_side in zip(b, *scales, strict=True):
+            update = update + basis @ torch.diag(of_rank) @ a @ torch.diag(of_side)
+        return w0 + scaling * (update if len(update) == len(w0) else update.T)
+
+    return formula
+
+
+def base_count(rank: int) -> Callable[[int, int], int]:
+    return lambda rows, columns: -(-min(rows, columns) // rank) * (rank + min(rows, columns))
+
+
+def haar(scaling: float) -> Formula:
+    """Each coefficient adds half of itself to 2 x 2 elements, with the signs of its quarter."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        rows, columns = w0.shape
+        height, width = -(-rows // 2), -(-columns // 2)
+        update = torch.zeros(2 * height, 2 * width, dtype=torch.float64)
+        step = torch.tensor([1.0, -1.0], dtype=torch.float64)
+        for c, entry in zip(p["waveft_c"], p["waveft_E"].tolist(), strict=True):
+            (of_rows, i), (of_columns, j) = (
+                divmod(entry // columns, height), divmod(entry % columns, width)
+            )  # fmt: skip
+            # Coefficients on the right differ along rows of elements, those below along columns.
+            signs = torch.outer(step**of_columns, step**of_rows)
+            place = torch.zeros_like(update)
+            place[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = signs / 2
+            update = update + c * place
+        return w0 + scaling * update[:rows, :columns]
+
+    return formula
+
+
 SIGN = {"gradients": "the direction of a single number is its sign, which does not move"}
+ONE_NUMBER = dict.fromkeys(("conv2d_depthwise", "norm_weight", "raw_vector"), SIGN)
 
 ONE_COLUMN = dict.fromkeys(("norm_weight", "raw_vector"), "one column has nothing to")
 ODD_COLUMNS = dict.fromkeys(
@@ -410,4 +576,87 @@ METHODS: dict[str, MethodCase] = {
         "filters",
         impossible=ONE_COLUMN,
     ),
-}
+    "c3a": MethodCase("c3a", circulants, circulant_count()),
+    "c3a_small": MethodCase(
+        "c3a", circulants, circulant_count(2), {"block_size": 2}
+    ),
+    "delora": MethodCase(
+        "delora",
+        directions,
+        lambda rows, columns: low_rank_count(8)(rows, columns) + 1,
+        view="outputs",
+        differs=ONE_NUMBER,
+    ),
+    "delora_weak": MethodCase(
+        "delora",
+        directions,
+        lambda rows, columns: low_rank_count(2)(rows, columns) + 1,
+        {"rank": 2, "delora_lambda": 0.5, "clip_rank": True},
+        "outputs",
+        differs=ONE_NUMBER,
+    ),
+    "gralora": MethodCase("gralora", block_products(lambda rank: 1.0), block_product_count(4)),
+    "gralora_scaled": MethodCase(
+        "gralora",
+        block_products(lambda rank: 5.0 / rank),
+        block_product_count(2),
+        {"rank": 2, "alpha": 5, "clip_rank": True},
+    ),
+    "hira": MethodCase("hira", modulated, low_rank_count(32), view="filters"),
+    "hira_small": MethodCase(
+        "hira", modulated, low_rank_count(2), {"rank": 2, "clip_rank": True}, "filters"
+    ),
+    "miss": MethodCase(
+        "miss", shared_shard, lambda rows, columns: min(8, columns) * rows, view="filters"
+    ),
+    "miss_small": MethodCase(
+        "miss",
+        shared_shard,
+        lambda rows, columns: min(2, columns) * rows,
+        {"rank": 2, "clip_rank": True},
+        "filters",
+    ),
+    "road": MethodCase(
+        "road", rotated_pairs(1), pair_count(1), view="outputs", scales_bias=True
+    ),
+    "road_in_groups": MethodCase(
+        "road", rotated_pairs(2, 4), pair_count(2), {"variant": "road_2", "group_size": 4},
+        "outputs", scales_bias=True,
+    ),
+    "road_four": MethodCase(
+        "road", rotated_pairs(4, 2), pair_count(4), {"variant": "road_4", "group_size": 2},
+        "outputs", scales_bias=True,
+    ),
+    "full_delta": MethodCase(
+        "full_delta", added_whole, lambda rows, columns: rows * columns, view="filters"
+    ),
+    "lora_xs": MethodCase(
+        "lora_xs", mixed_directions(lambda rank: 1.0), square_count(8), view="filters"
+    ),
+    "lora_xs_scaled": MethodCase(
+        "lora_xs",
+        mixed_directions(lambda rank: 5.0 / rank),
+        square_count(2),
+        {"rank": 2, "alpha": 5, "clip_rank": True},
+        "filters",
+    ),
+    "randlora": MethodCase(
+        "randlora", scaled_bases(0.5), base_count(32), {"alpha": 16}, "filters"
+    ),
+    "randlora_small": MethodCase(
+        "randlora",
+        scaled_bases(1.5),
+        base_count(2),
+        {"rank": 2, "alpha": 3, "seed": 4},
+        "filters",
+    ),
+    "waveft": MethodCase(
+        "waveft", haar(0.5), lambda rows, columns: min(2592, rows * columns), {"scaling": 0.5}
+    ),
+    "waveft_few": MethodCase(
+        "waveft",
+        haar(2.0),
+        lambda rows, columns: 5,
+        {"n_frequency": 5, "scaling": 2.0, "seed": 3},
+    ),
+}  # fmt: skip

@@ -174,14 +174,22 @@ def sizes(found: Mapping[str, tuple[int, float]], alpha_name: str) -> Config:
         found: rank and alpha by dotted names.
         alpha_name: name of alpha in the config.
     """
-    rank = common([rank for rank, _ in found.values()])
-    alpha = common([alpha for _, alpha in found.values()])
-    return {
-        "r": rank,
-        alpha_name: alpha,
-        "rank_pattern": {exact_pattern(n): r for n, (r, _) in found.items() if r != rank},
-        "alpha_pattern": {exact_pattern(n): a for n, (_, a) in found.items() if a != alpha},
-    }
+    ranks = {name: rank for name, (rank, _) in found.items()}
+    alphas = {name: alpha for name, (_, alpha) in found.items()}
+    return by_layer("r", "rank_pattern", ranks) | by_layer(alpha_name, "alpha_pattern", alphas)
+
+
+def by_layer(option: str, patterns: str, found: Mapping[str, Any]) -> Config:
+    """Return the most frequent value as an option, and patterns for the layers with another one.
+
+    Args:
+        option: name of the option in the config.
+        patterns: name of the option that holds the patterns.
+        found: values by dotted names.
+    """
+    most = common(list(found.values()))
+    others = {exact_pattern(name): value for name, value in found.items() if value != most}
+    return {option: most, patterns: others}
 
 
 def size_of_layer(config: Config, name: str, alpha_name: str) -> tuple[Any, Any]:

@@ -38,8 +38,8 @@ def _rank_and_alpha(method: Any) -> tuple[int, float]:
     return method.rank, plain(method.rank if method.alpha is None else method.alpha)
 
 
-def _rows_are_outputs(item: AdaptedTensor, written: Written) -> bool:
-    """Whether each output of a layer is one row; if not, add a problem."""
+def rows_are_outputs(item: AdaptedTensor, written: Written) -> bool:
+    """Return whether each output of a layer is one row; if not, add a problem."""
     assert item.delta.layout is not None
     if item.delta.layout.matrix[0] == item.shape[0]:
         return True
@@ -54,7 +54,7 @@ def write_loha(items: list[AdaptedTensor]) -> Written:
     """Write the four factors under PEFT's names."""
     written = Written()
     for item in items:
-        if _rows_are_outputs(item, written):
+        if rows_are_outputs(item, written):
             values = item.values
             written.add(item.path, {theirs: values[ours] for ours, theirs in _LOHA.items()})
     found = {item.path: _rank_and_alpha(cast(LoHa, item.delta.method)) for item in items}
@@ -92,7 +92,7 @@ def _refuse_core(layer: Layer) -> None:
 def write_lokr(items: list[AdaptedTensor]) -> Written:
     """Write ``w1`` and ``w2``, decomposed where PEFT decomposes them."""
     written = Written()
-    items = [item for item in items if _rows_are_outputs(item, written)]
+    items = [item for item in items if rows_are_outputs(item, written)]
     if not items:
         return written
     methods = {item.path: cast(LoKr, item.delta.method) for item in items}

@@ -1,6 +1,7 @@
 """(IA)^3 and VeRA of PEFT."""
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -31,13 +32,8 @@ def write_ia3(items: list[AdaptedTensor]) -> Written:
         factors = item.values["ia3_l"]
         if item.path in feedforward:
             factors = _of_channels(item, factors, written)
-        elif getattr(item.module, "bias", None) is not None and "bias" not in weight_deltas(
-            item.module
-        ):
-            written.problems.append(
-                f"{item.name}: PEFT scales what the layer gives, its bias included, which was not "
-                "adapted here (ma_adapt does that, pa_adapt does not)"
-            )
+        else:
+            written.problems += bias_incompatibilities(item, "scales")
         shape: tuple[int, ...] = (1, -1) if item.path in feedforward else (-1, 1)
         if kind_of(item.module) in CONVOLUTIONS:
             shape = (1, -1, *[1] * (len(item.shape) - 2))
@@ -50,6 +46,15 @@ def write_ia3(items: list[AdaptedTensor]) -> Written:
         "init_ia3_weights": True,
     }
     return written
+
+
+def bias_incompatibilities(item: AdaptedTensor, does: str) -> Iterator[str]:
+    """Yield that a bias was not adapted with its weight, if so, and what PEFT does with outputs."""
+    if getattr(item.module, "bias", None) is not None and "bias" not in weight_deltas(item.module):
+        yield (
+            f"{item.name}: PEFT {does} what the layer gives, its bias included, which was not "
+            "adapted here (ma_adapt does that, pa_adapt does not)"
+        )
 
 
 def _escaped(path: str) -> str:
