@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gift.bank.changes import Change, Changes, changes_of, moved_values
 from gift.bank.places import SAME, Lost, One, Place, Rows, everywhere
-from gift.bank.tracking import Hook, Tracking
+from gift.bank.tracking import WAY_OUT, Hook, Tracking
 from gift.core.dynamic_class import plain_class
 from gift.errors import AdaptationError, GiftWarning, refuse
 from gift.layers.layouts import Layout
@@ -32,8 +32,8 @@ def rows_added(
     if not rows:
         raise ValueError("there are no rows")
     layers = _layers(net, read)
-    weights = [module._parameters.get("weight") for module, _ in layers.values()]
-    held = [weight for weight in weights if weight is not None]
+    weights = {path: module._parameters.get("weight") for path, (module, _) in layers.items()}
+    held = {path: weight for path, weight in weights.items() if weight is not None}
     tracking = Tracking(net, held, len(rows), dim, differs=len({*rows}) > 1)
     seen: set[str] = set()
     with uncompiled(), tracking, ExitStack() as hooks:
@@ -42,7 +42,16 @@ def rows_added(
             # Prepended, so that other hooks see the complete output.
             hook = module.register_forward_hook(own, prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
-        yield
+        try:
+            yield
+        except Exception as error:
+            if tracking.repeated:
+                error.add_note(
+                    f"{sorted(tracking.repeated)} got one input for all rows, and gave an output "
+                    "for each. If the network does not expect that, leave these layers out of the "
+                    "deltas, or call it once for each delta"
+                )
+            raise
     ids = {path: id(module._parameters.get("weight")) for path, (module, _) in layers.items()}
     reached = {ids[path] for path in seen}  # one of several tied layers is enough
     never = [path for path in layers if path not in seen and ids[path] not in reached]
@@ -143,13 +152,13 @@ class _Rows:
             return output, tracking.place_of(output)
         if place is SAME and x.ndim > dim and x.shape[dim] == 1:
             # An input computed once for all rows, like positions, is expanded to all of them.
+            tracking.repeated.add(self.path)
             x, output = (_repeated(tensor, tracking.batch, dim) for tensor in (x, output))
             place = Rows(len(self.rows), dim, tracking.batch // len(self.rows))
         if not isinstance(place, Rows) or place.axis not in _axes_before_features(module, x):
             raise ValueError(
                 f"{self.path} gets {tuple(x.shape)}, which is not the batch of {len(self.rows)} "
-                f"rows: {_why(place)}. Leave this layer out of the deltas, or call the network "
-                "once for each delta"
+                f"rows: {_why(place)}. {WAY_OUT}"
             )
         axis = place.axis
         for name, index in self._indices(place, x.shape[axis], x.device).items():

@@ -3,7 +3,7 @@
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from gift.layers.table import operation_of
 from gift.private.torch.tensors import storage_key
 from gift.private.torch.tracing import is_transformed
 from gift.wrappers.arguments import in_order as arguments_in_order
+
+WAY_OUT = "Leave this layer out of the deltas, or call the network once for each delta"
 
 
 class Hook:
@@ -46,24 +48,25 @@ class Tracking(TorchFunctionMode):
 
     Args:
         net: the network.
-        weights: the weights whose changes are added to the outputs of their layers. Any other
-            module that reads them would see the base.
+        weights: the weights whose changes are added to the outputs of their layers, by the paths of
+            these. Any other module that reads them would see the base.
         n_rows: the number of rows.
         dim: axis of the rows in the inputs of layers.
         differs: whether the rows differ. If not, nothing can be mixed.
     """
 
     def __init__(
-        self, net: nn.Module, weights: Collection[Tensor], n_rows: int, dim: int, differs: bool
+        self, net: nn.Module, weights: Mapping[str, Tensor], n_rows: int, dim: int, differs: bool
     ) -> None:
         super().__init__()
-        self.weights = {id(weight) for weight in weights}
+        self.weights = {id(weight): path for path, weight in weights.items()}
         self.n_rows = n_rows
         self.dim = dim
         self.differs = differs
         self.batch = n_rows
         self.sizes = {n_rows}  # batch sizes: beam search repeats each row in place
         self.was_called = False
+        self.repeated: set[str] = set()  # layers that got one input for all rows
         self._thread = threading.get_ident()
         self._inside: list[nn.Module] = []
         self._modules = list(net.modules())
@@ -218,9 +221,10 @@ class Tracking(TorchFunctionMode):
     def _check_weights(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             if id(tensor) in self.weights and not self._is_own(tensor):
+                path = self.weights[id(tensor)]
                 raise RuntimeError(
-                    f"{type(self._inside[-1]).__name__} reads a weight of another layer itself, "
-                    "which has no single value while rows differ"
+                    f"{type(self._inside[-1]).__name__} reads {path} itself, which "
+                    f"has no single value while rows differ. {WAY_OUT}"
                 )
 
     def _follow(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
