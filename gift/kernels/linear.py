@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.kernels.recomputed import Ways
+from gift.kernels.remembered import Remembered
 from gift.layers.table import forwards_of
 from gift.quantization import dequantised, is_quantised
 from gift.quantization import product as quantised_product
@@ -47,6 +48,13 @@ class Product:
         return self.weight.shape[1 if self.transposed else 0]
 
     @property
+    def remembered(self) -> Remembered:
+        """What was made in the last call without gradients."""
+        layer: Any = self.layer
+        found: Remembered = layer._gift_weights["weight"].remembered
+        return found
+
+    @property
     def matrix(self) -> Tensor:
         """The frozen matrix, ``(out, in)``."""
         return self.weight.mT if self.transposed else self.weight
@@ -76,8 +84,11 @@ class QuantisedProduct(Product):
 
 def product_of(layer: Any, transposed: bool) -> Product:
     """Return the product with the frozen matrix of an adapted layer."""
-    frozen, ways = layer._gift_frozen("weight"), layer._gift_weights["weight"].ways
-    if is_quantised(frozen) and not transposed:
+    frozen, delta = layer._gift_frozen("weight"), layer._gift_weights["weight"]
+    ways = delta.ways if torch.is_grad_enabled() else None  # else no backward pass needs inputs
+    if not is_quantised(frozen):
+        return Product(layer, frozen, transposed, ways)
+    if not transposed:
         return QuantisedProduct(layer, frozen, transposed, ways)
     return Product(layer, dequantised(frozen, layer), transposed, ways)
 

@@ -57,12 +57,20 @@ def low_rank_product(
         form: see `gift.kernels.cost_model`; None chooses the cheapest.
     """
     left, right = factors
-    if type(product) is Product and (alike := operands(x, product.matrix, bias, *factors, dropped)):
+    if type(product) is Product:
+        if dropped is None and form in (None, "side"):
+            y = _one_row(x, product.matrix, bias, left, right, scale)
+            if y is not None:
+                return y
+        alike = operands(x, product.matrix, bias, left, right, dropped)
+    else:
+        alike = None
+    if alike is not None:
         x, weight, bias, left, right, dropped = alike
         trained = torch.is_grad_enabled()
         chosen = linear_form(
             tuple(weight.shape),
-            len(right),
+            right.shape[0],
             x.numel() // max(1, x.shape[-1]),
             trained=trained,
             form="side" if _only_beside(x, dropped) else form,
@@ -79,6 +87,32 @@ def low_rank_product(
     output = product.output(x, bias)
     hidden = F.linear((x if dropped is None else dropped).to(right.dtype), right)
     return (output + F.linear(hidden, scaled(left, scale))).to(output.dtype)
+
+
+def _one_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float
+) -> Tensor | None:
+    """Compute the layer for one row without gradients, as for each token that is generated.
+
+    The products take a few microseconds, and to decide as for other inputs takes longer than that.
+    """
+    dtype = x.dtype
+    if (
+        torch.is_grad_enabled()
+        or x.numel() != right.shape[1]
+        or dtype != right.dtype
+        or dtype != left.dtype
+        or dtype != weight.dtype
+        or (bias is not None and dtype != bias.dtype)
+        or WATCHING
+        or is_transformed()
+        or torch.compiler.is_compiling()
+        or autocasts("cpu" if x.is_cpu else x.device.type)
+    ):
+        return None
+    y = F.linear(x, weight, bias)
+    y.view(-1, 1).addmm_(left, right @ x.reshape(-1, 1), alpha=scale)
+    return y
 
 
 def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | None:
@@ -100,7 +134,10 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
         return None
     else:
         dtype = weight.dtype
-        if all(t is None or t.dtype == dtype for t in others):
+        for tensor in others:
+            if tensor is not None and tensor.dtype != dtype:
+                break
+        else:
             return given
         wider = (t.dtype.itemsize > dtype.itemsize for t in others if t is not None)
         if dtype.itemsize >= 4 and any(wider):
@@ -141,7 +178,7 @@ def _is_open(x: Tensor) -> bool:
 
     The tracer of torch 2.6 does so with layers whose class claims to belong to torch.
     """
-    return not torch.compiler.is_compiling() and type(x.numel()) is not int
+    return type(x.numel()) is not int and not torch.compiler.is_compiling()
 
 
 def conv(self: Any, input: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class LowRankLinear(torch.autograd.Function):
             gd = gh.mT @ right if gh.dim() == 2 else torch.bmm(gh.mT, for_each(right, gh))
             gd = gd.view(shape)
         if side and gx is not None and not drops:
-            _add_product(gx, gh, right)
+            _add_product(gx, right.mT, gh)
         return gx, None, gb, gl, gr, None, gd, None, None
 
 
@@ -110,17 +110,18 @@ def outputs(
         return F.linear(x, effective(weight, left, right, scale), bias), None
     y = F.linear(x, weight, bias)
     hidden = product(right, _columns(x if dropped is None else dropped))
-    _add_product(y, hidden, left.mT.contiguous(), scale)
+    _add_product(y, left, hidden, scale)
     return y, hidden
 
 
-def _add_product(y: Tensor, few: Tensor, matrix: Tensor, scale: float = 1) -> None:
-    """Add ``scale few^T matrix`` to the rows of `y`, which is contiguous, in place."""
+def _add_product(y: Tensor, matrix: Tensor, few: Tensor, scale: float = 1) -> None:
+    """Add ``scale matrix few`` to the columns of `y`, which is contiguous, in place."""
     if few.dim() == 2:
-        y.view(-1, y.shape[-1]).addmm_(few.mT, matrix, alpha=scale)
+        # Not `y.mT.addmm_(matrix, few)`: torch 2.14 compiles that to something else.
+        y.view(-1, y.shape[-1]).addmm_(few.mT, matrix.mT, alpha=scale)
     else:
         parts = y.view(few.shape[0], -1, y.shape[-1])
-        parts.baddbmm_(few.mT, for_each(matrix, few), alpha=scale)
+        parts.baddbmm_(few.mT, for_each(matrix.mT, few), alpha=scale)
 
 
 def _columns(x: Tensor) -> Tensor:

@@ -29,25 +29,31 @@ def rescaled(
 
     Args:
         z: outputs of a layer, bias included.
-        ratio: a factor for each output feature.
-        bias: the part of `z` that is not scaled, or None.
+        ratio: a factor for each output feature, as `finite` gives it.
+        bias: the part of `z` that is not scaled, as `finite` gives it, or None.
         compute: function that computes `z` again.
         inputs: arguments of `compute`.
         channel: the axis of output features, from the end.
         ways: what is known of the inputs of the layer, see `gift.kernels.recomputed.keep`.
     """
-    shape = [1] * z.dim()
-    shape[channel] = -1
-    ratio = ratio.view(shape)
-    if bias is not None:
-        bias = bias.view(shape)
-        finite = bias.abs() < math.inf
-        # An infinite bias cannot be subtracted again: such outputs pass unchanged.
-        ratio, bias = torch.where(finite, ratio, 1), torch.where(finite, bias, 0)
     if _is_plain(z, ratio):
         return _scale(z, ratio, bias)
     y: Tensor = Rescaled.apply(z, ratio, bias, channel, compute, ways, *inputs)
     return y
+
+
+def finite(ratio: Tensor, bias: Tensor | None, channel: int = -1) -> tuple[Tensor, Tensor | None]:
+    """Return ratio and bias in the shape of the axis of output features and those after it.
+
+    Outputs with an infinite bias, which cannot be subtracted again, get a ratio of one.
+    """
+    shape = (-1, *[1] * (-1 - channel))
+    ratio = ratio.view(shape)
+    if bias is None:
+        return ratio, None
+    bias = bias.view(shape)
+    is_finite = bias.abs() < math.inf
+    return torch.where(is_finite, ratio, 1), torch.where(is_finite, bias, 0)
 
 
 def _is_plain(z: Tensor, ratio: Tensor) -> bool:

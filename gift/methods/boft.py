@@ -10,7 +10,7 @@ from torch import Tensor
 from gift.errors import AdaptationError
 from gift.kernels.changed_input import changed, times_blocks
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.rescale import rescaled
+from gift.kernels.rescale import finite, rescaled
 from gift.methods.base import register_method, with_settings
 from gift.methods.blocks import BlockMethod, divisors, rotation_change
 from gift.methods.settings import flag, whole
@@ -139,7 +139,8 @@ def _linear(
         return product.output(_turned(x, *blocks), bias)
 
     inputs = (x, bias, *blocks)
-    return rescaled(output, parameters["boft_s"], bias, again, inputs, ways=product.ways)
+    scales = finite(parameters["boft_s"], bias)
+    return rescaled(output, *scales, again, inputs, ways=product.ways)
 
 
 def _turned(x: Tensor, *blocks: Tensor) -> Tensor:

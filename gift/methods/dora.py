@@ -17,7 +17,7 @@ from gift.kernels.low_rank import (
     low_rank_product,
 )
 from gift.kernels.products import scaled
-from gift.kernels.rescale import rescaled
+from gift.kernels.rescale import finite, rescaled
 from gift.methods.base import Method, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
@@ -118,6 +118,11 @@ class DoRA(LoRA):
         return (crossed * b.conj()).sum(-1, keepdim=True).real
 
 
+def _trained(parameters: Mapping[str, Tensor], bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what the ratio depends on, but for the matrix and its norms, and the bias."""
+    return parameters["lora_B"], parameters["lora_A"], parameters["dora_delta_m"], bias
+
+
 def _linear(
     method: DoRA,
     parameters: Mapping[str, Tensor],
@@ -127,17 +132,23 @@ def _linear(
     training: bool,
 ) -> Tensor:
     """Compute ``ratio o (W0 x + s B A dropout(x)) + bias``, the rescaled output of LoRA."""
+    left, right = parameters["lora_B"], parameters["lora_A"]
     dropped = dropped_inputs(method, x, training)
-    ratio = method.ratio(product.matrix.to(parameters["lora_A"].dtype), parameters)
+
+    def scales() -> "tuple[Tensor, Tensor | None]":
+        return finite(method.ratio(product.matrix.to(right.dtype), parameters), bias)
 
     # Annotations are quoted, since the compiler of torch 2.6 cannot evaluate unions.
     def lora(
         x: Tensor, bias: "Tensor | None", left: Tensor, right: Tensor, dropped: "Tensor | None"
     ) -> Tensor:
-        return low_rank_product(x, product, bias, (left, right), dropped, form=method.form)
+        factors = (left, right)
+        return low_rank_product(x, product, bias, factors, dropped, method.scaling, method.form)
 
-    inputs = (x, bias, *method.factors(parameters), dropped)
-    return rescaled(lora(*inputs), ratio, bias, lora, inputs, ways=product.ways)
+    trained = _trained(parameters, bias)
+    ratio, centre = product.remembered.get(scales, method, product.weight, trained)
+    inputs = (x, bias, left, right, dropped)
+    return rescaled(lora(*inputs), ratio, centre, lora, inputs, ways=product.ways)
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
@@ -146,17 +157,22 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     method, parameters = delta.delta_of(self)
 
     def lora(x: Tensor, left: Tensor, right: Tensor, dropped: "Tensor | None") -> Any:  # quoted too
-        return low_rank_conv(self, x, (left, right), dropped, method.form)
+        return low_rank_conv(self, x, (left, right), dropped, method.form, method.scaling)
 
     if is_usual(self) and self.groups == 1:
         dropped = dropped_inputs(method, input, self.training)
-        inputs = (input, *method.factors(parameters), dropped)
+        inputs = (input, parameters["lora_B"], parameters["lora_A"], dropped)
         output = lora(*inputs)
         if output is not None:
-            frozen = delta.layout.to_matrix(self._gift_frozen("weight"))
-            ratio = method.ratio(frozen.to(parameters["lora_A"].dtype), parameters)
-            axis = -1 - len(self.kernel_size)
-            return rescaled(output, ratio, self.bias, lora, inputs, axis, delta.ways)
+            frozen, channel = self._gift_frozen("weight"), -1 - len(self.kernel_size)
+
+            def scales() -> "tuple[Tensor, Tensor | None]":
+                matrix = delta.layout.to_matrix(frozen).to(parameters["lora_A"].dtype)
+                return finite(method.ratio(matrix, parameters), self.bias, channel)
+
+            trained = _trained(parameters, self.bias)
+            ratio, bias = delta.remembered.get(scales, method, frozen, trained)
+            return rescaled(output, ratio, bias, lora, inputs, channel, delta.ways)
     return convolve(self, input, self.weight, self.bias)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import conv_forwards, is_usual
-from gift.kernels.rescale import rescaled
+from gift.kernels.rescale import finite, rescaled
 from gift.methods.base import Method, register_method
 from gift.methods.settings import flag
 from gift.private.torch.layers import convolve
@@ -83,7 +83,7 @@ def _linear(
     if method.feedforward:
         return product.output((x * factor.squeeze(-2)).to(x.dtype), bias)
     output, inputs = product.output(x, bias), (x, bias)
-    return rescaled(output, factor, bias, product.output, inputs, ways=product.ways)
+    return rescaled(output, *finite(factor, bias), product.output, inputs, ways=product.ways)
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
@@ -108,7 +108,9 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         return convolve(self, x, frozen, bias)
 
     output, inputs = compute(input, bias), (input, bias)
-    return rescaled(output, factor, bias, compute, inputs, -1 - axes, delta.ways)
+    channel = -1 - axes
+    scales = finite(factor, bias, channel)
+    return rescaled(output, *scales, compute, inputs, channel, delta.ways)
 
 
 IA3.forwards = linear_forwards(_linear) | conv_forwards(_conv)

@@ -51,7 +51,8 @@ class AdaptedModule(DeltaModule):
         """
         delta = self._gift_weights.get(tensor)
         if delta is None:
-            return getattr(self, tensor, None)
+            own = self._parameters  # `getattr` takes ten times as long
+            return own[tensor] if tensor in own else getattr(self, tensor, None)
         frozen = self._gift_frozen(tensor)
         if frozen is None:
             return None

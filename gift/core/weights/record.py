@@ -14,6 +14,7 @@ from gift.core.delta import Delta, contiguous, put_values
 from gift.core.dynamic_class import plain_class
 from gift.core.weights.reading import Made, Memory, Slices, made, made_once, product_parts
 from gift.errors import AdaptationError, GiftWarning
+from gift.kernels.remembered import Remembered
 from gift.layers.layouts import Layout, LayoutOptions, bias_layout
 from gift.layers.table import layout_of
 from gift.methods import Method
@@ -45,6 +46,14 @@ class WeightDelta(Delta):
     reads_alike: bool = True
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
     source: "_Source | None" = field(default=None, compare=False, repr=False)
+    _remembered: Remembered | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def remembered(self) -> Remembered:
+        """What fast paths made of the tensors in the last call without gradients."""
+        if self._remembered is None:
+            self._remembered = Remembered()
+        return self._remembered
 
     def delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
         """The method and its parameters for the adapted tensor of `module`."""
