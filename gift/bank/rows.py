@@ -38,7 +38,8 @@ def rows_added(
     seen: set[str] = set()
     with uncompiled(), tracking, ExitStack() as hooks:
         for path, (module, by_name) in layers.items():
-            own = Hook(_Rows(path, by_name, rows, tracking, seen))
+            side = _SIDES[operation_of(type(module))]
+            own = Hook(_Rows(path, side, by_name, rows, tracking, seen))
             # Prepended, so that other hooks see the complete output.
             hook = module.register_forward_hook(own, prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
@@ -119,12 +120,13 @@ class _Rows:
     def __init__(
         self,
         path: str,
+        side: Callable[[Any, Tensor, Factors], Tensor],
         by_name: dict[str, Factors],
         rows: list[str | None],
         tracking: Tracking,
         seen: set[str],
     ) -> None:
-        self.path = path
+        self.path, self.side = path, side
         self.by_name = by_name
         self.rows = [name if name in by_name else None for name in rows]
         self.tracking = tracking
@@ -136,19 +138,27 @@ class _Rows:
         self.seen.add(self.path)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         with unfollowed():  # these operations need no tracking
+            if not self.tracking.differs:
+                return self._added(module, x, output, self.rows[0])
             changed, place = self._changed(module, x, output)
         self.tracking.set_place(changed, place)
         return changed
 
+    def _added(self, module: Any, x: Tensor, output: Tensor, name: str | None) -> Tensor:
+        """Return the output with one delta for all of it."""
+        if name is None:
+            return output
+        change = self.side(module, x, self.by_name[name])
+        return (output + change).to(output.dtype)
+
     def _changed(self, module: Any, x: Tensor, output: Tensor) -> tuple[Tensor, Place]:
         """Return the output with each row's delta, and where its rows are."""
-        tracking, side = self.tracking, _SIDES[operation_of(type(module))]
+        tracking, side = self.tracking, self.side
         dim = tracking.dim
-        place = tracking.in_layer(x) if tracking.differs else SAME
+        place = tracking.in_layer(x)
         if len({*self.rows}) == 1 or isinstance(place, One):
             name = self.rows[place.row if isinstance(place, One) else 0]
-            if name is not None:
-                output = (output + side(module, x, self.by_name[name])).to(output.dtype)
+            output = self._added(module, x, output, name)
             return output, tracking.place_of(output)
         if place is SAME and x.ndim > dim and x.shape[dim] == 1:
             # An input computed once for all rows, like positions, is expanded to all of them.

@@ -228,6 +228,8 @@ class Tracking(TorchFunctionMode):
                 )
 
     def _follow(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if not (self.differs or self._has_weight(args) or self._has_weight(kwargs.values())):
+            return  # nothing can be mixed, and each function is called for each token
         made = [args[0]] if name in ("__setitem__", "__set__") else list(tensors_of(result))
         if not made and name not in kinds.LEAVING:
             return
@@ -247,6 +249,13 @@ class Tracking(TorchFunctionMode):
                 self._now += 1
                 self._overwritten[storage_key(tensor)] = self._now, tensor
             self.set_place(tensor, place)
+
+    def _has_weight(self, values: Collection[Any]) -> bool:
+        """Return whether a weight whose changes are added is among arguments."""
+        if not self.weights.keys().isdisjoint(map(id, values)):
+            return True
+        inner = [value for value in values if isinstance(value, (list, tuple, dict))]
+        return any(self._has_weight(v.values() if isinstance(v, dict) else v) for v in inner)
 
     def _check_leaving(self, call: Call) -> None:
         """Raise if values of rows leave torch, where what becomes of them is not seen."""
