@@ -121,25 +121,50 @@ def _is_usual(x: Tensor) -> bool:
 
 def _recomputed(x: Tensor, work: int, ways: Ways, seldom: bool) -> tuple[Kept, tuple[Tensor, ...]]:
     """Return the way back from what nodes keep; raise `Unknown` if there is none worth going."""
-    node, number, finish = _before_casts(x)
-    way = Way(x.numel())
-    compute = way.to(node, number)
-    largest = max([x.numel(), *(leaf.numel() for leaf in way.leaves)])
-    if way.steps * largest * WORK > work * x.numel():
+    found = _HERE.found
+    if found is None or not found.leads_to(x):
+        found = _HERE.found = _Found(x)
+    way = found.way
+    if way.steps * found.largest * WORK > work * x.numel():
         raise Unknown  # it takes too long
-    if any(storage_key(leaf) == storage_key(x) for leaf in way.leaves):
-        raise Unknown  # the input is kept anyway
-    if not _is_right(way, compute, finish, x, ways.times):
+    if not _is_right(way, found.compute, found.finish, x, ways.times):
         raise Unknown
-    key = (node.name(), number_of(node), number, *way.places)
-    shared = _HERE.open.get(key)
+    shared = _HERE.open.get(found.key)
     if shared is None:
-        shared = _HERE.open[key] = _Shared(compute)
+        shared = _HERE.open[found.key] = _Shared(found.compute)
     shared.members += not seldom
-    with torch.enable_grad():
-        edge = _Edge.apply(x)
-    source = node.name().removesuffix("Backward0")
-    return _Recomputed(shared, finish, source), (edge, *way.leaves)
+    return _Recomputed(shared, found.finish, found.source), (found.edge, *way.leaves)
+
+
+class _Found:
+    """The way to an input, for all layers that get it one after the other, as query, key and value.
+
+    It is forgotten with the input, so that it holds no memory that the graph does not hold.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """Look for the way; raise `Unknown` if there is none."""
+        node, number, self.finish = _before_casts(x)
+        self.way = way = Way(x.numel())
+        self.compute = way.to(node, number)
+        place = storage_key(x)
+        if any(storage_key(leaf) == place for leaf in way.leaves):
+            raise Unknown  # the input is kept anyway
+        self.largest = max([x.numel(), *(leaf.numel() for leaf in way.leaves)])
+        self.key = (node.name(), number_of(node), number, *way.places)
+        self.source = node.name().removesuffix("Backward0")
+        self.writes = [writes_of(leaf) for leaf in way.leaves]
+        with torch.enable_grad():
+            self.edge = _Edge.apply(x)
+        self.x: Callable[[], Tensor | None] = weakref.ref(x, self._forget)
+
+    def leads_to(self, x: Tensor) -> bool:
+        """Whether it is the way to `x`, and nothing was written to what it begins with."""
+        return self.x() is x and self.writes == [writes_of(leaf) for leaf in self.way.leaves]
+
+    def _forget(self, _: Any) -> None:
+        vars(self).clear()
+        self.x = lambda: None
 
 
 def _before_casts(x: Tensor) -> tuple[Any, int, Callable[[Tensor], Tensor]]:
@@ -221,9 +246,10 @@ class _Shared:
 
 
 class _Here(threading.local):
-    """What a thread knows: the values that its graphs share, and which one is held."""
+    """What a thread knows: the values that its graphs share, which one is held, the last way."""
 
     def __init__(self) -> None:
+        self.found: _Found | None = None
         self.open: weakref.WeakValueDictionary[Any, _Shared] = weakref.WeakValueDictionary()
         self.held: Callable[[], _Shared | None] = lambda: None
 
