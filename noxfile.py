@@ -24,8 +24,8 @@ CONSTRAINTS = Path("constraints.txt")
 
 # What differs between versions of what gift is built on.
 DIFFERS = ["matrix", "state", "torch_features", "files*", "fast_*", "prompt*", "exchange_*"]
-DIFFERS += ["bottleneck*", "*trainers", "quantised*", "peft_parity", "distributed", "bank*"]
-DIFFERS += ["foreign_*", "frozen", "ties", "writes_*", "read_*", "saved_by_*", "state_*"]
+DIFFERS += ["bottleneck*", "*trainers", "quantised*", "peft_parity", "distributed", "parallel"]
+DIFFERS += ["bank*", "foreign_*", "frozen", "ties", "writes_*", "read_*", "saved_by_*", "state_*"]
 DIFFERS += ["schedules*", "private", "compiled_first", "merging"]
 
 # Packages that torch pins, or caps, differently in each of its versions.

@@ -4,10 +4,8 @@ Everything is float64, so that sums in another order differ by little. A scenari
 test in its body: both processes run it, and it fails where one of them raises.
 """
 
-import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,47 +48,20 @@ from gift.strategies import (
     HeadReplacementStrategy,
 )
 from gift.strategies.lora import LoRAAllFineTuningStrategy
-from tests.two_processes import SKIPPED
+from gift.utils.info import kept_inputs
+from tests.two_processes import Scenarios, play_all
 
 State = dict[str, Any]
 NO_SHARDS = torch.__version__.startswith("2.6")
 """FSDP2 of torch 2.6 needs an accelerator: `fsdp_of_plain_networks` shows that."""
-SCENARIOS: dict[str, Callable[[Path], None]] = {}
-
-
-def scenario(*networks: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: two processes play it, with each of these networks."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        for name in networks:
-            SCENARIOS[f"{function.__name__}[{name}]"] = partial(function, name)
-        return function
-
-    return register
+SCENARIOS = Scenarios()
+scenario = SCENARIOS.for_each
 
 
 def play(rank: int, folder: Path, seconds: float) -> None:
-    """Run all scenarios in this process; what one raises stands in the file ``<name>.<rank>``."""
-    torch.set_num_threads(1)
+    """Run all scenarios in this process."""
     recomputed.FEW = recomputed.WORK = 0  # at every size: FSDP frees what that might read
-    for name, function in SCENARIOS.items():
-        place = folder / name
-        place.mkdir(exist_ok=True)
-        message = ""
-        try:
-            meeting = dist.FileStore(str(place / "meeting"), 2)
-            wait = timedelta(seconds=seconds)
-            dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2, timeout=wait)
-            function(place)
-            dist.barrier()
-        except pytest.skip.Exception as skipped:
-            message = f"{SKIPPED}{skipped}"
-        except BaseException:  # what pytest.raises raises is not an Exception
-            message = traceback.format_exc()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        (folder / f"{name}.{rank}").write_text(message, encoding="utf-8")
+    play_all(SCENARIOS, rank, folder, seconds)
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -369,6 +340,27 @@ def fsdp_network_is_itself_a_stateful_object_of_a_checkpoint(name: str, folder: 
     dcp.save({"net": network}, checkpoint_id=folder / "net")
     dcp.load({"net": fresh}, checkpoint_id=folder / "net")
     assert_same(full_state(fresh), full_state(network))
+
+
+@scenario("transformer")
+def fsdp_computes_inputs_again_as_one_process_does(name: str, folder: Path) -> None:
+    """Layers need not keep their inputs, and gradients are those of layers that do."""
+    gradients = []
+    for recomputes in (True, False):
+        network = base_network(name)
+        torch.manual_seed(1)
+        enable_fine_tuning(network, LoRAAllFineTuningStrategy(rank=1), recompute_inputs=recomputes)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1)
+        sharded = shard(network)
+        kept = kept_inputs(sharded, examples(name)[0])
+        assert kept
+        assert all(source == "input" for source in kept.values()) is not recomputes
+        train(sharded, name, our_half(), steps=1)
+        gradients.append({n: p.grad.full_tensor() for n, p in sharded.named_parameters()
+                          if p.grad is not None})  # fmt: skip
+    assert_close(*gradients, rtol=1e-12, atol=1e-14)
 
 
 @scenario("transformer")

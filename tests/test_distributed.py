@@ -11,7 +11,7 @@ from tests.two_processes import check_report, play_in_two
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes wrote how each scenario went."""
-    return play_in_two(play, tmp_path_factory.mktemp("played"), 15, 120)
+    return play_in_two(play, tmp_path_factory.mktemp("played"), 60, 400)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -2,16 +2,60 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 SKIPPED = "skipped: "
 """How the report of a scenario begins that cannot be played here."""
+
+
+class Scenarios(dict[str, Callable[[Path], None]]):
+    """What two processes play, by name; each takes a folder of its own."""
+
+    def for_each(self, *cases: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Decorator: two processes play it, with each of these as its first argument."""
+
+        def register(function: Callable[..., None]) -> Callable[..., None]:
+            for case in cases:
+                self[f"{function.__name__}[{case}]"] = partial(function, case)
+            return function
+
+        return register
+
+
+def play_all(
+    scenarios: Mapping[str, Callable[[Path], None]], rank: int, folder: Path, seconds: float
+) -> None:
+    """Play scenarios in this process; what one raises stands in the file ``<name>.<rank>``."""
+    torch.set_num_threads(1)
+    for name, function in scenarios.items():
+        place = folder / name
+        place.mkdir(exist_ok=True)
+        message = ""
+        try:
+            meeting = dist.FileStore(str(place / "meeting"), 2)
+            wait = timedelta(seconds=seconds)
+            dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2, timeout=wait)
+            function(place)
+            dist.barrier()
+        except pytest.skip.Exception as skipped:
+            message = f"{SKIPPED}{skipped}"
+        except BaseException:  # what pytest.raises raises is not an Exception
+            message = traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        (folder / f"{name}.{rank}").write_text(message, encoding="utf-8")
 
 
 def play_in_two(

@@ -23,11 +23,12 @@ from gift.core.undo.undo import completed
 from gift.core.undo.undoable import check_undoable
 from gift.core.undo.unload import UnloadedDelta
 from gift.engine.enable import enable_fine_tuning, enabling_trained, values_of_the_base
-from gift.errors import GiftWarning, closest
+from gift.errors import GiftWarning, closest, some
 from gift.files import load, resolve
 from gift.quantization import same_values
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.support.interrupts import held_interrupts, switching
+from gift.support.sharding import is_sharded
 from gift.support.tensors import is_finite
 from gift.support.threads import changing
 
@@ -71,6 +72,8 @@ class DeltaBank:
         tensors = (*nn.Module.named_parameters(net), *net.named_buffers())
         if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise RuntimeError(f"{lazy} have no shape yet: run a batch through the network first")
+        if spread := [name for name, tensor in tensors if is_sharded(tensor)]:
+            raise RuntimeError(f"{some(spread)} are spread over processes: load one delta instead")
         self.net: Any = net
         self._deltas: dict[str, UnloadedDelta | None] = {}  # None for the active delta
         self._active: str | None = None

@@ -21,6 +21,7 @@ from gift.errors import AdaptationError
 from gift.layers.blocks import fuses_layers, nests_batches
 from gift.methods.settings import Configured, dtype_of
 from gift.private.torch.tracing import is_compiled_by_old
+from gift.support.sharding import is_sharded
 
 Forward = Callable[..., Any]
 FORWARD_METHODS: dict[str, type["ForwardMethod"]] = {}
@@ -280,6 +281,11 @@ def _refuse(module: nn.Module) -> None:
         raise AdaptationError(
             "a forward was set on the object itself and would hide the wrapper: remove it first, "
             "or set it afterwards, around the present one"
+        )
+    if spread := [n for n, p in module._parameters.items() if p is not None and is_sharded(p)]:
+        raise AdaptationError(
+            f"tensor parallelism spreads its {spread}, and its outputs with them: wrap the block "
+            "around it"
         )
     lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
     if lazy:

@@ -15,9 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import named_deltas
 from gift.core.state_settings import is_settings
-from gift.core.weights.record import is_sharded, weight_deltas
+from gift.core.weights.record import weight_deltas
 from gift.errors import some
 from gift.quantization import is_quantised
+from gift.support.sharding import is_sharded
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Support for code that moves the tensors of a module by name, such as accelerate's hooks.
 
-Such code reads a tensor from its module and replaces it by another one: on another device, or on
-the meta device while the module does not run. For an adapted weight it must see the frozen tensor.
+Such code reads a tensor from its module and replaces it by another one: on another device, on the
+meta device while the module does not run, or spread over processes. For an adapted weight it must
+see the frozen tensor.
 The state from which it copies tensors back must contain all tensors. It treats deltas like any
 other tensor, so they are on the device on which the module computes.
 """
@@ -16,6 +17,7 @@ from gift.core.weights.record import weight_deltas
 from gift.private.torch.calls import callers
 
 _PACKAGE = "accelerate."
+_MOVERS = (_PACKAGE, "torch.distributed.fsdp.", "torch.distributed.tensor.")
 _STATES = "accelerate.big_modeling"
 
 
@@ -26,7 +28,7 @@ def moves(reader: FrameType | None) -> bool:
         reader: the frame of the function.
     """
     caller = None if reader is None else reader.f_back
-    return caller is not None and caller.f_globals.get("__name__", "").startswith(_PACKAGE)
+    return caller is not None and caller.f_globals.get("__name__", "").startswith(_MOVERS)
 
 
 def needs_all(network: nn.Module) -> bool:

@@ -23,12 +23,12 @@ from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.undo.undo import tensor_of
 from gift.core.undo.undoable import check_undoable
 from gift.core.unfreeze import unfreezable_problems
-from gift.core.weights.record import is_sharded
 from gift.engine.claims import sizes_of
 from gift.engine.leftover import describe_leftover, hints_for_strangers
 from gift.engine.walk import Walk, closest_names
 from gift.errors import AdaptationError, GiftWarning, some
 from gift.strategies.base import Cap, FineTuningStrategy
+from gift.support.sharding import agree, is_fully_sharded, is_sharded
 from gift.support.threads import changing
 
 
@@ -192,7 +192,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
         raise TypeError(f"expected a FineTuningStrategy{hint}, got {strategy!r}")
     refuse_meanwhile(module, "merged", "computing rows")
     refuse_meanwhile(module, itself=False)  # the context would restore that part at its end
-    if any(map(is_sharded, nn.Module.parameters(module))):
+    if is_fully_sharded(module) and any(map(is_sharded, nn.Module.parameters(module))):
         sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
         raise ValueError(
             f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
@@ -261,6 +261,7 @@ def _apply(
     own = {id(parameter) for parameter in parameters}
     report.leftover = describe_leftover(module, strategy, walk.kept, own, total)
     named = dict(module.named_parameters(remove_duplicate=False))
+    _agree(module, snapshot)
     frozen = {id(p): p for p in parameters if id(p) not in walk.kept}
     for parameter in frozen.values():
         parameter.requires_grad = False
@@ -279,6 +280,16 @@ def _apply(
     report.frozen = [name for name, p in named.items() if frozen.pop(id(p), None) is not None]
     report.total_after, report.trainable_after = sizes_of(named.values())
     return report, named
+
+
+def _agree(module: nn.Module, before: Snapshot) -> None:
+    """Give all processes of tensor parallelism the same new tensors: each has drawn its own."""
+    known: list[Any] = [kept.tensor for _, _, kept in (*before.parameters, *before.buffers)]
+    mesh = next((tensor.device_mesh for tensor in known if is_sharded(tensor)), None)
+    if mesh is not None:
+        present = (*nn.Module.parameters(module), *module.buffers())
+        old = {id(tensor) for tensor in known}
+        agree((t for t in present if id(t) not in old and not is_sharded(t)), mesh)
 
 
 def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Report) -> str:

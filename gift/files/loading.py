@@ -19,7 +19,6 @@ from gift.core.trained import delta_names, trained_of_the_base
 from gift.core.undo.copy_on_write import CopyOnWrite
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.unfreeze import unfreeze
-from gift.core.weights.record import is_sharded
 from gift.engine.dry_run import on_meta
 from gift.engine.enable import enable_fine_tuning, enabling_trained
 from gift.errors import DeltaFileError, GiftWarning, refuse
@@ -29,6 +28,7 @@ from gift.files.inspection import DeltaFile, inspect
 from gift.files.saving import buffers_of_the_base
 from gift.strategies.base import FineTuningStrategy, load_strategy_from_config
 from gift.strategies.classic import new_heads
+from gift.support.sharding import distributed_like, is_sharded
 
 
 def load(
@@ -221,7 +221,7 @@ def _load_values(
     kept = CopyOnWrite(t for n, t in state.items() if n not in worthless and not is_sharded(t))
     for name, value in own.items():
         if is_sharded(state[name]):
-            value = _sharded_like(value, state[name])
+            value = distributed_like(value, state[name])
         state[name] = value
     try:
         with kept:
@@ -229,9 +229,3 @@ def _load_values(
     except BaseException:  # raised again below
         kept.restore()
         raise
-
-
-def _sharded_like(value: Tensor, tensor: Any) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)

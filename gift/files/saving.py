@@ -14,12 +14,12 @@ from gift.core.record import fine_tuned_part, record_of
 from gift.core.state import whole_state
 from gift.core.trained import delta_names, frozen_names, trained_of_the_base, trained_tensors
 from gift.core.unfreeze import unfreezable_problems
-from gift.core.weights.record import is_sharded
 from gift.errors import DeltaFileError, refuse
 from gift.files.container import write
 from gift.files.description import describe_deltas, names_regex, resolve
 from gift.files.digests import digest, digests
 from gift.quantization import quant_state_names
+from gift.support.sharding import is_sharded, whole
 from gift.support.tensors import dtype_name, is_finite
 from gift.version import __version__
 
@@ -90,7 +90,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
     refuse(DeltaFileError, _NOT_SAVED, unfreezable_problems(network, trained))
     sharded = any(is_sharded(t) for t in (*parts.saved.values(), *parts.base.values()))
     saved, aliases = _once(network, parts.saved)
-    own = {name: _whole(tensor) for name, tensor in saved.items()}
+    own = {name: whole(tensor) for name, tensor in saved.items()}
     keeps_base = record_of(network).keeps_base  # otherwise a buffer may always have been so
     refuse(
         DeltaFileError,
@@ -187,10 +187,6 @@ def _once(network: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     return {name: tensors[name] for name in names if name not in aliases}, aliases
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
-
-
 def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
     record = record_of(network)
     strategy, reason = record.recipe, ""
@@ -229,5 +225,5 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     made = digests(plain)
     for name, tensor in tensors.items():  # one by one: processes must keep the same order
         if name not in made:
-            made[name] = digest(_whole(tensor))
+            made[name] = digest(whole(tensor))
     return made

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.kernels.parallel_linear import joined_output, local_operands, places_of
 from gift.kernels.recomputed import Ways
 from gift.kernels.remembered import Remembered
 from gift.layers.table import forwards_of
@@ -123,11 +124,26 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
             return type(self).forward(self, x)
         if not delta.reads_alike:  # tied to an embedding whose layout is transposed
             return Product(self, self.weight, transposed).output(x, self.bias)
+        if delta.mesh_axes:
+            return spread(self, x, transposed)
         method, parameters = delta.delta_of(self)
         product = product_of(self, transposed)
         return path(
             method, parameters, x, product, self._gift_weight("bias", once=True), self.training
         )
+
+    def spread(self: Any, x: Any, transposed: bool) -> Tensor:
+        """Compute a layer whose weight tensor parallelism spreads over processes."""
+        weight, delta = self._gift_frozen("weight"), self._gift_weights["weight"]
+        bias = self._gift_weight("bias", once=True)
+        places = places_of(x, weight, bias, transposed)
+        if places is None:  # torch moves tensors first, or refuses them
+            return Product(self, self.weight, transposed).output(x, bias)
+        seen, own_bias = local_operands(x, bias, places)
+        method, parameters = delta.local_delta_of(self, weight, places.partial)
+        product = Product(self, weight.to_local(), transposed, delta.ways)
+        y = path(method, parameters, seen, product, own_bias, self.training)
+        return joined_output(y, x, weight.shape[int(transposed)], places)
 
     def linear(self: Any, input: Tensor) -> Tensor:
         return forward(self, input, transposed=False)

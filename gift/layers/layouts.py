@@ -108,6 +108,23 @@ class Layout:
         permuted = [self.view[axis] for axis in self.order]
         return matrix.reshape(permuted).permute(inverse).reshape(self.shape)
 
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        """For each axis of the weight, which axis of the matrix it is: 0 for rows, 1 for columns.
+
+        None if axes are split or merged, or if there are groups.
+        """
+        permuted = tuple(self.shape[axis] for axis in self.order) if self.view == self.shape else ()
+        if len(self.matrix) != 2 or self.matrix not in (permuted, (*permuted, 1)):
+            return None
+        return tuple(map(self.order.index, range(len(self.shape))))
+
+    def of_part(self, shape: tuple[int, ...]) -> "Layout":
+        """Return the layout of a part of the weight along its axes, each of which is one here."""
+        permuted = tuple(shape[axis] for axis in self.order)
+        matrix = (*permuted, *self.matrix[len(permuted) :])
+        return replace(self, shape=tuple(shape), view=tuple(shape), matrix=matrix)
+
 
 @lru_cache(maxsize=512)
 def _plain(shape: tuple[int, ...], matrix: tuple[int, ...], input_axis: int = -1) -> Layout:

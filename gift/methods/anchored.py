@@ -35,6 +35,12 @@ class AnchoredLoRA(LoRA):
 
     reads_weight: ClassVar[bool] = True
 
+    @property
+    def split_axes(self) -> dict[str, tuple[int | None, int | None]]:  # type: ignore[override]
+        """The axes of LoRA's factors, and the same of their anchors."""
+        axes = dict(super().split_axes)
+        return axes | {f"{self.name}_{key[-1]}0": axes[key] for key in ("lora_B", "lora_A")}
+
     def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``B0 (rows, r)`` and ``A0 (r, columns)`` in double precision."""
         raise NotImplementedError

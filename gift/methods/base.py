@@ -77,6 +77,17 @@ class Method(Configured):
     low_rank_is_cheap: ClassVar[bool] = True
     """Whether gradients are cheaper through the factors of `low_rank` than through the matrix."""
 
+    split_axes: ClassVar[Mapping[str, tuple[int | None, int | None]]] = {}
+    """For each parameter, which axis lies along the matrix's rows and which along its columns.
+
+    None stands for no axis. A part of the matrix's rows, or columns, then needs the parts of these
+    parameters, and all of the others. Tensor parallelism relies on that, and refuses a method with
+    a parameter that is missing here.
+    """
+
+    split_by: ClassVar[tuple[Literal["rows", "columns"], ...]] = ("rows", "columns")
+    """Which parts of the effective matrix are functions of the same part of the frozen one."""
+
     size_setting: ClassVar[str | None] = None
     """The integer setting that determines the number of added parameters.
 

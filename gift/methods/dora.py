@@ -55,6 +55,8 @@ class DoRA(LoRA):
     rows_are_outputs: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
     derives: ClassVar[tuple[str, ...]] = ("dora_squares",)
+    split_axes = {**LoRA.split_axes, "dora_delta_m": (0, None), "dora_squares": (0, None)}
+    split_by = ("rows",)  # a norm needs all columns
 
     detach_norm: bool = flag(True, enters_weight=False)
 

@@ -53,6 +53,8 @@ class HRA(RankedMethod):
     strategy_prefix: ClassVar[str] = "HRA"
     conv_layouts = ("out_as_h",)
     default_rank: ClassVar[int] = 8
+    split_axes = {"hra_u": (None, 1)}
+    split_by = ("rows",)  # a reflection mixes the columns
 
     rank: int | None = setting(None, "an even number, for they start as equal pairs", _is_even)
 

@@ -53,6 +53,11 @@ class IA3(Method):
         """Whether biases are adapted too."""
         return not self.feedforward
 
+    @property
+    def split_axes(self) -> dict[str, tuple[int | None, int | None]]:  # type: ignore[override]
+        """The axis of the factors."""
+        return {"ia3_l": (None, 1) if self.feedforward else (0, None)}
+
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return factors that are all one."""
         *groups, rows, columns = matrix.shape

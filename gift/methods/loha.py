@@ -42,6 +42,10 @@ class LoHa(RankedMethod):
     shows_matrix: ClassVar[bool] = True
     low_rank_is_cheap: ClassVar[bool] = False
     conv_layouts = ("out_as_h", "balanced")
+    split_axes = {
+        **dict.fromkeys(("loha_B1", "loha_B2"), (0, None)),
+        **dict.fromkeys(("loha_A1", "loha_A2"), (None, 1)),
+    }
 
     alpha: float | None = number(None)
 

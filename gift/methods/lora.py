@@ -50,6 +50,7 @@ class LoRA(RankedMethod):
     name: ClassVar[str] = "lora"
     strategy_prefix: ClassVar[str] = "LoRA"
     shows_matrix: ClassVar[bool] = True
+    split_axes = {"lora_B": (0, None), "lora_A": (None, 1)}
 
     lora_alpha: float | None = number(None)
     lora_dropout: float = probability()

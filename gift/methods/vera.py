@@ -58,6 +58,10 @@ class VeRA(RankedMethod):
     conv_layouts = ("out_as_h",)
     rows_are_outputs: ClassVar[bool] = True
     default_rank: ClassVar[int] = 256
+    split_axes = {
+        **{"vera_b": (0, None), "vera_d": (None, None)},
+        **{"vera_B": (0, None), "vera_A": (None, 1)},
+    }
 
     d_initial: float = number(0.1, enters_weight=False)
     vera_dropout: float = probability()

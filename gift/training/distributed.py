@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gift.core.weights.record import is_sharded
 from gift.errors import TrainingError
 from gift.private.torch.containers import tree_map
 from gift.schedules.blocks import divide
+from gift.support.sharding import distributed_like, is_sharded
+from gift.support.sharding import whole as full_tensor
 from gift.training.settings import Settings
 
 
@@ -192,8 +193,7 @@ def whole(state: Any) -> Any:
 
     def one(value: Any) -> Any:
         if isinstance(value, Tensor):
-            value = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]  # a DTensor
-            return value.detach().cpu().clone()
+            return full_tensor(value).detach().cpu().clone()
         return value
 
     return tree_map(one, state)
@@ -205,7 +205,4 @@ def sharded_like(value: Any, parameter: Tensor) -> Any:
         return value
     if value.shape != parameter.shape:
         return value
-    from torch.distributed.tensor import distribute_tensor
-
-    like: Any = parameter
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return distributed_like(value, parameter)

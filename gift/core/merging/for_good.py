@@ -16,6 +16,7 @@ from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError, GiftWarning, refuse
 from gift.quantization import is_quantised, requantised
+from gift.support.sharding import is_sharded
 from gift.support.threads import changing
 
 
@@ -99,10 +100,17 @@ def _warn(losses: dict[str, float]) -> None:
 
 
 def _written(net: nn.Module) -> Iterator[Tensor]:
-    """Tensors from which an adapted weight is computed; merging writes only to these in place."""
+    """Tensors that merging writes to in place.
+
+    These are the tensors from which an adapted weight is computed, and those that are spread over
+    processes.
+    """
     for module in net.modules():
-        if any(module._parameters.get(tensor) is None for tensor in weight_deltas(module)):
+        adapted: list[Any] = [module._parameters.get(tensor) for tensor in weight_deltas(module)]
+        if any(parameter is None for parameter in adapted):
             yield from (*nn.Module.parameters(module), *module.buffers())
+        else:
+            yield from filter(is_sharded, adapted)
 
 
 def _separate(net: nn.Module) -> None:
@@ -110,7 +118,7 @@ def _separate(net: nn.Module) -> None:
     adapted = {id(m._parameters.get(tensor)) for m in net.modules() for tensor in weight_deltas(m)}
     first: dict[int, nn.Parameter] = {}
     for parameter in net.parameters():
-        if is_quantised(parameter):
+        if is_quantised(parameter) or is_sharded(parameter):
             continue
         if parameter.numel() and first.setdefault(parameter.data_ptr(), parameter) is not parameter:
             for one in (first[parameter.data_ptr()], parameter):

@@ -13,9 +13,10 @@ from gift.core.forwards import named_forward_deltas
 from gift.core.merging.weights import effective, write
 from gift.core.undo.snapshot import OWN
 from gift.core.undo.undoable import check_undoable
-from gift.core.weights.record import is_sharded, present_tensor, weight_deltas
+from gift.core.weights.record import present_tensor, weight_deltas
 from gift.errors import AdaptationError
 from gift.quantization import dequantised, is_quantised, requantised
+from gift.support.sharding import is_fully_sharded
 from gift.support.tensors import is_finite
 
 NOT_MERGED = "nothing was merged, the network is unchanged"
@@ -28,7 +29,12 @@ def check(net: nn.Module) -> None:
         RuntimeError: if it is not being fine-tuned, or is sharded.
     """
     check_undoable(net, needs_base=False)
-    if any(is_sharded(parameter) for parameter in nn.Module.parameters(net)):
+    away = any(
+        delta.is_away(module._parameters.get(tensor))
+        for module in net.modules()
+        for tensor, delta in weight_deltas(module).items()
+    )
+    if away or is_fully_sharded(net):
         raise RuntimeError("the network is sharded: load its delta into a fresh one and merge that")
 
 

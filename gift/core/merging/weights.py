@@ -6,6 +6,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gift.core.weights.record import present_tensor, trained_value, weight_deltas
+from gift.support.sharding import is_sharded
 from gift.support.tensors import set_data
 
 
@@ -23,7 +24,9 @@ def write(module: nn.Module, tensor: str, value: Tensor) -> None:
     """Write a value into a tensor of `module`, which has no deltas any more."""
     with torch.no_grad():
         parameter = module._parameters.get(tensor)
-        if parameter is not None:
+        if parameter is not None and is_sharded(parameter):
+            parameter.copy_(value)
+        elif parameter is not None:
             # Use new memory: the present memory may be read-only (a mapped file) or expanded.
             set_data(parameter, torch.empty_like(parameter.data).copy_(value))
         elif parametrize.is_parametrized(module, tensor):

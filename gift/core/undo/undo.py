@@ -18,6 +18,7 @@ from gift.core.undo.containers import (
     refill,
 )
 from gift.core.weights.attach import release_tensors
+from gift.support.sharding import distributed_like, is_sharded
 from gift.support.tensors import is_expanded, same_bits, set_data, set_flag
 
 _ATTRIBUTES: Any = vars(nn.Module)["__dict__"]
@@ -123,7 +124,10 @@ class Undo:
         tensor = tensor_of(module, name)
         if kept.is_meta or any(m is module and n == name for m, n in vars(self).get("recast", ())):
             return kept
-        return kept.to(device=tensor.device, dtype=tensor.dtype)
+        kept = kept.to(device=tensor.device, dtype=tensor.dtype)
+        if is_sharded(tensor) and not is_sharded(kept):  # it was made parallel since
+            return distributed_like(kept, tensor)
+        return kept
 
     def refresh_values(self) -> None:
         """Replace the saved values by the present ones, which belong to the base from now on."""

@@ -10,12 +10,14 @@ from torch.nn.parameter import is_lazy
 from gift.core.delta import add_lazy_tensor, add_tensor, added_names, has_attribute, remove_tensor
 from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts
-from gift.core.weights.record import WeightDelta, in_precision_of, present_tensor, weight_deltas
+from gift.core.weights.making import in_precision_of
+from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
 from gift.errors import AdaptationError
 from gift.layers.layouts import LayoutOptions
 from gift.layers.table import LayerRow, layout_of, row_of
 from gift.methods import Method
 from gift.quantization import dequantised, is_quantised, not_yet_quantised, stand_in
+from gift.support.sharding import is_sharded
 from gift.support.tensors import is_inexact
 
 
@@ -114,6 +116,8 @@ def _check_shape(delta: WeightDelta, frozen: Tensor, values: Mapping[str, Any]) 
     assert delta.layout is not None
     key = (type(delta.method), len(delta.layout.matrix), frozen.dtype)
     if key in _checked or type(delta.method).__module__.startswith("gift."):
+        return
+    if is_sharded(frozen):  # its method says how it is cut, so it has been thought about
         return
     dtype = delta.method.working_dtype(frozen)
     matrix = delta.layout.to_matrix(frozen).to(dtype)

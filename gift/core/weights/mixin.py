@@ -21,13 +21,15 @@ from gift.core.dynamic_class import Generated, Spec, generated_class, plain_clas
 from gift.core.movers import moves
 from gift.core.weights.effective import EffectiveWeight, refused
 from gift.core.weights.reading import Made, one_call
-from gift.core.weights.record import WeightDelta, is_sharded, plain_tensor
+from gift.core.weights.record import WeightDelta, plain_tensor
+from gift.errors import AdaptationError
 from gift.kernels.effective_linear import effective_forwards
 from gift.kernels.torch_state import for_every_tensor
 from gift.layers.table import dotted, row_of
 from gift.methods import METHODS
 from gift.private.torch.tracing import is_transformed
 from gift.quantization import is_quantised, same_values
+from gift.support.sharding import is_sharded
 
 EFFECTIVE = effective_forwards()
 
@@ -74,10 +76,10 @@ class AdaptedModule(DeltaModule):
             # That is the class that torch generated, as gift's class is derived from it. Go on to
             # the base of torch's class.
             value = generated_class(value.__bases__[0], self._gift_spec)
+        if name in self.__dict__.get("_parameters", ()) and moves(inspect.currentframe()):
+            self._parameters[name] = value
+            return
         if name in self.__dict__.get("_gift_weights", ()):
-            if name in self._parameters and moves(inspect.currentframe()):
-                self._parameters[name] = value
-                return
             self._gift_check_new(name, value)
         super().__setattr__(name, value)
         if name in self.__dict__.get("_gift_weights", ()):
@@ -92,7 +94,30 @@ class AdaptedModule(DeltaModule):
             raise _reparametrised(source.removesuffix("_orig"))  # pruning's first step
         if name in self._gift_weights:
             self._gift_check_new(name, param)
+        if is_sharded(param):
+            param = self._gift_spread(name, param)
         super().register_parameter(name, param)
+
+    def _gift_spread(self, name: str, param: Any) -> Any:
+        """What tensor parallelism puts in the place of a tensor: its parts, where they must lie.
+
+        It may have made `param` of the effective weight, or cut a delta as it cuts the weight.
+        """
+        now: Any = self._parameters.get(name)
+        if now is None or is_sharded(now):
+            return param
+        for tensor, delta in self._gift_weights.items():
+            frozen = self._parameters.get(tensor)
+            if name == tensor and delta.owner in (None, self):
+                try:
+                    return delta.spread(now, param)
+                except AdaptationError as error:
+                    kind = plain_class(type(self)).__name__
+                    raise AdaptationError(f"{kind}, {tensor}: {error}") from None
+            if name in delta.names.values() and not delta.bias_of and delta.mesh_axes:
+                return delta.spread_tensor(frozen, name, now)
+        param.requires_grad = now.requires_grad
+        return param
 
     def _gift_check_new(self, tensor: str, value: Any) -> None:
         """Refuse an assignment to an adapted tensor.

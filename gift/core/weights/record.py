@@ -12,13 +12,27 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import Delta, contiguous, put_values
 from gift.core.dynamic_class import plain_class
-from gift.core.weights.reading import Made, Memory, Slices, made, made_once, product_parts
+from gift.core.weights.making import WeightMaking
+from gift.core.weights.parallel import (
+    local_parameters,
+    placements_of,
+    spread_parameters,
+    spread_weight,
+)
+from gift.core.weights.reading import Made, Memory, Slices, made, made_once
 from gift.errors import AdaptationError, GiftWarning
 from gift.kernels.remembered import Remembered
 from gift.layers.layouts import Layout, LayoutOptions, bias_layout
 from gift.layers.table import layout_of
 from gift.methods import Method
 from gift.quantization import dequantised, is_quantised
+from gift.support.sharding import (
+    distributed,
+    distributed_like,
+    is_sharded,
+    shape_only,
+    whole,
+)
 from gift.support.tensors import is_finite
 
 
@@ -34,6 +48,8 @@ class WeightDelta(Delta):
         bias_of: for a bias, the weights of the module to whose outputs it is added. It uses
             their delta, and the module is its owner.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
+        mesh_axes: the number of axes of the mesh over which tensor parallelism spreads the tensor,
+            see `gift.core.weights.parallel`; 0 if it does not.
         memory: a weak reference to the effective weight that was read last.
         source: the frozen tensor from which the method derived parameters, see `note_source`.
     """
@@ -44,6 +60,7 @@ class WeightDelta(Delta):
     layout: Layout | None = None
     bias_of: tuple[str, ...] = ()
     reads_alike: bool = True
+    mesh_axes: int = field(default=0, compare=False)
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
     source: "_Source | None" = field(default=None, compare=False, repr=False)
     _remembered: Remembered | None = field(default=None, init=False, repr=False, compare=False)
@@ -61,6 +78,44 @@ class WeightDelta(Delta):
         if self.source is not None and not torch.compiler.is_compiling():
             parameters |= self._derived_anew(module, self.source, parameters)
         return self.method, parameters
+
+    def local_delta_of(
+        self, module: nn.Module, frozen: Tensor, partial: Sequence[bool]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The method and the parts of its parameters with which this process computes.
+
+        See `gift.core.weights.parallel.local_parameters`.
+        """
+        assert self.layout is not None
+        method, parameters = self.delta_of(module)
+        return method, local_parameters(method, self.layout, frozen, parameters, partial)
+
+    def spread(self, frozen: Tensor, like: Any) -> nn.Parameter:
+        """The frozen tensor, spread as a tensor of tensor parallelism is that takes its place.
+
+        Raises:
+            AdaptationError: if the method cannot be computed for a part of it.
+        """
+        if self.layout is None:
+            raise AdaptationError("it has no shape yet: run a batch through the network first")
+        placements_of(self.method, self.layout, like.placements, self.names)
+        self.mesh_axes, self.source = _axes_of(like), None
+        return nn.Parameter(distributed_like(frozen.detach(), like), requires_grad=False)
+
+    def spread_tensor(self, frozen: Any, name: str, value: nn.Parameter) -> nn.Parameter:
+        """A parameter of the delta, spread to suit the frozen tensor."""
+        assert self.layout is not None
+        beside = placements_of(self.method, self.layout, frozen.placements, self.names)
+        (key,) = (key for key, own in self.names.items() if own == name)
+        made = distributed(value.detach(), frozen.device_mesh, beside[key])
+        return nn.Parameter(made, value.requires_grad)
+
+    def is_away(self, frozen: Tensor | None) -> bool:
+        """Whether FSDP2 has put only a shard of the tensor in its place for now."""
+        # FSDP2 asks a module for its leaf tensor while the parameters are sharded. The effective
+        # weight exists only between unshard and reshard. The mesh of a shard of a tensor that is
+        # spread already has more axes.
+        return frozen is not None and is_sharded(frozen) and _axes_of(frozen) != self.mesh_axes
 
     def note_source(self, module: nn.Module, tensor: str) -> None:
         """Record the frozen tensor from which the method derived parameters, if it did.
@@ -88,22 +143,24 @@ class WeightDelta(Delta):
 
     def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight in the frozen one's dtype, rounded once."""
-        if self.layout is None or is_sharded(frozen):
+        if self.layout is None or self.is_away(frozen):
             return frozen
         method, parameters = self.delta_of(module)
+        if self.mesh_axes:
+            return spread_weight(method, self.layout, frozen, parameters, module.training)
         if method.dropout and module.training:
             parameters = method.drop(parameters, self.layout.input_axis)
-        making = _Making(self.layout, method, tuple(parameters))
+        making = WeightMaking(self.layout, method, tuple(parameters))
         return making(dequantised(frozen, module), *parameters.values())
 
     def read(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight through the cache of `gift.core.weights.reading`."""
-        if self.layout is None or is_sharded(frozen) or is_quantised(frozen):
+        if self.layout is None or is_sharded(frozen) or self.mesh_axes or is_quantised(frozen):
             return self.weight(module, frozen)
         method, parameters = self.delta_of(module)
         if method.dropout and module.training:  # each read draws a mask
             return self.weight(module, frozen)
-        making = _Making(self.layout, method, tuple(parameters))
+        making = WeightMaking(self.layout, method, tuple(parameters))
         of = id(self.layout), id(method)
         return made_once(module, making, (frozen, *parameters.values()), self.memory, of)
 
@@ -117,7 +174,7 @@ class WeightDelta(Delta):
         method, parameters = self.delta_of(module)
         if frozen.requires_grad or (method.dropout and module.training):
             return None
-        making = _Making(self.layout, method, tuple(parameters))
+        making = WeightMaking(self.layout, method, tuple(parameters))
         of = id(self.layout), id(method)
         return made(module, making, (frozen, *parameters.values()), self.memory, of)
 
@@ -128,7 +185,7 @@ class WeightDelta(Delta):
         method, parameters = self.delta_of(module)
         if (method.dropout and module.training) or frozen.requires_grad or is_quantised(frozen):
             return None
-        making = _Making(self.layout, method, tuple(parameters))
+        making = WeightMaking(self.layout, method, tuple(parameters))
         factors = making.factors((frozen, *parameters.values()))
         if factors is None or not any(factor.requires_grad for factor in factors):
             return None
@@ -223,15 +280,24 @@ class WeightDelta(Delta):
         self.method = deltas[0].method
         layouts = [delta.layout for delta in deltas if delta.layout is not None]
         if len(layouts) == len(deltas):
-            self.layout = bias_layout(present_tensor(module, bias).numel(), layouts)
+            frozen = present_tensor(module, bias)
+            self.layout = bias_layout(frozen.numel(), layouts)
+            self.mesh_axes = _axes_of(frozen) if is_sharded(frozen) else 0
 
     def initial(self, frozen: Tensor) -> dict[str, Tensor]:
         """The method's initial parameters for the frozen tensor, by their names on the module."""
         assert self.layout is not None
+        readable = frozen
+        if is_sharded(frozen):
+            readable = whole(frozen) if self.method.reads_weight else shape_only(frozen)
         mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with mode, torch.no_grad():
-            made = self.method.init_parameters(self.layout.to_matrix(frozen.detach()))
-        return {self.names.get(key, key): contiguous(value) for key, value in made.items()}
+            made = self.method.init_parameters(self.layout.to_matrix(readable.detach()))
+        made = {key: contiguous(value) for key, value in made.items()}
+        if is_sharded(frozen):
+            made = spread_parameters(self.method, self.layout, frozen, made)
+            self.mesh_axes = _axes_of(frozen)
+        return {self.names.get(key, key): value for key, value in made.items()}
 
     def rederive(self, module: nn.Module, tensor: str) -> None:
         """Derive parameters again after the frozen tensor got new values.
@@ -242,8 +308,8 @@ class WeightDelta(Delta):
         if self.owner is not None or self.layout is None or not self.method.reads_weight:
             return
         frozen = self._frozen(module, tensor)
-        if is_sharded(frozen):
-            frozen = frozen.full_tensor()  # type: ignore[attr-defined]
+        if self.is_away(frozen):
+            frozen = whole(frozen)
         made = self.initial(frozen)
         derived = {k: v for k, v in made.items() if k in module._non_persistent_buffers_set}
         put_values(module, derived)
@@ -254,6 +320,11 @@ class WeightDelta(Delta):
 
     def _frozen(self, module: nn.Module, tensor: str) -> Tensor:
         return dequantised(present_tensor(module, tensor), module)
+
+
+def _axes_of(tensor: Any) -> int:
+    axes: int = tensor.device_mesh.ndim
+    return axes
 
 
 class _Source(NamedTuple):
@@ -279,74 +350,6 @@ class _Source(NamedTuple):
 
 def _is_plain(tensor: Any) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
-
-
-@dataclass(frozen=True, eq=False)
-class _Making:
-    """A `Making` of an effective weight from the frozen one and the tensors of a delta.
-
-    Args:
-        layout: how the weight is read as a matrix.
-        method: the method that changes the matrix.
-        keys: the method's names of the tensors.
-    """
-
-    layout: Layout
-    method: Any
-    keys: tuple[str, ...]
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        """The effective weight in the frozen one's dtype."""
-        frozen, parameters = self._precise(tensors)
-        dtype = self.method.working_dtype(frozen)
-        matrix = self.layout.to_matrix(frozen).to(dtype)
-        return self.layout.to_weight(self.method.effective_weight(matrix, parameters)).to(
-            frozen.dtype
-        )
-
-    def parts(
-        self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
-    ) -> list[tuple[Tensor, Tensor]] | None:
-        """Gradients of the frozen tensor and the factors of a low-rank delta; None for others."""
-        if not self.method.low_rank_is_cheap:
-            return None
-        factors = self.method.scaled_low_rank(self._precise(tensors)[1])
-        if factors is None:
-            return None
-        left, right, scale = factors
-        matrix = self.layout.to_matrix(g)
-        return [(tensors[0], g), *product_parts(left, right, matrix, scale, differentiable)]
-
-    def factors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The factors of a low-rank delta; None for others."""
-        if not self.method.low_rank_is_cheap:
-            return None
-        factors: tuple[Tensor, Tensor] | None = self.method.low_rank(self._precise(tensors)[1])
-        return factors
-
-    def _precise(self, tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The frozen tensor, and the others in the dtype for computing."""
-        frozen, *others = tensors
-        dtype = self.method.working_dtype(frozen)
-        named = zip(self.keys, others, strict=True)
-        return frozen, {key: in_precision_of(value, dtype) for key, value in named}
-
-
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-
-
-def in_precision_of(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to the precision of `dtype`; real tensors stay real, and indices stay as they are."""
-    if value.is_floating_point():
-        return value.to(_REAL.get(dtype, dtype))
-    return value.to(dtype) if value.is_complex() else value
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is sharded: a part of one that is spread over processes."""
-    # FSDP2 asks a module for its leaf tensor while the parameters are sharded. The effective weight
-    # exists only between unshard and reshard, when the parameters are plain tensors.
-    return hasattr(tensor, "device_mesh")
 
 
 def weight_deltas(module: nn.Module) -> Mapping[str, WeightDelta]:

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.core.weights.record import WeightDelta, is_sharded
+from gift.core.weights.record import WeightDelta
 from gift.interop.factors import Pair, product
 from gift.interop.kohya.factors import for_whole
 from gift.interop.kohya.layers import Incompatible, Target
 from gift.methods.anchored import AnchoredLoRA
+from gift.support.sharding import is_sharded
 
 Values = Mapping[str, Tensor]
 

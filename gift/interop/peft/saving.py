@@ -13,7 +13,7 @@ from torch import nn
 
 from gift.core.forwards import named_forward_deltas
 from gift.core.record import fine_tuned_part
-from gift.core.weights.record import is_sharded, weight_deltas
+from gift.core.weights.record import weight_deltas
 from gift.errors import DeltaFileError, refuse
 from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.interop.peft.forms import Config, Form, Tensors, Written
@@ -31,6 +31,7 @@ from gift.interop.peft.table import FORMS
 from gift.layers.table import layout_of
 from gift.private.diffusers import source_of
 from gift.support.atomic_files import replace_files
+from gift.support.sharding import is_sharded
 
 DUMMY_TARGETS = "dummy-target-modules"  # PEFT's word for a config that adapts nothing
 
