@@ -34,6 +34,7 @@ on_layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 SMALL = {"rank": 2, "clip_rank": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("lora", "pissa", "olora", "lora_fa", "loha", "dora"), SMALL),
+    **dict.fromkeys(("delora", "lora_xs", "psoft"), SMALL),
     "rslora": SMALL | {"lora_alpha": 3},
     "vera": {"rank": 3},
     "ia3": {},
@@ -107,7 +108,13 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-10) -> None:
 
 @on_layers
 @pytest.mark.parametrize(
-    "methods", [("lora", "loha", "vera", "pissa"), ("olora", "rslora", "lora_fa", "lora")], ids=str
+    "methods",
+    [
+        ("lora", "loha", "vera", "pissa"),
+        ("olora", "rslora", "lora_fa", "lora"),
+        ("delora", "lora_xs", "psoft", "lora"),
+    ],
+    ids=str,
 )
 def test_a_sum_without_rank_is_exact(methods: tuple[str, ...], layer: LayerCase) -> None:
     bank = DeltaBank(made_of(layer))

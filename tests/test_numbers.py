@@ -165,8 +165,8 @@ def test_another_base_for_one_call(name: str, copied: bool) -> None:
     if case.method == "svdiff":
         u, _, vh = torch.linalg.svd(other, full_matrices=False)
         known |= {"svdiff_U": u, "svdiff_Vh": vh}
-    if case.method == "lora_xs":  # signs are told apart
-        known |= METHODS["lora_xs"](**case.settings).fit(other.shape).derived(other)
+    if case.method in ("lora_xs", "psoft"):  # signs are told apart
+        known |= METHODS[case.method](**case.settings).fit(other.shape).derived(other)
     found, expected = given_weight(net, other)(x), x @ case.formula(other, known).T
     torch.testing.assert_close(found, expected)
     assert torch.equal(given_weight(net, nn.Parameter(other, requires_grad=False))(x), found)

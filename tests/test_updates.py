@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import RandLoraConfig, get_peft_model
+from peft import PsoftConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from gift import FineTuningStrategy, enable_fine_tuning
@@ -151,6 +151,41 @@ def test_randlora_is_that_of_peft_with_other_columns(
     torch.testing.assert_close(own - base[0].weight, layer.get_delta_weight("default"))
 
 
+def test_psoft_is_that_of_peft_with_the_same_signs() -> None:
+    """PEFT takes the signs that LAPACK gives, in single precision."""
+    base = nn.Sequential(nn.Linear(9, 7))
+    theirs = randomised(get_peft_model(copy.deepcopy(base), PsoftConfig(r=4, target_modules=["0"])))
+    layer = theirs.base_model.model[0]
+    turn, weight = layer.psoft_R["default"], base[0].weight.detach()
+    method = METHODS["psoft"](rank=4)
+    factors = method.derived(weight)
+    vh = torch.linalg.svd(weight, full_matrices=False)[2][:4]
+    signs = (vh * factors["psoft_A"]).sum(1).sign()
+    row, column = torch.triu_indices(4, 4, 1)
+    parameters = factors | {
+        "psoft_Q": turn.weight * signs[row] * signs[column],
+        "psoft_beta": turn.vector_b, "psoft_alpha": turn.vector_a,
+    }  # fmt: skip
+    own = method.effective_weight(weight, parameters) - weight
+    torch.testing.assert_close(own, layer.get_delta_weight("default"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_psoft_keeps_the_singular_values_of_the_principal_part(dtype: torch.dtype) -> None:
+    """Rotated left of the values and right of the vectors, without scales."""
+    matrix = torch.randn(6, 9, dtype=dtype)
+    method = METHODS["psoft"](rank=3, rescale=False)
+    parameters = method.init_parameters(matrix)
+    parameters["psoft_Q"].normal_()
+    moved = method.effective_weight(matrix, parameters)
+    rest = matrix - parameters["psoft_B"] @ parameters["psoft_A"]
+    found, expected = torch.linalg.svdvals(moved - rest), torch.linalg.svdvals(matrix)[:3]
+    assert not torch.allclose(moved, matrix)
+    torch.testing.assert_close(found[3:], torch.zeros(3, **DOUBLE))
+    torch.testing.assert_close(found[:3].prod(), expected.prod())
+    torch.testing.assert_close(found[:3].square().sum(), expected.square().sum())
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], tuple[int, ...], str]] = {
     "blocks that do not fit": (
         "gralora", {"n_blocks": 4}, (8, 6), "n_blocks 4 does not divide both sides",
@@ -166,6 +201,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[int, ...], str]] = {
     ),
     "more directions than there are": (
         "lora_xs", {"rank": 7, "clip_rank": False}, (8, 6), "rank 7 is above 6",
+    ),
+    "a rotation of one direction": (
+        "psoft", {"rank": 1, "rescale": False}, (8, 6), "one singular direction has nothing",
     ),
     "more coefficients than elements": (
         "waveft", {"n_frequency": 49, "clip_n_frequency": False}, (8, 6),

@@ -23,11 +23,12 @@ from gift.methods.lokr import LoKr as LoKr
 from gift.methods.lora import LoRA as LoRA
 from gift.methods.lora import RsLoRA as RsLoRA
 from gift.methods.lora_fa import LoRAFA as LoRAFA
-from gift.methods.lora_xs import LoRAXS as LoRAXS
 from gift.methods.miss import MiSS as MiSS
 from gift.methods.oft import OFT as OFT
 from gift.methods.olora import OLoRA as OLoRA
 from gift.methods.pissa import PiSSA as PiSSA
+from gift.methods.principal import PSOFT as PSOFT
+from gift.methods.principal import LoRAXS as LoRAXS
 from gift.methods.randlora import RandLoRA as RandLoRA
 from gift.methods.road import RoAd as RoAd
 from gift.methods.shira import SHiRA as SHiRA

@@ -684,49 +684,6 @@ class LoRAFAConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
-class LoRAXSAllFineTuningStrategy(_AdaptingStrategy):
-    def __init__(
-        self,
-        rank: int | None = None,
-        alpha: float | None = None,
-        *,
-        dtype: torch.dtype | str | None = None,
-        clip_rank: bool | None = None,
-        train_bias: bool = False,
-        conv_layout: str | None = None,
-        split_qkv: bool = False,
-        freeze_statistics: bool = False,
-        experts: bool = True,
-    ) -> None: ...
-
-class LoRAXSLinearFineTuningStrategy(_AdaptingStrategy):
-    def __init__(
-        self,
-        rank: int | None = None,
-        alpha: float | None = None,
-        *,
-        dtype: torch.dtype | str | None = None,
-        clip_rank: bool | None = None,
-        train_bias: bool = False,
-        conv_layout: str | None = None,
-        split_qkv: bool = False,
-        freeze_statistics: bool = False,
-    ) -> None: ...
-
-class LoRAXSConvFineTuningStrategy(_AdaptingStrategy):
-    def __init__(
-        self,
-        rank: int | None = None,
-        alpha: float | None = None,
-        *,
-        dtype: torch.dtype | str | None = None,
-        clip_rank: bool | None = None,
-        train_bias: bool = False,
-        conv_layout: str | None = None,
-        split_qkv: bool = False,
-        freeze_statistics: bool = False,
-    ) -> None: ...
-
 class MiSSAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,
@@ -907,6 +864,92 @@ class PiSSAConvFineTuningStrategy(_AdaptingStrategy):
         *,
         dtype: torch.dtype | str | None = None,
         form: Literal["merged", "side", "whole"] | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoRAXSAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class LoRAXSLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class LoRAXSConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class PSOFTAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        rescale: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class PSOFTLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        rescale: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class PSOFTConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        rescale: bool = True,
+        *,
+        dtype: torch.dtype | str | None = None,
         clip_rank: bool | None = None,
         train_bias: bool = False,
         conv_layout: str | None = None,

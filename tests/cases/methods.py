@@ -360,6 +360,23 @@ def mixed_directions(scaling: Callable[[int], float]) -> Formula:
     return formula
 
 
+def rotated_directions(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 + U Sigma (diag(beta) R diag(alpha) - I) V^T``, as for LoRA-XS."""
+    rank = len(p["psoft_A"])
+    turn = rotation(p["psoft_Q"], rank) if rank > 1 else torch.eye(1, dtype=torch.float64)
+    beta, alpha = (p.get(f"psoft_{name}", torch.ones(rank).double()) for name in ("beta", "alpha"))
+    moved = torch.einsum("p,pq,q->pq", beta, turn, alpha) - torch.eye(rank, dtype=torch.float64)
+    return w0 + torch.einsum("op,pq,qi->oi", p["psoft_B"], moved, p["psoft_A"])
+
+
+def rotated_count(rank: int, rescale: bool = True) -> Callable[[int, int], int]:
+    def count(rows: int, columns: int) -> int:
+        r = min(rank, rows, columns)
+        return r * (r - 1) // 2 + 2 * r * rescale
+
+    return count
+
+
 def square_count(rank: int) -> Callable[[int, int], int]:
     return lambda rows, columns: min(rank, rows, columns) ** 2
 
@@ -649,6 +666,17 @@ METHODS: dict[str, MethodCase] = {
         base_count(2),
         {"rank": 2, "alpha": 3, "seed": 4},
         "filters",
+    ),
+    "psoft": MethodCase("psoft", rotated_directions, rotated_count(32), view="filters"),
+    "psoft_plain": MethodCase(
+        "psoft",
+        rotated_directions,
+        rotated_count(32, rescale=False),
+        {"rescale": False},
+        "filters",
+        impossible=dict.fromkeys(
+            ("conv2d_depthwise", "norm_weight", "raw_vector"), "one singular direction has nothing"
+        ),
     ),
     "waveft": MethodCase(
         "waveft", haar(0.5), lambda rows, columns: min(2592, rows * columns), {"scaling": 0.5}
