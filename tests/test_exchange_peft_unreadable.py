@@ -12,7 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoKrConfig, LoraConfig, OFTConfig, VeraConfig
+from peft import (
+    BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
+    GraloraConfig,
+    HiraConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    RoadConfig,
+    VeraConfig,
+    WaveFTConfig,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -215,6 +228,23 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         lambda: Around(nn.Linear(8, 12)),
         LoKrConfig(r=1, target_modules=["inner"], decompose_factor=4), "gift has no factor",
     ),
+    "a shard of another function": (
+        lambda: Around(nn.Linear(8, 6)),
+        MissConfig(r=2, target_modules=["inner"], init_weights="bat"), "is another function",
+    ),
+    "a longer wavelet": (
+        lambda: Around(nn.Linear(8, 6)),
+        WaveFTConfig(n_frequency=5, target_modules=["inner"], wavelet_family="db2"),
+        "wavelet_family='db2', use_idwt=True: gift has",
+    ),
+    "a hybrid of blocks": (
+        lambda: Around(nn.Linear(8, 6)),
+        GraloraConfig(r=4, target_modules=["inner"], hybrid_r=1), "hybrid_r=1 has no counterpart",
+    ),
+    "a rotated convolution with two strides": (
+        lambda: Around(nn.Conv2d(4, 6, 3, (2, 1))),
+        BOFTConfig(boft_block_size=4, target_modules=["inner"]), r"takes stride=\(2, 1\)",
+    ),
     "a layer under two names": (
         Shared, LoraConfig(r=2, target_modules=["first"]), "it has several names",
     ),
@@ -230,6 +260,55 @@ def test_what_peft_does_otherwise(
     trained_by_peft(copy.deepcopy(net), config).save_pretrained(tmp_path)
     before = full_state(net)
     with pytest.raises(ValueError, match=reason):
+        load_peft(net, tmp_path)
+    assert full_state(net) == before
+
+
+OTHERS: dict[str, tuple[Any, Edit, str]] = {
+    "kernels without elements": (
+        C3AConfig(block_size=2, target_modules=["inner"]),
+        tensor("inner.c3a_kernel", torch.ones(4, 3, 0)), "c3a_kernel is",
+    ),
+    "blocks without elements": (
+        BOFTConfig(boft_block_size=2, target_modules=["inner"]),
+        tensor("inner.boft_R", torch.ones(1, 4, 0, 0)), "boft_R is",
+    ),
+    "factors of other blocks": (
+        GraloraConfig(r=4, target_modules=["inner"]),
+        tensor("inner.gralora_B", torch.ones(3, 4, 2)), "gralora_A is",
+    ),
+    "a scaling that is a text": (
+        WaveFTConfig(n_frequency=5, target_modules=["inner"]), option(scaling="much"),
+        "inner: WaveFT: scaling is 'much'",
+    ),
+    "a variant that nobody knows": (
+        RoadConfig(group_size=2, target_modules=["inner"]), option(variant="road_9"),
+        "inner: RoAd: variant is 'road_9'",
+    ),
+    "groups that do not divide the outputs": (
+        RoadConfig(group_size=2, target_modules=["inner"]), option(group_size=4),
+        "group_size 4 does not divide its 6 outputs",
+    ),
+    "norms of another base": (
+        DeloraConfig(r=2, target_modules=["inner"]),
+        tensor("inner.delora_w_norm", lambda norms: norms * 1.01), "another base",
+    ),
+    "a factor of another rank": (
+        HiraConfig(r=2, target_modules=["inner"]), tensor("inner.hira_A", torch.ones(3, 8)),
+        r"is \(3, 8\), expected \(2, 8\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "edit", "reason"), OTHERS.values(), ids=OTHERS)
+def test_files_of_other_methods_that_do_not_fit(
+    config: Any, edit: Edit, reason: str, tmp_path: Path
+) -> None:
+    net = Around(nn.Linear(8, 6))
+    trained_by_peft(copy.deepcopy(net), copy.deepcopy(config)).save_pretrained(tmp_path)
+    edited(tmp_path, tmp_path, edit)
+    before = full_state(net)
+    with pytest.raises(DeltaFileError, match=reason):
         load_peft(net, tmp_path)
     assert full_state(net) == before
 

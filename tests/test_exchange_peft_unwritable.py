@@ -75,6 +75,30 @@ UNWRITABLE: dict[str, tuple[Callable[[], nn.Module], FineTuningStrategy, str]] =
     "a method without counterpart": (two_layers, every("svdiff"), "no counterpart for svdiff"),
     "two methods": (two_layers, each(("lora", {}), ("loha", {})), "PEFT has one method for all"),
     "LoRA and DoRA": (two_layers, each(("lora", {}), ("dora", {})), "use_dora is one for all"),
+    "blocks of two ranks": (
+        two_layers, each(("gralora", {"rank": 2}), ("gralora", {"rank": 4})),
+        "the rank of GraLoRA is one for all layers",
+    ),
+    "shards of two ranks": (
+        two_layers, each(("miss", {"rank": 2}), ("miss", {"rank": 4})), "the rank of MiSS is one",
+    ),
+    "blocks of many sizes": (
+        lambda: nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 9), nn.Linear(9, 9)),
+        every("boft", n_factors=1), r"block size, or number of blocks, .* sizes \[6, 8, 9\]",
+    ),
+    "a strided rotation": (
+        lambda: Around(nn.Conv2d(4, 6, 3, (2, 1))), every("boft"), r"takes stride=\(2, 1\)",
+    ),
+    "a modulated convolution in the balanced layout": (
+        lambda: Around(nn.Conv2d(4, 6, 3)), every("hira", conv_layout="balanced"),
+        "as gift does under conv_layout='out_as_h'",
+    ),
+    "an odd number of rotated outputs": (
+        lambda: Around(nn.Linear(8, 5)), every("road"), "PEFT pairs all outputs, and 5 is an odd",
+    ),
+    "rotated outputs without their bias": (
+        two_layers, single("weight", "road"), "rotates what the layer gives, its bias included",
+    ),
     "a bottleneck": (
         two_layers,
         FineTuningStrategy([(mc_path("0"), ma_bottleneck(2)), (mc_path("2"), ma_adapt())]),

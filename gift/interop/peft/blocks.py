@@ -47,7 +47,7 @@ def read_c3a(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
     """Read C3A with the blocks of the file."""
     kernels = layer.take("c3a_kernel")
     rows, columns = layer.matrix()
-    size = kernels.shape[-1]
+    size = max(1, kernels.shape[-1])
     layer.expect("c3a_kernel", kernels, (rows // size, columns // size, size))
     return [Read(layer, "c3a", {"block_size": size}, {"c3a_w": kernels}, layer.path)]
 

@@ -192,7 +192,7 @@ def read_boft(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
         raise ValueError(text)
     blocks, scales = layer.take("boft_R"), layer.take("boft_s")
     rows, columns = layer.matrix()
-    size = blocks.shape[-1]
+    size = max(1, blocks.shape[-1])
     layer.expect("boft_R", blocks, (len(blocks), columns // size, size, size))
     scale_shape = (1, rows) if layer.kind in CONVOLUTIONS else (rows, 1)
     layer.expect("boft_s", scales, scale_shape)

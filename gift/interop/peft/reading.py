@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
 from gift.core.weights.record import plain_tensor
-from gift.errors import AdaptationError
 from gift.factories.actions import method_and_options
 from gift.interop.peft.forms import Config, Layer, Read, Tensors
 from gift.interop.peft.layers import context_incompatibilities, kind_of, layer_incompatibilities
@@ -272,7 +271,7 @@ def _shape_incompatibilities(read: Read) -> Iterator[str]:
         layout = layout_of(layer.module, layer.tensor, weight.shape, options)
         probe = torch.empty(layout.matrix, dtype=weight.dtype, device="meta")
         made = method.fit(layout.matrix).init_parameters(probe)
-    except AdaptationError as error:
+    except ValueError as error:  # of settings, or as the matrix cannot have them
         yield str(error)
         return
     for key, value in read.values.items():
