@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from gift import FineTuningStrategy, enable_fine_tuning
+from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
 from gift.kernels import recomputed
 from gift.methods import METHODS, Method
@@ -189,3 +190,86 @@ def test_without_gradients_and_under_transforms_the_weight_is_read() -> None:
     torch.testing.assert_close(torch.func.vmap(net)(x), formula(net, x))
     found = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(found, formula(net, x))
+
+
+class Reader(nn.Module):
+    """Code that multiplies by weights itself, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(INPUTS, OUTPUTS, dtype=torch.float64)
+        self.before: Callable[[], object] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        self.before()
+        return F.linear(x.tanh(), weight, self.layer.bias)
+
+
+READERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    "own": (Reader, (torch.randn(3, 200, INPUTS),)),
+    "attention to itself": (
+        lambda: nn.MultiheadAttention(INPUTS, 2, batch_first=True, dtype=torch.float64),
+        (torch.randn(3, 9, INPUTS),) * 3,
+    ),
+    "attention to another": (
+        lambda: nn.MultiheadAttention(INPUTS, 2, add_bias_kv=True, dtype=torch.float64),
+        (torch.randn(5, 3, INPUTS), *(torch.randn(7, 3, INPUTS),) * 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "loha", "svdiff"])
+@pytest.mark.parametrize(("make", "given"), READERS.values(), ids=READERS)
+def test_code_that_multiplies_by_weights_itself(
+    method: str, make: Callable[[], nn.Module], given: tuple[Tensor, ...]
+) -> None:
+    net = adapted(make(), method)
+    unlike = {id(x): x.double().requires_grad_() for x in given}
+    inputs = [unlike[id(x)] for x in given]
+    own = dict(net.named_parameters())
+    wanted = [*unlike.values(), *(p for p in own.values() if p.requires_grad)]
+    plain = copy.deepcopy(net)
+    results = []
+    for call in (net, lambda *x: functional_effective(plain, net, x)):
+        y: Any = call(*inputs)
+        y = y[0] if isinstance(y, tuple) else y
+        first = torch.autograd.grad(weighted(y), wanted, create_graph=True)
+        penalty = sum((g.square().sum() for g in first), y.new_zeros(()))
+        results.append([y, *first, *torch.autograd.grad(penalty, wanted)])
+    for one, other in zip(*results, strict=True):
+        largest = float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11 * (1 + largest))
+
+
+def functional_effective(plain: nn.Module, net: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """The plain network with the effective weights of `net`, which are computed outside of calls.
+
+    A sum with zero makes each of them a plain tensor.
+    """
+    disable_fine_tuning(plain)
+    weights = {
+        name: net.get_submodule(name.rpartition(".")[0]).__getattribute__(name.rpartition(".")[2])
+        if "weight" in name
+        else dict(net.named_parameters())[name]
+        for name, _ in plain.named_parameters()
+    }
+    return functional_call(plain, {name: value + 0 for name, value in weights.items()}, inputs)
+
+
+def test_what_is_computed_outside_of_a_call_is_left_to_torch() -> None:
+    net, x = adapted(linear(), "lora"), inputs()
+    assert F.linear(x, net.weight, net.bias).grad_fn.name().startswith(("Addmm", "View"))  # type: ignore[union-attr]
+
+
+def test_a_weight_that_was_read_is_multiplied_as_it_was() -> None:
+    """Although its delta was written meanwhile."""
+    net, x = adapted(Reader(), "lora"), inputs()
+    expected = net(x).detach()
+
+    def write() -> None:
+        with torch.no_grad():
+            net.layer.lora_B += 1
+
+    net.before = write
+    torch.testing.assert_close(net(x).detach(), expected, rtol=1e-12, atol=1e-12)

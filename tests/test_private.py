@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
@@ -464,6 +465,11 @@ def test_recurrent_layers_say_why_they_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("gift.layers.layouts.knows_recurrent", lambda: False)
     with pytest.raises(AdaptationError, match="hold their weights in a way"):
         adapted(nn.LSTM(3, 3))
+
+
+def test_attention_is_known_where_it_asks_whether_weights_override_it() -> None:
+    assert calls.asks_until(F.multi_head_attention_forward) > 0
+    assert calls.asks_until(test_without_frames_nobody_is_known) == 0
 
 
 def test_without_frames_nobody_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

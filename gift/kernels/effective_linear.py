@@ -97,6 +97,21 @@ def effective_linear(layer: Any, x: Tensor, bias: Tensor | None, transposed: boo
     made = layer._gift_made("weight")
     if made is None:
         return None
+    return effective_product(x, made, bias, layer._gift_weights["weight"].ways, transposed)
+
+
+def effective_product(
+    x: Tensor, made: Any, bias: Tensor | None, ways: Ways | None, transposed: bool = False
+) -> Tensor | None:
+    """Multiply by an effective weight, given in its parts; None if dtypes differ.
+
+    Args:
+        x: ``(..., in)``.
+        made: `graph`, `value` and `again` as in `EffectiveLinear`.
+        bias: or None.
+        ways: as in `EffectiveLinear`.
+        transposed: as in `EffectiveLinear`.
+    """
     kind, dtype = x.device.type, made.value.dtype
     if autocasts(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -108,7 +123,7 @@ def effective_linear(layer: Any, x: Tensor, bias: Tensor | None, transposed: boo
         made.value.to(dtype),
         None if bias is None else bias.to(dtype),
         made.again,
-        layer._gift_weights["weight"].ways,
+        ways,
         transposed,
     )
     return y

@@ -1,8 +1,12 @@
 """Blocks of torch that run their layers in one fused kernel if nothing observes these."""
 
+import math
 from types import CodeType
 
+import torch.nn.functional as F
 from torch import nn
+
+from gift.private.torch.calls import asks_until
 
 
 def fuses_layers(module: nn.Module) -> bool:
@@ -20,8 +24,16 @@ def takes_two_sequences(module: nn.Module) -> bool:
     return isinstance(module, nn.Transformer)
 
 
-FORWARDS_THAT_ASK: frozenset[CodeType] = frozenset(
-    cls.forward.__code__
-    for cls in (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
-)
-"""Forward functions that ask whether weights override torch functions, and if so do not fuse."""
+ASKING: dict[CodeType, float] = dict.fromkeys(
+    (
+        nn.TransformerEncoderLayer.forward.__code__,
+        nn.TransformerEncoder.forward.__code__,
+        nn.MultiheadAttention.forward.__code__,
+    ),
+    math.inf,
+) | {F.multi_head_attention_forward.__code__: asks_until(F.multi_head_attention_forward)}
+"""Functions that ask whether weights override torch functions, up to an offset in their bytecode.
+
+If so, the forward functions do not fuse, and the function of attention lets itself be overridden as
+a whole, instead of the products in it.
+"""

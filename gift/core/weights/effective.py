@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.fused import note_copy
-from gift.layers.blocks import FORWARDS_THAT_ASK
+from gift.core.weights.multiplying import linear
+from gift.layers.blocks import ASKING
 from gift.private.torch.tensors import OVERRIDES_NOTHING, as_plain_tensors, can_guard, writes_of
 
 # The compiler must see a weight that is an argument of a function as a plain tensor.
@@ -36,8 +37,8 @@ class _Overriding:
         # tensor alive until the next garbage collection.
         frame: Any = inspect.currentframe().f_back  # type: ignore[union-attr]
         # Encoder layers never write into weights. They are told that nothing is overridden, since
-        # they disable their fast path otherwise.
-        asks = frame.f_code in FORWARDS_THAT_ASK
+        # they disable their fast path otherwise; so is attention, for the products in it.
+        asks = frame.f_lasti < ASKING.get(frame.f_code, 0)
         if asks or frame.f_globals.get("__name__", "").startswith(_COMPILER):
             return OVERRIDES_NOTHING
         return _answer
@@ -68,6 +69,8 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
     _gift_frozen: Tensor
     _gift_order: tuple[str, ...]
     _gift_slices: Callable[[Tensor, int], Tensor] | None = None
+    _gift_made: Any = None
+    _gift_source: Any = None
 
     @staticmethod
     def of(tensor: Tensor, name: str, whole: bool = True) -> Any:
@@ -159,6 +162,8 @@ def _computed(func: Any, what: str, args: Any, kwargs: dict[str, Any], guarded: 
         args, kwargs = _copied(args), _copied(kwargs)  # `max_norm` rescales rows in place
     if what == "__getitem__" and (matrix := _matrix(*args)) is not None:
         return matrix
+    if func is F.linear and (product := _product(*args, **kwargs)) is not None:
+        return product
     versions = [writes_of(tensor) for tensor in guarded]
     result = func(*args, **kwargs) if what != "__iter__" else args[0].unbind()
     if versions != [writes_of(tensor) for tensor in guarded]:
@@ -170,6 +175,13 @@ def _computed(func: Any, what: str, args: Any, kwargs: dict[str, Any], guarded: 
         if type(result) is not EffectiveWeight:
             note_copy(guarded[0]._gift_name, guarded[0], result)
     return iter(result) if what == "__iter__" else result
+
+
+def _product(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    """Multiply by a whole weight; None if it is another operand, or torch's own product must do."""
+    if type(weight) is not EffectiveWeight or not weight._gift_whole:
+        return None
+    return linear(input, weight, plain(bias) if type(bias) is EffectiveWeight else bias)
 
 
 def _writes(func: Any, what: str, args: Any, kwargs: dict[str, Any]) -> bool:

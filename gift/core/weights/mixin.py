@@ -259,6 +259,8 @@ def _effective(tensor: str) -> property:
             delta, frozen = self._gift_weights[tensor], self._parameters[tensor]
             guarded._gift_frozen, guarded._gift_order = frozen, tuple(self._parameters)
             delta.memory.reader = TensorWeakRef(guarded)
+            guarded._gift_made = getattr(weight, "_gift_made", None)
+            guarded._gift_source = self, delta
             if weight.requires_grad:
                 guarded._gift_slices = delta.slices(self, frozen)
         return guarded

@@ -188,7 +188,11 @@ def made_once(
     if found is None:
         return making(*tensors)
     entry, value = found
-    return value if entry.graph is None else _Held.apply(entry.graph, value)
+    if entry.graph is None:
+        return value
+    held: Tensor = _Held.apply(entry.graph, value)
+    held.__dict__["_gift_made"] = Made(entry.graph, value, entry.again)  # for `multiplying`
+    return held
 
 
 def made(
@@ -384,6 +388,11 @@ class Again:
         """Return the inputs and the weight that `weight` computed last, and hold them no more."""
         held, self._held = self._held, None
         return held
+
+    def is_current(self) -> bool:
+        """Whether no input was written since the forward pass began."""
+        pairs = zip(self.tensors, self._versions, strict=True)
+        return all(writes_of(tensor) == version for tensor, version in pairs)
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Compute the weight from these tensors, as in the forward pass."""

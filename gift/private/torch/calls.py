@@ -1,6 +1,7 @@
 """Calls of modules: who calls, how a compiled module is named, what runs before a call."""
 
 import contextlib
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -32,6 +33,19 @@ def loads_strictly() -> bool:
     load = nn.Module.load_state_dict.__code__
     frame = next((frame for frame in callers() if frame.f_code is load), None)
     return frame is not None and frame.f_locals.get("strict") is True
+
+
+def asks_until(function: Callable[..., Any]) -> int:
+    """The offset in a function's bytecode up to which it asks whether arguments override torch.
+
+    Functions of torch begin with ``if has_torch_function(...)``, and the type of a tensor is asked
+    in the same way there and by each operation that the function calls later. No public name tells
+    one from the other. Zero if the function does not begin so.
+    """
+    for step in dis.get_instructions(function):
+        if step.argval == "handle_torch_function":
+            return step.offset
+    return 0
 
 
 _COMPILED_CALL = "_compiled_call_impl"
