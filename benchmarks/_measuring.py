@@ -48,7 +48,11 @@ def usual_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
 
 
-def in_turn(actions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def in_turn(
+    actions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds that each took, in each round; two more rounds come first.
 
     The order is another one in each round, so that nobody has the same predecessor always.
@@ -59,10 +63,10 @@ def in_turn(actions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     for number in range(rounds + 2):
         chance.shuffle(order)
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             actions[name]()
             if number > 1:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -6,7 +6,8 @@ DoRA by gift and by PEFT, LoRA merged into the weights, and LoRA of a `DeltaBank
 batch, which is one row.
 
 Contenders take turns, in another order each round, after two rounds that do not count. A round is
-some tokens of each; ratios are those of the medians.
+some tokens of each; ratios are those of the medians. With one thread, the time is that for which
+the thread itself ran, so that other work on the machine counts less.
 
 Predictions: what an adapted layer adds to a token is two products of one row, 7 us with all that
 torch does for a call, and 10 us for Python's steps: LoRA 1.12 of the plain network. DoRA compares
@@ -16,6 +17,7 @@ its factors with those of the last token and multiplies the output: 1.20. Merged
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -132,7 +134,8 @@ def main() -> None:
     args = parser.parse_args()
     keep_memory()
     torch.set_num_threads(args.threads)
-    found = compared(in_turn(contenders(args.tokens), args.rounds), "plain")
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
+    found = compared(in_turn(contenders(args.tokens), args.rounds, clock), "plain")
     print(table(found, args.tokens))
     write_results(args.out, {"machine": machine(), "rank": RANK, "tokens": args.tokens} | found)
 
