@@ -12,6 +12,15 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-device",
+        default="cuda",
+        choices=["cuda", "cpu"],
+        help="where tests/gpu run; cpu tries whether they hold as code",
+    )
+
+
 @pytest.fixture
 def dynamo() -> Iterator[None]:
     """What was compiled before is forgotten, and what the test compiles after it."""
