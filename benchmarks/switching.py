@@ -58,7 +58,7 @@ def by_gift(network: nn.Module) -> Actions:
     return {
         "another delta": switching(bank.activate),
         "base for a while": lambda: gift.disabled(network),
-        "merged for a while": lambda: gift.merged(network),
+        "merged temporarily": lambda: gift.merged(network),
     }
 
 
@@ -72,7 +72,7 @@ def by_peft(model: Any) -> Actions:
     return {
         "another delta": switching(model.set_adapter),
         "base for a while": model.disable_adapter,
-        "merged for a while": lambda: peft_merged(model),
+        "merged temporarily": lambda: peft_merged(model),
     }
 
 

@@ -180,7 +180,7 @@ REFUSALS: dict[str, Refusal] = {
         LORA(rank=5), ValueError,
         ["no elements", "['lora_A']", "rank 5 is above 2", *(f"{i} (Linear)" for i in range(3))]),
     "adapted twice": (mlp, caps((mc_name("2"), adapt_twice)), ValueError,
-                      ["'weight' is adapted already, by lora(rank=1)"]),
+                      ["'weight' is already adapted by lora(rank=1)"]),
     "nothing to adapt": (mlp, caps((mc_name("1"), ma_adapt())), ValueError,
                          ["ReLU has no weight of a known layer type", "pa_adapt"]),
     "a head without inputs": (
@@ -354,7 +354,7 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a name for a type": (
         lambda: FineTuningStrategy(constraint_type="Conv2d"), TypeError, "'Conv2d'"),
     "a layer for a type": (
-        lambda: FineTuningStrategy(constraint_type=[nn.ReLU()]), TypeError, "ReLU.*no type"),
+        lambda: FineTuningStrategy(constraint_type=[nn.ReLU()]), TypeError, "ReLU.*not a type"),
     "unknown option": (lambda: LORA(ranks=3), TypeError, "ranks"),
     "bad conv_layout": (lambda: LORA(conv_layout="flat"), ValueError, "'flat', expected 'bal"),
     "bad dtype": (lambda: LORA(dtype=torch.int8), ValueError, "int8, expected a floating-point"),

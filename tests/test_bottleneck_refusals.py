@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = {
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "", {}, "complex"),
     "own forward": (with_own_forward, "", {}, "a forward was set on the object itself"),
     "taken": (lambda: type("Claimed", (nn.Linear,), {"bottleneck_up_bias": 1})(4, 4), "", {},
-              r"has attributes \['bottleneck_up_bias'\] already"),
+              r"already has attributes \['bottleneck_up_bias'\]"),
 }  # fmt: skip
 
 

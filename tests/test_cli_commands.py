@@ -269,7 +269,7 @@ def test_control_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("gift.jobs.running.finetune", stopped)
     job = image_job(tmp_path)
-    assert "the same command goes on from the last checkpoint" in bad("finetune", job, code=130)
+    assert "the same command resumes from the last checkpoint" in bad("finetune", job, code=130)
 
 
 def test_two_processes_do_one_job(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_what_needs_the_deltas_is_refused_inside(what: Callable[[Any], Any]) -> 
     net = enabled(mlp())
     with disabled(net):
         before = full_state(net)
-        with pytest.raises(RuntimeError, match=r"disabled for a while: .* after the with block"):
+        with pytest.raises(RuntimeError, match=r"temporarily disabled: .* after the with block"):
             what(net)
         assert full_state(net) == before
 

@@ -116,14 +116,14 @@ UNWRITABLE: dict[str, tuple[Callable[[], nn.Module], FineTuningStrategy, str]] =
         "pads the input of the adapter with zeros, here it is 'circular'",
     ),
     "a dilated convolution": (
-        lambda: Around(nn.Conv2d(3, 4, 3, dilation=2)), every("lora"), r"forgets dilation=\(2, 2\)",
+        lambda: Around(nn.Conv2d(3, 4, 3, dilation=2)), every("lora"), r"ignores dilation=\(2, 2\)",
     ),
     "groups": (lambda: Around(nn.Conv2d(4, 4, 3, groups=2)), every("loha"), "groups=2"),
     "a limited embedding": (
         lambda: Around(nn.Embedding(9, 6, max_norm=1.0)), every("lora"), "max_norm",
     ),
     "a layer under two names": (Shared, every("lora"), r"its first name only, not \['second'\]"),
-    "a tied table that is read two ways": (Tied, every("dora"), "reads the other way round"),
+    "a tied table that is read two ways": (Tied, every("dora"), "reads transposed"),
     "a parametrised weight": (
         lambda: Around(nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))), every("lora"),
         "computed before it is used",
@@ -131,7 +131,7 @@ UNWRITABLE: dict[str, tuple[Callable[[], nn.Module], FineTuningStrategy, str]] =
     "an encoder layer of torch": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2)),
         FineTuningStrategy([(mc_name("linear1"), ma_adapt("lora"))]),
-        "TransformerEncoderLayer passes adapters of PEFT by",
+        "TransformerEncoderLayer ignores adapters of PEFT",
     ),
     "an attention's out_proj": (Attended, every("lora"), "out_proj twice"),
     "DoRA of rows of zeros": (
@@ -146,7 +146,7 @@ UNWRITABLE: dict[str, tuple[Callable[[], nn.Module], FineTuningStrategy, str]] =
     ),
     "a parameter in a container": (
         lambda: Around(nn.ParameterDict({"w": torch.ones(3, 4)})), single("w"),
-        "in calls of the ParameterDict, which has none",
+        "in calls of the ParameterDict, which has no forward",
     ),
     "a layer that torchvision never calls": (
         lambda: nn.Sequential(ShiftedWindowAttention(8, [2, 2], [0, 0], 2)),

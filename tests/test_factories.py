@@ -371,7 +371,7 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a module for a name": (lambda: mc_path(nn.ReLU()), TypeError, r"expected names.*ReLU"),
     "a number for a glob": (lambda: pc_name(glob=[3]), TypeError, r"expected names, got \[3\]"),
     "a name for a type": (lambda: mc_type("Linear"), TypeError, r"expects classes.*'Linear'"),
-    "no type": (lambda: mc_type(), TypeError, "expects classes, got none"),
+    "not a type": (lambda: mc_type(), TypeError, "expects classes, got none"),
     "unknown family": (lambda: mc_layer("convs"), ValueError, r"\['convs'\], expected.*'conv'"),
     "no block": (lambda: mc_last(0), ValueError, "number of blocks is 0, expected at least 1"),
     "unknown method": (lambda: ma_adapt("lorra"), ValueError, r"'lorra'.*closest: \['lora'"),

@@ -578,7 +578,7 @@ def test_what_needs_the_deltas_is_refused_while_merged(what: Any, tmp_path: Any)
     before = full_state(net)
     with merged(net):
         inside = full_state(net)
-        with pytest.raises(RuntimeError, match=r"merged for a while: .* after the with block"):
+        with pytest.raises(RuntimeError, match=r"temporarily merged: .* after the with block"):
             what(net, tmp_path)
         assert full_state(net) == inside
     assert full_state(net) == before

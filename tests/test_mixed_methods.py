@@ -81,7 +81,9 @@ def test_two_methods_on_one_tensor_are_an_error() -> None:
         ma_adapt("ia3")(*place)
         ma_adapt("svdiff")(*place)
 
-    with pytest.raises(ValueError, match=r"'weight' is adapted already, by ia3.*one tensor takes"):
+    with pytest.raises(
+        ValueError, match=r"'weight' is already adapted by ia3.*a tensor can have one"
+    ):
         enable_fine_tuning(net, FineTuningStrategy([(mc_type(nn.Linear), both)]))
     assert full_state(net) == before
 
@@ -131,7 +133,7 @@ def test_a_delta_of_another_layout_is_refused_where_its_shape_is_the_same() -> N
 
 
 def test_a_layout_that_cuts_outputs_apart_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'balanced'.*cut outputs.*'out_as_h'"):
+    with pytest.raises(ValueError, match=r"'balanced'.*split an output.*'out_as_h'"):
         ma_adapt("dora", conv_layout="balanced")
 
 

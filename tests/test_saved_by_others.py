@@ -120,7 +120,7 @@ def test_the_folder_of_a_module_around_the_model_says_what_it_lacks(tmp_path: Pa
     """The module has no way to save itself as a model, what is in it has."""
     model = sentences()
     enable_fine_tuning(model[0], lora())
-    with pytest.warns(GiftWarning, match="leaves the deltas out"):
+    with pytest.warns(GiftWarning, match="ignore the deltas"):
         perturbed(model).save(str(tmp_path))
 
 

@@ -105,7 +105,7 @@ def test_a_weight_from_which_a_delta_was_made_must_stay(method: str) -> None:
     net = convnet()
     enable_fine_tuning(net, of(method))
     before = full_state(net)
-    with pytest.raises(AdaptationError, match=rf"0\.weight: its delta, by {method}, is made from"):
+    with pytest.raises(AdaptationError, match=rf"0\.weight: its delta, by {method}, is derived"):
         NoFreeze().attach(net)
     with pytest.raises(AdaptationError, match="nothing was changed"):
         unfreeze(net, ["6.bias", "6.weight"])

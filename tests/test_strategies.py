@@ -255,7 +255,7 @@ def test_disabling_never_calls_trained_what_is_the_base() -> None:
     before = all_bits(net)
     enable_fine_tuning(net, LORA())
     net[2].bias.requires_grad = True
-    with pytest.warns(GiftWarning, match="somebody has set their flags since: 2.bias"):
+    with pytest.warns(GiftWarning, match="their requires_grad has been set since: 2.bias"):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     optimizer.step(lambda: net(x).square().sum().backward())
     with contextlib.suppress(RuntimeError):  # "it was trained since, its values were not kept"

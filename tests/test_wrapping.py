@@ -187,7 +187,7 @@ def test_two_extensions_on_one_module() -> None:
 
 def test_one_module_takes_one_bottleneck() -> None:
     caps = [(mc_name("0"), ma_bottleneck(3)), (mc_type(nn.Linear), ma_bottleneck(2))]
-    message = r"0 \(Linear\): it is wrapped already, by bottleneck\(size=3\)"
+    message = r"0 \(Linear\): it is already wrapped by bottleneck\(size=3\)"
     with pytest.raises(ValueError, match=message):
         enable_fine_tuning(small(), FineTuningStrategy(caps))
 

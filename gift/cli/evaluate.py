@@ -16,7 +16,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="PLACE",
-            help="where other examples of the kind of the job are; where several things say it, "
+            help="where other examples of the same kind are; if several settings say it, "
             "NAME=VALUE for each",
         ),
     ] = None,

@@ -22,6 +22,6 @@ def finetune(
     try:
         result = run_job(settled, own_network(network, settled), restart)
     except KeyboardInterrupt:
-        complain("stopped; the same command goes on from the last checkpoint, if there is one")
+        complain("stopped; the same command resumes from the last checkpoint, if there is one")
         raise typer.Exit(130) from None
     say(f"{result}\n\nAll files are in {settled.folder}")

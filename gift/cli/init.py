@@ -14,7 +14,7 @@ def init(
     ] = None,
     kind: Annotated[str, typer.Option(help="how the examples are stored")] = "class_folders",
     strategy: Annotated[
-        str, typer.Option(help="what of the network is trained")
+        str, typer.Option(help="which part of the network is trained")
     ] = "LoRAAllFineTuningStrategy",
     force: Annotated[bool, typer.Option("--force", help="overwrite the file")] = False,
 ) -> None:
@@ -29,4 +29,4 @@ def init(
     if file.exists() and not force:
         raise JobError(f"{file} is there already", ["choose another name, or --force"])
     write_text(file, text)
-    say(f"{file} is a job to be changed; then: gift finetune {file}")
+    say(f"{file} was written: edit it, then run gift finetune {file}")

@@ -38,7 +38,7 @@ def merge(
         net = named_network(network, weights, task, allow_import=True).net
         load(net, source)
     elif source.is_file() and not (source.parent / JOB).is_file():
-        problem = "it lies in no folder of a run: say which network it is for, --network"
+        problem = "it is not in the folder of a run: say which network it is for (--network)"
         raise JobError(f"{source} cannot be merged", [problem])
     else:
         in_run = source.is_file()

@@ -18,7 +18,7 @@ NETWORK = Annotated[
 DELTA = Annotated[
     str | None, typer.Option("--delta", metavar="best|last|FILE", help="which delta is taken")
 ]
-DEVICE = Annotated[str | None, typer.Option("--device", help="of torch; none is that of the job")]
+DEVICE = Annotated[str | None, typer.Option("--device", help="of torch; default: that of the job")]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON")]
 SET = Annotated[
     list[str] | None,

@@ -209,8 +209,8 @@ def settings_incompatibilities(
     if there:
         return [f"{where} was trained with {there}, here it has {here or 'the defaults'}"]
     return [
-        f"{where} was trained with the defaults of its method, or the state was made by a gift "
-        f"that kept no settings in it; here it has {here} (if these are right: "
+        f"{where} was trained with the defaults of its method, or the state was saved by a version "
+        f"of gift that did not store settings; here it has {here} (if these are right, call "
         "net.load_state_dict(net.state_dict() | state))"
     ]
 

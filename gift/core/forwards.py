@@ -254,14 +254,14 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
     own: dict[str, ForwardDelta] = module.__dict__.get("_gift_forwards", {})
     _refuse(module)
     if method.name in own:
-        raise AdaptationError(f"it is wrapped already, by {own[method.name].method}")
+        raise AdaptationError(f"it is already wrapped by {own[method.name].method}")
     method = method.fit(module)
     with torch.inference_mode(False), torch.no_grad():
         values = method.init_parameters(module)
     names = {key: f"{method.name}_{key}" for key in values}
     present = [name for name in names.values() if has_attribute(module, name)]
     if present:
-        raise AdaptationError(f"it has attributes {present} already, which this would hide")
+        raise AdaptationError(f"it already has attributes {present}, which this would hide")
     for key, value in values.items():
         add_tensor(module, names[key], value)
     wrapper = ForwardDelta(names, method=method, path=path)

@@ -62,8 +62,8 @@ class HeldFlags:
         if requires_grad and parameters and held.issuperset(map(id, parameters)):
             warnings.warn(
                 f"nothing in this {type(module).__name__} is trained, so requires_grad_ changed "
-                "nothing: the base of a network that is being fine-tuned stays frozen. Name in the "
-                "strategy what is to be trained (ma_train, ModulesFineTuningStrategy)",
+                "nothing: the base of a network that is being fine-tuned stays frozen. To train "
+                "it, name it in the strategy (ma_train, ModulesFineTuningStrategy)",
                 GiftWarning,
                 stacklevel=2,
             )
@@ -134,11 +134,11 @@ def warn_unfrozen(network: nn.Module) -> None:
     record.warned_unfrozen = True
     names = [name for name, p in nn.Module.named_parameters(network) if id(p) in found]
     warnings.warn(
-        f"{len(names)} parameters were frozen by fine-tuning, and somebody has set their flags "
-        f"since: {some(names)}. They are trained as well and count among parameters(), so the next "
-        "step of an optimizer that has them moves the base. Where that is not meant, set "
-        "requires_grad = False for them, and give the optimizer net.parameters() alone; where it "
-        "is, name them in the strategy (ma_train, pa_train)",
+        f"{len(names)} parameters were frozen by fine-tuning, but their requires_grad has been set "
+        f"since: {some(names)}. They are trained as well and are part of parameters(), so the next "
+        "step of an optimizer that holds them changes the base. If that is not intended, set "
+        "requires_grad = False and pass only net.parameters() to the optimizer; otherwise, name "
+        "them in the strategy (ma_train, pa_train)",
         GiftWarning,
         stacklevel=3,
     )

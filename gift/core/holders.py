@@ -71,9 +71,9 @@ def memory_conflicts(network: nn.Module, before: Snapshot) -> list[str]:
     if not wrong:
         return []
     return [
-        f"these share memory, and one would not be what fine-tuning makes of the other: "
-        f"{some(wrong, 5)}. Hold one parameter under both names, which is then tied; or give one "
-        "of them memory of its own (.clone()); or leave both to the same cap"
+        "these tensors share memory, but fine-tuning would treat them differently: "
+        f"{some(wrong, 5)}. Register one parameter under both names, so that it is tied; or give "
+        "one of them its own memory (.clone()); or let the same cap match both"
     ]
 
 
@@ -175,9 +175,9 @@ def refuse_held_elsewhere(network: nn.Module) -> None:
     if found := _held_elsewhere(network):
         name, other = found
         raise RuntimeError(
-            f"{name} is a parameter of another {plain_class(type(other)).__name__} as well, which "
-            "is being fine-tuned: merging or disabling one would change the base of the other. "
-            "Fine-tune a module that has both (nn.ModuleList([a, b])), or give one a copy"
+            f"{name} is also a parameter of another {plain_class(type(other)).__name__} that is "
+            "being fine-tuned: merging or disabling one would change the base of the other. "
+            "Fine-tune a module that contains both (nn.ModuleList([a, b])), or copy one of them"
         )
 
 
@@ -207,8 +207,8 @@ def unmovable(network: nn.Module, names: Collection[str], later: Collection[str]
         gc.collect()  # the other network may be garbage
     return found + [
         f"{one}: a {plain_class(type(other.module)).__name__} that is being fine-tuned, as copies "
-        "by gift.reference are, shares its memory, and would be changed as well: copy it "
-        "(copy.deepcopy), or train deltas only"
+        "by gift.reference are, shares its memory, and would change too: copy it (copy.deepcopy), "
+        "or train only deltas"
         for one, other in _shared(trained, _bases_of_others(network))
     ]
 

@@ -54,14 +54,14 @@ class Incoming:
             ]
             yield (
                 f"{len(found)} trained tensors have other names in the state: {some(pairs, 3)}. "
-                "The library that wrote it renamed them, or they are of another network: give "
-                "them the names of net.state_dict()"
+                "The library that wrote it renamed them, or it is the state of another network: "
+                "rename the keys to those of net.state_dict()"
             )
         elif self._is_merged() and self._has_effect():
             yield (
                 "the state looks like a merged copy of this network: it differs from the base in "
-                "adapted weights only. The deltas would count twice: load it into a plain network "
-                "(after gift.disable_fine_tuning, or before enable_fine_tuning)"
+                "adapted weights only. The deltas would be applied twice: load it into a plain "
+                "network (after gift.disable_fine_tuning, or before enable_fine_tuning)"
             )
 
     def surprises(self) -> Iterator[str]:
@@ -74,12 +74,12 @@ class Incoming:
             if whole and (changed := self._changed()) and self._has_effect():
                 yield (
                     f"the state replaced {len(changed)} frozen tensors of the base by other "
-                    f"values, and the deltas by those that it has: {some(changed)}"
+                    f"values, and the deltas by its own: {some(changed)}"
                 )
         elif self.frozen & self.state.keys():
             yield from self._surprises_of_a_base()
         elif not self.strict and not self.trained & self.state.keys() and self._is_for_it:
-            yield "the state has nothing of what is trained here: all deltas stay as they are"
+            yield "the state contains nothing that is trained here: all deltas stay as they are"
 
     @property
     def _is_for_it(self) -> bool:
@@ -97,13 +97,13 @@ class Incoming:
         elif self._has_effect():
             yield (
                 f"the state replaced {len(changed)} frozen tensors of the base by other values "
-                f"({some(changed)}), and has no deltas: those of the network stay, which were "
-                "trained for the base that it had before"
+                f"({some(changed)}), and has no deltas: the network keeps its own, which were "
+                "trained for the previous base"
             )
         elif self._is_merged():
             yield (
-                "the state looks like a merged copy of this network, and is the base from now on: "
-                "the deltas, which have no effect yet, start from it"
+                "the state looks like a merged copy of this network and is now its base: the "
+                "deltas, which have no effect yet, start from it"
             )
 
     @property

@@ -110,7 +110,7 @@ class Report:
         parts = [self.summary(), self.details(limit=50)]
         if self.frozen:
             shown = ", ".join(self.frozen[:6]) + (", ..." if len(self.frozen) > 6 else "")
-            parts.append(f"frozen, as no cap took them: {len(self.frozen)} parameters ({shown})")
+            parts.append(f"frozen, as no cap matched them: {len(self.frozen)} parameters ({shown})")
         if self.clipped:
             parts.append(f"clipped, as they cannot have the size: {some(self.clipped_texts, 6)}")
         parts += [self.leftover] if self.leftover else []

@@ -50,8 +50,8 @@ def _warning(method: Callable[..., Any]) -> Callable[..., Any]:
         result = method(self, *args, **kwargs)
         if any(delta.names for _, _, delta in named_deltas(self)):
             warnings.warn(
-                "what was saved is a part of a network that is being fine-tuned: from_pretrained "
-                "takes its base and leaves the deltas out. Save it within gift.merged(network)",
+                "this is part of a network that is being fine-tuned: from_pretrained would load "
+                "its base and ignore the deltas. Save it within gift.merged(network)",
                 GiftWarning,
                 stacklevel=2,
             )
@@ -80,10 +80,10 @@ def _saving(method: Callable[..., Any]) -> Callable[..., Any]:
         folder = next(iter([*args, *kwargs.values()]), "")
         if not _is_checkpoint(folder):
             warnings.warn(
-                f"{folder} has what fine-tuning trained, not the whole model: from_pretrained "
-                "would give random weights. Load it with load_state_dict, onto the base with the "
-                "same strategy; for a whole model, call save_pretrained without a state_dict, or "
-                "gift.merge first",
+                f"{folder} holds only what was trained, not the whole model: from_pretrained would "
+                "initialize the rest randomly. Load it with load_state_dict, onto the base with "
+                "the same strategy; for a whole model, call save_pretrained without a state_dict, "
+                "or gift.merge first",
                 GiftWarning,
                 stacklevel=2,
             )

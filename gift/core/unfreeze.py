@@ -196,12 +196,12 @@ def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
 
 
 _READ = (
-    "its delta, by {}, is made from the frozen values, which must stay: train deltas only, or "
-    "adapt it by another method"
+    "its delta, by {}, is derived from the frozen values, which must not change: train only "
+    "deltas, or adapt it by another method"
 )
 
 
-_PACKED = "its values are packed, by quantising"
+_PACKED = "its values are packed by quantisation"
 
 
 def packed_values(parameter: nn.Parameter) -> str:

@@ -38,8 +38,8 @@ def classes_of(labels: Iterable[str], classes: Sequence[str] | None = None) -> t
     names = tuple(sorted(found, key=lambda name: (value(name) if numbers else 0, name)))
     if len(names) < 2:
         raise DataError(
-            f"there is no more than one class, {some(names) or 'none'}: nothing to tell apart; "
-            "where other classes are to be known, give classes=train.classes"
+            f"there is no more than one class, {some(names) or 'none'}: nothing to distinguish; if "
+            "there are other classes, give classes=train.classes"
         )
     return names
 

@@ -195,12 +195,12 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
     if is_fully_sharded(module) and any(map(is_sharded, nn.Module.parameters(module))):
         sharded = [name for name, p in nn.Module.named_parameters(module) if is_sharded(p)]
         raise ValueError(
-            f"{len(sharded)} parameters are sharded already, the first is {sharded[0]!r}: "
-            "enable fine-tuning before sharding"
+            f"{len(sharded)} parameters are already sharded, the first is {sharded[0]!r}: enable "
+            "fine-tuning before sharding"
         )
     if found := offloaded(module):
         raise ValueError(
-            f"the weights of {found}: their hooks fetch each tensor by its name and know of no "
+            f"the weights of {found}: their hooks fetch each tensor by its name and do not know "
             "deltas. Load the network without offloading to fine-tune it"
         )
     for path, part in module.named_modules():
@@ -295,8 +295,8 @@ def _agree(module: nn.Module, before: Snapshot) -> None:
 def _nothing_matched(module: nn.Module, strategy: FineTuningStrategy, report: Report) -> str:
     if not report.caps:
         return (
-            f"{type(strategy).__name__} has no caps: nothing would be trained "
-            "(FreezeStrategy() says so on purpose)"
+            f"{type(strategy).__name__} has no caps: nothing would be trained (use "
+            "FreezeStrategy() if that is intended)"
         )
     lines = [f"no cap of {type(strategy).__name__} matched anything in {type(module).__name__}:"]
     lines += [
@@ -324,9 +324,9 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
     if report.clipped:
         settings = dict.fromkeys(f"clip_{setting}" for setting, _ in report.clipped.values())
         warnings.warn(
-            "these cannot have the size that was asked for, and got what they can have: "
-            f"{some(report.clipped_texts, limit=20)} ({' or '.join(settings)}=True says that this "
-            "is meant, False refuses it)",
+            "these cannot have the requested size, and got one that they can have: "
+            f"{some(report.clipped_texts, limit=20)} ({' or '.join(settings)}=True accepts this "
+            "without a warning, False refuses it)",
             GiftWarning,
             stacklevel=3,
         )
@@ -334,8 +334,8 @@ def _warn(report: Report, strategy: FineTuningStrategy, module: nn.Module) -> No
     if names := [name for name in report.larger_than_weight if name not in report.clipped]:
         shown = some(names)
         warnings.warn(
-            f"the delta has more parameters than the weight that it changes in: {shown} "
-            "(train such layers whole, or give them a smaller rank)",
+            f"the delta has more parameters than the weight that it changes in: {shown} (train "
+            "such layers fully, or choose a smaller rank)",
             GiftWarning,
             stacklevel=3,
         )

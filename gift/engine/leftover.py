@@ -42,7 +42,7 @@ def describe_leftover(
     if share < SHARE:
         return ""
     paths = [path for path, *_ in found.values()]
-    text = f"{share:.0%} of the base is in raw parameters that no cap takes: {some(paths)}"
+    text = f"{share:.0%} of the base is in raw parameters that no cap matches: {some(paths)}"
     return "; ".join([text, *strangers(network), f"{cap_for(paths, cap)} as a parameter cap does"])
 
 

@@ -110,8 +110,8 @@ class Ties:
         what = "tensor" if name else "module"
         known = joined(known, name) if name and not taken else known
         self._contradictions.append(
-            f"{path} is tied to {known or 'the network'}, which is taken by {caps[first]}; "
-            f"{path} is taken by {caps[number]}; one {what} takes one"
+            f"{path} is tied to {known or 'the network'}, which is matched by {caps[first]}; "
+            f"{path} is matched by {caps[number]}; one {what} can have one"
         )
 
     def contradicts(
@@ -152,7 +152,9 @@ class Ties:
                 texts = [f"{first.path} is {first} by {caps[first.cap]}"]
                 texts += [f"{fate.path} is {fate} by {caps[fate.cap]}" for fate in others]
                 names = " and ".join(dict.fromkeys(fate.path for fate in others))
-                yield (f"{names} is tied to {first.path}: {', '.join(texts)}; one tensor takes one")
+                yield (
+                    f"{names} is tied to {first.path}: {', '.join(texts)}; one tensor can have one"
+                )
             elif firm and firm[0].what == "trained":
                 self.tensors[key].requires_grad = True
 

@@ -264,8 +264,8 @@ class Walk:
             return  # reported already
         if second.method != delta.method:
             self.problems.append(
-                f"{path} is tied to a tensor that is adapted by {delta.method}, and was to "
-                f"be adapted by {second.method}; one tensor takes one"
+                f"{path} is tied to a tensor that is adapted by {delta.method}, and would also be "
+                f"adapted by {second.method}; one tensor can have one method"
             )
             return
         _drop(module, name)

@@ -67,7 +67,7 @@ def _other_settings(network: nn.Module, file: DeltaFile) -> Iterator[str]:
     try:
         there = _meanings(file.deltas)
     except Exception as error:  # a file may contain anything
-        yield f"its deltas are by no method that is known here: {in_a_line(error)}"
+        yield f"its deltas are of a method that is not known here: {in_a_line(error)}"
         return
     here = _meanings(describe_deltas(network))
     for name in sorted({*here, *there}):
@@ -140,7 +140,7 @@ def _described_base(
     if values:
         yield (
             f"{len(values)} of {total} tensors of its base have other values, so it was trained "
-            f"for another base: {some(values)} (check_base=False takes it all the same)"
+            f"for another base: {some(values)} (check_base=False accepts it anyway)"
         )
 
 

@@ -121,7 +121,7 @@ def _strategy(file: DeltaFile) -> FineTuningStrategy:
         strategy = load_strategy_from_config(file.strategy)
         problems = list(_hazards(file, strategy))
     except Exception as error:  # a file may contain anything
-        problem = f"its strategy is none that is known here: {in_a_line(error)}"
+        problem = f"its strategy is not known here: {in_a_line(error)}"
         raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error
     refuse(DeltaFileError, f"{file.path} cannot be loaded", problems)
     return strategy

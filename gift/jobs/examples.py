@@ -50,7 +50,7 @@ def job_reader(data: Data, reader: Any) -> Any:
         made = getattr(gift.data, KINDS[data.kind].readers[0])
         missing = [f.name for f in dataclasses.fields(made) if f.default is dataclasses.MISSING]
         if missing := [name for name in missing if name not in settings]:
-            what = "the network brings nothing that reads its inputs"
+            what = "the network has no reader for its inputs"
             raise JobError(what, [f"data.reader: give {' and '.join(missing)}"])
         return made(**settings)
     known = [field.name for field in dataclasses.fields(reader)]

@@ -58,7 +58,7 @@ class LayoutOptions:
         chosen = self.conv_layout or conv_layouts[0]
         if chosen not in conv_layouts:
             raise ValueError(
-                f"conv_layout is {chosen!r}, which would cut outputs into several rows; this "
+                f"conv_layout is {chosen!r}, which would split an output into several rows; this "
                 f"method needs {' or '.join(map(repr, conv_layouts))}"
             )
         if (self.conv_layout, self.rows_are_outputs) == (chosen, rows_are_outputs):

@@ -66,7 +66,7 @@ class HRA(RankedMethod):
         """Return the method with its rank settled for a matrix ``(..., rows, columns)``."""
         if shape[-1] == 1:
             raise AdaptationError(
-                "a matrix of one column has nothing to turn: two reflections of a number are none"
+                "a matrix of one column has nothing to rotate: two reflections of one number cancel"
             )
         return super().fit(shape)
 

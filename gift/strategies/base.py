@@ -212,7 +212,11 @@ def _required(cls: type) -> bool:
 
 def _types(given: Any, problems: list[str]) -> tuple[type, ...]:
     types = tuple(given) if isinstance(given, list | tuple | set) else (given,)
-    problems += [f"constraint_type has {t!r}, no type" for t in types if not isinstance(t, type)]
+    problems += [
+        f"constraint_type contains {t!r}, which is not a type"
+        for t in types
+        if not isinstance(t, type)
+    ]
     return types
 
 
@@ -239,7 +243,7 @@ def _caps(kind: str, caps: Any, problems: list[str]) -> list[Cap]:
 
 def _wrong_action(action: Any) -> str:
     if isinstance(action, FineTuningStrategy):
-        looks = f"{action!r}, which only looks: put it around the whole strategy"
+        looks = f"{action!r}, which only prints: wrap the whole strategy in it"
         return looks if action.dry_run else ""
     if isinstance(action, type) and issubclass(action, FineTuningStrategy):
         return f"the class {action.__name__}, expected an instance of it, with parentheses"

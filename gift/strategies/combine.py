@@ -23,7 +23,7 @@ class MergedStrategy(FineTuningStrategy):
         if wrong or not parts:
             raise TypeError(f"expected strategies to merge, got {wrong or 'none'}")
         if any(part.dry_run for part in parts):
-            raise TypeError("a DebugStrategy only looks: put it around the merged strategy")
+            raise TypeError("a DebugStrategy only prints: wrap the merged strategy in it")
         super().__init__(
             [cap for part in parts for cap in part.module_caps] + list(module_caps),
             [cap for part in parts for cap in part.para_caps] + list(para_caps),

@@ -111,9 +111,7 @@ def _fill(target: Path, temporary: str, make: Callable[[str], object]) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:  # they name no target
         number = getattr(error, "errno", None)
         reason = getattr(error, "strerror", None) or str(error).replace(temporary, str(target))
-        raise OSError(
-            number, f"{target} was not written, what was there is as it was: {reason}"
-        ) from error
+        raise OSError(number, f"{target} was not written, and is unchanged: {reason}") from error
 
 
 def _exchange(ready: Mapping[Path, str]) -> None:

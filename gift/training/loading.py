@@ -75,8 +75,7 @@ class Batches:
     ) -> None:
         if isinstance(data, DataLoader) and processes.number > 1:
             raise TrainingError(
-                "a data loader does not know of the other processes: give its data set, which is "
-                "dealt out to them"
+                "a data loader does not split its data between processes: give its data set instead"
             )
         self.data, self.batch_size, self.processes = data, batch_size, processes
         self.shuffle, self.workers, self.seed = shuffle, workers, seed

@@ -252,7 +252,7 @@ def _warn_of_one_class(data: Any, task: Task) -> None:
     if not labels.is_floating_point() and bool((labels == labels.flatten()[0]).all()):
         warnings.warn(
             f"all {len(labels)} examples to learn from are of class {labels.flatten()[0].item()}: "
-            "there is nothing to tell apart",
+            "there is nothing to distinguish",
             GiftWarning,
             stacklevel=4,
         )

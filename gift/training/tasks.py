@@ -144,9 +144,9 @@ class Classification(Task):
             )
         if number < 2:
             raise TrainingError(
-                f"the network gives {_text(outputs)}, one number where classes need one for each "
-                "of them: give it a head with at least 2 outputs (for yes and no as well, with "
-                "targets 0 and 1); where the targets are numbers, choose task='regression'"
+                f"the network gives {_text(outputs)}, one number, but classes need one each: use a "
+                "head with at least 2 outputs (for yes and no as well, with targets 0 and 1); if "
+                "the targets are numbers, choose task='regression'"
             )
         self.number_of_classes = number
         expected = outputs.shape if targets.is_floating_point() else _without_classes(outputs)
@@ -303,9 +303,9 @@ class Undecided(Task):
         kind = Regression if _is_regression(outputs, targets) else Classification
         if kind is Regression and bool(((targets == 0) | (targets == 1)).all()):
             warnings.warn(
-                f"the targets, {_text(targets)}, are taken for numbers to come near to, though "
-                "they are all 0 or 1: for two classes give a head with 2 outputs, and whole "
-                "numbers (targets.long()); task='regression' says that they are numbers",
+                f"the targets, {_text(targets)}, are treated as numbers to predict, though they "
+                "are all 0 or 1: for two classes, use a head with 2 outputs and integer targets "
+                "(targets.long()); task='regression' confirms that they are numbers",
                 GiftWarning,
                 stacklevel=5,
             )

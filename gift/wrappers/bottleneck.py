@@ -80,8 +80,8 @@ class Bottleneck(ForwardMethod):
         features = self._features(module)
         if self.parallel and isinstance(module, CONV) and _changes_size(module):
             raise AdaptationError(
-                "what it takes and what it gives differ in more than their channels (stride, "
-                "padding): a parallel bottleneck cannot be added, a sequential one can"
+                "its input and output differ in more than their channels (stride, padding): a "
+                "parallel bottleneck cannot be added, a sequential one can"
             )
         return replace(self, axis=features.axis)
 
@@ -89,8 +89,9 @@ class Bottleneck(ForwardMethod):
         features = features_of(module, self.dim, self.axis)
         if self.parallel and features.inputs is None:
             raise AdaptationError(
-                "it takes no features that are known, as an embedding does: a parallel bottleneck "
-                "needs them (a sequential one would work, or dim= if it takes as many as it gives)"
+                "its input features are not known, as those of an embedding: a parallel bottleneck "
+                "needs them (a sequential one would work, or dim= if it has as many inputs as "
+                "outputs)"
             )
         return features
 
@@ -140,7 +141,7 @@ class Bottleneck(ForwardMethod):
 
         changed = with_first_changed(forward(*args, **kwargs), change)
         if changed is None:
-            raise AdaptationError(f"{where(module, self.name)} gives no tensor to change")
+            raise AdaptationError(f"{where(module, self.name)} returns no tensor to change")
         return changed
 
     def _added(self, module: nn.Module, output: Tensor, delta: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class Bottleneck(ForwardMethod):
         if delta.shape != output.shape:
             raise AdaptationError(
                 f"{where(module, self.name)} gives {tuple(output.shape)}, the bottleneck beside it "
-                f"{tuple(delta.shape)}: take a sequential one (parallel=False)"
+                f"{tuple(delta.shape)}: use a sequential one (parallel=False)"
             )
         # Subtract instead of adding: f(x) + 0.0 changes an f(x) of -0.0, f(x) - 0.0 does not.
         return (output - (0.0 - self.scaling * delta)).to(output.dtype)

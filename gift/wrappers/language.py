@@ -70,8 +70,8 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
         if "encoder_attention_mask" not in _arguments(decoder):
             name = plain_class(type(decoder)).__name__
             raise AdaptationError(
-                f"its decoder, a {name}, takes no encoder_attention_mask, which would have to tell "
-                "it of the virtual tokens"
+                f"its decoder, a {name}, takes no encoder_attention_mask, which must cover the "
+                "virtual tokens"
             )
         parts.append((decoder, PromptedMemory(num_virtual_tokens=n)))
     for part, own in parts:

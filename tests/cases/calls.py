@@ -195,7 +195,7 @@ def small() -> nn.Sequential:
 
 
 SIZES = "differ in more than their channels"
-LOOKS_UP = "takes no features that are known"
+LOOKS_UP = "input features are not known"
 
 CASES: dict[str, CallCase] = {
     "linear": CallCase(lambda: nn.Linear(6, 5), randn(2, 3, 6)),

@@ -124,7 +124,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(kind: str, tmp_path: 
         path.write_bytes(b"old")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     _, output = in_a_child(lambda: write_to_a_full_disk(kind, path))
-    assert f"{path} was not written, what was there is as it was" in output
+    assert f"{path} was not written, and is unchanged" in output
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 

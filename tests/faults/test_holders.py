@@ -166,7 +166,7 @@ def test_a_weight_of_two_networks_is_fine_tuned_in_one() -> None:
     first, second = two()
     enabled(first)
     before = full_state(second)
-    with pytest.raises(RuntimeError, match=r"0\.weight is a parameter of another Sequential"):
+    with pytest.raises(RuntimeError, match=r"0\.weight is also a parameter of another Sequential"):
         gift.enable_fine_tuning(second, LoRAAllFineTuningStrategy())
     assert full_state(second) == before
     with gift.disabled(first), pytest.raises(RuntimeError, match="another Sequential"):

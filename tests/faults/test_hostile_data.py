@@ -205,9 +205,9 @@ def changed(tmp_path: Path, change: Any) -> None:
     ("change", "message"),
     [
         (lambda t: t.double().fill_(1e300), "float64, expected float32: some of its numbers are"),
-        (lambda t: t.to(torch.complex64), "complex64, expected real numbers"),
-        (lambda t: t.to(torch.int64), "int64, expected real numbers"),
-        (lambda t: t > 0, "bool, expected real numbers"),
+        (lambda t: t.to(torch.complex64), "complex64, expected a real floating-point"),
+        (lambda t: t.to(torch.int64), "int64, expected a real floating-point"),
+        (lambda t: t > 0, "bool, expected a real floating-point"),
         (lambda t: t.double().fill_(float("nan")), "not finite"),
     ],
 )

@@ -139,7 +139,7 @@ class _Merged:
         pass  # as in `gift.core.dynamic_class.Generated`
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        raise RuntimeError("the network is merged for a while: load after the with block")
+        raise RuntimeError("the network is temporarily merged: load after the with block")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with _as_unmerged(self):

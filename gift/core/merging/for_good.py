@@ -92,8 +92,8 @@ def _warn(losses: dict[str, float]) -> None:
         worst = max(losses, key=losses.__getitem__)
         warnings.warn(
             f"{len(losses)} quantised weights were quantised again with their deltas, which rounds "
-            f"these: relative to the delta, the error is {mean(losses.values()):.1%} on average "
-            f"and {losses[worst]:.1%} at most ({worst})",
+            f"the deltas: relative to the delta, the error is {mean(losses.values()):.1%} on "
+            f"average and {losses[worst]:.1%} at most ({worst})",
             GiftWarning,
             stacklevel=4,
         )

@@ -48,7 +48,7 @@ def unmergeable(net: nn.Module, losses: dict[str, float]) -> Iterator[str]:
     for path, _, wrapper in named_forward_deltas(net):
         if wrapper.names:
             where = path or "the network"
-            yield f"{where} is wrapped by {wrapper.method}, which changes no weight"
+            yield f"{where} is wrapped by {wrapper.method}, which does not change a weight"
     for path, module in net.named_modules():
         values = effective(module)
         yield from without_values(path, module, values)
@@ -86,7 +86,7 @@ def without_values(path: str, module: nn.Module, values: dict[str, Tensor]) -> I
         elif value.is_meta:
             why = "is on the meta device and has no values"
         elif not is_finite(value):
-            why = "has merged numbers that are not finite"
+            why = "has merged values that are not finite"
         else:
             continue
         yield f"{joined(path, tensor)} {why}"

@@ -45,4 +45,4 @@ def refuse_meanwhile(module: nn.Module, *states: str, itself: bool = True) -> No
         state = _now.get(part) if itself or path else None
         if state is not None and (not states or state in states):
             name = path or f"this {type(part).__name__}"
-            raise RuntimeError(f"{name} is {state} for a while: do this after the with block")
+            raise RuntimeError(f"{name} is temporarily {state}: do this after the with block")

@@ -27,8 +27,8 @@ def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
         raise RuntimeError(f"this {type(module).__name__} is not being fine-tuned{hint}")
     if "_gift_spec" not in vars(type(module)):
         raise RuntimeError(
-            f"this {type(module).__name__} was given another class since (by fully_shard?): "
-            "fine-tuning cannot be disabled any more; load its state into a fresh network"
+            f"the class of this {type(module).__name__} was changed since (by fully_shard?): "
+            "fine-tuning can no longer be disabled; load its state into a fresh network"
         )
     gone = [
         joined(path, name)
@@ -48,7 +48,7 @@ def check_undoable(module: nn.Module, needs_base: bool = True) -> None:
     ]
     if changed:
         raise RuntimeError(
-            f"{changed} were given another class since (a tensor was parametrised?): undo that "
+            f"the class of {changed} was changed since (a tensor was parametrised?): undo that "
             "first (remove_parametrizations with leave_parametrized=False)"
         )
     refuse_offloaded(module)

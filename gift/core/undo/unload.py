@@ -101,8 +101,8 @@ class UnloadedDelta:
                 if name not in m._parameters and name not in m._buffers]  # fmt: skip
         if names := [found.get(m) for m in dict.fromkeys((*changed, *gone))]:
             raise RuntimeError(
-                f"{names} were parametrised where they are trained in place, or changed in their "
-                "class in another way: deltas cannot be put back onto them before that is undone"
+                f"{names} were parametrised although they are trained in place, or their class was "
+                "changed in another way: undo that before the deltas are put back"
             )
         refuse_held_elsewhere(self.network)
 
@@ -287,9 +287,9 @@ def _disabled(net: nn.Module) -> Iterator[None]:
         completed(put_back)
     if names := list(_new_parameters(net, before)):
         warnings.warn(
-            f"{some(names)} joined the network while it was disabled, and no delta is used there: "
-            "a layer that is fused from those of the base computes what the base computes. Fuse "
-            "within gift.merged(network), or call gift.merge(network) first",
+            f"{some(names)} joined the network while it was disabled, and use no delta: a layer "
+            "that is fused from layers of the base computes what the base computes. Fuse within "
+            "gift.merged(network), or call gift.merge(network) first",
             GiftWarning,
             stacklevel=5,
         )

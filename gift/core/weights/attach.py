@@ -50,7 +50,7 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     delta.names = {key: prefix + key for key in values}
     present = [name for name in delta.names.values() if has_attribute(module, name)]
     if present:
-        raise AdaptationError(f"it has attributes {present} already, which the delta would hide")
+        raise AdaptationError(f"it already has attributes {present}, which the delta would hide")
     install(module, tensor, delta)
     add = add_lazy_tensor if is_lazy(frozen) else add_tensor
     for key, value in values.items():
@@ -80,7 +80,9 @@ def _read_through_adapters(module: nn.Module) -> None:
 def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
     if tensor in weight_deltas(module):
         method = weight_deltas(module)[tensor].method
-        raise AdaptationError(f"{tensor!r} is adapted already, by {method}; one tensor takes one")
+        raise AdaptationError(
+            f"{tensor!r} is already adapted by {method}; a tensor can have one method"
+        )
     if not isinstance(frozen, Tensor):
         have = [name for name, p in module._parameters.items() if p is not None]
         raise AdaptationError(f"it has no tensor {tensor!r}; it has {have}")
@@ -91,8 +93,8 @@ def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
     if not (is_inexact(frozen) or is_quantised(frozen)):
         raise AdaptationError(
             f"{tensor!r} is {frozen.dtype}, expected a floating-point or complex tensor, or one "
-            "that torchao or bitsandbytes has quantised (what others have cannot be read as a "
-            "matrix: adapt before quantising)"
+            "that torchao or bitsandbytes has quantised (tensors that others quantised cannot be "
+            "read as a matrix: adapt before quantising)"
         )
     if not is_lazy(frozen) and frozen.numel() == 0:
         raise AdaptationError(f"{tensor!r} has no elements, its shape is {tuple(frozen.shape)}")

@@ -115,10 +115,10 @@ def refused(name: str, what: str) -> RuntimeError:
     """
     # Not a TypeError: `weight += 1` would treat it as "not implemented" and add to a copy.
     return RuntimeError(
-        f"{name} is adapted: what is read under this name is made from the frozen tensor and the "
+        f"{name} is adapted: reading it computes a new tensor from the frozen weight and the "
         f"delta, so {what} has no effect on the layer. Call gift.merge(network) first and write "
-        "into the plain weight; gift.merged(network) merges for a while, as for inference, and "
-        "gift.disable_fine_tuning(network) gives back the base"
+        "into the plain weight; gift.merged(network) merges temporarily, for inference, and "
+        "gift.disable_fine_tuning(network) restores the base"
     )
 
 
@@ -210,8 +210,8 @@ def _flag_for(func: Any, what: str, args: Any, kwargs: dict[str, Any]) -> bool |
 def _check_flag(tensor: Any, requires_grad: bool) -> None:
     if tensor.requires_grad != requires_grad:
         raise RuntimeError(
-            f"{tensor._gift_name} is adapted: its frozen tensor stays frozen, and whether its "
-            "delta is trained is said by the delta's parameters: use `requires_grad_` of the module"
+            f"{tensor._gift_name} is adapted: its frozen tensor stays frozen, and the delta's own "
+            "parameters decide whether it is trained: call `requires_grad_` of the module"
         )
 
 

@@ -129,8 +129,8 @@ class AdaptedModule(DeltaModule):
         now = self._gift_frozen(tensor)
         if is_quantised(value) and not is_quantised(now):
             raise RuntimeError(
-                f"{tensor!r} is adapted: quantise it before enable_fine_tuning, for what is "
-                "quantised now is the effective weight, delta and all"
+                f"{tensor!r} is adapted: quantise it before enable_fine_tuning, since now the "
+                "effective weight would be quantised, with the delta"
             )
         is_new = value is None or isinstance(value, nn.Parameter)
         may = value is now or is_sharded(now) or is_sharded(value) or is_quantised(value)

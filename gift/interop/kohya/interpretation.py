@@ -66,7 +66,9 @@ def _method_of(parts: Parts) -> KohyaMethod:
     optional = method.optional | {"alpha"}
     extra = min((set(parts) - c - optional for c in method.choices if c <= set(parts)), key=len)
     if extra:
-        raise Incompatible(f"it has {', '.join(sorted(extra))}, but not all that goes with that")
+        raise Incompatible(
+            f"it has {', '.join(sorted(extra))}, but not all tensors that belong to it"
+        )
     return method
 
 
@@ -92,6 +94,6 @@ def _scaling(method: KohyaMethod, parts: Parts) -> float:
     alpha = float(parts["alpha"])
     if alpha == 0:
         raise Incompatible(
-            "alpha is 0, which some programs take for no delta and others for no scaling"
+            "alpha is 0, which some programs read as no delta and others as no scaling"
         )
     return alpha / next(iter(dims.values()))

@@ -55,7 +55,7 @@ def save_kohya(
     methods: set[str] = set()
     for own, given in nets.items():
         if "." in own:
-            problems.append(f"{own!r}: a prefix has no dots")
+            problems.append(f"{own!r}: a prefix cannot contain dots")
         try:
             one = fine_tuned_part(given)
         except RuntimeError as error:

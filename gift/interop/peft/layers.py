@@ -103,7 +103,7 @@ def _convolution_incompatibilities(module: Any, peft_type: str) -> Iterator[str]
     if module.groups != 1:
         yield f"PEFT adapts a convolution with groups={module.groups} as if it had none"
     if peft_type == "LORA" and set(module.dilation) != {1}:
-        yield f"PEFT forgets dilation={module.dilation} in the adapter"
+        yield f"PEFT ignores dilation={module.dilation} in the adapter"
 
 
 def context_incompatibilities(network: nn.Module, path: str) -> Iterator[str]:

@@ -192,9 +192,9 @@ def parameter_incompatibilities(module: Any, layout: Layout) -> Iterator[str]:
         yield f"PEFT reads a single parameter {layout.shape} in another way than gift this one"
     cls: Any = plain_class(type(module))
     if cls.forward is nn.Module.forward:
-        yield f"PEFT adapts it in calls of the {cls.__name__}, which has none"
+        yield f"PEFT adapts it in calls of the {cls.__name__}, which has no forward"
     row = row_of(cls)
     if row is not None and row.keeps_weights:
-        yield "PEFT passes the weights of recurrent layers by"
+        yield "PEFT does not adapt the weights of recurrent layers"
     if is_transposed(module) and len(layout.matrix) != len(layout.shape):
-        yield "PEFT takes a single matrix that lies transposed for another"
+        yield "PEFT would misread a single matrix that is transposed"

@@ -235,7 +235,7 @@ def _kind_incompatibilities(layer: Layer) -> Iterator[str]:
     for suffix, tensor in layer.tensors.items():
         if not tensor.is_floating_point():
             kind = dtype_name(tensor.dtype)
-            yield f"{suffix} is {kind}, expected real numbers with fractions"
+            yield f"{suffix} is {kind}, expected a real floating-point dtype"
 
 
 def _paths(network: nn.Module) -> dict[int, list[str]]:

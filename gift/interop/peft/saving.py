@@ -167,11 +167,11 @@ def _incompatibilities(network: nn.Module, item: AdaptedTensor) -> Iterator[str]
         yield "it is spread over processes"
     own = layout_of(item.module, item.tensor, torch.Size(item.shape), delta.options)
     if (own.matrix, own.order) != (delta.layout.matrix, delta.layout.order):
-        yield "it is tied to a tensor that PEFT reads the other way round"
+        yield "it is tied to a tensor that PEFT reads transposed"
     path = item.path if item.attention is None else item.attention
     yield from context_incompatibilities(network, path)
     if path and is_passed_by(network, path):
-        yield "in evaluation, nn.TransformerEncoderLayer passes adapters of PEFT by"
+        yield "in evaluation, nn.TransformerEncoderLayer ignores adapters of PEFT"
     form = _forms_by_method().get(delta.method.name)
     if form is None:
         return
@@ -214,4 +214,4 @@ def _unlike(network: nn.Module, config: Config, written: Written) -> Iterator[st
     for name in written.parameters:
         others = [other for other in own if other != name and ends_with(other, [name])]
         if others:
-            yield f"{name}: PEFT would adapt {others} as well, whose names end so"
+            yield f"{name}: PEFT would adapt {others} as well, whose names end in the same way"
