@@ -1,6 +1,6 @@
 """Deltas: the tensors that fine-tuning added to a module, and their settings."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,14 +246,16 @@ class DeltaModule(Generated):
         """
         return encoded(hidden_settings_of(self))
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hidden := hidden_settings_of(self):
             own = (held(self, name)[name] for name in added_names(self))
             destination[prefix + KEY] = encoded(hidden, next((t.device for t in own), None))
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, *rest: Any
+        self, state_dict: MutableMapping[str, Any], prefix: str, metadata: Any, *rest: Any
     ) -> None:
         *_, errors = rest
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -272,7 +274,9 @@ class OwnState(Generated):
     saves and loads the deltas.
     """
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         added = self._gift_added()
         _plain_twin(self, added)._save_to_state_dict(destination, prefix, keep_vars)
         for name in added:
@@ -280,7 +284,9 @@ class OwnState(Generated):
             if tensor is not None and name not in self._non_persistent_buffers_set:
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any
+    ) -> None:
         module: Any = self
         added = [name for name in self._gift_added() if name in held(module, name)]
         coming = {key: state_dict.pop(key) for n in added if (key := prefix + n) in state_dict}

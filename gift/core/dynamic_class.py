@@ -15,7 +15,7 @@ import copy
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -81,7 +81,7 @@ class Generated(_Module):
         set_class(self, plain_class(type(self)))
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         # Pickle finds a class by its name, and a generated class has the name of the plain one. So
         # pickle the plain class, and generate the class again when loading.
         reduced: Any = super().__reduce_ex__(protocol)

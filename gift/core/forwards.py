@@ -292,7 +292,7 @@ def _refuse(module: nn.Module) -> None:
         raise AdaptationError(f"{lazy} have no shape yet: run a batch through the network first")
 
 
-def _seen(module: nn.Module, args: Any, output: Any) -> None:
+def _seen(module: nn.Module, args: Any, output: object) -> None:
     """A forward hook that does nothing; its presence disables fused kernels."""
 
 

@@ -49,7 +49,7 @@ _COPIED = _Copied()
 _hooks: list[Any] = []
 
 
-def note_copy(weight: str, of: Tensor, result: Any) -> None:
+def note_copy(weight: str, of: Tensor, result: object) -> None:
     """Record which functions compute something from an adapted weight outside of a network's call.
 
     Args:
@@ -67,7 +67,7 @@ def note_copy(weight: str, of: Tensor, result: Any) -> None:
             _hooks.append(register_module_parameter_registration_hook(_parameter_joins))
 
 
-def _is_copy(of: Tensor, result: Any) -> bool:
+def _is_copy(of: Tensor, result: object) -> bool:
     """Whether a weight could be made from `result`; not from norms or a mask of the weight."""
     if isinstance(result, list | tuple):
         return any(_is_copy(of, one) for one in result)

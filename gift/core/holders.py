@@ -97,7 +97,7 @@ def _holders(before: Snapshot) -> Iterator[Holder]:
 _WITHOUT_TENSORS = {bool, int, float, str, type(None), set, dict, OrderedDict}  # as attributes
 
 
-def _attributes(module: nn.Module, value: Any) -> Iterator[Tensor]:
+def _attributes(module: nn.Module, value: object) -> Iterator[Tensor]:
     """The tensors in an attribute, except lists of weights that are rebuilt when adapted."""
     if isinstance(value, Tensor):
         found: Iterable[Any] = (value,)

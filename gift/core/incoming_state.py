@@ -164,7 +164,7 @@ class Incoming:
         return any(delta.owner is None and delta.has_effect(m, key) for m, key, delta in found)
 
 
-def _kind(name: str, value: Any) -> tuple[str, Any]:
+def _kind(name: str, value: object) -> tuple[str, Any]:
     return name.rpartition(".")[2], getattr(value, "shape", None)
 
 

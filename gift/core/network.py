@@ -115,7 +115,9 @@ class FineTunedNetwork(Generated):
         strict = bool(arguments_by_name(self, args, kwargs).get("strict", True))
         return load_in_transaction(self, super().load_state_dict, args, kwargs, strict)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any
+    ) -> None:
         # A bigger module that loads its state calls this method directly, not `load_state_dict`.
         keys: Set[str] = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         record = self._gift_network

@@ -117,6 +117,6 @@ def _is_partial(network: nn.Module, state: Any) -> bool:
     return not record_of(network).chosen.isdisjoint(state) and not frozen <= set(state)
 
 
-def _is_checkpoint(folder: Any) -> bool:
+def _is_checkpoint(folder: object) -> bool:
     """Whether the folder is a checkpoint of transformers' Trainer, which knows how to resume."""
     return bool(re.fullmatch(r"checkpoint-\d+", os.path.basename(os.path.normpath(str(folder)))))

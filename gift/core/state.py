@@ -224,7 +224,7 @@ def _rehearsal(network: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
     return rehearsal
 
 
-def _shape(value: Any) -> torch.Size | None:
+def _shape(value: object) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) and not is_lazy(value) else None
 
 

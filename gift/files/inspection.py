@@ -150,19 +150,19 @@ def inspect(path: str | os.PathLike[str]) -> DeltaFile:
     return DeltaFile(path=str(path), tensors=tensors, **values)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, dict) and all(map(_is_text, value.values()))
 
 
-def _is_group(value: Any) -> bool:
+def _is_group(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
         return False
     places = [value.get(kind, {}) for kind in PLACES]
@@ -175,18 +175,18 @@ def _is_group(value: Any) -> bool:
     )  # fmt: skip
 
 
-def _is_shape(value: Any) -> bool:
+def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(n, int) for n in value)
 
 
-def _is_note(value: Any) -> bool:
+def _is_note(value: object) -> bool:
     if not isinstance(value, dict) or set(value) != {"task", "classes", "reader"}:
         return False
     known = value["classes"] is None or _is_texts(value["classes"])
     return known and _is_text(value["task"]) and isinstance(value["reader"], dict | None)
 
 
-def _is_fingerprint(value: Any) -> bool:
+def _is_fingerprint(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(entry, list) and len(entry) == 3 and _is_text(entry[0])
         and _is_shape(entry[1]) and (entry[2] is None or _is_text(entry[2]))

@@ -106,7 +106,7 @@ def dtype_of(given: torch.dtype | str | None) -> Any:
     return getattr(torch, given, given) if isinstance(given, str) else given
 
 
-def why_invalid(field: Field[Any], value: Any) -> str | None:
+def why_invalid(field: Field[Any], value: object) -> str | None:
     """Return why the value of a field is invalid, or None."""
     check = field.metadata.get("check")
     if check is None or (value is None and field.default is None) or check(value):
@@ -115,12 +115,12 @@ def why_invalid(field: Field[Any], value: Any) -> str | None:
     return f"{field.name} is {value!r}, expected {field.metadata['expected']}{others}"
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: object) -> bool:
     """Whether the value is an integer; True is not one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether the value is a finite number; True is not one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

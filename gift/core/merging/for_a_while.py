@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -141,7 +141,7 @@ class _Merged:
     def _load_from_state_dict(self, *args: Any) -> None:
         raise RuntimeError("the network is temporarily merged: load after the with block")
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         with _as_unmerged(self):
             return self.__reduce_ex__(0)  # from protocol 2 on, pickle compares classes
 

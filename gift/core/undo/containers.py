@@ -18,7 +18,7 @@ class Missing:
     """Marks an absent entry. It is a class, so copies and pickles keep its identity."""
 
 
-def kind_of(value: Any) -> Any:
+def kind_of(value: object) -> Any:
     """The most derived of the known built-in classes that `value` is an instance of."""
     cls = type(value)
     return cls if cls in _EXACT else next(kind for kind in _KINDS if issubclass(cls, kind))
@@ -63,7 +63,7 @@ def differ(before: Any, container: Any) -> bool:
     return len(before) != len(now) or any(a is not b for a, b in zip(before, now, strict=True))
 
 
-def restore(container: Any, before: Any) -> None:
+def restore(container: object, before: object) -> None:
     """Restore exactly what a container held, in the same order."""
     if isinstance(before, dict):
         put_entries(container, difference(before, copied(container), ()))
@@ -72,7 +72,7 @@ def restore(container: Any, before: Any) -> None:
         refill(container, before)
 
 
-def put_entries(container: Any, entries: Mapping[Any, Any]) -> None:
+def put_entries(container: object, entries: Mapping[Any, Any]) -> None:
     """Set entries of a dictionary; those with the value `Missing` are deleted."""
     kind = kind_of(container)
     for key, value in entries.items():
@@ -85,7 +85,7 @@ def put_entries(container: Any, entries: Mapping[Any, Any]) -> None:
             kind.__setitem__(container, key, value)
 
 
-def put_order(container: Any, order: Iterable[Any]) -> None:
+def put_order(container: object, order: Iterable[Any]) -> None:
     """Reorder a dictionary; keys that are not in `order` come last."""
     kind, now = kind_of(container), copied(container)
     wanted = {key: now[key] for key in order if key in now}

@@ -1,6 +1,6 @@
 """Copy on write: save the values of tensors that someone else's action writes into."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def parts_of(tensor: Any) -> Iterator[Tensor]:
         yield tensor
 
 
-def memory_of(tensor: Tensor) -> Any:
+def memory_of(tensor: Tensor) -> Hashable:
     """A key that is equal for all tensors that show the same memory in the same way."""
     parts = list(parts_of(tensor))
     if any(is_lazy(t) or t.layout is not torch.strided for t in parts):

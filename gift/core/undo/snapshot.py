@@ -251,7 +251,7 @@ class transaction(held_interrupts):
         self._is_decided = True
         completed(step)
 
-    def ending(self, *error: Any) -> None:
+    def ending(self, *error: object) -> None:
         """Undo everything if the change was not completed."""
         if error[0] is not None and self._before is not None and not self._is_decided:
             self._before.rollback()

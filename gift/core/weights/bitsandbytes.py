@@ -12,7 +12,9 @@ from gift.layers.table import operation_of
 class QuantisedLayer(Generated):
     """Mixin of these layers: save and load the packed weight instead of the effective one."""
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         try:
             _plain_view(self)._save_to_state_dict(destination, prefix, keep_vars)
         except NotImplementedError:  # embeddings cannot save their weight, but the delta can

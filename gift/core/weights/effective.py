@@ -8,7 +8,7 @@ behaves like any tensor, and results computed from it are plain tensors.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class _RelatedToAll(type(Tensor)):  # type: ignore[misc]
     a tensor is an effective weight, use ``type(tensor) is EffectiveWeight``.
     """
 
-    def __instancecheck__(cls, instance: Any) -> bool:
+    def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, Tensor)
 
 
@@ -87,7 +87,7 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
         guarded._gift_name, guarded._gift_whole = name, whole
         return guarded
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name == "_is_param":  # the last step of `nn.Parameter(weight)`
             _become_parameter(self)
         elif name == "__class__":  # `torch.utils.swap_tensors`
@@ -102,7 +102,7 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(plain(self), memo)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return plain(self).__reduce_ex__(protocol)
 
 
@@ -215,7 +215,7 @@ def _check_flag(tensor: Any, requires_grad: bool) -> None:
         )
 
 
-def _matrix(weight: Any, index: Any) -> EffectiveWeight | None:
+def _matrix(weight: Any, index: object) -> EffectiveWeight | None:
     """One matrix of a batch, if it can be read without the whole weight; else None."""
     slices = weight._gift_slices if type(weight) is EffectiveWeight else None
     if isinstance(index, Tensor) and index.dim() == 0 and index.dtype == torch.int64:
@@ -250,11 +250,11 @@ def _mapped(change: Any, values: Any) -> Any:
     return values
 
 
-def _unguarded(values: Any) -> Any:
+def _unguarded(values: object) -> Any:
     return _mapped(plain, values)
 
 
-def _copied(values: Any) -> Any:
+def _copied(values: object) -> Any:
     return _mapped(lambda tensor: tensor.as_subclass(Tensor).clone(), values)
 
 

@@ -8,6 +8,7 @@ code.
 """
 
 import inspect
+from collections.abc import MutableMapping
 from types import FrameType
 from typing import Any
 
@@ -163,7 +164,9 @@ class AdaptedModule(DeltaModule):
             raise _reparametrised(name)
         super().__delattr__(name)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any
+    ) -> None:
         changed = [t for t in self._gift_weights if self._gift_changes(t, state_dict, prefix)]
         vars(self)["_gift_loading"] = True  # it may assign to parameters
         try:
@@ -174,7 +177,7 @@ class AdaptedModule(DeltaModule):
             self._gift_weights[tensor].rederive(self, tensor)
         self._gift_note_sources()
 
-    def _gift_changes(self, tensor: str, state_dict: Any, prefix: str) -> bool:
+    def _gift_changes(self, tensor: str, state_dict: MutableMapping[str, Any], prefix: str) -> bool:
         """Whether a state changes the values of a frozen tensor from which a delta was made."""
         delta, new = self._gift_weights[tensor], state_dict.get(prefix + tensor)
         if new is None or not delta.method.reads_weight or delta.is_on_meta(self):
@@ -265,7 +268,7 @@ def _effective(tensor: str) -> property:
                 guarded._gift_slices = delta.slices(self, frozen)
         return guarded
 
-    def write(self: Any, value: Any) -> None:
+    def write(self: Any, value: object) -> None:
         # nn.Module passes only non-parameters on to a property: a hook recomputed the tensor.
         if tensor not in self.__dict__:
             raise _reparametrised(tensor)
