@@ -47,9 +47,9 @@ def _method_of(parts: Parts) -> KohyaMethod:
     """Return the method whose tensors are all present, without others."""
     unknown = sorted(set(parts) - {"alpha"}.union(*(method.names for method in KOHYA_METHODS)))
     if unknown:
+        read = (f"{method.title} ({', '.join(sorted(method.names))})" for method in KOHYA_METHODS)
         raise Incompatible(
-            f"it has {', '.join(unknown)}, which gift does not read: it reads LoRA (lora_up, "
-            "lora_down, lora_mid, dora_scale), LoHa (hada_...) and LoKr (lokr_...)"
+            f"it has {', '.join(unknown)}, which gift does not read: it reads {'; '.join(read)}"
         )
     marked = [method for method in KOHYA_METHODS if set(parts) & method.marks]
     if len(marked) != 1:

@@ -173,16 +173,16 @@ def _odd_convolution(module: Any) -> list[str]:
     """Say what PEFT leaves out of a convolution, of which it reads the first axis alone."""
     if kind_of(module) not in CONVOLUTIONS:
         return []
-    told = {
+    attributes = {
         "kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding,
     }  # fmt: skip
     found = [
         f"PEFT takes {name}={value} for that of a square convolution"
-        for name, value in told.items()
+        for name, value in attributes.items()
         if isinstance(value, str) or len(set(value)) > 1
     ]
     if set(module.dilation) != {1}:
-        found.append(f"PEFT forgets dilation={module.dilation}")
+        found.append(f"PEFT ignores dilation={module.dilation}")
     return found
 
 
