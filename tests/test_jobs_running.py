@@ -137,7 +137,7 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 
 def test_another_job_in_the_folder_is_refused(tmp_path: Path) -> None:
-    """The differences are told, the folder stays as it is; to begin anew must be asked for."""
+    """The differences are reported, the folder stays as it is; to start over must be asked for."""
     job = own_network(tmp_path)
     run_job(job, Stops(0))
     before = _content(tmp_path / "run")

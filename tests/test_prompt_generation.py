@@ -174,7 +174,7 @@ def test_generation_cannot_continue_a_cache(kind: str) -> None:
         cache, ids = done.past_key_values, done.sequences
         ids = ids if last is None else torch.cat([ids, last.long() + 5], 1)
         for mask in (torch.ones_like(ids), torch.ones_like(ids).index_fill(1, torch.tensor(0), 0)):
-            with pytest.raises(ValueError, match=r"cache of 16 positions, 3 .* begin anew"):
+            with pytest.raises(ValueError, match=r"cache of 16 positions, 3 .* start over"):
                 net.generate(ids, attention_mask=mask, past_key_values=copy.deepcopy(cache))
 
 
@@ -194,7 +194,7 @@ def test_a_cache_that_somebody_else_filled() -> None:
         plain = base(ids, use_cache=True).past_key_values  # as long as with virtual tokens
     for cache in (plain, begun(other)[0]):
         for mask in ({}, {"attention_mask": torch.ones(2, 6)}):
-            with pytest.raises(ValueError, match=r"did not fill.*begin anew, without "):
+            with pytest.raises(ValueError, match=r"did not fill.*start over without "):
                 net(ids[:, :2], past_key_values=copy.deepcopy(cache), **mask)
 
 
@@ -266,7 +266,7 @@ def test_a_cache_that_seems_empty() -> None:
     net(ids, past_key_values=filled)  # zeros alone are an empty cache
     other = Hybrid()
     other.state += 1
-    with pytest.raises(ValueError, match=r"a Hybrid that it did not fill.*begin anew"):
+    with pytest.raises(ValueError, match=r"a Hybrid that it did not fill.*start over"):
         net(ids, past_key_values=other)
 
 
@@ -345,7 +345,7 @@ def test_other_ways_are_right_or_refused(kind: str, way: Callable[[Any, Any], An
         message = str(problem)
     else:
         message = "" if torch.equal(written, expected) else "it is wrong"
-    assert message == "" or re.search("begin anew|give an attention_mask for all tokens", message)
+    assert message == "" or re.search("start over|give an attention_mask for all tokens", message)
 
 
 def test_generate_keeps_its_signature_and_goes_back() -> None:

@@ -13,7 +13,9 @@ def finetune(
     job: Annotated[Path, typer.Argument(metavar="JOB", help="a job file, see gift init")],
     changes: SET = None,
     network: NETWORK = None,
-    restart: Annotated[bool, typer.Option("--restart", help="do not go on, begin anew")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="start over instead of resuming")
+    ] = False,
 ) -> None:
     """Run a job, or resume it if it was stopped."""
     from gift.jobs import read_job, run_job

@@ -50,7 +50,7 @@ def _refuse_measured(labels: set[str]) -> None:
     numbers = sorted(labels - missing, key=lambda name: (len(name), name))
     if not numbers or not all(_DECIMAL.fullmatch(name) for name in numbers):
         return
-    advice = "where each of them is a class all the same, give their names, classes=[...]"
+    advice = "if each of them is a class nevertheless, give their names, classes=[...]"
     if missing:
         raise DataError(f"labels are numbers and {some(sorted(missing))}: is one missing? {advice}")
     if broken := [name for name in numbers if not float(name).is_integer()]:

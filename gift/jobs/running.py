@@ -71,7 +71,7 @@ def _refuse_another(job: Job, folder: Path) -> None:
     # `training` is compared with the checkpoint.
     parts = ("network", "data", "strategy", "schedule")
     if problems := [text for part in parts for text in _differences(part, before[part], now[part])]:
-        advice = "choose another folder, or begin anew (--restart, restart=True)"
+        advice = "choose another folder, or start over (--restart, restart=True)"
         raise JobError(f"{folder} has the run of another job; {advice}", problems)
 
 

@@ -17,12 +17,12 @@ def lookup(self: Any, input: Tensor) -> Tensor:
     The effective weight of a vocabulary is many times as large as the rows that a batch reads.
     """
     try:
-        adapter = self._gift_weights["weight"]
+        delta = self._gift_weights["weight"]
     except AttributeError:  # a reference to this method outlived the adaptation
         return type(self).forward(self, input)
     weight = self._gift_frozen("weight")
-    method, parameters = adapter.delta_of(self)
-    if not _is_usual(self, adapter, weight) or (method.dropout and self.training):
+    method, parameters = delta.delta_of(self)
+    if not _is_usual(self, delta, weight) or (method.dropout and self.training):
         return nn.Embedding.forward(self, input)
     if type(input.numel()) is int and len(weight) <= input.numel():
         return nn.Embedding.forward(self, input)
@@ -31,13 +31,13 @@ def lookup(self: Any, input: Tensor) -> Tensor:
     return rows
 
 
-def _is_usual(layer: Any, adapter: Any, weight: Tensor) -> bool:
-    """Whether the output is the rows of ``W0 + s left right``, and no more is asked of them."""
+def _is_usual(layer: Any, delta: Any, weight: Tensor) -> bool:
+    """Whether the output is rows of ``W0 + s left right`` without max_norm or the like."""
     return (
         type(weight) is nn.Parameter
         and not weight.requires_grad
-        and adapter.layout is not None
-        and adapter.layout.is_trivial
+        and delta.layout is not None
+        and delta.layout.is_trivial
         and layer.max_norm is None
         and not layer.scale_grad_by_freq
         and not is_transformed()

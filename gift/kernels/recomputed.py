@@ -32,7 +32,7 @@ WORK = 30  # multiplications with each element, which a layer does at least for 
 
 
 class Kept:
-    """How an autograd function gets an input back from what it saved: see `keep`.
+    """How an autograd function restores an input from what it saved: see `keep`.
 
     Attributes:
         source: ``"input"``, or the operation from which the input is computed again.
@@ -56,10 +56,10 @@ WATCHING: list[Callable[[Kept], None]] = []
 
 
 class Ways:
-    """The ways to the input of one layer that were met. A copy of it has met none.
+    """The ways to the input of one layer that were found so far. A copy starts empty.
 
     Attributes:
-        times: how often each form of a way was met; negative if it led elsewhere.
+        times: how often each form of a way was found; negative if it led to another tensor.
     """
 
     __slots__ = ("times",)
@@ -82,7 +82,7 @@ def keep(
         x: the input.
         work: how many multiplications the layer does with each element of `x`.
         ways: what is known of the layer; None keeps the input.
-        seldom: whether most backward passes of the function do without the input.
+        seldom: whether most backward passes of the function do not need the input.
 
     Returns:
         The way back, which belongs on `ctx`, and the tensors to save.
@@ -120,7 +120,7 @@ def _is_usual(x: Tensor) -> bool:
 
 
 def _recomputed(x: Tensor, work: int, ways: Ways, seldom: bool) -> tuple[Kept, tuple[Tensor, ...]]:
-    """Return the way back from what nodes keep; raise `Unknown` if there is none worth going."""
+    """Return the way back from what nodes keep; raise `Unknown` if none is worthwhile."""
     found = _HERE.found
     if found is None or not found.leads_to(x):
         found = _HERE.found = _Found(x)
@@ -170,7 +170,7 @@ class _Found:
 def _before_casts(x: Tensor) -> tuple[Any, int, Callable[[Tensor], Tensor]]:
     """Return the node and the output that was cast to `x`, and what makes `x` of that output.
 
-    Under autocast, layers that have the same input cast it each for itself.
+    Under autocast, each layer casts a shared input separately.
     """
     node, number = x.grad_fn, x.output_nr
     while node is not None and node.name() == CAST:
@@ -207,7 +207,7 @@ class _Recomputed(Kept):
 
 @contextlib.contextmanager
 def _aside(like: Tensor) -> Iterator[None]:
-    """Context in which neither autograd nor autocast takes part."""
+    """Context without autograd and autocast."""
     kind = like.device.type
     with torch.no_grad():
         if not autocasts(kind):  # to enter a context takes longer than to ask
@@ -220,7 +220,7 @@ def _aside(like: Tensor) -> Iterator[None]:
 class _Shared:
     """A value that is computed once for all layers that need it.
 
-    It is held until each of them has had it, or the thread computes another one.
+    It is held until each of them has read it, or the thread computes another one.
     """
 
     def __init__(self, compute: Compute) -> None:
@@ -246,7 +246,7 @@ class _Shared:
 
 
 class _Here(threading.local):
-    """What a thread knows: the values that its graphs share, which one is held, the last way."""
+    """The values that the graphs of a thread share, which one is held, and the last way."""
 
     def __init__(self) -> None:
         self.found: _Found | None = None
@@ -258,7 +258,7 @@ _HERE = _Here()
 
 
 class _Edge(torch.autograd.Function):
-    """A tensor without memory that has the place of another one in the graph."""
+    """A tensor without memory that represents another one in the graph."""
 
     @staticmethod
     @gives_no_view

@@ -29,9 +29,9 @@ class Way:
 
     Attributes:
         leaves: what nodes keep.
-        places: where the memory of that lies.
+        places: addresses of their memory.
         steps: how long it takes, in operations on each element.
-        form: nodes, arguments and tensors, in the order in which they were met.
+        form: nodes, arguments and tensors, in the order in which they were visited.
     """
 
     def __init__(self, size: int) -> None:
@@ -84,7 +84,7 @@ class Way:
         return found
 
     def operand(self, node: Any, index: int, name: str) -> Compute:
-        """Return what gives an operand of a node, which keeps it, or is led to from above."""
+        """Return what gives an operand of a node: it is kept, or is the output of a node above."""
         return self.kept(node, name) or self.input(node, index)
 
     def input(self, node: Any, index: int = 0) -> Compute:
@@ -137,7 +137,7 @@ def _of(function: Callable[..., Tensor], *operands: str, steps: int = 1, **argum
 
 
 def _moved(function: Callable[..., Tensor], *arguments: str, steps: int = 0) -> Rule:
-    """Rule for an operation of one tensor that its node does not keep: a view, for one."""
+    """Rule for an operation of one tensor that its node does not keep: a view, for example."""
 
     def rule(way: Way, node: Any, number: int) -> Compute:
         way.steps += _only(number, steps)
@@ -149,7 +149,7 @@ def _moved(function: Callable[..., Tensor], *arguments: str, steps: int = 0) -> 
 
 
 def _unpadded(way: Way, node: Any, number: int) -> Compute:
-    """Rule for padding by nothing: the value is not known by which anything is padded."""
+    """Rule for padding of size zero: the value that is padded with is not known."""
     if any(way.argument(node, _only(number, "pad"))):
         raise Unknown
     return way.input(node)
@@ -177,7 +177,7 @@ def _part(function: Callable[..., Sequence[Tensor]], *arguments: str) -> Rule:
 
 
 def _cast(way: Way, node: Any, number: int) -> Compute:
-    """Rule for a cast; a copy to another device is none."""
+    """Rule for a cast; a copy to another device is not one."""
     _, dtype, device = output_of(node, _only(number, 0))
     tensor, way.steps = way.input(node), way.steps + 1
 
@@ -200,7 +200,7 @@ def _sum(sign: int) -> Rule:
 
 
 def _joined(way: Way, node: Any, number: int) -> Compute:
-    """Rule for tensors side by side."""
+    """Rule for concatenated tensors."""
     axis = way.argument(node, _only(number, "dim"))
     parts = [way.input(node, index) for index in range(len(node.next_functions))]
     way.steps += 1
@@ -208,7 +208,7 @@ def _joined(way: Way, node: Any, number: int) -> Compute:
 
 
 def _batched_product(way: Way, node: Any, number: int) -> Compute:
-    """Rule for products of small matrices, as in attention that is written out."""
+    """Rule for products of small matrices, as in attention without a fused kernel."""
     one, other = (way.operand(node, index, name) for index, name in enumerate(("self", "mat2")))
     inner = way.leaves[-1].shape[-2] if way.leaves else 0
     way.steps += _only(number, 1) + inner // 8
@@ -250,8 +250,7 @@ def _layer_norm(way: Way, node: Any, number: int) -> Compute:
 def _statistics(x: Tensor, axes: tuple[int, ...], rounded: Tensor) -> tuple[Tensor, Tensor]:
     """Compute mean and scale in 32 bits, where the node keeps them in 16 bits.
 
-    The small number that was added to the variance is known from the rounded scale alone; it
-    counts only where it changes that.
+    Epsilon is known only from the rounded scale; it counts only where it changes that.
     """
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     scale, rounded = variance.rsqrt(), rounded.float()

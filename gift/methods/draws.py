@@ -41,7 +41,7 @@ def seeded_buffer(
 ) -> Tensor:
     """Return a buffer that is never saved, one object for all layers that request the same.
 
-    Nothing should write other values into it. If something has written into it all the same, or has
+    Nothing should write other values into it. If something has written into it nevertheless, or has
     moved it, later requests get a new one.
 
     Args:

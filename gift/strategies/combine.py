@@ -61,8 +61,8 @@ def _common_types(strategies: list[FineTuningStrategy]) -> tuple[type, ...]:
         if not narrower:
             names = [[t.__name__ for t in types] for types in (common, mine)]
             raise ValueError(
-                f"the strategies accept no common network: some want {names[0]}, "
-                f"{type(strategy).__name__} wants {names[1]}"
+                f"the strategies accept no common network: some require {names[0]}, "
+                f"{type(strategy).__name__} requires {names[1]}"
             )
         common = tuple(dict.fromkeys(narrower))
     return common

@@ -81,7 +81,7 @@ def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, 
     if folder is None or not (folder / FILE).exists():
         return None
     path = folder / FILE
-    advice = "choose another folder, or begin anew (restart=True, --restart)"
+    advice = "choose another folder, or start over (restart=True, --restart)"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != _FORMAT:

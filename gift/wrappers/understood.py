@@ -96,7 +96,7 @@ class Understood:
         if not is_tuples(cache) and (note is None or note.virtual != self.virtual):
             self.problems.append(
                 f"was given a cache{of}, a {kind} that it did not fill, so that the {self.virtual} "
-                f"virtual tokens are not in it: begin anew, without {self.cache_name}"
+                f"virtual tokens are not in it: start over without {self.cache_name}"
             )
         # If the first layer holds a state, its length is zero or None.
         return note.length if not length and note is not None else length
@@ -180,7 +180,7 @@ class Understood:
             )
             self.problems.append(
                 f"was given {self.time} tokens and {held}, but mask or positions for {counted} "
-                f"tokens: begin anew, without {self.cache_name or 'a cache'}"
+                f"tokens: start over without {self.cache_name or 'a cache'}"
             )
         if lengths or not self.continues or torch.compiler.is_compiling() or self.problems:
             return
@@ -274,6 +274,6 @@ def continuing(virtual: int, named: Mapping[str, Any]) -> list[str]:
             of = "" if length is None else f" of {length} positions"
             problems.append(
                 f"was given a cache{of}, {virtual} of them for virtual tokens, which generate() "
-                f"would count with the tokens that it is given: begin anew, without {name}"
+                f"would count with the tokens that it is given: start over without {name}"
             )
     return problems

@@ -48,7 +48,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[Config, Tensors]:
             return config, tensors
     problem = (
         f"{CONFIG_NAME} is not the one that was written with {WEIGHTS_NAME}: another settings file "
-        "was put there, or settings were changed in it; write both anew"
+        "was put there, or settings were changed in it; write both again"
     )
     raise _unreadable(path, problem)
 

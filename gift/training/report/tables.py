@@ -163,7 +163,7 @@ def confusions(result: Result) -> Table | None:
         for count, true, said in mistakes[:MOST_CONFUSIONS]
     ]
     more = len(mistakes) - len(rows)
-    header = ["is", "was taken for", "times", "share of the class"]
+    header = ["is", "was predicted as", "times", "share of the class"]
     note = f"and {more:,} more pairs" if more else ""
     return Table("Most frequent mistakes", header, rows, note, words=[1])
 
