@@ -107,9 +107,9 @@ def _joined(parent: nn.Module, name: str, what: str) -> RuntimeError:
     if name in parent.__dict__[HELD].empty:  # torch deletes it before it calls the hook
         parent.__dict__.setdefault(name, None)
     return RuntimeError(
-        f"{what} is about to join a {type(parent).__name__} as {name!r}, just after the adapted "
-        f"{_COPIED.weight} was copied: a fused layer would hold the deltas as they are now, and "
-        "they would no longer be trained. Call gift.merge(network) first and fuse the plain "
-        "layers, or fuse temporarily within gift.merged(network). If nothing is fused, register it "
-        "before enable_fine_tuning"
+        f"{what} is about to join a {type(parent).__name__} as {name!r}, but "
+        f"{_COPIED.weight} is adapted and was just copied: a fused layer would hold the deltas as "
+        "they are now, and they would no longer be trained. Call gift.merge(network) first and "
+        "fuse the plain layers, or fuse temporarily within gift.merged(network). If nothing is "
+        "fused, register it before enable_fine_tuning"
     )
