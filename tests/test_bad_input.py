@@ -192,9 +192,9 @@ REFUSALS: dict[str, Refusal] = {
                                 ["the network itself (Linear) cannot be replaced"]),
     # wrapped, enabled
     "enabled": (lambda: enabled(mlp()), LORA(), RuntimeError,
-                ["the network is being fine-tuned already", "disable_fine_tuning", "merge"]),
+                ["the network is already being fine-tuned", "disable_fine_tuning", "merge"]),
     "enabled inside": (lambda: nn.ModuleDict({"inner": enabled(mlp())}), LORA(), RuntimeError,
-                       ["inner is being fine-tuned already"]),
+                       ["inner is already being fine-tuned"]),
     "a part of an enabled one": (lambda: enabled(mlp())[0], LORA(), RuntimeError, ["already"]),
     "scripted": (lambda: torch.jit.script(Raw()), LORA(), ValueError,
                  ["RecursiveScriptModule", "network inside first"]),

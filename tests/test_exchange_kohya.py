@@ -595,7 +595,7 @@ def test_two_names_for_one_layer(tmp_path: Path) -> None:
 def test_a_network_that_is_being_fine_tuned(tmp_path: Path) -> None:
     net = adapted(nn.ModuleDict({"proj": nn.Linear(6, 4)}), "lora", rank=2)
     before = full_state(net)
-    with pytest.raises(RuntimeError, match="fine-tuned already"):
+    with pytest.raises(RuntimeError, match="already being fine-tuned"):
         load_kohya(net, layer_file(tmp_path / "a.safetensors", **GOOD))
     assert full_state(net) == before
 

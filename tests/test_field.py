@@ -661,7 +661,7 @@ def test_enabling_twice_is_refused() -> None:
     net = enabled(mlp())
     for again in (net, nn.Sequential(net), net[0]):
         before = full_state(again)
-        with pytest.raises(RuntimeError, match=r"being fine-tuned already.*disable_fine_tuning"):
+        with pytest.raises(RuntimeError, match=r"already being fine-tuned.*disable_fine_tuning"):
             enable_fine_tuning(again, LORA())
         assert full_state(again) == before
 

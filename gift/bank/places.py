@@ -22,7 +22,7 @@ class Same(Place):
 
 @dataclass(frozen=True)
 class Lost(Place):
-    """Nobody knows where the rows are.
+    """It is not known where the rows are.
 
     Args:
         why: which function of which module mixed them.

@@ -67,7 +67,7 @@ def enable_fine_tuning(
             another type of network.
         ValueError: if no cap matches anything, or weights cannot be adapted as requested; all of
             them are named.
-        RuntimeError: if the network is being fine-tuned already.
+        RuntimeError: if the network is already being fine-tuned.
 
     Example:
         >>> import torch
@@ -206,7 +206,7 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
     for path, part in module.named_modules():
         if any(spec_of(part)):
             raise RuntimeError(
-                f"{path or 'the network'} is being fine-tuned already: call disable_fine_tuning "
+                f"{path or 'the network'} is already being fine-tuned: call disable_fine_tuning "
                 "for the base, or gift.merge to keep what was trained; to train by two strategies, "
                 "merge them and enable once"
             )

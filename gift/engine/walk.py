@@ -96,7 +96,7 @@ class Walk:
         else:
             self._descend(caps, site, top)
         for cap, credited in extending:
-            self._extend(cap, site, credited)
+            self._run_open(cap, site, credited)
 
     def _descend(self, caps: Caps, site: Site, top: int | None, visit: Visit | None = None) -> None:
         """Offer the parameters of a module that no cap claimed to caps, then visit its children."""
@@ -150,7 +150,7 @@ class Walk:
         if self.ties:
             self.ties.note_module(cap, self.claimed[-1])
 
-    def _extend(self, cap: Cap, site: Site, number: int) -> None:
+    def _run_open(self, cap: Cap, site: Site, number: int) -> None:
         """Run an open action on the module at `site`, after everything else there is done."""
         parent, name, path, class_name, module = site[:5]
         now = module if parent is None else parent._modules.get(name)

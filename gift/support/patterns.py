@@ -1,4 +1,4 @@
-"""How long regular expressions that a stranger wrote may take.
+"""Bound the time that regular expressions from untrusted files may take.
 
 `re` tries one way to match after another, and has no limit of time: ``(a+)+b`` needs 2^n steps for
 a name of n letters. The number of ways bounds the steps, and the structure of an expression bounds

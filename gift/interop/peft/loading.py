@@ -51,7 +51,7 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
     if any(spec_of(module) != Spec() for module in net.modules()):
         raise RuntimeError(
-            "the network is being fine-tuned already: call disable_fine_tuning first"
+            "the network is already being fine-tuned: call disable_fine_tuning first"
         )
     config, tensors = read_folder(folder)
     problems = list(incompatibilities(config, tensors))
