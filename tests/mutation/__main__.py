@@ -1,7 +1,7 @@
 """Break a sample of the mechanism, one place at a time, and run the tests that reach it.
 
-``python -m tests.mutation 120 --seed 0`` takes an hour of one core. First, all tests of the parts
-run once, to see which functions each calls. Each mutant is a process that is forked once the
+``python -m tests.mutation 120 --seed 0`` takes an hour of one core. The tests of a part
+run once first, to see which functions each calls. Each mutant is a process that is forked once the
 libraries are there; it compiles the one module from a changed tree, so that no file is written,
 and nothing that imports gift was loaded before. It runs the tests of its part that call its
 function, the quickest first, up to the first that fails.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,11 @@ def all_mutants() -> list[Mutant]:
     return [one for path in modules() for one in mutants(path, (ROOT / path).read_text())]
 
 
-def chosen(mutant: Mutant, calls: Mapping[str, Called]) -> list[str]:
+def chosen(mutant: Mutant, calls: "Calls") -> list[str]:
     """The tests of the part that call its function, the quickest first; all, if none does."""
-    files = {*files_for(mutant.module)}
+    files = files_for(mutant.module)
+    for file in files:
+        calls.add(file)
     own = [name for name in calls if name.partition("::")[0] in files]
     reached = [name for name in own if mutant.function in calls[name].functions]
     return sorted(reached or own, key=lambda name: calls[name].seconds)
@@ -126,17 +128,32 @@ def _run_here(mutant: Mutant | None, files: Sequence[str], plugin: Any) -> None:
         os._exit(70)
 
 
-def calls_of(files: Sequence[str], path: Path) -> dict[str, Called]:
-    """What the tests of files call, and in this process all libraries that they import."""
-    if not path.is_file():
-        run(None, files, Recorder(ROOT, path), longest=7200)
-    calls, failed, libraries = read(path)
-    for name in failed:
-        print(f"left out, as it fails without any change: {name}")
-    for name in libraries:
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
-    return calls
+class Calls(dict[str, Called]):
+    """What each test calls: its file runs once, when it is first asked for.
+
+    Args:
+        folder: where this is kept, a file for each file of tests.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.known = folder, set[str]()
+
+    def add(self, file: str) -> None:
+        """Find the calls, and load in this process all libraries that the tests import."""
+        if file in self.known:
+            return
+        self.known.add(file)
+        path = self.folder / file.replace("/", "_").replace(".py", ".json")
+        if not path.is_file():
+            run(None, [file], Recorder(ROOT, path), longest=7200)
+        calls, failed, libraries = read(path)
+        for name in failed:
+            print(f"left out, as it fails without any change: {name}", flush=True)
+        for name in libraries:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        self.update(calls)
 
 
 def main() -> None:
@@ -144,7 +161,7 @@ def main() -> None:
     parser.add_argument("count", type=int, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="text of the mutants to choose from")
-    parser.add_argument("--calls", type=Path, help="file that keeps which test calls what")
+    parser.add_argument("--calls", type=Path, help="folder that keeps which test calls what")
     given = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "GIFT_EXAMPLES": "20", "HF_HUB_OFFLINE": "1"}
@@ -153,10 +170,13 @@ def main() -> None:
     torch.set_num_threads(1)
     every = [one for one in all_mutants() if given.only in str(one)]
     sample = random.Random(given.seed).sample(every, min(given.count, len(every)))
-    files = sorted({test for one in sample for test in files_for(one.module)})
-    with tempfile.TemporaryDirectory() as folder:
-        calls = calls_of(files, given.calls or Path(folder) / "calls.json")
     print(f"{len(sample)} of {len(every)} mutants", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(tried(sample, Calls(given.calls or Path(folder))) < 0.9)
+
+
+def tried(sample: Sequence[Mutant], calls: Calls) -> float:
+    """Try mutants, say what becomes of each, and return the part that is noticed."""
     counts = {"killed": 0, "survived": 0, "timeout": 0, "equivalent": 0}
     for one in sample:
         names = chosen(one, calls)
@@ -170,7 +190,7 @@ def main() -> None:
     found = counts["killed"] + counts["timeout"]
     score = found / max(1, found + counts["survived"])
     print(f"{counts}: {score:.0%} of those that change something are noticed")
-    sys.exit(score < 0.9)
+    return score
 
 
 def equivalent(mutant: Mutant) -> str | None:
