@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,42 @@ def test_a_new_head_has_no_names_for_its_classes() -> None:
     kept = base()
     gift.enable_fine_tuning(kept, LoRAAllFineTuningStrategy(rank=1))
     assert io_spec_of(kept).classes == OLD
+
+
+@pytest.mark.parametrize("classes", [OLD, None])
+def test_what_is_noted_while_a_network_is_fine_tuned_goes_with_the_delta(
+    classes: tuple[str, ...] | None,
+) -> None:
+    net = base(classes)
+    before = vars(net).get("_gift_io_spec")
+    gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    set_io_spec(net, READER, NEW, "classification")
+    assert io_spec_of(net).classes == NEW
+    gift.disable_fine_tuning(net)
+    assert io_spec_of(net).classes == classes
+    assert vars(net).get("_gift_io_spec") is before
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapper_has_what_the_network_inside_has_unless_it_has_its_own(
+    wrap: Callable[[nn.Module], Any],
+) -> None:
+    wrapper = wrap(base())
+    assert io_spec_of(wrapper).classes == OLD
+    set_io_spec(wrapper, None, NEW, "classification")
+    assert io_spec_of(wrapper).classes == NEW
+
+
+def test_a_reader_that_needs_files_is_told_of_where_there_is_a_folder(tmp_path: Path) -> None:
+    """Without one, plain data of the tokenizer would name files that are not there."""
+
+    class Filed(PictureReader):
+        stands_alone = False
+
+    net = base()
+    set_io_spec(net, Filed(size=4), OLD, "classification")
+    assert io_spec_of(net).to_config()["reader"] is None
+    assert io_spec_of(net).to_config(tmp_path)["reader"]["size"] == [4, 4]
 
 
 def test_a_strategy_that_no_file_can_name_is_no_hindrance(tmp_path: Path) -> None:

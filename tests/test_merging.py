@@ -384,6 +384,18 @@ def test_numbers_that_are_not_finite_are_all_named(fold: Callable[[Any], Any]) -
     assert full_state(net) == before
 
 
+def test_a_computed_weight_that_is_not_finite_is_named_for_that_alone() -> None:
+    """That it can then not be set either is no reason of its own."""
+    net = enabled(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))))
+    with torch.no_grad():
+        net[0].lora_B[0, 0] = float("nan")
+    with pytest.raises(AdaptationError) as caught:
+        merge(net)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith("  0.weight ")
+    assert line.endswith("not finite")
+
+
 @pytest.mark.parametrize("fold", [merge, lambda net: merged(net).__enter__()])
 @pytest.mark.parametrize(
     ("make", "reason"),
