@@ -34,3 +34,14 @@ def effective(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tens
     if not weight.is_contiguous():  # channels last, or transposed
         return weight.add((left @ right).reshape(weight.shape), alpha=scale)
     return torch.addmm(weight.reshape(len(left), -1), left, right, alpha=scale).view(weight.shape)
+
+
+def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Multiply rows by a matrix with blocks on its diagonal.
+
+    Args:
+        rows: ``(..., rows, columns)``.
+        blocks: ``(..., n, b, b)`` with ``n b`` columns, or one block for all.
+    """
+    parts = rows.unflatten(-1, (-1, blocks.shape[-1]))
+    return torch.einsum("...rni,...nij->...rnj", parts, blocks).flatten(-2)

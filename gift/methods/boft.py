@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError
-from gift.kernels.changed_input import changed, times_blocks
+from gift.kernels.checkpointed import checkpointed
 from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.products import times_blocks
 from gift.kernels.rescale import finite, rescaled
 from gift.methods.base import register_method, with_settings
 from gift.methods.blocks import BlockMethod, divisors, rotation_change
@@ -130,7 +131,7 @@ def _linear(
 ) -> Tensor:
     """Compute ``s o (W0 (R^T x)) + bias``."""
     blocks = [change.mT for change in method.changes(parameters)]
-    turned = changed(_turned, x, blocks, product.outputs, product.ways)
+    turned = checkpointed(_turned, x, blocks, product.outputs, product.ways)
     output = product.output(turned, bias)
     if not method.rescale:
         return output

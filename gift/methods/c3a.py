@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from gift.kernels.checkpointed import checkpointed
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.merged_linear import through_weight
 from gift.methods.base import Method, register_method, with_settings
@@ -86,16 +87,22 @@ def _linear(
 ) -> Tensor:
     """Compute ``W0 x + bias`` plus the circular correlations of ``x`` with the kernels."""
     kernels = parameters["c3a_w"]
-    size = kernels.shape[-1]
-    if size < _LEAST or kernels.is_complex():
+    if kernels.shape[-1] < _LEAST or kernels.is_complex():
         return through_weight(method, parameters, x, product, bias)
     output = product.output(x, bias)
+    change = checkpointed(_correlations, x, [kernels], product.outputs, product.ways)
+    return (output + change).to(output.dtype)
+
+
+def _correlations(x: Tensor, kernels: Tensor) -> Tensor:
+    """Compute the sums of circular correlations of blocks of ``x`` with the kernels."""
+    size = kernels.shape[-1]
     dtype = torch.promote_types(kernels.dtype, torch.float32)  # no transform of 16 bits
     inputs = torch.fft.rfft(x.to(dtype).unflatten(-1, (-1, size)))
     filters = torch.fft.rfft(kernels.to(dtype) / x.shape[-1]).conj()
     change = torch.fft.irfft(torch.einsum("...nk,mnk->...mk", inputs, filters), n=size)
-    total: Tensor = output + change.flatten(-2)
-    return total.to(output.dtype)
+    joined: Tensor = change.flatten(-2)
+    return joined
 
 
 C3A.forwards = linear_forwards(_linear)

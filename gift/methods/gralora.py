@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError
+from gift.kernels.checkpointed import checkpointed
 from gift.kernels.linear import Product, linear_forwards
 from gift.methods.base import RankedMethod, register_method, with_settings
 from gift.methods.draws import kaiming_uniform
@@ -115,14 +116,18 @@ def _linear(
     training: bool,
 ) -> Tensor:
     """Compute ``W0 x + bias`` plus the blocks' products with the blocks of ``x``."""
-    b, a = parameters["gralora_B"], parameters["gralora_A"]
+    output, factors = product.output(x, bias), [parameters["gralora_B"], parameters["gralora_A"]]
+    change = checkpointed(_blocks, x, factors, product.outputs, product.ways)
+    return (output + method.scaling * change).to(output.dtype)
+
+
+def _blocks(x: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """Compute the blocks' products with the blocks of ``x``."""
     k = len(b)
-    output = product.output(x, bias)
     parts = x.reshape(-1, x.shape[-1]).to(a.dtype).unflatten(-1, (k, -1))
     hidden = torch.einsum("pni,nri->pnr", parts, a).unflatten(-1, (k, -1))
     hidden = hidden.transpose(1, 2).flatten(-2)  # for each block of outputs, from all of inputs
-    change = torch.einsum("pjr,jor->pjo", hidden, b).reshape(output.shape)
-    return (output + method.scaling * change).to(output.dtype)
+    return torch.einsum("pjr,jor->pjo", hidden, b).reshape(*x.shape[:-1], -1)
 
 
 GraLoRA.forwards = linear_forwards(_linear)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gift.errors import AdaptationError
-from gift.kernels.changed_input import changed, times_blocks
+from gift.kernels.checkpointed import checkpointed
 from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.products import times_blocks
 from gift.methods.base import register_method
 from gift.methods.blocks import BlockMethod, divisors, rotation_change
 from gift.methods.settings import flag, whole
@@ -88,7 +89,7 @@ def _rotated(
 ) -> Tensor:
     """Compute ``W0 (R^T x) + bias``."""
     blocks = method.change(parameters).mT
-    rotated = changed(_times, x, [blocks], product.outputs, product.ways)
+    rotated = checkpointed(_times, x, [blocks], product.outputs, product.ways)
     return product.output(rotated, bias)
 
 

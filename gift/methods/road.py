@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.kernels.checkpointed import checkpointed
 from gift.kernels.linear import Product, linear_forwards
 from gift.methods.base import Method, of_each_weight, register_method
 from gift.methods.blocks import divisors, nearest
@@ -132,11 +133,18 @@ def _linear(
     training: bool,
 ) -> Tensor:
     """Compute ``R (W0 x)`` plus the bias, which is rotated already."""
-    output = product.output(x, bias)
-    features = output.to(torch.promote_types(output.dtype, parameters["road_theta"].dtype))
-    if bias is not None:
-        features = features - bias
-    return (output + method.change(features.unsqueeze(-1), parameters).squeeze(-1)).to(output.dtype)
+    output, tensors = product.output(x, bias), [parameters["road_theta"], parameters["road_alpha"]]
+
+    def rotated(output: Tensor, theta: Tensor, alpha: Tensor, *bias: Tensor) -> Tensor:
+        features = output.to(torch.promote_types(output.dtype, theta.dtype))
+        for one in bias:
+            features = features - one
+        given = {"road_theta": theta, "road_alpha": alpha}
+        return (output + method.change(features.unsqueeze(-1), given).squeeze(-1)).to(output.dtype)
+
+    # The gradient of the factors needs the outputs, which no graph of a frozen layer keeps.
+    tensors += [] if bias is None else [bias]
+    return checkpointed(rotated, output, tensors, product.outputs, product.ways)
 
 
 RoAd.forwards = linear_forwards(_linear)
