@@ -484,3 +484,23 @@ def test_peft_sums_the_same(kind: str) -> None:
     close(bank.net(x), peft(x), 1e-4)
     bank.activate("default")
     assert not torch.allclose(bank.net(x), peft(x), rtol=1e-2)
+
+
+def test_a_sum_leaves_its_terms_as_they_are_whatever_the_base_was_cast_to() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double()
+    bank = DeltaBank(net)
+    add(bank, "a", by("lora"))
+    bank.activate("a")
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: (p, p.detach().clone()) for name, p in net.named_parameters() if "lora" in name}
+    bank.activate(None)
+    net.float()
+    bank.combine({"a": 1.0}, "sum")
+    net.double()
+    bank.activate("a")
+    now = dict(net.named_parameters())
+    for name, (parameter, value) in before.items():
+        assert now[name] is parameter
+        assert torch.equal(parameter, value), f"{name} has the bits that it had"
+        assert torch.equal(parameter.grad, torch.ones_like(value))  # type: ignore[arg-type]

@@ -13,12 +13,15 @@ from torch import nn
 
 import gift
 from gift import GiftWarning, disable_fine_tuning, disabled, enable_fine_tuning, merge, merged
-from gift.strategies import FullFineTuningStrategy
+from gift.methods import METHODS
+from gift.strategies import STRATEGIES, FullFineTuningStrategy
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
 from tests.common import all_bits, bits, enabled, full_state
 from tests.test_merging import NETWORKS, Case, call, cnn, fail, ids, look, mlp, run_out, tuned
 
 networks = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
+
+SUFFIX = "FineTuningStrategy"
 
 
 def from_base(case: Case) -> tuple[Any, Any]:
@@ -282,6 +285,31 @@ def test_a_base_that_gets_another_dtype_inside() -> None:
     torch.testing.assert_close(net(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
     net(x.double()).sum().backward()
     assert all(p.grad.dtype == p.dtype for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::gift.GiftWarning")
+@pytest.mark.parametrize("method", ["vera", "fourierft", "shira", "randlora"])
+def test_a_base_that_is_cast_inside_leaves_other_networks_as_they_are(method: str) -> None:
+    """Layers of all networks share what is drawn from a seed."""
+
+    def make() -> nn.Module:
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        enable_fine_tuning(net, STRATEGIES[f"{METHODS[method].strategy_prefix}All{SUFFIX}"]())
+        return net
+
+    other, net = make(), make()
+    before = full_state(other)
+    with disabled(net):
+        net.double()
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        assert tensor.dtype in (torch.float64, torch.int64), name
+    drawn = [name for name, _ in net.named_buffers() if name.startswith("0.")]
+    pairs = [(net.get_buffer(name), net.get_buffer(f"1{name[1:]}")) for name in drawn]
+    assert all(one is same for one, same in pairs), "the layers of one network share it still"
+    for one in (other, make()):
+        assert {t.dtype for t in one.buffers()} <= {torch.float32, torch.int64}
+        assert one(torch.ones(2, 8)).dtype == torch.float32
+    assert full_state(other) == before
 
 
 def test_under_inference_mode() -> None:

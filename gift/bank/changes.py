@@ -79,11 +79,8 @@ def changes_of(net: Any, delta: UnloadedDelta, dense: bool) -> Changes:
         delta: the delta.
         dense: whether to compute the dense change of weights that have no factors.
     """
-    with transaction(net):
-        delta.attach()
-        found = _read(net, dense)
-        UnloadedDelta(net)  # equal to `delta`: nothing has changed
-    return found
+    with transaction(net), delta.attached():
+        return _read(net, dense)
 
 
 def _read(net: Any, dense: bool) -> Changes:

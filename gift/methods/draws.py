@@ -42,7 +42,7 @@ def seeded_buffer(
     """Return a buffer that is never saved, one object for all layers that request the same.
 
     Nothing should write other values into it. If something has written into it nevertheless, or has
-    moved it, later requests get a new one.
+    moved or cast it, later requests get a new one.
 
     Args:
         draw: function that draws the values, given a generator, the shape and `more`.
@@ -54,7 +54,8 @@ def seeded_buffer(
     """
     key = (draw, seed, shape, more, dtype, device)
     buffer = _buffers.get(key)
-    if buffer is None or writes_of(buffer) != 0 or buffer.device != device:
+    alike = buffer is not None and (buffer.device, buffer.dtype) == (device, dtype)
+    if buffer is None or not alike or writes_of(buffer) != 0:
         if device.type == "meta":
             values = torch.empty(shape, dtype=dtype, device=device)
         else:

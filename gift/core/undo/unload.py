@@ -79,6 +79,24 @@ class UnloadedDelta:
             if not value.is_meta or tensor_of(module, name).is_meta:
                 set_data(tensor_of(module, name), value)
 
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Context in which it is on the base, to be read; afterwards it is as before, bit for bit.
+
+        If the base was cast since, the deltas follow it inside the context alone.
+        """
+        own = [(p, p.data, p.grad) for frame in self.frames for p in frame.added]
+        try:
+            self.attach()
+            yield
+            UnloadedDelta(self.network)  # equal to this one: nothing has changed
+        finally:
+            for parameter, data, grad in own:
+                if (parameter.dtype, parameter.device) != (data.dtype, data.device):
+                    parameter.grad = None  # must have the dtype of its tensor
+                    set_data(parameter, data)
+                    parameter.grad = grad
+
     def exchanged(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs of the memory taken from the base and what the base has instead."""
         values = [value for *_, value in self.record.undo.values]
@@ -126,8 +144,9 @@ class UnloadedDelta:
                 new.to(**moved)
         for change in self.changes:
             change.apply()
+        cast: dict[int, Tensor] = {}
         for frame in self.frames:
-            frame.apply()
+            frame.apply(cast)
         flags = {(id(module), name): flag for module, name, flag in self.flags}
         for module, name, parameter in _parameters(self.network):
             # A parameter that is new since then (a parametrization computes a weight from it) is
@@ -176,8 +195,16 @@ class _Frame:
         self.hooks = dict(module._load_state_dict_post_hooks)
         self.not_saved = set(module._non_persistent_buffers_set)
         self.place = _place_of_base(module)
+        self.added = [
+            p for n in added_names(module) if (p := module._parameters.get(n)) is not None
+        ]
 
-    def apply(self) -> None:
+    def apply(self, shared: dict[int, Tensor]) -> None:
+        """Put the parts back.
+
+        Args:
+            shared: buffers that were moved or cast so far, by the id of the buffer before.
+        """
         module = self.module
         set_class(module, generated_class(plain_class(type(module)), self.spec))
         # A hook that computed a tensor may be gone.
@@ -198,7 +225,12 @@ class _Frame:
             data = delta.data.to(device=device, dtype=dtype if cast else None)
             if data is not delta.data and (delta.device, delta.dtype) != (data.device, data.dtype):
                 delta.grad = None  # must have the dtype of its tensor
-                held(module, name)[name] = with_data(delta, data)
+                # Layers of other networks may share a buffer; it stays as it is for them.
+                held(module, name)[name] = (
+                    with_data(delta, data)
+                    if isinstance(delta, nn.Parameter)
+                    else shared.setdefault(id(delta), data)
+                )
         module._non_persistent_buffers_set.update(self.not_saved)
 
 
