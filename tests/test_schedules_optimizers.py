@@ -141,6 +141,24 @@ def plus(net: nn.Module, make: Any, flipped: bool) -> optim.Optimizer:
     return make(groups[::-1] if flipped else groups, lr=1e-4)
 
 
+def test_a_delta_is_raised_over_the_lowest_rate_of_its_own_layer() -> None:
+    strategy = merge_strategies([HeadReplacementStrategy(3), LoRAAllFineTuningStrategy(rank=1)])
+    net, schedule = enabled(network(), strategy), FreezeUnfreeze(1, unfreezes="all", lr_ratio=0.5)
+    schedule.attach(net)
+
+    def rate(name: str) -> float:
+        """One layer has ten times the rates of the others."""
+        return 1e-4 * (10 if name.startswith("0.lora") else 1) * (16 if "lora_B" in name else 1)
+
+    own = {id(p) for p in net.parameters()}
+    named = {n: p for n, p in net.named_parameters() if id(p) in own}
+    optimizer = optim.SGD([{"params": [p], "lr": rate(n)} for n, p in named.items()], lr=1e-4)
+    schedule.step(1, optimizer)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    found = {name: rates[id(named[name])] for name in ("0.lora_A", "0.lora_B")}
+    assert found == pytest.approx({"0.lora_A": 1e-4 * 0.5, "0.lora_B": 1e-4 * 0.5 * 16})
+
+
 @pytest.mark.parametrize("flipped", [False, True], ids=["in order", "flipped"])
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "NAdam"])
 @pytest.mark.parametrize("head", ["lora", "new head", "trained biases"])

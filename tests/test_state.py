@@ -872,3 +872,17 @@ def test_a_refused_state_leaves_a_lazy_network_lazy() -> None:
         net.load_state_dict(state | {"bogus": torch.ones(1)})
     assert full_state(net) == before
     assert all(nn.parameter.is_lazy(p) for _, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_state_that_is_assigned_gives_its_own_tensors(inside: bool) -> None:
+    """As torch does for plain layers; also to a network inside of another module."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    whole = nn.ModuleDict({"part": net}) if inside else net
+    state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    whole.load_state_dict(state, assign=True)
+    now = whole.state_dict(keep_vars=True)
+    for name in ("0.lora_A", "0.lora_B", "1.running_mean"):
+        name = f"part.{name}" if inside else name
+        assert now[name].data_ptr() == state[name].data_ptr(), name
