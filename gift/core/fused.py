@@ -24,7 +24,7 @@ from torch.nn.modules.module import (
 )
 
 from gift.core.frozen_base import HELD, is_held
-from gift.core.weights.reading import calls_so_far
+from gift.core.weights.calls import calls_so_far
 from gift.private.torch.calls import callers
 
 _REGISTERING = {"__setattr__", "register_module", "add_module", "register_parameter"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.core.weights.reading import product_parts
+from gift.core.weights.graph import product_parts
 from gift.layers.layouts import Layout
 
 

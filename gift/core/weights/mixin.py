@@ -20,8 +20,9 @@ from torch.utils.weak import TensorWeakRef
 from gift.core.delta import DeltaModule, as_plain
 from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class
 from gift.core.movers import moves
+from gift.core.weights.calls import one_call
 from gift.core.weights.effective import EffectiveWeight, refused
-from gift.core.weights.reading import Made, one_call
+from gift.core.weights.graph import Made
 from gift.core.weights.record import WeightDelta, plain_tensor
 from gift.errors import AdaptationError
 from gift.kernels.effective_linear import effective_forwards

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.core.weights.reading import calls_so_far
+from gift.core.weights.calls import calls_so_far
 from gift.kernels.effective_linear import effective_product
 from gift.kernels.linear import Product
 from gift.kernels.low_rank import low_rank_product

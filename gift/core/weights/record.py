@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import Delta, contiguous, put_values
 from gift.core.dynamic_class import plain_class
+from gift.core.weights.graph import Made, Slices
 from gift.core.weights.making import WeightMaking
 from gift.core.weights.parallel import (
     local_parameters,
@@ -19,7 +20,7 @@ from gift.core.weights.parallel import (
     spread_parameters,
     spread_weight,
 )
-from gift.core.weights.reading import Made, Memory, Slices, made, made_once
+from gift.core.weights.reading import Memory, made, made_once
 from gift.errors import AdaptationError, GiftWarning
 from gift.kernels.remembered import Remembered
 from gift.layers.layouts import Layout, LayoutOptions, bias_layout
