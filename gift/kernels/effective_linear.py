@@ -133,9 +133,14 @@ def effective_forwards() -> dict[str, Callable[..., Any]]:
     """Return forward functions for methods that have none of their own: see `Method.forwards`."""
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor | None:
-        if "weight" not in vars(self).get("_gift_weights", ()):
-            return None  # a reference to this method outlived the adaptation
-        return effective_linear(self, x, self._gift_weight("bias", once=True), transposed)
+        if torch.compiler.is_compiling():
+            return None
+        try:
+            return effective_linear(self, x, self._gift_weight("bias", once=True), transposed)
+        except AttributeError:  # a reference to this method outlived the adaptation
+            if "_gift_weights" in vars(self):
+                raise
+            return None
 
     def linear(self: Any, input: Tensor) -> Tensor:
         output = forward(self, input, transposed=False)
@@ -143,7 +148,8 @@ def effective_forwards() -> dict[str, Callable[..., Any]]:
 
     def conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
         output = forward(self, x, transposed=True)
-        return self._gift_plain.forward(self, x) if output is None else output
+        plain = getattr(type(self), "_gift_plain", type(self))
+        return plain.forward(self, x) if output is None else output
 
     return {
         **dict.fromkeys(forwards_of("linear"), linear),

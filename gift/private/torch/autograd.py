@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from gift.private.torch.parts import part
 
-PARTS = ("torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._autograd.SavedTensor")
+PARTS = ("torch._C._autograd.SavedTensor",)
 
-_top_hooks = part(PARTS[0])
-_tells_hooks = all(hasattr(part(PARTS[1]), name) for name in ("unpack_hook", "data"))
+_top_hooks = part("torch._C._autograd._top_saved_tensors_default_hooks")  # not in torch 2.6
+_tells_hooks = all(hasattr(part(PARTS[0]), name) for name in ("unpack_hook", "data"))
 _PLAIN = (Tensor, nn.Parameter)
 
 
