@@ -377,7 +377,7 @@ def fsdp_shards_float32_deltas_of_a_bf16_network(name: str, folder: Path) -> Non
     assert all(p.dtype == torch.float32 for p in network.parameters())
     assert outputs_of(network, name).dtype == torch.bfloat16
     # Rounding to 8 bits may come out otherwise in batches of another size.
-    assert_close(dict(full_state(network)), dict(alone.state_dict()), rtol=0.05, atol=2e-3)
+    assert_close(dict(full_state(network)), dict(alone.state_dict()), rtol=0.05, atol=1e-2)
 
 
 # --- all methods ---------------------------------------------------------------------------------
