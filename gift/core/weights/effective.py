@@ -103,7 +103,9 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
         return copy.deepcopy(plain(self), memo)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return plain(self).__reduce_ex__(protocol)
+        with as_plain_tensors():  # a detached tensor has no attributes, which would be in the file
+            bare = self.as_subclass(Tensor).detach().requires_grad_(self.requires_grad)
+        return bare.__reduce_ex__(protocol)
 
 
 def refused(name: str, what: str) -> RuntimeError:
