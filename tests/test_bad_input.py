@@ -30,6 +30,7 @@ from gift.factories import (
     pa_adapt,
     pc_any,
 )
+from gift.schedules import load_schedule_from_config
 from gift.strategies import (
     DebugStrategy,
     FullFineTuningStrategy,
@@ -377,6 +378,10 @@ MAKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
                              RuntimeError, r"not being fine-tuned; inside it, \['a'\] are"),
     "config: text": (lambda: load_strategy_from_config({"lora": 3}), ValueError,
                      r"'name' and 'init_paras', found \['lora'\]"),
+    "schedule: other keys": (lambda: load_schedule_from_config({"freeze": 3}), ValueError,
+                             r"'name' and 'init_paras', found \['freeze'\]"),
+    "schedule: a name": (lambda: load_schedule_from_config("freeze"), ValueError,
+                         r"'name' and 'init_paras', found 'freeze'"),
     "config: unknown": (lambda: load_strategy_from_config(config("LoRAAllFineTuning")), ValueError,
                         r"not registered, closest: \['LoRAAllFineTuningStrategy'"),
     "config: unknown check": (

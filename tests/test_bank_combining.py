@@ -504,3 +504,14 @@ def test_a_sum_leaves_its_terms_as_they_are_whatever_the_base_was_cast_to() -> N
         assert now[name] is parameter
         assert torch.equal(parameter, value), f"{name} has the bits that it had"
         assert torch.equal(parameter.grad, torch.ones_like(value))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("numbers", [{}, {"a": math.nan}, {"a": math.inf}, {"a": "1"}, {"a": None}])
+def test_what_is_no_finite_number_is_named(numbers: dict[str, Any]) -> None:
+    bank = DeltaBank(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)))
+    add(bank, "a", by("lora"))
+    before = full_state(bank.net)
+    with pytest.raises(ValueError, match=r"expected finite numbers by name, got (none|{'a': )"):
+        bank.combine(numbers, "sum")
+    assert bank.names == ["a"]
+    assert full_state(bank.net) == before

@@ -273,3 +273,14 @@ def test_a_weight_that_was_read_is_multiplied_as_it_was() -> None:
 
     net.before = write
     torch.testing.assert_close(net(x).detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_writing_to_a_factor_before_the_backward_pass_is_an_error(factor: str) -> None:
+    """Of a weight whose layer reads it itself, so that autograd saves no factor."""
+    net = adapted(nn.Bilinear(3, 4, 5, dtype=torch.float64), "lora", rank=1)
+    y = net(torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64))
+    with torch.no_grad():
+        getattr(net, factor).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weighted(y).backward()

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import gift
-from gift import GiftWarning, disable_fine_tuning, enable_fine_tuning, merge_strategies
+from gift import (
+    FineTuningStrategy,
+    GiftWarning,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    merge_strategies,
+)
+from gift.factories import pa_train, pc_path
 from gift.schedules import FreezeUnfreeze
 from gift.strategies import (
     BitFitFineTuningStrategy,
@@ -323,3 +330,11 @@ def test_asking_for_the_parameters_tells_of_a_flag_that_somebody_set() -> None:
     net[0].bias.requires_grad = True
     with pytest.warns(GiftWarning, match=r"1 parameters were frozen by fine-tuning.*0\.bias"):
         net.parameters()
+
+
+def test_the_report_names_what_is_frozen_and_nothing_else() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net.add_module("same", net[0])  # a tied parameter is named once
+    strategy = FineTuningStrategy([], [(pc_path("1.bias"), pa_train())])
+    report = enable_fine_tuning(net, strategy)
+    assert report.frozen == ["0.weight", "0.bias", "1.weight"]

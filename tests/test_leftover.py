@@ -21,6 +21,7 @@ from gift import (
     plan_fine_tuning,
 )
 from gift import factories as f
+from gift.core.raw_parameters import raw_weights
 from gift.strategies import (
     DoRAAllFineTuningStrategy,
     LoRAAllFineTuningStrategy,
@@ -177,3 +178,13 @@ def test_a_class_that_is_only_named_like_a_layer_is_named() -> None:
     twin = nn.Sequential(Linear(), nn.Linear(8, 8))
     assert warnings_of(twin, merge_strategies([strategy], para_caps=[cap_in(text)])) == []
     assert twin[0].lora_A.shape == (2, 8)
+
+
+def test_numbers_that_are_no_weight_are_left_out() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.arange(12).view(3, 4), requires_grad=False)
+            self.matrix = nn.Parameter(torch.randn(3, 4))
+
+    assert [name for name, _ in raw_weights(Table())] == ["matrix"]
