@@ -28,7 +28,7 @@ from gift.private.torch import autograd
 from gift.utils.info import kept_inputs
 from tests.common import weighted
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and autograd.are_packed()
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and autograd.hides_hooks()
 pytestmark = [
     pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
     pytest.mark.skipif(OLD, reason="torch 2.6 does not tell of hooks, so that inputs are kept"),
@@ -492,24 +492,69 @@ def test_hooks_on_the_input_run_once_with_its_whole_gradient() -> None:
     same(rms_norm, hidden(), run)
 
 
-def test_hooks_of_others_get_what_they_got_before() -> None:
-    """And what they gave is unpacked once, in the backward pass."""
-    h, seen, back = hidden(), [], []
+def test_hooks_that_pack_tensors_see_nothing_of_the_input() -> None:
+    """As those that count what is kept; what they gave is unpacked in the backward pass alone."""
+    h, net = hidden(), layer()
+    expected = torch.autograd.grad(weighted(net(F.gelu(h))), [h, *net.parameters()])
+    seen: list[Any] = []
+    back: list[Any] = []
     with saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: back.append(t) or t):
         x = F.gelu(h)
-        assert not is_recomputed(x)
-        y = layer()(x)
+        assert is_recomputed(x)
+        y = net(x)
     assert not back
-    assert any(t is x or t.data_ptr() == x.data_ptr() for t in seen)
-    y.sum().backward()
+    assert all(t.data_ptr() != x.data_ptr() for t in seen)
+    assert any(t.data_ptr() == h.data_ptr() for t in seen)
+    found = torch.autograd.grad(weighted(y), [h, *net.parameters()])
+    assert back
+    assert all(map(torch.equal, found, expected))
 
 
-def test_what_others_packed_is_not_unpacked() -> None:
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (lambda t: [t], lambda packed: packed[0]),
+        (lambda t: t.half(), lambda packed: packed.double()),
+        (lambda t: 2 * t, lambda packed: packed / 2),
+        (lambda t: t.flatten(), lambda packed: packed.view(-1, WIDTH)),
+    ],
+)
+def test_hooks_that_pack_something_else_get_the_input(pack: Any, unpack: Any) -> None:
+    """Nothing is unpacked to look at it."""
+    seen: list[Any] = []
+    back: list[Any] = []
+    h = hidden(7, WIDTH)
+    with saved_tensors_hooks(
+        lambda t: seen.append(t) or pack(t), lambda t: back.append(t) or unpack(t)
+    ):
+        x = F.gelu(h)
+        assert not is_recomputed(x)
+        layer()(x)
+    assert not back
+    assert any(t.data_ptr() == x.data_ptr() for t in seen)
+
+
+def test_what_other_hooks_packed_is_not_used() -> None:
     back: list[Any] = []
     with saved_tensors_hooks(lambda t: t, lambda t: back.append(t) or t):
         x = F.gelu(hidden())
     assert not is_recomputed(x)
+    y = F.gelu(hidden())
+    with saved_tensors_hooks(lambda t: t, lambda t: back.append(t) or t):
+        assert not is_recomputed(y)
     assert not back
+
+
+def test_writes_to_what_hooks_packed_are_an_error() -> None:
+    """Although autograd does not check it."""
+    net = layer()
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        h = hidden() * 1
+        y = net(F.gelu(h))
+    with torch.no_grad():
+        h.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weighted(y).backward()
 
 
 def test_memory_moved_elsewhere_by_hooks() -> None:
@@ -622,7 +667,7 @@ def test_a_backward_pass_under_another_autocast() -> None:
 
 def test_without_hooks_nothing_is_packed() -> None:
     """Where this fails inputs are kept, which takes memory."""
-    assert not autograd.are_packed()
+    assert not autograd.hides_hooks()
 
 
 @pytest.mark.parametrize("gone", ["_top_hooks", "_tells_hooks"])

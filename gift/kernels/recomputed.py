@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gift.kernels.torch_state import autocasts, gives_no_view
+from gift.kernels.torch_state import Writes, autocasts, gives_no_view
 from gift.kernels.ways import CAST, Compute, Way
-from gift.private.torch.autograd import Unknown, are_packed, number_of, output_of
+from gift.private.torch.autograd import Unknown, active_hook, hides_hooks, number_of, output_of
 from gift.private.torch.tensors import storage_key, writes_of
 from gift.private.torch.tracing import is_followed, is_transformed
 
@@ -113,7 +113,7 @@ def _is_usual(x: Tensor) -> bool:
         and x.device.type in DEVICES
         and not is_small(x)
         and writes_of(x) == 0
-        and not are_packed()
+        and not hides_hooks()
         and not is_followed()
         and not is_transformed()
     )
@@ -133,7 +133,10 @@ def _recomputed(x: Tensor, work: int, ways: Ways, seldom: bool) -> tuple[Kept, t
     if shared is None:
         shared = _HERE.open[found.key] = _Shared(found.compute)
     shared.members += not seldom
-    return _Recomputed(shared, found.finish, found.source), (found.edge, *way.leaves)
+    # Autograd does not check what hooks packed for writes.
+    written = [] if found.hook is None else [Writes(leaf) for leaf in way.leaves]
+    kept = _Recomputed(shared, found.finish, found.source, written)
+    return kept, (found.edge, *way.leaves)
 
 
 class _Found:
@@ -144,6 +147,7 @@ class _Found:
 
     def __init__(self, x: Tensor) -> None:
         """Look for the way; raise `Unknown` if there is none."""
+        self.hook = active_hook()
         node, number, self.finish = _before_casts(x)
         self.way = way = Way(x.numel())
         self.compute = way.to(node, number)
@@ -160,7 +164,9 @@ class _Found:
 
     def leads_to(self, x: Tensor) -> bool:
         """Whether it is the way to `x`, and nothing was written to what it begins with."""
-        return self.x() is x and self.writes == [writes_of(leaf) for leaf in self.way.leaves]
+        if self.x() is not x or self.hook is not active_hook():
+            return False
+        return self.writes == [writes_of(leaf) for leaf in self.way.leaves]
 
     def _forget(self, _: Any) -> None:
         vars(self).clear()
@@ -193,13 +199,26 @@ class _Recomputed(Kept):
         shared: a value that other layers may need as well.
         finish: makes the input from that value.
         source: see `Kept`.
+        written: tells whether something was written to what it is computed from.
     """
 
-    def __init__(self, shared: "_Shared", finish: Callable[[Tensor], Tensor], source: str) -> None:
-        self.shared, self.finish, self.source = shared, finish, source
+    def __init__(
+        self,
+        shared: "_Shared",
+        finish: Callable[[Tensor], Tensor],
+        source: str,
+        written: Sequence[Writes],
+    ) -> None:
+        self.shared, self.finish, self.source, self.written = shared, finish, source, written
 
     def value(self, saved: Sequence[Tensor]) -> Tensor:
         edge, *leaves = saved
+        if any(write.happened() for write in self.written):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                "inplace operation: a tensor from which the input of an adapted layer is computed "
+                "again; enable_fine_tuning(..., recompute_inputs=False) keeps the input itself"
+            )
         with _aside(edge):
             value = self.finish(self.shared.take(leaves))
         return _Joined.apply(value, edge) if torch.is_grad_enabled() else value

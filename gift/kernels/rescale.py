@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gift.kernels.recomputed import AS_IT_IS, Kept, Ways, keep
-from gift.kernels.torch_state import gives_no_view
-from gift.private.torch.tensors import writes_of
+from gift.kernels.torch_state import Writes, gives_no_view
 from gift.private.torch.tracing import is_transformed
 
 Compute = Callable[..., Tensor]
@@ -141,16 +140,3 @@ def _total(tensor: Tensor, channel: int, like: Tensor) -> Tensor:
     if channel < -1:
         tensor = tensor.flatten(channel + 1).sum(-1)
     return tensor.reshape(-1, tensor.shape[-1]).sum(0).view(like.shape)
-
-
-class Writes:
-    """Detects whether a tensor was written into, without keeping it alive."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.alias = tensor.detach()  # shares the version counter of the tensor
-        self.alias.data = tensor.new_empty(0)
-        self.before = writes_of(self.alias)
-
-    def happened(self) -> bool:
-        """Return whether it was written into, or may have been."""
-        return self.before is None or writes_of(self.alias) != self.before

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.private.torch.tensors import OVERRIDES_NOTHING
+from gift.private.torch.tensors import OVERRIDES_NOTHING, writes_of
 
 
 def autocasts(kind: str) -> bool:
@@ -82,3 +82,16 @@ def _overrides(cls: type) -> bool:
     if cls is nn.Parameter or not issubclass(cls, Tensor):
         return False
     return cls.__torch_function__ is not OVERRIDES_NOTHING
+
+
+class Writes:
+    """Detects whether a tensor was written into, without keeping it alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.alias = tensor.detach()  # shares the version counter of the tensor
+        self.alias.data = tensor.new_empty(0)
+        self.before = writes_of(self.alias)
+
+    def happened(self) -> bool:
+        """Return whether it was written into, or may have been."""
+        return self.before is None or writes_of(self.alias) != self.before

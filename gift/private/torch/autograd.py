@@ -24,27 +24,39 @@ class Unknown(Exception):
     """A part is gone, or a node does not keep what was asked for."""
 
 
-def are_packed() -> bool:
-    """Whether saved-tensor hooks are active now; True if that is unknown (torch 2.6).
+def hides_hooks() -> bool:
+    """Whether torch does not tell which saved-tensor hooks are active (torch 2.6)."""
+    return _top_hooks is None or not _tells_hooks
+
+
+def active_hook() -> Any:
+    """Return the unpack function of the saved-tensor hooks that are active; None if there are none.
 
     Contexts of hooks are public, but not whether one is active.
+
+    Raises:
+        Unknown: if torch does not tell.
     """
-    return _top_hooks is None or not _tells_hooks or _top_hooks(True) is not None
+    if _top_hooks is None or not _tells_hooks:
+        raise Unknown
+    hooks = _top_hooks(True)
+    return None if hooks is None else hooks[1]
 
 
 def kept_by(node: Any, name: str) -> Tensor | None:
     """Return the tensor that a node keeps under a name, or None if it keeps none.
 
-    What hooks packed is unknown: unpacking may take long, and gives other memory.
+    What hooks packed is not unpacked: that may take long, and gives other memory. If the hooks that
+    are active now gave a tensor, that tensor is returned: they will give one for it as well.
 
     Raises:
         Unknown: if the node has no such tensor, or keeps it no longer or in another way.
     """
     raw = getattr(node, f"_raw_saved_{name}", None)
     try:
-        if raw is None or raw.unpack_hook is not None:
+        if raw is None or raw.unpack_hook is not active_hook():
             raise Unknown
-        tensor = getattr(node, f"_saved_{name}")
+        tensor = getattr(node, f"_saved_{name}") if raw.unpack_hook is None else raw.data
     except (AttributeError, RuntimeError) as error:  # gone; freed, or written since
         raise Unknown from error
     if tensor is None:
@@ -53,7 +65,7 @@ def kept_by(node: Any, name: str) -> Tensor | None:
         raise Unknown
     if tensor.numel() and not tensor.untyped_storage().nbytes():  # FSDP frees memory of weights
         raise Unknown
-    kept: Tensor = tensor
+    kept: Tensor = tensor if raw.unpack_hook is None else tensor.detach()
     return kept
 
 
