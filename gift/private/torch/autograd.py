@@ -54,9 +54,11 @@ def kept_by(node: Any, name: str) -> Tensor | None:
     """
     raw = getattr(node, f"_raw_saved_{name}", None)
     try:
-        if raw is None or raw.unpack_hook is not active_hook():
+        if raw is None:
             raise Unknown
         tensor = getattr(node, f"_saved_{name}") if raw.unpack_hook is None else raw.data
+        if tensor is not None and raw.unpack_hook is not active_hook():
+            raise Unknown
     except (AttributeError, RuntimeError) as error:  # gone; freed, or written since
         raise Unknown from error
     if tensor is None:
