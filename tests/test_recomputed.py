@@ -565,8 +565,9 @@ def test_memory_moved_elsewhere_by_hooks() -> None:
     same(rms_norm, hidden(), run)
 
 
+@pytest.mark.parametrize("kind", [rms_norm, gelu, WAYS["layer norm"][0], attention])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_runs_the_network_twice(reentrant: bool) -> None:
+def test_checkpointing_runs_the_network_twice(reentrant: bool, kind: Any) -> None:
     """Not more often, wherever the border is."""
     calls = []
 
@@ -584,7 +585,7 @@ def test_checkpointing_runs_the_network_twice(reentrant: bool) -> None:
         (weighted(one) + weighted(other)).backward()
         return [p.grad for p in net.parameters()]
 
-    same(rms_norm, hidden(), run)
+    same(kind, hidden(), run)
     assert len(calls) == 8
 
 

@@ -35,12 +35,17 @@ def active_hook() -> Any:
     Contexts of hooks are public, but not whether one is active.
 
     Raises:
-        Unknown: if torch does not tell.
+        Unknown: if torch does not tell; in checkpoints of torch, where hooks of another kind are
+            active as the forward pass is repeated, which must save as many tensors.
     """
     if _top_hooks is None or not _tells_hooks:
         raise Unknown
     hooks = _top_hooks(True)
-    return None if hooks is None else hooks[1]
+    if hooks is None:
+        return None
+    if getattr(hooks[1], "__module__", None) == "torch.utils.checkpoint":
+        raise Unknown
+    return hooks[1]
 
 
 def kept_by(node: Any, name: str) -> Tensor | None:
