@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gift.errors import AdaptationError, closest
 from gift.kernels.cost_model import Form
-from gift.methods.settings import Configured, at_least_32_bits, flag, whole
+from gift.methods.settings import Configured, at_least_32_bits, flag, number, whole
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -245,6 +245,31 @@ def of_each_weight(parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         name, _, number = key.partition(".")
         each.setdefault(number, {})[name] = value
     return list(each.values())
+
+
+@dataclass(frozen=True)
+class ScaledMethod(RankedMethod):
+    r"""Base class of methods whose update is multiplied by ``alpha / r``.
+
+    Args:
+        rank: `r`, as in `RankedMethod`.
+        alpha: :math:`\alpha`; None means `r`, so that the scaling is 1.
+        clip_rank: as in `RankedMethod`.
+        dtype: as in `RankedMethod`.
+    """
+
+    alpha: float | None = number(None)
+
+    @property
+    def scaling(self) -> float:
+        """The factor that multiplies the update."""
+        return 1.0 if self.alpha is None else self.alpha / (self.rank or self.default_rank)
+
+    @property
+    def compat_settings(self) -> dict[str, Any]:
+        """The settings that enter the weight, with alpha replaced by the scaling."""
+        rest = {key: value for key, value in super().compat_settings.items() if key != "alpha"}
+        return rest | {"scaling": self.scaling}
 
 
 @lru_cache(maxsize=512)

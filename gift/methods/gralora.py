@@ -11,14 +11,14 @@ from torch import Tensor
 from gift.errors import AdaptationError
 from gift.kernels.checkpointed import checkpointed
 from gift.kernels.linear import Product, linear_forwards
-from gift.methods.base import RankedMethod, register_method, with_settings
+from gift.methods.base import ScaledMethod, register_method, with_settings
 from gift.methods.draws import kaiming_uniform
-from gift.methods.settings import number, whole
+from gift.methods.settings import whole
 
 
 @register_method
 @dataclass(frozen=True)
-class GraLoRA(RankedMethod):
+class GraLoRA(ScaledMethod):
     r"""Granular low-rank adaptation (Jung et al. 2025, https://arxiv.org/abs/2505.20355).
 
     .. math:: W' = W_0 + \frac{\alpha}{r} \begin{bmatrix} B_{11} A_{11} & \cdots & B_{1k} A_{1k} \\
@@ -48,14 +48,7 @@ class GraLoRA(RankedMethod):
     shows_matrix: ClassVar[bool] = True
     default_rank: ClassVar[int] = 4
 
-    alpha: float | None = number(None)
     n_blocks: int | None = whole(None, found=True)
-
-    @property
-    def scaling(self) -> float:
-        """The factor that multiplies the products."""
-        rank = self.rank or self.default_rank
-        return 1.0 if self.alpha is None else self.alpha / rank
 
     @property
     def compat_settings(self) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from torch import Tensor
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import conv, conv_forwards, linear
 from gift.kernels.merged_linear import terms, through_weight
-from gift.methods.base import RankedMethod, register_method
-from gift.methods.settings import number
+from gift.methods.base import ScaledMethod, register_method
 from gift.private.torch.layers import convolve
 
 
 @register_method
 @dataclass(frozen=True)
-class LoHa(RankedMethod):
+class LoHa(ScaledMethod):
     r"""Low-rank Hadamard product (FedPara, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098;
     LoHa in LyCORIS, https://arxiv.org/abs/2309.14859).
 
@@ -46,19 +45,6 @@ class LoHa(RankedMethod):
         **dict.fromkeys(("loha_B1", "loha_B2"), (0, None)),
         **dict.fromkeys(("loha_A1", "loha_A2"), (None, 1)),
     }
-
-    alpha: float | None = number(None)
-
-    @property
-    def scaling(self) -> float:
-        """The factor that multiplies the product."""
-        rank = self.rank or self.default_rank
-        return 1.0 if self.alpha is None else self.alpha / rank
-
-    @property
-    def compat_settings(self) -> dict[str, Any]:
-        """The rank and the scaling."""
-        return {"rank": self.rank, "scaling": self.scaling}
 
     def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return one factor that is zero, and normal others."""

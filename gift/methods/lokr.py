@@ -12,9 +12,9 @@ from torch import Tensor
 from gift.kernels.kronecker_linear import KroneckerLinear
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import conv_forwards, is_usual, low_rank_conv, operands
-from gift.methods.base import RankedMethod, register_method
+from gift.methods.base import ScaledMethod, register_method
 from gift.methods.draws import kaiming_uniform
-from gift.methods.settings import flag, is_integer, number, setting
+from gift.methods.settings import flag, is_integer, setting
 from gift.private.torch.layers import convolve
 
 
@@ -24,7 +24,7 @@ def _is_factor(value: Any) -> bool:
 
 @register_method
 @dataclass(frozen=True)
-class LoKr(RankedMethod):
+class LoKr(ScaledMethod):
     r"""Low-rank Kronecker product (LyCORIS, Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 
     .. math:: W' = W_0 + \frac{\alpha}{r} w_1 \otimes (w_{2a} w_{2b})
@@ -63,7 +63,6 @@ class LoKr(RankedMethod):
     shows_matrix: ClassVar[bool] = True
     conv_layouts = ("out_as_h", "balanced")
 
-    alpha: float | None = number(None)
     factor: int = setting(-1, "-1 or an integer of at least 1", _is_factor)
     decompose_both: bool = flag()
     full_matrix: bool = flag()
@@ -79,18 +78,6 @@ class LoKr(RankedMethod):
             raise ValueError(f"LoKr: full_matrix leaves nothing for {', '.join(given)} to do")
         if self.full_matrix:  # then no setting determines its size
             object.__setattr__(self, "size_setting", None)
-
-    @property
-    def scaling(self) -> float:
-        """The factor that multiplies the product."""
-        rank = self.rank or self.default_rank
-        return 1.0 if self.alpha is None else self.alpha / rank
-
-    @property
-    def compat_settings(self) -> dict[str, Any]:
-        """All settings, with alpha replaced by the scaling."""
-        rest = {key: value for key, value in super().compat_settings.items() if key != "alpha"}
-        return rest | {"scaling": self.scaling}
 
     def largest_rank(self, shape: tuple[int, ...]) -> int:
         """Return the smaller side of `w2`."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from gift.errors import AdaptationError
 from gift.kernels.low_rank import low_rank_forwards
-from gift.methods.base import RankedMethod, register_method
+from gift.methods.base import RankedMethod, ScaledMethod, register_method
 from gift.methods.blocks import rotation_change
 from gift.methods.factors import signed, svd
-from gift.methods.settings import flag, number
+from gift.methods.settings import flag
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ PrincipalMethod.forwards = low_rank_forwards()
 
 @register_method
 @dataclass(frozen=True)
-class LoRAXS(PrincipalMethod):
+class LoRAXS(ScaledMethod, PrincipalMethod):
     r"""LoRA with extremely few parameters (Bałazy et al. 2024, https://arxiv.org/abs/2405.17604).
 
     .. math:: W' = W_0 + \frac{\alpha}{r} U_r \Sigma_r R V_r^H, \quad
@@ -96,18 +96,6 @@ class LoRAXS(PrincipalMethod):
     prefix: ClassVar[str] = "xs"
     derives: ClassVar[tuple[str, ...]] = ("xs_B", "xs_A")
     default_rank: ClassVar[int] = 8
-
-    alpha: float | None = number(None)
-
-    @property
-    def scaling(self) -> float:
-        """The factor that multiplies the product."""
-        return 1.0 if self.alpha is None else self.alpha / (self.rank or self.default_rank)
-
-    @property
-    def compat_settings(self) -> dict[str, Any]:
-        """The rank and the scaling."""
-        return {"rank": self.rank, "scaling": self.scaling}
 
     def start(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return a zero `R`."""

@@ -1,21 +1,20 @@
 """WaveFT: a few wavelet coefficients of the update."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gift.methods.base import Method, register_method
-from gift.methods.draws import entries, seeded_buffer
-from gift.methods.settings import flag, number, whole
+from gift.methods.base import register_method
+from gift.methods.settings import number
+from gift.methods.sparse import SparseMethod
 
 
 @register_method
 @dataclass(frozen=True)
-class WaveFT(Method):
+class WaveFT(SparseMethod):
     r"""Wavelet fine-tuning (Bilican et al. 2025, https://arxiv.org/abs/2505.12532).
 
     .. math:: W' = W_0 + \alpha \operatorname{IDWT}(C), \quad
@@ -42,33 +41,9 @@ class WaveFT(Method):
 
     name: ClassVar[str] = "waveft"
     strategy_prefix: ClassVar[str] = "WaveFT"
-    size_setting: ClassVar[str | None] = "n_frequency"
     default_n_frequency: ClassVar[int] = 2592
 
-    n_frequency: int | None = whole(None)
     scaling: float = number(25.0)
-    seed: int = whole(777, least=0)
-    clip_n_frequency: bool | None = flag(None, enters_weight=False, kw_only=True)
-
-    def fit(self, shape: tuple[int, ...]) -> Self:
-        """Return the method with its number of coefficients settled."""
-        rows, columns = shape[-2:]
-        wanted = self.default_n_frequency if self.n_frequency is None else self.n_frequency
-        return self.settled(
-            min(wanted, rows * columns),
-            f"n_frequency {wanted} is above {rows * columns}, the entries of a matrix of "
-            f"{rows} x {columns} (a smaller one, or clip_n_frequency=True, would work)",
-        )
-
-    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Return zero coefficients, at entries drawn from the seed."""
-        assert self.n_frequency is not None
-        shape = (*matrix.shape[:-2], self.n_frequency)
-        size = math.prod(matrix.shape[-2:])
-        return {
-            "waveft_c": torch.zeros(shape, **self.factory_kwargs(matrix)),
-            "waveft_E": seeded_buffer(entries, self.seed, shape, size, device=matrix.device),
-        }
 
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Compute ``W0 + alpha IDWT(C)``."""
@@ -79,10 +54,6 @@ class WaveFT(Method):
         flat = matrix.new_zeros(*groups, height * width).scatter(-1, places, values)
         change = _inverse(flat.unflatten(-1, (height, width)))[..., :rows, :columns]
         return matrix + self.scaling * change
-
-    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
-        """Multiply the coefficients by the number."""
-        return {**parameters, "waveft_c": parameters["waveft_c"] * number}
 
 
 def _inverse(coefficients: Tensor) -> Tensor:
