@@ -1,13 +1,13 @@
 """A linear layer with an effective weight, of which nothing is kept for the backward pass."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.kernels.onednn import matmul
+from gift.kernels.products import linear_output
 from gift.kernels.recomputed import Ways, is_small, keep
 from gift.kernels.torch_state import autocasts, gives_no_view, without_autocast
 from gift.layers.table import forwards_of
@@ -19,6 +19,20 @@ class Again(Protocol):
     def weight(self) -> Tensor:
         """Return the values, with a graph if the backward pass is itself differentiated."""
         ...
+
+
+class Made(NamedTuple):
+    """An effective weight for functions that save none of its values.
+
+    Args:
+        graph: its node in the graph, of the shape of the weight but without memory.
+        value: its values, which have no graph.
+        again: computes the values again in the backward pass.
+    """
+
+    graph: Tensor
+    value: Tensor
+    again: Again
 
 
 class EffectiveLinear(torch.autograd.Function):
@@ -50,14 +64,9 @@ class EffectiveLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.again, ctx.transposed = again, transposed
         ctx.rest = x.shape, x.dtype, graph.dtype
-        outputs = value.shape[1 if transposed else 0]
-        ctx.kept, tensors = keep(x, outputs, ways)
+        ctx.kept, tensors = keep(x, value.shape[1 if transposed else 0], ways)
         ctx.save_for_backward(*tensors)
-        if not transposed:
-            return F.linear(x, value, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ value if bias is None else torch.addmm(bias, flat, value)
-        return y.view(*x.shape[:-1], outputs)
+        return linear_output(x, value, bias, transposed)
 
     @staticmethod
     @without_autocast
@@ -79,14 +88,8 @@ class EffectiveLinear(torch.autograd.Function):
         return gx, gw, None, gb, None, None, None
 
 
-def effective_linear(layer: Any, x: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
-    """Apply an adapted linear layer by `EffectiveLinear`.
-
-    Args:
-        layer: the layer, whose adapted tensor is its weight.
-        x: its input.
-        bias: its effective bias, or None.
-        transposed: whether its weight is ``(in, out)``.
+def made_for(layer: Any, x: Tensor) -> Made | None:
+    """Return the effective weight of a linear layer for a product with `x`.
 
     Returns:
         None where the layer must read its weight itself: without gradients, with small inputs, for
@@ -94,20 +97,18 @@ def effective_linear(layer: Any, x: Tensor, bias: Tensor | None, transposed: boo
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_small(x):
         return None
-    made = layer._gift_made("weight")
-    if made is None:
-        return None
-    return effective_product(x, made, bias, layer._gift_weights["weight"].ways, transposed)
+    made: Made | None = layer._gift_made("weight")
+    return made
 
 
 def effective_product(
-    x: Tensor, made: Any, bias: Tensor | None, ways: Ways | None, transposed: bool = False
+    x: Tensor, made: Made, bias: Tensor | None, ways: Ways | None, transposed: bool = False
 ) -> Tensor | None:
     """Multiply by an effective weight, given in its parts; None if dtypes differ.
 
     Args:
         x: ``(..., in)``.
-        made: `graph`, `value` and `again` as in `EffectiveLinear`.
+        made: the weight.
         bias: or None.
         ways: as in `EffectiveLinear`.
         transposed: as in `EffectiveLinear`.
@@ -133,14 +134,15 @@ def effective_forwards() -> dict[str, Callable[..., Any]]:
     """Return forward functions for methods that have none of their own: see `Method.forwards`."""
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor | None:
-        if torch.compiler.is_compiling():
-            return None
         try:
-            return effective_linear(self, x, self._gift_weight("bias", once=True), transposed)
+            delta = self._gift_weights["weight"]
         except AttributeError:  # a reference to this method outlived the adaptation
-            if "_gift_weights" in vars(self):
-                raise
             return None
+        made = made_for(self, x)
+        if made is None:
+            return None
+        bias = self._gift_weight("bias", once=True)
+        return effective_product(x, made, bias, delta.ways, transposed)
 
     def linear(self: Any, input: Tensor) -> Tensor:
         output = forward(self, input, transposed=False)

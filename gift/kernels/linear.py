@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.kernels.parallel_linear import joined_output, local_operands, places_of
+from gift.kernels.products import linear_output
 from gift.kernels.recomputed import Ways
 from gift.kernels.remembered import Remembered
 from gift.layers.table import forwards_of
@@ -37,11 +38,7 @@ class Product:
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``W0 x + bias``."""
-        if not self.transposed:
-            return F.linear(x, self.weight, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        out = flat @ self.weight if bias is None else torch.addmm(bias, flat, self.weight)
-        return out.view(*x.shape[:-1], self.weight.shape[1])
+        return linear_output(x, self.weight, bias, self.transposed)
 
     @property
     def outputs(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gift.kernels.cost_model import GEMM, MERGE, TOUCH
-from gift.kernels.effective_linear import effective_linear
+from gift.kernels.effective_linear import effective_product, made_for
 from gift.kernels.linear import Product
 
 
@@ -64,8 +64,9 @@ def through_weight(
     bias: Tensor | None,
 ) -> Tensor:
     """Compute ``W' x + bias`` with the effective weight ``W'``."""
-    if type(product) is Product:
-        output = effective_linear(product.layer, x, bias, product.transposed)
+    made = made_for(product.layer, x) if type(product) is Product else None
+    if made is not None:
+        output = effective_product(x, made, bias, product.ways, product.transposed)
         if output is not None:
             return output
     matrix = product.matrix

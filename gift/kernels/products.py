@@ -6,6 +6,7 @@ matrix with few rows comes first: the other order takes several times as long.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,6 +28,15 @@ def for_each(matrix: Tensor, parts: Tensor) -> Tensor:
 def scaled(tensor: Tensor, scale: float) -> Tensor:
     """Multiply a tensor by a number, which is often 1 and then costs nothing."""
     return tensor if scale == 1 else tensor * scale
+
+
+def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Compute ``W x + bias`` for a matrix that is held as ``(out, in)``, or ``(in, out)``."""
+    if not transposed:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return out.view(*x.shape[:-1], weight.shape[1])
 
 
 def effective(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:

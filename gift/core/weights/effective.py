@@ -103,8 +103,8 @@ class EffectiveWeight(Tensor, metaclass=_RelatedToAll):
         return copy.deepcopy(plain(self), memo)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        with as_plain_tensors():  # a detached tensor has no attributes, which would be in the file
-            bare = self.as_subclass(Tensor).detach().requires_grad_(self.requires_grad)
+        bare = plain(self)
+        bare = bare.detach().requires_grad_(bare.requires_grad)  # has none of the attributes
         return bare.__reduce_ex__(protocol)
 
 

@@ -6,10 +6,10 @@ where needed. So a backward pass frees nothing that another one needs, checkpoin
 saved tensors in each pass, and the intermediate results of a method are not stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,20 +36,6 @@ class Making(Protocol):
             The gradients have a graph only if `differentiable`.
         """
         ...
-
-
-class Made(NamedTuple):
-    """An effective weight for functions that save none of its values.
-
-    Args:
-        graph: its node in the graph, of the shape of the weight but without memory.
-        value: its values, which have no graph.
-        again: computes the values again in the backward pass.
-    """
-
-    graph: Tensor
-    value: Tensor
-    again: "Again"
 
 
 def node_of(again: "Again", value: Tensor) -> Tensor | None:
@@ -159,8 +145,12 @@ class Again:
 
     def is_current(self) -> bool:
         """Whether no input was written since the forward pass began."""
-        pairs = zip(self.tensors, self._versions, strict=True)
-        return all(writes_of(tensor) == version for tensor, version in pairs)
+        return next(self._written(), None) is None
+
+    def _written(self, first: int = 0) -> Iterator[tuple[Tensor, Any]]:
+        """Inputs that were written since the forward pass, with the version that they had."""
+        pairs = list(zip(self.tensors, self._versions, strict=True))
+        return (pair for pair in pairs[first:] if writes_of(pair[0]) != pair[1])
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Compute the weight from these tensors, as in the forward pass."""
@@ -174,14 +164,12 @@ class Again:
         Args:
             first: the number of the first input that counts.
         """
-        for tensor, version in list(zip(self.tensors, self._versions, strict=True))[first:]:
-            if writes_of(tensor) != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: a tensor of shape {tuple(tensor.shape)}, of which an "
-                    f"adapted weight was made, is at version {writes_of(tensor)}, expected version "
-                    f"{version}"
-                )
+        for tensor, version in self._written(first):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {tuple(tensor.shape)}, of which an adapted "
+                f"weight was made, is at version {writes_of(tensor)}, expected version {version}"
+            )
 
 
 def _leaf(tensor: Tensor, needs: bool) -> Tensor:

@@ -22,10 +22,9 @@ from gift.core.dynamic_class import Generated, Spec, generated_class, plain_clas
 from gift.core.movers import moves
 from gift.core.weights.calls import one_call
 from gift.core.weights.effective import EffectiveWeight, refused
-from gift.core.weights.graph import Made
 from gift.core.weights.record import WeightDelta, plain_tensor
 from gift.errors import AdaptationError
-from gift.kernels.effective_linear import effective_forwards
+from gift.kernels.effective_linear import Made, effective_forwards
 from gift.kernels.torch_state import for_every_tensor
 from gift.layers.table import dotted, row_of
 from gift.methods import METHODS

@@ -5,6 +5,7 @@ path gives: low-rank factors are applied beside the weight where that is cheaper
 nor the weight are kept for the backward pass where they can be computed again.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -40,12 +41,8 @@ def linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     frozen, *others = made.again.tensors
     if method.low_rank_is_cheap and delta.layout.is_trivial and made.again.is_current():
         factors = method.scaled_low_rank(parameters)
-        if factors is not None and all(map(_is, parameters.values(), others)):
+        if factors is not None and all(map(operator.is_, parameters.values(), others)):
             *pair, scale = factors
             product = Product(module, frozen, False, delta.ways)
             return low_rank_product(x, product, bias, pair, scale=scale, form=method.form)
     return effective_product(x, made, bias, delta.ways)
-
-
-def _is(one: Any, other: Any) -> bool:
-    return one is other

@@ -4,9 +4,9 @@ A layer may read its weight many times in one forward pass, as experts in a loop
 recurrent networks do. The cache separates graph and values:
 
 * *The graph.* A node of `gift.core.weights.graph`, which holds no values.
-* *The values.* Each read returns a tensor with the values, attached to the first graph
-  node. The cache has only a weak reference to their memory. While a graph, a loop or a user keeps
-  the memory alive, the next reader gets it too.
+* *The values.* Each read returns a tensor with the values, attached to that node. The cache has
+  only a weak reference to their memory. While a graph, a loop or a user keeps the memory alive, the
+  next reader gets it too.
 
 Inputs of a weight may be written without torch noticing (``parameter.data.add_(...)``), but hardly
 while a network runs. Within one call of a network, or of a module with adapted tensors, a cached
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.weights.calls import CALLS, Entry
-from gift.core.weights.graph import Again, Made, Making, at_node, cast_of, node_of
+from gift.core.weights.graph import Again, Making, at_node, cast_of, node_of
+from gift.kernels.effective_linear import Made
 from gift.private.torch.tensors import writes_of
 from gift.private.torch.tracing import is_transformed
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import Delta, contiguous, put_values
 from gift.core.dynamic_class import plain_class
-from gift.core.weights.graph import Made, Slices
+from gift.core.weights.graph import Slices
 from gift.core.weights.making import WeightMaking
 from gift.core.weights.parallel import (
     local_parameters,
@@ -22,6 +22,7 @@ from gift.core.weights.parallel import (
 )
 from gift.core.weights.reading import Memory, made, made_once
 from gift.errors import AdaptationError, GiftWarning
+from gift.kernels.effective_linear import Made
 from gift.kernels.remembered import Remembered
 from gift.layers.layouts import Layout, LayoutOptions, bias_layout
 from gift.layers.table import layout_of
@@ -156,28 +157,27 @@ class WeightDelta(Delta):
 
     def read(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight through the cache of `gift.core.weights.reading`."""
-        if self.layout is None or is_sharded(frozen) or self.mesh_axes or is_quantised(frozen):
-            return self.weight(module, frozen)
-        method, parameters = self.delta_of(module)
-        if method.dropout and module.training:  # each read draws a mask
-            return self.weight(module, frozen)
-        making = WeightMaking(self.layout, method, tuple(parameters))
-        of = id(self.layout), id(method)
-        return made_once(module, making, (frozen, *parameters.values()), self.memory, of)
+        given = self._for_cache(module, frozen)
+        return self.weight(module, frozen) if given is None else made_once(*given)
 
     def made(self, module: nn.Module, frozen: Tensor) -> Made | None:
         """The effective weight in parts, for functions that do not save it; None if `read` must do.
 
         A plain weight without a graph of its own is what they can take.
         """
-        if self.layout is None or is_sharded(frozen) or is_quantised(frozen):
+        given = None if frozen.requires_grad else self._for_cache(module, frozen)
+        return None if given is None else made(*given)
+
+    def _for_cache(self, module: nn.Module, frozen: Tensor) -> tuple[Any, ...] | None:
+        """The arguments of `made_once`; None if each read makes the weight anew."""
+        if self.layout is None or is_sharded(frozen) or self.mesh_axes or is_quantised(frozen):
             return None
         method, parameters = self.delta_of(module)
-        if frozen.requires_grad or (method.dropout and module.training):
+        if method.dropout and module.training:  # each read draws a mask
             return None
         making = WeightMaking(self.layout, method, tuple(parameters))
         of = id(self.layout), id(method)
-        return made(module, making, (frozen, *parameters.values()), self.memory, of)
+        return module, making, (frozen, *parameters.values()), self.memory, of
 
     def slices(self, module: nn.Module, frozen: Tensor) -> Slices | None:
         """The matrices of a weight that is a batch of them; None if they cannot be read singly."""
