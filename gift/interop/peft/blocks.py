@@ -74,9 +74,8 @@ def write_gralora(items: list[AdaptedTensor]) -> Written:
     rank = same("the rank of GraLoRA", [method.rank for method in methods], written)
     scaling = same("the scaling of GraLoRA", [method.scaling for method in methods], written)
     for item in items:
-        values = item.values
-        names = {"gralora_A": "gralora_A", "gralora_B": "gralora_B"}
-        written.add(item.path, {key: values[name].mT for key, name in names.items()})
+        factors = {key: item.values[key].mT for key in ("gralora_A", "gralora_B")}
+        written.add(item.path, factors)
     written.config = {
         "r": rank,
         "alpha": plain(scaling * rank),

@@ -38,7 +38,7 @@ def active_hook() -> Any:
         Unknown: if torch does not tell; in checkpoints of torch, where hooks of another kind are
             active as the forward pass is repeated, which must save as many tensors.
     """
-    if _top_hooks is None or not _tells_hooks:
+    if hides_hooks():
         raise Unknown
     hooks = _top_hooks(True)
     if hooks is None:
