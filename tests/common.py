@@ -139,6 +139,23 @@ def bytes_kept(net: nn.Module, *inputs: Tensor) -> int:
     return bytes_kept_by(result.grad_fn, [*parameters, *inputs])
 
 
+def assert_only_the_weight_is_kept(layer: nn.Linear, x: Tensor) -> None:
+    """Of what hooks see saved for the backward pass, nothing else has the size of the weight."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    frozen = layer._parameters["weight"]
+    assert frozen is not None
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    large = [t for t in kept if t.numel() >= frozen.numel()]
+    assert large
+    assert all(t.data_ptr() == frozen.data_ptr() for t in large)
+
+
 def weighted(y: Tensor) -> Tensor:
     """A loss whose gradient differs from place to place and has no simple strides."""
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
