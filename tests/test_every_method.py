@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from gift import disable_fine_tuning, enable_fine_tuning
@@ -211,9 +217,14 @@ def test_a_failure_half_way_leaves_nothing(method: str) -> None:
 @everywhere
 def test_trained_in_half_precision_over_a_real_network(method: str) -> None:
     """A bfloat16 ResNet: finite, and every delta gets a gradient of its own dtype."""
-    net = resnet18(num_classes=4).to(torch.bfloat16)
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic",
+        num_labels=4,
+    )  # fmt: skip
+    net = ResNetForImageClassification(config).to(torch.bfloat16)
     enable(net, method)
-    net(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).float().square().sum().backward()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)
+    net(images).logits.float().square().sum().backward()
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
