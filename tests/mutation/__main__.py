@@ -4,7 +4,8 @@
 run once first, to see which functions each calls. Each mutant is a process that is forked once the
 libraries are there; it compiles the one module from a changed tree, so that no file is written,
 and nothing that imports gift was loaded before. It runs the tests of its part that call its
-function, the quickest first, up to the first that fails.
+function, a few variants of each, the quickest first, up to the first that fails. Where none does,
+all variants of these tests follow, then the other files of tests.
 """
 
 import argparse
@@ -31,7 +32,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PARTS: dict[str, list[str]] = tomllib.loads((HERE / "parts.toml").read_text())
 EQUIVALENT: dict[str, str] = tomllib.loads((HERE / "equivalent.toml").read_text())
+# Tests that are of no part alone.
+ALSO = [
+    f"tests/test_{name}.py"
+    for name in ("bad_input", "every_method", "foreign_methods", "leftover", "numbers",
+                 "older_files", "parts", "quantised", "torch_features", "updates", "wrapping")
+]  # fmt: skip
 SPARE = 60  # seconds that tests of a mutant may take beyond five times their own
+WHOLE = 400  # seconds for all variants of the tests of a part
+SOME = 100  # seconds that tests of other parts take without any change
 
 
 def files_for(module: str) -> list[str]:
@@ -57,14 +66,25 @@ def all_mutants() -> list[Mutant]:
     return [one for path in modules() for one in mutants(path, (ROOT / path).read_text())]
 
 
-def chosen(mutant: Mutant, calls: "Calls") -> list[str]:
-    """The tests of the part that call its function, the quickest first; all, if none does."""
-    files = files_for(mutant.module)
+def chosen(mutant: Mutant, calls: "Calls", files: Sequence[str]) -> list[str]:
+    """The tests of these files that call its function, the quickest first."""
     for file in files:
         calls.add(file)
     own = [name for name in calls if name.partition("::")[0] in files]
     reached = [name for name in own if mutant.function in calls[name].functions]
-    return sorted(reached or own, key=lambda name: calls[name].seconds)
+    return sorted(reached, key=lambda name: calls[name].seconds)
+
+
+def others(mutant: Mutant, calls: "Calls") -> list[str]:
+    """Tests of other parts that call its function, the quickest first, for some time."""
+    files = {file for part in (*PARTS.values(), ALSO) for file in part}
+    files -= {*files_for(mutant.module)}
+    found, seconds = [], 0.0
+    for name in chosen(mutant, calls, sorted(files)):
+        seconds += calls[name].seconds
+        if seconds < SOME:
+            found.append(name)
+    return found
 
 
 class Loader(importlib.machinery.SourceFileLoader):
@@ -179,18 +199,31 @@ def tried(sample: Sequence[Mutant], calls: Calls) -> float:
     """Try mutants, say what becomes of each, and return the part that is noticed."""
     counts = {"killed": 0, "survived": 0, "timeout": 0, "equivalent": 0}
     for one in sample:
-        names = chosen(one, calls)
-        own = list(dict.fromkeys(name.partition("::")[0] for name in names))
-        longest = SPARE + 5 * sum(calls[name].seconds for name in names)
-        how = run(one, own, Chosen(names), longest)
-        if how == "survived" and equivalent(one):
-            how = "equivalent"
+        how = "equivalent" if equivalent(one) else fate(one, calls)
         counts[how] += 1
         print(f"{how}: {one}", flush=True)
     found = counts["killed"] + counts["timeout"]
     score = found / max(1, found + counts["survived"])
     print(f"{counts}: {score:.0%} of those that change something are noticed")
     return score
+
+
+def fate(mutant: Mutant, calls: Calls) -> str:
+    """Say how a mutant ends: "killed", "survived", "timeout"."""
+    names = chosen(mutant, calls, files_for(mutant.module))
+    longest = SPARE + 5 * sum(calls[name].seconds for name in names)
+    how = run(mutant, _files_of(names), Chosen(names), longest) if names else "survived"
+    if how == "survived" and names:
+        how = run(mutant, _files_of(names), Chosen(names, every=True), WHOLE)
+        how = "survived" if how == "timeout" else how
+    if how == "survived" and (names := others(mutant, calls)):
+        longest = SPARE + 5 * sum(calls[name].seconds for name in names)
+        how = run(mutant, _files_of(names), Chosen(names), longest)
+    return how
+
+
+def _files_of(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition("::")[0] for name in names))
 
 
 def equivalent(mutant: Mutant) -> str | None:

@@ -89,11 +89,20 @@ def read(path: Path) -> tuple[dict[str, Called], list[str], list[str]]:
 
 
 class Chosen:
-    """Runs chosen tests alone, in their order."""
+    """Runs chosen tests alone, in their order.
 
-    def __init__(self, names: list[str]) -> None:
-        self.order = {name: number for number, name in enumerate(names)}
+    Args:
+        names: of the tests.
+        every: whether all variants of these tests run, not only those that are named.
+    """
+
+    def __init__(self, names: list[str], every: bool = False) -> None:
+        self.every = every
+        self.order = {self._name(name): number for number, name in enumerate(reversed(names))}
+
+    def _name(self, nodeid: str) -> str:
+        return nodeid.partition("[")[0] if self.every else nodeid
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        kept = [item for item in items if item.nodeid in self.order]
-        items[:] = sorted(kept, key=lambda item: self.order[item.nodeid])
+        kept = [item for item in items if self._name(item.nodeid) in self.order]
+        items[:] = sorted(kept, key=lambda item: -self.order[self._name(item.nodeid)])

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from tests.mutation.__main__ import EQUIVALENT, PARTS, ROOT, all_mutants, files_for, modules
+from tests.mutation.__main__ import ALSO, EQUIVALENT, PARTS, ROOT, all_mutants, files_for, modules
 
 MECHANISM = ("gift/core", "gift/engine", "gift/files", "gift/bank", "gift/schedules")
 
 
 def test_every_path_exists() -> None:
     """One that was moved or split would leave its mutants to tests of something else."""
-    named = [*PARTS, *(test for tests in PARTS.values() for test in tests)]
+    named = [*PARTS, *ALSO, *(test for tests in PARTS.values() for test in tests)]
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
