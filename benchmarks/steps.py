@@ -2,7 +2,9 @@
 
 The bound is the same network, everything frozen but one bias of its first layers: a forward pass
 and the gradient of the activations, without any gradient of a weight. No way to train deltas
-throughout a network does with fewer multiplications. Full fine-tuning trains everything; gift and
+throughout a network does with fewer multiplications. "Bound, alike" is the bound of a transformer
+with the products of its linear layers by the library that gift takes, which on some processors is
+quicker than the one that torch takes. Full fine-tuning trains everything; gift and
 PEFT train LoRA of the same rank on every convolution and linear layer, with the same number of
 parameters. "Balanced" is the layout that gift's convolutions have by default, which has more
 parameters or fewer; it has no counterpart in PEFT. There is no optimizer in a step.
