@@ -69,6 +69,11 @@ class DeltaBank:
             raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
         if spec_of(net).network:
             check_undoable(net)
+            if record_of(net).below is not None:
+                raise RuntimeError(
+                    "a bank changes deltas of a plain base, and this network has a delta on top of "
+                    "another: disable the upper one, or merge both"
+                )
         tensors = (*nn.Module.named_parameters(net), *net.named_buffers())
         if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise RuntimeError(f"{lazy} have no shape yet: run a batch through the network first")

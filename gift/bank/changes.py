@@ -14,7 +14,12 @@ from gift.core.trained import named_trainable
 from gift.core.undo.snapshot import transaction
 from gift.core.undo.undo import tensor_of
 from gift.core.undo.unload import UnloadedDelta
-from gift.core.weights.record import WeightDelta, present_tensor, trained_value, weight_deltas
+from gift.core.weights.record import (
+    WeightDelta,
+    present_tensor,
+    present_weight_deltas,
+    trained_value,
+)
 from gift.layers.layouts import Layout, LayoutOptions
 from gift.quantization import dequantised
 from gift.support.tensors import is_inexact, wide
@@ -90,7 +95,7 @@ def _read(net: Any, dense: bool) -> Changes:
     for name, parameter in net.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
     for path, module in net.named_modules():
-        for tensor, delta in weight_deltas(module).items():
+        for tensor, delta in present_weight_deltas(module).items():
             name = joined(path, tensor)
             if delta.owner is not None and not delta.bias_of:
                 found.tied[name] = module, tensor, delta

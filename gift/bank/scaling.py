@@ -10,7 +10,7 @@ from gift.core.delta import put_values
 from gift.core.dynamic_class import joined
 from gift.core.record import NetworkRecord, record_of
 from gift.core.undo.undo import completed, tensor_of
-from gift.core.weights.record import weight_deltas
+from gift.core.weights.record import present_weight_deltas
 from gift.errors import AdaptationError, refuse
 from gift.methods.settings import is_number
 from gift.support.tensors import is_finite, wide
@@ -27,7 +27,7 @@ def scale(net: Any, factor: float) -> None:
         raise ValueError(f"the factor is {factor!r}, expected a finite number")
     work, problems = [], []
     for path, module in net.named_modules():
-        for tensor, delta in weight_deltas(module).items():
+        for tensor, delta in present_weight_deltas(module).items():
             if delta.owner is not None:
                 continue  # reads the delta of another tensor
             method, parameters = delta.delta_of(module)

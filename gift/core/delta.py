@@ -23,10 +23,13 @@ class Delta:
         names: maps the method's name of each tensor to its name on the module.
         owner: the module that holds the tensors if that is another one, None for the module itself.
         recompute_inputs: whether the module's inputs may be computed again in the backward pass.
+        of_base: whether the delta is frozen and belongs to the base of the present strategy, which
+            was enabled on top of it.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     owner: nn.Module | None = field(default=None, kw_only=True)
+    of_base: bool = field(default=False, kw_only=True)
     recompute_inputs: bool = field(default=True, kw_only=True, compare=False)
     _ways: Ways | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -38,6 +41,10 @@ class Delta:
         if self._ways is None:
             self._ways = Ways()
         return self._ways
+
+    def own_names(self) -> list[str]:
+        """Names on the module of all tensors that it holds for this delta and those under it."""
+        return list(self.names.values()) if self.owner is None else []
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors, by the method's names."""
@@ -51,8 +58,7 @@ class Delta:
 
     def is_on_meta(self, module: nn.Module) -> bool:
         """Whether `module` itself holds the tensors and they have no values yet."""
-        names = self.names.values() if self.owner is None else ()
-        return any(held(module, name)[name].is_meta for name in names)
+        return any(held(module, name)[name].is_meta for name in self.own_names())
 
     def reset(self, module: nn.Module, key: str) -> None:
         """Give the tensors their initial values, and a shape if they are still lazy."""
@@ -81,10 +87,14 @@ def deltas_of(module: nn.Module) -> dict[str, Delta]:
     return {**state.get("_gift_weights", {}), **state.get("_gift_forwards", {})}
 
 
+def present_deltas(module: nn.Module) -> dict[str, Delta]:
+    """The deltas of the present strategy that `module` uses, without those of its base."""
+    return {key: delta for key, delta in deltas_of(module).items() if not delta.of_base}
+
+
 def added_names(module: nn.Module) -> list[str]:
     """Names of the parameters and buffers that methods added to `module` itself."""
-    own = [delta for delta in deltas_of(module).values() if delta.owner is None]
-    return [name for delta in own for name in delta.names.values()]
+    return [name for delta in deltas_of(module).values() for name in delta.own_names()]
 
 
 def held(module: nn.Module, name: str) -> dict[str, Any]:
@@ -172,12 +182,12 @@ def put_values(module: nn.Module, values: Mapping[str, Tensor], only_lazy: bool 
 
 def settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     """For each delta of `module`, its method and the settings that affect the result."""
-    return {key: delta.settings for key, delta in deltas_of(module).items()}
+    return {key: delta.settings for key, delta in present_deltas(module).items()}
 
 
 def hidden_settings_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     """The settings that no shape shows, for each delta that `module` holds and that has any."""
-    own = {key: delta for key, delta in deltas_of(module).items() if delta.owner is None}
+    own = {key: delta for key, delta in present_deltas(module).items() if delta.owner is None}
     found = {key: delta.hidden_settings(module, key) for key, delta in own.items()}
     return {key: settings for key, settings in found.items() if settings}
 

@@ -35,6 +35,7 @@ class NetworkRecord:
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
         only_trainable_state: whether ``state_dict()`` gives trained parameters and buffers only.
         recipe: the strategy as plain data, None if a file cannot name it.
+        below: the record of the strategy on top of which this one was enabled.
         loading: prefix and keys of the state that is being loaded.
         rehearsing: whether that load is only a rehearsal.
         refusing: whether nothing of that state is loaded.
@@ -55,11 +56,17 @@ class NetworkRecord:
     only_trainable_parameters: bool = True
     only_trainable_state: bool = True
     recipe: dict[str, Any] | None = None
+    below: "NetworkRecord | None" = None
     loading: tuple[str, Set[str]] = ("", frozenset())
     rehearsing: bool = False
     refusing: bool = False
     strict: bool = True
     before: "tuple[Snapshot, list[str], int] | None" = None
+
+    @property
+    def lowest(self) -> "NetworkRecord":
+        """The record of the strategy that was enabled on the plain base."""
+        return self if self.below is None else self.below.lowest
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"before": None}

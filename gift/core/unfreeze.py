@@ -180,7 +180,7 @@ def unfreezable_problems(network: nn.Module, trained: Sequence[nn.Parameter]) ->
 
 def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     """The parameters whose values a delta was made from, and the name of the delta's method."""
-    reading = {t: a for t, a in weight_deltas(module).items() if a.method.reads_weight}
+    reading = {t: a for t, a in weight_deltas(module).items() if a.reads_weight}
     row = row_of(plain_class(type(module))) if reading else None
     apart = {*added_names(module), *(row.names(module, row.biases) if row is not None else ())}
     for tensor, delta in reading.items():
@@ -188,11 +188,11 @@ def _read(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
         own = [tensor] if tensor in module._parameters else module._parameters.keys() - apart
         for name in own:
             if (parameter := module._parameters[name]) is not None:
-                yield parameter, delta.method.name
+                yield parameter, delta.method_name
     computing = module._modules.get("parametrizations") if reading else None
     for name, parameter in computing.named_parameters() if computing is not None else ():
         if (tensor := name.partition(".")[0]) in reading:
-            yield parameter, reading[tensor].method.name
+            yield parameter, reading[tensor].method_name
 
 
 _READ = (

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import deltas_of
+from gift.core.delta import present_deltas
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import named_forward_deltas
 from gift.core.iterator import named_parts
 from gift.core.report import Claim
-from gift.core.weights.record import WeightDelta, weight_deltas
+from gift.core.weights.record import WeightDelta, present_weight_deltas
 from gift.errors import some
 from gift.quantization import shape_of
 
@@ -63,11 +63,11 @@ class Claimed(NamedTuple):
             yield from (placed for placed in self.gained if isinstance(placed.delta, WeightDelta))
             return
         if self.parameter is not None:
-            if delta := weight_deltas(self.module).get(self.parameter):
+            if delta := present_weight_deltas(self.module).get(self.parameter):
                 yield self.path, self.module, delta
             return
         for path, part in named_parts(self.module, self.path):
-            for tensor, delta in weight_deltas(part).items():
+            for tensor, delta in present_weight_deltas(part).items():
                 yield joined(path, tensor), part, delta
 
     def parameters(self) -> list[nn.Parameter | None]:
@@ -91,7 +91,7 @@ class Claimed(NamedTuple):
 def placed_deltas(module: nn.Module, prefix: str = "") -> Iterator[PlacedDelta]:
     """All deltas in `module`: the path of the tensor or wrapped module, that module, the delta."""
     for path, part in module.named_modules(prefix=prefix):
-        for key, delta in deltas_of(part).items():
+        for key, delta in present_deltas(part).items():
             own = joined(path, key) if isinstance(delta, WeightDelta) else path
             yield PlacedDelta(own, part, delta)
 

@@ -17,7 +17,9 @@ from gift.core.movers import offloaded
 from gift.core.network import install_record, remove_record
 from gift.core.record import NetworkRecord, record_of
 from gift.core.report import Report
+from gift.core.stack import freeze_deltas, freeze_tensors_of_base
 from gift.core.trained import trained_of_the_base
+from gift.core.undo.frames import Below
 from gift.core.undo.snapshot import Snapshot, all_or_nothing, transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.undo.undo import tensor_of
@@ -39,6 +41,7 @@ def enable_fine_tuning(
     trainable_state_dict: bool = True,
     keep_base: bool = True,
     recompute_inputs: bool = True,
+    stack: bool = False,
 ) -> Report:
     """Fine-tune `module` by a strategy: its caps decide what is trained, everything else is frozen.
 
@@ -58,6 +61,11 @@ def enable_fine_tuning(
         recompute_inputs: let adapted layers compute their inputs again in the backward pass, where
             that takes little time and autograd keeps what it needs; False keeps the inputs, which
             takes more memory. See `gift.kernels.recomputed`.
+        stack: for a network that is being fine-tuned already: keep its delta, frozen, as part of
+            the base, and train the new one on top of it. ``state_dict()``, `gift.save` and
+            `disable_fine_tuning` are then about the new one alone, and disabling gives back the
+            network with the first delta. A parameter name that is taken gets a number
+            (``lora_A_2``).
 
     Returns:
         What the strategy did; it prints as a table.
@@ -67,7 +75,7 @@ def enable_fine_tuning(
             another type of network.
         ValueError: if no cap matches anything, or weights cannot be adapted as requested; all of
             them are named.
-        RuntimeError: if the network is already being fine-tuned.
+        RuntimeError: if the network is already being fine-tuned without `stack`, or is not with it.
 
     Example:
         >>> import torch
@@ -80,14 +88,17 @@ def enable_fine_tuning(
         >>> list(net.state_dict())
         ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
     """
-    _refuse(module, strategy)
+    _refuse(module, strategy, stack)
     with all_or_nothing(module) as change:
         snapshot = change.before
+        below = Below(module) if stack else None
+        if stack:
+            freeze_deltas(module)
         report, named = _apply(module, strategy, snapshot)
         if strategy.dry_run:
             snapshot.rollback()
             return report
-        undo = snapshot.commit(keep_base)
+        undo = snapshot.commit(keep_base, below)
         drop_empty_io_spec(module)
         record = NetworkRecord(
             chosen={name for name, p in named.items() if p.requires_grad},
@@ -97,6 +108,7 @@ def enable_fine_tuning(
             only_trainable_parameters=replace_parameter_function,
             only_trainable_state=trainable_state_dict,
             recipe=_recipe(strategy),
+            below=remove_record(module) if stack else None,
         )
         install_record(module, record)
         _warn(report, strategy, module)  # it raises where warnings are errors
@@ -184,7 +196,7 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
     return module
 
 
-def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
+def _refuse(module: nn.Module, strategy: FineTuningStrategy, stack: bool = False) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to fine-tune, got {type(module).__name__}")
     if not isinstance(strategy, FineTuningStrategy):
@@ -203,12 +215,15 @@ def _refuse(module: nn.Module, strategy: FineTuningStrategy) -> None:
             f"the weights of {found}: their hooks fetch each tensor by its name and do not know "
             "deltas. Load the network without offloading to fine-tune it"
         )
+    if stack:
+        check_undoable(module, needs_base=False)
     for path, part in module.named_modules():
-        if any(spec_of(part)):
+        if any(spec_of(part)) and not stack:
             raise RuntimeError(
                 f"{path or 'the network'} is already being fine-tuned: call disable_fine_tuning "
-                "for the base, or gift.merge to keep what was trained; to train by two strategies, "
-                "merge them and enable once"
+                "for the base, or gift.merge to keep what was trained; stack=True keeps what was "
+                "trained as it is, frozen, and trains another delta on top of it; to train by two "
+                "strategies, merge them and enable once"
             )
         if type(part).__name__ in _WRAPPERS or isinstance(part, torch.jit.ScriptModule):
             raise ValueError(
@@ -249,6 +264,7 @@ def _apply(
     )
     renew_io_spec(module)
     walk = Walk(module, strategy, guard=lambda: snapshot.values)
+    freeze_tensors_of_base(module)
     if walk.problems:
         raise AdaptationError(
             f"{type(strategy).__name__} cannot be applied, the network is unchanged",

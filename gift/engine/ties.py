@@ -7,7 +7,7 @@ from torch import nn
 
 from gift.core.dynamic_class import joined
 from gift.core.iterator import named_parts
-from gift.core.weights.record import weight_deltas
+from gift.core.weights.record import present_weight_deltas
 from gift.engine.claims import Claimed
 from gift.factories.serializable import describe
 from gift.methods import Method
@@ -124,7 +124,7 @@ class Ties:
         adapted = [
             (part, name, joined(inside, name))
             for inside, part in named_parts(module, path)
-            for name in weight_deltas(part)
+            for name in present_weight_deltas(part)
             if self.takes_anew(cap, part) and self.takes_anew(cap, part._parameters.get(name))
         ]
         for part, name, inside in adapted:
@@ -160,7 +160,7 @@ class Ties:
 
 
 def _fate(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Method:
-    if (delta := weight_deltas(module).get(name)) is not None:
+    if (delta := present_weight_deltas(module).get(name)) is not None:
         return delta.method
     return "trained" if parameter.requires_grad else "frozen"
 

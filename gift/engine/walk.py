@@ -13,8 +13,10 @@ from gift.core.delta import remove_tensor
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import settle_modules_around
 from gift.core.iterator import ModuleIterator, Site, named_parts
+from gift.core.stack import names_of_base
 from gift.core.weights.attach import install, uninstall
-from gift.core.weights.record import WeightDelta, weight_deltas
+from gift.core.weights.reading import Memory
+from gift.core.weights.record import WeightDelta, present_weight_deltas, weight_deltas
 from gift.engine.claims import Claimed, claims_of, placed_deltas
 from gift.engine.ties import Ties
 from gift.errors import AdaptationError, closest
@@ -102,8 +104,9 @@ class Walk:
         """Offer the parameters of a module that no cap claimed to caps, then visit its children."""
         module_caps, para_caps = caps
         module = site.module
+        under = set(names_of_base(module))
         for parameter_name, parameter in list(module._parameters.items()):
-            if parameter is not None:
+            if parameter is not None and parameter_name not in under:
                 own = Site(*site[:5], parameter_name, parameter)
                 self._offer(para_caps, len(module_caps), own, top)
         for child_name, path, class_name, child, _ in list(ModuleIterator(module, site.path)):
@@ -191,7 +194,7 @@ class Walk:
         *_, module, name, parameter = site
         if id(parameter) not in self.ties.tensors or not self.ties.takes_anew(cap, parameter):
             return
-        if name in weight_deltas(module):
+        if name in present_weight_deltas(module):
             self.ties.contradict(module, number, path, self.caps, name)
             return
         self.ties.forget_flags([parameter])
@@ -225,7 +228,7 @@ class Walk:
             self._drop_second(owner, path, module, name)
         # Search again: a dropped delta may also have been the delta of a bias.
         for owner, _, module, name in list(_with_owners(parts)):
-            if name not in weight_deltas(module):
+            if name not in present_weight_deltas(module):
                 _share(*owner, module, name)
 
     def _settle_sizes(self) -> None:
@@ -257,7 +260,8 @@ class Walk:
     ) -> None:
         """Drop the second delta of a tied tensor, or report a problem if the methods differ."""
         holder, tensor = owner
-        delta, second = weight_deltas(holder).get(tensor), weight_deltas(module).get(name)
+        delta = present_weight_deltas(holder).get(tensor)
+        second = present_weight_deltas(module).get(name)
         if delta is None or second is None:
             return
         if id(holder._parameters[tensor]) in self.ties.contradicted:
@@ -284,7 +288,7 @@ def _with_owners(
     """
     owners: dict[int, tuple[nn.Module, str]] = {}
     for _, module in parts:
-        for name in weight_deltas(module):
+        for name in present_weight_deltas(module):
             if (parameter := module._parameters.get(name)) is not None:
                 owners.setdefault(id(parameter), (module, name))
     for path, module in parts if owners else ():
@@ -297,17 +301,27 @@ def _with_owners(
 def _share(owner: nn.Module, tensor: str, module: nn.Module, name: str) -> None:
     """Let `module` read its tensor through the delta of the tied tensor in `owner`."""
     delta = weight_deltas(owner)[tensor]
-    shared = replace(delta, owner=owner, bias_of=())
+    shared = _read_from(delta, owner, module)
+    shared.bias_of = ()
     if delta.layout is not None:
         shape = torch.Size(delta.layout.shape)
         shared.reads_alike = layout_of(module, name, shape, delta.options) == delta.layout
     install(module, name, shared)
 
 
+def _read_from(delta: WeightDelta, owner: nn.Module, module: nn.Module) -> WeightDelta:
+    """The records with which `module` reads a delta, and those under it, from another module."""
+    holder = owner if delta.owner is None else delta.owner
+    below = None if delta.below is None else _read_from(delta.below, owner, module)
+    return replace(delta, owner=None if holder is module else holder, below=below, memory=Memory())
+
+
 def _drop(module: nn.Module, tensor: str) -> None:
     """Remove a delta, and the use of it for the bias that belongs to the weight."""
     delta = weight_deltas(module)[tensor]
     uninstall(module, tensor)
+    if delta.below is not None:
+        install(module, tensor, delta.below)
     if delta.owner is not None:
         return
     gone = set(delta.names.values())
@@ -316,6 +330,8 @@ def _drop(module: nn.Module, tensor: str) -> None:
     for name, other in list(weight_deltas(module).items()):
         if other.bias_of and gone & set(other.names.values()):
             uninstall(module, name)
+            if other.below is not None:
+                install(module, name, other.below)
 
 
 def _class_name(module: nn.Module) -> str:

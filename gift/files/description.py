@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import nn
 
-from gift.core.delta import Delta, added_names, deltas_of
+from gift.core.delta import Delta, added_names
 from gift.core.dynamic_class import joined, plain_class, spec_of
 from gift.core.forwards import ForwardDelta
 from gift.core.io_spec import IO_SPEC
 from gift.core.record import record_of
+from gift.core.stack import levels_of
 from gift.core.trained import trained_of_the_base
 from gift.core.undo.undo import ModuleUndo
 from gift.core.weights.record import WeightDelta
@@ -17,14 +18,18 @@ from gift.factories.actions import CLASS_COUNTS, new_head
 from gift.strategies.resolved import ResolvedStrategy, group_of
 
 
-def describe_deltas(network: nn.Module) -> list[dict[str, Any]]:
+def describe_deltas(network: nn.Module, of_base: bool = False) -> list[dict[str, Any]]:
     """Describe the deltas in `network`: what each method with its settings changes.
 
     A tied tensor is not listed, because its delta is listed with the tensor that owns it.
+
+    Args:
+        network: the network.
+        of_base: describe those that belong to the base of the present strategy, not its own.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, module in network.named_modules():
-        for key, delta in deltas_of(module).items():
+        for key, delta in levels_of(module, of_base):
             if (described := _describe(delta, path, key)) is not None:
                 group, kind, name, shape = described
                 groups.setdefault(repr(group), group).setdefault(kind, {})[name] = shape

@@ -65,10 +65,16 @@ def _is_same_buffer(
 
 def _other_settings(network: nn.Module, file: DeltaFile) -> Iterator[str]:
     try:
-        there = _meanings(file.deltas)
+        there, under = _meanings(file.deltas), _meanings(file.below)
     except Exception as error:  # a file may contain anything
         yield f"its deltas are of a method that is not known here: {in_a_line(error)}"
         return
+    if under != (present := _meanings(describe_deltas(network, of_base=True))):
+        have, want = (some(sorted(names)) if names else "none" for names in (present, under))
+        yield (
+            f"it was trained on top of frozen deltas that are not those here: on {want}, here on "
+            f"{have} (load those first, then this with stack=True)"
+        )
     here = _meanings(describe_deltas(network))
     for name in sorted({*here, *there}):
         mine, other = here.get(name), there.get(name)

@@ -30,6 +30,7 @@ class DeltaFile:
         buffers: names of the network's buffers that training changed.
         inputs: the task, the class names and how inputs are read, as far as recorded.
         base: dtype, shape and digest of each tensor that is not in the file.
+        below: what frozen deltas of the base change, on top of which the delta was trained.
         aliases: names of tied tensors, mapped to the name under which the tensor is stored.
         versions: versions of gift and torch.
         tensors: the tensors by name.
@@ -45,6 +46,7 @@ class DeltaFile:
     buffers: list[str]
     inputs: dict[str, Any]
     base: dict[str, list[Any]]
+    below: list[dict[str, Any]]
     aliases: dict[str, str]
     versions: dict[str, str]
     tensors: dict[str, Tensor] = field(repr=False)
@@ -78,6 +80,7 @@ class DeltaFile:
             ("buffers that training changed", some(self.buffers, limit=4) or "-"),
             ("classes", some(self.inputs["classes"] or [], limit=4) or "-"),
             ("base", f"{len(self.base)} tensors, by name, shape, dtype{self._digested}"),
+            *([("on top of", "frozen deltas of the base")] if self.below else []),
             ("written by", versions),
         ]
         return _printable(f"{self.path}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}")
@@ -144,6 +147,7 @@ def inspect(path: str | os.PathLike[str]) -> DeltaFile:
         (606, ['0.weight', '2.weight'])
     """
     header, tensors = read(path)
+    header = {"below": []} | header  # older files know no deltas of the base
     problems = list(_nonsense(header))
     refuse(DeltaFileError, f"{path} cannot be read", problems)
     values = {name: header[name] for name, _ in _FIELDS}
@@ -204,6 +208,7 @@ _FIELDS = (
     ("buffers", _is_texts),
     ("inputs", _is_note),
     ("base", _is_fingerprint),
+    ("below", lambda value: isinstance(value, list) and all(map(_is_group, value))),
     ("aliases", _is_names),
     ("versions", _is_names),
 )

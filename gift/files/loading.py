@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.core.delta import deltas_of, held
+from gift.core.delta import held, present_deltas
 from gift.core.dynamic_class import joined, spec_of
 from gift.core.io_spec import IOSpec, load_io_spec
 from gift.core.record import fine_tuned_part, record_of
@@ -18,7 +18,7 @@ from gift.core.state import load_own_state, own_state
 from gift.core.trained import delta_names, trained_of_the_base
 from gift.core.undo.copy_on_write import CopyOnWrite
 from gift.core.undo.temporary_state import refuse_meanwhile
-from gift.core.unfreeze import unfreeze
+from gift.core.unfreeze import hold_frozen, unfreeze
 from gift.engine.dry_run import on_meta
 from gift.engine.enable import enable_fine_tuning, enabling_trained
 from gift.errors import DeltaFileError, GiftWarning, refuse
@@ -32,7 +32,11 @@ from gift.support.sharding import distributed_like, is_sharded
 
 
 def load(
-    net: nn.Module, path: str | os.PathLike[str], check_base: bool = True, **options: Any
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    check_base: bool = True,
+    train: bool = True,
+    **options: Any,
 ) -> Report:
     """Load a delta of `gift.save` onto a network, bit for bit, or leave the network unchanged.
 
@@ -46,7 +50,10 @@ def load(
         path: path of the file.
         check_base: refuse another base of the same architecture, or with another dtype. Use False
             with care: the delta was trained for the base that the file describes.
-        options: options of `enable_fine_tuning`, for a plain base.
+        train: whether the delta will be trained. False is for inference: nothing requires
+            gradients then, and the delta is still part of ``parameters()`` and ``state_dict()``.
+        options: options of `enable_fine_tuning`, for a plain base. ``stack=True`` puts the delta on
+            top of that of a network that is being fine-tuned, which then belongs to the base.
 
     Returns:
         The report of the strategy.
@@ -59,14 +66,20 @@ def load(
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
     spec = _io_spec(file)
-    if any(spec_of(part).network for part in net.modules()):
-        if options:
+    stack = bool(options.get("stack"))
+    if any(spec_of(part).network for part in net.modules()) and not stack:
+        if options.keys() - {"stack"}:
             raise TypeError(f"{sorted(options)} are for a plain base; this is being fine-tuned")
-        return _load_onto_enabled(fine_tuned_part(net), file, spec, check_base)
+        report = _load_onto_enabled(fine_tuned_part(net), file, spec, check_base)
+        if not train:
+            _freeze(fine_tuned_part(net))
+        return report
     refuse_meanwhile(net, "merged", "computing rows")
     signature(enable_fine_tuning).bind(net, None, **options)  # not an error of the file
     strategy = _strategy(file)
-    refuse(DeltaFileError, _UNFIT.format(file.path), _rehearse(net, strategy, file, check_base))
+    refuse(
+        DeltaFileError, _UNFIT.format(file.path), _rehearse(net, strategy, file, check_base, stack)
+    )
     try:
         with enabling_trained(net, strategy, **options) as report:
             _train_as_there(net, file)
@@ -74,9 +87,15 @@ def load(
                 _take_dtypes(net, file)
             _load_values(net, file.tensors, file.aliases, new=True)
             load_io_spec(net, spec)
+            if not train:
+                _freeze(net)
     except Exception as error:  # errors that only show with values or memory
         raise DeltaFileError(_UNFIT.format(file.path), [in_a_line(error)]) from error
     return report
+
+
+def _freeze(network: nn.Module) -> None:
+    hold_frozen(network, record_of(network).chosen)
 
 
 def _load_onto_enabled(network: Any, file: DeltaFile, spec: IOSpec, check_base: bool) -> Report:
@@ -141,7 +160,11 @@ def _hazards(file: DeltaFile, strategy: FineTuningStrategy) -> Iterator[str]:
 
 
 def _rehearse(
-    net: nn.Module, strategy: FineTuningStrategy, file: DeltaFile, check_base: bool
+    net: nn.Module,
+    strategy: FineTuningStrategy,
+    file: DeltaFile,
+    check_base: bool,
+    stack: bool,
 ) -> list[str]:
     """Return everything that does not fit, found on a copy of the base on the meta device."""
     state = tensors_of(net)
@@ -151,7 +174,7 @@ def _rehearse(
         # Tensors that a malicious strategy creates take no memory either.
         with torch.device("meta"), torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.simplefilter("ignore", GiftWarning)
-            enable_fine_tuning(twin, strategy)
+            enable_fine_tuning(twin, strategy, stack=stack)
         _train_as_there(twin, file)
         if check_base:
             _take_dtypes(twin, file)
@@ -173,7 +196,7 @@ def _train_as_there(network: nn.Module, file: DeltaFile) -> None:
 def _take_dtypes(network: nn.Module, file: DeltaFile) -> None:
     """Cast deltas to the dtype of those in the file: ``half()`` may have been called on them."""
     for path, module in network.named_modules():
-        for delta in deltas_of(module).values():
+        for delta in present_deltas(module).values():
             own = list(delta.names.values()) if delta.owner is None else []
             saved = [file.tensors[joined(path, n)] for n in own if joined(path, n) in file.tensors]
             dtypes = {tensor.dtype for tensor in saved if tensor.is_floating_point()}

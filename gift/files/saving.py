@@ -32,7 +32,8 @@ def save(net: nn.Module, path: str | os.PathLike[str], digest_base: bool = True)
     The file has the trained tensors and the buffers that training changed. It has the strategy by
     its registered names or, if it has lambdas, in resolved form, and the method and settings of
     each tensor. It records how inputs are read and what the classes are, if known. Of the base it
-    has names, shapes, dtypes and digests, so that `gift.load` can detect another base. It is
+    has names, shapes, dtypes and digests, so that `gift.load` can detect another base.
+    Frozen deltas under the trained one (``stack=True``) belong to the base: load them first. It is
     written next to `path`, flushed to disk and renamed, so that `path` always holds the old file
     or the new one.
 
@@ -202,6 +203,7 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
         "strategy_text": record.report.strategy,
         "reason": reason,
         "deltas": describe_deltas(network),
+        "below": describe_deltas(network, of_base=True),
         "trained": trained,
         "buffers": parts.buffers,
         "inputs": io_spec_of(network).to_config(),

@@ -123,7 +123,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
             return Product(self, self.weight, transposed).output(x, self.bias)
         if delta.mesh_axes:
             return spread(self, x, transposed)
-        method, parameters = delta.delta_of(self)
+        method, parameters = delta.whole_delta_of(self)
         product = product_of(self, transposed)
         return path(
             method, parameters, x, product, self._gift_weight("bias", once=True), self.training
@@ -152,6 +152,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
     def conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
         return forward(self, x, transposed=True)
 
+    linear.path = path  # type: ignore[attr-defined]
     return {
         **dict.fromkeys(forwards_of("linear"), linear),
         **dict.fromkeys(forwards_of("packed linear"), linear_of_bitsandbytes),

@@ -187,7 +187,7 @@ def conv(self: Any, input: Tensor) -> Tensor:
         delta = self._gift_weights["weight"]
     except AttributeError:  # a reference to this method outlived the adaptation
         return type(self).forward(self, input)
-    method, parameters = delta.delta_of(self)
+    method, parameters = delta.whole_delta_of(self)
     dropped = dropped_inputs(method, input, self.training)
     if is_usual(self) and self.groups == 1:
         *factors, scale = method.scaled_low_rank(parameters)

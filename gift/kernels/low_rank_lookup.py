@@ -21,7 +21,7 @@ def lookup(self: Any, input: Tensor) -> Tensor:
     except AttributeError:  # a reference to this method outlived the adaptation
         return type(self).forward(self, input)
     weight = self._gift_frozen("weight")
-    method, parameters = delta.delta_of(self)
+    method, parameters = delta.whole_delta_of(self)
     if not _is_usual(self, delta, weight) or (method.dropout and self.training):
         return nn.Embedding.forward(self, input)
     if type(input.numel()) is int and len(weight) <= input.numel():

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gift.core.delta import deltas_of
+from gift.core.delta import present_deltas
 from gift.core.dynamic_class import joined, plain_class, spec_of
 from gift.core.frozen_norms import freeze_statistics, release_statistics
 from gift.core.holders import unmovable
@@ -105,7 +105,7 @@ class Attached:
         return {
             joined(path, name): key
             for path, module in self.net.named_modules(remove_duplicate=False)
-            for delta in deltas_of(module).values()
+            for delta in present_deltas(module).values()
             if delta.owner is None
             for key, name in delta.names.items()
         }

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import added_names, deltas_of
+from gift.core.delta import added_names, deltas_of, present_deltas
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.record import weight_deltas
 from gift.errors import closest
@@ -246,7 +246,7 @@ def _alone(module: nn.Module, path: str) -> Iterator[Unit]:
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in added:
             groups[name] = [name]
-    for key, delta in deltas_of(module).items():
+    for key, delta in present_deltas(module).items():
         if own := [n for n in delta.names.values() if n in module._parameters and n in added]:
             first = key if key in groups and key in weight_deltas(module) else own[0]
             groups.setdefault(first, []).extend(n for n in own if n not in groups.get(first, ()))

@@ -9,7 +9,7 @@ from torch import nn
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.iterator import Site
 from gift.core.weights.attach import adapt_module, adapt_tensor
-from gift.core.weights.record import WeightDelta, weight_deltas
+from gift.core.weights.record import WeightDelta, present_weight_deltas
 from gift.errors import AdaptationError
 from gift.factories import Action, ma_adapt, pa_adapt
 from gift.factories.actions import method_and_options
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
     def adapted(self) -> Iterator[tuple[nn.Module, str, WeightDelta]]:
         """Yield the adapted tensors in it: module, name, delta."""
         for part in self.module.modules() if self.parameter is None else [self.module]:
-            for tensor, delta in weight_deltas(part).items():
+            for tensor, delta in present_weight_deltas(part).items():
                 if self.parameter in (None, tensor):
                     yield part, tensor, delta
 

@@ -68,6 +68,7 @@ def parameter_groups(
     outer = {
         id(tensor)
         for module, _, delta in named_deltas(net)
+        if not delta.of_base
         for key, tensor in delta.tensors(module).items()
         if key == "lora_B"
     }

@@ -12,7 +12,7 @@ from gift.budget import suggest
 from gift.core.dynamic_class import spec_of
 from gift.core.frozen_norms import kept_modes
 from gift.core.trained import named_trainable
-from gift.core.weights.record import weight_deltas
+from gift.core.weights.record import present_weight_deltas
 from gift.engine.claims import size_of
 from gift.engine.dry_run import cost_of, on_meta, rehearsed
 from gift.errors import AdaptationError
@@ -284,7 +284,7 @@ def _method_row(net: nn.Module, name: str, strategy: FineTuningStrategy, budget:
         with rehearsed(net, strategy) as report:
             cost, total = cost_of(net), report.total_before
             larger = len(report.larger_than_weight)
-            deltas = [a for module in net.modules() for a in weight_deltas(module).values()]
+            deltas = [a for module in net.modules() for a in present_weight_deltas(module).values()]
             tensors = sum(delta.owner is None for delta in deltas)
             tensors += sum(id(p) in own for _, p in named_trainable(net))
     except ValueError as error:

@@ -24,11 +24,12 @@ from gift.support.threads import changing
 def merge(net: nn.Module) -> nn.Module:
     """Merge the deltas into the weights and return the plain trained network.
 
-    Nothing of gift remains on it. Classes, names, dtypes and ``requires_grad`` are those of the
-    base. Parameters that were trained in place, and new heads, stay. Weights are computed in the
-    precision of the deltas, at least float32, and rounded once. Quantised weights are quantised
-    again in the same way; a `GiftWarning` reports how far the result is from the deltas. Before
-    anything is changed, everything is computed once to find what cannot be merged.
+    Nothing of gift remains on it, and deltas on top of each other are merged together. Classes,
+    names, dtypes and ``requires_grad`` are those of the base. Parameters that were trained in
+    place, and new heads, stay. Weights are computed in the precision of the deltas, at least
+    float32, and rounded once. Quantised weights are quantised again in the same way; a
+    `GiftWarning` reports how far the result is from the deltas. Before anything is changed,
+    everything is computed once to find what cannot be merged.
 
     Args:
         net: a network that is being fine-tuned; it is changed in place.
@@ -80,7 +81,7 @@ def _merge(net: nn.Module) -> None:
         for name, parameter in list(module._parameters.items()):
             if id(parameter) in instead:
                 setattr(module, name, instead[id(parameter)])
-    for module, name, flag in record.undo.requires_grad:
+    for module, name, flag in record.lowest.undo.requires_grad:
         if (parameter := module._parameters.get(name)) is not None:
             parameter.requires_grad = flag
     for parameter in net.parameters():

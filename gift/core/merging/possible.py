@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from gift.core.dynamic_class import joined, plain_class, set_class
 from gift.core.forwards import named_forward_deltas
 from gift.core.merging.weights import effective, write
-from gift.core.undo.snapshot import OWN
+from gift.core.undo.frames import OWN
 from gift.core.undo.undoable import check_undoable
 from gift.core.weights.record import present_tensor, weight_deltas
 from gift.errors import AdaptationError

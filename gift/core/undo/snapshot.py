@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from gift.core.delta import added_names
 from gift.core.dynamic_class import plain_class, set_class
-from gift.core.frozen_base import HELD
+from gift.core.frozen_base import watch
 from gift.core.undo.containers import (
     Missing,
     copied,
@@ -32,12 +32,11 @@ from gift.core.undo.containers import (
     restore,
 )
 from gift.core.undo.copy_on_write import CopyOnWrite, parts_of
+from gift.core.undo.frames import OWN, Below
 from gift.core.undo.undo import ModuleUndo, Undo, attributes_of, completed, place_of, put_value
 from gift.private.torch.calls import as_called
 from gift.support.interrupts import held_interrupts
 from gift.support.tensors import set_data, set_flag
-
-OWN = (HELD, "_gift_weights", "_gift_forwards", "_gift_network", "_gift_schedule", "_gift_mode")
 
 
 class _Kept:
@@ -127,6 +126,9 @@ class Snapshot:
     def rollback(self) -> None:
         """Restore everything exactly."""
         completed(self._restore)
+        for module, _, state, _ in self.modules:
+            if "_gift_network" in state:
+                watch(module)
 
     def _restore(self) -> None:
         for module, cls, state, contents in self.modules:
@@ -145,13 +147,14 @@ class Snapshot:
         for tensor, value in self.written:
             put_value(tensor, value)
 
-    def commit(self, keep_values: bool) -> Undo:
+    def commit(self, keep_values: bool, below: Below | None = None) -> Undo:
         """Return what the actions changed, for undoing it later.
 
         Args:
             keep_values: copy the values of what training changes in place.
+            below: the fine-tuned network as it was, if it was one.
         """
-        undo = Undo(modules=list(self._changes()))
+        undo = Undo(modules=list(self._changes()), below=below)
         undo.requires_grad = [(m, name, kept.flag) for m, name, kept in self.parameters]
         if keep_values:
             undo.values = list(self._values())
@@ -181,7 +184,7 @@ class Snapshot:
 
     def _changes(self) -> Iterator[ModuleUndo]:
         for module, cls, state, contents in self.modules:
-            plain = None if plain_class(type(module)) is cls else cls
+            plain = None if plain_class(type(module)) is plain_class(cls) else plain_class(cls)
             now = attributes_of(module)
             attributes = difference(state, now, OWN)
             if "_gift_mode" in now:

@@ -17,6 +17,7 @@ from gift.core.undo.containers import (
     put_order,
     refill,
 )
+from gift.core.undo.frames import Below
 from gift.core.weights.attach import release_tensors
 from gift.support.sharding import distributed_like, is_sharded
 from gift.support.tensors import is_expanded, same_bits, set_data, set_flag
@@ -112,12 +113,14 @@ class Undo:
         requires_grad: the flags that the parameters had when the network was last the plain base.
         values: for each module, values of buffers and of parameters that are trained in place.
         recast: the entries of `values` whose dtype or device an action changed.
+        below: the fine-tuned network that is the base, None if the base is a plain network.
     """
 
     modules: list[ModuleUndo] = field(default_factory=list)
     requires_grad: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
     values: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     recast: list[tuple[nn.Module, str]] = field(default_factory=list)
+    below: Below | None = None
 
     def value(self, module: nn.Module, name: str, kept: Tensor) -> Tensor:
         """A saved value, with the dtype and device that its tensor has now."""
@@ -146,6 +149,8 @@ class Undo:
             release_statistics(module)
         for undo in self.modules:
             undo.apply()
+        if self.below is not None:
+            self.below.put(network)
         for module, name, flag in self.requires_grad:
             if (parameter := module._parameters.get(name)) is not None:
                 set_flag(parameter, flag)

@@ -1,22 +1,19 @@
 """Remove fine-tuning from a network and put it back later."""
 
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import added_names, held
+from gift.core.delta import held
 from gift.core.dynamic_class import (
     Spec,
-    generated_class,
     joined,
     plain_class,
-    set_class,
     spec_of,
 )
 from gift.core.frozen_base import HELD, hold_flags
@@ -24,12 +21,12 @@ from gift.core.frozen_norms import kept_modes
 from gift.core.holders import refuse_held_elsewhere
 from gift.core.network import remove_record
 from gift.core.record import record_of
-from gift.core.undo.snapshot import OWN, transaction
+from gift.core.undo.frames import Below, Frame
+from gift.core.undo.snapshot import transaction
 from gift.core.undo.temporary_state import meanwhile
 from gift.core.undo.undo import ModuleUndo, completed, place_of, tensor_of
 from gift.core.undo.undoable import check_undoable
 from gift.core.weights.mixin import is_parametrized
-from gift.core.weights.record import weight_deltas
 from gift.errors import GiftWarning, some
 from gift.quantization import as_packed
 from gift.support.interrupts import switching
@@ -57,7 +54,7 @@ class UnloadedDelta:
         undo = record.undo
         self.network = network
         self.record = record
-        self.frames = [_Frame(m) for m in network.modules() if spec_of(m) != Spec()]
+        self.frames = [Frame(m) for m in network.modules() if spec_of(m) != Spec()]
         self.changes = [change.present() for change in undo.modules]
         for change in self.changes:
             change.plain = None if change.plain is None else plain_class(change.plain)
@@ -70,6 +67,7 @@ class UnloadedDelta:
         self.held = [(m, vars(m)[HELD]) for m in network.modules() if HELD in vars(m)]
         remove_record(network)
         replace(undo, values=[]).apply(network)
+        self.base_record = record_of(network) if spec_of(network).network else None
         self.plain = [_unparametrized(type(frame.module)) for frame in self.frames]
         replaced = _replaced(undo.modules, self.changes)
         self.replaced = [(base, new, place_of(base)) for base, new in replaced]
@@ -134,6 +132,9 @@ class UnloadedDelta:
         """
         self._refuse()
         undo = self.record.undo
+        if undo.below is not None:
+            undo.below = Below(self.network)
+            remove_record(self.network)
         # Take the present flags of the base, whoever set them: disabling restores these.
         undo.requires_grad = [
             (m, name, p.requires_grad) for m, name, p in _parameters(self.network)
@@ -179,78 +180,6 @@ def _replaced(
             new = change.entries["_modules"][name]
             if isinstance(base, nn.Module) and isinstance(new, nn.Module):
                 yield base, new
-
-
-class _Frame:
-    """The parts of one module that `ModuleUndo` leaves out: its class, and what gift added."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.spec = spec_of(module)  # not the class, which pickle cannot find by name
-        # Include adapted tensors in ``__dict__``: a hook computed these.
-        keys = [key for key in (*OWN, *weight_deltas(module)) if key in module.__dict__]
-        self.own = {key: module.__dict__[key] for key in keys}
-        self.parameters = dict(module._parameters)
-        self.buffers = dict(module._buffers)
-        self.hooks = dict(module._load_state_dict_post_hooks)
-        self.not_saved = set(module._non_persistent_buffers_set)
-        self.place = _place_of_base(module)
-        self.added = [
-            p for n in added_names(module) if (p := module._parameters.get(n)) is not None
-        ]
-
-    def apply(self, shared: dict[int, Tensor]) -> None:
-        """Put the parts back.
-
-        Args:
-            shared: buffers that were moved or cast so far, by the id of the buffer before.
-        """
-        module = self.module
-        set_class(module, generated_class(plain_class(type(module)), self.spec))
-        # A hook that computed a tensor may be gone.
-        own = {k: v for k, v in self.own.items() if k in OWN or k in module.__dict__}
-        module.__dict__.update(own)
-        if spec_of(module).statistics:  # freeze them again, remember the requested mode
-            module.__dict__["_gift_mode"] = module.training
-            module.training = False
-        device, dtype = _place_of_base(module)
-        # Base tensors stay as they are now. If they were moved or cast, the deltas follow.
-        added = added_names(module)
-        _put_among(module._parameters, self.parameters, added)
-        _put_among(module._buffers, self.buffers, added)
-        _put_among(module._load_state_dict_post_hooks, self.hooks, self.hooks)
-        for name in added if device is not None else ():
-            delta = held(module, name)[name]
-            cast = dtype != self.place[1] and delta.is_floating_point()
-            data = delta.data.to(device=device, dtype=dtype if cast else None)
-            if data is not delta.data and (delta.device, delta.dtype) != (data.device, data.dtype):
-                delta.grad = None  # must have the dtype of its tensor
-                # Layers of other networks may share a buffer; it stays as it is for them.
-                held(module, name)[name] = (
-                    with_data(delta, data)
-                    if isinstance(delta, nn.Parameter)
-                    else shared.setdefault(id(delta), data)
-                )
-        module._non_persistent_buffers_set.update(self.not_saved)
-
-
-def _place_of_base(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device of the module's own tensors, and dtype of its first floating-point one."""
-    added = added_names(module)
-    named = [*module._parameters.items(), *module._buffers.items()]
-    own = [tensor for name, tensor in named if tensor is not None and name not in added]
-    dtypes = (tensor.dtype for tensor in own if tensor.is_floating_point())
-    return next((tensor.device for tensor in own), None), next(dtypes, None)
-
-
-def _put_among(now: dict[Any, Any], then: dict[Any, Any], names: Container[Any]) -> None:
-    """Restore the entries of `then` with these names in `now`, and the order of `then`."""
-    present = {**now}
-    now.clear()
-    for key, value in then.items():
-        if key in present or key in names:
-            now[key] = present.pop(key, value)
-    now.update(present)
 
 
 def _unparametrized(cls: type) -> type:
@@ -304,7 +233,8 @@ def _disabled(net: nn.Module) -> Iterator[None]:
     def put_back() -> None:
         with transaction(net):
             for part in [part for part in net.modules() if spec_of(part).network]:
-                remove_record(part).undo.apply(part)  # fine-tuning enabled inside the context
+                while spec_of(part).network and record_of(part) is not detached.base_record:
+                    remove_record(part).undo.apply(part)  # was enabled inside the context
             for module, name, parameter, flag in frozen:
                 now = module._parameters.get(name)  # a new one after load_state_dict(assign=True)
                 (parameter if now is None else now).requires_grad = flag

@@ -11,12 +11,17 @@ from gift.core.delta import add_lazy_tensor, add_tensor, added_names, has_attrib
 from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts
 from gift.core.weights.making import in_precision_of
-from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
+from gift.core.weights.record import (
+    WeightDelta,
+    present_tensor,
+    present_weight_deltas,
+    weight_deltas,
+)
 from gift.errors import AdaptationError
 from gift.layers.layouts import LayoutOptions
 from gift.layers.table import LayerRow, layout_of, row_of
 from gift.methods import Method
-from gift.quantization import dequantised, is_quantised, not_yet_quantised, stand_in
+from gift.quantization import is_quantised, not_yet_quantised, stand_in
 from gift.support.sharding import is_sharded
 from gift.support.tensors import is_inexact
 
@@ -36,18 +41,19 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     frozen = present_tensor(module, tensor)
     _check(module, tensor, frozen)
     options = options.settled(method.conv_layouts, method.rows_are_outputs)
-    delta = WeightDelta(method=method, options=options, asked=method)
+    below = weight_deltas(module).get(tensor)
+    delta = WeightDelta(method=method, options=options, asked=method, below=below)
     if is_lazy(frozen):
         shape = _lazy_probe(method)
         values = method.nearest(shape).init_parameters(torch.empty(shape, device="meta"))
     else:
-        readable = dequantised(frozen, module) if method.reads_weight else stand_in(frozen)
+        readable = delta.under(module, frozen) if method.reads_weight else stand_in(frozen)
         delta.layout = layout_of(module, tensor, readable.shape, options)
         delta.method = method.nearest(delta.layout.matrix)
         values = delta.initial(readable)
         _check_shape(delta, readable, values)
     prefix = "" if tensor == "weight" else f"{tensor}_"
-    delta.names = {key: prefix + key for key in values}
+    delta.names = _free_names(module, {key: prefix + key for key in values}, below)
     present = [name for name in delta.names.values() if has_attribute(module, name)]
     if present:
         raise AdaptationError(f"it already has attributes {present}, which the delta would hide")
@@ -58,6 +64,17 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
     delta.note_source(module, tensor)
     if isinstance(frozen, nn.Parameter):
         frozen.requires_grad = False
+
+
+def _free_names(
+    module: nn.Module, names: dict[str, str], below: WeightDelta | None
+) -> dict[str, str]:
+    """Number the names of a delta on top of another one that uses them: ``lora_A_2``."""
+    number, free = 1, names
+    while below is not None and any(has_attribute(module, name) for name in free.values()):
+        number += 1
+        free = {key: f"{name}_{number}" for key, name in names.items()}
+    return free
 
 
 def install(module: nn.Module, tensor: str, delta: WeightDelta) -> None:
@@ -73,16 +90,19 @@ def uninstall(module: nn.Module, tensor: str) -> None:
 
 
 def _read_through_adapters(module: nn.Module) -> None:
-    tensors = tuple(sorted((t, a.method.name) for t, a in weight_deltas(module).items()))
+    tensors = tuple(sorted((t, a.method_name) for t, a in weight_deltas(module).items()))
     change_class(module, tensors=tensors)
 
 
 def _check(module: nn.Module, tensor: str, frozen: Any) -> None:
-    if tensor in weight_deltas(module):
-        method = weight_deltas(module)[tensor].method
+    known = weight_deltas(module).get(tensor)
+    if known is not None and not known.of_base:
         raise AdaptationError(
-            f"{tensor!r} is already adapted by {method}; a tensor can have one method"
+            f"{tensor!r} is already adapted by {known.method}; a tensor can have one method"
         )
+    if known is not None and (known.layout is None or is_sharded(frozen)):
+        state = "has no shape yet" if known.layout is None else "is spread over processes"
+        raise AdaptationError(f"{tensor!r} {state}, so no delta can be put on top of the one there")
     if not isinstance(frozen, Tensor):
         have = [name for name, p in module._parameters.items() if p is not None]
         raise AdaptationError(f"it has no tensor {tensor!r}; it has {have}")
@@ -193,13 +213,13 @@ def adapt_tensors(
 
 def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
     """Let each bias in `module` use the delta of the weights to whose outputs it is added."""
-    deltas = dict(weight_deltas(module))
+    deltas = present_weight_deltas(module)
     for bias in row.names(module, row.biases) if row is not None else ():
         weights = tuple(w for w in deltas if row is not None and row.bias_of(w) == bias)
         if weights:
             first = deltas[weights[0]]
             delta = WeightDelta(method=first.method, options=first.options, owner=module)
-            delta.bias_of = weights
+            delta.bias_of, delta.below = weights, weight_deltas(module).get(bias)
             install(module, bias, delta)
             delta.link_to_weights(module, bias)
 

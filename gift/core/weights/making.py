@@ -25,6 +25,11 @@ class WeightMaking:
     method: Any
     keys: tuple[str, ...]
 
+    def working_dtype(self, frozen: Tensor) -> torch.dtype:
+        """The dtype for computing, exact for the weight and the delta."""
+        dtype: torch.dtype = self.method.working_dtype(frozen)
+        return dtype
+
     def __call__(self, *tensors: Tensor) -> Tensor:
         """The effective weight in the frozen one's dtype."""
         frozen, parameters = self._precise(tensors)

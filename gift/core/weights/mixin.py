@@ -25,6 +25,7 @@ from gift.core.weights.effective import EffectiveWeight, refused
 from gift.core.weights.record import WeightDelta, plain_tensor
 from gift.errors import AdaptationError
 from gift.kernels.effective_linear import Made, effective_forwards
+from gift.kernels.stacked import stacked_forwards
 from gift.kernels.torch_state import for_every_tensor
 from gift.layers.table import dotted, row_of
 from gift.methods import METHODS
@@ -33,6 +34,7 @@ from gift.quantization import is_quantised, same_values
 from gift.support.sharding import is_sharded
 
 EFFECTIVE = effective_forwards()
+STACKED = stacked_forwards()
 
 
 class AdaptedModule(DeltaModule):
@@ -156,8 +158,7 @@ class AdaptedModule(DeltaModule):
         """Record where frozen tensors are now; what was derived from them is still valid."""
         # It is None in a copy that is made only to look at it, see `gift.core.merging`.
         for tensor, delta in (self._gift_weights or {}).items():
-            if delta.method.derives:
-                delta.note_source(self, tensor)
+            delta.note_source(self, tensor)
 
     def __delattr__(self, name: str) -> None:
         if name in self._gift_weights:  # the first step of reparametrising a weight
@@ -180,7 +181,7 @@ class AdaptedModule(DeltaModule):
     def _gift_changes(self, tensor: str, state_dict: MutableMapping[str, Any], prefix: str) -> bool:
         """Whether a state changes the values of a frozen tensor from which a delta was made."""
         delta, new = self._gift_weights[tensor], state_dict.get(prefix + tensor)
-        if new is None or not delta.method.reads_weight or delta.is_on_meta(self):
+        if new is None or not delta.reads_weight or delta.is_on_meta(self):
             return False
         now = self._parameters.get(tensor)
         return now is not None and (now.is_meta or not same_values(now, new.to(now.device)))
@@ -328,13 +329,16 @@ def adapted_feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dic
 
 
 def _fast_forward(plain: type[nn.Module], spec: Spec) -> type | None:
-    method = dict(spec.tensors).get("weight")
-    if method is None:
+    stack = dict(spec.tensors).get("weight")
+    if stack is None:
         return None
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: import the file that registers it first")
+    methods = stack.split("+")
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}: import the file that registers it first")
     name = dotted(plain.forward)
-    fast = METHODS[method].forwards.get(name, EFFECTIVE.get(name))
+    forwards = METHODS[methods[0]].forwards if len(methods) == 1 else STACKED
+    fast = forwards.get(name, EFFECTIVE.get(name))
     if fast is None:
         return None
     forward = for_every_tensor(fast, plain.forward)

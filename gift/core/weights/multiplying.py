@@ -39,7 +39,8 @@ def linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     module, delta = weight._gift_source
     method, parameters = delta.delta_of(module)
     frozen, *others = made.again.tensors
-    if method.low_rank_is_cheap and delta.layout.is_trivial and made.again.is_current():
+    alone = delta.below is None and delta.layout.is_trivial
+    if alone and method.low_rank_is_cheap and made.again.is_current():
         factors = method.scaled_low_rank(parameters)
         if factors is not None and all(map(operator.is_, parameters.values(), others)):
             *pair, scale = factors

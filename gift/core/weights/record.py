@@ -21,6 +21,7 @@ from gift.core.weights.parallel import (
     spread_weight,
 )
 from gift.core.weights.reading import Memory, made, made_once
+from gift.core.weights.stacking import StackMaking, Together
 from gift.errors import AdaptationError, GiftWarning
 from gift.kernels.effective_linear import Made
 from gift.kernels.remembered import Remembered
@@ -50,6 +51,7 @@ class WeightDelta(Delta):
         bias_of: for a bias, the weights of the module to whose outputs it is added. It uses
             their delta, and the module is its owner.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
+        below: the frozen delta on top of which this one is, see `gift.core.weights.stacking`.
         mesh_axes: the number of axes of the mesh over which tensor parallelism spreads the tensor,
             see `gift.core.weights.parallel`; 0 if it does not.
         memory: a weak reference to the effective weight that was read last.
@@ -62,10 +64,12 @@ class WeightDelta(Delta):
     layout: Layout | None = None
     bias_of: tuple[str, ...] = ()
     reads_alike: bool = True
+    below: "WeightDelta | None" = None
     mesh_axes: int = field(default=0, compare=False)
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
     source: "_Source | None" = field(default=None, compare=False, repr=False)
     _remembered: Remembered | None = field(default=None, init=False, repr=False, compare=False)
+    _is_sum: bool | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def remembered(self) -> Remembered:
@@ -74,12 +78,87 @@ class WeightDelta(Delta):
             self._remembered = Remembered()
         return self._remembered
 
+    def own_names(self) -> list[str]:
+        """Names on the module of all tensors that it holds for this delta and those under it."""
+        under = [] if self.below is None else self.below.own_names()
+        return [*under, *super().own_names()]
+
+    @property
+    def method_name(self) -> str:
+        """The name of the method; those of a stack are joined by ``+``, the lowest first."""
+        under = "" if self.below is None else f"{self.below.method_name}+"
+        return under + self.method.name
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether parameters of this delta or of one under it depend on the frozen values."""
+        return self.method.reads_weight or (self.below is not None and self.below.reads_weight)
+
     def delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-        """The method and its parameters for the adapted tensor of `module`."""
+        """The method and its parameters for the adapted tensor of `module`, without those below."""
         parameters = self.tensors(module)
         if self.source is not None and not torch.compiler.is_compiling():
             parameters |= self._derived_anew(module, self.source, parameters)
         return self.method, parameters
+
+    def whole_delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+        """The method and parameters with which a low-rank fast path computes the whole delta."""
+        method, parameters = self.delta_of(module)
+        if self.below is None:
+            return method, parameters
+        lower = list(self._stack())[1:]
+        for number, delta in enumerate(lower):
+            own = delta.delta_of(module)[1]
+            parameters |= {f"{number}/{key}": value for key, value in own.items()}
+        return Together(method, tuple(delta.method for delta in lower)), parameters
+
+    def _stack(self) -> Iterator["WeightDelta"]:
+        delta: WeightDelta | None = self
+        while delta is not None:
+            yield delta
+            delta = delta.below
+
+    def is_sum(self, module: nn.Module) -> bool:
+        """Whether this delta and those under it are products of factors that can be added."""
+        if self._is_sum is None:
+            self._is_sum = self.layout is not None and all(
+                d.layout == self.layout
+                and d.reads_alike
+                and d.method.low_rank_is_cheap
+                and d.method.low_rank(d.tensors(module)) is not None
+                for d in self._stack()
+            )
+        return self._is_sum
+
+    def under(self, module: nn.Module, frozen: Tensor) -> Tensor:
+        """What the method sees as the frozen weight: dequantised, with the delta under this one.
+
+        A weight with such a delta has the precision with which that is computed.
+        """
+        frozen = dequantised(frozen, module)
+        if self.below is None:
+            return frozen
+        making, tensors = self.below._making(module)
+        return making(frozen.to(making.working_dtype(frozen)), *tensors)
+
+    def _making(
+        self, module: nn.Module, drops: bool = False
+    ) -> tuple[WeightMaking | StackMaking, list[Tensor]]:
+        """What makes the effective weight from the frozen one and which further tensors.
+
+        Args:
+            module: the module that holds the tensor.
+            drops: whether dropout is drawn for it.
+        """
+        assert self.layout is not None
+        method, parameters = self.delta_of(module)
+        if drops:
+            parameters = method.drop(parameters, self.layout.input_axis)
+        making = WeightMaking(self.layout, method, tuple(parameters))
+        if self.below is None:
+            return making, list(parameters.values())
+        lower, tensors = self.below._making(module)
+        return StackMaking(lower, making, len(tensors)), [*tensors, *parameters.values()]
 
     def local_delta_of(
         self, module: nn.Module, frozen: Tensor, partial: Sequence[bool]
@@ -100,6 +179,8 @@ class WeightDelta(Delta):
         """
         if self.layout is None:
             raise AdaptationError("it has no shape yet: run a batch through the network first")
+        if self.below is not None:
+            raise AdaptationError("a delta on top of another one cannot be spread over processes")
         placements_of(self.method, self.layout, like.placements, self.names)
         self.mesh_axes, self.source = _axes_of(like), None
         return nn.Parameter(distributed_like(frozen.detach(), like), requires_grad=False)
@@ -124,6 +205,8 @@ class WeightDelta(Delta):
 
         Other code may replace that tensor for one call, as `torch.func.functional_call` does.
         """
+        if self.below is not None:
+            self.below.note_source(module, tensor)
         frozen, derives = module._parameters.get(tensor), self.method.derives
         if frozen is not None and derives and _is_plain(frozen) and not is_lazy(frozen):
             derived = self.tensors(module)[derives[0]]
@@ -140,20 +223,18 @@ class WeightDelta(Delta):
         if not _is_plain(frozen) or source.is_of(frozen):
             return {}
         assert self.layout is not None
-        made = self.method.derived(self.layout.to_matrix(frozen))
+        made = self.method.derived(self.layout.to_matrix(self.under(module, frozen)))
         return {key: contiguous(value) for key, value in made.items()}
 
     def weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight in the frozen one's dtype, rounded once."""
         if self.layout is None or self.is_away(frozen):
             return frozen
-        method, parameters = self.delta_of(module)
         if self.mesh_axes:
+            method, parameters = self.delta_of(module)
             return spread_weight(method, self.layout, frozen, parameters, module.training)
-        if method.dropout and module.training:
-            parameters = method.drop(parameters, self.layout.input_axis)
-        making = WeightMaking(self.layout, method, tuple(parameters))
-        return making(dequantised(frozen, module), *parameters.values())
+        making, tensors = self._making(module, bool(self.method.dropout) and module.training)
+        return making(dequantised(frozen, module), *tensors)
 
     def read(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The effective weight through the cache of `gift.core.weights.reading`."""
@@ -172,16 +253,17 @@ class WeightDelta(Delta):
         """The arguments of `made_once`; None if each read makes the weight anew."""
         if self.layout is None or is_sharded(frozen) or self.mesh_axes or is_quantised(frozen):
             return None
-        method, parameters = self.delta_of(module)
-        if method.dropout and module.training:  # each read draws a mask
+        if self.method.dropout and module.training:  # each read draws a mask
             return None
-        making = WeightMaking(self.layout, method, tuple(parameters))
-        of = id(self.layout), id(method)
-        return module, making, (frozen, *parameters.values()), self.memory, of
+        making, tensors = self._making(module)
+        of = tuple(id(part) for delta in self._stack() for part in (delta.layout, delta.method))
+        return module, making, (frozen, *tensors), self.memory, of
 
     def slices(self, module: nn.Module, frozen: Tensor) -> Slices | None:
         """The matrices of a weight that is a batch of them; None if they cannot be read singly."""
         if self.layout is None or len(self.layout.matrix) != 3 or not self.layout.is_trivial:
+            return None
+        if self.below is not None:
             return None
         method, parameters = self.delta_of(module)
         if (method.dropout and module.training) or frozen.requires_grad or is_quantised(frozen):
@@ -244,16 +326,20 @@ class WeightDelta(Delta):
         if self.layout is None or frozen.is_meta or is_sharded(frozen) or self.is_on_meta(module):
             return False
         frozen = dequantised(frozen, module)
-        return is_finite(frozen) and not torch.equal(trained_value(self, module, frozen), frozen)
+        lower = self.under(module, frozen).to(frozen.dtype)
+        return is_finite(frozen) and not torch.equal(trained_value(self, module, frozen), lower)
 
     def reset(self, module: nn.Module, key: str) -> None:
         """Give the delta its initial values, and a shape if it is lazy."""
         if self.bias_of:
-            self.link_to_weights(module, key)
+            if not self.of_base:
+                self.link_to_weights(module, key)
             return
         if self.owner is not None:
             self.layout = weight_deltas(self.owner)[key].layout
             return
+        if self.below is not None:
+            self.below.reset(module, key)
         frozen = self._frozen(module, key)
         if is_lazy(frozen):
             return
@@ -306,6 +392,8 @@ class WeightDelta(Delta):
         These are the parameters that are never saved and, while the delta has no effect yet, all of
         them.
         """
+        if self.below is not None:
+            self.below.rederive(module, tensor)
         if self.owner is not None or self.layout is None or not self.method.reads_weight:
             return
         frozen = self._frozen(module, tensor)
@@ -315,12 +403,15 @@ class WeightDelta(Delta):
         derived = {k: v for k, v in made.items() if k in module._non_persistent_buffers_set}
         put_values(module, derived)
         with torch.no_grad():
-            untrained = torch.equal(self.weight(module, frozen), frozen)
+            own, tensors = self.delta_of(module)
+            making = WeightMaking(self.layout, own, tuple(tensors))
+            untrained = torch.equal(making(frozen, *tensors.values()), frozen)
         if untrained:
             put_values(module, made)
 
     def _frozen(self, module: nn.Module, tensor: str) -> Tensor:
-        return dequantised(present_tensor(module, tensor), module)
+        frozen: Tensor = present_tensor(module, tensor)
+        return frozen if is_lazy(frozen) else self.under(module, frozen)
 
 
 def _axes_of(tensor: Any) -> int:
@@ -357,6 +448,11 @@ def weight_deltas(module: nn.Module) -> Mapping[str, WeightDelta]:
     """Records of the adapted tensors of `module` itself, by name."""
     deltas: Mapping[str, WeightDelta] = module.__dict__.get("_gift_weights", {})
     return deltas
+
+
+def present_weight_deltas(module: nn.Module) -> dict[str, WeightDelta]:
+    """Those of the present strategy, without those of its base."""
+    return {name: delta for name, delta in weight_deltas(module).items() if not delta.of_base}
 
 
 def plain_tensor(module: nn.Module, tensor: str) -> Any:

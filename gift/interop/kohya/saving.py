@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gift.core.delta import deltas_of
+from gift.core.delta import present_deltas
 from gift.core.record import fine_tuned_part
 from gift.core.trained import moved_buffers, trained_of_the_base
-from gift.core.weights.record import WeightDelta, present_tensor, weight_deltas
+from gift.core.weights.record import WeightDelta, present_tensor, present_weight_deltas
 from gift.errors import DeltaFileError, refuse
 from gift.interop.kohya.layers import Incompatible, flat, is_layer, lead
 from gift.interop.kohya.parts import parts_of
@@ -106,7 +106,7 @@ def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, W
     """Yield path, layer and delta of all that a file can hold; report all others as problems."""
     problems += _kept_elsewhere(net)
     for path, module in net.named_modules():
-        for tensor, delta in deltas_of(module).items():
+        for tensor, delta in present_deltas(module).items():
             where = f"{path}.{tensor}".lstrip(".")
             if not isinstance(delta, WeightDelta):
                 problems.append(f"{where}: such files cannot hold wrapped forward passes")
@@ -131,7 +131,7 @@ def _kept_elsewhere(net: Any) -> Iterator[str]:
             "buffers that changed while training, or may have (keep_base=False): "
             + ", ".join(changed)
         )
-    if not any(weight_deltas(module) for module in net.modules()):
+    if not any(present_weight_deltas(module) for module in net.modules()):
         yield f"{type(net).__name__} has no delta"
 
 

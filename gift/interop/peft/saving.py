@@ -13,7 +13,7 @@ from torch import nn
 
 from gift.core.forwards import named_forward_deltas
 from gift.core.record import fine_tuned_part
-from gift.core.weights.record import weight_deltas
+from gift.core.weights.record import present_weight_deltas
 from gift.errors import DeltaFileError, refuse
 from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.interop.peft.forms import Config, Form, Tensors, Written
@@ -132,7 +132,7 @@ def _adapted_tensors(network: nn.Module, problems: list[str]) -> Iterator[Adapte
     for path, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
     for path, module in network.named_modules():
-        for tensor, delta in weight_deltas(module).items():
+        for tensor, delta in present_weight_deltas(module).items():
             if delta.bias_of:
                 continue
             item = AdaptedTensor(path, module, tensor, delta, _attention_of(network, path, tensor))
