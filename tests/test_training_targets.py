@@ -98,15 +98,18 @@ def test_a_single_example_has_no_explained_variance() -> None:
 
 
 REFUSED: dict[str, tuple[int, Tensor, dict[str, Any], str]] = {
-    "whole numbers, one output": (1, CLASSES, {}, "at least 2 outputs .*task='regression'"),
-    "a column of them": (1, CLASSES[:, None], {}, "at least 2 outputs"),
-    "all of class 0": (1, CLASSES * 0, {}, "at least 2 outputs"),
-    "bool, one output": (1, CLASSES.bool(), {}, "at least 2 outputs"),
+    "three classes, one output": (
+        1, (X[:, 0] * 9).long() % 3, {}, "one number, .*as many outputs.*task='regression'"),
     "numbers asked for as classes": (1, Y, {"task": "classification"}, "task='regression'"),
+    "probabilities of one output": (
+        1, CLASSES * 0.5, {"task": "classification"}, "targets 0 and 1"),
+    "numbers asked for as labels": (3, torch.randn(40, 3), {"task": "multi_label"}, "0 and 1"),
+    "class numbers asked for as labels": (
+        3, CLASSES, {"task": "multi_label"}, "a logit and a 0 or 1 for each class"),
     "classes written as floats": (2, CLASSES.float(), {}, r"targets.long\(\)"),
     "numbers for two outputs": (2, Y.flatten(), {}, "choose task='regression'$"),
     "several classes at once": (
-        3, torch.ones(40, 3), {}, "sums from 3 to 3.*binary_cross_entropy_with_logits"),
+        3, torch.ones(40, 3), {}, "sums from 3 to 3.*task='multi_label'"),
     "several numbers": (3, torch.randn(40, 3), {}, "task='regression'"),
     "negative shares": (2, torch.tensor([[1.5, -0.5]] * 40), {}, "add up to 1"),
     "labels of -1": (2, CLASSES * 2 - 1, {}, r"labels \[-1\]"),
@@ -140,7 +143,7 @@ def test_probabilities_and_bools_are_classes() -> None:
 
 
 def test_zeros_and_ones_as_floats_are_reported() -> None:
-    with pytest.warns(GiftWarning, match="all 0 or 1.*2 outputs"):
+    with pytest.warns(GiftWarning, match="all 0 or 1.*task='classification'"):
         assert "rmse" in evaluate(net(), (X, CLASSES[:, None].float()), device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -226,7 +229,10 @@ def table(path: Path, labels: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([f"{n / 7:.3f}" for n in range(40)], "measured numbers, 40 different ones.*regression"),
+        (
+            [f"{n / 7:.3f}" for n in range(40)],
+            "measured numbers, 40 different ones.*task='regression'",
+        ),
         (["1.0", "2.5", "1.0"], "2.5 are measured.*classes=\\["),
         (["1e-3", "2"], "1e-3 are measured"),
         (["1", "1.0", "2"], "one number written in several ways"),

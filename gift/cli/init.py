@@ -15,7 +15,7 @@ def init(
     kind: Annotated[str, typer.Option(help="how the examples are stored")] = "class_folders",
     strategy: Annotated[
         str, typer.Option(help="which part of the network is trained")
-    ] = "LoRAAllFineTuningStrategy",
+    ] = "RecommendedFineTuningStrategy",
     force: Annotated[bool, typer.Option("--force", help="overwrite the file")] = False,
 ) -> None:
     """Write a first job file: every setting with its default and description."""

@@ -35,11 +35,9 @@ def own_network(name: str | None, job: Any) -> Any:
     """
     if name is None:
         return None
-    from gift.jobs.kinds import KINDS
     from gift.jobs.networks import named_network
 
-    task = KINDS[job.data.kind].task
-    return named_network(name, "default", task, job.training.seed or 0, allow_import=True)
+    return named_network(name, "default", job.data.task, job.training.seed or 0, allow_import=True)
 
 
 def opened(folder: Path, network: str | None) -> Any:

@@ -1,7 +1,7 @@
 """What a network records about its inputs and outputs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -30,11 +30,13 @@ class IOSpec:
         reader: makes the inputs; None if unknown.
         classes: names of the classes; None if unknown.
         task: the task, as in `gift.data.Examples`.
+        details: what else the task must know, as plain data; as in `gift.data.Examples`.
     """
 
     reader: Any = None
     classes: tuple[str, ...] | None = None
     task: str = "classification"
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IOSpec":
         return self  # immutable
@@ -53,16 +55,38 @@ class IOSpec:
             "task": self.task,
             "classes": None if self.classes is None else list(self.classes),
             "reader": None if reader is None else reader.to_config(folder),
+            **({"details": dict(self.details)} if self.details else {}),
         }
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], reader: Any) -> "IOSpec":
+        """Make the description from plain data, and a reader.
 
-def set_io_spec(net: nn.Module, reader: Any, classes: Sequence[str] | None, task: str) -> None:
+        Raises:
+            KeyError, TypeError, ValueError: if the data does not describe one.
+        """
+        classes, details = config["classes"], config.get("details", {})
+        if not isinstance(config["task"], str) or not isinstance(details, dict):
+            raise TypeError("expected the name of a task, and its details by name")
+        if classes is not None and not all(isinstance(name, str) for name in classes):
+            raise TypeError("expected names of classes")
+        return cls(reader, None if classes is None else tuple(classes), config["task"], details)
+
+
+def set_io_spec(
+    net: nn.Module,
+    reader: Any,
+    classes: Sequence[str] | None,
+    task: str,
+    details: Mapping[str, Any] | None = None,
+) -> None:
     """Store on a network how its inputs are read and what its outputs are.
 
     Copies and pickles of the network keep this. If it is stored during fine-tuning, disabling
     fine-tuning removes it.
     """
-    vars(net)[IO_SPEC] = IOSpec(reader, None if classes is None else tuple(classes), task)
+    names = None if classes is None else tuple(classes)
+    vars(net)[IO_SPEC] = IOSpec(reader, names, task, dict(details or {}))
 
 
 def io_spec_of(net: nn.Module) -> IOSpec:
@@ -90,8 +114,8 @@ def drop_empty_io_spec(net: nn.Module) -> None:
 
 
 def forget_classes(net: nn.Module) -> None:
-    """Remove the names of the classes, because the head was replaced."""
-    vars(net)[IO_SPEC] = replace(io_spec_of(net), classes=None)
+    """Remove the names of the classes and the details, because the head was replaced."""
+    vars(net)[IO_SPEC] = replace(io_spec_of(net), classes=None, details={})
 
 
 def load_io_spec(net: nn.Module, spec: IOSpec) -> None:

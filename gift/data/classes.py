@@ -56,8 +56,7 @@ def _refuse_measured(labels: set[str]) -> None:
     if broken := [name for name in numbers if not float(name).is_integer()]:
         raise DataError(
             f"labels such as {some(broken, 4)} are measured numbers, {len(numbers)} different ones,"
-            " and no classes: for a regression give tensors of inputs and targets, "
-            f"gift.data.tensors(..., task='regression'); {advice}"
+            f" and no classes: for a regression give task='regression'; {advice}"
         )
     twice = Counter(float(name) for name in numbers)
     if same := [name for name in numbers if twice[float(name)] > 1]:

@@ -1,7 +1,7 @@
 """Training examples, and the protocol of readers, which read further inputs of their kind."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -44,11 +44,14 @@ class Examples:
     Args:
         dataset: dataset with a length and integer indices. An item is a pair of input and target,
             or a dictionary of tensors with "labels", as for transformers.
-        task: "classification", "language" (predict the next token), "detection" or "regression";
-            None decides between "classification" and "regression" by targets and network.
+        task: "classification", "multi_label" (any number of classes for each example),
+            "regression", "language" (predict the next token) or "detection"; None decides between
+            "classification" and "regression" by targets and network.
         classes: names of the classes, in the order of their numbers; None if there are none.
         collate: function that collates items into a batch; None uses torch's default.
         reader: converts files or texts to inputs, for `predict`; None if examples are tensors.
+        details: what else the task must know, as plain data: "scale", the mean and deviation of the
+            numbers that a network predicts in standardised form.
     """
 
     dataset: Dataset[Any]
@@ -56,6 +59,7 @@ class Examples:
     classes: tuple[str, ...] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     reader: Reader | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # torch leaves it to each dataset

@@ -1,4 +1,4 @@
-"""Images in folders, one folder for each class."""
+"""Images and sounds in folders, one folder for each class."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +10,8 @@ from gift.errors import DataError, refuse, some
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File name extensions of images."""
+AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
+"""File name extensions of sounds."""
 
 
 def class_folders(
@@ -40,6 +42,42 @@ def class_folders(
         gift.errors.DataError: nowhere:
           there is no such folder
     """
+    return classes_in(path, reader, classes, augment, IMAGE_SUFFIXES, "images")
+
+
+def audio_folders(
+    path: str | Path,
+    reader: Reader,
+    classes: Sequence[str] | None = None,
+    augment: bool = False,
+) -> Examples:
+    """Load sounds from a folder that has a subfolder for each class.
+
+    All sounds anywhere below the folder of a class belong to it. Hidden files, and files without
+    the extension of a sound, are skipped.
+
+    Args:
+        path: path of the folder.
+        reader: converts sounds: `AudioReader`, `ExtractorReader`, or the reader of a network.
+        classes: names of the classes in the order of their numbers, `train.classes` for
+            validation; None uses the folders in alphabetical order.
+        augment: take a random part of long sounds, for training.
+
+    Raises:
+        DataError: naming all folders that are empty or not a class, and all files that are empty.
+    """
+    return classes_in(path, reader, classes, augment, AUDIO_SUFFIXES, "sounds")
+
+
+def classes_in(
+    path: str | Path,
+    reader: Reader,
+    classes: Sequence[str] | None,
+    augment: bool,
+    suffixes: Sequence[str],
+    what: str,
+) -> Examples:
+    """Load files with one of some extensions from a folder that has a subfolder for each class."""
     path = Path(path)
     if not path.is_dir():
         refuse(
@@ -55,23 +93,23 @@ def class_folders(
     problems = [f"folder {folders[place].name}: {reason}" for place, reason in unknown]
     found: list[tuple[str, int]] = []
     for folder, number in zip(folders, numbers, strict=True):
-        images = list(_images(folder))
+        images = list(files_in(folder, suffixes))
         if not images:
-            problems.append(f"folder {folder.name}: no images in it ({some(IMAGE_SUFFIXES, 20)})")
+            problems.append(f"folder {folder.name}: no {what} in it ({some(suffixes, 20)})")
         problems += [f"{p.relative_to(path)}: empty file" for p in images if not p.stat().st_size]
         found += [(str(image), number) for image in images]
     refuse(DataError, str(path), problems)
-    return read_examples(found, reader, known, augment)
+    return read_examples(found, reader, augment, known)
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """Yield all image files below a folder, always in the same order."""
+def files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
+    """Yield all files with these extensions below a folder, always in the same order."""
     for entry in sorted(folder.iterdir()):
         if _is_hidden(entry.name):
             continue
         if entry.is_dir():
-            yield from _images(entry)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+            yield from files_in(entry, suffixes)
+        elif entry.suffix.lower() in suffixes and entry.is_file():
             yield entry
 
 

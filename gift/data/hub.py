@@ -7,6 +7,7 @@ from typing import Any
 from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples, Reader
 from gift.data.reading import read_examples
+from gift.data.targets import SEPARATOR, Targets, targets_of
 from gift.errors import DataError, refuse
 from gift.support.optional import require
 
@@ -17,16 +18,16 @@ class Columns:
     Args:
         dataset: the dataset.
         inputs: names of the input columns.
-        labels: class number of each row.
+        labels: target of each row.
     """
 
-    def __init__(self, dataset: Any, inputs: tuple[str, ...], labels: list[int]) -> None:
+    def __init__(self, dataset: Any, inputs: tuple[str, ...], labels: list[Any]) -> None:
         self.dataset, self.inputs, self.labels = dataset, inputs, labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, place: int) -> tuple[Any, int]:
+    def __getitem__(self, place: int) -> tuple[Any, Any]:
         try:
             row = self.dataset[place]
         except Exception as error:  # a damaged image can make a decoder raise anything
@@ -45,8 +46,10 @@ def hugging_face(
     pair: str | None = None,
     classes: Sequence[str] | None = None,
     augment: bool = False,
+    task: str = "classification",
+    standardise: bool = True,
 ) -> Examples:
-    """Load a Hugging Face dataset of images or texts and their classes.
+    """Load a Hugging Face dataset of images or texts and their classes or numbers.
 
     Args:
         dataset: the dataset, all its splits, its name on the hub, or a folder of ``save_to_disk``.
@@ -54,11 +57,15 @@ def hugging_face(
         split: name of the split; None if the dataset is a single split.
         subset: name of the subset, if the dataset has several.
         input: column of the images or texts; None uses the only such column.
-        label: column of the classes; None uses the only class column.
+        label: column of the classes or numbers; None uses the only column of that kind.
         pair: column of second texts, for tasks on pairs of texts.
         classes: names of the classes in the order of their numbers, `train.classes` for
             validation; None uses those of the dataset.
         augment: crop and flip images at random, for training.
+        task: "classification"; "regression" for a column of numbers; or "multi_label" for one with
+            a list of classes in each row.
+        standardise: for "regression", whether the network predicts numbers of mean 0 and standard
+            deviation 1. Metrics and predictions are in the units of the column.
 
     Raises:
         DataError: if there is no such dataset, split or column, or naming all rows without a
@@ -66,8 +73,8 @@ def hugging_face(
     """
     data = _part(_loaded(dataset, split, subset), split)
     features = data.features
-    label = label or _only(features, "classes", "label", lambda f: hasattr(f, "names"))
-    input = input or _only(features, "inputs", "input", lambda f: _is_input(f), but=(label, pair))
+    label = label or _only(features, *_IS_LABEL.get(task, ("classes", _is_class)))
+    input = input or _only(features, "inputs", _is_input, "input", but=(label, pair))
     inputs = (input,) if pair is None else (input, pair)
     missing = [name for name in (*inputs, label) if name not in features]
     refuse(
@@ -75,10 +82,13 @@ def hugging_face(
         "hugging_face",
         [f"there is no column {n!r}, but {sorted(features)}" for n in missing],
     )
-    names, numbers = _numbered(data, label, classes)
-    return read_examples(
-        Columns(data.select_columns(list(inputs)), inputs, numbers), reader, names, augment
-    )
+    if task == "classification":
+        names, numbers = _numbered(data, label, classes)
+        targets = Targets(task, numbers, names)
+    else:
+        targets = _targets(list(data[label]), features[label], label, task, classes, standardise)
+    source = Columns(data.select_columns(list(inputs)), inputs, targets.values)
+    return targets.of(read_examples(source, reader, augment))
 
 
 def _loaded(dataset: Any, split: str | None, subset: str | None) -> Any:
@@ -115,13 +125,54 @@ def _part(data: Any, split: str | None) -> Any:
     return data[split]
 
 
+def _is_class(feature: Any) -> bool:
+    return hasattr(feature, "names")
+
+
+def _is_number(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("float", "decimal"))
+
+
+def _is_list(feature: Any) -> bool:
+    return isinstance(feature, list) or hasattr(feature, "feature")
+
+
+_IS_LABEL = {"regression": ("numbers", _is_number), "multi_label": ("lists of classes", _is_list)}
+
+
+def _targets(
+    values: list[Any],
+    feature: Any,
+    label: str,
+    task: str,
+    classes: Sequence[str] | None,
+    standardise: bool,
+) -> Targets:
+    """Return numbers, or zeros and ones for lists of classes."""
+    if task == "multi_label":
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        own = getattr(inner, "names", None)
+        wrong = [place for place, value in enumerate(values) if not isinstance(value, list)]
+        problems = [f"row {p}: its {label!r} is {values[p]!r:.60}, no list" for p in wrong]
+        refuse(DataError, "hugging_face", problems)
+        texts = [SEPARATOR.join(own[v] if own else str(v) for v in row) for row in values]
+        classes = classes if classes is not None else own
+    else:
+        texts = ["" if value is None else str(value) for value in values]
+    targets = targets_of(texts, task, classes, SEPARATOR, standardise)
+    refuse(DataError, "hugging_face", [f"row {p}: {reason}" for p, reason in targets.problems])
+    return targets
+
+
 def _is_input(feature: Any) -> bool:
     """Whether a column has images or texts."""
     kind = type(feature).__name__
     return kind == "Image" or (kind == "Value" and feature.dtype in ("string", "large_string"))
 
 
-def _only(features: Any, what: str, name: str, fits: Any, but: tuple[Any, ...] = ()) -> str:
+def _only(
+    features: Any, what: str, fits: Any, name: str = "label", but: tuple[Any, ...] = ()
+) -> str:
     """Return the only column that fits, else the one of that name."""
     found = [key for key, feature in features.items() if fits(feature) and key not in but]
     if len(found) == 1:

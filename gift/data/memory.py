@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from gift.data.classes import classes_of, numbers_of
+from gift.data.classes import classes_of
 from gift.data.examples import IGNORED, Examples, Reader
 from gift.data.reading import read_examples
+from gift.data.targets import SEPARATOR, targets_of
 from gift.errors import DataError, refuse
 
 
@@ -25,7 +26,8 @@ def tensors(
         inputs: one row for each example.
         targets: class numbers, or the targets of another task.
         classes: names of the classes.
-        task: "classification", "language" or "regression"; None decides by targets and network.
+        task: "classification", "multi_label", "language" or "regression"; None decides by targets
+            and network.
 
     Raises:
         DataError: if there are none, if there are not as many inputs as targets, or if labels are
@@ -58,22 +60,27 @@ def labelled(
     reader: Reader,
     classes: Sequence[str] | None = None,
     augment: bool = False,
+    task: str = "classification",
+    standardise: bool = True,
 ) -> Examples:
     """Create examples from texts, pairs of texts, PIL images or image paths, and their labels.
 
     Args:
         inputs: inputs for the reader.
-        labels: label of each input, a text or a number.
+        labels: label of each input, a text or a number; for "multi_label" a list of texts.
         reader: converts inputs for the network: `TextReader`, `PictureReader`, or the reader of a
             network.
         classes: labels in the order of their numbers, `train.classes` for validation; or names for
             labels that are numbers. None sorts labels alphabetically, or numerically if they are
             numbers.
         augment: crop and flip images at random, for training.
+        task: "classification", "regression" or "multi_label".
+        standardise: for "regression", whether the network predicts numbers of mean 0 and standard
+            deviation 1. Metrics and predictions are in the units of the labels.
 
     Raises:
         DataError: if there are none, if there are not as many inputs as labels, or if labels are
-            not a class.
+            not valid.
 
     Example:
         >>> from gift.data import labelled
@@ -87,11 +94,19 @@ def labelled(
     values = [label.item() if hasattr(label, "item") else label for label in labels]
     missing = [place for place, v in enumerate(values) if v is None or v != v]
     refuse(DataError, "examples", [f"example {place}: it has no label" for place in missing])
-    texts = [str(value) for value in values]
-    known = classes_of(texts, classes)
-    numbers, unknown = numbers_of(texts, known)
-    refuse(DataError, "examples", [f"example {place}: {reason}" for place, reason in unknown])
-    return read_examples(list(zip(inputs, numbers, strict=True)), reader, known, augment)
+    if task == "multi_label":
+        odd = [p for p, v in enumerate(values) if isinstance(v, str) or not hasattr(v, "__iter__")]
+        problems = [f"example {p}: its label is {values[p]!r:.60}, expected a list" for p in odd]
+        refuse(DataError, "examples", problems)
+        texts = [SEPARATOR.join(map(str, names)) for names in values]
+    else:
+        texts = [str(value) for value in values]
+    targets = targets_of(texts, task, classes, SEPARATOR, standardise)
+    reasons = [f"example {place}: {reason}" for place, reason in targets.problems]
+    refuse(DataError, "examples", reasons)
+    return targets.of(
+        read_examples(list(zip(inputs, targets.values, strict=True)), reader, augment)
+    )
 
 
 def _out_of_range(labels: Tensor, number: int | None) -> list[str]:

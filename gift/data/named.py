@@ -83,7 +83,7 @@ def torchvision_dataset(
         raise DataError(f"{name} in {root}: {error}") from error
     _check_kind(dataset, name)
     names = classes if classes is not None else _names(dataset)
-    return read_examples(Images(dataset, name), reader, names, augment)
+    return read_examples(Images(dataset, name), reader, augment, names)
 
 
 def _split(name: str, known: Any, split: str | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from gift.data.examples import Examples, Reader
 from gift.errors import DataError
@@ -64,13 +64,16 @@ class Collate:
             inputs = [{k: v for k, v in item.items() if k != "labels"} for item in items]
             return {**self.reader.collate(inputs), "labels": torch.tensor(labels)}
         inputs = [read for read, _ in items]
-        return self.reader.collate(inputs), default_collate([label for _, label in items])
+        return self.reader.collate(inputs), torch.tensor([label for _, label in items])
 
 
 def read_examples(
-    source: Source, reader: Reader, classes: Sequence[str] | None, augment: bool = False
+    source: Source,
+    reader: Reader,
+    augment: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> Examples:
-    """Create classification examples from a source."""
+    """Create examples from a source, for classification unless `Targets.of` says otherwise."""
     if not callable(reader):
         raise DataError(
             f"the reader is {reader!r}, expected one of gift.data: PictureReader(size=224), "

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples, Reader
 from gift.data.reading import read_examples
+from gift.data.targets import Targets, targets_of
 from gift.errors import DataError, refuse, some
 
 Column = str | int
@@ -30,7 +30,12 @@ class Rows:
     values: list[tuple[str, ...]]
 
 
-def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | None = None) -> Rows:
+def read_table(
+    path: str | Path,
+    columns: Sequence[Column],
+    delimiter: str | None = None,
+    optional: Sequence[Column] = (),
+) -> Rows:
     """Read columns of a table by name, or by number if it has no header.
 
     Args:
@@ -38,16 +43,13 @@ def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | Non
         columns: names; or numbers, from 0, if the first row is not a header.
         delimiter: delimiter of columns; None is a tab for ``.tsv``, ``.tab`` and ``.txt`` files,
             else a comma. Quotes are interpreted unless the delimiter is a tab.
+        optional: columns in which cells may be empty.
 
     Raises:
         DataError: naming all columns that are missing and all rows that are incomplete.
     """
     path = Path(path)
-    if delimiter is None:
-        delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab", ".txt") else ","
     lines, rows = _cells(path, delimiter)
-    if not rows:
-        refuse(DataError, str(path), ["the table is empty"])
     named = all(isinstance(column, str) for column in columns)
     if not named and not all(type(column) is int for column in columns):
         raise DataError(f"columns are {list(columns)}: give names for all of them, or numbers")
@@ -64,7 +66,8 @@ def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | Non
     for line, row in list(zip(lines, rows, strict=True))[named:]:
         if len(row) == width:
             values.append(tuple(row[place] for place in places if isinstance(place, int)))
-            empty = [c for c, cell in zip(columns, values[-1], strict=True) if not cell.strip()]
+            cells = zip(columns, values[-1], strict=True)
+            empty = [c for c, cell in cells if not cell.strip() and c not in optional]
             problems += [f"line {line}: nothing in column {column!r}" for column in empty]
     refuse(DataError, str(path), problems)
     if not values:
@@ -72,8 +75,15 @@ def read_table(path: str | Path, columns: Sequence[Column], delimiter: str | Non
     return Rows(lines[named:], values)
 
 
-def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
+def header_of(path: str | Path, delimiter: str | None = None) -> list[str]:
+    """Return the cells of the first row of a table; see `read_table`."""
+    return [cell.strip() for cell in _cells(Path(path), delimiter)[1][0]]
+
+
+def _cells(path: Path, delimiter: str | None) -> tuple[list[int], list[list[str]]]:
     """Return the rows that are not empty, and the lines on which they end."""
+    if delimiter is None:
+        delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab", ".txt") else ","
     lines, rows, start = [], [], 1
     try:
         with _any_length(), path.open(encoding="utf-8-sig", newline="") as file:
@@ -99,6 +109,8 @@ def _cells(path: Path, delimiter: str) -> tuple[list[int], list[list[str]]]:
                 'quotes, and each quote in it twice ("")'
             )
         refuse(DataError, str(path), [f"line {start}: this cannot be read as a table: {reason}"])
+    if not rows:
+        refuse(DataError, str(path), ["the table is empty"])
     return lines, rows
 
 
@@ -132,17 +144,26 @@ def _place(column: Column, first: list[str]) -> int | str:
     return f"there is no column {column}: there are {len(first)}, numbered from 0"
 
 
-def _numbered(
-    path: str | Path, rows: Rows, classes: Sequence[str] | None
-) -> tuple[tuple[str, ...], list[int], list[str]]:
-    """Return classes, row numbers and problems; labels are in the last column."""
+def table_targets(
+    path: str | Path,
+    rows: Rows,
+    task: str,
+    classes: Sequence[str] | None,
+    separator: str = ";",
+    standardise: bool = True,
+) -> tuple[Targets, list[str]]:
+    """Return the targets in the last column, and the problems with them, by line."""
     labels = [values[-1].strip() for values in rows.values]
     try:
-        known = classes_of(labels, classes)
+        found = targets_of(labels, task, classes, separator, standardise)
     except DataError as error:
         raise DataError(f"{path}\n  {error}") from None
-    numbers, unknown = numbers_of(labels, known)
-    return known, numbers, [f"line {rows.lines[place]}: {reason}" for place, reason in unknown]
+    return found, [f"line {rows.lines[place]}: {reason}" for place, reason in found.problems]
+
+
+def empty_labels(label: Column, task: str) -> tuple[Column, ...]:
+    """Return the label column if its cells may be empty, which then says none of the classes."""
+    return (label,) if task == "multi_label" else ()
 
 
 def picture_table(
@@ -153,6 +174,9 @@ def picture_table(
     classes: Sequence[str] | None = None,
     augment: bool = False,
     delimiter: str | None = None,
+    task: str = "classification",
+    separator: str = ";",
+    standardise: bool = True,
 ) -> Examples:
     """Load images that a table of paths and labels lists.
 
@@ -166,20 +190,82 @@ def picture_table(
             them alphabetically, or numerically if they are numbers.
         augment: crop and flip images at random, for training.
         delimiter: delimiter of columns; None chooses it by the file name.
+        task: "classification"; "regression" for labels that are numbers; or "multi_label" for
+            labels that name any number of classes.
+        separator: text between the classes of one label, for "multi_label".
+        standardise: for "regression", whether the network predicts numbers of mean 0 and standard
+            deviation 1. Metrics and predictions are in the units of the table.
 
     Raises:
         DataError: naming all rows that are incomplete, without a known class, or without a file.
     """
-    rows = read_table(csv, (path, label), delimiter)
-    known, numbers, problems = _numbered(csv, rows, classes)
+    return _file_table(
+        csv, reader, path, label, classes, augment, delimiter, task, separator, standardise, "image"
+    )
+
+
+def audio_table(
+    csv: str | Path,
+    reader: Reader,
+    path: Column = "path",
+    label: Column = "label",
+    classes: Sequence[str] | None = None,
+    augment: bool = False,
+    delimiter: str | None = None,
+    task: str = "classification",
+    separator: str = ";",
+    standardise: bool = True,
+) -> Examples:
+    """Load sounds that a table of paths and labels lists.
+
+    Args:
+        csv: CSV or TSV table; its paths are relative to its folder.
+        reader: converts sounds: `AudioReader`, `ExtractorReader`, or the reader of a network.
+        path: column of the paths: its name in the header, or its number from 0 if there is no
+            header.
+        label: column of the labels, which can be any text.
+        classes: labels in the order of their numbers, `train.classes` for validation; None sorts
+            them alphabetically, or numerically if they are numbers.
+        augment: take a random part of long sounds, for training.
+        delimiter: delimiter of columns; None chooses it by the file name.
+        task: "classification"; "regression" for labels that are numbers; or "multi_label" for
+            labels that name any number of classes.
+        separator: text between the classes of one label, for "multi_label".
+        standardise: for "regression", whether the network predicts numbers of mean 0 and standard
+            deviation 1. Metrics and predictions are in the units of the table.
+
+    Raises:
+        DataError: naming all rows that are incomplete, without a valid label, or without a file.
+    """
+    return _file_table(
+        csv, reader, path, label, classes, augment, delimiter, task, separator, standardise, "sound"
+    )
+
+
+def _file_table(
+    csv: str | Path,
+    reader: Reader,
+    path: Column,
+    label: Column,
+    classes: Sequence[str] | None,
+    augment: bool,
+    delimiter: str | None,
+    task: str,
+    separator: str,
+    standardise: bool,
+    what: str,
+) -> Examples:
+    """Load files that a table of paths and labels lists."""
+    rows = read_table(csv, (path, label), delimiter, empty_labels(label, task))
+    targets, problems = table_targets(csv, rows, task, classes, separator, standardise)
     found = []
-    for line, (name, _), number in zip(rows.lines, rows.values, numbers, strict=True):
+    for line, (name, _), target in zip(rows.lines, rows.values, targets.values, strict=True):
         image = Path(csv).parent / name.strip()
         if not image.is_file() or not image.stat().st_size:
-            problems.append(f"line {line}: there is no image {image}")
-        found.append((str(image), number))
+            problems.append(f"line {line}: there is no {what} {image}")
+        found.append((str(image), target))
     refuse(DataError, str(csv), problems)
-    return read_examples(found, reader, known, augment)
+    return targets.of(read_examples(found, reader, augment))
 
 
 def text_table(
@@ -190,6 +276,9 @@ def text_table(
     pair: Column | None = None,
     classes: Sequence[str] | None = None,
     delimiter: str | None = None,
+    task: str = "classification",
+    separator: str = ";",
+    standardise: bool = True,
 ) -> Examples:
     r"""Load texts and their labels from a table.
 
@@ -204,6 +293,11 @@ def text_table(
             labels that are numbers. None sorts labels alphabetically, or numerically if they are
             numbers.
         delimiter: delimiter of columns; None chooses it by the file name.
+        task: "classification"; "regression" for labels that are numbers; or "multi_label" for
+            labels that name any number of classes.
+        separator: text between the classes of one label, for "multi_label".
+        standardise: for "regression", whether the network predicts numbers of mean 0 and standard
+            deviation 1. Metrics and predictions are in the units of the table.
 
     Raises:
         DataError: naming all rows that are incomplete or without a known class.
@@ -219,8 +313,8 @@ def text_table(
         ((['so', '"deep"'], 0), ('bad', 'good'))
     """
     columns = (text, label) if pair is None else (text, pair, label)
-    rows = read_table(path, columns, delimiter)
-    known, numbers, problems = _numbered(path, rows, classes)
+    rows = read_table(path, columns, delimiter, empty_labels(label, task))
+    targets, problems = table_targets(path, rows, task, classes, separator, standardise)
     refuse(DataError, str(path), problems)
     texts = [values[0] if pair is None else values[:2] for values in rows.values]
-    return read_examples(list(zip(texts, numbers, strict=True)), reader, known)
+    return targets.of(read_examples(list(zip(texts, targets.values, strict=True)), reader))

@@ -37,6 +37,7 @@ from gift.factories.checks import (
     pc_path,
 )
 from gift.factories.detection import ma_replace_detection_head, mc_detection_head
+from gift.factories.segmentation import ma_replace_segmentation_head, mc_segmentation_head
 from gift.factories.wrapping import ma_bottleneck, ma_prompt, mc_blocks
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "ma_replace",
     "ma_replace_detection_head",
     "ma_replace_head",
+    "ma_replace_segmentation_head",
     "ma_train",
     "mc_any",
     "mc_blocks",
@@ -63,6 +65,7 @@ __all__ = [
     "mc_name",
     "mc_norm",
     "mc_path",
+    "mc_segmentation_head",
     "mc_type",
     "none_of",
     "pa_adapt",

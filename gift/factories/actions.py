@@ -159,7 +159,7 @@ def ma_replace(replacement: nn.Module | Callable[[nn.Module], nn.Module]) -> Act
 
     def act(*place: Any) -> None:
         site = Site(*place)
-        _replace(site, make(site.module))
+        put_in_place(site, make(site.module))
 
     return Action(act)
 
@@ -181,18 +181,19 @@ def ma_replace_head(num_classes: int) -> Action:
         def act(*place: Any) -> None:
             site = Site(*place)
             head = new_head(site.module, num_classes)
-            _replace(site, head)
+            put_in_place(site, head)
             forget_classes(network)
             for module in network.modules():
                 if head in module.modules():
-                    _tell_number_of_classes(module, num_classes)
+                    tell_number_of_classes(module, num_classes)
 
         return act
 
     return Action(prepare=prepare)
 
 
-def _replace(site: Site, new: nn.Module) -> None:
+def put_in_place(site: Site, new: nn.Module) -> None:
+    """Put a module in the place of the one at `site`, in the same mode."""
     what = site.class_name
     if site.parent is None:
         raise ValueError(f"the network itself ({what}) cannot be replaced: it has no parent")
@@ -229,7 +230,8 @@ CLASS_COUNTS = ("num_classes", "num_labels")
 """Attributes of networks that hold the number of classes (timm, transformers)."""
 
 
-def _tell_number_of_classes(module: nn.Module, num_classes: int) -> None:
+def tell_number_of_classes(module: nn.Module, num_classes: int) -> None:
+    """Update the attributes and the config of a module that hold its number of classes."""
     for name in CLASS_COUNTS:
         if isinstance(vars(module).get(name), int):
             setattr(module, name, num_classes)

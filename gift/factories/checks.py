@@ -266,7 +266,10 @@ def mc_last(number: int, within: str = "") -> Check:
 
 @recorded
 def mc_last_linear() -> Check:
-    """Match the last linear layer of the network in registration order, usually its head."""
+    """Match the last linear layer of the network in registration order, usually its head.
+
+    In a network without linear layers it is the last 1x1 convolution, as in SqueezeNet.
+    """
 
     def prepare(network: nn.Module) -> Test:
         _, last = last_linear(network)
@@ -276,7 +279,10 @@ def mc_last_linear() -> Check:
 
 
 def last_linear(network: nn.Module) -> tuple[str, nn.Module | None]:
-    """Return path and module of the last linear layer in registration order, or None."""
+    """Return path and module of the last linear layer in registration order, or None.
+
+    In a network without linear layers it is the last 1x1 convolution.
+    """
     read = {  # by an attention, which never calls them
         id(child)
         for parent in network.modules()
@@ -287,6 +293,11 @@ def last_linear(network: nn.Module) -> tuple[str, nn.Module | None]:
         (path, module)
         for path, module in network.named_modules()
         if family_of(module) == "linear" and id(module) not in read
+    ]
+    layers = layers or [
+        (path, module)
+        for path, module in network.named_modules()
+        if family_of(module) == "conv" and set(getattr(module, "kernel_size", ())) == {1}
     ]
     return layers[-1] if layers else ("", None)
 

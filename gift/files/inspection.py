@@ -184,7 +184,9 @@ def _is_shape(value: object) -> bool:
 
 
 def _is_note(value: object) -> bool:
-    if not isinstance(value, dict) or set(value) != {"task", "classes", "reader"}:
+    if not isinstance(value, dict) or set(value) - {"details"} != {"task", "classes", "reader"}:
+        return False
+    if not isinstance(value.get("details", {}), dict):
         return False
     known = value["classes"] is None or _is_texts(value["classes"])
     return known and _is_text(value["task"]) and isinstance(value["reader"], dict | None)

@@ -118,12 +118,12 @@ _UNFIT = "{} does not fit this network, which is unchanged"
 
 def _io_spec(file: DeltaFile) -> IOSpec:
     try:
-        reader, classes = file.inputs["reader"], file.inputs["classes"]
+        reader = file.inputs["reader"]
         if reader is not None:
             from gift.data.readers import reader_from_config  # only few files need it
 
             reader = reader_from_config(reader)
-        return IOSpec(reader, None if classes is None else tuple(classes), file.inputs["task"])
+        return IOSpec.from_config(file.inputs, reader)
     except Exception as error:  # a file may contain anything
         problem = f"it does not say how inputs are read: {in_a_line(error)}"
         raise DeltaFileError(f"{file.path} cannot be loaded", [problem]) from error

@@ -23,6 +23,7 @@ def job_examples(
         seed: seed of the random choice of held-out examples.
     """
     train = read_examples(data, data.train, reader, learnt=True)
+    reader = train.reader if reader is None else reader
     valid = old = None
     if data.valid is not None:
         valid = read_examples(data, data.valid, reader, train.classes)
@@ -40,20 +41,27 @@ def job_reader(data: Data, reader: Any) -> Any:
         data: data section of the job.
         reader: reader of the network; None creates one.
 
+    Returns:
+        None if the training examples make it.
+
     Raises:
         JobError: if the two do not fit.
     """
+    readers = KINDS[data.kind].readers
+    if not readers:
+        return None
     settings = dict(data.reader)
     if "size" in settings:  # do not crop from the old resize
         settings.setdefault("resize", None)
     if reader is None:
-        made = getattr(gift.data, KINDS[data.kind].readers[0])
-        missing = [f.name for f in dataclasses.fields(made) if f.default is dataclasses.MISSING]
+        made = getattr(gift.data, readers[0])
+        own = [f for f in dataclasses.fields(made) if f.init]
+        missing = [f.name for f in own if f.default is dataclasses.MISSING]
         if missing := [name for name in missing if name not in settings]:
             what = "the network has no reader for its inputs"
             raise JobError(what, [f"data.reader: give {' and '.join(missing)}"])
         return made(**settings)
-    known = [field.name for field in dataclasses.fields(reader)]
+    known = [field.name for field in dataclasses.fields(reader) if field.init]
     wrong = [f"data.reader: there is no {n!r}, {hint(n, known)}" for n in settings.keys() - known]
     if wrong:
         raise JobError(f"data.reader does not fit the network's {type(reader).__name__}", wrong)

@@ -18,7 +18,7 @@ from gift.training.settings import Settings
 _WIDTH = 100
 
 
-def init_text(kind: str = "class_folders", strategy: str = "LoRAAllFineTuningStrategy") -> str:
+def init_text(kind: str = "class_folders", strategy: str = "RecommendedFineTuningStrategy") -> str:
     """Return a job as YAML, ready to edit and run: each setting with its default and description.
 
     Args:
@@ -44,9 +44,13 @@ def _lines(kind: DataKind, strategy: str) -> Iterator[str]:
     yield f"# {first_sentence(Job)}"
     yield "# Run it with: gift finetune job.yaml"
     yield "# Lines that have their default may be left out. Paths are as seen from this file."
-    yield from _heading("network", about)
-    values: dict[str, Any] = {"name": kind.network, "weights": "default", "options": {}}
-    yield from _settings(values, described_arguments(Network))
+    if kind.network is None:
+        own = "Such data needs one of your own: gift finetune --network import:MODULE:FUNCTION."
+        yield from _heading("network", about, own, value=" null")
+    else:
+        yield from _heading("network", about)
+        values: dict[str, Any] = {"name": kind.network, "weights": "default", "options": {}}
+        yield from _settings(values, described_arguments(Network))
     yield from _heading("data", about)
     yield from _data(kind)
     yield from _heading("strategy", about)

@@ -21,19 +21,19 @@ class DataKind:
         place: argument that differs between training and validation examples; None if there are
             several.
         train, valid: proposed values for it.
-        network: proposed network.
+        network: proposed network; None if there can only be one of your own.
         options: proposed values for arguments without defaults.
         files: arguments that are files or folders.
         names: arguments that are files or folders if these exist, else names.
         task: task of the examples.
-        readers: possible readers of inputs, in `gift.data`.
+        readers: possible readers of inputs, in `gift.data`; none if the training examples make it.
     """
 
     name: str
     place: str | None
     train: Any
     valid: Any
-    network: str
+    network: str | None
     options: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ("path",)
     names: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class DataKind:
         import gift.data
 
         classes = [getattr(gift.data, name) for name in self.readers]
-        return {field.name: field.type for made in classes for field in fields(made)}
+        return {field.name: field.type for made in classes for field in fields(made) if field.init}
 
     def checked_reader(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the settings of a reader, converted to its types; raises like `checked`."""
@@ -125,6 +125,8 @@ def anchored(path: str, base: Path, always: bool = True) -> str:
 
 
 _IMAGES, _TEXTS = "torchvision:resnet18", "transformers:bert-base-uncased"
+_SOUNDS, _SOUND_READERS = "transformers:facebook/wav2vec2-base", ("AudioReader", "ExtractorReader")
+_SEGMENTATION = "torchvision:lraspp_mobilenet_v3_large"
 
 KINDS = {
     kind.name: kind
@@ -138,6 +140,17 @@ KINDS = {
             {"name": "CIFAR10", "root": "data"}, files=("root",),
         ),
         DataKind(
+            "mask_folders", None,
+            {"images": "data/train/images", "masks": "data/train/masks"},
+            {"images": "data/val/images", "masks": "data/val/masks"},
+            _SEGMENTATION, files=("images", "masks"), task="segmentation",
+            readers=("SegmentationReader",),
+        ),
+        DataKind(
+            "mask_table", "csv", "data/train.csv", "data/val.csv", _SEGMENTATION, files=("csv",),
+            task="segmentation", readers=("SegmentationReader",),
+        ),
+        DataKind(
             "coco", None,
             {"images": "data/train", "annotations": "data/train.json"},
             {"images": "data/val", "annotations": "data/val.json"},
@@ -146,6 +159,16 @@ KINDS = {
         ),
         DataKind(
             "text_table", "path", "data/train.tsv", "data/val.tsv", _TEXTS, readers=("TextReader",)
+        ),
+        DataKind(
+            "audio_folders", "path", "data/train", "data/val", _SOUNDS, readers=_SOUND_READERS
+        ),
+        DataKind(
+            "audio_table", "csv", "data/train.csv", "data/val.csv", _SOUNDS, files=("csv",),
+            readers=_SOUND_READERS,
+        ),
+        DataKind(
+            "tabular", "csv", "data/train.csv", "data/val.csv", None, files=("csv",), readers=()
         ),
         DataKind(
             "language_text", "path", "data/train.txt", "data/val.txt", "transformers:gpt2",

@@ -114,6 +114,11 @@ class Data(_Section):
     old: Location | None = None
     valid_share: float | None = Field(None, gt=0, lt=1)
 
+    @property
+    def task(self) -> str:
+        """The task of the examples."""
+        return str(self.options.get("task") or KINDS[self.kind].task)
+
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
@@ -213,7 +218,7 @@ class Strategy(_Registered):
             keeps it, "auto" keeps it only if it is for the same classes.
     """
 
-    name: str = "LoRAAllFineTuningStrategy"
+    name: str = "RecommendedFineTuningStrategy"
     head: Literal["auto", "new", "keep"] = "auto"
 
     @classmethod

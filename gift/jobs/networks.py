@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from gift.errors import JobError
-from gift.jobs.kinds import KINDS
 from gift.jobs.models import Job
 from gift.zoo import LoadedNetwork, load_network
 
@@ -24,14 +23,14 @@ def job_network(job: Job, network: Any = None) -> LoadedNetwork:
         JobError: if there is none.
     """
     if isinstance(network, nn.Module):
-        return LoadedNetwork(network, None, KINDS[job.data.kind].task)
+        return LoadedNetwork(network, None, job.data.task)
     if network is not None:
         return network
     if job.network is None:
         problem = "network: name one, or give it on the command line or in code"
         raise JobError("the job names no network", [problem])
     return named_network(
-        job.network.name, job.network.weights, KINDS[job.data.kind].task, job.training.seed or 0,
+        job.network.name, job.network.weights, job.data.task, job.training.seed or 0,
         **job.network.options,
     )  # fmt: skip
 

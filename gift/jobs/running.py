@@ -1,18 +1,19 @@
 """Running a job."""
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from gift.errors import JobError
 from gift.jobs.errors import shown
 from gift.jobs.examples import job_examples, job_reader
-from gift.jobs.heads import with_head
+from gift.jobs.heads import warn_of_fresh, with_head
 from gift.jobs.models import Job
 from gift.jobs.networks import job_network
 from gift.jobs.reading import checked, read_yaml, write_job
 from gift.jobs.runs import INPUTS, JOB, inputs_text
+from gift.strategies.classic import new_heads
 from gift.support.atomic_files import write_text
 from gift.training import Result, finetune
 from gift.training.checkpoint import FILE
@@ -48,13 +49,17 @@ def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
     train, valid, old = job_examples(job.data, reader, job.training.seed or 0)
     is_random = network is None and job.network is not None and job.network.weights is None
     strategy = with_head(job.strategy, loaded, train, is_random)
+    is_named = network is None and not is_random
+    if train.task == "regression" and is_named and not any(new_heads(strategy)):
+        train = replace(train, details={})  # the head that is kept gives the numbers themselves
     settings = {field.name: getattr(job.training, field.name) for field in fields(job.training)}
     schedule = None if job.schedule is None else job.schedule.made()
 
     def write() -> None:
+        warn_of_fresh(loaded)
         if rank() == 0:  # with torchrun, only the first process writes
             write_job(job, folder / JOB)
-            write_text(folder / INPUTS, inputs_text(train, reader, folder))
+            write_text(folder / INPUTS, inputs_text(train, train.reader, folder))
 
     return finetune(
         loaded.net, train, valid, strategy=strategy, schedule=schedule, old=old,

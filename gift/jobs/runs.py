@@ -45,7 +45,8 @@ class Run:
             )
         data, lines = read_yaml(self.folder / JOB)
         self.job = checked(Job, data, str(self.folder / JOB), lines)
-        self.task, self.classes, self._reader = _read_inputs(self.folder / INPUTS)
+        self._inputs, self._reader = _read_inputs(self.folder / INPUTS)
+        self.task, self.classes = self._inputs.task, self._inputs.classes
         self.base = network
 
     @property
@@ -85,7 +86,7 @@ class Run:
         path = self.delta(which)  # fails before a large network is created
         net = job_network(self.job, self.base).net
         load(net, path)
-        set_io_spec(net, self.reader, self.classes, self.task)
+        set_io_spec(net, self.reader, self.classes, self.task, self._inputs.details)
         return net.eval()
 
     def examples(self, place: Any = None) -> Examples:
@@ -154,14 +155,15 @@ class Run:
 
 def inputs_text(train: Examples, reader: Any, folder: Path) -> str:
     """Return as JSON what is needed to read more inputs; larger parts are written to the folder."""
-    config = IOSpec(reader, train.classes, train.task or "classification").to_config(folder)
+    spec = IOSpec(reader, train.classes, train.task or "classification", train.details)
+    config = spec.to_config(folder)
     return json.dumps(config, indent=1, ensure_ascii=False) + "\n"
 
 
-def _read_inputs(path: Path) -> tuple[str, tuple[str, ...] | None, dict[str, Any]]:
+def _read_inputs(path: Path) -> tuple[IOSpec, dict[str, Any]]:
+    """Return what the file says of inputs and outputs, and the plain data of the reader."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        classes = config["classes"]
-        return config["task"], None if classes is None else tuple(classes), config["reader"]
+        return IOSpec.from_config(config, None), config["reader"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise JobError(f"{path} cannot be read", [f"{type(error).__name__}: {error}"]) from error

@@ -15,6 +15,7 @@ from gift.strategies.classic import (
     FreezeStrategy,
     FullFineTuningStrategy,
     HeadReplacementStrategy,
+    SegmentationHeadStrategy,
 )
 from gift.strategies.combine import DebugStrategy, MergedStrategy, merge_strategies
 from gift.strategies.of_methods import *  # noqa: F403 - its stub has the names
@@ -23,6 +24,7 @@ from gift.strategies.parts import (
     ModulesFineTuningStrategy,
     NormFineTuningStrategy,
 )
+from gift.strategies.recommended import RecommendedFineTuningStrategy
 from gift.strategies.resolved import ResolvedStrategy
 from gift.strategies.sized import SizedStrategy
 from gift.strategies.wrapping import BottleneckFineTuningStrategy, PromptFineTuningStrategy
@@ -43,7 +45,9 @@ __all__ = [
     "ModulesFineTuningStrategy",
     "NormFineTuningStrategy",
     "PromptFineTuningStrategy",
+    "RecommendedFineTuningStrategy",
     "ResolvedStrategy",
+    "SegmentationHeadStrategy",
     "SizedStrategy",
     "load_strategy_from_config",
     "merge_strategies",

@@ -7,10 +7,12 @@ from gift.factories import (
     ma_freeze,
     ma_replace_detection_head,
     ma_replace_head,
+    ma_replace_segmentation_head,
     mc_any,
     mc_detection_head,
     mc_last_linear,
     mc_path,
+    mc_segmentation_head,
     pa_train,
     pc_any,
 )
@@ -47,7 +49,8 @@ class HeadReplacementStrategy(FineTuningStrategy):
 
     Args:
         num_classes: number of outputs of the new head.
-        head_name: dotted path of the layer to replace, ``fc``; None means the last linear layer.
+        head_name: dotted path of the layer to replace, ``fc``; None means the last linear layer, or
+            the last 1x1 convolution of a network that has no linear layer.
 
     Raises:
         ValueError: if `num_classes` is below 1.
@@ -85,7 +88,39 @@ class DetectionHeadStrategy(FineTuningStrategy):
         super().__init__([(mc_detection_head(), ma_replace_detection_head(num_classes))])
 
 
-_MAKE_HEADS = (ma_replace_head.__name__, ma_replace_detection_head.__name__)
+@register_strategy
+class SegmentationHeadStrategy(FineTuningStrategy):
+    """Replace the last layers of a segmentation network for other classes, and freeze the rest.
+
+    They are convolutions, with kernels of any size: those of torchvision's networks, also of their
+    auxiliary heads, else the last convolution.
+
+    Args:
+        num_classes: number of classes, including the background if that is one.
+        head_name: dotted path of the layer to replace; None finds it.
+
+    Raises:
+        ValueError: if `num_classes` is below 1.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import SegmentationHeadStrategy
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 21, 1))
+        >>> report = enable_fine_tuning(net, SegmentationHeadStrategy(num_classes=2))
+        >>> [tuple(p.shape) for p in net.parameters()]
+        [(2, 8, 1, 1), (2,)]
+    """
+
+    def __init__(self, num_classes: int, head_name: str | None = None) -> None:
+        head = mc_segmentation_head() if head_name is None else mc_path(head_name)
+        super().__init__([(head, ma_replace_segmentation_head(num_classes))])
+
+
+_MAKE_HEADS = tuple(
+    made.__name__
+    for made in (ma_replace_head, ma_replace_detection_head, ma_replace_segmentation_head)
+)
 
 
 def new_heads(strategy: FineTuningStrategy) -> Iterator[int]:

@@ -5,16 +5,20 @@ from gift.training.evaluation import evaluate
 from gift.training.loop import finetune
 from gift.training.lr_finder import LearningRates, find_lr
 from gift.training.metrics import METRICS
-from gift.training.predicting import Detected, Prediction, predict
+from gift.training.predicting import predict
+from gift.training.predictions import Detected, Labels, Number, Prediction, Segmented
 from gift.training.result import Result
 from gift.training.settings import Settings
 
 __all__ = [
     "METRICS",
     "Detected",
+    "Labels",
     "LearningRates",
+    "Number",
     "Prediction",
     "Result",
+    "Segmented",
     "Settings",
     "TrainingError",
     "evaluate",

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from gift.core.frozen_norms import kept_modes
+from gift.core.io_spec import io_spec_of
 from gift.data.examples import Examples
-from gift.errors import GiftWarning, TrainingError
+from gift.errors import GiftWarning, TrainingError, some
 from gift.training.distributed import Processes
+from gift.training.drawings import Sample
 from gift.training.finite import describe_not_finite, rows_not_finite
 from gift.training.loading import Batches, examples_of
 from gift.training.metrics import MetricKind, confusion_matrix, metrics_of
 from gift.training.settings import Settings
-from gift.training.tasks import TASKS, Task, Undecided
+from gift.training.tasks import TASKS, Classification, Task, Undecided
 
 LARGEST_CONFUSION = 1000
 
@@ -59,7 +61,7 @@ def evaluate(
     settings = Settings(device=device, batch_size=batch_size)
     processes = Processes(settings)
     data = examples_of(examples, task)
-    work = task_of(data, task)
+    work = task_of(data, task, io_spec_of(net).details)
     net.to(processes.device)
     batches = Batches(data, batch_size, processes)
     work = rehearse(net, work, batches)
@@ -67,8 +69,14 @@ def evaluate(
     return judge(net, work, batches, kinds)[0]
 
 
-def task_of(data: Any, name: str | None, **options: Any) -> Task:
+def task_of(data: Any, name: str | None, details: Mapping[str, Any], **options: Any) -> Task:
     """Return the task of the given name, else that of the examples, else `Undecided`.
+
+    Args:
+        data: what `examples_of` returns.
+        name: name of the task.
+        details: what the task must know, see `gift.data.Examples`.
+        options: further arguments of the task.
 
     Raises:
         TrainingError: if there is no such task.
@@ -79,7 +87,7 @@ def task_of(data: Any, name: str | None, **options: Any) -> Task:
     if name is not None and name not in TASKS:
         raise TrainingError(f"the task is {name!r}, expected one of {sorted(TASKS)}")
     return (Undecided if name is None else TASKS[name])(
-        classes=data.classes if own else None, **options
+        classes=data.classes if own else None, details=details, **options
     )
 
 
@@ -95,7 +103,11 @@ def rehearse(net: nn.Module, task: Task, batches: Batches, what: str = "the exam
     batch, _ = next(iter(batches.of()))
     with kept_modes(net), torch.no_grad():
         net.eval()
-        task = task.fit(net, batches.on_device(batch))
+        try:
+            task = task.fit(net, batches.on_device(batch))
+        except RuntimeError as error:
+            _note_features(error, batches.data)
+            raise
         # A custom loss may ignore missing values.
         odd = rows_not_finite(batches.data)[: batches.batch_size] if not task.own_loss else []
         if odd:
@@ -105,6 +117,13 @@ def rehearse(net: nn.Module, task: Task, batches: Batches, what: str = "the exam
             if loss is None or not bool(loss.isfinite()):
                 raise TrainingError(f"{what}: {describe_not_finite(batch, odd)}")
     return task
+
+
+def _note_features(error: Exception, data: Any) -> None:
+    """Add the names of the inputs to an error, since a network must have as many."""
+    names = getattr(getattr(data, "reader", None), "features", None)
+    if names:
+        error.add_note(f"an example has {len(names)} inputs: {some(names, 20)}")
 
 
 def judge(
@@ -124,7 +143,7 @@ def judge(
     """
     processes, number = batches.processes, task.number_of_classes
     makers = {name: kind.make for name, kind in kinds.items()}
-    if confusion and task.name == "classification" and number <= LARGEST_CONFUSION:
+    if confusion and isinstance(task, Classification) and number <= LARGEST_CONFUSION:
         makers["confusion"] = confusion_matrix
     # The process group may have been started for something other than training.
     options = {"sync_on_compute": processes.number > 1}
@@ -167,3 +186,25 @@ def judge(
         # computed in float32, whose further digits carry no information
         values |= {k: float(f"{float(part):.7g}") for k, part in (parts or {name: value}).items()}
     return values, None if matrix is None else matrix.tolist()
+
+
+def drawings(net: nn.Module, task: Task, batches: Batches, number: int = 8) -> list[Sample]:
+    """Return drawings of some examples, evenly spread, and of what the network says of them.
+
+    Args:
+        net: the network.
+        task: the task.
+        batches: batches of examples; those of a data loader are not drawn.
+        number: largest number of drawings.
+    """
+    data = batches.data
+    if not isinstance(data, Examples) or type(task).drawn is Task.drawn or not len(data):
+        return []
+    count = min(number, len(data))
+    places = [place * len(data) // count for place in range(count)]
+    batch = batches.collated(places)
+    with kept_modes(net), torch.no_grad():
+        net.eval()
+        moved = batches.on_device(batch)
+        outputs, _ = task.judged(net, moved)
+        return task.drawn(outputs, moved, data.reader)

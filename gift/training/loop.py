@@ -24,7 +24,7 @@ from gift.training.checkpoint import (
     write_checkpoint,
 )
 from gift.training.distributed import Processes
-from gift.training.evaluation import judge
+from gift.training.evaluation import drawings, judge
 from gift.training.finite import describe_not_finite
 from gift.training.loading import windows
 from gift.training.randomness import kept_random
@@ -69,10 +69,10 @@ def finetune(
         schedule: schedule of freezing and unfreezing; None leaves that to the strategy.
         old: examples of the old task, or a function that returns metrics of a network: the result
             then reports forgetting. If the head was replaced, the old head is used for this.
-        task: "classification", "language", "regression" or "detection", if the examples do not
-            specify it. If neither does, the task is regression where the targets are
-            floating-point numbers and the network returns one number for each of them, else
-            classification.
+        task: "classification", "multi_label", "regression", "language", "segmentation" or
+            "detection", if the examples do not specify it. If neither does, the task is regression
+            where the targets are floating-point numbers and the network returns one number for
+            each of them, else classification.
         loss: function of outputs and targets that returns a mean; None uses the loss of the task.
         folder: where to write ``checkpoint.pt``, ``best.safetensors`` and ``last.safetensors``
             (see `gift.load`), logs, plots and ``report.html``.
@@ -319,6 +319,7 @@ def conclude(run: TrainingRun) -> Result:
         result.after, result.confusion = judge(
             run.net, run.task, run.valid, run.metrics, True, run.autocast(), VALID
         )
+        result.samples = drawings(run.net, run.task, run.valid)
     if run.old is not None:
         result.old_after = run.old()
     named = dict(run.net.named_parameters())

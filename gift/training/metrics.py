@@ -1,4 +1,4 @@
-"""Metrics by name, computed by torchmetrics."""
+"""Metrics by task and name, computed by torchmetrics."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,14 +12,12 @@ class MetricKind(NamedTuple):
     """A metric.
 
     Args:
-        task: task that the metric belongs to.
         make: creates the torchmetrics metric from the number of classes and torchmetrics' own
             options.
         higher: whether higher is better.
         default: whether it is computed by default.
     """
 
-    task: str
     make: Callable[..., Any]
     higher: bool = True
     default: bool = True
@@ -30,6 +28,16 @@ def _classified(kind: str, **settings: Any) -> Callable[..., Any]:
         metrics = require("torchmetrics.classification", "train")
         return getattr(metrics, f"Multiclass{kind}")(
             classes, ignore_index=IGNORED, validate_args=False, **settings, **options
+        )
+
+    return make
+
+
+def _labelled(kind: str, **settings: Any) -> Callable[..., Any]:
+    def make(classes: int, **options: Any) -> Any:
+        metrics = require("torchmetrics.classification", "train")
+        return getattr(metrics, f"Multilabel{kind}")(
+            classes, validate_args=False, **settings, **options
         )
 
     return make
@@ -74,25 +82,45 @@ def _detected(classes: int, **options: Any) -> Any:
 confusion_matrix = _classified("ConfusionMatrix")
 """Counts of how often a class (row) was predicted as another (column)."""
 
-METRICS = {
-    "accuracy": MetricKind("classification", _classified("Accuracy", average="micro")),
-    "f1": MetricKind("classification", _classified("F1Score", average="macro")),
-    "precision": MetricKind("classification", _classified("Precision", average="macro")),
-    "recall": MetricKind("classification", _classified("Recall", average="macro")),
-    "auroc": MetricKind("classification", _classified("AUROC"), default=False),
-    "top5": MetricKind(
-        "classification", _classified("Accuracy", average="micro", top_k=5), default=False
-    ),
-    "perplexity": MetricKind("language", _perplexity, higher=False),
-    "token_accuracy": MetricKind("language", _classified("Accuracy", average="micro")),
-    "mae": MetricKind("regression", _regressed("MeanAbsoluteError"), higher=False),
-    "rmse": MetricKind("regression", _regressed("MeanSquaredError", squared=False), higher=False),
-    "r2": MetricKind("regression", _determined),
-    "map": MetricKind("detection", _detected),
+METRICS: dict[str, dict[str, MetricKind]] = {
+    "classification": {
+        "accuracy": MetricKind(_classified("Accuracy", average="micro")),
+        "f1": MetricKind(_classified("F1Score", average="macro")),
+        "precision": MetricKind(_classified("Precision", average="macro")),
+        "recall": MetricKind(_classified("Recall", average="macro")),
+        "auroc": MetricKind(_classified("AUROC"), default=False),
+        "top5": MetricKind(_classified("Accuracy", average="micro", top_k=5), default=False),
+    },
+    "multi_label": {
+        "accuracy": MetricKind(_labelled("Accuracy", average="micro")),
+        "exact_match": MetricKind(_labelled("ExactMatch")),
+        "f1": MetricKind(_labelled("F1Score", average="macro")),
+        "precision": MetricKind(_labelled("Precision", average="macro"), default=False),
+        "recall": MetricKind(_labelled("Recall", average="macro"), default=False),
+        "auroc": MetricKind(_labelled("AUROC"), default=False),
+    },
+    "language": {
+        "perplexity": MetricKind(_perplexity, higher=False),
+        "token_accuracy": MetricKind(_classified("Accuracy", average="micro")),
+    },
+    "regression": {
+        "mae": MetricKind(_regressed("MeanAbsoluteError"), higher=False),
+        "rmse": MetricKind(_regressed("MeanSquaredError", squared=False), higher=False),
+        "r2": MetricKind(_determined),
+    },
+    "segmentation": {
+        "miou": MetricKind(_classified("JaccardIndex", average="macro")),
+        "dice": MetricKind(_classified("F1Score", average="macro")),
+        "pixel_accuracy": MetricKind(_classified("Accuracy", average="micro")),
+    },
+    "detection": {"map": MetricKind(_detected)},
 }
-"""Metrics that `finetune` can compute, by name.
+"""Metrics that `finetune` can compute, by task and name.
 
-F1, precision and recall are macro averages over the classes.
+F1, precision and recall are macro averages over the classes. For several labels, accuracy is the
+share of right decisions over all classes, exact match the share of examples without a wrong one.
+The mean IoU and Dice of segmentation are those of all pixels of a data set, not of each image; the
+mean is over the classes that are there or predicted.
 """
 
 
@@ -102,7 +130,7 @@ def metrics_of(task: str, names: Sequence[str] | None) -> dict[str, MetricKind]:
     Raises:
         TrainingError: naming all names that are not metrics of the task.
     """
-    own = {name: kind for name, kind in METRICS.items() if kind.task == task}
+    own = METRICS[task]
     if names is None:
         return {name: kind for name, kind in own.items() if kind.default}
     problems = [

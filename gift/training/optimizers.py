@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from gift.core.delta import named_deltas
 from gift.core.trained import named_trainable
 from gift.errors import TrainingError, closest
-from gift.training.settings import Settings
+from gift.training.settings import Settled
 
 
-def make_optimizer(net: nn.Module, settings: Settings) -> Optimizer:
+def make_optimizer(net: nn.Module, settings: Settled) -> Optimizer:
     """Create the optimizer for the trained parameters.
 
     Raises:
@@ -80,7 +80,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def make_rates(optimizer: Optimizer, settings: Settings, steps: int) -> LRScheduler:
+def make_rates(optimizer: Optimizer, settings: Settled, steps: int) -> LRScheduler:
     """Create the learning rate schedule for a number of steps.
 
     Raises:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gift.training.drawings import Sample
+
 
 @dataclass(repr=False)
 class Result:
@@ -12,7 +14,7 @@ class Result:
         network: class of the network.
         strategy: description of the strategy.
         schedule: description of the schedule; "" if there was none.
-        task: "classification", "language", "detection" or "regression".
+        task: name of the task.
         classes: names of the classes; None if there are none.
         trained: number of trained parameters at the end.
         total: number of all parameters.
@@ -26,6 +28,8 @@ class Result:
         old_before, old_after: the same on the old task; empty if no old task was given. A drop
             here is forgetting.
         confusion: how often a class (row) was predicted as another (column), after training.
+        samples: drawings of some validation examples and of what the network says of them, after
+            training; for images with masks or boxes.
         best_epoch: epoch (from 1) with the best values; None without validation.
         stopped: reason why training ended: "done", or a sentence.
         folder: folder with the files of the run; None if nothing was written.
@@ -46,6 +50,7 @@ class Result:
     old_before: dict[str, float] = field(default_factory=dict)
     old_after: dict[str, float] = field(default_factory=dict)
     confusion: list[list[int]] | None = None
+    samples: list[Sample] = field(default_factory=list)
     best_epoch: int | None = None
     stopped: str = "done"
     folder: Path | None = None

@@ -21,7 +21,7 @@ from gift.training.loading import Batches
 from gift.training.logs import Logs
 from gift.training.metrics import MetricKind
 from gift.training.result import Result
-from gift.training.settings import Settings
+from gift.training.settings import Settled
 from gift.training.tasks import Task
 
 Old = Callable[[], dict[str, float]]
@@ -64,7 +64,7 @@ class TrainingRun:
 
     net: nn.Module
     task: Task
-    settings: Settings
+    settings: Settled
     processes: Processes
     train: Batches
     valid: Batches | None

@@ -14,7 +14,8 @@ class Settings:
     """Settings of `gift.training.finetune` and of the ``training`` section of a job file.
 
     Args:
-        epochs: number of passes over the training examples.
+        epochs: number of passes over the training examples; None makes at least 3 (for language
+            models 1), and as many as 200 steps need, but at most 10 (5).
         batch_size: number of examples in a batch, over all processes. A single remaining example
             joins the last batch, because norm layers cannot learn from one (likewise for each
             process).
@@ -22,7 +23,8 @@ class Settings:
         optimizer: name of a class of ``torch.optim``; in code also a function that makes an
             optimizer from parameter groups, called with ``lr`` and ``weight_decay``.
         optimizer_options: further keyword arguments of the optimizer.
-        lr: peak learning rate.
+        lr: peak learning rate; None is 1e-3, or 1e-4 if more than half of the parameters of a
+            network of a million or more are trained, as in full fine-tuning of a pretrained one.
         weight_decay: weight decay of the optimizer.
         loraplus_ratio: ratio of the learning rate of `lora_B` to `lr`, as in LoRA+
             (https://arxiv.org/abs/2402.12354, section 4, which uses 16); None for a single
@@ -51,12 +53,12 @@ class Settings:
         ValueError: naming all settings that are out of range.
     """
 
-    epochs: int = 10
+    epochs: int | None = None
     batch_size: int = 32
     accumulate: int = 1
     optimizer: str | Callable[..., Any] = "AdamW"
     optimizer_options: dict[str, Any] | None = None
-    lr: float = 1e-3
+    lr: float | None = None
     weight_decay: float = 0.01
     loraplus_ratio: float | None = None
     lr_schedule: str | Callable[..., Any] = "cosine"
@@ -118,7 +120,51 @@ _BOUNDS: dict[str, Bound] = {
 
 pydantic comes with the extra `cli` alone, while `finetune` also works from code without it.
 """
-_MAY_BE_NONE = ("patience", "checkpoint_steps", "clip", "loraplus_ratio", "seed")
+_MAY_BE_NONE = (
+    "epochs", "lr", "patience", "checkpoint_steps", "clip", "loraplus_ratio", "seed",
+)  # fmt: skip
+
+
+STEPS = 200
+"""Number of optimizer steps that a training should have, if few epochs are enough for them."""
+_EPOCHS = {"language": (1, 5)}
+_FEW_PARAMETERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Settled(Settings):
+    """Settings whose epochs and learning rate are numbers; see `settled`."""
+
+    epochs: int = 10
+    lr: float = 1e-3
+
+
+def settled(settings: Settings, task: str, steps: int, trained: int, total: int) -> Settled:
+    """Return the settings with numbers for epochs and learning rate, by the size of the data.
+
+    Args:
+        settings: settings as given.
+        task: name of the task.
+        steps: number of optimizer steps of an epoch.
+        trained: number of trained parameters.
+        total: number of all parameters.
+
+    Example:
+        >>> found = settled(Settings(), "classification", steps=13, trained=10_000, total=2_000_000)
+        >>> found.epochs, found.lr
+        (10, 0.001)
+        >>> settled(Settings(), "classification", steps=2000, trained=9, total=9).epochs
+        3
+    """
+    least, most = _EPOCHS.get(task, (3, 10))
+    epochs = min(max(-(-STEPS // max(steps, 1)), least), most)
+    is_whole = total >= _FEW_PARAMETERS and trained > total / 2
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    if settings.epochs is None:
+        given["epochs"] = epochs
+    if settings.lr is None:
+        given["lr"] = 1e-4 if is_whole else 1e-3
+    return Settled(**given)
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

@@ -14,8 +14,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from gift.core.dynamic_class import spec_of
+from gift.core.io_spec import io_spec_of
 from gift.core.iterator import Site
 from gift.core.record import record_of
+from gift.core.trained import named_trainable
 from gift.core.undo.snapshot import all_or_nothing
 from gift.data.examples import Examples
 from gift.engine.enable import enable_fine_tuning
@@ -37,7 +39,7 @@ from gift.training.predicting import remember
 from gift.training.randomness import seed_all
 from gift.training.result import Result
 from gift.training.run import TRAIN, VALID, Old, TrainingRun
-from gift.training.settings import Settings
+from gift.training.settings import Settings, Settled, settled
 from gift.training.tasks import Loss, Task
 
 _WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "device", "workers", "parallel", "compile",
@@ -68,7 +70,7 @@ def prepare(
     data = examples_of(train, task)
     held_out = None if valid is None else examples_of(valid, task)
     _same_classes(data, held_out)
-    work = task_of(data, task, loss=loss, smoothing=settings.label_smoothing)
+    task_of(data, task, {})  # whether there is such a task
     seed = settings.seed
     if seed is None:
         seed = int(torch.randint(2**31, ()).item())
@@ -85,19 +87,24 @@ def prepare(
         enabled_by = _enable(net, strategy)
         if schedule is not None:
             schedule.attach(net)
-            _warn_of_late(schedule, settings)
         net.to(processes.device)
         if processes.rank:  # from here on, each process draws random numbers for its own examples
             seed_all(seed + processes.rank)
         learning = batches(data, shuffle=True)
+        work = _task(net, data, task, loss=loss, smoothing=settings.label_smoothing)
         work = rehearse(net, work, learning, TRAIN)
         _warn_of_one_class(data, work)
-        optimizer = make_optimizer(net, settings)
-        steps = learning.steps(settings.accumulate) * settings.epochs
+        each = learning.steps(settings.accumulate)
+        sizes = [sum(p.numel() for _, p in named)
+                 for named in (named_trainable(net), net.named_parameters())]  # fmt: skip
+        chosen = settled(settings, work.name, each, *sizes)
+        if schedule is not None:
+            _warn_of_late(schedule, chosen)
+        optimizer = make_optimizer(net, chosen)
         run = TrainingRun(
             net=net,
             task=work,
-            settings=settings,
+            settings=chosen,
             processes=processes,
             train=learning,
             valid=None if held_out is None else batches(held_out),
@@ -105,7 +112,7 @@ def prepare(
             metrics=metrics_of(work.name, settings.metrics),
             schedule=schedule,
             optimizer=optimizer,
-            rates=make_rates(optimizer, settings, steps),
+            rates=make_rates(optimizer, chosen, each * chosen.epochs),
             scaler=torch.amp.GradScaler(
                 processes.device.type, enabled=settings.precision == "float16"
             ),
@@ -121,7 +128,7 @@ def prepare(
             # Hashing reads the whole base, which is only worth it for a checkpoint.
             identity={}
             if folder is None
-            else _identity(net, enabled_by, schedule, [data, held_out], work, settings),
+            else _identity(net, enabled_by, schedule, [data, held_out], work, chosen),
             seed=seed,
         )
         run.check_watch()
@@ -133,6 +140,12 @@ def prepare(
         if run.folder is not None:
             check_writable(run.folder)
     return _begun(run, data, state, begin)
+
+
+def _task(net: nn.Module, data: Any, name: str | None, **options: Any) -> Task:
+    """Return the task; what the head of the network is known to give comes before the examples."""
+    proposed = data.details if isinstance(data, Examples) else {}
+    return task_of(data, name, {**proposed, **io_spec_of(net).details}, **options)
 
 
 def _check_packages(settings: Settings, folder: Path | None) -> None:
@@ -154,7 +167,7 @@ def _released_if_refused(schedule: Schedule | None) -> Iterator[None]:
         raise
 
 
-def _warn_of_late(schedule: Schedule, settings: Settings) -> None:
+def _warn_of_late(schedule: Schedule, settings: Settled) -> None:
     if late := [epoch for epoch in schedule.milestones if epoch >= settings.epochs]:
         warnings.warn(
             f"{schedule!r} unfreezes in epochs {late}, counted from 0, but there are only "
@@ -185,7 +198,7 @@ def _begun(
         steps = run.steps_per_epoch * settings.epochs
         run.rates = make_rates(run.optimizer, settings, steps)
     if isinstance(data, Examples):
-        remember(run.net, data, run.task.name)
+        remember(run.net, data, run.task.name, run.task.details)
     if run.folder is not None and state is None:
         forget(run.folder)  # so that no old file is mistaken for a part of this run
     if begin is not None:
@@ -233,7 +246,7 @@ def _old(
     given, what = batches(data), "the examples of the old task"
     device = given.processes.device
     with old_heads(net, device):
-        task = rehearse(net, task_of(data, None if own else kind), given, what)
+        task = rehearse(net, task_of(data, None if own else kind, {}), given, what)
     kinds = metrics_of(task.name, metrics if task.name == kind else None)
 
     def judged() -> dict[str, float]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gift.data.readers import PictureReader
-from gift.errors import NetworkError
+from gift.errors import NetworkError, some
 from gift.support.optional import require
 from gift.zoo.errors import unknown, unreachable
-from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.loaded import HEAD_TASKS, LoadedNetwork
 from gift.zoo.options import TIMM, refuse_unknown
 from gift.zoo.states import put_state
 from gift.zoo.transforms import reader_like
@@ -23,8 +23,8 @@ def from_timm(
 ) -> LoadedNetwork:
     """Load a timm classifier."""
     timm = require("timm", "timm")
-    if task not in (None, "classification"):
-        raise NetworkError(f"networks of timm are for classification, not for {task!r}")
+    if task not in (None, *HEAD_TASKS):
+        raise NetworkError(f"networks of timm are for {some(HEAD_TASKS)}, not for {task!r}")
     elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     base, _, tag = name.partition(".")
     if not elsewhere and not timm.is_model(base):
@@ -46,7 +46,7 @@ def from_timm(
         put_state(net, str(weights))
     classes = _imagenet(timm, net) if weights == "default" else None
     channels = options.get("in_chans", 3)
-    return LoadedNetwork(net, _reader(timm, net, name, channels), "classification", classes)
+    return LoadedNetwork(net, _reader(timm, net, name, channels), task or HEAD_TASKS[0], classes)
 
 
 def _reader(timm: Any, net: Any, name: str, channels: int) -> PictureReader | None:

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from gift.data.readers import DetectorReader
+from gift.data.examples import Reader
+from gift.data.readers import DetectorReader, SegmentationReader
 from gift.errors import NetworkError
 from gift.support.optional import require
 from gift.zoo.errors import unknown, unreachable
-from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.loaded import HEAD_TASKS, LoadedNetwork
 from gift.zoo.options import TORCHVISION, refuse_unknown
 from gift.zoo.states import put_state
 from gift.zoo.transforms import reader_like
@@ -20,20 +21,23 @@ def from_torchvision(
     options: dict[str, Any],
     allow_import: bool = False,
 ) -> LoadedNetwork:
-    """Load a torchvision classifier or detector; `weights` may also name torchvision weights."""
+    """Load a torchvision network for images; `weights` may also name torchvision weights."""
     models = require("torchvision.models", "vision")
-    detectors = models.list_models(module=models.detection)
-    known = models.list_models(module=models) + detectors
-    if name not in known:
-        raise unknown("classifier or detector of torchvision", name, known)
-    kind = "detection" if name in detectors else "classification"
+    kinds = dict.fromkeys(models.list_models(module=models), "classification")
+    kinds |= dict.fromkeys(models.list_models(module=models.segmentation), "segmentation")
+    kinds |= dict.fromkeys(models.list_models(module=models.detection), "detection")
+    if name not in kinds:
+        raise unknown("classifier, detector or segmentation network of torchvision", name, kinds)
+    kind = kinds[name]
+    if kind == "classification" and task in HEAD_TASKS:
+        kind = task
     if task not in (None, kind):
         raise NetworkError(f"{name} is for {kind}, not for {task!r}")
     if not allow_import:
         refuse_unknown(name, options, TORCHVISION)
     its = models.get_model_weights(name)
     chosen = its.DEFAULT if weights == "default" else its.__members__.get(str(weights))
-    if chosen is None and kind == "detection":
+    if chosen is None and kind in ("detection", "segmentation"):
         options = {"weights_backbone": None, **options}  # otherwise it would be downloaded
     try:
         net = models.get_model(name, weights=chosen, **options)
@@ -44,14 +48,20 @@ def from_torchvision(
     if chosen is None and weights is not None:
         put_state(net, weights)
     classes = None if chosen is None else tuple(chosen.meta["categories"])
+    transform = None if kind == "detection" else (chosen or its.DEFAULT).transforms()
+    return LoadedNetwork(net, _reader(transform, kind, name), kind, classes)
+
+
+def _reader(transform: Any, kind: str, name: str) -> Reader | None:
+    """Return the reader for the transform of the weights, which detectors do without."""
     if kind == "detection":
-        return LoadedNetwork(net, DetectorReader(), kind, classes)
-    transform = its.DEFAULT.transforms() if chosen is None else chosen.transforms()
-    settings = {
+        return DetectorReader()
+    settings = {"mean": transform.mean, "std": transform.std}
+    if kind == "segmentation":
+        return SegmentationReader(size=transform.resize_size[0], **settings)
+    settings |= {
         "size": (transform.crop_size * 2)[:2],
         "resize": transform.resize_size[0],
-        "mean": transform.mean,
-        "std": transform.std,
         "interpolation": transform.interpolation.value,
     }
-    return LoadedNetwork(net, reader_like(settings, transform, name), kind, classes)
+    return reader_like(settings, transform, name)

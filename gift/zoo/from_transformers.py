@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from gift.data.examples import Reader
-from gift.data.readers import TextReader
+from gift.data.readers import ExtractorReader, PictureReader, SegmentationReader, TextReader
 from gift.errors import DataError, GiftWarning, NetworkError, first_line
 from gift.support.optional import require
 from gift.zoo.errors import unreachable
-from gift.zoo.loaded import LoadedNetwork
+from gift.zoo.loaded import HEAD_TASKS, LoadedNetwork
 from gift.zoo.options import (
     NUMBERS,
     TRANSFORMERS,
@@ -25,7 +25,7 @@ from gift.zoo.transforms import reader_like
 LENGTH = 128
 """Number of tokens of a text, if the network supports as many."""
 
-_TASKS = ("classification", "language")
+_TASKS = (*HEAD_TASKS, "segmentation", "language")
 _RESAMPLINGS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in PIL's numbering
 
 
@@ -38,6 +38,7 @@ def from_transformers(
 ) -> LoadedNetwork:
     """Load a text or image classifier or a language model, by hub name or from a folder."""
     transformers = require("transformers", "text")
+    fresh: tuple[str, ...] = ()
     options = {"trust_remote_code": False, "weights_only": True, **options}
     try:
         config = _config(transformers, name, options, allow_import)
@@ -46,7 +47,8 @@ def from_transformers(
         maker = getattr(transformers, f"AutoModelFor{kind}")
         if weights == "default":
             own = {} if allow_import else {"config": config}
-            net = maker.from_pretrained(name, **own, **options)
+            net, about = maker.from_pretrained(name, output_loading_info=True, **own, **options)
+            fresh = tuple(sorted(map(str, about["missing_keys"])))
         else:
             kept = ("trust_remote_code", "attn_implementation", "dtype", "torch_dtype")
             net = maker.from_config(config, **{k: options[k] for k in kept if k in options})
@@ -59,8 +61,8 @@ def from_transformers(
         raise NetworkError(f"{name!r} cannot be made with {options}: {error}") from error
     if weights not in ("default", None):
         put_state(net, str(weights))
-    reader = _images(transformers, name) if "Image" in kind else _texts(net, name)
-    return LoadedNetwork(net, reader, task, _classes(net.config, task, weights))
+    reader = _reader(transformers, net, name, kind)
+    return LoadedNetwork(net, reader, task, _classes(net.config, task, weights), fresh)
 
 
 def _config(transformers: Any, name: str, options: dict[str, Any], allow_import: bool) -> Any:
@@ -83,8 +85,10 @@ def _config(transformers: Any, name: str, options: dict[str, Any], allow_import:
 def _task_of(config: Any) -> str:
     """Return the task that the network was saved for."""
     ends = [str(name) for name in config.architectures or ()]
-    is_language = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in ends)
-    return "language" if is_language else "classification"
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in ends):
+        return "language"
+    is_dense = any(name.endswith("ForSemanticSegmentation") for name in ends)
+    return "segmentation" if is_dense else "classification"
 
 
 def _kind(config: Any, task: str, name: str) -> str:
@@ -95,14 +99,32 @@ def _kind(config: Any, task: str, name: str) -> str:
     kinds = {
         "SequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         "ImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        "AudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+        "SemanticSegmentation": auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
         "CausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     }
-    fitting = [kind for kind, known in kinds.items() if type(config) in known]
-    if task == "language":
-        fitting = [kind for kind in fitting if kind == "CausalLM"]
+    own = {"language": ("CausalLM",), "segmentation": ("SemanticSegmentation",)}
+    others = [kind for kind in kinds if kind != "SemanticSegmentation"]
+    fitting = [kind for kind in own.get(task, others) if type(config) in kinds[kind]]
     if not fitting:
         raise NetworkError(f"transformers has no {config.model_type!r} for {task} ({name})")
     return fitting[0]
+
+
+def _reader(transformers: Any, net: Any, name: str, kind: str) -> Reader | None:
+    if kind == "SemanticSegmentation":
+        return _images(transformers, name, SegmentationReader)
+    if kind == "AudioClassification":
+        return _sounds(name)
+    return _images(transformers, name) if "Image" in kind else _texts(net, name)
+
+
+def _sounds(name: str) -> Reader | None:
+    try:
+        return ExtractorReader(name)
+    except DataError as error:
+        _warn(name, error)
+        return None
 
 
 def _texts(net: Any, name: str) -> Reader | None:
@@ -118,7 +140,9 @@ def _texts(net: Any, name: str) -> Reader | None:
     return TextReader(tokenizer, int(length))
 
 
-def _images(transformers: Any, name: str) -> Reader | None:
+def _images(
+    transformers: Any, name: str, made: type[PictureReader] = PictureReader
+) -> Reader | None:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -132,7 +156,9 @@ def _images(transformers: Any, name: str) -> Reader | None:
         settings = _settings(processor)
     except (AttributeError, TypeError, KeyError, IndexError):  # missing in some processors
         settings = {}
-    return reader_like(settings, transform, name)
+    if made is SegmentationReader:
+        settings.pop("resize", None)
+    return reader_like(settings, transform, name, made)
 
 
 def _settings(processor: Any) -> dict[str, Any]:
@@ -170,7 +196,7 @@ def _warn(name: str, error: Exception) -> None:
 
 def _classes(config: Any, task: str, weights: Any) -> tuple[str, ...] | None:
     names = getattr(config, "id2label", None) or {}
-    if task != "classification" or weights is None or len(names) < 2:
+    if task not in (*HEAD_TASKS, "segmentation") or weights is None or len(names) < 2:
         return None
     if all(str(name).startswith("LABEL_") for name in names.values()):
         return None  # default names, not real ones

@@ -13,6 +13,7 @@ from gift.data.classes import distinct
 from gift.data.examples import Reader
 from gift.errors import NetworkError
 from gift.zoo.errors import unknown
+from gift.zoo.from_smp import from_smp
 from gift.zoo.from_timm import from_timm
 from gift.zoo.from_torchvision import from_torchvision
 from gift.zoo.from_transformers import from_transformers
@@ -23,6 +24,7 @@ LIBRARIES = {
     "torchvision": from_torchvision,
     "timm": from_timm,
     "transformers": from_transformers,
+    "smp": from_smp,
 }
 
 
@@ -38,14 +40,17 @@ def load_network(
     """Load a network by name, with the reader that its weights expect.
 
     Args:
-        name: ``torchvision:resnet18`` (or a detector, ``torchvision:fasterrcnn_resnet50_fpn``),
-            ``timm:resnet18.a1_in1k``, ``transformers:bert-base-uncased`` or
-            ``transformers:a/folder``; with `allow_import` also ``import:package.module:function``.
+        name: ``torchvision:resnet18`` (or a detector or segmentation network,
+            ``torchvision:fasterrcnn_resnet50_fpn``), ``timm:resnet18.a1_in1k``,
+            ``transformers:bert-base-uncased``, ``transformers:a/folder``, or ``smp:unet`` of
+            segmentation-models-pytorch; with `allow_import` also
+            ``import:package.module:function``.
         weights: "default" for pretrained weights, the name of other torchvision weights, a file
             with the state of the network (safetensors or ``torch.save``), or None for random
             weights.
         reader: another reader, or some of its settings; None uses the reader of the weights.
-        task: "classification" or "language", for transformers networks that support both.
+        task: task, for networks that support several: "classification", "regression",
+            "multi_label", "segmentation", "language".
         allow_import: whether the name, or an option, may run foreign code.
         options: keyword arguments for creating the network, such as ``num_classes``. Unless
             `allow_import`, only those that neither run code nor read other files; see

@@ -14,6 +14,7 @@ LARGEST = 2**24
 """Largest number among options, since some become sizes of tensors."""
 
 _WORD = re.compile(r"[A-Za-z0-9_]{0,64}")
+_ENCODER = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
@@ -106,6 +107,21 @@ TIMM = {
         ls_init_value mlp_ratio num_features num_heads output_stride patch_drop_rate patch_size
         pos_drop_rate proj_drop_rate qk_norm qkv_bias reg_tokens stem_width strict_img_size
         window_size zero_init_last
+    """),
+}  # fmt: skip
+
+SMP = {
+    **_all(COUNT, "classes in_channels"),
+    "encoder_name": Allowed(
+        lambda v: isinstance(v, str) and bool(_ENCODER.fullmatch(v)), "the name of an encoder"
+    ),
+    **_all(WORD, "decoder_attention_type decoder_interpolation decoder_merge_policy upsampling "
+           "decoder_use_norm decoder_use_batchnorm psp_use_batchnorm"),
+    **_all(NUMBERS, """
+        decoder_aspp_dropout decoder_aspp_separable decoder_atrous_rates decoder_channels
+        decoder_dropout decoder_pab_channels decoder_pyramid_channels
+        decoder_segmentation_channels encoder_depth encoder_output_stride psp_dropout
+        psp_out_channels upsampling
     """),
 }  # fmt: skip
 

@@ -15,7 +15,10 @@ _TOLERANCE = 0.02
 
 
 def reader_like(
-    settings: dict[str, Any], transform: Callable[[Any], torch.Tensor], what: str
+    settings: dict[str, Any],
+    transform: Callable[[Any], torch.Tensor],
+    what: str,
+    made: type[PictureReader] = PictureReader,
 ) -> PictureReader | None:
     """Return a reader with these settings if it matches the library's own transform, else None.
 
@@ -23,14 +26,15 @@ def reader_like(
         settings: settings of `PictureReader`.
         transform: converts an image to a tensor.
         what: name of the network, for the warning if the two differ.
+        made: class of the reader.
     """
     try:
-        reader = PictureReader(**settings)
+        reader = made(**settings)
         image = _image()
         own, its = reader(image), transform(image)
         if own.shape == its.shape and (own - its).abs().mean() < _TOLERANCE:
             return reader
-        reason = "it does what PictureReader cannot"
+        reason = f"it does what {made.__name__} cannot"
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error)
     warnings.warn(

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from gift.data.readers.images import DetectorReader, PictureReader
+from gift.data.readers.masks import SegmentationReader
+from gift.data.readers.rows import RowReader
+from gift.data.readers.sounds import AudioReader, ExtractorReader
 from gift.data.readers.texts import TextReader
 from gift.errors import DataError
 
 READERS: dict[str, type[Any]] = {
-    reader.kind: reader for reader in (PictureReader, DetectorReader, TextReader)
-}
+    reader.kind: reader
+    for reader in (
+        PictureReader, SegmentationReader, DetectorReader, TextReader, RowReader, AudioReader,
+        ExtractorReader,
+    )
+}  # fmt: skip
 """Readers by the kind that their config names."""
 
 
@@ -36,7 +43,7 @@ def reader_from_config(config: Mapping[str, Any], folder: str | Path | None = No
     reader = READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
         raise DataError(f"the kind of reader is {kind!r}, expected one of {sorted(READERS)}")
-    known = {field.name for field in dataclasses.fields(reader)}
+    known = {field.name for field in dataclasses.fields(reader) if field.init}
     if unknown := sorted(set(settings) - known):
         raise DataError(f"a reader of kind {kind!r} has no {unknown}, but {sorted(known)}")
     name = settings.get("tokenizer")
@@ -49,4 +56,14 @@ def reader_from_config(config: Mapping[str, Any], folder: str | Path | None = No
         raise DataError(f"this describes no reader of kind {kind!r}: {error}") from error
 
 
-__all__ = ["READERS", "DetectorReader", "PictureReader", "TextReader", "reader_from_config"]
+__all__ = [
+    "READERS",
+    "AudioReader",
+    "DetectorReader",
+    "ExtractorReader",
+    "PictureReader",
+    "RowReader",
+    "SegmentationReader",
+    "TextReader",
+    "reader_from_config",
+]

@@ -202,8 +202,8 @@ def _shown(raw: Any) -> str:
     return str(raw) if isinstance(raw, str | Path) else "the image"
 
 
-def opened(raw: Any, mode: str) -> Any:
-    """Open a PIL image or an image file in a PIL mode.
+def opened(raw: Any, mode: str | None) -> Any:
+    """Open a PIL image or an image file in a PIL mode; None keeps its own, and its values.
 
     Raises:
         DataError: if it cannot be read.
@@ -227,6 +227,9 @@ def opened(raw: Any, mode: str) -> Any:
             reason = str(error) or type(error).__name__
         raise DataError(f"{raw} cannot be read as an image: {reason}")
     image = ops.exif_transpose(raw)
+    if mode is None:
+        image.load()  # before its file is closed
+        return image
     if image.mode.startswith("I;16"):  # PIL would clip values above 255
         image = images.fromarray((require("numpy", "vision").asarray(image) >> 8).astype("u1"))
     elif image.mode in ("I", "F"):

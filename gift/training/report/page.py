@@ -77,6 +77,7 @@ def _page(result: Result, images: list[Image]) -> str:
         stopped="" if result.stopped == "done" else tables.plain(result.stopped),
         comparisons=tables.comparisons(result),
         images=images,
+        samples=[(tables.plain(one.caption), _address(one.png)) for one in result.samples],
         tables=[table for make in after if (table := make(result))],
         light=plots.LIGHT,
         dark=plots.DARK,

@@ -142,7 +142,12 @@ def classes(result: Result) -> Table | None:
         recall = right / there if there else None
         precision = right / said[place] if said[place] else None
         rows.append([name, number(there), number(right), number(recall), number(precision)])
+        if result.task == "segmentation":
+            either = there + said[place] - right
+            rows[-1].append(number(right / either if either else None))
     header = ["class", "examples", "found", "recall", "precision"]
+    if result.task == "segmentation":
+        header = ["class", "pixels", "found", "recall", "precision", "IoU"]
     return Table("Each class", header, rows)
 
 
