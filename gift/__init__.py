@@ -1,6 +1,6 @@
 """gift fine-tunes any ``torch.nn.Module`` by training a small delta beside its frozen weights."""
 
-from gift.bank import DeltaBank
+from gift.bank import DeltaBank, extract
 from gift.budget import suggest
 from gift.core.iterator import ModuleIterator
 from gift.core.merging import merge, merged
@@ -10,6 +10,7 @@ from gift.engine.enable import disable_fine_tuning, enable_fine_tuning, plan_fin
 from gift.errors import AdaptationError, GiftError, GiftWarning
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
 from gift.interop import load_kohya, load_peft, save_kohya, save_peft
+from gift.starts import initialise
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
 
@@ -25,6 +26,8 @@ __all__ = [
     "disable_fine_tuning",
     "disabled",
     "enable_fine_tuning",
+    "extract",
+    "initialise",
     "inspect",
     "load",
     "load_kohya",

@@ -2,5 +2,6 @@
 
 from gift.bank.bank import DeltaBank
 from gift.bank.combining import Combination
+from gift.bank.extracting import extract
 
-__all__ = ["Combination", "DeltaBank"]
+__all__ = ["Combination", "DeltaBank", "extract"]

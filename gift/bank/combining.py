@@ -71,10 +71,10 @@ def combine(
         path: _sum(modules[path.rpartition(".")[0]], terms, rank) for path, terms in parts.items()
     }
     values = _values(read, weights, whole)
-    strategy = ResolvedStrategy([_group(path, made) for path, made in sums.items()], trained)
+    strategy = ResolvedStrategy([group_for(path, made) for path, made in sums.items()], trained)
     with enabling_trained(net, strategy):
-        _fill(net, sums, values)
-        combination = _combination(sums)
+        fill(net, sums, values)
+        combination = combination_of(sums)
         return UnloadedDelta(net), combination
 
 
@@ -87,7 +87,7 @@ def _check(weights: Mapping[str, float], rank: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class _Sum:
+class LowRankSum:
     """A sum of changes in low-rank form.
 
     Args:
@@ -111,7 +111,7 @@ class _Sum:
         return float(kept.sum().real) + self.lost
 
 
-def _sum(module: nn.Module, terms: list[tuple[float, Change]], rank: int | None) -> _Sum:
+def _sum(module: nn.Module, terms: list[tuple[float, Change]], rank: int | None) -> LowRankSum:
     """Concatenate factors, or find the best approximation of that rank; groups share a rank."""
     first = terms[0][1]
     options = first.options.settled(LoRA.conv_layouts, LoRA.rows_are_outputs)
@@ -126,14 +126,14 @@ def _sum(module: nn.Module, terms: list[tuple[float, Change]], rank: int | None)
         largest = min(layout.matrix[-2:])
         rank = min(rank or largest, largest)
         if rank >= left.shape[-1]:
-            return _Sum(options, layout, left, right, dtype)
+            return LowRankSum(options, layout, left, right, dtype)
     else:  # others read the same weight as another matrix
         parts = [weight * change.layout.to_weight(change.dense()) for weight, change in terms]
         left = layout.to_matrix(torch.stack(parts).sum(0))
         right = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
         right = right.expand(*left.shape[:-2], -1, -1)
     left, right, lost = _compressed(left, right, rank)
-    return _Sum(options, layout, left, right, dtype, lost)
+    return LowRankSum(options, layout, left, right, dtype, lost)
 
 
 def _factors(change: Change, layout: Layout) -> tuple[Tensor, Tensor] | None:
@@ -165,7 +165,8 @@ def _compressed(left: Tensor, right: Tensor, rank: int | None) -> tuple[Tensor, 
     return made_left, made_right, float(sigma[..., rank:].square().sum())
 
 
-def _group(path: str, made: _Sum) -> dict[str, Any]:
+def group_for(path: str, made: LowRankSum) -> dict[str, Any]:
+    """Describe a LoRA of one weight, as `ResolvedStrategy` takes it."""
     method = LoRA(rank=made.left.shape[-1], dtype=dtype_name(made.dtype))
     return group_of(method, made.options) | {"tensors": {path: list(made.layout.matrix)}}
 
@@ -199,7 +200,14 @@ def _values(
     return made
 
 
-def _fill(net: nn.Module, sums: Mapping[str, _Sum], values: Mapping[str, Any]) -> None:
+def fill(net: nn.Module, sums: Mapping[str, LowRankSum], values: Mapping[str, Any]) -> None:
+    """Write factors into the LoRAs of a network, and values into other tensors.
+
+    Args:
+        net: the network.
+        sums: factors by the path of the weight.
+        values: for each path, the module, the name there and the value.
+    """
     paths = dict(net.named_modules())
     for path, made in sums.items():
         holder, _, tensor = path.rpartition(".")
@@ -210,7 +218,8 @@ def _fill(net: nn.Module, sums: Mapping[str, _Sum], values: Mapping[str, Any]) -
         put_values(module, {name: value})
 
 
-def _combination(sums: Mapping[str, _Sum]) -> Combination:
+def combination_of(sums: Mapping[str, LowRankSum]) -> Combination:
+    """Return the ranks and errors of changes."""
     squares, losses = sum(s.square for s in sums.values()), sum(s.lost for s in sums.values())
     return Combination(
         ranks={path: made.left.shape[-1] for path, made in sums.items()},

@@ -15,6 +15,7 @@ from gift.methods.dora import DoRA as DoRA
 from gift.methods.fourierft import FourierFT as FourierFT
 from gift.methods.full_delta import FullDelta as FullDelta
 from gift.methods.gralora import GraLoRA as GraLoRA
+from gift.methods.guided import GuidedLoRA as GuidedLoRA
 from gift.methods.hira import HiRA as HiRA
 from gift.methods.hra import HRA as HRA
 from gift.methods.ia3 import IA3 as IA3

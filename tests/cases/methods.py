@@ -532,6 +532,9 @@ METHODS: dict[str, MethodCase] = {
         low_rank_count(2),
         {"rank": 2, "lora_alpha": 5, "use_rslora": True, "clip_rank": True},
     ),
+    "guided": MethodCase(
+        "guided", anchored_low_rank("guided", lambda rank: 1.0), low_rank_count(3)
+    ),
     "olora": MethodCase("olora", anchored_low_rank("olora", lambda rank: 1.0), low_rank_count(3)),
     "olora_scaled": MethodCase(
         "olora",

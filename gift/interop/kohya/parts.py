@@ -152,7 +152,7 @@ def _number(value: float, like: Tensor) -> Tensor:
 
 
 _WRITERS: dict[str, Callable[[WeightDelta, Values, Target], dict[str, Tensor]]] = {
-    **dict.fromkeys(("lora", "rslora", "lora_fa", "pissa", "olora"), _lora),
+    **dict.fromkeys(("lora", "rslora", "lora_fa", "pissa", "olora", "guided"), _lora),
     "dora": _dora,
     "loha": _loha,
     "lokr": _lokr,

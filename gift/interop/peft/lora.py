@@ -90,7 +90,7 @@ def _read(
 
 LORA_FORM = Form(
     peft_type="LORA",
-    methods=("lora", "rslora", "dora", "lora_fa", "pissa", "olora"),
+    methods=("lora", "rslora", "dora", "lora_fa", "pissa", "olora", "guided"),
     kinds=tuple(dict.fromkeys(KINDS.values())),
     suffixes=(
         "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B",
