@@ -4,6 +4,7 @@ Methods know neither layers nor modules.
 """
 
 from gift.errors import AdaptationError as AdaptationError
+from gift.methods.adalora import AdaLoRA as AdaLoRA
 from gift.methods.base import METHODS as METHODS
 from gift.methods.base import Method as Method
 from gift.methods.base import method_of as method_of

@@ -1,5 +1,6 @@
-"""Schedules in the transformers Trainer."""
+"""Schedules and rank allocators in the transformers Trainer."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 from gift.private.torch.calls import callers
 from gift.schedules.base import Schedule
 from gift.schedules.config import load_schedule_from_config
+from gift.schedules.ranks import RankAllocator
 from gift.support.optional import require
 
 _callbacks: Any = require("transformers.trainer_callback", "text")
 
 _KEY = "gift_schedule"  # key in optimizer states; optimizers ignore unknown keys
+_RANKS = "gift_ranks"
 
 
 class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
@@ -52,23 +55,9 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
         """Attach the schedule, and hook the optimizer's creation, before it loads a state."""
         if model is not None and not self.schedule.is_attached:
             self.schedule.attach(model)
-        if (trainer := _trainer()) is None:
-            return
-        create = trainer.create_optimizer
-
-        @functools.wraps(create)
-        def create_optimizer(*arguments: Any, **named: Any) -> Any:
-            optimizer = create(*arguments, **named)
-            for handle in self._handles:
-                handle.remove()
+        if (trainer := _trainer()) is not None:
             before = functools.partial(self._before_state, trainer)
-            self._handles = [
-                optimizer.register_state_dict_post_hook(self._with_state),
-                optimizer.register_load_state_dict_pre_hook(before),
-            ]
-            return optimizer
-
-        trainer.create_optimizer = create_optimizer
+            _hook_optimizer(trainer, self._handles, self._with_state, before)
 
     def _with_state(self, optimizer: Any, state: dict[str, Any]) -> None:
         """Record in the optimizer's state which groups it must have when it is loaded."""
@@ -107,6 +96,84 @@ class ScheduleCallback(_callbacks.TrainerCallback, _callbacks.ExportableState):
             saved = _saved(json.loads(file.read_text(encoding="utf-8"))["stateful_callbacks"])
             if saved is not None:
                 self.schedule.load_state_dict(saved)
+
+
+class RankAllocatorCallback(_callbacks.TrainerCallback):
+    """Callback that lets a rank allocator drive a transformers Trainer, including its checkpoints.
+
+    Pass it to the constructor, ``Trainer(..., callbacks=[RankAllocatorCallback(allocator)])``. The
+    allocator is attached to the model when training begins, unless it is attached already. Where it
+    has no `total_steps`, those of the Trainer count. The gradients of the orthogonality are added
+    to those of the loss before each step of the optimizer, after gradients were clipped.
+
+    Args:
+        allocator: the allocator.
+
+    Example:
+        >>> from gift.schedules import RankAllocator
+        >>> from gift.schedules.transformers import RankAllocatorCallback
+        >>> callback = RankAllocatorCallback(RankAllocator(target_rank=4, warmup_steps=100))
+    """
+
+    def __init__(self, allocator: RankAllocator) -> None:
+        self.allocator = allocator
+        self._handles: list[Any] = []
+        self._trainer: Any = None
+        self._waiting: dict[str, Any] | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Hook the optimizer's creation, whose state has that of the allocator."""
+        self._trainer = _trainer()
+        if self._trainer is not None:
+            _hook_optimizer(self._trainer, self._handles, self._with_state, self._before_state)
+
+    def _with_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        if self.allocator.is_attached:
+            state[_RANKS] = self.allocator.state_dict()
+
+    def _before_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        self._waiting = state.get(_RANKS, self._waiting)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Attach the allocator, and continue where a checkpoint was written."""
+        if not self.allocator.is_attached:
+            self.allocator.attach(model, self.allocator.total_steps or state.max_steps)
+        if self._waiting is not None:
+            self.allocator.load_state_dict(self._waiting)
+            self._waiting = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Add the gradients of the orthogonality."""
+        scaler = getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            # Clipping has unscaled float16's gradients already, if there is any.
+            with contextlib.suppress(RuntimeError):
+                self._trainer.accelerator.unscale_gradients()
+        self.allocator.add_gradients()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Allocate, while gradients are there."""
+        self.allocator.step()
+
+
+def _hook_optimizer(trainer: Any, handles: list[Any], after: Any, before: Any) -> None:
+    """Let functions see the state of the optimizer that a Trainer creates: saved, to be loaded."""
+    create = trainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(*arguments: Any, **named: Any) -> Any:
+        optimizer = create(*arguments, **named)
+        for handle in handles:
+            handle.remove()
+        handles[:] = [
+            optimizer.register_state_dict_post_hook(after),
+            optimizer.register_load_state_dict_pre_hook(before),
+        ]
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
 
 
 def _trainer() -> Any:

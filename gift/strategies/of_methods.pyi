@@ -6,6 +6,52 @@ import torch
 
 from gift.strategies.adapting import _AdaptingStrategy
 
+class AdaLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        adalora_dropout: float = 0.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class AdaLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        adalora_dropout: float = 0.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class AdaLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        adalora_dropout: float = 0.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class BOFTAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,

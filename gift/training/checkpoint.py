@@ -46,6 +46,7 @@ def _state(run: TrainingRun, random: list[dict[str, Any]]) -> dict[str, Any]:
         "rates": run.rates.state_dict(),
         "scaler": run.scaler.state_dict(),
         "schedule": None if run.schedule is None else run.schedule.state_dict(),
+        "allocator": None if run.allocator is None else run.allocator.state_dict(),
         "random": random,
     }
 
@@ -107,6 +108,8 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
     """Restore a run to the point at which its checkpoint was written."""
     if run.schedule is not None:
         run.schedule.load_state_dict(state["schedule"], run.optimizer)
+    if run.allocator is not None:
+        run.allocator.load_state_dict(state["allocator"])
     put_state(run.net, state["net"])
     load_optimizer(run.optimizer, state["optimizer"])
     run.rates.load_state_dict(state["rates"])

@@ -13,7 +13,7 @@ from gift.core.frozen_norms import kept_modes
 from gift.core.trained import named_trainable
 from gift.errors import NotFiniteError
 from gift.files import save
-from gift.schedules import Schedule
+from gift.schedules import RankAllocator, Schedule
 from gift.strategies import FineTuningStrategy
 from gift.support.optional import require
 from gift.training.checkpoint import (
@@ -43,6 +43,7 @@ def finetune(
     *,
     strategy: FineTuningStrategy | None = None,
     schedule: Schedule | None = None,
+    allocator: RankAllocator | None = None,
     old: Any = None,
     task: str | None = None,
     loss: Loss | None = None,
@@ -67,6 +68,8 @@ def finetune(
             enabled afterwards: `gift.merge` makes it a plain network that keeps what it learned,
             `disable_fine_tuning` restores the base.
         schedule: schedule of freezing and unfreezing; None leaves that to the strategy.
+        allocator: allocator of the ranks of AdaLoRA; its steps are those of the run. The best
+            epoch is one of those with the final ranks.
         old: examples of the old task, or a function that returns metrics of a network: the result
             then reports forgetting. If the head was replaced, the old head is used for this.
         task: "classification", "multi_label", "regression", "language", "segmentation" or
@@ -114,6 +117,7 @@ def finetune(
         valid=valid,
         strategy=strategy,
         schedule=schedule,
+        allocator=allocator,
         old=old,
         task=task,
         loss=loss,
@@ -243,8 +247,12 @@ def train_step(run: TrainingRun, window: list[tuple[Any, bool]]) -> tuple[float,
         what = "loss" if not math.isfinite(mean) else "gradient"
         _stop(run, f"the {what} is not finite", _reason(run, window))
     scale = run.scaler.get_scale()
+    if run.allocator is not None:
+        run.allocator.add_gradients()
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.allocator is not None:
+        run.allocator.step()
     run.optimizer.zero_grad()
     return mean, count, run.scaler.get_scale() >= scale
 
@@ -282,7 +290,9 @@ def finish_epoch(run: TrainingRun) -> None:
         )
         row |= {f"valid_{name}": value for name, value in values.items()}
         value = run.watched(row)
-        if run.is_better(value):
+        if run.allocator is not None and not run.allocator.is_final:
+            pass  # its ranks are not those to keep
+        elif run.is_better(value):
             run.best, run.waited, run.result.best_epoch = value, 0, run.epoch + 1
             run.best_state = trained_state(run.net)
             save_delta(run, "best")

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gift.core.trained import frozen_names
 from gift.errors import TrainingError
-from gift.schedules import Schedule
+from gift.schedules import RankAllocator, Schedule
 from gift.training.distributed import Processes, sharded_like, whole
 from gift.training.loading import Batches
 from gift.training.logs import Logs
@@ -42,6 +42,7 @@ class TrainingRun:
         old: returns metrics on the old task, if requested.
         metrics: metrics that are computed on `valid`.
         schedule: schedule of freezing and unfreezing, if there is one.
+        allocator: allocator of ranks, if there is one.
         optimizer: optimizer of the trained parameters.
         rates: learning rate scheduler.
         scaler: gradient scaler for float16.
@@ -71,6 +72,7 @@ class TrainingRun:
     old: Old | None
     metrics: Mapping[str, MetricKind]
     schedule: Schedule | None
+    allocator: RankAllocator | None
     optimizer: Optimizer
     rates: LRScheduler
     scaler: torch.amp.GradScaler

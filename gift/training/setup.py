@@ -24,7 +24,7 @@ from gift.engine.enable import enable_fine_tuning
 from gift.errors import GiftWarning, TrainingError
 from gift.factories import pa_train
 from gift.files.saving import fingerprint, split
-from gift.schedules import Schedule
+from gift.schedules import RankAllocator, Schedule
 from gift.strategies import FineTuningStrategy
 from gift.support.optional import require
 from gift.training.checkpoint import check_writable, forget, read_checkpoint, restore
@@ -56,6 +56,7 @@ def prepare(
     valid: Any = None,
     strategy: FineTuningStrategy | None = None,
     schedule: Schedule | None = None,
+    allocator: RankAllocator | None = None,
     old: Any = None,
     task: str | None = None,
     loss: Loss | None = None,
@@ -65,8 +66,7 @@ def prepare(
 ) -> TrainingRun:
     """Set up a run that can begin, or resume from its checkpoint; see `finetune`."""
     _check_packages(settings, folder)
-    if not isinstance(schedule, Schedule | None):
-        raise TypeError(f"expected one of gift.schedules, got {schedule!r}")
+    _check_kinds((schedule, Schedule), (allocator, RankAllocator))
     data = examples_of(train, task)
     held_out = None if valid is None else examples_of(valid, task)
     _same_classes(data, held_out)
@@ -101,6 +101,7 @@ def prepare(
         if schedule is not None:
             _warn_of_late(schedule, chosen)
         optimizer = make_optimizer(net, chosen)
+        _attach(allocator, net, each * chosen.epochs, processes)
         run = TrainingRun(
             net=net,
             task=work,
@@ -111,6 +112,7 @@ def prepare(
             old=None if old is None else _old(net, old, batches, work.name, settings.metrics),
             metrics=metrics_of(work.name, settings.metrics),
             schedule=schedule,
+            allocator=allocator,
             optimizer=optimizer,
             rates=make_rates(optimizer, chosen, each * chosen.epochs),
             scaler=torch.amp.GradScaler(
@@ -120,7 +122,7 @@ def prepare(
             result=Result(
                 network=enabled_by.network,
                 strategy=enabled_by.strategy if enabled else "all that requires a gradient",
-                schedule="" if schedule is None else repr(schedule),
+                schedule=_described(schedule, allocator),
                 task=work.name,
                 classes=work.classes,
                 folder=folder,
@@ -128,7 +130,9 @@ def prepare(
             # Hashing reads the whole base, which is only worth it for a checkpoint.
             identity={}
             if folder is None
-            else _identity(net, enabled_by, schedule, [data, held_out], work, chosen),
+            else _identity(
+                net, enabled_by, _described(schedule, allocator), [data, held_out], work, chosen
+            ),
             seed=seed,
         )
         run.check_watch()
@@ -165,6 +169,37 @@ def _released_if_refused(schedule: Schedule | None) -> Iterator[None]:
         if schedule is not None and schedule.is_attached:
             schedule.detach()
         raise
+
+
+def _check_kinds(*parts: tuple[Any, type]) -> None:
+    for given, kind in parts:
+        if not isinstance(given, kind | None):
+            raise TypeError(f"expected a {kind.__name__} of gift.schedules, got {given!r}")
+
+
+def _attach(
+    allocator: RankAllocator | None, net: nn.Module, steps: int, processes: Processes
+) -> None:
+    """Attach an allocator, if there is one; its steps are those of the run."""
+    if allocator is None:
+        return
+    if processes.is_sharding:
+        raise TrainingError(
+            "ranks are allocated from whole gradients: parallel='ddp' works, 'fsdp' does not"
+        )
+    if allocator.total_steps not in (None, steps):
+        raise TrainingError(
+            f"{allocator!r} is for {allocator.total_steps} steps, the run has {steps} (leave "
+            "total_steps out)"
+        )
+    try:
+        allocator.attach(net, steps)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+
+
+def _described(schedule: Schedule | None, allocator: RankAllocator | None) -> str:
+    return ", ".join(repr(given) for given in (schedule, allocator) if given is not None)
 
 
 def _warn_of_late(schedule: Schedule, settings: Settled) -> None:
@@ -274,7 +309,7 @@ def _warn_of_one_class(data: Any, task: Task) -> None:
 def _identity(
     net: nn.Module,
     report: Any,
-    schedule: Schedule | None,
+    schedule: str,
     examples: Sequence[Any],
     task: Task,
     settings: Settings,
@@ -294,7 +329,7 @@ def _identity(
         "strategy": report.strategy if record.recipe is not None else "",
         "trained tensors": {n: list(p.shape) for n, p in net.named_parameters() if p.requires_grad},
         "values of the base": _digest_of_base(net),
-        "schedule": "" if schedule is None else repr(schedule),
+        "schedule": schedule,
         "task": task.name,
         "loss": "" if task.own_loss is None else _name_of(task.own_loss),
         "classes": list(task.classes or ()),

@@ -6,6 +6,7 @@ from typing import Any
 import peft.tuners.boft.layer
 import torch
 from peft import (
+    AdaLoraConfig,
     BOFTConfig,
     C3AConfig,
     DeloraConfig,
@@ -182,6 +183,9 @@ OURS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "RoAd": ("road", {}, LINEAR),
     "RoAd in groups": ("road", {"variant": "road_2", "group_size": 4}, LINEAR),
     "RoAd of four": ("road", {"variant": "road_4", "group_size": 2}, LINEAR),
+    "AdaLoRA": ("adalora", {}, (*FLAT, *IMAGES)),
+    "AdaLoRA, scaled": ("adalora", {"rank": 3, "alpha": 5}, (*FLAT, "conv2d")),
+    "AdaLoRA, negative": ("adalora", {"rank": 3, "alpha": -2}, ("linear",)),
     "WaveFT": ("waveft", {}, FLAT),
     "WaveFT, few": ("waveft", {"n_frequency": 9, "scaling": 3.0, "seed": 5}, ("linear, odd",)),
 }
@@ -243,6 +247,13 @@ THEIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = 
     "RoAd": (RoadConfig, {"group_size": 4}, LINEAR),
     "RoAd of two": (RoadConfig, {"group_size": 2, "variant": "road_2"}, LINEAR),
     "RoAd of four": (RoadConfig, {"group_size": 4, "variant": "road_4"}, LINEAR),
+    "AdaLoRA": (AdaLoraConfig, {"init_r": 4, "total_step": 9, "lora_alpha": 5}, (*FLAT, *IMAGES)),
+    "AdaLoRA of high rank": (AdaLoraConfig, {"init_r": 20, "total_step": 9}, ("linear",)),
+    "AdaLoRA, with biases": (
+        AdaLoraConfig,
+        {"init_r": 3, "total_step": 9, "bias": "lora_only"},
+        ("linear",),
+    ),
     "WaveFT": (WaveFTConfig, {"n_frequency": 30, "bias": "waveft_only"}, FLAT),
     "MiSS, mini": (MissConfig, {"r": 4, "init_weights": "mini", "mini_r": 4}, LINEAR),
 }

@@ -421,6 +421,23 @@ def haar(scaling: float) -> Formula:
     return formula
 
 
+def pruned_triplets(scaling: Callable[[int], float]) -> Formula:
+    """``W0 + s sum_i m_i lambda_i P_i Q_i``, one triplet after the other."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        values, mask = p["adalora_lambda"], p["adalora_mask"]
+        for i, value in enumerate(values):
+            triplet = torch.outer(p["adalora_P"][:, i], p["adalora_Q"][i])
+            w0 = w0 + scaling(len(values)) * mask[i] * value * triplet
+        return w0
+
+    return formula
+
+
+def triplet_count(rank: int) -> Callable[[int, int], int]:
+    return lambda rows, columns: min(rank, rows, columns) * (rows + columns + 1)
+
+
 SIGN = {"gradients": "the direction of a single number is its sign, which does not move"}
 ONE_NUMBER = dict.fromkeys(("conv2d_depthwise", "norm_weight", "raw_vector"), SIGN)
 
@@ -680,6 +697,16 @@ METHODS: dict[str, MethodCase] = {
         impossible=dict.fromkeys(
             ("conv2d_depthwise", "norm_weight", "raw_vector"), "one singular direction has nothing"
         ),
+    ),
+    "adalora": MethodCase(
+        "adalora", pruned_triplets(lambda rank: 1.0), triplet_count(12), view="filters"
+    ),
+    "adalora_scaled": MethodCase(
+        "adalora",
+        pruned_triplets(lambda rank: 5.0 / rank),
+        triplet_count(2),
+        {"rank": 2, "alpha": 5, "clip_rank": True},
+        "filters",
     ),
     "waveft": MethodCase(
         "waveft", haar(0.5), lambda rows, columns: min(2592, rows * columns), {"scaling": 0.5}

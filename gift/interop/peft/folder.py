@@ -150,6 +150,8 @@ def _value_incompatibilities(config: Config) -> Iterator[str]:
     }
     if config.get("peft_type") == "OFT":
         del checks["r"]
+    if config.get("peft_type") == "ADALORA":  # what a layer kept, by its name
+        del checks["rank_pattern"]
     wrong = [
         f"{option} is {config[option]!r}, expected {expected}"
         for option, (check, expected) in checks.items()
