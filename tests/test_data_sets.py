@@ -23,6 +23,7 @@ from gift.data import (
     language_text,
     torchvision_dataset,
 )
+from gift.errors import GiftWarning
 from tests.small_files import (
     box,
     cifar10,
@@ -119,6 +120,7 @@ def test_a_download_that_fails_is_reported(tmp_path: Path, monkeypatch: Any) -> 
 
 TRIANGLE = [[10.0, 5.0, 30.0, 5.0, 10.0, 25.0]]
 RUNS = {"size": [30, 40], "counts": [5 * 30, 60, 1200 - 5 * 30 - 60]}
+COUNTED = pytest.mark.filterwarnings("ignore:.*boxes, ")
 BOXES = [
     box(1, 7, 90, [10, 5, 20, 20], segmentation=TRIANGLE, area=200, iscrowd=0),
     box(2, 7, 3, [5, 0, 2, 30], segmentation=RUNS, area=60, iscrowd=0),
@@ -129,6 +131,17 @@ BOXES = [
 ]
 
 
+def test_boxes_that_are_cut_or_left_out_are_counted(tmp_path: Path) -> None:
+    with pytest.warns(GiftWarning, match=(
+        r"instances.json: of 6 boxes, 1 are empty and left out; 1 crowds are left out; "
+        r"1 lie outside of their image and are left out; 1 reach beyond their image and are cut$"
+    )):  # fmt: skip
+        coco(*coco_files(tmp_path, BOXES))
+    rounded = [box(1, 7, 3, [-0.5, 0, 40.9, 30])]
+    coco(*coco_files(tmp_path / "rounded", rounded))  # without a warning
+
+
+@COUNTED
 def test_boxes_of_coco_are_as_torchvision_takes_them(tmp_path: Path) -> None:
     examples = coco(*coco_files(tmp_path, BOXES))
     assert examples.task == "detection"
@@ -149,6 +162,7 @@ def as_tensor(shown: Image.Image) -> torch.Tensor:
     return torch.tensor(np.array(shown)).permute(2, 0, 1) / 255
 
 
+@COUNTED
 def test_masks_of_coco_are_those_of_its_own_tools(tmp_path: Path) -> None:
     examples = coco(*coco_files(tmp_path, BOXES), masks=True)
     its = COCO(tmp_path / "instances.json")
@@ -158,6 +172,7 @@ def test_masks_of_coco_are_those_of_its_own_tools(tmp_path: Path) -> None:
     assert examples.dataset[1][1]["masks"].shape == (0, 30, 40)
 
 
+@COUNTED
 def test_images_and_boxes_are_mirrored_together(tmp_path: Path) -> None:
     files = coco_files(tmp_path, BOXES)
     plain, augmented = (coco(*files, masks=True, augment=augment) for augment in (False, True))
@@ -178,6 +193,7 @@ def test_images_and_boxes_are_mirrored_together(tmp_path: Path) -> None:
     assert seen == {True, False}
 
 
+@COUNTED
 def test_validation_boxes_are_numbered_as_those_for_training(tmp_path: Path) -> None:
     train = coco(*coco_files(tmp_path / "train", BOXES))
     images, path = coco_files(tmp_path / "val", [box(1, 7, 1, [1, 1, 5, 5])])
@@ -229,6 +245,7 @@ def test_what_is_no_file_of_coco_is_refused(content: str, message: str, tmp_path
         coco(tmp_path, path)
 
 
+@COUNTED
 def test_boxes_for_a_image_of_another_size_are_refused(tmp_path: Path) -> None:
     images, path = coco_files(tmp_path, BOXES)
     saved(images / f"{0:012}.png", width=30, height=40)

@@ -1,6 +1,7 @@
 """Examples in common formats, and readers of inputs, independent of networks."""
 
 from gift.data.boxes import coco
+from gift.data.chats import chats
 from gift.data.examples import Examples, Reader
 from gift.data.folders import audio_folders, class_folders
 from gift.data.hub import hugging_face
@@ -10,6 +11,7 @@ from gift.data.memory import labelled, tensors
 from gift.data.named import torchvision_dataset
 from gift.data.readers import (
     AudioReader,
+    ChatReader,
     DetectorReader,
     ExtractorReader,
     PictureReader,
@@ -24,6 +26,7 @@ from gift.errors import DataError
 
 __all__ = [
     "AudioReader",
+    "ChatReader",
     "DataError",
     "DetectorReader",
     "Examples",
@@ -35,6 +38,7 @@ __all__ = [
     "TextReader",
     "audio_folders",
     "audio_table",
+    "chats",
     "class_folders",
     "coco",
     "hugging_face",

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from gift.data.classes import classes_of
 from gift.data.examples import Examples
 from gift.data.readers import DetectorReader
 from gift.data.readers.images import LARGEST_IMAGE
-from gift.errors import DataError, refuse
+from gift.errors import DataError, GiftWarning, refuse
 from gift.support.optional import require
 
 BACKGROUND = "__background__"
@@ -100,8 +101,8 @@ def coco(
     """Load images with bounding boxes in COCO format.
 
     Classes are numbered from 1 in the order of the category ids. Class 0 is the background, for
-    which `classes` also has a name. Boxes are clipped to the image; crowds and empty boxes are
-    skipped.
+    which `classes` also has a name. Boxes that reach beyond their image are cut; crowds, and boxes
+    that are empty or lie outside, are left out. A warning tells how many.
 
     Args:
         images: folder of the images.
@@ -130,13 +131,20 @@ def coco(
         objects[entry["id"]] = Objects(
             str(file), (int(entry["width"]), int(entry["height"])), [], [], []
         )
+    counts: Counter[str] = Counter()
     for entry in data["annotations"]:
-        if not entry.get("iscrowd"):
-            problem = _add(entry, objects, names, numbers, masks)
-            problems += [f"annotation {entry['id']}: {problem}"] if problem else []
+        if entry.get("iscrowd"):
+            counts["crowds are left out"] += 1
+            continue
+        problem = _add(entry, objects, names, numbers, masks, counts)
+        problems += [f"annotation {entry['id']}: {problem}"] if problem else []
     if not problems and not any(one.boxes for one in objects.values()):
         problems = ["there are no boxes"]
     refuse(DataError, str(annotations), problems)
+    if told := "; ".join(f"{count} {what}" for what, count in sorted((+counts).items())):
+        total = len(data["annotations"])
+        text = f"{annotations}: of {total} boxes, {told}"
+        warnings.warn(text, GiftWarning, stacklevel=2)
     reader = DetectorReader()
     dataset = BoxedImages(list(objects.values()), reader, augment, masks)
     return Examples(dataset, "detection", tuple(known), collate_boxed, reader)
@@ -211,8 +219,12 @@ def _add(
     names: dict[Any, str],
     numbers: dict[str, int],
     masks: bool,
+    counts: Counter[str],
 ) -> str:
-    """Add an object to its image; returns what is wrong with it, if anything."""
+    """Add an object to its image; returns what is wrong with it, if anything.
+
+    Boxes that are left out or cut are counted.
+    """
     image, name = images.get(entry["image_id"]), names.get(entry["category_id"])
     if image is None:
         return f"there is no image {entry['image_id']}"
@@ -230,7 +242,13 @@ def _add(
         return f"the segmentation {problem}"
     (left, top, wide, high), (width, height) = box, image.size
     corners = [max(left, 0), max(top, 0), min(left + wide, width), min(top + high, height)]
-    if corners[2] > corners[0] and corners[3] > corners[1]:
+    if wide <= 0 or high <= 0:
+        counts["are empty and left out"] += 1
+    elif corners[2] <= corners[0] or corners[3] <= corners[1]:
+        counts["lie outside of their image and are left out"] += 1
+    else:
+        beyond = (-left, -top, left + wide - width, top + high - height)
+        counts["reach beyond their image and are cut"] += max(beyond) > 1  # not by rounding
         image.boxes.append(corners)
         image.labels.append(numbers[name])
         image.shapes.append(shape if masks else None)

@@ -175,6 +175,11 @@ KINDS = {
             task="language", readers=("TextReader",),
         ),
         DataKind(
+            "chats", "path", "data/train.jsonl", "data/val.jsonl",
+            "transformers:HuggingFaceTB/SmolLM2-135M-Instruct", task="language",
+            readers=("TextReader",),
+        ),
+        DataKind(
             "hugging_face", "split", "train", "validation", _TEXTS,
             {"dataset": "stanfordnlp/sst2"}, files=(), names=("dataset",),
             readers=("TextReader", "PictureReader"),

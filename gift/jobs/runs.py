@@ -134,22 +134,24 @@ class Run:
     def predict(
         self,
         inputs: Sequence[Any],
-        top: int = 1,
+        top: int | None = None,
         which: str | Path | None = None,
         device: str | None = None,
+        **options: Any,
     ) -> list[Any]:
-        """Predict classes or objects for images or texts, see `gift.training.predict`.
+        """Predict for images, sounds, texts or rows of a table, see `gift.training.predict`.
 
         Args:
-            inputs: files, images or texts.
-            top: number of classes to show.
+            inputs: files, images, sounds, texts or rows.
+            top: number of classes, or of objects, to show.
             which: see `delta`.
             device: None uses the device of the job.
+            options: further arguments of `gift.training.predict`, such as `threshold`.
         """
         settings = self.job.training
         return predict(
-            self.network(which), inputs,
-            batch_size=settings.batch_size, top=top, device=device or settings.device,
+            self.network(which), inputs, batch_size=settings.batch_size, top=top,
+            device=device or settings.device, **options,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from gift.training.loop import finetune
 from gift.training.lr_finder import LearningRates, find_lr
 from gift.training.metrics import METRICS
 from gift.training.predicting import predict
-from gift.training.predictions import Detected, Labels, Number, Prediction, Segmented
+from gift.training.predictions import Detected, Labels, Number, Prediction, Segmented, Written
 from gift.training.result import Result
 from gift.training.settings import Settings
 
@@ -21,6 +21,7 @@ __all__ = [
     "Segmented",
     "Settings",
     "TrainingError",
+    "Written",
     "evaluate",
     "find_lr",
     "finetune",

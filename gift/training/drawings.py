@@ -2,11 +2,14 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gift.errors import TrainingError
+from gift.support.atomic_files import write_bytes
 from gift.support.optional import require
 
 LARGEST_SIDE = 400
@@ -101,3 +104,39 @@ def png(images: Sequence[Tensor]) -> bytes:
     out = io.BytesIO()
     whole.save(out, format="PNG")
     return out.getvalue()
+
+
+def write_drawings(predictions: Sequence[Any], folder: str | Path) -> list[Path]:
+    """Write masks, and images with masks or boxes, as PNG files named like the images.
+
+    Args:
+        predictions: what `gift.training.predict` returned.
+        folder: output folder; it is created if necessary. A mask is ``NAME.png``, the image with
+            it ``NAME_overlay.png``, one with boxes ``NAME.png``.
+
+    Returns:
+        Paths of the files.
+
+    Raises:
+        TrainingError: if there is nothing to draw: the predictions are neither masks nor boxes.
+    """
+    found: list[Path] = []
+    for number, one in enumerate(predictions):
+        named = isinstance(one.input, str | Path)
+        stem = f"{number:04d}_{Path(one.input).stem}" if named else f"{number:04d}"
+        images = {}
+        if hasattr(one, "overlay"):
+            images[f"{stem}.png"] = one.image()
+            if not isinstance(one.input, Tensor):
+                images[f"{stem}_overlay.png"] = one.overlay()
+        elif hasattr(one, "drawn"):
+            images[f"{stem}.png"] = one.drawn()
+        else:
+            raise TrainingError(f"{type(one).__name__} is nothing to draw, unlike masks and boxes")
+        for name, image in images.items():
+            out = io.BytesIO()
+            image.save(out, format="PNG")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            found.append(Path(folder) / name)
+            write_bytes(found[-1], out.getvalue())
+    return found

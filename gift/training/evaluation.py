@@ -17,7 +17,7 @@ from gift.training.distributed import Processes
 from gift.training.drawings import Sample
 from gift.training.finite import describe_not_finite, rows_not_finite
 from gift.training.loading import Batches, examples_of
-from gift.training.metrics import MetricKind, confusion_matrix, metrics_of
+from gift.training.metrics import MetricKind, confusion_matrix, metrics_of, scalars
 from gift.training.settings import Settings
 from gift.training.tasks import TASKS, Classification, Task, Undecided
 
@@ -66,7 +66,7 @@ def evaluate(
     batches = Batches(data, batch_size, processes)
     work = rehearse(net, work, batches)
     kinds = metrics_of(work.name, metrics)
-    return judge(net, work, batches, kinds)[0]
+    return judge(net, work, batches, kinds, in_detail=work.name == "detection")[0]
 
 
 def task_of(data: Any, name: str | None, details: Mapping[str, Any], **options: Any) -> Task:
@@ -131,11 +131,11 @@ def judge(
     task: Task,
     batches: Batches,
     kinds: Mapping[str, MetricKind],
-    confusion: bool = False,
+    in_detail: bool = False,
     autocast: AbstractContextManager[Any] | None = None,
     what: str = "the examples",
 ) -> tuple[dict[str, float], list[list[int]] | None]:
-    """Compute loss and metrics on batches, and the confusion matrix if requested.
+    """Compute loss and metrics on batches; in detail also the confusion matrix and AP by class.
 
     Raises:
         TrainingError: if the loss is not finite because examples have non-finite values; the error
@@ -143,7 +143,7 @@ def judge(
     """
     processes, number = batches.processes, task.number_of_classes
     makers = {name: kind.make for name, kind in kinds.items()}
-    if confusion and isinstance(task, Classification) and number <= LARGEST_CONFUSION:
+    if in_detail and isinstance(task, Classification) and number <= LARGEST_CONFUSION:
         makers["confusion"] = confusion_matrix
     # The process group may have been started for something other than training.
     options = {"sync_on_compute": processes.number > 1}
@@ -181,10 +181,9 @@ def judge(
             stacklevel=2,
         )
     for name, value in found.items():
-        # Mean average precision returns many other values as well.
-        parts = {k: value[k] for k in ("map", "map_50")} if isinstance(value, Mapping) else {}
+        parts = scalars(name, value, task.classes, in_detail)
         # computed in float32, whose further digits carry no information
-        values |= {k: float(f"{float(part):.7g}") for k, part in (parts or {name: value}).items()}
+        values |= {key: float(f"{part:.7g}") for key, part in parts.items()}
     return values, None if matrix is None else matrix.tolist()
 
 

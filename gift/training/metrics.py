@@ -1,6 +1,6 @@
 """Metrics by task and name, computed by torchmetrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gift.data.examples import IGNORED
@@ -76,7 +76,35 @@ def _determined(classes: int, **options: Any) -> Any:
 
 def _detected(classes: int, **options: Any) -> Any:
     require("pycocotools", "detection")
-    return require("torchmetrics.detection", "train").MeanAveragePrecision(**options)
+    made = require("torchmetrics.detection", "train").MeanAveragePrecision
+    return made(class_metrics=True, **options)
+
+
+def scalars(
+    name: str, value: Any, classes: Sequence[str] | None, in_detail: bool
+) -> dict[str, float]:
+    """Return what a metric computed as numbers by name.
+
+    Mean average precision gives several: "map", "map_50", and in detail one for each class that
+    there are objects of, "map of cat".
+
+    Args:
+        name: name of the metric.
+        value: what torchmetrics computed.
+        classes: names of the classes.
+        in_detail: whether to return those of each class.
+    """
+    if not isinstance(value, Mapping):
+        return {name: float(value)}
+    found = {key: float(value[key]) for key in ("map", "map_50")}
+    if in_detail:
+        each = value["map_per_class"].flatten().tolist()
+        for number, score in zip(value["classes"].flatten().tolist(), each, strict=False):
+            known = classes is not None and number < len(classes)
+            label = classes[number] if known and classes is not None else str(number)
+            if score >= 0:  # -1 without objects
+                found[f"map of {label}"] = float(score)
+    return found
 
 
 confusion_matrix = _classified("ConfusionMatrix")

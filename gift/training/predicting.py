@@ -47,19 +47,21 @@ def predict(
     top: int | None = None,
     device: str | None = None,
     threshold: float | None = None,
+    max_new_tokens: int = 128,
 ) -> list[Any]:
     """Predict for images, texts, rows of tables or tensors, whatever the network is for.
 
     The result has an object for each input: `Prediction` for classes, `Labels` for any number of
     classes, `Number` for regression, `Segmented` for the pixels and `Detected` for the objects of
-    images.
+    images, `Written` for what a language model answers.
 
     Training modes and random states are restored afterwards.
 
     Args:
         net: the network, fine-tuned or not.
-        inputs: paths of images, PIL images, texts, pairs of texts, rows of a table by column, or
-            tensors for the network; a single tensor is a batch.
+        inputs: paths of images or sounds, PIL images, texts, pairs of texts, rows of a table by
+            column, chats (lists of messages), or tensors for the network; a single tensor is a
+            batch.
         reader: converts inputs to tensors; None uses the reader that `finetune` or `load_network`
             recorded.
         classes: names of the classes; None uses the recorded ones.
@@ -68,13 +70,15 @@ def predict(
             an image, None is all.
         device: a torch device, or "auto"; the network is moved there. None leaves the network
             where it is.
+        max_new_tokens: largest number of tokens that a language model writes for a prompt.
         threshold: lowest score of a detected object, None is 0; or, where an input may have any
             number of classes, lowest probability of its classes, None is 0.5.
 
     Raises:
         DataError: if an input cannot be read.
         TrainingError: if the reader is not known, or the outputs do not fit the task.
-        ValueError: if `batch_size` or `top` is below 1, or `threshold` is not from 0 to 1.
+        ValueError: if `batch_size`, `top` or `max_new_tokens` is below 1, or `threshold` not from
+            0 to 1.
 
     Example:
         >>> import torch
@@ -87,14 +91,19 @@ def predict(
         >>> print(prediction)
         tensor [2]: bee 95.3%, ant 4.7%
     """
-    _check(batch_size, top, threshold)
+    _check(
+        threshold,
+        batch_size=batch_size,
+        top=1 if top is None else top,
+        max_new_tokens=max_new_tokens,
+    )
     given = _listed(inputs)
     known = io_spec_of(net)
     names = known.classes if classes is None else distinct(classes)
     known = replace(known, reader=known.reader if reader is None else reader, classes=names)
     if known.task not in TASKS:
         raise TrainingError(f"the network is for {known.task!r}, expected one of {sorted(TASKS)}")
-    task, options = TASKS[known.task], Options(top, threshold)
+    task, options = TASKS[known.task], Options(top, threshold, max_new_tokens)
     place = _moved(net, device)
     found: list[Any] = []
     devices = [place] if place.type != "cpu" else []
@@ -111,8 +120,8 @@ def predict(
     return found
 
 
-def _check(batch_size: Any, top: Any, threshold: Any) -> None:
-    for name, value in (("batch_size", batch_size), ("top", 1 if top is None else top)):
+def _check(threshold: Any, **counts: Any) -> None:
+    for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)

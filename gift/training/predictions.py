@@ -184,6 +184,22 @@ class Segmented:
         return f"{shown(self.input)}: " + ", ".join(f"{name} {part:.1%}" for name, part in parts)
 
 
+@dataclass(frozen=True)
+class Written:
+    """The text that a language model writes after a prompt.
+
+    Args:
+        input: the prompt: a text, messages, or a record with them.
+        text: what was written.
+    """
+
+    input: Any
+    text: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.input)}: {self.text}"
+
+
 def size_of(item: Any) -> tuple[int, int] | None:
     """Return height and width of an image or image file; None for tensors."""
     if isinstance(item, Tensor):

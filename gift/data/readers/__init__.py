@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gift.data.readers.chats import ChatReader
 from gift.data.readers.images import DetectorReader, PictureReader
 from gift.data.readers.masks import SegmentationReader
 from gift.data.readers.rows import RowReader
@@ -16,8 +17,8 @@ from gift.errors import DataError
 READERS: dict[str, type[Any]] = {
     reader.kind: reader
     for reader in (
-        PictureReader, SegmentationReader, DetectorReader, TextReader, RowReader, AudioReader,
-        ExtractorReader,
+        PictureReader, SegmentationReader, DetectorReader, TextReader, ChatReader, RowReader,
+        AudioReader, ExtractorReader,
     )
 }  # fmt: skip
 """Readers by the kind that their config names."""
@@ -59,6 +60,7 @@ def reader_from_config(config: Mapping[str, Any], folder: str | Path | None = No
 __all__ = [
     "READERS",
     "AudioReader",
+    "ChatReader",
     "DetectorReader",
     "ExtractorReader",
     "PictureReader",

@@ -1,13 +1,16 @@
 """The next token of a text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from gift.core.io_spec import IOSpec
 from gift.data.examples import IGNORED
 from gift.errors import TrainingError
+from gift.training.predictions import Options, Written
 from gift.training.tasks.base import Task, text, wide
 
 
@@ -29,9 +32,12 @@ class Language(Task):
 
     def outputs(self, net: Any, batch: Any) -> Any:
         """Return the logits at the positions that are followed by a token."""
-        outputs = super().outputs(net, batch)
         if not isinstance(batch, Mapping):
-            return outputs
+            return super().outputs(net, batch)
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4:  # of rows with several examples
+            batch = {**batch, "attention_mask": _additive(mask, net)}
+        outputs = super().outputs(net, batch)
         return outputs[:, -batch["input_ids"].shape[1] :][:, :-1]
 
     def _fit(self, outputs: Any, batch: Any) -> None:
@@ -68,3 +74,44 @@ class Language(Task):
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
         """Flatten all positions into one sequence."""
         return outputs.float().flatten(0, 1), self.targets(batch).long().flatten()
+
+    @classmethod
+    def answered(cls, net: nn.Module, batch: Any, known: IOSpec, options: Options) -> Any:
+        """Return the tokens that a network writes after each prompt, by greedy decoding."""
+        generate = getattr(net, "generate", None)
+        tokenizer = getattr(known.reader, "tokenizer", None)
+        if generate is None or tokenizer is None or not isinstance(batch, Mapping):
+            raise TrainingError(
+                "predict writes texts by a language model of transformers, with generate, and its "
+                "tokenizer; other networks are called by themselves"
+            )
+        tokens, mask = _at_the_right(batch["input_ids"], batch["attention_mask"])
+        written = generate(
+            input_ids=tokens, attention_mask=mask, max_new_tokens=options.max_new_tokens,
+            do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        return tokenizer.batch_decode(written[:, tokens.shape[1] :], skip_special_tokens=True)
+
+    @classmethod
+    def predicted(
+        cls, items: Sequence[Any], outputs: Any, known: IOSpec, options: Options
+    ) -> list[Any]:
+        """Return the texts that were written."""
+        return [Written(item, said) for item, said in zip(items, outputs, strict=True)]
+
+
+def _additive(mask: Tensor, net: nn.Module) -> Tensor:
+    """Return a mask of booleans as numbers that attentions add, in the dtype of the network."""
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(dtype).min
+    )
+
+
+def _at_the_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move padding to the left, since what is written follows the last token of a row."""
+    left = mask.shape[1] - mask.sum(1)
+    first = mask.argmax(1)
+    order = torch.arange(mask.shape[1], device=mask.device) - left[:, None] + first[:, None]
+    order = order % mask.shape[1]
+    return tokens.gather(1, order), mask.gather(1, order)
