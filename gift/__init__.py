@@ -1,5 +1,7 @@
 """gift fine-tunes any ``torch.nn.Module`` by training a small delta beside its frozen weights."""
 
+from typing import Any
+
 from gift.bank import DeltaBank, extract
 from gift.budget import suggest
 from gift.core.iterator import ModuleIterator
@@ -13,6 +15,17 @@ from gift.interop import load_kohya, load_peft, save_kohya, save_peft
 from gift.starts import initialise
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
+
+_LATER = ("compare", "search")  # of `gift.many`, which needs the extra `cli`
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gift import many
+
+    return getattr(many, name)
+
 
 __all__ = [
     "AdaptationError",

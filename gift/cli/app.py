@@ -4,14 +4,17 @@ from typing import Annotated
 
 import typer
 
+from gift.cli.compare import compare
 from gift.cli.evaluate import evaluate
 from gift.cli.finetune import finetune
 from gift.cli.init import init
 from gift.cli.merge import merge
 from gift.cli.plain import in_plain_words
 from gift.cli.predict import predict
+from gift.cli.search import search
 from gift.cli.show import show
 from gift.cli.table import table
+from gift.cli.task import task
 from gift.version import __version__
 
 
@@ -38,5 +41,6 @@ def gift(
     """Fine-tune networks, and use the results."""
 
 
-for command in (init, finetune, predict, evaluate, table, merge, show):
+for command in (init, finetune, predict, evaluate, table, merge, show, search, compare):
     app.command()(in_plain_words(command))
+app.command(hidden=True)(in_plain_words(task))

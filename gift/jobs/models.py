@@ -41,11 +41,13 @@ def _is_location(value: Any) -> Any:
 Location = Annotated[str | dict[str, Any], BeforeValidator(_is_location)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A section of a file: unknown settings are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Network(_Section):
+class Network(Section):
     """The network to train.
 
     Args:
@@ -91,7 +93,7 @@ class Network(_Section):
         return self.model_copy(update={"name": name, "weights": weights})
 
 
-class Data(_Section):
+class Data(Section):
     """The examples.
 
     Args:
@@ -170,7 +172,7 @@ class Data(_Section):
         return self.model_copy(update=found)
 
 
-class _Registered(_Section):
+class _Registered(Section):
     """A registered object that a file can name, with its arguments."""
 
     name: str
@@ -251,7 +253,7 @@ class ScheduleSection(_Registered):
         return load_schedule_from_config(config)
 
 
-class Job(_Section):
+class Job(Section):
     """A job of gift: which network is trained on which examples, and how.
 
     Args:

@@ -1,30 +1,20 @@
 """Reading job files: YAML becomes a job, or one error that names every problem."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from gift.errors import JobError, YamlError
-from gift.jobs import models
 from gift.jobs.errors import dotted, in_words
 from gift.jobs.models import Job
 from gift.support import yaml_files
 from gift.support.atomic_files import write_text
-from gift.training.settings import Settings
 
 KeyPath = tuple[Any, ...]
 M = TypeVar("M", bound=BaseModel)
-
-_SECTIONS: dict[KeyPath, type[BaseModel]] = {
-    (): Job,
-    ("network",): models.Network,
-    ("data",): models.Data,
-    ("strategy",): models.Strategy,
-    ("schedule",): models.ScheduleSection,
-}
 
 
 def read_job(path: str | Path, changes: Iterable[str] = ()) -> Job:
@@ -64,7 +54,7 @@ def checked(model: type[M], data: Any, what: str, lines: Mapping[KeyPath, int] |
     except ValidationError as error:
         found = error.errors(include_url=False)
     first = {_path(one): one for one in reversed(found)}  # each alternative fails separately
-    problems = sorted(_problem(path, one, lines or {}) for path, one in first.items())
+    problems = sorted(_problem(path, one, lines or {}, model) for path, one in first.items())
     raise JobError(f"{what} cannot be used as it is", [text for _, text in problems])
 
 
@@ -74,17 +64,33 @@ def _path(error: Any) -> KeyPath:
     return path[:2] if path[:1] == ("training",) else path
 
 
-def _problem(path: KeyPath, error: Any, lines: Mapping[KeyPath, int]) -> tuple[int, str]:
+def _problem(
+    path: KeyPath, error: Any, lines: Mapping[KeyPath, int], model: type[BaseModel]
+) -> tuple[int, str]:
     """Return the line of a problem, 0 if it has none in the file, and its description."""
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 0)
     where = f"line {line}, " if line else ""
-    return line, f"{where}{dotted(path)}: {in_words(error, _names_at)}"
+    return line, f"{where}{dotted(path)}: {in_words(error, lambda at: _names_at(model, at))}"
 
 
-def _names_at(path: KeyPath) -> Sequence[str]:
-    if path == ("training",):
-        return [field.name for field in fields(Settings)]
-    return list(_SECTIONS[path].model_fields) if path in _SECTIONS else ()
+def _names_at(model: Any, path: KeyPath) -> Sequence[str]:
+    """Return the names of the settings at a place of a model, as far as its classes have them."""
+    for part in path:
+        known = getattr(model, "model_fields", {})
+        model = _with_settings(known[part].annotation) if part in known else None
+    if is_dataclass(model):
+        return [field.name for field in fields(model)]
+    return list(getattr(model, "model_fields", ()))
+
+
+def _with_settings(annotation: Any) -> Any:
+    """Return the class with settings in an annotation such as ``Section | None``."""
+    if isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or is_dataclass(annotation)
+    ):
+        return annotation
+    found = (_with_settings(part) for part in get_args(annotation))
+    return next((one for one in found if one is not None), None)
 
 
 def changed(data: dict[str, Any], changes: Iterable[str]) -> list[KeyPath]:
@@ -106,16 +112,24 @@ def _change(data: dict[str, Any], change: str) -> tuple[str, ...]:
         value, _ = yaml_files.load(text)
     except YamlError as error:
         raise JobError(f"{change!r} is not a value in YAML", error.problems) from error
-    *sections, last = place = tuple(name.split("."))
+    place = tuple(name.split("."))
+    put(data, place, value)
+    return place
+
+
+def put(data: dict[str, Any], place: Sequence[str], value: Any) -> None:
+    """Put a value at a place of plain data; sections that are not there are made.
+
+    A strategy or schedule that is a bare name gets arguments.
+    """
+    *sections, last = place
     for section in sections:
         inner = data.get(section)
         if not isinstance(inner, dict):
-            # a bare name of a strategy or schedule gets arguments
             inner = {"name": inner} if isinstance(inner, str) else {}
             data[section] = inner
         data = inner
     data[last] = value
-    return place
 
 
 def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:

@@ -110,13 +110,14 @@ class MethodRow(NamedTuple):
 
 
 # Methods that wrap modules, or train a network's own parameters.
-_OTHERS: dict[str, Callable[[], FineTuningStrategy]] = {
+WITHOUT_METHOD: dict[str, type[FineTuningStrategy]] = {
     "bottleneck": BottleneckFineTuningStrategy,
     "prompt": PromptFineTuningStrategy,
     "bitfit": BitFitFineTuningStrategy,
     "norm": NormFineTuningStrategy,
     "full": FullFineTuningStrategy,
 }
+"""Strategies that are named beside methods: they wrap modules, or train what is there."""
 
 
 def forms(net: nn.Module, *inputs: Any) -> dict[str, Form]:
@@ -217,7 +218,7 @@ def compare_methods(
     net: nn.Module, methods: Iterable[str] | None = None, budget: int | float | str | None = None
 ) -> list[MethodRow]:
     """Return what each method would cost on a network, as the rows of `table_methods`."""
-    names = [*METHODS, *_OTHERS] if methods is None else list(methods)
+    names = [*METHODS, *WITHOUT_METHOD] if methods is None else list(methods)
     strategies = {name: _strategy_for(name) for name in names}
     twin = on_meta(net)
     rows = [_method_row(twin, name, made, budget) for name, made in strategies.items()]
@@ -268,8 +269,8 @@ def table_methods(
 
 
 def _strategy_for(name: str) -> FineTuningStrategy:
-    if name in _OTHERS:
-        return _OTHERS[name]()
+    if name in WITHOUT_METHOD:
+        return WITHOUT_METHOD[name]()
     return STRATEGIES[f"{method_of(name, {}).strategy_prefix}AllFineTuningStrategy"]()
 
 

@@ -1,6 +1,7 @@
 """The report as images and one HTML page that works offline."""
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ def write_report(result: Result, folder: Path) -> Path:
             file.unlink(missing_ok=True)
             continue
         write_bytes(file, light)
-        images.append(Image(title, _alt(name, result), _address(light), _address(dark)))
+        images.append(Image(title, _alt(name, result), address(light), address(dark)))
     page = folder / "report.html"
     write_bytes(page, _page(result, images).encode(errors="replace"))
     return page
@@ -65,23 +66,47 @@ def write_report(result: Result, folder: Path) -> Path:
 
 def _page(result: Result, images: list[Image]) -> str:
     """Render the HTML of the page."""
-    jinja2 = require("jinja2", "train")
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     after = (tables.unfrozen, tables.epochs, tables.confusions, tables.classes)
-    return environment.from_string(template).render(
+    return rendered(
         title=f"{tables.plain(result.network)}, fine-tuned",
         facts=tables.facts(result),
         stopped="" if result.stopped == "done" else tables.plain(result.stopped),
         comparisons=tables.comparisons(result),
         images=images,
-        samples=[(tables.plain(one.caption), _address(one.png)) for one in result.samples],
+        samples=[(tables.plain(one.caption), address(one.png)) for one in result.samples],
         tables=[table for make in after if (table := make(result))],
-        light=plots.LIGHT,
-        dark=plots.DARK,
     )
+
+
+def rendered(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    images: Sequence[Image],
+    tables: Sequence[tables.Table],
+    comparisons: Sequence[tables.Table] = (),
+    samples: Sequence[tuple[str, str]] = (),
+    stopped: str = "",
+) -> str:
+    """Render a page of facts, images and tables as HTML.
+
+    Args:
+        title: its title.
+        facts: names and texts.
+        images: the images, each below a heading.
+        tables: the tables below them.
+        comparisons: tables above the images, before and after training.
+        samples: captions and ``data:`` URLs of further images.
+        stopped: why training ended early.
+    """
+    jinja2 = require("jinja2", "train")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(template).render(
+        title=title, facts=facts, stopped=stopped, comparisons=comparisons, images=images,
+        samples=samples, tables=tables, light=plots.LIGHT, dark=plots.DARK,
+    )  # fmt: skip
 
 
 def _alt(name: str, result: Result) -> str:
@@ -109,5 +134,6 @@ def _alt(name: str, result: Result) -> str:
     }[name]
 
 
-def _address(png: bytes) -> str:
+def address(png: bytes) -> str:
+    """Return an image as ``data:`` URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,44 @@
+"""``gift compare``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gift.cli.options import NETWORK, SET
+from gift.cli.plain import complain, say
+
+
+def compare(
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="a job file, see gift init")],
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            metavar="LIST",
+            help="methods, with settings behind them: lora,lora:rank=8,dora,ia3,full,head",
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="number of runs of each method", min=1)] = 3,
+    folder: Annotated[Path, typer.Option(help="folder of the comparison")] = Path("comparison"),
+    budget: Annotated[
+        str | None,
+        typer.Option(help="sizes that gift.suggest chooses: 100k, 1% or 2MB for each method"),
+    ] = None,
+    parallel: Annotated[int, typer.Option(help="number of runs at a time", min=1)] = 1,
+    changes: SET = None,
+    network: NETWORK = None,
+) -> None:
+    """Compare methods on a job; what is done is not done again."""
+    from gift.jobs import read_job
+    from gift.many import compare as run_compare
+
+    settled = read_job(job, changes or ())
+    try:
+        made = run_compare(
+            settled, methods, seeds, folder=folder, budget=budget, parallel=parallel,
+            network=network, tell=say,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        complain("stopped; the same command goes on")
+        raise typer.Exit(130) from None
+    say(f"\n{made}\n\nAll files are in {made.folder}, see report.html")

@@ -1,0 +1,29 @@
+"""``gift search``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gift.cli.options import NETWORK
+from gift.cli.plain import complain, say
+
+
+def search(
+    file: Annotated[
+        Path, typer.Argument(metavar="SEARCH", help="a search file: a job and what may vary in it")
+    ],
+    parallel: Annotated[
+        int | None, typer.Option(help="number of trials at a time", min=1, show_default=False)
+    ] = None,
+    network: NETWORK = None,
+) -> None:
+    """Search for the best settings of a job, or go on with a search that was stopped."""
+    from gift.many import search as run_search
+
+    try:
+        found = run_search(file, network=network, tell=say, parallel=parallel)
+    except KeyboardInterrupt:
+        complain("stopped; the same command goes on with the search")
+        raise typer.Exit(130) from None
+    say(f"\n{found}")

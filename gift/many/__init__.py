@@ -1,0 +1,7 @@
+"""Many runs of one job: searching settings, comparing methods, sending jobs to a cluster."""
+
+from gift.many.comparing import Comparison, compare
+from gift.many.searching import Found, search
+from gift.many.settings import Search, read_search
+
+__all__ = ["Comparison", "Found", "Search", "compare", "read_search", "search"]
