@@ -103,7 +103,7 @@ def faults(session: nox.Session) -> None:
     """Run out of memory at every operation, and be interrupted at 500 random moments of each."""
     session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
     session.env["GIFT_FAULTS"] = "long"
-    run_tests(session, "tests/faults")
+    run_tests(session, "tests/faults", "tests/test_interrupted.py")
 
 
 @nox.session(default=False)

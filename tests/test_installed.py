@@ -140,6 +140,16 @@ net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linea
 data = torch.randn(32, 4), torch.arange(32) % 2
 print(finetune(net, data, data, strategy=LoRAAllFineTuningStrategy(), epochs=1, folder="run"))
 """,
+    "track": """
+import torch
+from accelerate.tracking import GeneralTracker
+from gift.training import finetune
+class Own(GeneralTracker):
+    name, requires_logging_directory, tracker = "own", False, None
+    def log(self, values, step=None, **more):
+        print(step, values)
+finetune(torch.nn.Linear(4, 2), (torch.randn(32, 4), torch.arange(32) % 2), epochs=1, track=[Own()])
+""",
     "vision": """
 from PIL import Image
 from gift.zoo import load_network

@@ -147,9 +147,9 @@ def test_another_job_in_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobError) as error:
         run_job(other, Stops(0))
     assert error.value.problems == ["strategy.init_paras.train_bias was not given and is true"]
-    longer = own_network(tmp_path / "again", training=CHEAP | {"epochs": 4, "lr": 0.01})
-    with pytest.raises((JobError, RuntimeError), match="epochs was 3 and is 4"):
-        run_job(longer.model_copy(update={"folder": job.folder, "data": job.data}), Stops(0))
+    shorter = own_network(tmp_path / "again", training=CHEAP | {"epochs": 2, "lr": 0.01})
+    with pytest.raises((JobError, RuntimeError), match="epochs was 3 and is 2"):
+        run_job(shorter.model_copy(update={"folder": job.folder, "data": job.data}), Stops(0))
     assert _content(tmp_path / "run") == before
     run_job(other, Stops(0), restart=True)
     assert Run(tmp_path / "run", Stops(0)).job.strategy.init_paras == paras

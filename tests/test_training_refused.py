@@ -193,7 +193,12 @@ def test_what_is_found_while_training_keeps_the_last_checkpoint(
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 0 < kept["counters"]["steps_done"] < 5
     whole = net()  # with the example mended, the run goes on
-    result = finetune(whole, (DATA, LABELS), strategy=strategy, folder=tmp_path, **settings)
+    with pytest.raises(TrainingError, match="some of the 20 training examples are other ones"):
+        finetune(whole, (DATA, LABELS), strategy=strategy, folder=tmp_path, **settings)
+    result = finetune(
+        whole, (DATA, LABELS), strategy=strategy, folder=tmp_path, accept_changed_data=True,
+        **settings,
+    )  # fmt: skip
     assert len(result.steps) == 15
 
 

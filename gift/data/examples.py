@@ -38,8 +38,11 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Examples:
+class Examples(Dataset[Any]):
     """Examples, with what a training loop must know about them.
+
+    They are a torch dataset themselves: ``train[0]`` is the first item, and
+    ``DataLoader(train, collate_fn=train.collate)`` gives batches.
 
     Args:
         dataset: dataset with a length and integer indices. An item is a pair of input and target,
@@ -63,6 +66,9 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # torch leaves it to each dataset
+
+    def __getitem__(self, place: int) -> Any:
+        return self.dataset[place]
 
     def part(self, places: Sequence[int]) -> "Examples":
         """Return the examples at these indices."""

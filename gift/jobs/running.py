@@ -22,7 +22,9 @@ from gift.training.distributed import rank
 _NOT_GIVEN = object()
 
 
-def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
+def run_job(
+    job: Job, network: Any = None, restart: bool = False, accept_changed_data: bool = False
+) -> Result:
     """Run a job, or resume it if its folder has a run that was stopped.
 
     In addition to the files of `gift.training.finetune`, the folder gets ``job.yaml``, the job
@@ -34,6 +36,8 @@ def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
         network: replaces the network that the job names: a module, or what `gift.zoo.load_network`
             returns.
         restart: whether to start from scratch even if the folder has a run.
+        accept_changed_data: whether to resume although the examples changed, or are read in
+            another way.
 
     Raises:
         JobError: if the job names no network, or the folder has a run of another job.
@@ -43,7 +47,7 @@ def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
     job = job.anchored(Path.cwd())
     folder = Path(job.folder)
     if not restart and (folder / FILE).is_file():
-        _refuse_another(job, folder)
+        _refuse_another(job, folder, accept_changed_data)
     loaded = job_network(job, network)
     reader = job_reader(job.data, loaded.reader)
     train, valid, old = job_examples(job.data, reader, job.training.seed or 0)
@@ -63,18 +67,19 @@ def run_job(job: Job, network: Any = None, restart: bool = False) -> Result:
 
     return finetune(
         loaded.net, train, valid, strategy=strategy, schedule=schedule, old=old,
-        folder=folder, restart=restart, begin=write, **settings,
+        folder=folder, restart=restart, begin=write,
+        accept_changed_data=accept_changed_data, **settings,
     )  # fmt: skip
 
 
-def _refuse_another(job: Job, folder: Path) -> None:
+def _refuse_another(job: Job, folder: Path, accept_changed_data: bool) -> None:
     if not (folder / JOB).is_file():
         return
     data, lines = read_yaml(folder / JOB)
     before = checked(Job, data, str(folder / JOB), lines).to_config()
     now = job.to_config()
     # `training` is compared with the checkpoint.
-    parts = ("network", "data", "strategy", "schedule")
+    parts = ("network", *["data"] * (not accept_changed_data), "strategy", "schedule")
     if problems := [text for part in parts for text in _differences(part, before[part], now[part])]:
         advice = "choose another folder, or start over (--restart, restart=True)"
         raise JobError(f"{folder} has the run of another job; {advice}", problems)

@@ -1,6 +1,7 @@
 """The training loop, its metrics and its reports. Examples come from `gift.data`."""
 
 from gift.errors import TrainingError
+from gift.training.callbacks import Callback
 from gift.training.evaluation import evaluate
 from gift.training.loop import finetune
 from gift.training.lr_finder import LearningRates, find_lr
@@ -12,6 +13,7 @@ from gift.training.settings import Settings
 
 __all__ = [
     "METRICS",
+    "Callback",
     "Detected",
     "Labels",
     "LearningRates",

@@ -1,6 +1,9 @@
 """The checkpoint of a run: everything that a killed run needs to resume as if never interrupted."""
 
+import errno
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from gift.errors import TrainingError
 from gift.private.torch.containers import tree_map
 from gift.support.atomic_files import replace_file
 from gift.training.distributed import sharded_like, whole
+from gift.training.optimizers import continue_rates
 from gift.training.randomness import random_state, restore_random
 from gift.training.run import TrainingRun, put_state, trained_state
 
@@ -30,15 +34,42 @@ def write_checkpoint(run: TrainingRun) -> None:
     if run.processes.has_part_in_files:
         state = _state(run, random)
         if run.folder is not None:
-            replace_file(run.folder / FILE, lambda temporary: torch.save(state, temporary))
+            path = run.folder / FILE
+            with told_if_full(run):
+                replace_file(path, lambda temporary: torch.save(state, temporary))
+            run.callbacks.on_checkpoint(run, path)
     run.processes.wait()
+
+
+@contextmanager
+def told_if_full(run: TrainingRun) -> Iterator[None]:
+    """Context in which a file that cannot be written is an error that says what is left.
+
+    Raises:
+        TrainingError: naming the file and the last good checkpoint.
+    """
+    try:
+        yield
+    except OSError as error:
+        # torch and safetensors tell no number; other errors with one are about other things.
+        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        kept = "there is no checkpoint yet"
+        if run.result.folder is not None and (run.result.folder / FILE).exists():
+            kept = (
+                f"{run.result.folder / FILE} is still the last good checkpoint: make room, and the "
+                "same call resumes from it"
+            )
+        name = "" if error.filename is None else f"{error.filename}: "
+        raise TrainingError(f"{name}{error.strerror or error}; {kept}") from error
 
 
 def _state(run: TrainingRun, random: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "identity": run.identity,
-        "counters": {name: getattr(run, name) for name in _COUNTERS},
+        "counters": {name: getattr(run, name) for name in _COUNTERS}
+        | {"steps": run.steps_per_epoch * run.settings.epochs},
         "result": {name: getattr(run.result, name) for name in _RESULT_FIELDS},
         "net": trained_state(run.net),
         "best_state": run.best_state,
@@ -69,12 +100,16 @@ def forget(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
+def read_checkpoint(
+    folder: Path | None, identity: dict[str, Any], but: Collection[str] = ()
+) -> dict[str, Any] | None:
     """Return the checkpoint in a folder, or None if there is none.
 
     Args:
         folder: folder of the run.
-        identity: description of the run, which the checkpoint must match.
+        identity: description of the run, which the checkpoint must match; but there may be more
+            epochs than the checkpoint knows.
+        but: entries of the identity that may differ.
 
     Raises:
         TrainingError: if the checkpoint cannot be read, or belongs to another run.
@@ -96,6 +131,8 @@ def read_checkpoint(folder: Path | None, identity: dict[str, Any]) -> dict[str, 
         f"{key} was {then.get(key)!r} and is {identity.get(key)!r}"
         for key in sorted(then.keys() | identity.keys())
         if then.get(key) != identity.get(key)
+        and key not in but
+        and not (key == "epochs" and identity["epochs"] > then["epochs"])
     ]
     if differences:
         raise TrainingError(
@@ -112,7 +149,11 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
         run.allocator.load_state_dict(state["allocator"])
     put_state(run.net, state["net"])
     load_optimizer(run.optimizer, state["optimizer"])
-    run.rates.load_state_dict(state["rates"])
+    steps = run.steps_per_epoch * run.settings.epochs
+    if steps == state["counters"].get("steps", steps):
+        run.rates.load_state_dict(state["rates"])
+    else:
+        continue_rates(run.rates, state["rates"])
     run.scaler.load_state_dict(state["scaler"])
     for name in _COUNTERS:
         setattr(run, name, state["counters"][name])
@@ -120,6 +161,9 @@ def restore(run: TrainingRun, state: dict[str, Any]) -> None:
         setattr(run.result, name, state["result"][name])
     run.best_state = state["best_state"]
     run.train.seed = run.seed
+    if run.settings.epochs > state["identity"].get("epochs", run.settings.epochs):
+        # Who asks for more epochs of a run that has ended does not want it to stay ended.
+        run.finished, run.result.stopped, run.waited = False, "done", 0
     restore_states(run, state["random"])
 
 

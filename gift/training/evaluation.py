@@ -13,6 +13,7 @@ from gift.core.frozen_norms import kept_modes
 from gift.core.io_spec import io_spec_of
 from gift.data.examples import Examples
 from gift.errors import GiftWarning, TrainingError, some
+from gift.support.progress import slow
 from gift.training.distributed import Processes
 from gift.training.drawings import Sample
 from gift.training.finite import describe_not_finite, rows_not_finite
@@ -153,7 +154,8 @@ def judge(
     processes.agree_on_buffers(net)
     with kept_modes(net), torch.no_grad(), autocast or nullcontext():
         net.eval()
-        for number, (batch, counts) in enumerate(batches.of()):
+        shown = slow(batches.of(), "evaluating", len(batches.places()))
+        for number, (batch, counts) in enumerate(shown):
             task.check(batch)
             moved = batches.on_device(batch)
             outputs, loss = task.judged(net, moved)

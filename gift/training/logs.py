@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,7 +126,13 @@ class _Table:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8", newline="", buffering=1)
-        self._file.write(self._text([row]))
+        try:
+            self._file.write(self._text([row]))
+        except OSError as error:  # which names no file
+            broken, self._file = self._file, None
+            with suppress(OSError):  # it would try again
+                broken.close()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def cut(self, last: float) -> None:
         self.close()

@@ -2,7 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +17,28 @@ from gift.errors import NotFiniteError
 from gift.files import save
 from gift.schedules import RankAllocator, Schedule
 from gift.strategies import FineTuningStrategy
-from gift.support.optional import require
+from gift.support.progress import bar, hidden
+from gift.training.callbacks import Callback
 from gift.training.checkpoint import (
     DELTAS,
     FILE,
     random_states,
     restore_states,
+    told_if_full,
     write_checkpoint,
 )
 from gift.training.distributed import Processes
 from gift.training.evaluation import drawings, judge
 from gift.training.finite import describe_not_finite
 from gift.training.loading import windows
+from gift.training.locking import FolderLock
 from gift.training.randomness import kept_random
 from gift.training.report import write_report
 from gift.training.result import Result
 from gift.training.run import TRAIN, VALID, TrainingRun, put_state, trained_state
 from gift.training.settings import settings_of
 from gift.training.setup import prepare
+from gift.training.stopping import Signals
 from gift.training.tasks import Loss
 
 
@@ -50,13 +56,16 @@ def finetune(
     folder: str | Path | None = None,
     restart: bool = False,
     begin: Callable[[], None] | None = None,
+    callbacks: Sequence[Callback] = (),
+    accept_changed_data: bool = False,
     **settings: Any,
 ) -> Result:
     """Fine-tune a network on examples, on the device that is available.
 
     With a folder, each epoch ends with a checkpoint. If the run is killed, the same call resumes
-    from there and ends with the same weights as an uninterrupted run. When started by
-    ``torchrun``, the processes train together.
+    from there and ends with the same weights as an uninterrupted run. Ctrl-C and SIGTERM write a
+    checkpoint first. More ``epochs`` than before continue a run, also one that has ended. When
+    started by ``torchrun``, the processes train together.
 
     Args:
         net: the network, plain or already enabled; it is trained in place.
@@ -82,12 +91,14 @@ def finetune(
         restart: whether to start from scratch even if the folder has a checkpoint.
         begin: called after all checks passed, before anything is written or trained, for example
             to write files that belong to the run.
+        callbacks: own code that is called after each step, epoch and so on; see `Callback`.
+        accept_changed_data: whether to resume although examples were added, removed or changed.
         settings: fields of `Settings`: ``epochs``, ``lr``, ``batch_size``, ``device`` and so on.
 
     Raises:
         TrainingError: if network, examples and settings do not fit each other, in which case the
-            network is left unchanged; or if the loss is not finite, in which case the last
-            checkpoint is kept.
+            network is left unchanged; if another run trains in the folder; or if the loss is not
+            finite or the disk is full, in which case the last checkpoint is kept.
         ValueError: if a setting is out of range, or the strategy does not fit.
         DataError: if an example cannot be read.
 
@@ -109,32 +120,42 @@ def finetune(
     """
     chosen = settings_of(settings)
     processes = Processes(chosen)
-    run = prepare(
-        net,
-        train,
-        settings=chosen,
-        processes=processes,
-        valid=valid,
-        strategy=strategy,
-        schedule=schedule,
-        allocator=allocator,
-        old=old,
-        task=task,
-        loss=loss,
-        folder=None if folder is None else Path(folder),
-        restart=restart,
-        begin=begin,
-    )
-    try:
-        while not run.finished:
-            train_epoch(run)
-            finish_epoch(run)
-    finally:
-        run.logs.close()
-    return conclude(run)
+    place = None if folder is None else Path(folder)
+    lock = FolderLock(place, processes)
+    with hidden(not chosen.progress or not processes.first), closing(lock):
+        run = prepare(
+            net,
+            train,
+            settings=chosen,
+            processes=processes,
+            valid=valid,
+            strategy=strategy,
+            schedule=schedule,
+            allocator=allocator,
+            old=old,
+            task=task,
+            loss=loss,
+            folder=place,
+            restart=restart,
+            begin=begin,
+            callbacks=callbacks,
+            accept_changed_data=accept_changed_data,
+            lock=lock,
+        )
+        try:
+            with told_if_full(run):
+                run.callbacks.on_train_begin(run)
+                with Signals(run) as signals:
+                    while not run.finished:
+                        train_epoch(run, signals)
+                        finish_epoch(run, signals)
+                        signals.check(write=False)
+                return conclude(run)
+        finally:
+            run.callbacks.close()
 
 
-def train_epoch(run: TrainingRun) -> None:
+def train_epoch(run: TrainingRun, signals: Signals) -> None:
     """Train for one epoch, or for what is left of it."""
     settings = run.settings
     run.clock = time.monotonic()
@@ -142,11 +163,12 @@ def train_epoch(run: TrainingRun) -> None:
         run.totals = (0.0, 0.0)
         run.epoch_random = random_states(run)
         start_schedule(run)
+        run.callbacks.on_epoch_begin(run)
     todo = enumerate(windows(remaining_batches(run), settings.accumulate), start=run.steps_done)
     make_model(run)
     name = f"epoch {run.epoch + 1}/{settings.epochs}"
-    bar = progress(run, todo, name, initial=run.steps_done, total=run.steps_per_epoch)
-    for number, window in bar:
+    shown = bar(todo, name, initial=run.steps_done, total=run.steps_per_epoch)
+    for number, window in shown:
         mean, count, stepped = train_step(run, window)
         run.step, run.steps_done = run.step + 1, number + 1
         run.totals = (run.totals[0] + mean * count, run.totals[1] + count)
@@ -156,11 +178,12 @@ def train_epoch(run: TrainingRun) -> None:
             run.rates.step()
         row = {"step": run.step, "loss": mean, **rates}
         run.result.steps.append(row)
-        run.logs.step(row)
-        bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
+        run.callbacks.on_step_end(run, row)
+        shown.set_postfix(loss=f"{mean:.4g}", refresh=False)
         every = settings.checkpoint_steps
         if every and run.step % every == 0 and run.steps_done < run.steps_per_epoch:
             write_checkpoint(run)
+        signals.check()
 
 
 def remaining_batches(run: TrainingRun) -> Iterator[Any]:
@@ -172,8 +195,8 @@ def remaining_batches(run: TrainingRun) -> Iterator[Any]:
     now = random_states(run)
     restore_states(run, run.epoch_random)
     batches = run.train.of(run.epoch)
-    for _ in range(run.steps_done * run.settings.accumulate):
-        next(batches)
+    for _ in islice(batches, run.steps_done * run.settings.accumulate):
+        pass
     restore_states(run, now)
     return batches
 
@@ -195,12 +218,6 @@ def make_model(run: TrainingRun) -> None:
     if run.model is None:
         run.model = run.processes.model(run.net, run.settings.compile, lambda: all_take_part(run))
     run.net.train()
-
-
-def progress(run: TrainingRun, todo: Iterable[Any], name: str, **options: Any) -> Any:
-    """Wrap an iterable in a progress bar."""
-    shown = run.settings.progress and run.processes.first
-    return require("tqdm", "train").tqdm(todo, name, disable=not shown, leave=False, **options)
 
 
 def all_take_part(run: TrainingRun) -> bool:
@@ -280,14 +297,15 @@ def _stop(run: TrainingRun, what: str, reason: str) -> None:
     )
 
 
-def finish_epoch(run: TrainingRun) -> None:
+def finish_epoch(run: TrainingRun, signals: Signals) -> None:
     """Evaluate the network, save it if it is the best so far, and write a checkpoint."""
     total, count = run.totals
     row = {"epoch": run.epoch + 1, "train_loss": total / max(count, 1)}
     if run.valid is not None:
-        values, _ = judge(
-            run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
-        )
+        with signals.evaluating():
+            values, _ = judge(
+                run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
+            )
         row |= {f"valid_{name}": value for name, value in values.items()}
         value = run.watched(row)
         if run.allocator is not None and not run.allocator.is_final:
@@ -301,7 +319,7 @@ def finish_epoch(run: TrainingRun) -> None:
     row["step"] = run.step
     row["seconds"] = time.monotonic() - run.clock
     run.result.history.append(row)
-    run.logs.epoch(row)
+    run.callbacks.on_epoch_end(run, row)
     run.epoch, run.steps_done = run.epoch + 1, 0
     patience = run.settings.patience
     if patience is not None and run.waited >= patience:
@@ -315,7 +333,8 @@ def save_delta(run: TrainingRun, which: str) -> None:
     if run.result.folder is None:
         return
     if run.processes.has_part_in_files:
-        save(run.net, run.result.folder / DELTAS[which])
+        with told_if_full(run):
+            save(run.net, run.result.folder / DELTAS[which])
     run.processes.wait()
 
 
@@ -335,6 +354,7 @@ def conclude(run: TrainingRun) -> Result:
     named = dict(run.net.named_parameters())
     result.total = sum(p.numel() for p in named.values())
     result.trained = sum(p.numel() for _, p in named_trainable(run.net))
+    run.callbacks.on_train_end(run)
     if run.folder is not None:
         write_report(result, run.folder)
     run.processes.wait()

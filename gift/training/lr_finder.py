@@ -14,9 +14,10 @@ from gift.errors import NotFiniteError
 from gift.schedules import Schedule
 from gift.strategies import FineTuningStrategy
 from gift.support.atomic_files import write_bytes
+from gift.support.progress import bar, hidden
 from gift.training.distributed import Processes
 from gift.training.loading import windows
-from gift.training.loop import make_model, progress, start_schedule, train_step
+from gift.training.loop import make_model, start_schedule, train_step
 from gift.training.randomness import kept_random
 from gift.training.report.plots import LIGHT, Theme, panel, render
 from gift.training.run import TrainingRun
@@ -126,8 +127,8 @@ def find_lr(
         settings_of(settings), lr_schedule="constant", warmup=0.0, patience=None, watch=None
     )
     order = train.generator if isinstance(train, DataLoader) else None
-    with kept_random(order):
-        processes = Processes(chosen)
+    processes = Processes(chosen)
+    with kept_random(order), hidden(not chosen.progress or not processes.first):
         # Without a strategy or a schedule, frozen parameters stay frozen and can be shared.
         twin = _copied(net, sharing=strategy is None and schedule is None)
         run = prepare(
@@ -150,8 +151,7 @@ def _sweep(run: TrainingRun, rates: list[float]) -> Iterator[float]:
     start_schedule(run)
     make_model(run)
     losses: list[float] = []
-    bar = progress(run, rates, "learning rates")
-    for rate, window in zip(bar, _forever(run), strict=False):
+    for rate, window in zip(bar(rates, "learning rates"), _forever(run), strict=False):
         for group in run.optimizer.param_groups:
             group.setdefault("at_1", group["lr"] / run.settings.lr)
             group["lr"] = group["at_1"] * rate

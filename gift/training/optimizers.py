@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -107,6 +108,23 @@ def make_rates(optimizer: Optimizer, settings: Settled, steps: int) -> LRSchedul
             f"lr_schedule is {settings.lr_schedule!r}, expected one of {[*SHAPES, 'onecycle']}"
         )
     return LambdaLR(optimizer, partial(_rate, shape, round(steps * settings.warmup), steps))
+
+
+def continue_rates(rates: LRScheduler, state: dict[str, Any]) -> None:
+    """Let a schedule that was made for another number of steps go on at the step of a state.
+
+    The schedules of gift then follow their curve for the new number of steps; one of the user's own
+    goes on with its state as it is.
+    """
+    if isinstance(rates, OneCycleLR):  # whose state has the number of steps
+        state = {name: state[name] for name in ("last_epoch", "base_lrs")}
+    rates.load_state_dict(state)
+    if isinstance(rates, LambdaLR | OneCycleLR):
+        rates.last_epoch -= 1
+        with warnings.catch_warnings():
+            # The optimizer stepped in the run that is resumed, which torch does not know.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            rates.step()
 
 
 SHAPES: dict[str, Callable[[float], float]] = {

@@ -32,6 +32,7 @@ class Result:
             training; for images with masks or boxes.
         best_epoch: epoch (from 1) with the best values; None without validation.
         stopped: reason why training ended: "done", or a sentence.
+        skipped: why examples were left out, for each of them.
         folder: folder with the files of the run; None if nothing was written.
     """
 
@@ -53,6 +54,7 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
     best_epoch: int | None = None
     stopped: str = "done"
+    skipped: list[str] = field(default_factory=list)
     folder: Path | None = None
 
     def __repr__(self) -> str:

@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from gift.core.trained import frozen_names
 from gift.errors import TrainingError
 from gift.schedules import RankAllocator, Schedule
+from gift.training.callbacks import Callback
 from gift.training.distributed import Processes, sharded_like, whole
 from gift.training.loading import Batches
-from gift.training.logs import Logs
 from gift.training.metrics import MetricKind
 from gift.training.result import Result
 from gift.training.settings import Settled
@@ -46,7 +46,7 @@ class TrainingRun:
         optimizer: optimizer of the trained parameters.
         rates: learning rate scheduler.
         scaler: gradient scaler for float16.
-        logs: logs to write.
+        callbacks: what is called as the run goes on, logs included.
         result: result to return in the end.
         identity: description of the run, which a checkpoint must match to be resumed.
         seed: seed of the order of the examples.
@@ -76,7 +76,7 @@ class TrainingRun:
     optimizer: Optimizer
     rates: LRScheduler
     scaler: torch.amp.GradScaler
-    logs: Logs
+    callbacks: Callback
     result: Result
     identity: dict[str, Any]
     seed: int
@@ -102,12 +102,25 @@ class TrainingRun:
         """The folder that this process writes to, or None if it does not write."""
         return self.result.folder if self.processes.first else None
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file of the checkpoint; None if the run has no folder."""
+        return None if self.result.folder is None else self.result.folder / "checkpoint.pt"
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context for the precision of the settings."""
         if self.settings.precision == "float32":
             return nullcontext()
         dtype = getattr(torch, self.settings.precision)
         return torch.autocast(self.processes.device.type, dtype)
+
+    def say(self, text: str) -> None:
+        """Tell the user something, on the screen and in the log."""
+        self.callbacks.on_message(self, text)
+
+    def stop(self, reason: str) -> None:
+        """End the training after the current epoch, for a reason that the result then states."""
+        self.result.stopped = reason
 
     def watched(self, row: Mapping[str, float]) -> float:
         """Return the watched value in a row of the history."""

@@ -45,9 +45,13 @@ class Settings:
         metrics: names of metrics, see `gift.training.METRICS`; None selects those of the task.
         keep: weights that the network has at the end, "best" or "last".
         checkpoint_steps: also write a checkpoint every this many optimizer steps.
+        skip_damaged: read each example once before the training, and leave out those that cannot be
+            read; ``damaged.txt`` in the folder lists them. Otherwise the first of them is an error.
         seed: seed of all random number generators; None does not seed them.
-        progress: show progress bars.
+        progress: print a line for each epoch; in terminals and notebooks also show progress bars.
         tensorboard: also log for TensorBoard.
+        track: experiment trackers that also get all values: "wandb", "mlflow", "trackio" and the
+            others of accelerate; in code also its `GeneralTracker` objects. None uses none.
 
     Raises:
         ValueError: naming all settings that are out of range.
@@ -75,9 +79,11 @@ class Settings:
     metrics: tuple[str, ...] | None = None
     keep: str = "best"
     checkpoint_steps: int | None = None
+    skip_damaged: bool = False
     seed: int | None = 0
     progress: bool = True
     tensorboard: bool = True
+    track: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -112,6 +118,7 @@ _BOUNDS: dict[str, Bound] = {
     "loraplus_ratio": _POSITIVE_OR_NONE,
     "seed": (lambda v: type(v) is int, "a whole number, or None"),
     "metrics": (lambda v: not isinstance(v, str), "names in a list"),
+    "track": (lambda v: isinstance(v, tuple | list), "names in a list"),
     "precision": (lambda v: v in PRECISIONS, f"one of {PRECISIONS}"),
     "parallel": (lambda v: v in ("ddp", "fsdp"), "'ddp' or 'fsdp'"),
     "keep": (lambda v: v in ("best", "last"), "'best' or 'last'"),
@@ -122,6 +129,7 @@ pydantic comes with the extra `cli` alone, while `finetune` also works from code
 """
 _MAY_BE_NONE = (
     "epochs", "lr", "patience", "checkpoint_steps", "clip", "loraplus_ratio", "seed",
+    "track",
 )  # fmt: skip
 
 

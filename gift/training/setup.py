@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,23 +27,28 @@ from gift.files.saving import fingerprint, split
 from gift.schedules import RankAllocator, Schedule
 from gift.strategies import FineTuningStrategy
 from gift.support.optional import require
-from gift.training.checkpoint import check_writable, forget, read_checkpoint, restore
+from gift.training.callbacks import Callback, Callbacks
+from gift.training.checkpoint import FILE as CHECKPOINT
+from gift.training.checkpoint import check_writable, read_checkpoint
+from gift.training.damaged import readable, write_damaged
+from gift.training.data_changes import KEYS, DataNames, refuse_changes
 from gift.training.distributed import Processes
 from gift.training.evaluation import judge, rehearse, task_of
 from gift.training.forgetting import old_heads
 from gift.training.loading import Batches, examples_of
-from gift.training.logs import open_logs
+from gift.training.locking import FolderLock
 from gift.training.metrics import metrics_of
 from gift.training.optimizers import make_optimizer, make_rates
-from gift.training.predicting import remember
 from gift.training.randomness import seed_all
 from gift.training.result import Result
 from gift.training.run import TRAIN, VALID, Old, TrainingRun
 from gift.training.settings import Settings, Settled, settled
+from gift.training.starting import shown_and_kept, start, tell
 from gift.training.tasks import Loss, Task
+from gift.training.trackers import check_trackers
 
-_WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "device", "workers", "parallel", "compile",
-                        "checkpoint_steps")  # fmt: skip
+_WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "track", "device", "workers", "parallel",
+                        "compile", "checkpoint_steps", "skip_damaged")  # fmt: skip
 """Settings that do not change the weights, or only their last digits."""
 
 
@@ -63,20 +68,18 @@ def prepare(
     folder: Path | None = None,
     restart: bool = False,
     begin: Callable[[], None] | None = None,
+    callbacks: Sequence[Callback] = (),
+    accept_changed_data: bool = False,
+    lock: FolderLock | None = None,
 ) -> TrainingRun:
     """Set up a run that can begin, or resume from its checkpoint; see `finetune`."""
     _check_packages(settings, folder)
+    own = Callbacks(callbacks)
     _check_kinds((schedule, Schedule), (allocator, RankAllocator))
-    data = examples_of(train, task)
-    held_out = None if valid is None else examples_of(valid, task)
-    _same_classes(data, held_out)
+    found = _read(train, valid, task, settings, folder)
+    data, held_out = found.train, found.valid
     task_of(data, task, {})  # whether there is such a task
-    seed = settings.seed
-    if seed is None:
-        seed = int(torch.randint(2**31, ()).item())
-        [seed, *_] = processes.gathered(seed)
-    else:
-        seed_all(seed)
+    seed = _seeded(settings, processes)
 
     def batches(examples: Any, shuffle: bool = False) -> Batches:
         size, workers = settings.batch_size, settings.workers
@@ -98,8 +101,7 @@ def prepare(
         sizes = [sum(p.numel() for _, p in named)
                  for named in (named_trainable(net), net.named_parameters())]  # fmt: skip
         chosen = settled(settings, work.name, each, *sizes)
-        if schedule is not None:
-            _warn_of_late(schedule, chosen)
+        _warn_of_late(schedule, chosen)
         optimizer = make_optimizer(net, chosen)
         _attach(allocator, net, each * chosen.epochs, processes)
         run = TrainingRun(
@@ -118,32 +120,94 @@ def prepare(
             scaler=torch.amp.GradScaler(
                 processes.device.type, enabled=settings.precision == "float16"
             ),
-            logs=open_logs(None),
+            callbacks=Callbacks(),
             result=Result(
                 network=enabled_by.network,
                 strategy=enabled_by.strategy if enabled else "all that requires a gradient",
                 schedule=_described(schedule, allocator),
                 task=work.name,
                 classes=work.classes,
+                skipped=found.skipped,
                 folder=folder,
             ),
-            # Hashing reads the whole base, which is only worth it for a checkpoint.
             identity={}
             if folder is None
             else _identity(
-                net, enabled_by, _described(schedule, allocator), [data, held_out], work, chosen
+                net, enabled_by, _described(schedule, allocator), found.names, work, chosen
             ),
             seed=seed,
         )
         run.check_watch()
         if run.valid is not None:
             rehearse(net, work, run.valid, VALID)
-        state = None if restart else read_checkpoint(folder, run.identity)
-        if state is None:
-            _judge_before(run)
-        if run.folder is not None:
-            check_writable(run.folder)
-    return _begun(run, data, state, begin)
+        state, changes = _resumed(run, restart, found.names, accept_changed_data, lock)
+    start(run, data, state, begin, Callbacks([*shown_and_kept(run), *own.callbacks]))
+    if run.folder is not None:
+        found.names.write(run.folder)
+        write_damaged(run.folder, found.skipped)
+    tell(run, state, changes)
+    return run
+
+
+def _resumed(
+    run: TrainingRun, restart: bool, names: DataNames, accept: bool, lock: FolderLock | None
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the checkpoint to resume from, if there is one, and what changed in the examples."""
+    folder = run.result.folder
+    if lock is not None and folder is not None and (folder / CHECKPOINT).exists():
+        lock.take()
+    state = None if restart else read_checkpoint(folder, run.identity, KEYS)
+    changes = names.changes(folder, state)
+    if not accept:
+        refuse_changes(changes)
+    if state is None:
+        _judge_before(run)
+    if run.folder is not None:
+        check_writable(run.folder)
+    if lock is not None:
+        lock.take()
+    return state, changes
+
+
+class _Data(NamedTuple):
+    """The examples of a run.
+
+    Args:
+        train, valid: training and validation examples.
+        skipped: why others were left out.
+        names: their names, if there is a folder to keep them in.
+    """
+
+    train: Any
+    valid: Any
+    skipped: list[str]
+    names: DataNames
+
+
+def _read(
+    train: Any, valid: Any, task: str | None, settings: Settings, folder: Path | None
+) -> _Data:
+    data = examples_of(train, task)
+    held_out = None if valid is None else examples_of(valid, task)
+    _same_classes(data, held_out)
+    skipped: list[str] = []
+    if settings.skip_damaged:
+        data, skipped = readable(data, TRAIN, settings.workers)
+        if held_out is not None:
+            held_out, more = readable(held_out, VALID, settings.workers)
+            skipped += more
+    # Naming looks at each file, which is only worth it for a checkpoint.
+    named = {} if folder is None else {"training": data, "validation": held_out}
+    return _Data(data, held_out, skipped, DataNames(named))
+
+
+def _seeded(settings: Settings, processes: Processes) -> int:
+    """Seed all random number generators, if that is asked for, and return the seed of the order."""
+    if settings.seed is not None:
+        seed_all(settings.seed)
+        return settings.seed
+    [seed, *_] = processes.gathered(int(torch.randint(2**31, ()).item()))
+    return int(seed)
 
 
 def _task(net: nn.Module, data: Any, name: str | None, **options: Any) -> Task:
@@ -156,6 +220,7 @@ def _check_packages(settings: Settings, folder: Path | None) -> None:
     """Check packages that are only needed at the end, before hours of training."""
     require("torchmetrics", "train")
     require("tqdm", "train")
+    check_trackers(settings.track)
     if folder is not None:
         for module in ("matplotlib", "jinja2", *["tensorboard"] * settings.tensorboard):
             require(module, "train")
@@ -202,7 +267,9 @@ def _described(schedule: Schedule | None, allocator: RankAllocator | None) -> st
     return ", ".join(repr(given) for given in (schedule, allocator) if given is not None)
 
 
-def _warn_of_late(schedule: Schedule, settings: Settled) -> None:
+def _warn_of_late(schedule: Schedule | None, settings: Settled) -> None:
+    if schedule is None:
+        return
     if late := [epoch for epoch in schedule.milestones if epoch >= settings.epochs]:
         warnings.warn(
             f"{schedule!r} unfreezes in epochs {late}, counted from 0, but there are only "
@@ -220,30 +287,6 @@ def _judge_before(run: TrainingRun) -> None:
         )
     if run.old is not None:
         result.old_before = run.old()
-
-
-def _begun(
-    run: TrainingRun, data: Any, state: dict[str, Any] | None, begin: Callable[[], None] | None
-) -> TrainingRun:
-    """Finish setting up a run: everything that writes or cannot be undone."""
-    settings, processes = run.settings, run.processes
-    processes.shard(run.net)
-    if processes.is_sharding:
-        run.optimizer = make_optimizer(run.net, settings)
-        steps = run.steps_per_epoch * settings.epochs
-        run.rates = make_rates(run.optimizer, settings, steps)
-    if isinstance(data, Examples):
-        remember(run.net, data, run.task.name, run.task.details)
-    if run.folder is not None and state is None:
-        forget(run.folder)  # so that no old file is mistaken for a part of this run
-    if begin is not None:
-        begin()
-    if state is not None:
-        restore(run, state)
-    if run.folder is not None:
-        run.logs = open_logs(run.folder, settings.tensorboard)
-        run.logs.rewind(run.step, run.epoch)
-    return run
 
 
 def _enable(net: nn.Module, strategy: FineTuningStrategy | None) -> Any:
@@ -310,7 +353,7 @@ def _identity(
     net: nn.Module,
     report: Any,
     schedule: str,
-    examples: Sequence[Any],
+    names: DataNames,
     task: Task,
     settings: Settings,
 ) -> dict[str, Any]:
@@ -333,7 +376,7 @@ def _identity(
         "task": task.name,
         "loss": "" if task.own_loss is None else _name_of(task.own_loss),
         "classes": list(task.classes or ()),
-        "number of examples": [0 if data is None else len(data) for data in examples],
+        **dict(zip(KEYS, (names.numbers, names.digests), strict=True)),
         **{k: list(v) if isinstance(v, tuple) else v for k, v in named.items()},
     }
 

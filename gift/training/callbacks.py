@@ -1,0 +1,230 @@
+"""Callbacks: own code that a run calls as it goes on. Logs and trackers are callbacks, too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gift.support.progress import write
+from gift.training.logs import Logs, Row
+from gift.training.report.tables import duration, number, words
+
+if TYPE_CHECKING:
+    from gift.training.run import TrainingRun
+
+LOG = "log.txt"
+
+
+class Callback:
+    """Own code that `finetune` calls; a subclass overrides the methods that it needs.
+
+    Each method gets the run, with ``run.net``, ``run.epoch`` (finished epochs), ``run.step``
+    (finished steps), ``run.optimizer``, ``run.result`` (everything so far), ``run.settings`` and
+    ``run.processes``. ``run.stop("reason")`` ends the training after the current epoch. With
+    several processes, the callbacks of each process are called; ``run.processes.first`` says
+    whether it is the one that writes. An error in a callback ends the run, and keeps its last
+    checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gift.training import Callback, finetune
+        >>> class Enough(Callback):
+        ...     def on_epoch_end(self, run, row):
+        ...         if row["train_loss"] < 10:
+        ...             run.stop("it is good enough")
+        >>> inputs, labels = torch.randn(8, 4), torch.arange(8) % 2
+        >>> result = finetune(
+        ...     nn.Linear(4, 2), (inputs, labels), callbacks=[Enough()], device="cpu",
+        ...     progress=False,
+        ... )
+        >>> len(result.history), result.stopped
+        (1, 'it is good enough')
+    """
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Called before the first step, or before the first one of a resumed run."""
+
+    def on_epoch_begin(self, run: TrainingRun) -> None:
+        """Called before the first step of each epoch, after the schedule unfroze its blocks."""
+
+    def on_step_end(self, run: TrainingRun, row: Row) -> None:
+        """Called after each optimizer step.
+
+        Args:
+            run: the run.
+            row: "step" (from 1), "loss", "lr" and so on, as in `Result.steps`.
+        """
+
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Called after each epoch and its evaluation.
+
+        Args:
+            run: the run.
+            row: "epoch" (from 1), "train_loss" and so on, as in `Result.history`.
+        """
+
+    def on_checkpoint(self, run: TrainingRun, path: Path) -> None:
+        """Called after a checkpoint was written, in the process that wrote it."""
+
+    def on_message(self, run: TrainingRun, text: str) -> None:
+        """Called with what a user should know, such as where a run resumes."""
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        """Called when ``run.result`` is complete, before the report is written."""
+
+    def close(self) -> None:
+        """Called last, also if the run was interrupted or refused to go on."""
+
+
+class Callbacks(Callback):
+    """Several callbacks as one; methods are called in the order of the callbacks.
+
+    Args:
+        callbacks: the callbacks.
+
+    Raises:
+        TypeError: if one is not a `Callback`.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self.callbacks = list(callbacks)
+        for one in self.callbacks:
+            if not isinstance(one, Callback):
+                raise TypeError(
+                    f"expected callbacks that derive from gift.training.Callback, got {one!r}"
+                )
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Call all callbacks."""
+        for one in self.callbacks:
+            one.on_train_begin(run)
+
+    def on_epoch_begin(self, run: TrainingRun) -> None:
+        """Call all callbacks."""
+        for one in self.callbacks:
+            one.on_epoch_begin(run)
+
+    def on_step_end(self, run: TrainingRun, row: Row) -> None:
+        """Call all callbacks."""
+        for one in self.callbacks:
+            one.on_step_end(run, row)
+
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Call all callbacks."""
+        for one in self.callbacks:
+            one.on_epoch_end(run, row)
+
+    def on_checkpoint(self, run: TrainingRun, path: Path) -> None:
+        """Call all callbacks."""
+        for one in self.callbacks:
+            one.on_checkpoint(run, path)
+
+    def on_message(self, run: TrainingRun, text: str) -> None:
+        """Call all callbacks."""
+        for one in self.callbacks:
+            one.on_message(run, text)
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        """Call all callbacks."""
+        for one in self.callbacks:
+            one.on_train_end(run)
+
+    def close(self) -> None:
+        """Close all callbacks, even if one of them raises."""
+        left = self.callbacks
+        while left:
+            one, *left = left
+            try:
+                one.close()
+            except BaseException:
+                Callbacks(left).close()
+                raise
+
+
+class LogCallback(Callback):
+    """Gives each row to `gift.training.logs`.
+
+    Args:
+        logs: the logs.
+    """
+
+    def __init__(self, logs: Logs) -> None:
+        self.logs = logs
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Discard rows that are later than the checkpoint from which the run resumes."""
+        self.logs.rewind(run.step, run.epoch)
+
+    def on_step_end(self, run: TrainingRun, row: Row) -> None:
+        """Log the step."""
+        self.logs.step(row)
+
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Log the epoch."""
+        self.logs.epoch(row)
+
+    def close(self) -> None:
+        """Close the logs."""
+        self.logs.close()
+
+
+class Console(Callback):
+    """Prints a line for each epoch, and messages."""
+
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Print the epoch."""
+        write(epoch_line(run, row))
+
+    def on_message(self, run: TrainingRun, text: str) -> None:
+        """Print the message."""
+        write(text)
+
+
+class TextLog(Callback):
+    """Appends what `Console` prints to ``log.txt``, with the time.
+
+    Args:
+        folder: folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOG
+
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Append the epoch."""
+        self.add(epoch_line(run, row))
+
+    def on_message(self, run: TrainingRun, text: str) -> None:
+        """Append the message."""
+        self.add(text)
+
+    def add(self, text: str) -> None:
+        """Append a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.path.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:  # which names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def epoch_line(run: TrainingRun, row: Mapping[str, Any]) -> str:
+    """Return an epoch as one line: loss, metrics, learning rate, time, and the best so far."""
+    total = run.settings.epochs
+    values = [
+        f"{words(name.removeprefix('train_'))} {number(value)}"
+        for name, value in row.items()
+        if name not in ("epoch", "step", "seconds")
+    ]
+    if run.result.steps:
+        values.append(f"lr {run.result.steps[-1]['lr']:.3g}")
+    values.append(duration(row["seconds"]))
+    best = run.result.best_epoch
+    if best is not None:
+        watch = words(run.settings.watch or run.task.watch)
+        here = best == row["epoch"]
+        values.append("best so far" if here else f"best: epoch {best}, {watch} {number(run.best)}")
+    return f"epoch {row['epoch']:>{len(str(total))}}/{total}: " + ", ".join(values)
