@@ -728,6 +728,20 @@ def test_alpha_of_zero_is_a_delta_of_zero_for_everybody(lycoris: Any, tmp_path: 
     torch.testing.assert_close(through(lycoris, base, path)(X), base(X))
 
 
+def test_alpha_may_be_an_integer(lycoris: Any, tmp_path: Path) -> None:
+    base, path = UNet().double(), tmp_path / "lora.safetensors"
+    ours = adapted(base, "lora", rank=2, lora_alpha=3.0)
+    save_kohya(ours, path)
+    tensors = load_file(path)
+    for key in tensors:
+        if key.endswith(".alpha"):
+            tensors[key] = tensors[key].long()
+    save_file(tensors, path)
+    net = copy.deepcopy(base)
+    load_kohya(net, path)
+    assert_same(net, through(lycoris, base, path), base, 2e-5)
+
+
 def test_rows_of_zeros_have_the_magnitude_of_their_update(lycoris: Any, tmp_path: Path) -> None:
     """Gift's DoRA trains them as LoRA does."""
     base, path = UNet().double(), tmp_path / "lora.safetensors"

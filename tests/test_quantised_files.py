@@ -187,3 +187,35 @@ def test_kohya_and_back_on_a_quantised_base(name: str, tmp_path: Path) -> None:
     fresh = KINDS[name].network().eval()
     gift.load_kohya(fresh, tmp_path / "delta.safetensors")
     assert_near(fresh(inputs()), net(inputs()), 1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_delta_of_a_quantised_base_fits_the_base_itself_and_back(
+    bits: int, tmp_path: Path
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    original = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+    made = {
+        4: lambda *sizes: bitsandbytes.nn.Linear4bit(*sizes, quant_type="nf4"),
+        8: lambda *sizes: bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False),
+    }[bits]
+    packed_net = nn.Sequential(made(64, 32), nn.ReLU(), made(32, 64))
+    packed_net.load_state_dict(original.state_dict())
+    packed_net = packed_net.to("cpu")
+    before = {name: p.detach().clone() for name, p in original.named_parameters()}
+    adapt(packed_net, "lora")
+    train(packed_net)
+    gift.save(packed_net, tmp_path / "delta.safetensors")
+    with pytest.raises(gift.DeltaFileError, match="base"):
+        gift.load(original, tmp_path / "delta.safetensors")
+    gift.load(original, tmp_path / "delta.safetensors", check_base=False)
+    change = updates(packed_net)
+    for name in ("0", "2"):
+        weight = original.get_submodule(name).weight.double()
+        torch.testing.assert_close(weight, before[f"{name}.weight"].double() + change[name])
+    gift.save(original, tmp_path / "back.safetensors")
+    gift.disable_fine_tuning(packed_net)
+    gift.load(packed_net, tmp_path / "back.safetensors", check_base=False)
+    assert updates(packed_net)["0"].equal(change["0"])
+    gift.merge(original)
+    assert type(original[0]) is nn.Linear

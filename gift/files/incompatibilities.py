@@ -15,7 +15,7 @@ from gift.files.digests import digest
 from gift.files.inspection import DeltaFile
 from gift.files.saving import fingerprint, split
 from gift.methods import method_of
-from gift.quantization import tells_packing
+from gift.quantization import packed_names, tells_packing
 from gift.strategies.resolved import PLACES
 from gift.support.tensors import dtype_name, is_finite
 
@@ -33,7 +33,8 @@ def incompatibilities(
     buffers = {*parts.buffers} & {*file.base}
     if missing := sorted({*parts.saved} - buffers - given):
         yield f"it lacks {len(missing)} tensors that are trained here: {missing}"
-    if more := sorted({*parts.base} - {*file.base} - given):
+    records = set() if check_base else packed_names(state)[1]  # its base may not be quantised
+    if more := sorted({*parts.base} - {*file.base} - given - records):
         yield f"here are {len(more)} tensors that its base does not have: {more}"
     possible = {*parts.saved, *(name for name in file.buffers if name in state)}
     if unexpected := sorted(given - possible):
@@ -113,7 +114,12 @@ def other_base(
         yield f"{len(empty)} tensors have no values here yet: {some(empty)}"
         return
     own = {name: state[name] for name in file.base if name in state}
-    if missing := [name for name in file.base if name not in own]:
+    there, those = packed_names(file.base)
+    packed_here, _ = packed_names(state)
+    # Without `check_base`, the delta of a quantised base fits one that is not quantised, and back.
+    other_format = set() if check_base else there ^ packed_here
+    records = set() if check_base else those
+    if missing := [name for name in file.base if name not in own and name not in records]:
         yield f"its base has {len(missing)} tensors that this one lacks: {missing}"
     known = {name: tensor for name, tensor in own.items() if file.base[name][2] is not None}
     here = fingerprint(known, check_base)
@@ -122,7 +128,7 @@ def other_base(
         dtype, shape, digested = file.base[name]
         if tells_packing(name) and list(tensor.shape) != shape:
             packed += [name] * check_base
-        elif list(tensor.shape) != shape:
+        elif list(tensor.shape) != shape and name not in other_format:
             yield f"{name} of its base is {tuple(shape)}, here it is {tuple(tensor.shape)}"
         elif not check_base:
             continue

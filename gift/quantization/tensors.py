@@ -3,7 +3,7 @@
 No package is imported here: a tensor of a package exists only if that package has been imported.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,6 +155,24 @@ def as_packed(tensors: Iterable[Any]) -> Iterator[None]:
 def tells_packing(name: str) -> bool:
     """Whether a name in a state belongs to the record of a weight's packing."""
     return ".quant_state." in name
+
+
+def packed_names(names: Collection[str]) -> tuple[set[str], set[str]]:
+    """From the names in a state, tell those of packed weights, and of the records of packing.
+
+    bitsandbytes stores records of 4-bit weights below the name of the weight, and scales of 8-bit
+    ones beside it.
+    """
+    records = {name for name in names if name.rpartition(".")[2] in ("SCB", "weight_format")}
+    weights = {name.rpartition(".")[0] + ".weight" for name in records}
+    known = set(names)
+    for name in known:
+        parents = name.split(".")
+        above = (".".join(parents[:count]) for count in range(1, len(parents)))
+        if (weight := next((parent for parent in above if parent in known), None)) is not None:
+            records.add(name)
+            weights.add(weight)
+    return {weight.removeprefix(".") for weight in weights}, records
 
 
 def quant_state_names(network: Any) -> Iterator[str]:

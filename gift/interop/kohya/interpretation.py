@@ -1,5 +1,6 @@
 """Checking and interpreting the tensors of one layer in a kohya file."""
 
+import torch
 from torch import Tensor
 
 from gift.interop.kohya.layers import Incompatible, Target
@@ -73,7 +74,8 @@ def _method_of(parts: Parts) -> KohyaMethod:
 
 
 def _unusable(name: str, tensor: Tensor) -> str | None:
-    if not tensor.is_floating_point():
+    whole = tensor.dtype in (torch.int32, torch.int64)  # of alpha, which some programs write so
+    if not (tensor.is_floating_point() or (name == "alpha" and whole)):
         return f"{name} is {tensor.dtype}, expected floating-point numbers"
     if name == "alpha" and tensor.numel() != 1:
         return f"alpha has shape {list(tensor.shape)}, expected one number"
