@@ -400,6 +400,18 @@ def by_method_alone(method: str) -> nn.Module:
     return network
 
 
+SHARING = ("fact", "tinylora")
+
+
+@scenario(*SHARING)
+def parameters_that_layers_share_are_refused_in_several_groups_of_fsdp(
+    method: str, folder: Path
+) -> None:
+    network = shard(by_method(method))
+    with pytest.raises(RuntimeError, match="FSDP2 has sharded it in several groups"):
+        outputs_of(network, "transformer")
+
+
 @scenario(*METHODS)
 def a_method_under_ddp_trains_as_one_process_does(method: str, folder: Path) -> None:
     network = by_method(method, seed=1 + dist.get_rank())
@@ -407,7 +419,7 @@ def a_method_under_ddp_trains_as_one_process_does(method: str, folder: Path) -> 
     assert_near(dict(network.state_dict()), dict(by_method_alone(method).state_dict()))
 
 
-@scenario(*METHODS)
+@scenario(*(name for name in METHODS if name not in SHARING))
 def a_method_under_fsdp_trains_as_one_process_does(method: str, folder: Path) -> None:
     network, alone = shard(by_method(method)), by_method_alone(method)
     train(network, "transformer", our_half())

@@ -13,7 +13,19 @@ from tests.cases.methods import METHODS, MethodCase
 everywhere = pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
 shapes = pytest.mark.parametrize("shape", [(6, 8), (8, 4), (3, 6, 4)], ids=str)
 
-LOW_RANK = {"adalora", "lora", "rslora", "pissa", "olora", "lora_fa", "vera", "loha", "delora"}
+LOW_RANK = {
+    "adalora",
+    "fact",
+    "tinylora",
+    "lora",
+    "rslora",
+    "pissa",
+    "olora",
+    "lora_fa",
+    "vera",
+    "loha",
+    "delora",
+}
 LOW_RANK |= {"lora_xs", "psoft"}
 NO_MULTIPLE = {"dora", "oft", "boft", "hra", "psoft", "svdiff"}
 

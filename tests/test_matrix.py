@@ -93,25 +93,38 @@ def owner_of(net: nn.Module, weight: str) -> tuple[nn.Module, str]:
 
 def frozen_tensors(net: nn.Module, method: MethodCase, layer: LayerCase) -> dict[str, Tensor]:
     """The tensors that will be adapted, as a plain network reads them."""
-    names = [*layer.weights, *(layer.all_biases(net) if method.scales_bias else ())]
+    names = [*layer.weights, *(layer.all_biases(net) if method.adapts_bias else ())]
     return {name: getattr(*owner_of(net, name)).detach().clone() for name in names}
 
 
-def added(net: nn.Module, weight: str) -> dict[str, Tensor]:
-    """What the method added for that weight: copies in float64, trained ones as leaves."""
+def added(net: nn.Module, weight: str, known: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+    """What the method added for that weight: copies in float64, trained ones as leaves.
+
+    What several weights share is one leaf, if they are given the same `known`.
+    """
     module, tensor = owner_of(net, weight)
-    copies = {}
+    copies: dict[str, Tensor] = {}
     for key, name in weight_deltas(module)[tensor].names.items():
         value = getattr(module, name)
+        if known is not None and id(value) in known:
+            copies[key] = known[id(value)]
+            continue
         copies[key] = value.detach().clone()
         if value.is_floating_point():
             copies[key] = copies[key].double().requires_grad_(value.requires_grad)
+        if known is not None:
+            known[id(value)] = copies[key]
     return copies
 
 
-def of_group(tensors: dict[str, Tensor], group: int, groups: int) -> dict[str, Tensor]:
-    """The part for one group of a weight: where there are several, they are the first axis."""
-    return {k: v[group] if groups > 1 else v for k, v in tensors.items()}
+def of_group(
+    tensors: dict[str, Tensor], group: int, groups: int, whole: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The part for one group of a weight: where there are several, they are the first axis.
+
+    What weights share, and random tensors for it, are the same for all groups.
+    """
+    return {k: v[group] if groups > 1 and k not in whole else v for k, v in tensors.items()}
 
 
 def expected_weights(
@@ -124,26 +137,28 @@ def expected_weights(
     """The effective tensors by the paper's formula and the layout's definition, in float64."""
     expected = {}
     view = layer.view(method.view)
+    matrices: dict[str, list[Tensor]] = {}
     for name in layer.weights:
         weight = frozen[name].double()
         module, _ = owner_of(net, name)
         places = view(np.arange(weight.numel()).reshape(weight.shape), module)
         result = weight.flatten()
         for group, place in enumerate(places):
-            mine = of_group(parameters[name], group, len(places))
+            mine = of_group(parameters[name], group, len(places), method.whole)
             where = torch.tensor(place)
+            matrices.setdefault(name, []).append(weight.flatten()[where])
             made = method.formula(weight.flatten()[where], mine)
             result = result.index_put((where.flatten(),), made.flatten())
         expected[name] = result.reshape(weight.shape)
-    for name, weights in layer.all_biases(net).items() if method.scales_bias else ():
+    for name, weights in layer.all_biases(net).items() if method.adapts_bias else ():
         outputs = [
-            of_group(parameters[weight], group, groups)
+            (of_group(parameters[weight], group, groups), matrices[weight][group])
             for weight in weights
             for groups in [getattr(owner_of(net, weight)[0], "groups", 1)]
             for group in range(groups)
         ]
         parts = frozen[name].double()[:, None].chunk(len(outputs))
-        made = [method.formula(part, p) for part, p in zip(parts, outputs, strict=True)]
+        made = [method.of_bias(part, *own) for part, own in zip(parts, outputs, strict=True)]
         expected[name] = torch.cat(made)[:, 0]
     return expected
 
@@ -218,7 +233,8 @@ def test_value_and_gradient_are_those_of_the_formula(method: MethodCase, layer: 
     frozen = frozen_tensors(net, method, layer)
     adapt(net, method, layer)
     randomise(net)
-    parameters = {name: added(net, name) for name in layer.weights}
+    known: dict[int, Tensor] = {}
+    parameters = {name: added(net, name, known) for name in layer.weights}
     expected = expected_weights(method, layer, net, frozen, parameters)
     for name, value in expected.items():
         got = getattr(*owner_of(net, name)).detach()
@@ -273,13 +289,21 @@ def test_gradients_reach_every_delta_and_nothing_frozen(
 def test_parameter_count_is_that_of_the_paper(method: MethodCase, layer: LayerCase) -> None:
     net = layer.make()
     run(net, layer, layer.inputs())
-    expected = sum(
-        method.count(*matrix.shape)
+    biased = {name for weights in layer.all_biases(net).values() for name in weights}
+
+    def count(name: str, rows: int, columns: int) -> int:
+        more = method.bias_count(rows, columns) if method.bias_count and name in biased else 0
+        return method.count(rows, columns) + more
+
+    shapes = [
+        (name, *matrix.shape)
         for name in layer.weights
         for module, tensor in [owner_of(net, name)]
         for matrix in layer.view(method.view)(getattr(module, tensor).detach().numpy(), module)
-    )
+    ]
+    shared = {key: size for _, *shape in shapes for key, size in method.shared(*shape).items()}
     adapt(net, method, layer)
+    expected = sum(count(*each) for each in shapes) + sum(shared.values())
     assert sum(p.numel() for p in net.parameters()) == expected
 
 
@@ -295,7 +319,8 @@ def test_a_saved_delta_gives_a_fresh_network_the_same_output(
     torch.save(net.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    named = net.named_parameters(remove_duplicate=False)  # what weights share has several names
+    trained = {n for n, p in named if p.requires_grad}
     persistent = {n for n, _ in net.named_buffers()} & set(nn.Module.state_dict(net))
     # Settings that no shape shows are entries of a state; tests/test_state_settings.py has them.
     assert {name for name in state if not is_settings(name)} == trained | persistent

@@ -247,8 +247,8 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind: Kind, case: Method
     x = inputs(32).requires_grad_()
     x64 = x.detach().double().requires_grad_()
     weight = case.formula(base, copies)
-    if case.scales_bias:
-        bias = case.formula(bias[:, None], copies).squeeze(-1)
+    if case.adapts_bias:
+        bias = case.of_bias(bias[:, None], copies, base).squeeze(-1)
     expected, output = x64 @ weight.T + bias, layer(x)
 
     assert output.dtype == torch.float32

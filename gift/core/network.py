@@ -34,6 +34,7 @@ from gift.core.state import (
 from gift.core.trained import delta_names, frozen_names, named_trainable
 from gift.core.undo.snapshot import Snapshot
 from gift.core.unfreeze import keep_values
+from gift.core.weights.sharing import share_parameters
 from gift.errors import GiftWarning
 from gift.private.torch.calls import callers
 
@@ -47,7 +48,13 @@ class FineTunedNetwork(Generated):
         """Call the network; before a training step, check that its base is still frozen."""
         if torch.is_grad_enabled():
             warn_unfrozen(self)
-        return super().__call__(*args, **kwargs)
+        if not self._gift_network.shares or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        waits = share_parameters(self)
+        result = super().__call__(*args, **kwargs)
+        if waits:  # lazy modules have shapes now
+            share_parameters(self)
+        return result
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -82,7 +89,10 @@ class FineTunedNetwork(Generated):
                 moved[id(tensor)] = tensor, fn(tensor)
             return moved[id(tensor)][1]
 
-        return super()._apply(once, *args, **kwargs)
+        result = super()._apply(once, *args, **kwargs)
+        if self._gift_network.shares:
+            share_parameters(self)
+        return result
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters and the persistent buffers, under any prefix."""

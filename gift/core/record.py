@@ -31,6 +31,7 @@ class NetworkRecord:
             says.
         held: what keeps frozen parameters frozen, one entry per module.
         warned_unfrozen: whether the warning about flags set by others has been issued.
+        shares: whether layers share parameters of deltas, see `gift.core.weights.sharing`.
         keeps_base: whether `undo` has the values of what is trained in place.
         only_trainable_parameters: whether ``parameters()`` gives trained parameters only.
         only_trainable_state: whether ``state_dict()`` gives trained parameters and buffers only.
@@ -52,6 +53,7 @@ class NetworkRecord:
     waiting: set[str] = field(default_factory=set)
     held: "list[HeldFlags]" = field(default_factory=list)
     warned_unfrozen: bool = False
+    shares: bool = False
     keeps_base: bool = True
     only_trainable_parameters: bool = True
     only_trainable_state: bool = True

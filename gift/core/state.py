@@ -23,6 +23,7 @@ from gift.core.trained import delta_names, frozen_names, named_trainable, traine
 from gift.core.undo.copy_on_write import memory_of
 from gift.core.undo.snapshot import transaction
 from gift.core.weights.record import weight_deltas
+from gift.core.weights.sharing import share_parameters
 from gift.private.torch.calls import callers, loads_strictly
 from gift.quantization import quant_state_names
 
@@ -241,6 +242,8 @@ def after_loading(network: nn.Module, incompatible: Any) -> None:
         missing[:] = [key for key in missing if not key.startswith(prefix)]
         return
     frozen, deltas = set(frozen_names(network)), delta_names(network)
+    if record.shares and not record.rehearsing:
+        share_parameters(network)  # `assign=True` has put other tensors into each module
     is_base = bool(frozen & keys) and not deltas & keys
     absent = deltas if is_base else frozen
     missing = incompatible.missing_keys

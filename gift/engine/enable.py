@@ -25,6 +25,7 @@ from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.undo.undo import tensor_of
 from gift.core.undo.undoable import check_undoable
 from gift.core.unfreeze import unfreezable_problems
+from gift.core.weights.sharing import shares
 from gift.engine.claims import sizes_of
 from gift.engine.leftover import describe_leftover, hints_for_strangers
 from gift.engine.walk import Walk, closest_names
@@ -108,6 +109,7 @@ def enable_fine_tuning(
             only_trainable_parameters=replace_parameter_function,
             only_trainable_state=trainable_state_dict,
             recipe=_recipe(strategy),
+            shares=shares(module),
             below=remove_record(module) if stack else None,
         )
         install_record(module, record)

@@ -13,8 +13,10 @@ from gift.methods.boft import BOFT as BOFT
 from gift.methods.c3a import C3A as C3A
 from gift.methods.delora import DeLoRA as DeLoRA
 from gift.methods.dora import DoRA as DoRA
+from gift.methods.fact import FacT as FacT
 from gift.methods.fourierft import FourierFT as FourierFT
 from gift.methods.full_delta import FullDelta as FullDelta
+from gift.methods.glora import GLoRA as GLoRA
 from gift.methods.gralora import GraLoRA as GraLoRA
 from gift.methods.guided import GuidedLoRA as GuidedLoRA
 from gift.methods.hira import HiRA as HiRA
@@ -34,6 +36,8 @@ from gift.methods.principal import LoRAXS as LoRAXS
 from gift.methods.randlora import RandLoRA as RandLoRA
 from gift.methods.road import RoAd as RoAd
 from gift.methods.shira import SHiRA as SHiRA
+from gift.methods.ssf import SSF as SSF
 from gift.methods.svdiff import SVDiff as SVDiff
+from gift.methods.tinylora import TinyLoRA as TinyLoRA
 from gift.methods.vera import VeRA as VeRA
 from gift.methods.waveft import WaveFT as WaveFT

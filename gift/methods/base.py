@@ -59,6 +59,9 @@ class Method(Configured):
     scales_outputs: ClassVar[bool] = False
     """Whether the method acts on a layer's outputs, so that its bias is adapted too."""
 
+    bias_reads_weight: ClassVar[bool] = False
+    """Whether the effective bias depends on the frozen matrix, see `effective_bias`."""
+
     reads_weight: ClassVar[bool] = False
     """Whether the initial parameters depend on the values of the weight."""
 
@@ -76,6 +79,13 @@ class Method(Configured):
 
     low_rank_is_cheap: ClassVar[bool] = True
     """Whether gradients are cheaper through the factors of `low_rank` than through the matrix."""
+
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that all matrices of a network share, as far as their shapes agree.
+
+    They are one parameter, which each module holds under its own name, as torch has tied weights.
+    They have no axis of groups.
+    """
 
     split_axes: ClassVar[Mapping[str, tuple[int | None, int | None]]] = {}
     """For each parameter, which axis lies along the matrix's rows and which along its columns.
@@ -166,6 +176,24 @@ class Method(Configured):
     def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the effective matrix, in shape and dtype of `matrix`, given the parameters."""
         raise NotImplementedError
+
+    def init_bias_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return further tensors for a matrix to whose outputs a bias is added.
+
+        Only for methods with `scales_outputs`, where such a bias is adapted too. They belong to the
+        delta of the matrix, whose `effective_weight` gets them as well.
+        """
+        return {}
+
+    def effective_bias(self, bias: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the effective bias, given the parameters of the matrix that it belongs to.
+
+        Args:
+            bias: ``(rows, 1)`` or ``(groups, rows, 1)``; of several matrices one below the other.
+            parameters: those of the matrix, or numbered as `of_each_weight` takes them. If
+                `bias_reads_weight`, ``frozen`` is the frozen matrix.
+        """
+        return self.effective_weight(bias, parameters)
 
     def drop(self, parameters: dict[str, Tensor], input_axis: int) -> dict[str, Tensor]:
         """Drop input features in a training step of a layer that reads its weight itself.

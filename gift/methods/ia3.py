@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import conv_forwards, is_usual
-from gift.kernels.rescale import finite, rescaled
+from gift.kernels.output_scales import scaled_conv, scaled_linear
 from gift.methods.base import Method, register_method
 from gift.methods.settings import flag
 from gift.private.torch.layers import convolve
@@ -87,35 +87,19 @@ def _linear(
     factor = parameters["ia3_l"]
     if method.feedforward:
         return product.output((x * factor.squeeze(-2)).to(x.dtype), bias)
-    output, inputs = product.output(x, bias), (x, bias)
-    return rescaled(output, *finite(factor, bias), product.output, inputs, ways=product.ways)
+    return scaled_linear(x, product, bias, factor)
 
 
 def _conv(self: Any, input: Tensor) -> Tensor:
     """Scale channels; use the effective weight if each kernel position has its own factor."""
-    delta = self._gift_weights["weight"]
-    method, parameters = delta.delta_of(self)
-    axes = len(self.kernel_size)
-    one_position = all(size == 1 for size in self.kernel_size)
-    if not is_usual(self) or (method.feedforward and not one_position):
+    method, parameters = self._gift_weights["weight"].delta_of(self)
+    factor, axes = parameters["ia3_l"], len(self.kernel_size)
+    if not method.feedforward:
+        return scaled_conv(self, input, factor)
+    if not is_usual(self) or any(size != 1 for size in self.kernel_size):
         return convolve(self, input, self.weight, self.bias)
-    factor, frozen, bias = (
-        parameters["ia3_l"],
-        self._gift_frozen("weight"),
-        self._gift_weight("bias", once=True),
-    )
-    if method.feedforward:
-        seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
-        return convolve(self, seen, frozen, bias)
-
-    # Annotations are quoted, since the compiler of torch 2.6 cannot evaluate unions.
-    def compute(x: Tensor, bias: "Tensor | None") -> Tensor:
-        return convolve(self, x, frozen, bias)
-
-    output, inputs = compute(input, bias), (input, bias)
-    channel = -1 - axes
-    scales = finite(factor, bias, channel)
-    return rescaled(output, *scales, compute, inputs, channel, delta.ways)
+    seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
+    return convolve(self, seen, self._gift_frozen("weight"), self._gift_weight("bias", once=True))
 
 
 IA3.forwards = linear_forwards(_linear) | conv_forwards(_conv)

@@ -337,6 +337,49 @@ class DoRAConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class FacTAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        scaling: float = 1.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class FacTLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        scaling: float = 1.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class FacTConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        scaling: float = 1.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class FourierFTAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,
@@ -411,6 +454,55 @@ class FullDeltaConvFineTuningStrategy(_AdaptingStrategy):
         self,
         *,
         dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class GLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        a_b: str = "lora",
+        c: str = "lora",
+        d_e: str = "constant",
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class GLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        a_b: str = "lora",
+        c: str = "lora",
+        d_e: str = "constant",
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class GLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        a_b: str = "lora",
+        c: str = "lora",
+        d_e: str = "constant",
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
         train_bias: bool = False,
         conv_layout: str | None = None,
         split_qkv: bool = False,
@@ -1187,6 +1279,40 @@ class SHiRAConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class SSFAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class SSFLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class SSFConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class SVDiffAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,
@@ -1215,6 +1341,55 @@ class SVDiffConvFineTuningStrategy(_AdaptingStrategy):
         self,
         *,
         dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class TinyLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        u: int = 64,
+        tied: bool = True,
+        seed: int = 42,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class TinyLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        u: int = 64,
+        tied: bool = True,
+        seed: int = 42,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class TinyLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        u: int = 64,
+        tied: bool = True,
+        seed: int = 42,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
         train_bias: bool = False,
         conv_layout: str | None = None,
         split_qkv: bool = False,

@@ -28,6 +28,12 @@ class MethodCase:
         settings: the method's settings.
         view: what a row of the matrix is to the method: see `LayerCase.view`.
         scales_bias: whether the formula also holds for a bias, seen as a column.
+        bias_formula: from a bias as a column, what the method added and the frozen matrix, the
+            effective bias.
+        bias_count: from rows and columns of a matrix, the number of parameters for its bias.
+        shared: from rows and columns of a matrix, the sizes of the parameters that it shares with
+            others, by their names; they are not in `count`.
+        whole: names of what has no axis of groups.
         impossible: layer types to which the method cannot be applied, each with the reason, which
             is part of the error.
         differs: properties that do not hold, by layer type and property, each with its reason.
@@ -39,8 +45,23 @@ class MethodCase:
     settings: dict[str, Any] = field(default_factory=dict)
     view: str = "matrices"
     scales_bias: bool = False
+    bias_formula: Callable[[Tensor, Parameters, Tensor], Tensor] | None = None
+    bias_count: Callable[[int, int], int] | None = None
+    shared: Callable[[int, int], dict[str, int]] = lambda rows, columns: {}
+    whole: tuple[str, ...] = ()
     impossible: dict[str, str] = field(default_factory=dict)
     differs: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def adapts_bias(self) -> bool:
+        """Whether biases are adapted."""
+        return self.scales_bias or self.bias_formula is not None
+
+    def of_bias(self, bias: Tensor, p: Parameters, w0: Tensor) -> Tensor:
+        """The effective bias of a frozen matrix, as a column."""
+        if self.bias_formula is None:
+            return self.formula(bias, p)
+        return self.bias_formula(bias, p, w0)
 
 
 def low_rank(scaling: Callable[[int], float]) -> Formula:
@@ -438,7 +459,62 @@ def triplet_count(rank: int) -> Callable[[int, int], int]:
     return lambda rows, columns: min(rank, rows, columns) * (rows + columns + 1)
 
 
+def shifted(bias: Tensor, p: Parameters, w0: Tensor) -> Tensor:
+    """``gamma b + beta``, output by output."""
+    gamma, beta = p["ssf_gamma"].flatten(), p["ssf_beta"].flatten()
+    return torch.stack([gamma[i] * b + beta[i] for i, b in enumerate(bias.flatten())])[:, None]
+
+
+def support(name: str, p: Parameters, rows: int, columns: int) -> Tensor:
+    """A support tensor of GLoRA, whole: of factors, a vector, or a number."""
+    if f"glora_{name}_d" in p:
+        return torch.einsum("oq,qi->oi", p[f"glora_{name}_d"], p[f"glora_{name}_u"])
+    return p[f"glora_{name}"].expand(rows, columns)
+
+
+def generalised(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 + W0 o A + B``."""
+    return w0 * (1 + support("A", p, *w0.shape)) + support("B", p, *w0.shape)
+
+
+def generalised_bias(bias: Tensor, p: Parameters, w0: Tensor) -> Tensor:
+    """``b + b o D + E + W0 c``."""
+    rows, columns = w0.shape
+    if "glora_D" in p:
+        bias = bias * (1 + support("D", p, rows, 1)) + support("E", p, rows, 1)
+    if "glora_C" in p or "glora_C_d" in p:
+        bias = bias + torch.einsum("oi,i->o", w0, support("C", p, columns, 1)[:, 0])[:, None]
+    return bias
+
+
+def slices_of_a_tensor(scaling: float) -> Formula:
+    """``W0 + s U S V``, element by element."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        factors = p["fact_U"], p["fact_S"], p["fact_V"]
+        return w0 + scaling * torch.einsum("op,pq,qi->oi", *factors)
+
+    return formula
+
+
+def tensor_sizes(rank: int) -> Callable[[int, int], dict[str, int]]:
+    def sizes(rows: int, columns: int) -> dict[str, int]:
+        r = min(rank, rows, columns)
+        return {f"U {r} {rows}": r * rows, f"V {r} {columns}": r * columns}
+
+    return sizes
+
+
+def few_numbers(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 + U Sigma (sum_i v_i P_i) V^T``, as for LoRA-XS."""
+    between = sum(v * one for v, one in zip(p["tiny_v"], p["tiny_P"], strict=True))
+    return w0 + torch.einsum("op,pq,qi->oi", p["tiny_B"], between, p["tiny_A"])
+
+
 SIGN = {"gradients": "the direction of a single number is its sign, which does not move"}
+# transformers' Conv1D and attention start with biases of zeros.
+NO_BIAS = {"gradients": "a factor of a bias of zeros has no effect"}
+ZERO_BIASES = dict.fromkeys(("transformers_conv1d", "attention"), NO_BIAS)
 ONE_NUMBER = dict.fromkeys(("conv2d_depthwise", "norm_weight", "raw_vector"), SIGN)
 
 ONE_COLUMN = dict.fromkeys(("norm_weight", "raw_vector"), "one column has nothing to")
@@ -663,6 +739,72 @@ METHODS: dict[str, MethodCase] = {
     "road_four": MethodCase(
         "road", rotated_pairs(4, 2), pair_count(4), {"variant": "road_4", "group_size": 2},
         "outputs", scales_bias=True,
+    ),
+    "fact": MethodCase(
+        "fact", slices_of_a_tensor(1.0), square_count(16), view="filters",
+        shared=tensor_sizes(16), whole=("fact_U", "fact_V"),
+    ),
+    "fact_scaled": MethodCase(
+        "fact",
+        slices_of_a_tensor(0.5),
+        square_count(2),
+        {"rank": 2, "scaling": 0.5, "clip_rank": True},
+        "filters",
+        shared=tensor_sizes(2),
+        whole=("fact_U", "fact_V"),
+    ),
+    "tinylora": MethodCase(
+        "tinylora",
+        few_numbers,
+        lambda rows, columns: 0,
+        view="filters",
+        shared=lambda rows, columns: {"v": 64},
+        whole=("tiny_v", "tiny_P"),
+    ),
+    "tinylora_apart": MethodCase(
+        "tinylora",
+        few_numbers,
+        lambda rows, columns: 5,
+        {"rank": 3, "u": 5, "tied": False, "seed": 1, "clip_rank": True},
+        "filters",
+        whole=("tiny_P",),
+    ),
+    "ssf": MethodCase(
+        "ssf",
+        lambda w0, p: torch.diag(p["ssf_gamma"].flatten()) @ w0,
+        lambda rows, columns: rows,
+        view="outputs",
+        bias_formula=shifted,
+        bias_count=lambda rows, columns: rows,
+    ),
+    "glora": MethodCase(
+        "glora",
+        generalised,
+        lambda rows, columns: 2 * low_rank_count(8)(rows, columns),
+        view="outputs",
+        differs=ZERO_BIASES,
+        bias_formula=generalised_bias,
+        bias_count=lambda rows, columns: min(8, rows, columns) * (columns + 1) + 2,
+    ),
+    "glora_vectors": MethodCase(
+        "glora",
+        generalised,
+        lambda rows, columns: 2 * rows,
+        {"a_b": "vector", "c": "vector", "d_e": "vector"},
+        "outputs",
+        differs=ZERO_BIASES,
+        bias_formula=generalised_bias,
+        bias_count=lambda rows, columns: columns + 2 * rows,
+    ),
+    "glora_numbers": MethodCase(
+        "glora",
+        generalised,
+        lambda rows, columns: 2,
+        {"a_b": "constant", "c": "none"},
+        "outputs",
+        differs=ZERO_BIASES,
+        bias_formula=generalised_bias,
+        bias_count=lambda rows, columns: 2,
     ),
     "full_delta": MethodCase(
         "full_delta", added_whole, lambda rows, columns: rows * columns, view="filters"

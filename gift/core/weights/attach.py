@@ -217,11 +217,31 @@ def adapt_biases(module: nn.Module, row: LayerRow | None) -> None:
     for bias in row.names(module, row.biases) if row is not None else ():
         weights = tuple(w for w in deltas if row is not None and row.bias_of(w) == bias)
         if weights:
+            for weight in weights:
+                _add_for_bias(module, weight)
             first = deltas[weights[0]]
             delta = WeightDelta(method=first.method, options=first.options, owner=module)
             delta.bias_of, delta.below = weights, weight_deltas(module).get(bias)
             install(module, bias, delta)
             delta.link_to_weights(module, bias)
+
+
+def _add_for_bias(module: nn.Module, tensor: str) -> None:
+    """Add the tensors that the delta of a weight has for the bias that is added to its outputs."""
+    delta, frozen = weight_deltas(module)[tensor], present_tensor(module, tensor)
+    if is_lazy(frozen):
+        probe = torch.empty(_lazy_probe(delta.method), device="meta")
+        values = delta.method.nearest(tuple(probe.shape)).init_bias_parameters(probe)
+    else:
+        values = delta.initial(stand_in(frozen), of_bias=True)
+    delta.biased = True
+    prefix = "" if tensor == "weight" else f"{tensor}_"
+    names = _free_names(module, {key: prefix + key for key in values}, delta.below)
+    if present := [name for name in names.values() if has_attribute(module, name)]:
+        raise AdaptationError(f"it already has attributes {present}, which the delta would hide")
+    for key, value in values.items():
+        (add_lazy_tensor if is_lazy(frozen) else add_tensor)(module, names[key], value)
+    delta.names |= names
 
 
 def _train_biases(module: nn.Module, row: LayerRow | None) -> None:

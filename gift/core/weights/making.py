@@ -19,11 +19,13 @@ class WeightMaking:
         layout: how the weight is read as a matrix.
         method: the method that changes the matrix.
         keys: the method's names of the tensors.
+        of_bias: whether the tensor is a bias.
     """
 
     layout: Layout
     method: Any
     keys: tuple[str, ...]
+    of_bias: bool = False
 
     def working_dtype(self, frozen: Tensor) -> torch.dtype:
         """The dtype for computing, exact for the weight and the delta."""
@@ -35,15 +37,14 @@ class WeightMaking:
         frozen, parameters = self._precise(tensors)
         dtype = self.method.working_dtype(frozen)
         matrix = self.layout.to_matrix(frozen).to(dtype)
-        return self.layout.to_weight(self.method.effective_weight(matrix, parameters)).to(
-            frozen.dtype
-        )
+        make = self.method.effective_bias if self.of_bias else self.method.effective_weight
+        return self.layout.to_weight(make(matrix, parameters)).to(frozen.dtype)
 
     def parts(
         self, tensors: Sequence[Tensor], g: Tensor, differentiable: bool
     ) -> list[tuple[Tensor, Tensor]] | None:
         """Gradients of the frozen tensor and the factors of a low-rank delta; None for others."""
-        if not self.method.low_rank_is_cheap:
+        if self.of_bias or not self.method.low_rank_is_cheap:
             return None
         factors = self.method.scaled_low_rank(self._precise(tensors)[1])
         if factors is None:

@@ -148,14 +148,20 @@ def local_parameters(
 
 
 def spread_weight(
-    method: Any, layout: Layout, frozen: Any, parameters: Mapping[str, Tensor], training: bool
+    method: Any,
+    layout: Layout,
+    frozen: Any,
+    parameters: Mapping[str, Tensor],
+    training: bool,
+    of_bias: bool = False,
 ) -> Tensor:
-    """The effective weight, spread as the frozen one is; each process computes its own part."""
+    """The effective weight or bias, spread as the frozen one is, of which each computes a part."""
     parts = local_parameters(method, layout, frozen, parameters)
     own = frozen.to_local() if is_sharded(frozen) else frozen
     if method.dropout and training:
         parts = method.drop(parts, layout.input_axis)
-    made = WeightMaking(layout.of_part(own.shape), method, tuple(parts))(own, *parts.values())
+    making = WeightMaking(layout.of_part(own.shape), method, tuple(parts), of_bias)
+    made = making(own, *parts.values())
     if not is_sharded(frozen):
         return made
     return joined_parts(made, frozen.device_mesh, frozen.placements, frozen.shape)

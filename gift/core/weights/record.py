@@ -50,6 +50,8 @@ class WeightDelta(Delta):
         layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
         bias_of: for a bias, the weights of the module to whose outputs it is added. It uses
             their delta, and the module is its owner.
+        biased: for a weight, whether the bias that is added to its outputs is adapted too, so that
+            the delta has the tensors of `Method.init_bias_parameters`.
         reads_alike: whether the layer's own row would read a tied tensor in the same way.
         below: the frozen delta on top of which this one is, see `gift.core.weights.stacking`.
         mesh_axes: the number of axes of the mesh over which tensor parallelism spreads the tensor,
@@ -63,6 +65,7 @@ class WeightDelta(Delta):
     asked: Method | None = None
     layout: Layout | None = None
     bias_of: tuple[str, ...] = ()
+    biased: bool = False
     reads_alike: bool = True
     below: "WeightDelta | None" = None
     mesh_axes: int = field(default=0, compare=False)
@@ -99,6 +102,8 @@ class WeightDelta(Delta):
         parameters = self.tensors(module)
         if self.source is not None and not torch.compiler.is_compiling():
             parameters |= self._derived_anew(module, self.source, parameters)
+        if self.bias_of and self.method.bias_reads_weight:
+            parameters |= self._frozen_matrices(module)
         return self.method, parameters
 
     def whole_delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
@@ -154,11 +159,22 @@ class WeightDelta(Delta):
         method, parameters = self.delta_of(module)
         if drops:
             parameters = method.drop(parameters, self.layout.input_axis)
-        making = WeightMaking(self.layout, method, tuple(parameters))
+        making = WeightMaking(self.layout, method, tuple(parameters), bool(self.bias_of))
         if self.below is None:
             return making, list(parameters.values())
         lower, tensors = self.below._making(module)
         return StackMaking(lower, making, len(tensors)), [*tensors, *parameters.values()]
+
+    def _frozen_matrices(self, module: nn.Module) -> dict[str, Tensor]:
+        """What the method sees as the frozen matrices to whose outputs a bias is added."""
+        found, own = {}, {*self.names.values()}
+        for i, weight in enumerate(self.bias_of):
+            levels = weight_deltas(module)[weight]._stack()
+            level = next(d for d in levels if own.issuperset(d.names.values()))
+            assert level.layout is not None
+            matrix = level.layout.to_matrix(level.under(module, plain_tensor(module, weight)))
+            found[f"frozen.{i}" if len(self.bias_of) > 1 else "frozen"] = matrix
+        return found
 
     def local_delta_of(
         self, module: nn.Module, frozen: Tensor, partial: Sequence[bool]
@@ -232,7 +248,9 @@ class WeightDelta(Delta):
             return frozen
         if self.mesh_axes:
             method, parameters = self.delta_of(module)
-            return spread_weight(method, self.layout, frozen, parameters, module.training)
+            return spread_weight(
+                method, self.layout, frozen, parameters, module.training, bool(self.bias_of)
+            )
         making, tensors = self._making(module, bool(self.method.dropout) and module.training)
         return making(dequantised(frozen, module), *tensors)
 
@@ -268,7 +286,7 @@ class WeightDelta(Delta):
         method, parameters = self.delta_of(module)
         if (method.dropout and module.training) or frozen.requires_grad or is_quantised(frozen):
             return None
-        making = WeightMaking(self.layout, method, tuple(parameters))
+        making = WeightMaking(self.layout, method, tuple(parameters), bool(self.bias_of))
         factors = making.factors((frozen, *parameters.values()))
         if factors is None or not any(factor.requires_grad for factor in factors):
             return None
@@ -371,15 +389,23 @@ class WeightDelta(Delta):
             self.layout = bias_layout(frozen.numel(), layouts)
             self.mesh_axes = _axes_of(frozen) if is_sharded(frozen) else 0
 
-    def initial(self, frozen: Tensor) -> dict[str, Tensor]:
-        """The method's initial parameters for the frozen tensor, by their names on the module."""
+    def initial(self, frozen: Tensor, of_bias: bool = False) -> dict[str, Tensor]:
+        """The method's initial parameters for the frozen tensor, by their names on the module.
+
+        Args:
+            frozen: the frozen tensor.
+            of_bias: return only those for the bias that is added to its outputs.
+        """
         assert self.layout is not None
         readable = frozen
         if is_sharded(frozen):
             readable = whole(frozen) if self.method.reads_weight else shape_only(frozen)
         mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with mode, torch.no_grad():
-            made = self.method.init_parameters(self.layout.to_matrix(readable.detach()))
+            matrix = self.layout.to_matrix(readable.detach())
+            made = {} if of_bias else self.method.init_parameters(matrix)
+            if of_bias or self.biased:
+                made |= self.method.init_bias_parameters(matrix)
         made = {key: contiguous(value) for key, value in made.items()}
         if is_sharded(frozen):
             made = spread_parameters(self.method, self.layout, frozen, made)

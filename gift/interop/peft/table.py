@@ -3,6 +3,7 @@
 from gift.interop.peft.adalora import ADALORA_FORM
 from gift.interop.peft.blocks import C3A_FORM, GRALORA_FORM, MISS_FORM
 from gift.interop.peft.forms import Form
+from gift.interop.peft.glora import GLORA_FORM
 from gift.interop.peft.lora import LORA_FORM
 from gift.interop.peft.oft import BOFT_FORM, OFT_FORM
 from gift.interop.peft.products import LOHA_FORM, LOKR_FORM
@@ -16,6 +17,6 @@ FORMS: dict[str, Form] = {
     for form in (
         LORA_FORM, LOHA_FORM, LOKR_FORM, IA3_FORM, VERA_FORM, OFT_FORM, BOFT_FORM, C3A_FORM,
         DELORA_FORM, GRALORA_FORM, HIRA_FORM, MISS_FORM, ROAD_FORM, WAVEFT_FORM,
-        ADALORA_FORM,
+        ADALORA_FORM, GLORA_FORM,
     )
 }  # fmt: skip

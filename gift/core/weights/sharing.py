@@ -1,0 +1,57 @@
+"""Parameters of methods that all layers of a network share.
+
+Each module holds the parameter under its own name, and it is one object, as tied weights of torch
+are: `parameters()` gives it once, copies and pickles keep it one, and files have it once. Code that
+replaces parameters one by one unties it, as it does with tied weights: ``to_empty``,
+``load_state_dict(assign=True)``, lazy modules that get their shape. Then it is tied again.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from gift.core.weights.record import weight_deltas
+from gift.support.sharding import is_sharded
+
+
+def shares(network: nn.Module) -> bool:
+    """Whether a delta in the network has parameters that layers share."""
+    return any(
+        delta.method.shared
+        for module in network.modules()
+        for delta in weight_deltas(module).values()
+    )
+
+
+def share_parameters(network: nn.Module) -> bool:
+    """Let all deltas of the present strategy hold the same shared parameters: the first ones.
+
+    Returns:
+        Whether some of them have no shape yet.
+
+    Raises:
+        RuntimeError: if FSDP2 has put them into different groups, each with its own copy.
+    """
+    first: dict[Any, Any] = {}
+    waits = False
+    for module in network.modules():
+        for delta in weight_deltas(module).values():
+            if delta.owner is not None or delta.of_base:
+                continue
+            for key in delta.method.shared:
+                name = delta.names[key]
+                own: Any = module._parameters.get(name)
+                if is_lazy(own):
+                    waits = True
+                elif isinstance(own, nn.Parameter):
+                    place = delta.method.name, key, own.shape, own.dtype, own.device
+                    one = first.setdefault(place, own)
+                    if one is not own and is_sharded(own):
+                        raise RuntimeError(
+                            f"the layers share {key} of {delta.method.name}, and FSDP2 has sharded "
+                            "it in several groups: call fully_shard for the whole network alone, "
+                            "or use a method without shared parameters"
+                        )
+                    module._parameters[name] = one
+    return waits
