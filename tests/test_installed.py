@@ -173,6 +173,29 @@ config = transformers.BertConfig(
 )
 enable_fine_tuning(transformers.BertModel(config), LoRALinearFineTuningStrategy())
 """,
+    "audio": """
+import soundfile
+from gift.data import AudioReader
+soundfile.write("sound.wav", [0.0, 0.5] * 4000, 8000)
+assert AudioReader(rate=16000, seconds=0.5)("sound.wav").shape == (1, 8000)
+""",
+    "tables": """
+from pathlib import Path
+from gift.data import tabular
+Path("table.csv").write_text("size,colour,label\\n1,red,a\\n2,blue,b\\n")
+assert len(tabular("table.csv").reader.features) == 3
+""",
+    "segmentation": """
+import torch
+from gift.zoo import load_network
+loaded = load_network("smp:unet", weights=None, encoder_name="resnet18", classes=2)
+assert loaded.net.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 32, 32)
+""",
+    "contrastive": """
+import torch
+from gift.training.tasks.contrastive import metric_loss
+assert metric_loss("NTXentLoss")(torch.eye(4), torch.tensor([0, 0, 1, 1])) > 0
+""",
     "timm": """
 from gift.zoo import load_network
 load_network("timm:resnet10t", weights=None, num_classes=3)

@@ -9,6 +9,7 @@ from gift.data.language import language_text
 from gift.data.masks import mask_folders, mask_table
 from gift.data.memory import labelled, tensors
 from gift.data.named import torchvision_dataset
+from gift.data.pairs import text_pairs
 from gift.data.readers import (
     AudioReader,
     ChatReader,
@@ -50,6 +51,7 @@ __all__ = [
     "reader_from_config",
     "tabular",
     "tensors",
+    "text_pairs",
     "text_table",
     "torchvision_dataset",
 ]

@@ -48,8 +48,9 @@ class Examples(Dataset[Any]):
         dataset: dataset with a length and integer indices. An item is a pair of input and target,
             or a dictionary of tensors with "labels", as for transformers.
         task: "classification", "multi_label" (any number of classes for each example),
-            "regression", "language" (predict the next token) or "detection"; None decides between
-            "classification" and "regression" by targets and network.
+            "regression", "language" (predict the next token), "segmentation", "detection" or
+            "contrastive"; None decides between "classification" and "regression" by targets and
+            network.
         classes: names of the classes, in the order of their numbers; None if there are none.
         collate: function that collates items into a batch; None uses torch's default.
         reader: converts files or texts to inputs, for `predict`; None if examples are tensors.

@@ -1,6 +1,7 @@
 """Images and sounds in folders, one folder for each class."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gift.data.classes import classes_of, numbers_of
@@ -19,6 +20,7 @@ def class_folders(
     reader: Reader,
     classes: Sequence[str] | None = None,
     augment: bool = False,
+    task: str = "classification",
 ) -> Examples:
     """Load images from a folder that has a subfolder for each class.
 
@@ -31,6 +33,7 @@ def class_folders(
         classes: names of the classes in the order of their numbers, `train.classes` for
             validation; None uses the folders in alphabetical order.
         augment: crop and flip images at random, for training.
+        task: "classification", or "contrastive" for vectors in which those of a class are close.
 
     Raises:
         DataError: naming all folders that are empty or not a class, and all files that are empty.
@@ -42,7 +45,7 @@ def class_folders(
         gift.errors.DataError: nowhere:
           there is no such folder
     """
-    return classes_in(path, reader, classes, augment, IMAGE_SUFFIXES, "images")
+    return classes_in(path, reader, classes, augment, IMAGE_SUFFIXES, "images", task)
 
 
 def audio_folders(
@@ -76,6 +79,7 @@ def classes_in(
     augment: bool,
     suffixes: Sequence[str],
     what: str,
+    task: str = "classification",
 ) -> Examples:
     """Load files with one of some extensions from a folder that has a subfolder for each class."""
     path = Path(path)
@@ -99,7 +103,9 @@ def classes_in(
         problems += [f"{p.relative_to(path)}: empty file" for p in images if not p.stat().st_size]
         found += [(str(image), number) for image in images]
     refuse(DataError, str(path), problems)
-    return read_examples(found, reader, augment, known)
+    if task not in ("classification", "contrastive"):
+        raise DataError(f"the task is {task!r}, expected 'classification' or 'contrastive'")
+    return replace(read_examples(found, reader, augment, known), task=task)
 
 
 def files_in(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[Path]:

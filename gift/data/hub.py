@@ -82,7 +82,7 @@ def hugging_face(
         "hugging_face",
         [f"there is no column {n!r}, but {sorted(features)}" for n in missing],
     )
-    if task == "classification":
+    if task in ("classification", "contrastive"):
         names, numbers = _numbered(data, label, classes)
         targets = Targets(task, numbers, names)
     else:

@@ -74,7 +74,7 @@ def labelled(
             labels that are numbers. None sorts labels alphabetically, or numerically if they are
             numbers.
         augment: crop and flip images at random, for training.
-        task: "classification", "regression" or "multi_label".
+        task: "classification", "regression", "multi_label" or "contrastive".
         standardise: for "regression", whether the network predicts numbers of mean 0 and standard
             deviation 1. Metrics and predictions are in the units of the labels.
 

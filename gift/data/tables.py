@@ -190,8 +190,9 @@ def picture_table(
             them alphabetically, or numerically if they are numbers.
         augment: crop and flip images at random, for training.
         delimiter: delimiter of columns; None chooses it by the file name.
-        task: "classification"; "regression" for labels that are numbers; or "multi_label" for
-            labels that name any number of classes.
+        task: "classification"; "regression" for labels that are numbers; "multi_label" for
+            labels that name any number of classes; or "contrastive" for vectors in which those of
+            a class are close.
         separator: text between the classes of one label, for "multi_label".
         standardise: for "regression", whether the network predicts numbers of mean 0 and standard
             deviation 1. Metrics and predictions are in the units of the table.
@@ -228,8 +229,9 @@ def audio_table(
             them alphabetically, or numerically if they are numbers.
         augment: take a random part of long sounds, for training.
         delimiter: delimiter of columns; None chooses it by the file name.
-        task: "classification"; "regression" for labels that are numbers; or "multi_label" for
-            labels that name any number of classes.
+        task: "classification"; "regression" for labels that are numbers; "multi_label" for
+            labels that name any number of classes; or "contrastive" for vectors in which those of
+            a class are close.
         separator: text between the classes of one label, for "multi_label".
         standardise: for "regression", whether the network predicts numbers of mean 0 and standard
             deviation 1. Metrics and predictions are in the units of the table.
@@ -293,8 +295,9 @@ def text_table(
             labels that are numbers. None sorts labels alphabetically, or numerically if they are
             numbers.
         delimiter: delimiter of columns; None chooses it by the file name.
-        task: "classification"; "regression" for labels that are numbers; or "multi_label" for
-            labels that name any number of classes.
+        task: "classification"; "regression" for labels that are numbers; "multi_label" for
+            labels that name any number of classes; or "contrastive" for vectors in which those of
+            a class are close.
         separator: text between the classes of one label, for "multi_label".
         standardise: for "regression", whether the network predicts numbers of mean 0 and standard
             deviation 1. Metrics and predictions are in the units of the table.

@@ -51,8 +51,9 @@ def tabular(
         classes: labels in the order of their numbers, `train.classes` for validation; None sorts
             them alphabetically, or numerically if they are numbers.
         delimiter: delimiter of columns; None chooses it by the file name.
-        task: "classification"; "regression" for labels that are numbers; or "multi_label" for
-            labels that name any number of classes.
+        task: "classification"; "regression" for labels that are numbers; "multi_label" for
+            labels that name any number of classes; or "contrastive" for vectors in which those of
+            a class are close.
         separator: text between the classes of one label, for "multi_label".
         standardise: for "regression", whether the network predicts numbers of mean 0 and standard
             deviation 1. Metrics and predictions are in the units of the table.

@@ -10,7 +10,7 @@ from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples
 from gift.errors import DataError, some
 
-LABEL_TASKS = ("classification", "regression", "multi_label")
+LABEL_TASKS = ("classification", "regression", "multi_label", "contrastive")
 """Tasks whose targets a label, a text or a number, can say."""
 SEPARATOR = "\x1f"
 """Separator of units in ASCII, which stands in no name: for labels that are lists already."""
@@ -53,7 +53,7 @@ def targets_of(
 
     Args:
         labels: one text for each example.
-        task: "classification", "regression" or "multi_label".
+        task: "classification", "regression", "multi_label" or "contrastive".
         classes: names of the classes in the order of their numbers; None finds them.
         separator: text between the classes of one example, for "multi_label".
         standardise: for "regression", whether the network predicts numbers of mean 0 and standard
@@ -70,7 +70,7 @@ def targets_of(
     """
     if task not in LABEL_TASKS:
         raise DataError(f"the task is {task!r}, expected one of {LABEL_TASKS}")
-    if task == "classification":
+    if task in ("classification", "contrastive"):
         known = classes_of(labels, classes)
         numbers, unknown = numbers_of(labels, known)
         return Targets(task, numbers, known, problems=unknown)

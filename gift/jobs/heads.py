@@ -39,6 +39,7 @@ def with_head(
     if strategy.head == "keep" or any(new_heads(made)):
         return made
     count = 1 if train.task == "regression" else len(train.classes or ())
+    count = 0 if train.task == "contrastive" else count  # vectors come from the body
     if not count:
         if strategy.head == "new":
             raise JobError("strategy.head is 'new'", [f"{train.task} examples have no classes"])

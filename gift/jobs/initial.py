@@ -59,6 +59,7 @@ def _lines(kind: DataKind, strategy: str) -> Iterator[str]:
     yield from _heading("training", about)
     yield from _settings(parameters_of(Settings), described_arguments(Settings))
     yield ""
+    yield from _settings({"teacher": None}, about, indent="")
     yield from _settings({"folder": Job.model_fields["folder"].default}, about, indent="")
 
 

@@ -171,6 +171,11 @@ KINDS = {
             "tabular", "csv", "data/train.csv", "data/val.csv", None, files=("csv",), readers=()
         ),
         DataKind(
+            "text_pairs", "path", "data/train.csv", "data/val.csv",
+            "transformers:sentence-transformers/all-MiniLM-L6-v2", task="contrastive",
+            readers=("TextReader",),
+        ),
+        DataKind(
             "language_text", "path", "data/train.txt", "data/val.txt", "transformers:gpt2",
             task="language", readers=("TextReader",),
         ),

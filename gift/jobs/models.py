@@ -262,6 +262,8 @@ class Job(Section):
         strategy: what is trained in the network.
         schedule: when the parts of the network are unfrozen; null for no schedule.
         training: settings of the training.
+        teacher: the folder of a run whose network teaches (distillation), or a network as in
+            network; null for none.
         folder: folder for all files of the run; a later call resumes from its checkpoint.
     """
 
@@ -270,6 +272,7 @@ class Job(Section):
     strategy: Filled[Named[Strategy]] = Strategy()
     schedule: Named[ScheduleSection] | None = None
     training: Filled[Settings] = Settings()
+    teacher: str | Network | None = None
     folder: str = "run"
 
     @field_validator("training")
@@ -284,7 +287,14 @@ class Job(Section):
         """Return the job with paths resolved from a folder."""
         base = Path(base).expanduser().resolve()
         network = None if self.network is None else self.network.anchored(base)
-        found = {"data": self.data.anchored(base), "folder": anchored(self.folder, base)}
+        found: dict[str, Any] = {
+            "data": self.data.anchored(base),
+            "folder": anchored(self.folder, base),
+        }
+        if isinstance(self.teacher, str):
+            found["teacher"] = anchored(self.teacher, base)
+        elif self.teacher is not None:
+            found["teacher"] = self.teacher.anchored(base)
         return self.model_copy(update={"network": network, **found})
 
     def to_config(self) -> dict[str, Any]:

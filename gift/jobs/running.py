@@ -13,6 +13,7 @@ from gift.jobs.models import Job
 from gift.jobs.networks import job_network
 from gift.jobs.reading import checked, read_yaml, write_job
 from gift.jobs.runs import INPUTS, JOB, inputs_text
+from gift.jobs.teachers import job_teacher
 from gift.strategies.classic import new_heads
 from gift.support.atomic_files import write_text
 from gift.training import Result, finetune
@@ -59,6 +60,8 @@ def run_job(
     settings = {field.name: getattr(job.training, field.name) for field in fields(job.training)}
     schedule = None if job.schedule is None else job.schedule.made()
 
+    teacher = job_teacher(job, train)
+
     def write() -> None:
         warn_of_fresh(loaded)
         if rank() == 0:  # with torchrun, only the first process writes
@@ -67,7 +70,7 @@ def run_job(
 
     return finetune(
         loaded.net, train, valid, strategy=strategy, schedule=schedule, old=old,
-        folder=folder, restart=restart, begin=write,
+        folder=folder, restart=restart, begin=write, teacher=teacher,
         accept_changed_data=accept_changed_data, **settings,
     )  # fmt: skip
 
@@ -79,7 +82,8 @@ def _refuse_another(job: Job, folder: Path, accept_changed_data: bool) -> None:
     before = checked(Job, data, str(folder / JOB), lines).to_config()
     now = job.to_config()
     # `training` is compared with the checkpoint.
-    parts = ("network", *["data"] * (not accept_changed_data), "strategy", "schedule")
+    kept = ["data"] * (not accept_changed_data)
+    parts = ("network", *kept, "strategy", "schedule", "teacher")
     if problems := [text for part in parts for text in _differences(part, before[part], now[part])]:
         advice = "choose another folder, or start over (--restart, restart=True)"
         raise JobError(f"{folder} has the run of another job; {advice}", problems)

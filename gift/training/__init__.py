@@ -7,7 +7,15 @@ from gift.training.loop import finetune
 from gift.training.lr_finder import LearningRates, find_lr
 from gift.training.metrics import METRICS
 from gift.training.predicting import predict
-from gift.training.predictions import Detected, Labels, Number, Prediction, Segmented, Written
+from gift.training.predictions import (
+    Detected,
+    Embedded,
+    Labels,
+    Number,
+    Prediction,
+    Segmented,
+    Written,
+)
 from gift.training.result import Result
 from gift.training.settings import Settings
 
@@ -15,6 +23,7 @@ __all__ = [
     "METRICS",
     "Callback",
     "Detected",
+    "Embedded",
     "Labels",
     "LearningRates",
     "Number",

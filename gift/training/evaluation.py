@@ -20,7 +20,7 @@ from gift.training.finite import describe_not_finite, rows_not_finite
 from gift.training.loading import Batches, examples_of
 from gift.training.metrics import MetricKind, confusion_matrix, metrics_of, scalars
 from gift.training.settings import Settings
-from gift.training.tasks import TASKS, Classification, Task, Undecided
+from gift.training.tasks import TASKS, Classification, Task, Taught, Undecided
 
 LARGEST_CONFUSION = 1000
 
@@ -144,7 +144,7 @@ def judge(
     """
     processes, number = batches.processes, task.number_of_classes
     makers = {name: kind.make for name, kind in kinds.items()}
-    if in_detail and isinstance(task, Classification) and number <= LARGEST_CONFUSION:
+    if in_detail and isinstance(plain_task(task), Classification) and number <= LARGEST_CONFUSION:
         makers["confusion"] = confusion_matrix
     # The process group may have been started for something other than training.
     options = {"sync_on_compute": processes.number > 1}
@@ -189,6 +189,11 @@ def judge(
     return values, None if matrix is None else matrix.tolist()
 
 
+def plain_task(task: Task | Taught) -> Task:
+    """Return the task itself, if it has a teacher."""
+    return task.task if isinstance(task, Taught) else task
+
+
 def drawings(net: nn.Module, task: Task, batches: Batches, number: int = 8) -> list[Sample]:
     """Return drawings of some examples, evenly spread, and of what the network says of them.
 
@@ -198,7 +203,7 @@ def drawings(net: nn.Module, task: Task, batches: Batches, number: int = 8) -> l
         batches: batches of examples; those of a data loader are not drawn.
         number: largest number of drawings.
     """
-    data = batches.data
+    data, task = batches.data, plain_task(task)
     if not isinstance(data, Examples) or type(task).drawn is Task.drawn or not len(data):
         return []
     count = min(number, len(data))

@@ -11,6 +11,7 @@ from gift.data.examples import Examples
 from gift.errors import TrainingError
 from gift.private.torch.containers import tree_map
 from gift.training.distributed import Processes
+from gift.training.weighing import easiest
 
 
 def examples_of(data: Any, task: str | None = None) -> Examples | DataLoader[Any]:
@@ -60,6 +61,11 @@ class Batches:
         workers: number of processes that load examples.
         seed: seed of the order.
 
+    Attributes:
+        weights: weights with which examples are drawn, with repetition; None draws each once.
+        curriculum: difficulty of each example, and the number of epochs until all are drawn; None
+            draws from all.
+
     Raises:
         TrainingError: if a data loader is given while there are several processes.
     """
@@ -79,6 +85,8 @@ class Batches:
             )
         self.data, self.batch_size, self.processes = data, batch_size, processes
         self.shuffle, self.workers, self.seed = shuffle, workers, seed
+        self.weights: Tensor | None = None
+        self.curriculum: tuple[Tensor, int] | None = None
 
     def __len__(self) -> int:
         if isinstance(self.data, DataLoader):
@@ -120,12 +128,24 @@ class Batches:
         The generator is separate, so that batches depend neither on the global random state nor on
         what a resumed run has already drawn.
         """
-        order = torch.arange(len(self.data))
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        if self.shuffle:
-            order = torch.randperm(len(self.data), generator=generator)
+        order = self._order(epoch, generator) if self.shuffle else torch.arange(len(self.data))
         parts = [self.processes.share(part.tolist()) for part in order.split(self._sizes())]
         return parts, generator
+
+    def _order(self, epoch: int, generator: torch.Generator) -> Tensor:
+        """Return as many indices as there are examples, drawn by their weights, easy ones first."""
+        number = len(self.data)
+        pool = torch.arange(number)
+        if self.curriculum is not None:
+            difficulty, epochs = self.curriculum
+            pool = easiest(difficulty, epoch / epochs)
+        if self.weights is not None:
+            weights = self.weights[pool]
+            return pool[torch.multinomial(weights, number, replacement=True, generator=generator)]
+        rounds = [torch.randperm(len(pool), generator=generator)
+                  for _ in range(-(-number // len(pool)))]  # fmt: skip
+        return pool[torch.cat(rounds)[:number]]
 
     def of(self, epoch: int = 0) -> Iterator[tuple[Any, bool]]:
         """Iterate over the batches of an epoch, still on the CPU, and whether they count."""

@@ -58,6 +58,7 @@ def finetune(
     begin: Callable[[], None] | None = None,
     callbacks: Sequence[Callback] = (),
     accept_changed_data: bool = False,
+    teacher: nn.Module | None = None,
     **settings: Any,
 ) -> Result:
     """Fine-tune a network on examples, on the device that is available.
@@ -93,6 +94,9 @@ def finetune(
             to write files that belong to the run.
         callbacks: own code that is called after each step, epoch and so on; see `Callback`.
         accept_changed_data: whether to resume although examples were added, removed or changed.
+        teacher: network for the same examples and classes whose outputs are learnt as well
+            (distillation), see the settings ``distill_...``; it is moved to the device, and not
+            changed.
         settings: fields of `Settings`: ``epochs``, ``lr``, ``batch_size``, ``device`` and so on.
 
     Raises:
@@ -138,6 +142,7 @@ def finetune(
             folder=place,
             restart=restart,
             begin=begin,
+            teacher=teacher,
             callbacks=callbacks,
             accept_changed_data=accept_changed_data,
             lock=lock,

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from gift.data.examples import IGNORED
 from gift.errors import TrainingError, closest
 from gift.support.optional import require
@@ -107,6 +110,48 @@ def scalars(
     return found
 
 
+def _nearest(classes: int, **options: Any) -> Any:
+    """How often the nearest other vector, by cosine, is of the same class.
+
+    Examples without another one of their class do not count.
+    """
+    base: Any = require("torchmetrics", "train").Metric
+    join = require("torchmetrics.utilities", "train").dim_zero_cat
+
+    class RecallAt1(base):
+        """Keeps all vectors, and compares them in the end."""
+
+        full_state_update = False
+        higher_is_better = True
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.add_state("vectors", default=[], dist_reduce_fx="cat")
+            self.add_state("targets", default=[], dist_reduce_fx="cat")
+
+        def update(self, vectors: Tensor, targets: Tensor) -> None:
+            self.vectors.append(torch.nn.functional.normalize(vectors, dim=1))
+            self.targets.append(targets)
+
+        def compute(self) -> Tensor:
+            vectors, targets = join(self.vectors), join(self.targets)
+            right = count = 0
+            for start in range(0, len(vectors), 1024):
+                rows = slice(start, start + 1024)
+                near = vectors[rows] @ vectors.T
+                at = torch.arange(len(near), device=near.device)
+                near[at, at + start] = -torch.inf
+                same = targets[rows, None] == targets
+                same[at, at + start] = False
+                known = same.any(1) & (targets[rows] != IGNORED)
+                best = same[at, near.argmax(1)]
+                right, count = right + int((best & known).sum()), count + int(known.sum())
+            share = right / count if count else float("nan")
+            return torch.tensor(share, device=vectors.device)
+
+    return RecallAt1(**options)
+
+
 confusion_matrix = _classified("ConfusionMatrix")
 """Counts of how often a class (row) was predicted as another (column)."""
 
@@ -141,6 +186,7 @@ METRICS: dict[str, dict[str, MetricKind]] = {
         "dice": MetricKind(_classified("F1Score", average="macro")),
         "pixel_accuracy": MetricKind(_classified("Accuracy", average="micro")),
     },
+    "contrastive": {"recall_at_1": MetricKind(_nearest)},
     "detection": {"map": MetricKind(_detected)},
 }
 """Metrics that `finetune` can compute, by task and name.
@@ -148,7 +194,8 @@ METRICS: dict[str, dict[str, MetricKind]] = {
 F1, precision and recall are macro averages over the classes. For several labels, accuracy is the
 share of right decisions over all classes, exact match the share of examples without a wrong one.
 The mean IoU and Dice of segmentation are those of all pixels of a data set, not of each image; the
-mean is over the classes that are there or predicted.
+mean is over the classes that are there or predicted. Recall at 1 is how often the nearest other
+vector is of the same class or pair.
 """
 
 

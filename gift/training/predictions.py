@@ -200,6 +200,23 @@ class Written:
         return f"{shown(self.input)}: {self.text}"
 
 
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """The vector of an input, of length 1.
+
+    Args:
+        input: the input.
+        vector: the vector (size,).
+    """
+
+    input: Any
+    vector: Tensor = field(repr=False)
+
+    def __str__(self) -> str:
+        first = ", ".join(f"{value:.3g}" for value in self.vector[:4].tolist())
+        return f"{shown(self.input)}: {first}, ... ({len(self.vector)} numbers)"
+
+
 def size_of(item: Any) -> tuple[int, int] | None:
     """Return height and width of an image or image file; None for tensors."""
     if isinstance(item, Tensor):

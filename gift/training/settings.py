@@ -15,7 +15,7 @@ class Settings:
 
     Args:
         epochs: number of passes over the training examples; None makes at least 3 (for language
-            models 1), and as many as 200 steps need, but at most 10 (5).
+            models 1), and as many as 64 steps need, but at most 10 (5).
         batch_size: number of examples in a batch, over all processes. A single remaining example
             joins the last batch, because norm layers cannot learn from one (likewise for each
             process).
@@ -23,8 +23,9 @@ class Settings:
         optimizer: name of a class of ``torch.optim``; in code also a function that makes an
             optimizer from parameter groups, called with ``lr`` and ``weight_decay``.
         optimizer_options: further keyword arguments of the optimizer.
-        lr: peak learning rate; None is 1e-3, or 1e-4 if more than half of the parameters of a
-            network of a million or more are trained, as in full fine-tuning of a pretrained one.
+        lr: peak learning rate; None is 1e-3, for networks of transformers 5e-4, or 1e-4 (5e-5) if
+            more than half of the parameters of a network of a million or more are trained, as in
+            full fine-tuning of a pretrained one.
         weight_decay: weight decay of the optimizer.
         loraplus_ratio: ratio of the learning rate of `lora_B` to `lr`, as in LoRA+
             (https://arxiv.org/abs/2402.12354, section 4, which uses 16); None for a single
@@ -47,6 +48,19 @@ class Settings:
         checkpoint_steps: also write a checkpoint every this many optimizer steps.
         skip_damaged: read each example once before the training, and leave out those that cannot be
             read; ``damaged.txt`` in the folder lists them. Otherwise the first of them is an error.
+        balance: for classes that are not equally frequent: "weights" weighs the loss of each class
+            in training, "sampler" draws examples so that classes are equally frequent; None does
+            neither.
+        curriculum: learn from easy examples first: difficulty by "length", or by the "loss" of the
+            network at the start; in code also a function of an example. During the first half of
+            the epochs the share of the easiest examples grows from a fifth to all; None does not.
+        distill_weight: with a teacher, the weight of the loss of its soft targets; that of the
+            targets is the rest.
+        distill_temperature: temperature of the probabilities of both networks.
+        distill_layers: with a teacher, paths of layers of the network, each with that of the layer
+            of the teacher whose hidden states it learns.
+        distill_hidden_weight: weight of the loss of hidden states, which is added.
+        contrastive_loss: for contrastive training, the name of a loss of pytorch-metric-learning.
         seed: seed of all random number generators; None does not seed them.
         progress: print a line for each epoch; in terminals and notebooks also show progress bars.
         tensorboard: also log for TensorBoard.
@@ -80,6 +94,13 @@ class Settings:
     keep: str = "best"
     checkpoint_steps: int | None = None
     skip_damaged: bool = False
+    balance: str | None = None
+    curriculum: str | Callable[..., float] | None = None
+    distill_weight: float = 0.5
+    distill_temperature: float = 2.0
+    distill_layers: dict[str, str] | None = None
+    distill_hidden_weight: float = 1.0
+    contrastive_loss: str = "NTXentLoss"
     seed: int | None = 0
     progress: bool = True
     tensorboard: bool = True
@@ -121,6 +142,14 @@ _BOUNDS: dict[str, Bound] = {
     "track": (lambda v: isinstance(v, tuple | list), "names in a list"),
     "precision": (lambda v: v in PRECISIONS, f"one of {PRECISIONS}"),
     "parallel": (lambda v: v in ("ddp", "fsdp"), "'ddp' or 'fsdp'"),
+    "balance": (lambda v: v in ("weights", "sampler"), "'weights' or 'sampler'"),
+    "curriculum": (
+        lambda v: callable(v) or v in ("length", "loss"),
+        "'length', 'loss' or a function",
+    ),
+    "distill_weight": (lambda v: _is_number(v) and 0 <= v <= 1, "a share from 0 to 1"),
+    "distill_temperature": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "distill_hidden_weight": (lambda v: _is_number(v) and v >= 0, "0 or more"),
     "keep": (lambda v: v in ("best", "last"), "'best' or 'last'"),
 }
 """The valid range of each setting, and how errors describe it.
@@ -128,12 +157,12 @@ _BOUNDS: dict[str, Bound] = {
 pydantic comes with the extra `cli` alone, while `finetune` also works from code without it.
 """
 _MAY_BE_NONE = (
-    "epochs", "lr", "patience", "checkpoint_steps", "clip", "loraplus_ratio", "seed",
-    "track",
+    "epochs", "lr", "balance", "curriculum", "patience", "checkpoint_steps", "clip",
+    "loraplus_ratio", "seed", "track",
 )  # fmt: skip
 
 
-STEPS = 200
+STEPS = 64
 """Number of optimizer steps that a training should have, if few epochs are enough for them."""
 _EPOCHS = {"language": (1, 5)}
 _FEW_PARAMETERS = 1_000_000
@@ -147,7 +176,14 @@ class Settled(Settings):
     lr: float = 1e-3
 
 
-def settled(settings: Settings, task: str, steps: int, trained: int, total: int) -> Settled:
+def settled(
+    settings: Settings,
+    task: str,
+    steps: int,
+    trained: int,
+    total: int,
+    is_transformer: bool = False,
+) -> Settled:
     """Return the settings with numbers for epochs and learning rate, by the size of the data.
 
     Args:
@@ -156,11 +192,12 @@ def settled(settings: Settings, task: str, steps: int, trained: int, total: int)
         steps: number of optimizer steps of an epoch.
         trained: number of trained parameters.
         total: number of all parameters.
+        is_transformer: whether the network is one of transformers.
 
     Example:
         >>> found = settled(Settings(), "classification", steps=13, trained=10_000, total=2_000_000)
         >>> found.epochs, found.lr
-        (10, 0.001)
+        (5, 0.001)
         >>> settled(Settings(), "classification", steps=2000, trained=9, total=9).epochs
         3
     """
@@ -171,7 +208,7 @@ def settled(settings: Settings, task: str, steps: int, trained: int, total: int)
     if settings.epochs is None:
         given["epochs"] = epochs
     if settings.lr is None:
-        given["lr"] = 1e-4 if is_whole else 1e-3
+        given["lr"] = (1e-4 if is_whole else 1e-3) / (2 if is_transformer else 1)
     return Settled(**given)
 
 

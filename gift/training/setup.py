@@ -17,7 +17,6 @@ from gift.core.dynamic_class import spec_of
 from gift.core.io_spec import io_spec_of
 from gift.core.iterator import Site
 from gift.core.record import record_of
-from gift.core.trained import named_trainable
 from gift.core.undo.snapshot import all_or_nothing
 from gift.data.examples import Examples
 from gift.engine.enable import enable_fine_tuning
@@ -42,10 +41,11 @@ from gift.training.optimizers import make_optimizer, make_rates
 from gift.training.randomness import seed_all
 from gift.training.result import Result
 from gift.training.run import TRAIN, VALID, Old, TrainingRun
-from gift.training.settings import Settings, Settled, settled
+from gift.training.settings import Settings, Settled
 from gift.training.starting import shown_and_kept, start, tell
-from gift.training.tasks import Loss, Task
+from gift.training.tasks import Contrastive, Loss, Task
 from gift.training.trackers import check_trackers
+from gift.training.weighted import settled_for, weighed
 
 _WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "track", "device", "workers", "parallel",
                         "compile", "checkpoint_steps", "skip_damaged")  # fmt: skip
@@ -71,6 +71,7 @@ def prepare(
     callbacks: Sequence[Callback] = (),
     accept_changed_data: bool = False,
     lock: FolderLock | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainingRun:
     """Set up a run that can begin, or resume from its checkpoint; see `finetune`."""
     _check_packages(settings, folder)
@@ -95,13 +96,13 @@ def prepare(
             seed_all(seed + processes.rank)
         learning = batches(data, shuffle=True)
         work = _task(net, data, task, loss=loss, smoothing=settings.label_smoothing)
+        work.details |= _contrastive(work, settings)
         work = rehearse(net, work, learning, TRAIN)
         _warn_of_one_class(data, work)
         each = learning.steps(settings.accumulate)
-        sizes = [sum(p.numel() for _, p in named)
-                 for named in (named_trainable(net), net.named_parameters())]  # fmt: skip
-        chosen = settled(settings, work.name, each, *sizes)
+        chosen = settled_for(net, settings, work, each)
         _warn_of_late(schedule, chosen)
+        work = weighed(learning, work, net, chosen, teacher)
         optimizer = make_optimizer(net, chosen)
         _attach(allocator, net, each * chosen.epochs, processes)
         run = TrainingRun(
@@ -134,7 +135,8 @@ def prepare(
             if folder is None
             else _identity(
                 net, enabled_by, _described(schedule, allocator), found.names, work, chosen
-            ),
+            )
+            | {"teacher": "" if teacher is None else type(teacher).__name__},
             seed=seed,
         )
         run.check_watch()
@@ -214,6 +216,10 @@ def _task(net: nn.Module, data: Any, name: str | None, **options: Any) -> Task:
     """Return the task; what the head of the network is known to give comes before the examples."""
     proposed = data.details if isinstance(data, Examples) else {}
     return task_of(data, name, {**proposed, **io_spec_of(net).details}, **options)
+
+
+def _contrastive(task: Task, settings: Settings) -> dict[str, str]:
+    return {"loss": settings.contrastive_loss} if isinstance(task, Contrastive) else {}
 
 
 def _check_packages(settings: Settings, folder: Path | None) -> None:

@@ -23,7 +23,7 @@ def from_timm(
 ) -> LoadedNetwork:
     """Load a timm classifier."""
     timm = require("timm", "timm")
-    if task not in (None, *HEAD_TASKS):
+    if task not in (None, *HEAD_TASKS, "contrastive"):
         raise NetworkError(f"networks of timm are for {some(HEAD_TASKS)}, not for {task!r}")
     elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     base, _, tag = name.partition(".")
@@ -37,6 +37,8 @@ def from_timm(
     if not allow_import:
         refuse_unknown(name, options, TIMM)
     try:
+        if task == "contrastive":  # features, without a head
+            options = options | {"num_classes": 0}
         net = timm.create_model(name, pretrained=weights == "default", **options)
     except OSError as error:
         raise unreachable(f"{name} of timm", error) from error
@@ -44,7 +46,8 @@ def from_timm(
         raise NetworkError(f"{name} cannot be made with {options}: {error}") from error
     if weights not in ("default", None):
         put_state(net, str(weights))
-    classes = _imagenet(timm, net) if weights == "default" else None
+    known = weights == "default" and task != "contrastive"
+    classes = _imagenet(timm, net) if known else None
     channels = options.get("in_chans", 3)
     return LoadedNetwork(net, _reader(timm, net, name, channels), task or HEAD_TASKS[0], classes)
 

@@ -25,7 +25,7 @@ from gift.zoo.transforms import reader_like
 LENGTH = 128
 """Number of tokens of a text, if the network supports as many."""
 
-_TASKS = (*HEAD_TASKS, "segmentation", "language")
+_TASKS = (*HEAD_TASKS, "segmentation", "language", "contrastive")
 _RESAMPLINGS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in PIL's numbering
 
 
@@ -44,7 +44,7 @@ def from_transformers(
         config = _config(transformers, name, options, allow_import)
         task = task or _task_of(config)
         kind = _kind(config, task, name)
-        maker = getattr(transformers, f"AutoModelFor{kind}")
+        maker = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
         if weights == "default":
             own = {} if allow_import else {"config": config}
             net, about = maker.from_pretrained(name, output_loading_info=True, **own, **options)
@@ -103,6 +103,8 @@ def _kind(config: Any, task: str, name: str) -> str:
         "SemanticSegmentation": auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
         "CausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     }
+    if task == "contrastive" and type(config) in auto.MODEL_MAPPING:
+        return ""
     own = {"language": ("CausalLM",), "segmentation": ("SemanticSegmentation",)}
     others = [kind for kind in kinds if kind != "SemanticSegmentation"]
     fitting = [kind for kind in own.get(task, others) if type(config) in kinds[kind]]
@@ -112,6 +114,9 @@ def _kind(config: Any, task: str, name: str) -> str:
 
 
 def _reader(transformers: Any, net: Any, name: str, kind: str) -> Reader | None:
+    if not kind:  # the body of a network for texts, images or sounds
+        kinds = {"input_ids": "Text", "pixel_values": "Image"}
+        kind = kinds.get(net.main_input_name, "AudioClassification")
     if kind == "SemanticSegmentation":
         return _images(transformers, name, SegmentationReader)
     if kind == "AudioClassification":

@@ -42,6 +42,7 @@ class Task:
         self.details = dict(details or {})
         self.number_of_classes = len(classes) if classes else 0
         self.keywords: set[str] | None = None
+        self.class_weights: Tensor | None = None
 
     def fit(self, net: nn.Module, batch: Any) -> "Task":
         """Run the network on a batch, check its outputs, and return the task to train with.
@@ -85,7 +86,11 @@ class Task:
 
     def training_loss(self, net: Any, batch: Any) -> Tensor:
         """Return the training loss, as a sum."""
-        return self.loss(self.outputs(net, batch), batch)
+        return self.learnt_loss(self.outputs(net, batch), batch)
+
+    def learnt_loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss of training, which may weigh classes, as a sum over the targets."""
+        return self.loss(outputs, batch)
 
     def judged(self, net: Any, batch: Any) -> tuple[Any, Tensor | None]:
         """Return outputs and loss, as a sum, of a network in evaluation mode."""

@@ -103,10 +103,21 @@ class Classification(Task):
         )
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._weighted(outputs, targets, None)
+
+    def _weighted(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         outputs, targets = self._pair(outputs, targets)
+        logits = wide(outputs)
+        weights = None if weights is None else weights.to(logits)
         return F.cross_entropy(
-            wide(outputs), targets, reduction="sum", label_smoothing=self.smoothing
+            logits, targets, weights, reduction="sum", label_smoothing=self.smoothing
         )
+
+    def learnt_loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss of training, as a sum, with weights of classes if there are any."""
+        if self.class_weights is None:
+            return self.loss(outputs, batch)
+        return self._weighted(outputs, self.targets(batch), self.class_weights)
 
     def _pair(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits of all classes, and targets for them."""
@@ -201,9 +212,22 @@ class MultiLabel(Task):
         return outputs, targets.to(outputs)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._weighted(outputs, targets, None)
+
+    def _weighted(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         targets = targets.to(torch.float32) * (1 - self.smoothing) + self.smoothing / 2
-        each = F.binary_cross_entropy_with_logits(wide(outputs), targets, reduction="none")
+        logits = wide(outputs)
+        weights = None if weights is None else weights.to(logits)
+        each = F.binary_cross_entropy_with_logits(
+            logits, targets, reduction="none", pos_weight=weights
+        )
         return each.mean(1).sum()
+
+    def learnt_loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss of training, as a sum, with weights of classes if there are any."""
+        if self.class_weights is None:
+            return self.loss(outputs, batch)
+        return self._weighted(outputs, self.targets(batch), self.class_weights)
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
         """Return probabilities, and targets as whole numbers."""

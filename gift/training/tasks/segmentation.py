@@ -50,9 +50,9 @@ class Segmentation(Classification):
         else:
             found = net(batch[0])
         targets = self.targets(batch)
-        loss = self.loss(_at(main_output(found), targets), batch)
+        loss = self.learnt_loss(_at(main_output(found), targets), batch)
         if isinstance(found, Mapping) and isinstance(found.get("aux"), Tensor):
-            loss = loss + AUXILIARY * self.loss(_at(found["aux"], targets), batch)
+            loss = loss + AUXILIARY * self.learnt_loss(_at(found["aux"], targets), batch)
         return loss
 
     def shown(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
