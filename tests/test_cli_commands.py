@@ -65,7 +65,7 @@ def test_from_a_job_to_a_merged_network(tmp_path: Path) -> None:
     job = text_job(tmp_path, training=CHEAP | {"lr": 0.1})
     output = good("finetune", job, "--set", "training.epochs=2", "--set", "folder=own")
     folder = tmp_path / "own"
-    assert f"All files are in {folder}" in output
+    assert f"All files are in {folder}, the job is {folder / 'job.yaml'}" in output
     run = Run(folder)
     assert run.job.training.epochs == 2
     assert (folder / "report.html").is_file()
@@ -142,7 +142,7 @@ def test_own_networks_are_named_on_the_command_line(
     assert "the job names no network" in bad("finetune", job, *changes)
     good("finetune", job, *changes, "--network", own)
     folder, image = tmp_path / "run", tmp_path / "data/val/warm/0.png"
-    assert "the job names no network" in bad("predict", folder, image)
+    assert "is code" in bad("predict", folder, image)
     said = good("predict", folder, image, "--network", own)
     assert said.endswith("%\n")
     assert {"cold", "warm"} & {*said.split()}
@@ -232,7 +232,8 @@ def test_another_base_is_refused(run: Path, tmp_path: Path) -> None:
 def test_gift_itself() -> None:
     assert good("--version") == f"gift {gift.__version__}\n"
     output = good("--help")
-    for command in ("init", "finetune", "predict", "evaluate", "table", "merge", "show"):
+    for command in ("init", "finetune", "find-lr", "predict", "evaluate", "show", "table",
+                    "suggest", "merge", "export", "push"):  # fmt: skip
         assert f"\n  {command} " in output
         assert "Usage: " in good(command, "--help")
 

@@ -126,7 +126,8 @@ def needed_modules(extra: str) -> list[str]:
 DONE = {
     "cli": """
 from gift.cli.app import app
-for command in ("", "init", "finetune", "evaluate", "predict", "merge", "show", "table"):
+for command in ("", "init", "finetune", "find-lr", "evaluate", "predict", "merge", "export", "push",
+                "show", "suggest", "table"):
     try:
         app([*command.split(), "--help"], prog_name="gift")
     except SystemExit as done:
@@ -149,6 +150,15 @@ class Own(GeneralTracker):
     def log(self, values, step=None, **more):
         print(step, values)
 finetune(torch.nn.Linear(4, 2), (torch.randn(32, 4), torch.arange(32) % 2), epochs=1, track=[Own()])
+""",
+    "export": """
+import torch
+program = torch.export.export(torch.nn.Linear(2, 2), (torch.randn(3, 2),))
+torch.onnx.export(program, dynamo=True).save("model.onnx")
+""",
+    "hub": """
+from huggingface_hub import HfApi
+assert HfApi(library_name="gift").upload_folder
 """,
     "vision": """
 from PIL import Image

@@ -16,6 +16,7 @@ from gift.factories.serializable import describe
 from gift.methods import Method
 from gift.strategies.base import Cap
 from gift.strategies.sized import AdaptEach, Layer, setting_of
+from gift.support.progress import slow
 
 
 @lru_cache(maxsize=64)  # cached, since methods are equal only if they have the same class
@@ -83,7 +84,7 @@ def choices_for(found: list[tuple[Layer, Method]]) -> list[Choice]:
     """
     kinds: dict[Any, Sizes] = {}
     choices, problems = [], []
-    for group in _tied([layer for layer, _ in found]):
+    for group in slow(_tied([layer for layer, _ in found]), "searching ranks"):
         layers, method = [found[number][0] for number in group], found[group[0]][1]
         adapted = [each for layer in layers for each in layer.adapted()]
         try:

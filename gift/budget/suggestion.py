@@ -13,6 +13,7 @@ from gift.methods import Method
 from gift.strategies import STRATEGIES
 from gift.strategies.base import FineTuningStrategy
 from gift.strategies.sized import Layer, SizedStrategy, rewritten, setting_of
+from gift.support.trees import table_html
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Suggestion:
             rows, headers=["layer", "weight", "method", "parameters"], disable_numparse=True
         )
         return table + (f"\n... and {more} more (suggestion.details() lists all)" if more else "")
+
+    def _repr_html_(self) -> str:
+        rows = [(*rest, f"{count:,}") for *rest, count in self.rows]
+        head = f"{self.parameters:,} trained parameters, {self.megabytes:.3f} MB"
+        return f"<div>{head}</div>{table_html(rows, ['layer', 'weight', 'method', 'parameters'])}"
 
     def __str__(self) -> str:
         return (

@@ -8,6 +8,8 @@ def main() -> None:
     """Run the command line."""
     # It would report new heads, which are intended.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # bars of loading and downloading are for terminals, too
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         from gift.cli.app import app
     except ImportError as error:

@@ -6,13 +6,17 @@ import typer
 
 from gift.cli.compare import compare
 from gift.cli.evaluate import evaluate
+from gift.cli.export import export
+from gift.cli.find_lr import find_lr
 from gift.cli.finetune import finetune
 from gift.cli.init import init
 from gift.cli.merge import merge
 from gift.cli.plain import in_plain_words
 from gift.cli.predict import predict
+from gift.cli.push import push
 from gift.cli.search import search
 from gift.cli.show import show
+from gift.cli.suggest import suggest
 from gift.cli.table import table
 from gift.cli.task import task
 from gift.version import __version__
@@ -41,6 +45,10 @@ def gift(
     """Fine-tune networks, and use the results."""
 
 
-for command in (init, finetune, predict, evaluate, table, merge, show, search, compare):
+COMMANDS = (
+    init, finetune, find_lr, predict, evaluate, show, table, suggest, merge, export, push,
+    search, compare,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(in_plain_words(command))
 app.command(hidden=True)(in_plain_words(task))

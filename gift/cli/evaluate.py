@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 from tabulate import tabulate
 
-from gift.cli.options import DELTA, DEVICE, JSON, NETWORK, RUN, opened
+from gift.cli.options import (
+    ALLOW_IMPORT,
+    CLASSES,
+    DELTA,
+    DEVICE,
+    JSON,
+    NETWORK,
+    RUN,
+    listed,
+    opened,
+)
 from gift.cli.plain import say
 
 
@@ -20,14 +30,17 @@ def evaluate(
             "NAME=VALUE for each",
         ),
     ] = None,
+    classes: CLASSES = None,
     as_json: JSON = False,
     delta: DELTA = None,
     network: NETWORK = None,
+    allow_import: ALLOW_IMPORT = False,
     device: DEVICE = None,
 ) -> None:
     """Evaluate the network of a run on the validation examples of its job, or on others."""
-    opened_run = opened(run, network)
-    values = opened_run.evaluate(_place(data or [], opened_run.job.data.kind), delta, device)
+    opened_run = opened(run, network, allow_import)
+    place = _place(data or [], opened_run.job.data.kind)
+    values = opened_run.evaluate(place, delta, device, listed(classes))
     say(json.dumps(values) if as_json else tabulate(values.items(), tablefmt="plain"))
 
 

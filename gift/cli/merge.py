@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gift.cli.options import DELTA, NETWORK, opened
+from gift.cli.options import ALLOW_IMPORT, DELTA, NETWORK, opened
 from gift.cli.plain import say
 
 
@@ -24,16 +24,18 @@ def merge(
     ],
     delta: DELTA = None,
     network: NETWORK = None,
+    allow_import: ALLOW_IMPORT = False,
     weights: Annotated[str, typer.Option(help="of --network; a file, or default")] = "default",
     task: Annotated[str | None, typer.Option(help="of --network: classification, language")] = None,
 ) -> None:
     """Merge a delta into the weights of its network, and write these."""
     from gift.files import load
     from gift.jobs import JobError, write_merged
+    from gift.jobs.cards import write_card
     from gift.jobs.networks import named_network
     from gift.jobs.runs import JOB
 
-    classes = reader = None
+    classes = reader = run = None
     if source.is_file() and network is not None:
         net = named_network(network, weights, task, allow_import=True).net
         load(net, source)
@@ -42,7 +44,9 @@ def merge(
         raise JobError(f"{source} cannot be merged", [problem])
     else:
         in_run = source.is_file()
-        run = opened(source.parent if in_run else source, network)
+        run = opened(source.parent if in_run else source, network, allow_import)
         net = run.network(source if in_run else delta)
         classes, reader = run.classes, run.reader
-    say(f"{write_merged(net, out, classes, reader)} has the merged network")
+    path = write_merged(net, out, classes, reader)
+    card = "" if run is None else f"; {write_card(run, path)} describes it"
+    say(f"{path} has the merged network{card}")

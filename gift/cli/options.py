@@ -19,6 +19,10 @@ DELTA = Annotated[
     str | None, typer.Option("--delta", metavar="best|last|FILE", help="which delta is taken")
 ]
 DEVICE = Annotated[str | None, typer.Option("--device", help="of torch; default: that of the job")]
+CLASSES = Annotated[
+    str | None,
+    typer.Option("--classes", metavar="A,B,...", help="names of the classes, in this order"),
+]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON")]
 SET = Annotated[
     list[str] | None,
@@ -26,24 +30,49 @@ SET = Annotated[
 ]
 
 
-def own_network(name: str | None, job: Any) -> Any:
+ALLOW_IMPORT = Annotated[
+    bool,
+    typer.Option(
+        "--allow-import",
+        help="run the code that makes the network of this run, import:..., which the run remembers",
+    ),
+]
+
+
+def is_code(name: str | None) -> bool:
+    """Whether the name of a network is that of a function to import."""
+    return name is not None and name.startswith("import:")
+
+
+def own_network(
+    name: str | None, job: Any, folder: Path | None = None, allow_import: bool = False
+) -> Any:
     """Load the network named on the command line, where code is allowed; None if none is named.
 
     Args:
-        name: name of the network.
+        name: name of the network; None is that of the run in `folder`, if it is own code.
         job: job that it is for.
+        folder: folder of a run.
+        allow_import: whether code that the run remembers may be run.
     """
+    from gift.jobs.networks import named_network, remembered_code
+
+    if name is None and job.network is None and folder is not None:
+        name = remembered_code(folder, allow_import)
     if name is None:
         return None
-    from gift.jobs.networks import named_network
-
     return named_network(name, "default", job.data.task, job.training.seed or 0, allow_import=True)
 
 
-def opened(folder: Path, network: str | None) -> Any:
+def opened(folder: Path, network: str | None, allow_import: bool = False) -> Any:
     """Open the run in a folder."""
     from gift.jobs import Run
 
     run = Run(folder)
-    run.base = own_network(network, run.job)
+    run.base = own_network(network, run.job, run.folder, allow_import)
     return run
+
+
+def listed(names: str | None) -> list[str] | None:
+    """Return the names in a text, separated by commas; None for None."""
+    return None if names is None else [name.strip() for name in names.split(",")]

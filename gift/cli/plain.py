@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,29 @@ from gift.training.distributed import rank
 
 TRACEBACK = "GIFT_TRACEBACK"
 _PLAIN = (FileNotFoundError, ImportError, ModuleNotFoundError, ValueError)
+
+
+# What errors advise in Python, in the words of the command line.
+_IN_COMMANDS: tuple[tuple[str, str], ...] = (
+    (r"restart=True, --restart|--restart, restart=True", "--restart"),
+    (r"accept_changed_data=True, --accept-changed-data", "--accept-changed-data"),
+    (r"give the second data set classes=train\.classes", "name them for both: --classes A,B,..."),
+    (r"give classes=train\.classes", "name them: --classes A,B,..."),
+    (r"give their names, classes=\[\.\.\.\]", "give their names: --classes A,B,..."),
+    (r"give\s+predict\(\.\.\., classes=\.\.\.\)", "is it the network of this run?"),
+    (
+        r"give it another head, strategy=merge_strategies\(\[HeadReplacementStrategy"
+        r"\(num_classes=\d+\), \.\.\.\]\)",
+        "give it another head: --set strategy.head=new",
+    ),
+    (r"(choose )?task='regression'", r"\1--set data.options.task=regression"),
+    (
+        r"give load_network\(\.\.\., reader=\.\.\.\)",
+        "give its settings: --set data.reader.NAME=...",
+    ),
+    (r"precision='float32'", "--set training.precision=float32"),
+    (r"the same call", "the same command"),
+)
 
 
 def in_plain_words(command: Callable[..., None]) -> Callable[..., None]:
@@ -48,6 +72,8 @@ def message(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"there is no {error.filename}"
     text = "\n".join([str(error), *getattr(error, "__notes__", [])]).strip()
+    for pattern, words in _IN_COMMANDS:
+        text = re.sub(pattern, words, text)
     if type(error).__module__.startswith("gift.") or (type(error) in _PLAIN and text):
         return text
     return f"{type(error).__name__}: {text}\n({TRACEBACK}=1 shows where this comes from)"

@@ -10,9 +10,20 @@ from gift.files import inspect
 
 
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a file that gift.save wrote")],
-    everything: Annotated[bool, typer.Option("--all", help="list every tensor")] = False,
+    place: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|FILE", help="the folder of a run, or a file that gift.save wrote"
+        ),
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="list every tensor or epoch")] = False,
 ) -> None:
-    """Describe the delta in a file: what it changes, how, and for which base."""
-    delta = inspect(file)
+    """Describe a run, or the delta in a file: what it changes, how, and for which base."""
+    if place.is_dir():
+        from gift.jobs import Run
+        from gift.jobs.showing import run_text
+
+        say(run_text(Run(place), everything))
+        return
+    delta = inspect(place)
     say(f"{delta.summary()}\n\n{delta.details()}" if everything else str(delta))

@@ -1,5 +1,6 @@
 """``gift table``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def table(
 
     if strategy is None and changes:
         raise JobError("--set changes a strategy", ["name one"])
-    made = None if strategy is None else _strategy(strategy, changes or [])
+    made = None if strategy is None else strategy_of(strategy, changes or [])
     net = named_network(network, None, task, allow_import=True).net
     if made is None:
         say(info.table_methods(net))
@@ -42,10 +43,12 @@ def table(
     from gift.engine.enable import enable_fine_tuning
 
     enable_fine_tuning(net, made)
+    if sys.stdout.isatty():  # tables are for files and pipes as well
+        say(f"{info.tree(net)}\n")
     say(f"{info.table_info(info.collect_trainable_parameters(net)[0])}\n\n{info.summary(net)}")
 
 
-def _strategy(name: str, changes: list[str]) -> Any:
+def strategy_of(name: str, changes: list[str]) -> Any:
     """Return the strategy of that name or in that file, with changed arguments."""
     from gift.jobs.models import Strategy
     from gift.jobs.reading import changed, checked, read_yaml

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
 
 from tabulate import tabulate
 
 from gift.errors import some
+from gift.support.trees import Node, as_html, as_text, condensed, table_html
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,38 @@ class Report:
         more = len(rows) - len(rows[:limit])
         return table + (f"\n... and {more} more (report.details() lists all)" if more else "")
 
+    def tree(self, colours: bool | None = None) -> str:
+        """Return the network as a tree: what is trained, adapted and frozen, and by which cap.
+
+        Equal layers in a row stand for each other, and what is frozen as a whole is one line.
+
+        Args:
+            colours: whether to use the colours of terminals; None does so in one.
+        """
+        return as_text(condensed(self.nodes()), colours)
+
+    def nodes(self) -> Node:
+        """Return the tree of what was claimed, and of what was frozen."""
+        root = Node(self.network)
+        for claim in self.claims:
+            node = root.at(claim.name)
+            node.state = node.state or _state_of(claim)
+            said = f"{claim.class_name}: {claim.what}, {claim.trainable:,} trained, cap {claim.cap}"
+            node.text = f"{node.text}; {said}" if node.text else said
+        for name in self.frozen:
+            node = root.at(name)
+            node.state = node.state or "frozen"
+        root.settle()
+        return root
+
+    def _repr_html_(self) -> str:
+        head, *_ = self.summary().split("\n", 1)
+        claimed = Counter(claim.cap for claim in self.claims)
+        rows = [[n, self.caps[n], claimed[n]] for n in self._shown]
+        notes = [f"took nothing: {text}" for text in self.unmatched] + [self.leftover]
+        parts = [escape(head), table_html(rows, ["cap", "", "taken"]), as_html(self.nodes())]
+        return "".join(f"<div>{part}</div>" for part in [*parts, *map(escape, filter(None, notes))])
+
     def __str__(self) -> str:
         parts = [self.summary(), self.details(limit=50)]
         if self.frozen:
@@ -116,3 +150,10 @@ class Report:
         parts += [self.leftover] if self.leftover else []
         parts += [f"took nothing: {text}" for text in self.unmatched]
         return "\n\n".join(parts)
+
+
+def _state_of(claim: Claim) -> str:
+    """Return whether what a cap claimed is trained itself, adapted, or frozen."""
+    if not claim.trainable:
+        return "frozen"
+    return "trained" if claim.what.startswith(("trained", "replaced")) else "adapted"

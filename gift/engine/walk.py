@@ -26,6 +26,7 @@ from gift.factories.serializable import Recorded, bind
 from gift.layers.table import layout_of
 from gift.methods import Method
 from gift.strategies.base import Cap, FineTuningStrategy
+from gift.support.progress import counting
 
 Caps = tuple[list[Cap], list[Cap]]
 Guard = Callable[[], AbstractContextManager[Any]]
@@ -56,7 +57,9 @@ class Walk:
         self.ties = Ties(network)
         self.caps = strategy.cap_texts if self.ties else []
         caps = self._caps_for(strategy, network)
-        self._visit(caps, Site(None, "", "", _class_name(network), network), None)
+        # SVDs of large weights take long.
+        with counting("enabling", sum(1 for _ in network.modules())) as self._tick:
+            self._visit(caps, Site(None, "", "", _class_name(network), network), None)
         self.problems += self.ties.settle(self.caps)
         self._tie()
         share_parameters(network)
@@ -84,6 +87,7 @@ class Walk:
 
     def _visit(self, caps: Caps, site: Site, top: int | None) -> None:
         """Visit a module and all modules in it; claims are credited to the cap `top`, if given."""
+        self._tick()
         if id(site.module) in self.done:
             self._look_again(caps, site, top)
             self._put_replacement(site)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gift.core.undo.copy_on_write import parts_of
+from gift.support.progress import slow
 from gift.support.tensors import dtype_name
 
 _FEW = 2**20  # number of elements below which hashing uses no threads
@@ -32,4 +33,5 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     if sum(tensor.numel() for tensor in tensors.values()) < _FEW:
         return {name: digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
-        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+        found = slow(pool.map(digest, tensors.values()), "hashing", len(tensors))
+        return dict(zip(tensors, found, strict=True))

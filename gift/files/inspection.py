@@ -4,6 +4,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from tabulate import tabulate
@@ -103,6 +104,9 @@ class DeltaFile:
             _table(tensors, ["tensor", "shape", "dtype"], limit),
         ]
         return _printable("\n\n".join(part for part in parts if part))
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         return f"{self.summary()}\n\n{self.details(limit=20)}"

@@ -8,6 +8,7 @@ from gift.support.optional import require
 require("pydantic", "cli")  # everything here is built on it
 
 from gift.errors import JobError  # noqa: E402
+from gift.jobs.guessing import guess_job  # noqa: E402
 from gift.jobs.initial import init_text  # noqa: E402
 from gift.jobs.kinds import KINDS  # noqa: E402
 from gift.jobs.merged import write_merged  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "Job",
     "JobError",
     "Run",
+    "guess_job",
     "init_text",
     "read_job",
     "run_job",

@@ -1,5 +1,6 @@
 """The network of a job."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from gift.errors import JobError
 from gift.jobs.models import Job
+from gift.support.atomic_files import write_text
 from gift.zoo import LoadedNetwork, load_network
 
 
@@ -42,3 +44,32 @@ def named_network(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return load_network(name, weights, task=task, **options)
+
+
+CODE = "network.txt"
+"""File in the folder of a run with the name of the function that makes its network."""
+
+
+def remember_code(folder: Path, name: str | None) -> None:
+    """Note in the folder of a run that its network is made by own code; None removes the note."""
+    if name is None:
+        (folder / CODE).unlink(missing_ok=True)
+    else:
+        write_text(folder / CODE, f"{name}\n")
+
+
+def remembered_code(folder: Path, allow_import: bool) -> str | None:
+    """Return the name of the function that makes the network of a run; None if there is none.
+
+    Raises:
+        JobError: if there is one, unless `allow_import`.
+    """
+    if not (folder / CODE).is_file():
+        return None
+    name = (folder / CODE).read_text(encoding="utf-8").strip()
+    if not name.startswith("import:"):
+        raise JobError(f"{folder / CODE} cannot be read", ["expected import:module:function"])
+    if not allow_import:
+        problem = f"{name!r} is code: allow it to be run by --allow-import, or name another network"
+        raise JobError(f"the network of {folder} is made by own code", [problem])
+    return name

@@ -1,6 +1,6 @@
 """Running a job."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from gift.jobs.errors import shown
 from gift.jobs.examples import job_examples, job_reader
 from gift.jobs.heads import warn_of_fresh, with_head
 from gift.jobs.models import Job
-from gift.jobs.networks import job_network
+from gift.jobs.networks import job_network, remember_code
 from gift.jobs.reading import checked, read_yaml, write_job
 from gift.jobs.runs import INPUTS, JOB, inputs_text
 from gift.jobs.teachers import job_teacher
 from gift.strategies.classic import new_heads
 from gift.support.atomic_files import write_text
-from gift.training import Result, finetune
+from gift.training import Callback, LearningRates, Result, find_lr, finetune
 from gift.training.checkpoint import FILE
 from gift.training.distributed import rank
 
@@ -24,7 +24,12 @@ _NOT_GIVEN = object()
 
 
 def run_job(
-    job: Job, network: Any = None, restart: bool = False, accept_changed_data: bool = False
+    job: Job,
+    network: Any = None,
+    restart: bool = False,
+    accept_changed_data: bool = False,
+    code: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Run a job, or resume it if its folder has a run that was stopped.
 
@@ -39,6 +44,9 @@ def run_job(
         restart: whether to start from scratch even if the folder has a run.
         accept_changed_data: whether to resume although the examples changed, or are read in
             another way.
+        code: name of the function that made `network`, ``import:module:function``; the folder
+            remembers it for ``--allow-import``.
+        callbacks: see `gift.training.finetune`.
 
     Raises:
         JobError: if the job names no network, or the folder has a run of another job.
@@ -67,11 +75,33 @@ def run_job(
         if rank() == 0:  # with torchrun, only the first process writes
             write_job(job, folder / JOB)
             write_text(folder / INPUTS, inputs_text(train, train.reader, folder))
+            remember_code(folder, code)
 
     return finetune(
         loaded.net, train, valid, strategy=strategy, schedule=schedule, old=old,
         folder=folder, restart=restart, begin=write, teacher=teacher,
-        accept_changed_data=accept_changed_data, **settings,
+        accept_changed_data=accept_changed_data, callbacks=callbacks, about=_places(job),
+        **settings,
+    )  # fmt: skip
+
+
+def find_lr_of(job: Job, network: Any = None, steps: int = 100) -> LearningRates:
+    """Run `gift.training.find_lr` with what a job says; nothing is written.
+
+    Args:
+        job: the job.
+        network: see `run_job`.
+        steps: number of learning rates to try.
+    """
+    job = job.anchored(Path.cwd())
+    loaded = job_network(job, network)
+    reader = job_reader(job.data, loaded.reader)
+    train, _, _ = job_examples(job.data, reader, job.training.seed or 0)
+    is_random = network is None and job.network is not None and job.network.weights is None
+    settings = {field.name: getattr(job.training, field.name) for field in fields(job.training)}
+    return find_lr(
+        loaded.net, train, strategy=with_head(job.strategy, loaded, train, is_random),
+        schedule=None if job.schedule is None else job.schedule.made(), steps=steps, **settings,
     )  # fmt: skip
 
 
@@ -98,3 +128,13 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
     elif before != now:
         values = ["not given" if v is _NOT_GIVEN else shown(v) for v in (before, now)]
         yield f"{name} was {values[0]} and is {values[1]}"
+
+
+def _places(job: Job) -> dict[str, str]:
+    """Return where the examples are, and how they are stored, for the report."""
+    places = {"Training examples": job.data.train, "Validation examples": job.data.valid,
+              "Old task": job.data.old}  # fmt: skip
+    found = {name: shown(place) for name, place in places.items() if place is not None}
+    if job.data.valid_share is not None:
+        found["Validation examples"] = f"{job.data.valid_share:.0%} of the training examples"
+    return {"Kind of examples": job.data.kind, **found}

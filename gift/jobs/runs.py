@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ from torch import nn
 
 from gift.core.io_spec import IOSpec, set_io_spec
 from gift.data import Examples, reader_from_config
-from gift.errors import JobError
+from gift.errors import JobError, some
 from gift.files import load
 from gift.jobs.examples import job_examples, read_examples
 from gift.jobs.kinds import KINDS
 from gift.jobs.models import Job
-from gift.jobs.networks import job_network
+from gift.jobs.networks import job_network, named_network, remembered_code
 from gift.jobs.reading import checked, read_yaml
-from gift.training import evaluate
+from gift.training import Result, evaluate
 from gift.training.checkpoint import DELTAS
 from gift.training.predicting import predict
+from gift.training.result import RESULT, read_result
 
 JOB, INPUTS = "job.yaml", "inputs.json"
 
@@ -30,13 +32,15 @@ class Run:
         folder: folder of the run.
         network: the plain network, if the job names none: a module, or what
             `gift.zoo.load_network` returns.
+        allow_import: whether to run the code that makes the network of this run, if the run was
+            started with ``--network import:...``.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no run in it.
         JobError: if its files are not valid.
     """
 
-    def __init__(self, folder: str | Path, network: Any = None) -> None:
+    def __init__(self, folder: str | Path, network: Any = None, allow_import: bool = False) -> None:
         self.folder = Path(folder).expanduser()
         missing = [name for name in (JOB, INPUTS) if not (self.folder / name).is_file()]
         if missing:
@@ -48,6 +52,24 @@ class Run:
         self._inputs, self._reader = _read_inputs(self.folder / INPUTS)
         self.task, self.classes = self._inputs.task, self._inputs.classes
         self.base = network
+        if network is None and allow_import and self.job.network is None:
+            code = remembered_code(self.folder, allow_import)
+            if code is not None:
+                seed = self.job.training.seed or 0
+                self.base = named_network(
+                    code, "default", self.job.data.task, seed, allow_import=True
+                )
+
+    @property
+    def result(self) -> Result:
+        """The result of the run, without its steps, which are in ``steps.csv``.
+
+        Raises:
+            FileNotFoundError: if the run has not ended yet.
+        """
+        if not (self.folder / RESULT).is_file():
+            raise FileNotFoundError(f"{self.folder} has no {RESULT} yet: finish the run first")
+        return read_result(self.folder)
 
     @property
     def reader(self) -> Any:
@@ -89,11 +111,13 @@ class Run:
         set_io_spec(net, self.reader, self.classes, self.task, self._inputs.details)
         return net.eval()
 
-    def examples(self, place: Any = None) -> Examples:
+    def examples(self, place: Any = None, classes: Sequence[str] | None = None) -> Examples:
         """Read examples in the same way as those of the job.
 
         Args:
             place: place of the examples, in the form of ``data.valid``; None uses that.
+            classes: what the classes are called there, in the order of those of the run; None if
+                they are called the same.
 
         Raises:
             JobError: if the job has no validation examples, or the place does not fit its kind.
@@ -113,10 +137,22 @@ class Run:
             kind.refuse_missing(options | own)
         except ValueError as error:
             raise JobError(f"{place} does not say where the examples are", [str(error)]) from error
-        return read_examples(self.job.data, own, self.reader, self.classes)
+        if classes is not None and len(classes) != len(self.classes or ()):
+            problem = (
+                f"expected {len(self.classes or ())}, in the order of {some(self.classes or ())}"
+            )
+            raise JobError(f"there are {len(classes)} names of classes", [problem])
+        found = read_examples(
+            self.job.data, own, self.reader, self.classes if classes is None else tuple(classes)
+        )
+        return replace(found, classes=self.classes)
 
     def evaluate(
-        self, place: Any = None, which: str | Path | None = None, device: str | None = None
+        self,
+        place: Any = None,
+        which: str | Path | None = None,
+        device: str | None = None,
+        classes: Sequence[str] | None = None,
     ) -> dict[str, float]:
         """Compute loss and metrics on examples.
 
@@ -124,8 +160,9 @@ class Run:
             place: see `examples`.
             which: see `delta`.
             device: None uses the device of the job.
+            classes: see `examples`.
         """
-        settings, examples = self.job.training, self.examples(place)
+        settings, examples = self.job.training, self.examples(place, classes)
         return evaluate(
             self.network(which), examples, metrics=settings.metrics,
             batch_size=settings.batch_size, device=device or settings.device,

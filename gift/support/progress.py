@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -37,7 +37,7 @@ def in_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def bar(items: Iterable[Any], name: str, **options: Any) -> Any:
+def bar(items: Iterable[Any] | None, name: str, **options: Any) -> Any:
     """Wrap an iterable in a progress bar of tqdm, which must be installed.
 
     Args:
@@ -63,6 +63,21 @@ def slow(items: Iterable[T], name: str, total: int | None = None) -> Iterable[T]
         return items
     wrapped: Iterable[T] = bar(items, name, total=total, delay=DELAY)
     return wrapped
+
+
+@contextmanager
+def counting(name: str, total: int) -> Iterator[Callable[[], object]]:
+    """Context with a function to call for each of `total` parts of work, which `slow` cannot wrap.
+
+    Args:
+        name: what is done.
+        total: number of parts.
+    """
+    if _hidden.get() or not is_watched() or find_spec("tqdm") is None:
+        yield lambda: None
+        return
+    with bar(None, name, total=total, delay=DELAY) as shown:
+        yield lambda: shown.update()
 
 
 def write(text: str) -> None:

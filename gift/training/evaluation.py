@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -135,8 +135,11 @@ def judge(
     in_detail: bool = False,
     autocast: AbstractContextManager[Any] | None = None,
     what: str = "the examples",
+    see: Callable[[Any, Any, Any], None] = lambda *_: None,
 ) -> tuple[dict[str, float], list[list[int]] | None]:
     """Compute loss and metrics on batches; in detail also the confusion matrix and AP by class.
+
+    `see` is called with the places of the examples of each batch, the outputs, and the batch.
 
     Raises:
         TrainingError: if the loss is not finite because examples have non-finite values; the error
@@ -152,21 +155,23 @@ def judge(
     total = torch.zeros((), dtype=torch.float64)
     count, has_loss = 0, False
     processes.agree_on_buffers(net)
+    places = batches.places()
     with kept_modes(net), torch.no_grad(), autocast or nullcontext():
         net.eval()
-        shown = slow(batches.of(), "evaluating", len(batches.places()))
+        shown = slow(batches.of(), "evaluating", len(places))
         for number, (batch, counts) in enumerate(shown):
             task.check(batch)
             moved = batches.on_device(batch)
             outputs, loss = task.judged(net, moved)
             has_loss = loss is not None
             if loss is None or not math.isfinite(loss):
-                reason = describe_not_finite(batch, batches.places()[number], number)
+                reason = describe_not_finite(batch, places[number], number)
                 if reason:
                     raise TrainingError(f"{what}: {reason}")
             if not counts:
                 continue
             count += task.count(batch)
+            see(places[number], outputs, moved)
             for metric in metrics.values():
                 metric.update(*task.shown(outputs, moved))
             if loss is not None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from gift.files import save
 from gift.schedules import RankAllocator, Schedule
 from gift.strategies import FineTuningStrategy
 from gift.support.progress import bar, hidden
+from gift.training.about import described
 from gift.training.callbacks import Callback
 from gift.training.checkpoint import (
     DELTAS,
@@ -28,13 +29,14 @@ from gift.training.checkpoint import (
     write_checkpoint,
 )
 from gift.training.distributed import Processes
-from gift.training.evaluation import drawings, judge
+from gift.training.evaluation import drawings, judge, plain_task
 from gift.training.finite import describe_not_finite
 from gift.training.loading import windows
 from gift.training.locking import FolderLock
+from gift.training.mistakes import Watcher, gathered
 from gift.training.randomness import kept_random
 from gift.training.report import write_report
-from gift.training.result import Result
+from gift.training.result import Result, write_result
 from gift.training.run import TRAIN, VALID, TrainingRun, put_state, trained_state
 from gift.training.settings import settings_of
 from gift.training.setup import prepare
@@ -59,6 +61,7 @@ def finetune(
     callbacks: Sequence[Callback] = (),
     accept_changed_data: bool = False,
     teacher: nn.Module | None = None,
+    about: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Result:
     """Fine-tune a network on examples, on the device that is available.
@@ -97,6 +100,7 @@ def finetune(
         teacher: network for the same examples and classes whose outputs are learnt as well
             (distillation), see the settings ``distill_...``; it is moved to the device, and not
             changed.
+        about: further facts about the examples for the report, such as where they are.
         settings: fields of `Settings`: ``epochs``, ``lr``, ``batch_size``, ``device`` and so on.
 
     Raises:
@@ -147,6 +151,7 @@ def finetune(
             accept_changed_data=accept_changed_data,
             lock=lock,
         )
+        run.result.about = described(run, about or {})
         try:
             with told_if_full(run):
                 run.callbacks.on_train_begin(run)
@@ -350,9 +355,12 @@ def conclude(run: TrainingRun) -> Result:
     if run.settings.keep == "best" and run.best_state:
         put_state(run.net, run.best_state)
     if run.valid is not None:
+        watcher = Watcher(plain_task(run.task), run.valid.data, run.result.folder is not None)
         result.after, result.confusion = judge(
-            run.net, run.task, run.valid, run.metrics, True, run.autocast(), VALID
+            run.net, run.task, run.valid, run.metrics, True, run.autocast(), VALID, watcher.see
         )
+        result.shown = gathered(run.processes.gathered(watcher.samples()), False)
+        result.mistakes = gathered(run.processes.gathered(watcher.worst()), True)
         result.samples = drawings(run.net, run.task, run.valid)
     if run.old is not None:
         result.old_after = run.old()
@@ -361,6 +369,7 @@ def conclude(run: TrainingRun) -> Result:
     result.trained = sum(p.numel() for _, p in named_trainable(run.net))
     run.callbacks.on_train_end(run)
     if run.folder is not None:
+        write_result(result, run.folder)
         write_report(result, run.folder)
     run.processes.wait()
     return result

@@ -1,5 +1,6 @@
 """`find_lr`: a learning rate range test, which tries all learning rates once."""
 
+import base64
 import copy
 import math
 from collections.abc import Iterator
@@ -62,6 +63,10 @@ class LearningRates:
     def plot(self, path: str | Path) -> None:
         """Write a PNG plot of losses over learning rates, with the suggestion."""
         write_bytes(path, render(_draw, self, LIGHT) or b"")
+
+    def _repr_html_(self) -> str:
+        drawn = base64.b64encode(render(_draw, self, LIGHT) or b"").decode()
+        return f'<div>{self}</div><img alt="{self}" src="data:image/png;base64,{drawn}">'
 
     def __str__(self) -> str:
         tried = f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}"

@@ -1,9 +1,13 @@
 """The result of a run, as plain data for the report."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from gift.support.atomic_files import write_text
 from gift.training.drawings import Sample
+from gift.training.mistakes import Seen
 
 
 @dataclass(repr=False)
@@ -30,9 +34,13 @@ class Result:
         confusion: how often a class (row) was predicted as another (column), after training.
         samples: drawings of some validation examples and of what the network says of them, after
             training; for images with masks or boxes.
+        shown: some validation examples, evenly spread, and what the network says of them; only
+            with a folder, for its report.
+        mistakes: the validation examples with the largest losses that were predicted wrongly.
         best_epoch: epoch (from 1) with the best values; None without validation.
         stopped: reason why training ended: "done", or a sentence.
         skipped: why examples were left out, for each of them.
+        about: facts for the report by their section: the environment, the settings, the examples.
         folder: folder with the files of the run; None if nothing was written.
     """
 
@@ -52,12 +60,42 @@ class Result:
     old_after: dict[str, float] = field(default_factory=dict)
     confusion: list[list[int]] | None = None
     samples: list[Sample] = field(default_factory=list)
+    shown: list[Seen] = field(default_factory=list)
+    mistakes: list[Seen] = field(default_factory=list)
     best_epoch: int | None = None
     stopped: str = "done"
     skipped: list[str] = field(default_factory=list)
+    about: dict[str, dict[str, str]] = field(default_factory=dict)
     folder: Path | None = None
 
     def __repr__(self) -> str:
         from gift.training.report import summary  # which imports this module
 
         return summary(self)
+
+    def _repr_html_(self) -> str:
+        from gift.training.report import summary_html
+
+        return summary_html(self)
+
+
+RESULT = "result.json"
+_ELSEWHERE = ("steps", "samples", "shown", "mistakes", "folder")
+"""Fields that are in other files, or depend on where the folder is."""
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write a result as ``result.json``, without steps and drawings."""
+    names = [one.name for one in fields(result) if one.name not in _ELSEWHERE]
+    plain = {name: getattr(result, name) for name in names}
+    write_text(folder / RESULT, json.dumps(plain, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_result(folder: Path) -> Result:
+    """Read what `write_result` wrote; entries that this version does not know are left out."""
+    plain: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    known = {one.name for one in fields(Result)} - {*_ELSEWHERE}
+    found = {name: value for name, value in plain.items() if name in known}
+    found["classes"] = None if found.get("classes") is None else tuple(found["classes"])
+    found["unfrozen"] = {int(epoch): names for epoch, names in found.get("unfrozen", {}).items()}
+    return Result(**found, folder=folder)

@@ -1,6 +1,7 @@
 """Rows, tables and summaries of what is trainable in a network."""
 
 from collections.abc import Callable, Iterable, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gift.budget import suggest
-from gift.core.dynamic_class import spec_of
+from gift.core.dynamic_class import plain_class, spec_of
 from gift.core.frozen_norms import kept_modes
+from gift.core.record import record_of
 from gift.core.trained import named_trainable
 from gift.core.weights.record import present_weight_deltas
 from gift.engine.claims import size_of
@@ -30,6 +32,7 @@ from gift.strategies import (
     NormFineTuningStrategy,
     PromptFineTuningStrategy,
 )
+from gift.support.trees import Node, Shown, as_html, as_text, condensed
 
 ROW_HEADER = ("index", "name", "shape", "count")
 
@@ -75,10 +78,75 @@ def _plain(value: Any) -> Any:
     return str(list(value)) if isinstance(value, list | tuple) else value
 
 
+def tree(net: nn.Module, colours: bool | None = None) -> str:
+    """Return a network as a tree: what is trained, adapted and frozen, and by which cap.
+
+    Equal layers in a row stand for each other, and what is frozen as a whole is one line. A
+    notebook shows it with branches to open and close.
+
+    Args:
+        net: the network, fine-tuned or not.
+        colours: whether to use the colours of terminals; None does so if standard output is one
+            and rich is installed.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import LoRALinearFineTuningStrategy
+        >>> from gift.utils.info import tree
+        >>> net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)), nn.LayerNorm(8))
+        >>> report = enable_fine_tuning(net, LoRALinearFineTuningStrategy(rank=1))
+        >>> print(tree(net, colours=False))
+        Sequential
+        ├── [0-2] 3 x Linear: lora(rank=1) on weight, 16 trained, cap 0 (adapted)
+        └── 3 LayerNorm: 16 parameters (frozen)
+    """
+    nodes = _nodes(net)
+    return Shown(as_text(condensed(nodes), colours), lambda: as_html(nodes))
+
+
+def _nodes(net: nn.Module) -> Node:
+    """Return the tree of the modules that have parameters."""
+    root = record_of(net).report.nodes() if spec_of(net).network else Node(type(net).__name__)
+    trained = {id(p) for _, p in named_trainable(net)}
+    for path, module in net.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if not own or root.at(path).text or _is_claimed(root, path):
+            continue
+        node = root.at(path)
+        count = sum(id(p) in trained for p in own)
+        node.text = f"{plain_class(type(module)).__name__}: {size_of(own):,} parameters"
+        node.state = "trained" if count == len(own) else "" if count else "frozen"
+        node.children = [child for child in node.children if child.name not in module._parameters]
+    for path, module in net.named_modules():
+        outer = root.find(path)
+        if path and outer is not None and not outer.text:
+            outer.text = plain_class(type(module)).__name__
+    root.settle()
+    return root
+
+
+def _is_claimed(root: Node, path: str) -> bool:
+    """Whether a module lies in one that a cap claimed."""
+    node = root
+    for name in path.split(".") if path else ():
+        if node.text:
+            return True
+        node = next((child for child in node.children if child.name == name), Node(""))
+    return False
+
+
 def summary(net: nn.Module) -> str:
-    """Return trainable and total parameters and their ratio; for each cap, if fine-tuned."""
+    """Return trainable and total parameters and their ratio; for each cap, if fine-tuned.
+
+    A notebook shows the network as a tree below it, see `tree`.
+    """
+    return Shown(_summary(net), lambda: f"<pre>{escape(_summary(net))}</pre>{as_html(_nodes(net))}")
+
+
+def _summary(net: nn.Module) -> str:
     if spec_of(net).network:
-        return net._gift_network.report.summary()  # type: ignore[union-attr,operator]
+        return record_of(net).report.summary()
     total, (_, trainable) = size_of(net.parameters()), collect_trainable_parameters(net)
     share = trainable / total if total else 0
     return (

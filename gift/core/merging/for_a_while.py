@@ -21,6 +21,7 @@ from gift.errors import AdaptationError, refuse
 from gift.private.torch.tensors import written_since
 from gift.quantization import is_quantised
 from gift.support.interrupts import switching
+from gift.support.progress import slow
 
 
 @switching
@@ -74,7 +75,7 @@ def _merge_copies(net: nn.Module) -> None:
     staying = _staying(net)
     instead: dict[int, Any] = {id(t): _copied(t) for t in _written(net)}
     problems: list[str] = []
-    for path, module in net.named_modules():
+    for path, module in slow([*net.named_modules()], "merging"):
         values = {} if module in staying else effective(module)
         problems += without_values(path, module, values)
         for tensor, value in values.items():

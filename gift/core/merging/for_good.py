@@ -16,6 +16,7 @@ from gift.core.weights.attach import release_tensors
 from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError, GiftWarning, refuse
 from gift.quantization import is_quantised, requantised
+from gift.support.progress import slow
 from gift.support.sharding import is_sharded
 from gift.support.threads import changing
 
@@ -67,7 +68,7 @@ def _merge(net: nn.Module) -> None:
     record = remove_record(net)
     instead: dict[int, nn.Parameter] = {}
     _separate(net)
-    for module in net.modules():
+    for module in slow([*net.modules()], "merging"):
         values = effective(module)
         release_tensors(module)
         release_statistics(module)

@@ -1,6 +1,6 @@
 """The report of a run, as text, images and an HTML page."""
 
 from gift.training.report.page import write_report
-from gift.training.report.text import summary
+from gift.training.report.text import summary, summary_html
 
-__all__ = ["summary", "write_report"]
+__all__ = ["summary", "summary_html", "write_report"]

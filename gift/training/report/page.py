@@ -1,12 +1,13 @@
 """The report as images and one HTML page that works offline."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gift.support.atomic_files import write_bytes
 from gift.support.optional import require
+from gift.training.mistakes import Seen
 from gift.training.report import plots, tables
 from gift.training.result import Result
 
@@ -66,7 +67,7 @@ def write_report(result: Result, folder: Path) -> Path:
 
 def _page(result: Result, images: list[Image]) -> str:
     """Render the HTML of the page."""
-    after = (tables.unfrozen, tables.epochs, tables.confusions, tables.classes)
+    after = (tables.unfrozen, tables.epochs, tables.confusions, tables.classes, tables.skipped)
     return rendered(
         title=f"{tables.plain(result.network)}, fine-tuned",
         facts=tables.facts(result),
@@ -74,6 +75,8 @@ def _page(result: Result, images: list[Image]) -> str:
         comparisons=tables.comparisons(result),
         images=images,
         samples=[(tables.plain(one.caption), address(one.png)) for one in result.samples],
+        seen=[(title, [_seen(one) for one in seen]) for title, seen in _sections(result) if seen],
+        about=tables.about(result),
         tables=[table for make in after if (table := make(result))],
     )
 
@@ -86,6 +89,8 @@ def rendered(
     comparisons: Sequence[tables.Table] = (),
     samples: Sequence[tuple[str, str]] = (),
     stopped: str = "",
+    seen: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = (),
+    about: Sequence[tables.Table] = (),
 ) -> str:
     """Render a page of facts, images and tables as HTML.
 
@@ -97,6 +102,8 @@ def rendered(
         comparisons: tables above the images, before and after training.
         samples: captions and ``data:`` URLs of further images.
         stopped: why training ended early.
+        seen: examples and what the network says of them, below headings.
+        about: tables at the end, about the run itself.
     """
     jinja2 = require("jinja2", "train")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -105,8 +112,24 @@ def rendered(
     )
     return environment.from_string(template).render(
         title=title, facts=facts, stopped=stopped, comparisons=comparisons, images=images,
-        samples=samples, tables=tables, light=plots.LIGHT, dark=plots.DARK,
+        samples=samples, seen=seen, about=about, tables=tables, light=plots.LIGHT, dark=plots.DARK,
     )  # fmt: skip
+
+
+def _sections(result: Result) -> list[tuple[str, list[Seen]]]:
+    return [("Worst mistakes", result.mistakes), ("Examples", result.shown)]
+
+
+def _seen(one: Seen) -> dict[str, Any]:
+    """Return an example as texts for the page."""
+    return {
+        "input": tables.plain(one.input),
+        "image": address(one.png) if one.png else "",
+        "true": tables.plain(one.true),
+        "predicted": tables.plain(one.predicted),
+        "loss": tables.number(one.loss),
+        "is_right": one.true == one.predicted,
+    }
 
 
 def _alt(name: str, result: Result) -> str:

@@ -177,7 +177,7 @@ def confusion(result: Result, theme: Theme) -> Any:
     image = axes.imshow(shares, cmap=shades, norm=norm)
     figure.colorbar(image, label="share of the class", shrink=0.8).outline.set_visible(False)
     axes.grid(False)
-    axes.set(xlabel="predicted", ylabel="is")
+    axes.set(xlabel="predicted", ylabel="true")
     every = -(-count // 50)
     names = [n if len(n) <= 22 else f"{n[:21]}…" for n in class_names(result)][::every]
     small = {"parse_math": False, "fontsize": 9 if count <= 15 else 7 if count <= 30 else 6}

@@ -168,7 +168,7 @@ def confusions(result: Result) -> Table | None:
         for count, true, said in mistakes[:MOST_CONFUSIONS]
     ]
     more = len(mistakes) - len(rows)
-    header = ["is", "was predicted as", "times", "share of the class"]
+    header = ["true", "predicted", "times", "share of the class"]
     note = f"and {more:,} more pairs" if more else ""
     return Table("Most frequent mistakes", header, rows, note, words=[1])
 
@@ -176,3 +176,21 @@ def confusions(result: Result) -> Table | None:
 def _union(rows: Iterable[Mapping[str, float]]) -> list[str]:
     """Return all keys in order of first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def about(result: Result) -> list[Table]:
+    """Return facts about the run by their sections: environment, examples, settings."""
+    return [
+        Table(title, ["", ""], [[plain(k), plain(v)] for k, v in section.items()], words=[1])
+        for title, section in result.about.items()
+        if section
+    ]
+
+
+def skipped(result: Result) -> Table | None:
+    """Return the examples that were left out, and why."""
+    shown = result.skipped[:MOST_CONFUSIONS]
+    more = len(result.skipped) - len(shown)
+    note = f"and {more:,} more, see damaged.txt" if more else ""
+    rows = [[f"{number}", plain(text)] for number, text in enumerate(shown, 1)]
+    return Table("Left out", ["", "reason"], rows, note, words=[1]) if rows else None
