@@ -13,7 +13,7 @@ from gift.errors import some
 from gift.files.description import describe_deltas
 from gift.files.digests import digest
 from gift.files.inspection import DeltaFile
-from gift.files.saving import fingerprint, split
+from gift.files.saving import fingerprint, split, without_rows
 from gift.methods import method_of
 from gift.quantization import packed_names, tells_packing
 from gift.strategies.resolved import PLACES
@@ -121,7 +121,11 @@ def other_base(
     records = set() if check_base else those
     if missing := [name for name in file.base if name not in own and name not in records]:
         yield f"its base has {len(missing)} tensors that this one lacks: {missing}"
-    known = {name: tensor for name, tensor in own.items() if file.base[name][2] is not None}
+    known = {
+        name: without_rows(tensor, file.replaced.get(name, []))
+        for name, tensor in own.items()
+        if file.base[name][2] is not None
+    }
     here = fingerprint(known, check_base)
     dtypes, values, packed = list[str](), list[str](), list[str]()
     for name, tensor in own.items():

@@ -31,6 +31,7 @@ class DeltaFile:
         buffers: names of the network's buffers that training changed.
         inputs: the task, the class names and how inputs are read, as far as recorded.
         base: dtype, shape and digest of each tensor that is not in the file.
+        replaced: rows of tensors of the base that the delta replaces, whose values may differ.
         below: what frozen deltas of the base change, on top of which the delta was trained.
         aliases: names of tied tensors, mapped to the name under which the tensor is stored.
         versions: versions of gift and torch.
@@ -47,6 +48,7 @@ class DeltaFile:
     buffers: list[str]
     inputs: dict[str, Any]
     base: dict[str, list[Any]]
+    replaced: dict[str, list[int]]
     below: list[dict[str, Any]]
     aliases: dict[str, str]
     versions: dict[str, str]
@@ -151,7 +153,7 @@ def inspect(path: str | os.PathLike[str]) -> DeltaFile:
         (606, ['0.weight', '2.weight'])
     """
     header, tensors = read(path)
-    header = {"below": []} | header  # older files know no deltas of the base
+    header = {"below": [], "replaced": {}} | header  # older files have neither
     problems = list(_nonsense(header))
     refuse(DeltaFileError, f"{path} cannot be read", problems)
     values = {name: header[name] for name, _ in _FIELDS}
@@ -187,6 +189,10 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(n, int) for n in value)
 
 
+def _is_rows(value: object) -> bool:
+    return _is_shape(value) and all(type(n) is int and n >= 0 for n in value)  # type: ignore[attr-defined]
+
+
 def _is_note(value: object) -> bool:
     if not isinstance(value, dict) or set(value) - {"details"} != {"task", "classes", "reader"}:
         return False
@@ -214,6 +220,7 @@ _FIELDS = (
     ("buffers", _is_texts),
     ("inputs", _is_note),
     ("base", _is_fingerprint),
+    ("replaced", lambda value: isinstance(value, dict) and all(map(_is_rows, value.values()))),
     ("below", lambda value: isinstance(value, list) and all(map(_is_group, value))),
     ("aliases", _is_names),
     ("versions", _is_names),

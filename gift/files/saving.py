@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gift.core.dynamic_class import joined
 from gift.core.io_spec import io_spec_of
 from gift.core.record import fine_tuned_part, record_of
 from gift.core.state import whole_state
 from gift.core.trained import delta_names, frozen_names, trained_of_the_base, trained_tensors
 from gift.core.unfreeze import unfreezable_problems
+from gift.core.weights.record import present_weight_deltas
 from gift.errors import DeltaFileError, refuse
 from gift.files.container import write
 from gift.files.description import describe_deltas, names_regex, resolve
 from gift.files.digests import digest, digests
-from gift.quantization import quant_state_names
+from gift.quantization import is_quantised, quant_state_names
 from gift.support.sharding import is_sharded, whole
 from gift.support.tensors import dtype_name, is_finite
 from gift.version import __version__
@@ -197,6 +199,7 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
         except ValueError as error:
             strategy, reason = None, str(error)
     trained = [name for name, _ in trained_of_the_base(network)]
+    replaced = _replaced_rows(network)
     return {
         "network": record.report.network,
         "strategy": strategy,
@@ -207,9 +210,35 @@ def _describe(network: Any, parts: Parts, digest_base: bool) -> dict[str, Any]:
         "trained": trained,
         "buffers": parts.buffers,
         "inputs": io_spec_of(network).to_config(),
-        "base": fingerprint(parts.base, digest_base),
+        "base": fingerprint(_without(parts.base, replaced), digest_base),
+        "replaced": replaced,
         "versions": {"gift": __version__, "torch": str(torch.__version__)},
     }
+
+
+def _replaced_rows(network: Any) -> dict[str, list[int]]:
+    """Return the rows of each frozen tensor that a delta replaces, under every name of it."""
+    found: dict[str, list[int]] = {}
+    for path, module in network.named_modules(remove_duplicate=False):
+        for tensor, delta in present_weight_deltas(module).items():
+            rows = list(delta.method.replaced_rows)
+            layout = delta.layout
+            if layout is None or delta.below is not None or len(layout.matrix) != 2:
+                continue
+            if rows and layout.is_trivial:
+                found[joined(path, tensor)] = rows
+    return found
+
+
+def without_rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Return a tensor with zeros in some of its rows, which no digest then tells apart."""
+    if is_quantised(tensor) or is_sharded(tensor) or not (rows and max(rows) < len(tensor)):
+        return tensor
+    return tensor.detach().index_fill(0, torch.tensor(rows, device=tensor.device), 0)
+
+
+def _without(tensors: Mapping[str, Tensor], replaced: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    return {name: without_rows(t, replaced.get(name, [])) for name, t in tensors.items()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor], with_digests: bool) -> dict[str, list[Any]]:

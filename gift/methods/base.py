@@ -1,6 +1,6 @@
 """The base class of methods: functions of a frozen matrix and a few trained parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
@@ -75,6 +75,12 @@ class Method(Configured):
     """Whether parameter shapes determine the shape of the matrix.
 
     A saved delta then need not record the layout in which the weight was read.
+    """
+
+    replaced_rows: ClassVar[Sequence[int]] = ()
+    """Rows whose frozen values do not matter, since the delta has values in their place.
+
+    A file of the delta does not ask for the same values there.
     """
 
     low_rank_is_cheap: ClassVar[bool] = True

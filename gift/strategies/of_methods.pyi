@@ -1396,6 +1396,46 @@ class TinyLoRAConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class TrainableTokensAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rows: str = "0",
+        new: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class TrainableTokensLinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rows: str = "0",
+        new: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class TrainableTokensConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rows: str = "0",
+        new: bool = False,
+        *,
+        dtype: torch.dtype | str | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class VeRAAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,

@@ -511,6 +511,18 @@ def few_numbers(w0: Tensor, p: Parameters) -> Tensor:
     return w0 + torch.einsum("op,pq,qi->oi", p["tiny_B"], between, p["tiny_A"])
 
 
+def rows_in_place(rows: list[int]) -> Formula:
+    """Some rows have something added, all others are the frozen ones."""
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        trained = dict(zip(rows, p["tokens_T"], strict=True))
+        return torch.stack(
+            [row + trained.get(n, torch.zeros_like(row)) for n, row in enumerate(w0)]
+        )
+
+    return formula
+
+
 SIGN = {"gradients": "the direction of a single number is its sign, which does not move"}
 # transformers' Conv1D and attention start with biases of zeros.
 NO_BIAS = {"gradients": "a factor of a bias of zeros has no effect"}
@@ -624,6 +636,9 @@ METHODS: dict[str, MethodCase] = {
         anchored_low_rank("pissa", lambda rank: 5.0 / math.sqrt(rank)),
         low_rank_count(2),
         {"rank": 2, "lora_alpha": 5, "use_rslora": True, "clip_rank": True},
+    ),
+    "trainable_tokens": MethodCase(
+        "trainable_tokens", rows_in_place([0]), lambda rows, columns: columns, view="matrices"
     ),
     "guided": MethodCase(
         "guided", anchored_low_rank("guided", lambda rank: 1.0), low_rank_count(3)

@@ -149,6 +149,7 @@ class Form:
         options: options of the config that it supports, or that have no effect on outputs.
         bias: word in a config for the biases of the adapted layers, "" if there is none.
         defaults: values of options that are missing in a config.
+        ties: whether PEFT adapts a tied tensor under all of its names if a file has one of them.
     """
 
     peft_type: str
@@ -160,6 +161,7 @@ class Form:
     options: frozenset[str]
     bias: str = ""
     defaults: Config = field(default_factory=dict)
+    ties: bool = False
 
 
 def common(values: list[Any]) -> Any:

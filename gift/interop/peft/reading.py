@@ -149,7 +149,7 @@ class Reading:
             ]
             return
         wanted = targeted(self.config, (path for path, _ in self.network.named_modules()))
-        if self.config.get("ensure_weight_tying"):
+        if self.config.get("ensure_weight_tying") or self.form.ties:
             tied = {id(self.base.get(f"{path}.weight")) for path in wanted}
             wanted |= {path for path in adapted if id(self.base.get(f"{path}.weight")) in tied}
         self.problems += [
@@ -219,7 +219,8 @@ class Reading:
             names.setdefault(id(tensor), []).append(name)
         for tied in names.values():
             for name, other in ((n, o) for n in tied for o in tied if n != o):
-                if name in reads and not _alike(reads[name], reads.get(other)):
+                both = not self.form.ties or other in reads
+                if name in reads and both and not _alike(reads[name], reads.get(other)):
                     self.problems.append(
                         f"{name} and {other} are one tensor: PEFT adapts them apart"
                     )

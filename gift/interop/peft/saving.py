@@ -133,7 +133,8 @@ def _adapted_tensors(network: nn.Module, problems: list[str]) -> Iterator[Adapte
         names.setdefault(id(module), []).append(path)
     for path, module in network.named_modules():
         for tensor, delta in present_weight_deltas(module).items():
-            if delta.bias_of:
+            form = _forms_by_method().get(delta.method.name)
+            if delta.bias_of or (delta.owner is not None and form is not None and form.ties):
                 continue
             item = AdaptedTensor(path, module, tensor, delta, _attention_of(network, path, tensor))
             found = list(_incompatibilities(network, item))

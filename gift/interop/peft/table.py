@@ -10,13 +10,14 @@ from gift.interop.peft.products import LOHA_FORM, LOKR_FORM
 from gift.interop.peft.road import ROAD_FORM
 from gift.interop.peft.scaled_factors import DELORA_FORM, HIRA_FORM
 from gift.interop.peft.scaling import IA3_FORM, VERA_FORM
+from gift.interop.peft.tokens import TOKENS_FORM
 from gift.interop.peft.wavelets import WAVEFT_FORM
 
 FORMS: dict[str, Form] = {
     form.peft_type: form
     for form in (
         LORA_FORM, LOHA_FORM, LOKR_FORM, IA3_FORM, VERA_FORM, OFT_FORM, BOFT_FORM, C3A_FORM,
-        DELORA_FORM, GRALORA_FORM, HIRA_FORM, MISS_FORM, ROAD_FORM, WAVEFT_FORM,
+        DELORA_FORM, GRALORA_FORM, HIRA_FORM, MISS_FORM, ROAD_FORM, TOKENS_FORM, WAVEFT_FORM,
         ADALORA_FORM, GLORA_FORM,
     )
 }  # fmt: skip
