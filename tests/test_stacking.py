@@ -99,10 +99,11 @@ def test_the_weight_is_the_upper_formula_of_the_lower_one(lower: str, upper: str
     assert top.below is not None
     p1 = parameters_of(layer, top.below.names, leaf=False)
     p2 = parameters_of(layer, top.names, leaf=True)
-    weight = above.formula(below.formula(w0, p1), p2)
-    bias = b0
+    weight, bias = w0, b0
     for case, p in ((below, p1), (above, p2)):
-        bias = case.formula(bias[:, None], p)[:, 0] if case.scales_bias else bias
+        if case.adapts_bias:
+            bias = case.of_bias(bias[:, None], p, weight)[:, 0]
+        weight = case.formula(weight, p)
     expected = x @ weight.mT + bias
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer.weight, weight)
