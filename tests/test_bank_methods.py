@@ -27,7 +27,7 @@ LOW_RANK = {
     "delora",
 }
 LOW_RANK |= {"lora_xs", "psoft"}
-NO_MULTIPLE = {"dora", "oft", "boft", "hra", "psoft", "svdiff"}
+NO_MULTIPLE = {"dora", "deft", "oft", "boft", "hra", "psoft", "svdiff"}
 
 
 def trained(case: MethodCase, shape: tuple[int, ...]) -> tuple[Any, Tensor, dict[str, Tensor]]:

@@ -89,7 +89,7 @@ def tensor(key: str, value: Any) -> Edit:
 
 
 UNREADABLE: dict[str, tuple[Edit, str]] = {
-    "an unknown method": (option(peft_type="VBLORA"), "peft_type is 'VBLORA', known here are"),
+    "an unknown method": (option(peft_type="LILY"), "peft_type is 'LILY', known here are"),
     "no method": (option(peft_type=None), "peft_type is None"),
     **{
         name: (option(**{name: value}), f"{name}=.* has no counterpart")

@@ -11,6 +11,7 @@ from gift.methods.base import method_of as method_of
 from gift.methods.base import register_method as register_method
 from gift.methods.boft import BOFT as BOFT
 from gift.methods.c3a import C3A as C3A
+from gift.methods.deft import DEFT as DEFT
 from gift.methods.delora import DeLoRA as DeLoRA
 from gift.methods.dora import DoRA as DoRA
 from gift.methods.fact import FacT as FacT

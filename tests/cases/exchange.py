@@ -9,6 +9,7 @@ from peft import (
     AdaLoraConfig,
     BOFTConfig,
     C3AConfig,
+    DeftConfig,
     DeloraConfig,
     GloraConfig,
     GraloraConfig,
@@ -20,7 +21,9 @@ from peft import (
     MissConfig,
     OFTConfig,
     PeftModel,
+    PveraConfig,
     RoadConfig,
+    VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
     get_peft_model,
@@ -144,7 +147,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 LINEAR = ("linear", "linear, no bias")
 FLAT = (*LINEAR, "Conv1D of transformers")
 IMAGES = ("conv2d", "conv2d 1x1")
-LOOSE = {"C3A": 1e-6, "C3A in blocks": 1e-6}  # PEFT computes these in float32
+LOOSE = dict.fromkeys(
+    ("C3A", "C3A in blocks", "DEFT", "DEFT, orthogonal"), 1e-6
+)  # PEFT computes these in float32
 
 # By gift: the method, its settings, and the layers.
 OURS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -190,6 +195,8 @@ OURS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "GLoRA": ("glora", {"rank": 3}, LINEAR),
     "GLoRA of vectors": ("glora", {"a_b": "vector", "c": "vector", "d_e": "vector"}, LINEAR),
     "GLoRA of numbers": ("glora", {"a_b": "constant", "c": "none", "d_e": "none"}, LINEAR),
+    "DEFT": ("deft", {}, FLAT),
+    "DEFT, orthogonal": ("deft", {"rank": 3, "alpha": 2, "decomposition": "qr"}, LINEAR),
     "WaveFT": ("waveft", {}, FLAT),
     "WaveFT, few": ("waveft", {"n_frequency": 9, "scaling": 3.0, "seed": 5}, ("linear, odd",)),
 }
@@ -265,6 +272,18 @@ THEIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = 
         {"config_A_B": "constant", "config_C": "vector", "bias": "glora_only"},
         LINEAR,
     ),
+    "DEFT": (DeftConfig, {"r": 9, "bias": "deft_only"}, FLAT),
+    "DEFT, orthogonal": (
+        DeftConfig,
+        {"r": 3, "alpha": 5, "decomposition_method": "qr"},
+        ("linear",),
+    ),
+    "VB-LoRA": (
+        VBLoRAConfig,
+        {"r": 3, "num_vectors": 7, "vector_length": 4, "topk": 2, "init_logits_std": 1.0},
+        FLAT,
+    ),
+    "PVeRA": (PveraConfig, {"r": 4, "bias": "pvera_only"}, FLAT),
     "WaveFT": (WaveFTConfig, {"n_frequency": 30, "bias": "waveft_only"}, FLAT),
     "MiSS, mini": (MissConfig, {"r": 4, "init_weights": "mini", "mini_r": 4}, LINEAR),
 }

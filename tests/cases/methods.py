@@ -523,6 +523,26 @@ def rows_in_place(rows: list[int]) -> Formula:
     return formula
 
 
+def injected(scaling: Callable[[int], float], qr: bool = False) -> Formula:
+    """``(I - Q T^T) W0 + Q R``; R starts at what is taken out of the weight."""
+
+    def projection(p: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.linalg.qr(p)[0] if qr else p
+        return first, first if qr else p.clamp_min(0)
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        q, t = projection(p["deft_P"])
+        start = projection(p["deft_P0"])[1].T @ w0
+        r = start + scaling(len(p["deft_R"])) * p["deft_R"]
+        return (torch.eye(len(w0), dtype=torch.float64) - q @ t.T) @ w0 + q @ r
+
+    return formula
+
+
+def injected_count(rank: int) -> Callable[[int, int], int]:
+    return lambda rows, columns: min(rank, rows) * (rows + columns)
+
+
 SIGN = {"gradients": "the direction of a single number is its sign, which does not move"}
 # transformers' Conv1D and attention start with biases of zeros.
 NO_BIAS = {"gradients": "a factor of a bias of zeros has no effect"}
@@ -754,6 +774,16 @@ METHODS: dict[str, MethodCase] = {
     "road_four": MethodCase(
         "road", rotated_pairs(4, 2), pair_count(4), {"variant": "road_4", "group_size": 2},
         "outputs", scales_bias=True,
+    ),
+    "deft": MethodCase(
+        "deft", injected(lambda rank: 1.0), injected_count(8), view="filters"
+    ),
+    "deft_qr": MethodCase(
+        "deft",
+        injected(lambda rank: 5.0 / rank, qr=True),
+        injected_count(2),
+        {"rank": 2, "alpha": 5, "decomposition": "qr", "clip_rank": True},
+        "filters",
     ),
     "fact": MethodCase(
         "fact", slices_of_a_tensor(1.0), square_count(16), view="filters",

@@ -147,6 +147,7 @@ class Form:
         read: converts a layer in a file, the config and shared tensors to deltas; raises a
             `ValueError` if there is no counterpart.
         options: options of the config that it supports, or that have no effect on outputs.
+        shared: full keys of tensors that all layers share.
         bias: word in a config for the biases of the adapted layers, "" if there is none.
         defaults: values of options that are missing in a config.
         ties: whether PEFT adapts a tied tensor under all of its names if a file has one of them.
@@ -160,6 +161,7 @@ class Form:
     read: Callable[[Layer, Config, Tensors], list[Read]]
     options: frozenset[str]
     bias: str = ""
+    shared: frozenset[str] = frozenset()
     defaults: Config = field(default_factory=dict)
     ties: bool = False
 

@@ -72,10 +72,8 @@ class Reading:
                 shared[key] = tensor
             elif ".original_module." not in key and ".modules_to_save." not in key:
                 others[rest.replace(_WRAPPED, "")] = tensor
-        known = (
-            {"base_model.vera_A", "base_model.vera_B"} if self.form.peft_type == "VERA" else set()
-        )
-        self.problems += [f"{key}: PEFT has no such key" for key in sorted(set(shared) - known)]
+        unknown = sorted(set(shared) - self.form.shared)
+        self.problems += [f"{key}: PEFT has no such key" for key in unknown]
         return list(self._layers(beside)), others, shared
 
     def _layers(self, beside: dict[str, Tensors]) -> Iterator[Layer]:

@@ -202,5 +202,6 @@ VERA_FORM = Form(
         "bias",
     }),
     bias="vera_only",
+    shared=frozenset({"base_model.vera_A", "base_model.vera_B"}),
     defaults={"r": 256},
 )  # fmt: skip
