@@ -25,6 +25,7 @@ from gift.training.loading import Batches
 from gift.training.settings import Settings
 from gift.training.tasks.taught import similarity_loss
 from gift.training.weighing import class_weights, easiest, example_weights
+from gift.zoo import load_network
 from tests.job_examples import CHEAP, bert, images, texts, written
 from tests.small_files import class_images, word_tokenizer
 
@@ -304,6 +305,14 @@ def test_jobs_on_pairs_and_on_classes_of_images(tmp_path: Path) -> None:
             "strategy": "NormFineTuningStrategy"}  # fmt: skip
     result = run_job(read_job(written(tmp_path, job)))
     assert set(result.after) == {"loss", "recall_at_1"}
+
+
+def test_classifiers_of_torchvision_give_what_their_head_would_get() -> None:
+    loaded = load_network("torchvision:shufflenet_v2_x0_5", None, task="contrastive")
+    assert (loaded.task, loaded.classes) == ("contrastive", None)
+    assert loaded.net.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1024)
+    dense = load_network("torchvision:squeezenet1_1", None, task="contrastive").net
+    assert dense.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 512)
 
 
 # Curricula.

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from gift.data.examples import Reader
 from gift.data.readers import DetectorReader, SegmentationReader
 from gift.errors import NetworkError
+from gift.factories.checks import last_linear
 from gift.support.optional import require
 from gift.zoo.errors import unknown, unreachable
 from gift.zoo.loaded import HEAD_TASKS, LoadedNetwork
@@ -29,7 +32,7 @@ def from_torchvision(
     if name not in kinds:
         raise unknown("classifier, detector or segmentation network of torchvision", name, kinds)
     kind = kinds[name]
-    if kind == "classification" and task in HEAD_TASKS:
+    if kind == "classification" and task in (*HEAD_TASKS, "contrastive"):
         kind = task
     if task not in (None, kind):
         raise NetworkError(f"{name} is for {kind}, not for {task!r}")
@@ -48,6 +51,10 @@ def from_torchvision(
     if chosen is None and weights is not None:
         put_state(net, weights)
     classes = None if chosen is None else tuple(chosen.meta["categories"])
+    if kind == "contrastive":
+        path, _ = last_linear(net)
+        net.set_submodule(path, nn.Identity())  # vectors are what the head would get
+        classes = None
     transform = None if kind == "detection" else (chosen or its.DEFAULT).transforms()
     return LoadedNetwork(net, _reader(transform, kind, name), kind, classes)
 
