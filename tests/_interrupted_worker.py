@@ -38,11 +38,13 @@ def train(folder: Path | None, epochs: int) -> Any:
     return network.state_dict(), (DATA, LABELS)
 
 
-def tried(folder: Path, epochs: int, out: Path) -> int:
-    """Train in a fork, interrupt it after a random time, and return how the process ended."""
+def tried(folder: Path, epochs: int, out: Path, interrupt: bool) -> int:
+    """Train in a fork, perhaps interrupt it after a random time, and return how it ended."""
+    reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         code = 1
         try:
+            os.write(writing, b"!")  # a signal that arrives within the fork itself is lost
             os.dup2(os.open(folder.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
             torch.save(train(folder, epochs)[0], out)
             code = 0
@@ -53,20 +55,25 @@ def tried(folder: Path, epochs: int, out: Path) -> int:
         except BaseException:
             sys.excepthook(*sys.exc_info())
         os._exit(code)
-    time.sleep(random.uniform(0.0, 0.5))
-    number = random.choice(SIGNALS)
-    os.kill(child, number)
+    os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
+    if interrupt:
+        time.sleep(random.uniform(0.0, 0.5))
+        os.kill(child, random.choice(SIGNALS))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main(folder: Path, interruptions: int, seed: int) -> None:
     """Print how each try ended, in the end 0; write the weights of the whole run beside them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    torch.save(train(None, interruptions)[0], folder / "expected.pt")
+    epochs = 5 * interruptions
+    torch.save(train(None, epochs)[0], folder / "expected.pt")
     random.seed(seed)
     ended: list[int] = []
     while 0 not in ended:
-        ended.append(tried(folder / "run", interruptions, folder / "weights.pt"))
+        left = len(ended) < interruptions
+        ended.append(tried(folder / "run", epochs, folder / "weights.pt", left))
         assert 1 not in ended, (folder / "said.txt").read_text()
     print(*ended)
 
