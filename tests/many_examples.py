@@ -1,5 +1,6 @@
 """A job whose runs take a tenth of a second, and searches of it."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,11 @@ def tiny_search(folder: Path, **parts: Any) -> Path:
     content |= {"pruner": "none"} | parts
     (folder / "search.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     return folder / "search.yaml"
+
+
+class Slow(Net):
+    """Takes a tenth of a second for each batch, so that there is time to interrupt it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return super().forward(x)

@@ -221,6 +221,23 @@ from gift.strategies import LoRAAllFineTuningStrategy, load_strategy_from_config
 LoRAAllFineTuningStrategy(rank=4).save_init_paras("strategy.yaml")
 assert load_strategy_from_config("strategy.yaml").init_paras["rank"] == 4
 """,
+    "search": """
+from pathlib import Path
+from gift.many import Search
+from gift.many.pages import write_search_report
+from gift.many.study import Study
+job = {"data": {"kind": "class_folders", "train": "train", "valid": "valid"}}
+vary = {"lr": {"low": 1e-4, "high": 0.1}, "method": ["lora", "ia3"]}
+search = Search(job=job, vary=vary, budget={"trials": 2}).anchored(Path.cwd())
+study = Study(search, ["loss"])
+for value in (0.5, 0.4):
+    study.complete(study.asked(), [value], {})
+print(write_search_report(study, study.best()))
+""",
+    "slurm": """
+from gift.many.engines.slurm_cluster import Slurm
+print(Slurm().problems([]))
+""",
     "demo": """
 from gift.demo.__main__ import main
 main(["--steps", "2", "--out", "demo"])

@@ -4,18 +4,24 @@ from typing import Annotated
 
 import typer
 
+from gift.cli.cancel import cancel
 from gift.cli.compare import compare
 from gift.cli.evaluate import evaluate
 from gift.cli.export import export
+from gift.cli.fetch import fetch
 from gift.cli.find_lr import find_lr
 from gift.cli.finetune import finetune
 from gift.cli.init import init
+from gift.cli.jobs import jobs
+from gift.cli.logs import logs
 from gift.cli.merge import merge
 from gift.cli.plain import in_plain_words
 from gift.cli.predict import predict
 from gift.cli.push import push
+from gift.cli.resume import resume
 from gift.cli.search import search
 from gift.cli.show import show
+from gift.cli.submit import submit
 from gift.cli.suggest import suggest
 from gift.cli.table import table
 from gift.cli.task import task
@@ -47,7 +53,7 @@ def gift(
 
 COMMANDS = (
     init, finetune, find_lr, predict, evaluate, show, table, suggest, merge, export, push,
-    search, compare,
+    search, compare, submit, jobs, logs, cancel, resume, fetch,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(in_plain_words(command))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gift.cli.options import NETWORK, SET
+from gift.cli.options import NETWORK, ON_OR_HERE, SBATCH, SET, chosen_engine
 from gift.cli.plain import complain, say
 
 
@@ -26,6 +26,8 @@ def compare(
     ] = None,
     parallel: Annotated[int, typer.Option(help="number of runs at a time", min=1)] = 1,
     changes: SET = None,
+    on: ON_OR_HERE = None,
+    sbatch: SBATCH = None,
     network: NETWORK = None,
 ) -> None:
     """Compare methods on a job; what is done is not done again."""
@@ -33,10 +35,11 @@ def compare(
     from gift.many import compare as run_compare
 
     settled = read_job(job, changes or ())
+    engine = None if on is None else chosen_engine(on, sbatch, network)
     try:
         made = run_compare(
             settled, methods, seeds, folder=folder, budget=budget, parallel=parallel,
-            network=network, tell=say,
+            network=network, tell=say, engine=engine,
         )  # fmt: skip
     except KeyboardInterrupt:
         complain("stopped; the same command goes on")

@@ -28,6 +28,42 @@ SET = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="change a setting; as often as needed"),
 ]
+ON = Annotated[str, typer.Option("--on", metavar="slurm", help="which cluster")]
+ON_OR_HERE = Annotated[
+    str | None, typer.Option("--on", metavar="slurm", help="a cluster, else this machine")
+]
+SBATCH = Annotated[
+    list[str] | None,
+    typer.Option("--sbatch", metavar="NAME=VALUE", help="options of sbatch: partition=long"),
+]
+SUBMITTED = Annotated[
+    str, typer.Argument(metavar="ID|RUN", help="what gift submit printed, or the folder of the run")
+]
+
+
+def sbatch_options(texts: list[str] | None) -> dict[str, str]:
+    """Return the options of ``sbatch`` by name."""
+    parts = [text.partition("=") for text in texts or ()]
+    if wrong := [name for name, equals, _ in parts if not equals]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not NAME=VALUE", param_hint="--sbatch")
+    return {name.lstrip("-").replace("-", "_"): value for name, _, value in parts}
+
+
+def chosen_engine(
+    on: str,
+    sbatch: list[str] | None = None,
+    network: str | None = None,
+) -> Any:
+    """Return the engine that the options name.
+
+    Args:
+        on: "slurm".
+        sbatch: options of ``sbatch``.
+        network: see `NETWORK`.
+    """
+    from gift.many.submitting import engine_of
+
+    return engine_of(on, options=sbatch_options(sbatch), network=network)
 
 
 ALLOW_IMPORT = Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gift.cli.options import NETWORK
+from gift.cli.options import NETWORK, ON_OR_HERE, SBATCH, chosen_engine
 from gift.cli.plain import complain, say
 
 
@@ -16,13 +16,16 @@ def search(
     parallel: Annotated[
         int | None, typer.Option(help="number of trials at a time", min=1, show_default=False)
     ] = None,
+    on: ON_OR_HERE = None,
+    sbatch: SBATCH = None,
     network: NETWORK = None,
 ) -> None:
     """Search for the best settings of a job, or go on with a search that was stopped."""
     from gift.many import search as run_search
 
+    engine = None if on is None else chosen_engine(on, sbatch, network)
     try:
-        found = run_search(file, network=network, tell=say, parallel=parallel)
+        found = run_search(file, network=network, tell=say, engine=engine, parallel=parallel)
     except KeyboardInterrupt:
         complain("stopped; the same command goes on with the search")
         raise typer.Exit(130) from None

@@ -10,7 +10,7 @@ from gift.errors import JobError, refuse
 from gift.jobs.documented import described_arguments, first_sentence, parameters_of
 from gift.jobs.errors import hint
 from gift.jobs.kinds import KINDS, DataKind
-from gift.jobs.models import Data, Job, Network, ScheduleSection, Strategy
+from gift.jobs.models import Data, Job, Network, Resources, ScheduleSection, Strategy
 from gift.support.recipes import REGISTRY
 from gift.support.yaml_files import dump
 from gift.training.settings import Settings
@@ -58,6 +58,8 @@ def _lines(kind: DataKind, strategy: str) -> Iterator[str]:
     yield from _heading("schedule", about, f"There are: {schedules}.", value=" null")
     yield from _heading("training", about)
     yield from _settings(parameters_of(Settings), described_arguments(Settings))
+    yield from _heading("resources", about)
+    yield from _settings(Resources().model_dump(), described_arguments(Resources))
     yield ""
     yield from _settings({"teacher": None}, about, indent="")
     yield from _settings({"folder": Job.model_fields["folder"].default}, about, indent="")

@@ -14,6 +14,7 @@ from pydantic import (
     field_validator,
 )
 
+from gift.budget.budget import Budget
 from gift.errors import some
 from gift.jobs.errors import hint, shown
 from gift.jobs.kinds import KINDS, anchored
@@ -253,6 +254,40 @@ class ScheduleSection(_Registered):
         return load_schedule_from_config(config)
 
 
+class Resources(Section):
+    """What a run takes of a cluster; `gift finetune` ignores it.
+
+    Args:
+        gpus: number of GPUs.
+        cpus: number of processors.
+        memory: memory, such as 16GB; null leaves that to the cluster.
+        hours: time limit; a run that reaches it goes on in the queue. Null is that of the cluster.
+        processes: number of processes that train together, on one machine.
+    """
+
+    gpus: int = Field(default=0, ge=0)
+    cpus: int = Field(default=1, ge=1)
+    memory: str | None = None
+    hours: float | None = Field(default=None, gt=0)
+    processes: int = Field(default=1, ge=1)
+
+    @field_validator("memory")
+    @classmethod
+    def _is_size(cls, memory: str | None) -> str | None:
+        try:
+            is_size = memory is None or Budget.of(memory, 0).in_bytes
+        except ValueError:
+            is_size = False
+        if not is_size:
+            raise ValueError(f"this is {shown(memory)}, expected a size such as 16GB")
+        return memory
+
+    @property
+    def megabytes(self) -> int | None:
+        """The memory in millions of bytes."""
+        return None if self.memory is None else Budget.of(self.memory, 0).limit // 10**6
+
+
 class Job(Section):
     """A job of gift: which network is trained on which examples, and how.
 
@@ -264,6 +299,7 @@ class Job(Section):
         training: settings of the training.
         teacher: the folder of a run whose network teaches (distillation), or a network as in
             network; null for none.
+        resources: what the run takes of a cluster, see gift submit.
         folder: folder for all files of the run; a later call resumes from its checkpoint.
     """
 
@@ -273,6 +309,7 @@ class Job(Section):
     schedule: Named[ScheduleSection] | None = None
     training: Filled[Settings] = Settings()
     teacher: str | Network | None = None
+    resources: Filled[Resources] = Resources()
     folder: str = "run"
 
     @field_validator("training")

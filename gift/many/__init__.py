@@ -3,5 +3,6 @@
 from gift.many.comparing import Comparison, compare
 from gift.many.searching import Found, search
 from gift.many.settings import Search, read_search
+from gift.many.submitting import submit
 
-__all__ = ["Comparison", "Found", "Search", "compare", "read_search", "search"]
+__all__ = ["Comparison", "Found", "Search", "compare", "read_search", "search", "submit"]

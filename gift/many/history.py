@@ -26,3 +26,20 @@ def reported_values(folder: Path, metric: str, after: int = 0) -> Iterator[tuple
             continue
         if epoch > after and not math.isnan(value):
             yield epoch, value
+
+
+def progress_of(folder: Path | None) -> str:
+    """Return how far a run is, from its last complete row: ``epoch 3, loss 0.41``."""
+    try:
+        text = (folder / "history.csv").read_text(encoding="utf-8") if folder else ""
+    except OSError:
+        return ""
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    if not rows:
+        return ""
+    row = rows[-1]
+    shown = row.get("valid_loss") or row.get("train_loss") or ""
+    try:
+        return f"epoch {row['epoch']}, loss {float(shown):.4g}"
+    except (KeyError, ValueError):
+        return f"epoch {row.get('epoch', '?')}"

@@ -80,7 +80,11 @@ def run_task(job: Job, network: Any = None, stop: threading.Event | None = None)
 def finished(job: Job) -> dict[str, Any] | None:
     """Return what `run_task` wrote for exactly this job; None if it was not finished."""
     found = read_result(Path(job.folder))
-    return found if found is not None and found.get("job") == job.to_config() else None
+    if found is None or not isinstance(found.get("job"), dict):
+        return None
+    before, now = found["job"], job.to_config()
+    parts = now.keys() - {"resources"}  # they change nothing of the result
+    return found if all(before.get(part) == now[part] for part in parts) else None
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -1,1 +1,1 @@
-"""Where runs run: in this process, in processes of this machine, under Slurm, under Ray."""
+"""Where runs run: in this process, in processes of this machine, under Slurm."""

@@ -1,5 +1,7 @@
 """What all engines have in common."""
 
+import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,27 @@ class State(StrEnum):
     def is_over(self) -> bool:
         """Whether the run will not change any more, as far as the engine knows."""
         return self not in (State.QUEUED, State.RUNNING)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run, as its engine lists it.
+
+    Args:
+        id: what the engine calls it.
+        engine: name of the engine.
+        state: its state.
+        folder: folder of the run; None if the engine does not say.
+        elapsed: how long it has run, as the engine says it.
+        note: why it waits or failed, as the engine says it.
+    """
+
+    id: str
+    engine: str
+    state: State
+    folder: Path | None
+    elapsed: str = ""
+    note: str = ""
 
 
 class Engine(Protocol):
@@ -66,3 +89,18 @@ def _text(path: Path) -> str:
         return ""
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]  # progress bars
     return "\n".join(line for line in lines if line)
+
+
+def task_command(folder: Path, processes: int = 1, network: str | None = None) -> list[str]:
+    """Return the command that runs the job in a folder.
+
+    Args:
+        folder: folder of the run.
+        processes: number of processes, which torchrun starts.
+        network: ``import:package.module:function``, for a job that names no network.
+    """
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    named = [] if network is None else ["--network", network]
+    return [*start, "gift", "task", str(folder / JOB_FILE), *named]

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from gift.jobs.reading import read_job
-from gift.many.engines.base import JOB_FILE, State, reason_in
+from gift.many.engines.base import JOB_FILE, State, reason_in, task_command
 from gift.many.task import LOG, StoppedError, run_task
 
 _PATIENCE = 60.0  # seconds in which a run that is stopped may write a checkpoint
@@ -44,9 +43,7 @@ class Processes:
     def start(self, folder: Path) -> _Process:
         """Start the run in a folder, or resume it."""
         slot = self._free.pop(0)
-        command = [sys.executable, "-m", "gift", "task", str(folder / JOB_FILE), "--attended"]
-        if self.network is not None:
-            command += ["--network", self.network]
+        command = [*task_command(folder, network=self.network), "--attended"]
         with (folder / LOG).open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,

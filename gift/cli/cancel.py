@@ -1,0 +1,11 @@
+"""``gift cancel``."""
+
+from gift.cli.options import SUBMITTED
+from gift.cli.plain import say
+
+
+def cancel(name: SUBMITTED) -> None:
+    """Cancel a submitted run; gift resume goes on with it."""
+    from gift.many import submitting
+
+    say(f"{submitting.cancel(name).id} was cancelled")

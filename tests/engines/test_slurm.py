@@ -1,0 +1,132 @@
+"""Jobs on a real Slurm: queued, cancelled, killed and resumed, with the weights of a job alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gift.jobs import JobError
+from gift.many import submitting
+from gift.many.engines.base import State
+from gift.many.engines.slurm_cluster import Slurm
+from gift.many.history import progress_of
+from tests.engines.scenario import (
+    NETWORK,
+    alone,
+    assert_same,
+    has_begun,
+    kill,
+    processes,
+    states,
+    until,
+    weights,
+    write_jobs,
+)  # fmt: skip
+
+
+def test_jobs_are_queued_killed_cancelled_and_end_with_the_same_weights(
+    slurm: Any, tmp_path: Path
+) -> None:
+    """After SIGKILL of a run, of what watches it, and of the scheduler; one waits meanwhile."""
+    files = write_jobs(tmp_path, ["killed", "waits"], cpus=2)
+    engine = Slurm(network=NETWORK)
+    made = submitting.submit(files, engine)
+    ids = [one.id for one in made]
+    killed, waits = (tmp_path / "runs" / name for name in ("killed", "waits"))
+    assert [one.folder for one in made] == [str(killed), str(waits)]
+    until(lambda: states(engine, ids) == [State.RUNNING, State.QUEUED], "one runs, one waits")
+    assert [one.id for one in submitting.submit(files, Slurm(network=NETWORK))] == ids
+    submitting.cancel(ids[1])
+    until(lambda: engine.state(ids[1]) is State.CANCELLED, "the engine hears of it", 30)
+
+    until(lambda: has_begun(killed), "the first begins")
+    kill(processes("gift task", str(killed)))
+    epochs = progress_of(killed)
+    until(lambda: progress_of(killed) != epochs, "it goes on")
+    kill([n for n in processes("-u -m submitit.core._submit") if n not in processes("srun")])
+    slurm.kill("slurmctld")
+    with pytest.raises(JobError, match="Slurm does not answer"):
+        engine.stop(ids[0])
+    rows, silent = submitting.jobs([engine])
+    assert silent
+    assert {row.state for row in rows} == {State.UNKNOWN}
+    slurm.start("slurmctld")
+    slurm.wait()
+
+    again = submitting.resume(str(waits))
+    assert again.id != ids[1]
+    until(lambda: states(engine, [ids[0], again.id]) == [State.DONE] * 2, "both end")
+    expected = alone(files[0])
+    for folder in (killed, waits):
+        assert_same(weights(folder), expected)
+    assert submitting.submit(files, engine) == []
+    assert len(submitting.fetch(again.id, tmp_path / "here")) > 5
+    assert_same(weights(tmp_path / "here"), expected)
+
+
+def test_a_run_that_reaches_its_time_limit_goes_on(slurm: Any, tmp_path: Path) -> None:
+    """It is warned, stops, is queued again, and ends with the same weights."""
+    [file] = write_jobs(tmp_path, ["long"], hours=1 / 60)
+    engine = Slurm(network=NETWORK)
+    [one] = submitting.submit([file], engine)
+    until(lambda: has_begun(Path(one.folder)), "it begins")
+    until(lambda: engine.state(one.id) is State.QUEUED, "it is queued again")
+    until(lambda: engine.state(one.id) is State.DONE, "it ends")
+    assert_same(weights(Path(one.folder)), alone(file))
+
+
+def test_a_search_runs_its_trials_as_jobs(slurm: Any, tmp_path: Path) -> None:
+    from gift.many import search
+    from tests.many_examples import tiny_search
+
+    network = "import:tests.many_examples:Net"
+    file = tiny_search(tmp_path, parallel=2)
+    found = search(file, network=network, engine=Slurm(network=network))
+    assert found.trials["complete"] == 4
+
+
+def test_a_submission_whose_process_is_killed_is_found_again(slurm: Any, tmp_path: Path) -> None:
+    """Whatever it had queued is listed by Slurm; the same call queues no job twice."""
+    files = write_jobs(tmp_path, ["a", "b"])
+    arguments = [sys.executable, "-m", "gift", "submit", *map(str, files), "--on", "slurm"]
+    process = subprocess.Popen([*arguments, "--network", NETWORK], env=dict(os.environ))
+    engine = Slurm(network=NETWORK)
+    known = {tmp_path / "runs" / "a", tmp_path / "runs" / "b"}
+    until(lambda: any(one.folder in known for one in engine.listed()), "it is queued", 300)
+    process.kill()
+    process.wait()
+    ids = {one.id for one in engine.listed() if one.folder in known}
+    made = submitting.submit(files, engine)
+    assert {one.id for one in made} == ids
+    for one in made:
+        engine.stop(one.id)
+
+
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a partition": ({}, {"partition": "long"}, "there is no partition 'long', there are: short"),
+    "GPUs": ({"gpus": 4}, {}, "resources: no node has 4 GPUs"),
+    "several": ({"cpus": 64, "memory": "900GB"}, {}, "64 processors and 900GB of memory"),
+    "a time": ({"hours": 5}, {}, "no node has 5.0 hours"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("resources", "options", "expected"), WRONG.values(), ids=WRONG)
+def test_what_the_cluster_lacks_is_said_before_anything_is_queued(
+    slurm: Any,
+    resources: dict[str, Any],
+    options: dict[str, Any],
+    expected: str,
+    tmp_path: Path,
+) -> None:
+    files = write_jobs(tmp_path, ["a"], **resources)
+    engine = Slurm(options, NETWORK)
+    before = engine.listed()
+    with pytest.raises(JobError) as error:
+        submitting.submit(files, engine)
+    assert "nothing was queued" in str(error.value)
+    assert expected in str(error.value)
+    assert engine.listed() == before
+    assert not (tmp_path / "runs").exists()
