@@ -151,6 +151,14 @@ def test_poor_trials_end_early(tmp_path: Path) -> None:
         assert list(trial.intermediate_values.values()) == told
 
 
+def test_the_number_of_epochs_may_be_that_of_the_recipe(tmp_path: Path) -> None:
+    """A job that names none; Hyperband then learns the largest from the trials."""
+    job = tiny_job(tmp_path)
+    del job["training"]["epochs"]
+    file = tiny_search(tmp_path, job=job, budget={"trials": 1}, pruner="hyperband")
+    assert run_search(file, network=Net).trials["complete"] == 1
+
+
 def test_several_objectives_give_a_front(tmp_path: Path) -> None:
     """No trial of the front is worse in both than another trial; all others are."""
     file = tiny_search(tmp_path, objective=["loss", "parameters"], budget={"trials": 5})

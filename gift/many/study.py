@@ -80,7 +80,8 @@ class Study:
     @property
     def prunes(self) -> bool:
         """Whether poor trials are ended early."""
-        return self.reports and self.search.pruner != "none" and self._epochs > 1
+        several = self._epochs is None or self._epochs > 1  # None: as many as the data asks for
+        return self.reports and self.search.pruner != "none" and several
 
     def trials(self) -> list[Any]:
         """Return all trials, those of other processes included."""
@@ -241,7 +242,8 @@ class Study:
             return pruners.NopPruner()
         if self.search.pruner == "median":
             return pruners.MedianPruner()
-        return pruners.HyperbandPruner(min_resource=1, max_resource=self._epochs)
+        most = "auto" if self._epochs is None else self._epochs
+        return pruners.HyperbandPruner(min_resource=1, max_resource=most)
 
 
 def _constraints(trial: Any) -> list[float]:
