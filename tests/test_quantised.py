@@ -262,7 +262,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind: Kind, case: Method
     assert trained
     for key in trained:
         assert added[key].dtype == torch.float32
-        assert_near(added[key].grad, copies[key].grad, kind.rounding, f"gradient of {key}")
+        # The gradient of a single number is a sum over all outputs, in which terms cancel.
+        rounding = kind.rounding * (8 if copies[key].numel() == 1 else 1)
+        assert_near(added[key].grad, copies[key].grad, rounding, f"gradient of {key}")
 
 
 @by_every_method
