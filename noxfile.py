@@ -131,12 +131,13 @@ def mutation(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def constraints(session: nox.Session) -> None:
-    """Write constraints.txt: today's version of everything that `dev` and `clients` need.
+    """Write constraints.txt: today's version of everything that `dev`, `clients` and `docs` need.
 
     On a fresh machine, torch and torchvision may come as a pair that is there already. They are
     ranges, and packages that only they bring are left out.
     """
-    every = "--universal", "--python-version", "3.11", "--extra", "dev", "--extra", "clients"
+    extras = [word for extra in ("dev", "clients", "docs") for word in ("--extra", extra)]
+    every = "--universal", "--python-version", "3.11", *extras
     quiet = "-q", "--upgrade", "--no-header", "--annotation-style", "line"
     command = UV, "pip", "compile", "pyproject.toml", *every, *quiet
     text = session.run(*command, silent=True, external=True)

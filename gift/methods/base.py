@@ -13,6 +13,7 @@ from gift.kernels.cost_model import Form
 from gift.methods.settings import Configured, at_least_32_bits, flag, number, whole
 
 METHODS: dict[str, type["Method"]] = {}
+"""The registered methods, by name."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,7 @@ def strategies_of(method: type[Method]) -> dict[str, type[FineTuningStrategy]]:
 
 # Typed as Any, since a type checker cannot know the settings of each.
 STRATEGIES: dict[str, Any] = {}
+"""The strategies of all registered methods, by name."""
 
 
 def lookup_for(module: str) -> Callable[[str], Any]:

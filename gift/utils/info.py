@@ -35,6 +35,7 @@ from gift.strategies import (
 from gift.support.trees import Node, Shown, as_html, as_text, condensed
 
 ROW_HEADER = ("index", "name", "shape", "count")
+"""Titles of the columns that `collect_trainable_parameters` gives."""
 
 
 def collect_trainable_parameters(net: nn.Module) -> tuple[list[list[Any]], int]:
