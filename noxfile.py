@@ -123,6 +123,14 @@ def matrix(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def documentation(session: nox.Session) -> None:
+    """Run the code of all pages and scripts, also of those that train larger networks."""
+    session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
+    session.env["GIFT_DOCUMENTATION"] = "long"
+    run_tests(session, "tests/test_documentation.py", "tests/test_example_scripts.py")
+
+
+@nox.session(default=False)
 def mutation(session: nox.Session) -> None:
     """Break 120 lines of the mechanism, one at a time, and see which no test notices."""
     session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))

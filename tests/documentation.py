@@ -52,7 +52,8 @@ _BLOCK = re.compile(
 
 def pages() -> list[Path]:
     """The documents whose code is run."""
-    return sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "_site")
+    written = [page for page in DOCS.rglob("*.md") if page.parent.name != "_site"]
+    return [ROOT / "README.md", *sorted(written)]
 
 
 def blocks(text: str) -> Iterator[Block]:
