@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from gift import GiftWarning, disable_fine_tuning, enable_fine_tuning
+from gift import GiftWarning, disable_fine_tuning, enable_fine_tuning, merge
 from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import delta, enabled
 
@@ -912,6 +912,26 @@ def test_reparametrised_before(how: str) -> None:
     assert_bitwise(net(x), before)
     assert list(net.state_dict()) == keys
     assert_bitwise(snapshot(net), held)
+
+
+def test_each_tensor_that_a_hook_computes_is_its_own() -> None:
+    """A cell has two such weights, of different shapes: each has its delta, and is merged."""
+    net, x = nn.LSTMCell(3, 4).double().eval(), torch.randn(2, 3, dtype=torch.float64)
+    for name in ("weight_ih", "weight_hh"):
+        nn.utils.weight_norm(net, name)
+    state = tuple(torch.randn(2, 2, 4, dtype=torch.float64))
+    before = net(x, state)
+    weights = {name: getattr(net, name).detach().clone() for name in ("weight_ih", "weight_hh")}
+    fine_tuned(net)
+    plain = nn.LSTMCell(3, 4).double()
+    plain.bias_ih, plain.bias_hh = net.bias_ih, net.bias_hh
+    for name, weight in weights.items():
+        left, right = getattr(net, f"{name}_lora_B"), getattr(net, f"{name}_lora_A")
+        setattr(plain, name, nn.Parameter(weight + (left @ right).detach()))
+    expected = plain(x, state)
+    assert not torch.allclose(expected[0], before[0])
+    torch.testing.assert_close(net(x, state), expected)
+    torch.testing.assert_close(merge(net)(x, state), expected)
 
 
 @pytest.mark.parametrize("how", REPARAMETRISED)
