@@ -14,12 +14,8 @@ from gift.core.trained import named_trainable
 from gift.core.undo.snapshot import transaction
 from gift.core.undo.undo import tensor_of
 from gift.core.undo.unload import UnloadedDelta
-from gift.core.weights.record import (
-    WeightDelta,
-    present_tensor,
-    present_weight_deltas,
-    trained_value,
-)
+from gift.core.weights.frozen import present_tensor
+from gift.core.weights.record import WeightDelta, present_weight_deltas, trained_value
 from gift.layers.layouts import Layout, LayoutOptions
 from gift.quantization import dequantised
 from gift.support.tensors import is_inexact, wide

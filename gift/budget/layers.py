@@ -9,7 +9,8 @@ from torch import nn
 
 from gift.budget.budget import Budget
 from gift.budget.sizes import Sizes, last_that
-from gift.core.weights.record import WeightDelta, present_tensor
+from gift.core.weights.frozen import present_tensor
+from gift.core.weights.record import WeightDelta
 from gift.engine.dry_run import Cost
 from gift.errors import AdaptationError, refuse
 from gift.factories.serializable import describe

@@ -14,7 +14,8 @@ from gift.core.dynamic_class import joined, plain_class
 from gift.core.record import fine_tuned_part
 from gift.core.undo.snapshot import transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
-from gift.core.weights.record import WeightDelta, present_tensor, present_weight_deltas
+from gift.core.weights.frozen import present_tensor
+from gift.core.weights.record import WeightDelta, present_weight_deltas
 from gift.errors import AdaptationError, GiftWarning, closest, refuse, some
 from gift.layers.table import dotted, forwards_of
 from gift.methods.settings import is_number

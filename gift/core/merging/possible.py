@@ -13,7 +13,8 @@ from gift.core.forwards import named_forward_deltas
 from gift.core.merging.weights import effective, write
 from gift.core.undo.frames import OWN
 from gift.core.undo.undoable import check_undoable
-from gift.core.weights.record import present_tensor, weight_deltas
+from gift.core.weights.frozen import present_tensor
+from gift.core.weights.record import weight_deltas
 from gift.errors import AdaptationError
 from gift.quantization import dequantised, is_quantised, requantised
 from gift.support.sharding import is_fully_sharded

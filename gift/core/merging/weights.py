@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gift.core.weights.record import present_tensor, trained_value, weight_deltas
+from gift.core.weights.frozen import present_tensor
+from gift.core.weights.record import trained_value, weight_deltas
 from gift.support.sharding import is_sharded
 from gift.support.tensors import set_data
 

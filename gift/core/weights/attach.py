@@ -10,13 +10,9 @@ from torch.nn.parameter import is_lazy
 from gift.core.delta import add_lazy_tensor, add_tensor, added_names, has_attribute, remove_tensor
 from gift.core.dynamic_class import change_class, joined, plain_class
 from gift.core.iterator import named_parts
+from gift.core.weights.frozen import present_tensor
 from gift.core.weights.making import in_precision_of
-from gift.core.weights.record import (
-    WeightDelta,
-    present_tensor,
-    present_weight_deltas,
-    weight_deltas,
-)
+from gift.core.weights.record import WeightDelta, present_weight_deltas, weight_deltas
 from gift.errors import AdaptationError
 from gift.layers.layouts import LayoutOptions
 from gift.layers.table import LayerRow, layout_of, row_of

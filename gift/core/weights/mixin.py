@@ -22,7 +22,8 @@ from gift.core.dynamic_class import Generated, Spec, generated_class, plain_clas
 from gift.core.movers import moves
 from gift.core.weights.calls import one_call
 from gift.core.weights.effective import EffectiveWeight, refused
-from gift.core.weights.record import WeightDelta, plain_tensor
+from gift.core.weights.frozen import plain_tensor
+from gift.core.weights.record import WeightDelta
 from gift.errors import AdaptationError
 from gift.kernels.effective_linear import Made, effective_forwards
 from gift.kernels.stacked import stacked_forwards

@@ -2,16 +2,17 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.delta import Delta, contiguous, put_values
-from gift.core.dynamic_class import plain_class
+from gift.core.delta import contiguous, put_values
+from gift.core.weights.fitted import FittedDelta
+from gift.core.weights.frozen import Source, is_plain, plain_tensor, present_tensor
 from gift.core.weights.graph import Slices
 from gift.core.weights.making import WeightMaking
 from gift.core.weights.parallel import (
@@ -25,9 +26,8 @@ from gift.core.weights.stacking import StackMaking, Together
 from gift.errors import AdaptationError, GiftWarning
 from gift.kernels.effective_linear import Made
 from gift.kernels.remembered import Remembered
-from gift.layers.layouts import Layout, LayoutOptions, bias_layout
+from gift.layers.layouts import bias_layout
 from gift.layers.table import layout_of
-from gift.methods import Method
 from gift.quantization import dequantised, is_quantised
 from gift.support.sharding import (
     distributed,
@@ -40,14 +40,10 @@ from gift.support.tensors import is_finite
 
 
 @dataclass
-class WeightDelta(Delta):
+class WeightDelta(FittedDelta):
     """Record of one adapted tensor of a module.
 
     Args:
-        method: the method, fitted to the tensor's shape once that is known.
-        options: the choice of layouts.
-        asked: the method as requested, before it was fitted; None if it is not fitted.
-        layout: how the tensor is read as a matrix; None while a lazy tensor has no shape.
         bias_of: for a bias, the weights of the module to whose outputs it is added. It uses
             their delta, and the module is its owner.
         biased: for a weight, whether the bias that is added to its outputs is adapted too, so that
@@ -60,17 +56,13 @@ class WeightDelta(Delta):
         source: the frozen tensor from which the method derived parameters, see `note_source`.
     """
 
-    method: Method = field(kw_only=True)
-    options: LayoutOptions = field(kw_only=True)
-    asked: Method | None = None
-    layout: Layout | None = None
     bias_of: tuple[str, ...] = ()
     biased: bool = False
     reads_alike: bool = True
     below: "WeightDelta | None" = None
     mesh_axes: int = field(default=0, compare=False)
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
-    source: "_Source | None" = field(default=None, compare=False, repr=False)
+    source: "Source | None" = field(default=None, compare=False, repr=False)
     _remembered: Remembered | None = field(default=None, init=False, repr=False, compare=False)
     _is_sum: bool | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -224,19 +216,19 @@ class WeightDelta(Delta):
         if self.below is not None:
             self.below.note_source(module, tensor)
         frozen, derives = module._parameters.get(tensor), self.method.derives
-        if frozen is not None and derives and _is_plain(frozen) and not is_lazy(frozen):
+        if frozen is not None and derives and is_plain(frozen) and not is_lazy(frozen):
             derived = self.tensors(module)[derives[0]]
-            self.source = _Source(tensor, frozen.data_ptr(), id(derived))
+            self.source = Source(tensor, frozen.data_ptr(), id(derived))
 
     def _derived_anew(
-        self, module: nn.Module, source: "_Source", parameters: Mapping[str, Tensor]
+        self, module: nn.Module, source: "Source", parameters: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Derived parameters for a tensor that replaces the recorded one; empty if none does."""
         if id(parameters[self.method.derives[0]]) != source.derived:
             self.note_source(module, source.tensor)  # both were moved or replaced
             return {}
         frozen: Any = module._parameters.get(source.tensor)
-        if not _is_plain(frozen) or source.is_of(frozen):
+        if not is_plain(frozen) or source.is_of(frozen):
             return {}
         assert self.layout is not None
         made = self.method.derived(self.layout.to_matrix(self.under(module, frozen)))
@@ -291,49 +283,6 @@ class WeightDelta(Delta):
         if factors is None or not any(factor.requires_grad for factor in factors):
             return None
         return Slices(*factors, frozen)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The method, the shape of the matrix, and the settings that affect the weight."""
-        if self.layout is None:
-            return {}
-        matrix = list(self.layout.matrix)
-        return {"method": self.method.name, "matrix": matrix} | self.method.compat_settings
-
-    @property
-    def clipped(self) -> bool:
-        """Whether the tensor got another size than requested, and the user did not allow that."""
-        asked = self.asked
-        if asked is None or asked.clips is not None or self.layout is None:
-            return False
-        return asked.size not in (None, self.method.size)
-
-    def refusal(self) -> str:
-        """Why the requested size was clipped."""
-        assert self.asked is not None
-        assert self.layout is not None
-        try:
-            self.asked.fit(self.layout.matrix)
-        except AdaptationError as error:
-            return str(error)
-        return ""
-
-    def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
-        """The settings that differ from the method's defaults, and a layout that the user chose."""
-        if self.layout is None:
-            return {}
-        hidden = self.method.hidden_settings
-        if not self.method.shows_matrix and self._has_chosen_layout(module, key):
-            hidden |= {"matrix": list(self.layout.matrix)}
-        return hidden and {"method": self.method.name} | hidden
-
-    def _has_chosen_layout(self, module: nn.Module, key: str) -> bool:
-        """Whether the layout differs from the method's own choice."""
-        assert self.layout is not None
-        own = LayoutOptions().settled(self.method.conv_layouts, self.method.rows_are_outputs)
-        if self.options == own:
-            return False
-        return layout_of(module, key, torch.Size(self.layout.shape), own) != self.layout
 
     def has_effect(self, module: nn.Module, key: str) -> bool:
         """Whether the effective tensor differs from the frozen one.
@@ -445,31 +394,6 @@ def _axes_of(tensor: Any) -> int:
     return axes
 
 
-class _Source(NamedTuple):
-    """A frozen tensor from which parameters were derived.
-
-    Args:
-        tensor: its name.
-        memory: the address of its values.
-        derived: the id of the derived parameter.
-    """
-
-    tensor: str
-    memory: int
-    derived: int
-
-    def is_of(self, frozen: Tensor) -> bool:
-        """Whether `frozen` is that tensor and needs no gradient."""
-        try:
-            return frozen.data_ptr() == self.memory and not frozen.requires_grad
-        except RuntimeError:  # tensors of function transforms have no memory
-            return False
-
-
-def _is_plain(tensor: Any) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
 def weight_deltas(module: nn.Module) -> Mapping[str, WeightDelta]:
     """Records of the adapted tensors of `module` itself, by name."""
     deltas: Mapping[str, WeightDelta] = module.__dict__.get("_gift_weights", {})
@@ -481,38 +405,6 @@ def present_weight_deltas(module: nn.Module) -> dict[str, WeightDelta]:
     return {name: delta for name, delta in weight_deltas(module).items() if not delta.of_base}
 
 
-def plain_tensor(module: nn.Module, tensor: str) -> Any:
-    """The own tensor of `module`, not the effective one: a parameter, a computed one, or None."""
-    value = module._parameters.get(tensor)
-    if value is None:
-        value = module.__dict__.get(tensor)
-    if value is None:
-        computed = getattr(plain_class(type(module)), tensor, None)
-        value = computed.fget(module) if isinstance(computed, property) else None  # type: ignore[misc]
-    return value
-
-
-def present_tensor(module: nn.Module, tensor: str) -> Any:
-    """The own tensor of `module`, not the effective one, computed again if necessary.
-
-    A hook computes a tensor before each forward pass. Its last result may be outdated, because
-    other values of its inputs may have been loaded since.
-    """
-    parameter = module._parameters.get(tensor)
-    if parameter is not None:
-        return parameter
-    with looking(module), torch.no_grad():
-        for hook in module._forward_pre_hooks.values():
-            if getattr(hook, "name", None) == tensor and hasattr(hook, "compute_weight"):
-                still = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
-                return hook.compute_weight(module, **still)
-            mask = getattr(module, f"{tensor}_mask", None)
-            if mask is not None and hasattr(hook, "apply_mask"):  # pruned
-                whole = getattr(module, f"{tensor}_orig")
-                return mask.to(whole.dtype) * whole
-        return plain_tensor(module, tensor)
-
-
 def trained_value(delta: WeightDelta, module: nn.Module, frozen: Tensor) -> Tensor:
     """The effective weight without dropout and graph, whatever mode the module is in."""
     training, module.training = module.training, False
@@ -521,21 +413,3 @@ def trained_value(delta: WeightDelta, module: nn.Module, frozen: Tensor) -> Tens
             return delta.weight(module, frozen).detach()
     finally:
         module.training = training
-
-
-@contextmanager
-def looking(module: nn.Module) -> Iterator[None]:
-    """Context in which reading a computed tensor changes nothing.
-
-    In training mode, a spectral norm updates its estimate at each read.
-    """
-    computing = module._modules.get("parametrizations")
-    parts = list(computing.modules()) if computing is not None else []
-    modes = [part.training for part in parts]
-    for part in parts:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode

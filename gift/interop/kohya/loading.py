@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift.core.report import Report
-from gift.core.weights.record import present_tensor, weight_deltas
+from gift.core.weights.frozen import present_tensor
+from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError, refuse
 from gift.factories import ma_adapt, mc_path

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gift.core.delta import present_deltas
 from gift.core.record import fine_tuned_part
 from gift.core.trained import moved_buffers, trained_of_the_base
-from gift.core.weights.record import WeightDelta, present_tensor, present_weight_deltas
+from gift.core.weights.frozen import present_tensor
+from gift.core.weights.record import WeightDelta, present_weight_deltas
 from gift.errors import DeltaFileError, refuse
 from gift.interop.kohya.layers import Incompatible, flat, is_layer, lead
 from gift.interop.kohya.parts import parts_of

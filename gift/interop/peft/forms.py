@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
-from gift.core.weights.record import plain_tensor
+from gift.core.weights.frozen import plain_tensor
 from gift.interop.peft.layers import CONVOLUTIONS, AdaptedTensor, kind_of
 from gift.interop.peft.names import by_pattern, exact_pattern
 from gift.layers.layouts import Layout, LayoutOptions

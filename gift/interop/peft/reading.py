@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.dynamic_class import joined
-from gift.core.weights.record import plain_tensor
+from gift.core.weights.frozen import plain_tensor
 from gift.factories.actions import method_and_options
 from gift.interop.peft.forms import Config, Layer, Read, Tensors
 from gift.interop.peft.layers import context_incompatibilities, kind_of, layer_incompatibilities
