@@ -47,7 +47,8 @@ def from_transformers(
         maker = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
         if weights == "default":
             own = {} if allow_import else {"config": config}
-            net, about = maker.from_pretrained(name, output_loading_info=True, **own, **options)
+            given = {**own, **options, "output_loading_info": True}
+            net, about = maker.from_pretrained(name, **given)
             fresh = tuple(sorted(map(str, about["missing_keys"])))
         else:
             kept = ("trust_remote_code", "attn_implementation", "dtype", "torch_dtype")

@@ -784,6 +784,7 @@ METHODS: dict[str, MethodCase] = {
         injected_count(2),
         {"rank": 2, "alpha": 5, "decomposition": "qr", "clip_rank": True},
         "filters",
+        differs={"conv2d_depthwise": SIGN},
     ),
     "fact": MethodCase(
         "fact", slices_of_a_tensor(1.0), square_count(16), view="filters",
