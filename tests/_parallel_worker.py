@@ -59,7 +59,8 @@ from tests.two_processes import Scenarios, play_all
 SCENARIOS = Scenarios()
 scenario = SCENARIOS.for_each
 
-SPLIT = ("lora", "rslora", "lora_fa", "pissa", "olora", "adalora", "ia3", "ssf", "loha", "vera")
+SPLIT = ("lora", "rslora", "lora_fa", "pissa", "olora", "guided", "adalora", "ia3", "ssf", "loha",
+         "vera")  # fmt: skip
 ROWS_ONLY = ("dora", "hra")
 WHOLE = tuple(sorted({*METHODS} - {*SPLIT, *ROWS_ONLY}))
 

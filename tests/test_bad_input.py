@@ -187,7 +187,7 @@ REFUSALS: dict[str, Refusal] = {
     "a head without inputs": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), HeadReplacementStrategy(3),
         ValueError, ["1", "lazy"]),
-    "no head": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1)), HeadReplacementStrategy(3), ValueError,
+    "no head": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), HeadReplacementStrategy(3), ValueError,
                 ["mc_last_linear()", "'Conv2d'"]),
     "the network is its head": (lambda: nn.Linear(4, 4), HeadReplacementStrategy(3), ValueError,
                                 ["the network itself (Linear) cannot be replaced"]),

@@ -26,7 +26,7 @@ LOW_RANK = {
     "loha",
     "delora",
 }
-LOW_RANK |= {"lora_xs", "psoft"}
+LOW_RANK |= {"guided", "lora_xs", "psoft"}
 NO_MULTIPLE = {"dora", "deft", "oft", "boft", "hra", "psoft", "svdiff"}
 
 

@@ -47,7 +47,7 @@ CUSTOMARY = {
 }
 """What `gift.private` says that subclasses of ``nn.Module`` use by custom."""
 
-NAMEDTUPLE = {"_replace", "_make", "_fields", "_asdict"}  # public in spite of their names
+PUBLIC = {"_replace", "_make", "_fields", "_asdict", "_exit"}  # in spite of their names
 
 
 def trees() -> Iterator[tuple[Path, ast.AST]]:
@@ -101,7 +101,7 @@ def is_of_self(node: ast.AST) -> bool:
 
 
 def test_no_private_name_of_others_is_used_elsewhere() -> None:
-    known = own_names() | CUSTOMARY | NAMEDTUPLE
+    known = own_names() | CUSTOMARY | PUBLIC
     torch_names = {*dir(nn.LSTM(1, 1)), *dir(nn.Conv2d(1, 1, 1)), *dir(Tensor), *dir(torch.Size)}
     used = {
         f"{path}: {name}"

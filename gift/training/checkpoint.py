@@ -16,6 +16,7 @@ from gift.training.distributed import sharded_like, whole
 from gift.training.optimizers import continue_rates
 from gift.training.randomness import random_state, restore_random
 from gift.training.run import TrainingRun, put_state, trained_state
+from gift.training.settings import defaults
 
 FILE = "checkpoint.pt"
 DELTAS = {"best": "best.safetensors", "last": "last.safetensors"}
@@ -126,7 +127,9 @@ def read_checkpoint(
         raise TrainingError(
             f"{path} is not a checkpoint that can be read ({type(error).__name__}): {advice}"
         ) from None
-    then = state["identity"]
+    # A version that did not have a setting yet did what its default does.
+    then = {key: value for key, value in defaults().items() if key in identity}
+    then |= state["identity"]
     differences = [
         f"{key} was {then.get(key)!r} and is {identity.get(key)!r}"
         for key in sorted(then.keys() | identity.keys())

@@ -1,7 +1,7 @@
 """The settings of training: every setting of `finetune`, with its default."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from gift.errors import closest
@@ -210,6 +210,11 @@ def settled(
     if settings.lr is None:
         given["lr"] = (1e-4 if is_whole else 1e-3) / (2 if is_transformer else 1)
     return Settled(**given)
+
+
+def defaults() -> dict[str, Any]:
+    """Return the default of each setting that has a simple one."""
+    return {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

@@ -136,7 +136,7 @@ def prepare(
             else _identity(
                 net, enabled_by, _described(schedule, allocator), found.names, work, chosen
             )
-            | {"teacher": "" if teacher is None else type(teacher).__name__},
+            | ({} if teacher is None else {"teacher": type(teacher).__name__}),
             seed=seed,
         )
         run.check_watch()
