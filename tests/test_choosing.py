@@ -66,7 +66,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"
 
 LORA = LoRAAllFineTuningStrategy
 OTHERS = {"bitfit", "norm", "full", "bottleneck", "prompt"}
-SIZED = [name for name, method in METHODS.items() if method.size_setting is not None]
+NO_SUM = ["fact", "glora", "tinylora"]  # of what single weights cost
+SIZED = [name for name, method in METHODS.items()
+         if method.size_setting is not None and name not in NO_SUM]  # fmt: skip
 
 
 def for_all(method: str) -> Any:
@@ -327,6 +329,14 @@ def test_what_has_nothing_to_choose_is_refused(
 ) -> None:
     with pytest.raises(error, match=reason):
         suggest(net, 1000, strategy)
+
+
+@pytest.mark.parametrize("method", NO_SUM)
+def test_what_layers_share_is_refused(method: str) -> None:
+    net = small()
+    with pytest.raises(ValueError, match=rf"{method} has parameters that layers share"):
+        suggest(net, "45%", for_all(method)())
+    assert trained(net) == sum(p.numel() for p in net.parameters())
 
 
 def test_a_network_that_is_being_fine_tuned_is_refused() -> None:

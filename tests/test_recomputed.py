@@ -781,7 +781,10 @@ def test_every_method(method: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"dora", "ia3", "boft", "road"}))
+# Rows of a linear layer that are trained have outputs of their own, made from the whole input.
+@pytest.mark.parametrize(
+    "method", sorted(set(METHODS) - {"dora", "ia3", "boft", "road", "trainable_tokens"})
+)
 def test_no_method_keeps_inputs_or_weights(method: str) -> None:
     """Those left out change outputs, and keep these."""
     base = nn.Linear(256, 32)

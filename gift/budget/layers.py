@@ -45,9 +45,18 @@ class AdaptOpen(AdaptEach):
         self.found = found
 
     def method_at(self, layer: Layer) -> Method:
-        """Return a method that adds nothing yet."""
-        self.found.append((layer, self.method))
+        """Return a method that adds nothing yet.
+
+        Raises:
+            AdaptationError: if the cost of the method is not the sum of those of single weights.
+        """
         own: Any = type(self.method)
+        if self.method.shared or own.init_bias_parameters is not Method.init_bias_parameters:
+            raise AdaptationError(
+                f"{self.method.name} has parameters that layers share, or that act on biases, so "
+                "no budget can be divided among the layers: choose its size for all of them"
+            )
+        self.found.append((layer, self.method))
         method = object.__new__(_open_class(own))
         vars(method).update(vars(self.method))
         return method
