@@ -74,6 +74,8 @@ from gift.strategies import (
     ModulesFineTuningStrategy,
     NormFineTuningStrategy,
     PromptFineTuningStrategy,
+    RecommendedFineTuningStrategy,
+    SegmentationHeadStrategy,
     SizedStrategy,
     register_strategy,
 )
@@ -767,6 +769,8 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
         ),
     ],
     "DetectionHeadStrategy": [DetectionHeadStrategy(4)],
+    "SegmentationHeadStrategy": [SegmentationHeadStrategy(4)],
+    "RecommendedFineTuningStrategy": [RecommendedFineTuningStrategy()],
     "FullFineTuningStrategy": [FullFineTuningStrategy()],
     "FreezeStrategy": [FreezeStrategy(), FreezeStrategy(statistics=True)],
     "HeadReplacementStrategy": [HeadReplacementStrategy(4), HeadReplacementStrategy(4, "2")],
