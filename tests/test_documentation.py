@@ -17,7 +17,15 @@ from typer.testing import CliRunner
 import gift
 from docs._site.markdown import as_markdown
 from docs._site.messages import HOLE, fragments, messages
-from docs._site.public import INSIDE, ROOMS, all_of, public_names, registered_methods, resolve
+from docs._site.public import (
+    INSIDE,
+    ROOMS,
+    all_of,
+    file_of,
+    public_names,
+    registered_methods,
+    resolve,
+)
 from gift.cli.app import app
 from gift.methods import METHODS
 from gift.strategies import STRATEGIES
@@ -74,6 +82,19 @@ def test_links_between_pages_lead_somewhere() -> None:
                 if first in made or place.name == "messages.md":
                     continue
             assert place.exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def is_module(room: str, name: str) -> bool:
+    return (file_of(room).parent / f"{name}.py").exists()
+
+
+def test_references_are_to_what_the_reference_shows() -> None:
+    shown = {one.path for one in public_names()}
+    for room in ROOMS:
+        shown |= {f"{room}.{name}" for name in all_of(room) if not is_module(room, name)}
+    for page in pages():
+        named = set(re.findall(r"\]\[(gift[\w.]*)\]", page.read_text("utf-8")))
+        assert named <= shown, (page, named - shown)
 
 
 @pytest.mark.parametrize("room", ROOMS)
