@@ -198,7 +198,7 @@ def full_state(network: nn.Module) -> State:
 
 def assert_near(state: Any, other: Any) -> None:
     """The same up to the order of sums."""
-    assert_close(state, other, rtol=1e-9, atol=1e-11)
+    assert_close(state, other, rtol=1e-9, atol=1e-10)
 
 
 def assert_same(state: State, other: State) -> None:
