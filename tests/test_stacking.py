@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import gift
-from gift import strategies
+from gift import methods, strategies
+from gift.core.trained import delta_names
 from gift.core.weights.record import weight_deltas
 from gift.factories import ma_adapt, ma_replace_head, ma_train, mc_path, pa_train, pc_any, pc_name
 from gift.strategies import FineTuningStrategy, LoRAAllFineTuningStrategy
@@ -303,6 +304,39 @@ def test_files_of_both_levels(tmp_path: Path) -> None:
     assert file.below
     assert "up.lora_B" in file.base
     assert "up.lora_B_2" in file.tensors
+
+
+@pytest.mark.parametrize("lower", [
+    "adalora", "pissa", "lora_fa", "guided", "deft", "shira", "vera", "svdiff", "tinylora",
+])  # fmt: skip
+def test_buffers_of_the_lower_delta_belong_to_the_base(lower: str, tmp_path: Path) -> None:
+    """Neither the state nor the file of the upper delta has them; a file knows their values."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    below = getattr(strategies, f"{methods.METHODS[lower].strategy_prefix}LinearFineTuningStrategy")
+    base = Tied().eval()
+    net = copy.deepcopy(base)
+    gift.enable_fine_tuning(net, below())
+    gift.save(moved(net, 0.1), first)
+    own = delta_names(net)
+    gift.enable_fine_tuning(net, LoRA(), stack=True)
+    gift.save(moved(net, 0.1), second)
+    expected = net(TOKENS)
+    assert own.isdisjoint(net.state_dict())
+    assert own.isdisjoint(gift.inspect(second).tensors)
+    fresh = copy.deepcopy(base)
+    gift.load(fresh, first, train=False)
+    gift.load(fresh, second, stack=True)
+    assert torch.equal(fresh(TOKENS), expected)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(TOKENS), expected)
+    other = copy.deepcopy(base)
+    gift.load(other, first, train=False)
+    kept = gift.inspect(first).tensors
+    buffers = [b for name, b in other.named_buffers() if name in kept and name in own]
+    if buffers:
+        buffers[0].logical_not_() if buffers[0].dtype == torch.bool else buffers[0].add_(1)
+        with pytest.raises(gift.DeltaFileError, match="other values"):
+            gift.load(other, second, stack=True)
 
 
 def test_another_setting_of_the_lower_delta_is_another_base(tmp_path: Path) -> None:

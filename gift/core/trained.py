@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.delta import added_names
-from gift.core.dynamic_class import (
-    joined,
-)
+from gift.core.dynamic_class import joined
 from gift.core.record import record_of
+from gift.core.stack import levels_of
 
 
 def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -30,16 +29,20 @@ def trained_of_the_base(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]
 def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Everything that a state of a fine-tuned network must contain.
 
-    These are the trained parameters and the persistent buffers of methods; a tied one has its first
-    name.
+    These are the trained parameters and the persistent buffers of the present strategy's methods;
+    a tied one has its first name.
     """
-    wanted: dict[str, Tensor] = dict(named_trainable(network))
+    return {**dict(named_trainable(network)), **dict(_buffers_of_deltas(network, of_base=False))}
+
+
+def _buffers_of_deltas(network: nn.Module, of_base: bool) -> Iterator[tuple[str, Tensor]]:
+    """Names and persistent buffers of deltas: of those of the base, or of the present ones."""
     for path, module in network.named_modules():
-        for name in added_names(module):
-            tensor = module._buffers.get(name)
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                wanted[joined(path, name)] = tensor
-    return wanted
+        for _, delta in levels_of(module, of_base):
+            for name in delta.names.values() if delta.owner is None else ():
+                tensor = module._buffers.get(name)
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    yield joined(path, name), tensor
 
 
 def moved_buffers(network: nn.Module) -> Iterator[str]:
@@ -67,13 +70,19 @@ def _same(buffer: Tensor, before: Tensor) -> bool:
 
 
 def frozen_names(network: nn.Module) -> list[str]:
-    """Names of the parameters that are not trained, including every name of tied ones."""
-    chosen = record_of(network).chosen
-    return [
+    """Names of the tensors that are not trained, including every name of tied ones.
+
+    These are parameters, and the buffers of deltas that belong to the base.
+    """
+    record = record_of(network)
+    names = [
         name
         for name, p in nn.Module.named_parameters(network, remove_duplicate=False)
-        if not p.requires_grad and name not in chosen
+        if not p.requires_grad and name not in record.chosen
     ]
+    if record.below is not None:
+        names += dict(_buffers_of_deltas(network, of_base=True))
+    return names
 
 
 def delta_names(network: nn.Module) -> set[str]:
