@@ -218,9 +218,15 @@ def test_paths_that_are_not_there_are_named(options: dict[str, Any], text: str) 
         divide(tv.resnet18(), **options)
 
 
-def test_a_network_without_a_linear_layer_must_be_told_its_head() -> None:
+def test_the_head_of_a_network_without_linear_layers_is_its_last_1x1_convolution() -> None:
     with torch.device("meta"):
         net = tv.squeezenet1_1()
-    with pytest.raises(ValueError, match=r"SqueezeNet has no linear layer.*head="):
+    assert divide(net) == divide(net, head="classifier.1")
+    assert divide(net).blocks[-1].name == "features.12"
+
+
+def test_a_network_without_either_must_be_told_its_head() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    with pytest.raises(ValueError, match=r"no linear layer and no 1x1 convolution.*head="):
         divide(net)
-    assert divide(net, head="classifier.1").blocks[-1].name == "features.12"
+    assert divide(net, head="1").blocks[-1].name == "0"
