@@ -66,8 +66,8 @@ def load_network(
         ((224, 224), 256, 'classification')
         >>> load_network("torchvision:resnet19")
         Traceback (most recent call last):
-        gift.errors.NetworkError: there is no classifier or detector of torchvision 'resnet19',
-        closest: ['resnet18', ...]
+        gift.errors.NetworkError: there is no classifier, detector or segmentation network of
+        torchvision 'resnet19', closest: ['resnet18', ...]
     """
     library, _, model = name.partition(":")
     if not model:
