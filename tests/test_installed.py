@@ -14,7 +14,7 @@ from gift.support.optional import install
 from noxfile import PROJECT, requirements
 from tests.isolated import ROOT, build_wheel, closure, environment, python
 
-EXTRAS = sorted({*PROJECT["optional-dependencies"]} - {"dev", "clients"})
+EXTRAS = sorted({*PROJECT["optional-dependencies"]} - {"dev", "clients", "docs"})
 
 QUICK_START = """
 import sys
