@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -94,9 +94,10 @@ def trained(net: nn.Module) -> int:
 
 
 def saved_bytes(net: nn.Module) -> int:
-    """Of what is trained, and of buffers; not of the few bytes that describe settings."""
+    """Of what is trained, and of buffers, each once; not of the few bytes that describe settings."""
     state = without_settings(net.state_dict())
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    tensors = {tensor.data_ptr(): tensor for tensor in state.values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def meta_resnet() -> nn.Module:
