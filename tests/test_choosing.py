@@ -94,7 +94,7 @@ def trained(net: nn.Module) -> int:
 
 
 def saved_bytes(net: nn.Module) -> int:
-    """Of what is trained, and of buffers, each once; not of the few bytes that describe settings."""
+    """Of what is trained, and of buffers, each once; without the bytes that describe settings."""
     state = without_settings(net.state_dict())
     tensors = {tensor.data_ptr(): tensor for tensor in state.values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

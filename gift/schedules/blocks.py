@@ -105,8 +105,8 @@ def _heads(net: nn.Module, head: Paths) -> tuple[str, ...]:
         path, last = last_linear(net)
         if last is None:
             raise ValueError(
-                f"{type(net).__name__} has no linear layer and no 1x1 convolution, which would be its "
-                "head: say which module it is, head=..."
+                f"{type(net).__name__} has no linear layer and no 1x1 convolution, which would be "
+                "its head: say which module it is, head=..."
             )
         return (path,)
     paths = tuple(_listed(head))
