@@ -20,7 +20,7 @@ from gift.data.readers.masks import (
     colours_of,
     open_mask,
 )
-from gift.data.tables import Column, read_table
+from gift.data.tables import Column, beside_table, read_table
 from gift.errors import DataError, GiftWarning, refuse, some
 
 LOOKED_AT = 64
@@ -129,13 +129,11 @@ def mask_table(
             size than their image.
     """
     rows = read_table(csv, (image, mask), delimiter)
-    found, problems = [], []
-    for line, names in zip(rows.lines, rows.values, strict=True):
-        files = [Path(csv).parent / name.strip() for name in names]
-        for file in files:
-            if not file.is_file() or not file.stat().st_size:
-                problems.append(f"line {line}: there is no image {file}")
-        found.append((f"line {line}: ", str(files[0]), str(files[1])))
+    found: list[tuple[str, str, str]] = []
+    problems: list[str] = []
+    for line, (first, second) in zip(rows.lines, rows.values, strict=True):
+        files = [beside_table(csv, line, name, "image", problems) for name in (first, second)]
+        found.append((f"line {line}: ", files[0], files[1]))
     refuse(DataError, str(csv), problems)
     return _examples(
         str(csv), found, reader, classes, colours, values, ignore_index, augment

@@ -144,26 +144,34 @@ def _place(column: Column, first: list[str]) -> int | str:
     return f"there is no column {column}: there are {len(first)}, numbered from 0"
 
 
-def table_targets(
+def read_labelled(
     path: str | Path,
-    rows: Rows,
+    columns: Sequence[Column],
+    label: Column,
+    delimiter: str | None,
     task: str,
     classes: Sequence[str] | None,
-    separator: str = ";",
-    standardise: bool = True,
-) -> tuple[Targets, list[str]]:
-    """Return the targets in the last column, and the problems with them, by line."""
+    separator: str,
+    standardise: bool,
+    optional: Sequence[Column] = (),
+) -> tuple[Rows, Targets, list[str]]:
+    """Return columns and the label after them, its targets, and the problems with it, by line."""
+    none = (label,) if task == "multi_label" else ()  # an empty cell: none of the classes
+    rows = read_table(path, (*columns, label), delimiter, (*optional, *none))
     labels = [values[-1].strip() for values in rows.values]
     try:
         found = targets_of(labels, task, classes, separator, standardise)
     except DataError as error:
         raise DataError(f"{path}\n  {error}") from None
-    return found, [f"line {rows.lines[place]}: {reason}" for place, reason in found.problems]
+    return rows, found, [f"line {rows.lines[place]}: {reason}" for place, reason in found.problems]
 
 
-def empty_labels(label: Column, task: str) -> tuple[Column, ...]:
-    """Return the label column if its cells may be empty, which then says none of the classes."""
-    return (label,) if task == "multi_label" else ()
+def beside_table(csv: str | Path, line: int, name: str, what: str, problems: list[str]) -> str:
+    """Return the path of a file that a table names, and add a problem if there is none."""
+    file = Path(csv).parent / name.strip()
+    if not file.is_file() or not file.stat().st_size:
+        problems.append(f"line {line}: there is no {what} {file}")
+    return str(file)
 
 
 def picture_table(
@@ -200,9 +208,8 @@ def picture_table(
     Raises:
         DataError: naming all rows that are incomplete, without a known class, or without a file.
     """
-    return _file_table(
-        csv, reader, path, label, classes, augment, delimiter, task, separator, standardise, "image"
-    )
+    table = read_labelled(csv, (path,), label, delimiter, task, classes, separator, standardise)
+    return _read_files(csv, table, "image", reader, augment)
 
 
 def audio_table(
@@ -239,35 +246,25 @@ def audio_table(
     Raises:
         DataError: naming all rows that are incomplete, without a valid label, or without a file.
     """
-    return _file_table(
-        csv, reader, path, label, classes, augment, delimiter, task, separator, standardise, "sound"
-    )
+    table = read_labelled(csv, (path,), label, delimiter, task, classes, separator, standardise)
+    return _read_files(csv, table, "sound", reader, augment)
 
 
-def _file_table(
+def _read_files(
     csv: str | Path,
-    reader: Reader,
-    path: Column,
-    label: Column,
-    classes: Sequence[str] | None,
-    augment: bool,
-    delimiter: str | None,
-    task: str,
-    separator: str,
-    standardise: bool,
+    table: tuple[Rows, Targets, list[str]],
     what: str,
+    reader: Reader,
+    augment: bool,
 ) -> Examples:
-    """Load files that a table of paths and labels lists."""
-    rows = read_table(csv, (path, label), delimiter, empty_labels(label, task))
-    targets, problems = table_targets(csv, rows, task, classes, separator, standardise)
-    found = []
-    for line, (name, _), target in zip(rows.lines, rows.values, targets.values, strict=True):
-        image = Path(csv).parent / name.strip()
-        if not image.is_file() or not image.stat().st_size:
-            problems.append(f"line {line}: there is no {what} {image}")
-        found.append((str(image), target))
+    """Load the files that a table of paths and labels lists."""
+    rows, targets, problems = table
+    files = [
+        beside_table(csv, line, name, what, problems)
+        for line, (name, _) in zip(rows.lines, rows.values, strict=True)
+    ]
     refuse(DataError, str(csv), problems)
-    return targets.of(read_examples(found, reader, augment))
+    return targets.of(read_examples(list(zip(files, targets.values, strict=True)), reader, augment))
 
 
 def text_table(
@@ -315,9 +312,10 @@ def text_table(
         >>> examples.dataset[1], examples.classes
         ((['so', '"deep"'], 0), ('bad', 'good'))
     """
-    columns = (text, label) if pair is None else (text, pair, label)
-    rows = read_table(path, columns, delimiter, empty_labels(label, task))
-    targets, problems = table_targets(path, rows, task, classes, separator, standardise)
+    columns = (text,) if pair is None else (text, pair)
+    rows, targets, problems = read_labelled(
+        path, columns, label, delimiter, task, classes, separator, standardise
+    )
     refuse(DataError, str(path), problems)
     texts = [values[0] if pair is None else values[:2] for values in rows.values]
     return targets.of(read_examples(list(zip(texts, targets.values, strict=True)), reader))

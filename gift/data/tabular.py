@@ -10,7 +10,7 @@ from typing import Any
 from gift.data.examples import Examples
 from gift.data.readers.rows import RowReader, category_of, number_of
 from gift.data.reading import read_examples
-from gift.data.tables import empty_labels, header_of, read_table, table_targets
+from gift.data.tables import header_of, read_labelled
 from gift.errors import DataError, GiftWarning, refuse, some
 from gift.support.optional import require
 
@@ -84,9 +84,9 @@ def tabular(
         refuse(DataError, str(csv), [f"there is no column {n!r} but {header}" for n in unknown])
         if not names:
             refuse(DataError, str(csv), ["there is no column beside the label"])
-    optional = (*names, *empty_labels(label, task))
-    table = read_table(csv, (*names, label), delimiter, optional)
-    targets, problems = table_targets(csv, table, task, classes, separator, standardise)
+    table, targets, problems = read_labelled(
+        csv, names, label, delimiter, task, classes, separator, standardise, optional=names
+    )
     rows = [dict(zip(names, cells[:-1], strict=True)) for cells in table.values]
     if reader is None:
         found, wrong = _reader(names, rows, table.lines, categorical, encode)

@@ -174,13 +174,18 @@ def ma_replace_head(num_classes: int) -> Action:
     Raises:
         ValueError: if the module is not such a layer, or `num_classes` is below 1.
     """
+    return replacing_head(num_classes, new_head)
+
+
+def replacing_head(num_classes: int, make: Callable[[nn.Module, int], nn.Module]) -> Action:
+    """Return the action that replaces a layer by what `make` returns for it and `num_classes`."""
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(f"num_classes is {num_classes!r}, expected an integer of at least 1")
 
     def prepare(network: nn.Module) -> Callable[..., None]:
         def act(*place: Any) -> None:
             site = Site(*place)
-            head = new_head(site.module, num_classes)
+            head = make(site.module, num_classes)
             put_in_place(site, head)
             forget_classes(network)
             for module in network.modules():

@@ -6,9 +6,8 @@ from typing import Any
 from torch import nn
 
 from gift.core.dynamic_class import plain_class
-from gift.core.io_spec import forget_classes
 from gift.core.iterator import Site
-from gift.factories.actions import Action, put_in_place, tell_number_of_classes
+from gift.factories.actions import Action, replacing_head
 from gift.factories.checks import Check
 from gift.factories.serializable import recorded
 from gift.layers.table import family_of, row_of
@@ -61,24 +60,14 @@ def ma_replace_segmentation_head(num_classes: int) -> Action:
     Raises:
         ValueError: if `num_classes` is below 1, or the module is not a convolution.
     """
-    if type(num_classes) is not int or num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes!r}, expected an integer of at least 1")
+    return replacing_head(num_classes, _like)
 
-    def prepare(network: nn.Module) -> Callable[..., None]:
-        def act(*place: Any) -> None:
-            site = Site(*place)
-            old = site.module
-            row = row_of(type(old))
-            if row is None or row.like is None or family_of(old) != "conv":
-                raise ValueError(f"{site.class_name} is not a convolution, which gives the logits")
-            weight: Any = old.weight
-            new = row.like(old, num_classes, device=weight.device, dtype=weight.dtype)
-            put_in_place(site, new)
-            forget_classes(network)
-            for module in network.modules():
-                if new in module.modules():
-                    tell_number_of_classes(module, num_classes)
 
-        return act
-
-    return Action(prepare=prepare)
+def _like(old: nn.Module, num_classes: int) -> nn.Module:
+    """Return a convolution like `old` with that many outputs."""
+    row = row_of(type(old))
+    if row is None or row.like is None or family_of(old) != "conv":
+        name = plain_class(type(old)).__name__
+        raise ValueError(f"{name} is not a convolution, which gives the logits")
+    weight: Any = old.weight
+    return row.like(old, num_classes, device=weight.device, dtype=weight.dtype)
