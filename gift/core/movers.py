@@ -7,7 +7,6 @@ The state from which it copies tensors back must contain all tensors. It treats 
 other tensor, so they are on the device on which the module computes.
 """
 
-from collections import Counter
 from types import FrameType
 
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from gift.core.delta import named_deltas
 from gift.core.forwards import named_forward_deltas
 from gift.core.weights.record import weight_deltas
+from gift.core.weights.sharing import in_several_modules
 from gift.private.torch.calls import callers
 
 _PACKAGE = "accelerate."
@@ -68,13 +68,7 @@ def _stuck(network: nn.Module) -> str:
     ]
     if tied:
         return f"{tied} have the delta of a tied tensor"
-    held = Counter(
-        id(module._parameters[delta.names[key]])
-        for module in network.modules()
-        for delta in weight_deltas(module).values()
-        for key in (delta.method.shared if delta.owner is None else ())
-    )
-    if any(count > 1 for count in held.values()):
+    if in_several_modules(network):
         return "modules share parameters of their deltas"
     wrapped = [path for path, _, wrapper in named_forward_deltas(network) if wrapper.names]
     return f"{wrapped} are wrapped by deltas" if wrapped else ""

@@ -48,11 +48,7 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
         delta.method = method.nearest(delta.layout.matrix)
         values = delta.initial(readable)
         _check_shape(delta, readable, values)
-    prefix = "" if tensor == "weight" else f"{tensor}_"
-    delta.names = _free_names(module, {key: prefix + key for key in values}, below)
-    present = [name for name in delta.names.values() if has_attribute(module, name)]
-    if present:
-        raise AdaptationError(f"it already has attributes {present}, which the delta would hide")
+    delta.names = _free_names(module, tensor, values, below)
     install(module, tensor, delta)
     add = add_lazy_tensor if is_lazy(frozen) else add_tensor
     for key, value in values.items():
@@ -63,11 +59,20 @@ def adapt_tensor(module: nn.Module, tensor: str, method: Method, options: Layout
 
 
 def _free_names(
-    module: nn.Module, names: dict[str, str], below: WeightDelta | None
+    module: nn.Module, tensor: str, values: Mapping[str, Tensor], below: WeightDelta | None
 ) -> dict[str, str]:
-    """Number the names of a delta on top of another one that uses them: ``lora_A_2``."""
-    number, free = 1, names
-    while below is not None and any(has_attribute(module, name) for name in free.values()):
+    """Name the tensors of a delta on `module`: ``lora_A``, ``in_proj_weight_lora_A``.
+
+    A delta on top of another one that uses these names numbers its own: ``lora_A_2``.
+    """
+    prefix = "" if tensor == "weight" else f"{tensor}_"
+    number, names = 1, {key: prefix + key for key in values}
+    free = names
+    while present := [name for name in free.values() if has_attribute(module, name)]:
+        if below is None:
+            raise AdaptationError(
+                f"it already has attributes {present}, which the delta would hide"
+            )
         number += 1
         free = {key: f"{name}_{number}" for key, name in names.items()}
     return free
@@ -231,10 +236,7 @@ def _add_for_bias(module: nn.Module, tensor: str) -> None:
     else:
         values = delta.initial(stand_in(frozen), of_bias=True)
     delta.biased = True
-    prefix = "" if tensor == "weight" else f"{tensor}_"
-    names = _free_names(module, {key: prefix + key for key in values}, delta.below)
-    if present := [name for name in names.values() if has_attribute(module, name)]:
-        raise AdaptationError(f"it already has attributes {present}, which the delta would hide")
+    names = _free_names(module, tensor, values, delta.below)
     for key, value in values.items():
         (add_lazy_tensor if is_lazy(frozen) else add_tensor)(module, names[key], value)
     delta.names |= names

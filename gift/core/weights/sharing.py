@@ -6,6 +6,7 @@ replaces parameters one by one unties it, as it does with tied weights: ``to_emp
 ``load_state_dict(assign=True)``, lazy modules that get their shape. Then it is tied again.
 """
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,17 @@ def shares(network: nn.Module) -> bool:
         for module in network.modules()
         for delta in weight_deltas(module).values()
     )
+
+
+def in_several_modules(network: nn.Module) -> bool:
+    """Whether modules hold the same parameter, not just one that could be shared."""
+    held = Counter(
+        id(module._parameters[delta.names[key]])
+        for module in network.modules()
+        for delta in weight_deltas(module).values()
+        for key in (delta.method.shared if delta.owner is None else ())
+    )
+    return any(count > 1 for count in held.values())
 
 
 def share_parameters(network: nn.Module) -> bool:
