@@ -32,7 +32,8 @@ def dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    # `torch.manual_seed` formats a stack trace for each kind of device that has not been used yet.
+    (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture
