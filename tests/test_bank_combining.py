@@ -22,6 +22,7 @@ from gift.strategies import (
     NormFineTuningStrategy,
 )
 from tests.cases.layers import LAYERS, LayerCase
+from tests.cases.selection import cells
 from tests.common import full_state
 from tests.test_bank import unnumbered
 from tests.test_every_method import TOKENS, bert
@@ -29,7 +30,6 @@ from tests.test_matrix import as_dtype, run
 
 LOW_RANK = ["lora", "rslora", "pissa", "olora", "lora_fa", "vera", "loha"]
 NUMBERS = {"a": 0.7, "b": -1.3, "c": 2.0, "d": 0.0}
-on_layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 
 SMALL = {"rank": 2, "clip_rank": True}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -106,15 +106,14 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-10) -> None:
 # --- exact sums ----------------------------------------------------------------------------------
 
 
-@on_layers
-@pytest.mark.parametrize(
-    "methods",
-    [
+@cells(
+    2,
+    methods=[
         ("lora", "loha", "vera", "pissa"),
         ("olora", "rslora", "lora_fa", "lora"),
         ("delora", "lora_xs", "psoft", "lora"),
     ],
-    ids=str,
+    layer=LAYERS,
 )
 def test_a_sum_without_rank_is_exact(methods: tuple[str, ...], layer: LayerCase) -> None:
     bank = DeltaBank(made_of(layer))
@@ -217,16 +216,12 @@ def matrices(module: nn.Module, tensor: str, weight: Tensor) -> Tensor:
     return vars(module)["_gift_weights"][tensor].layout.to_matrix(weight)
 
 
-@on_layers
-@pytest.mark.parametrize(
-    ("methods", "rank"),
-    [(("dora", "ia3"), 2), (("lora", "loha"), 1), (("hra", "ia3"), 50)],
-    ids=str,
-)
+@cells(2, terms=[(("dora", "ia3"), 2), (("lora", "loha"), 1), (("hra", "ia3"), 50)], layer=LAYERS)
 def test_a_sum_of_a_rank_is_the_truncated_svd(
-    methods: tuple[str, str], rank: int, layer: LayerCase
+    terms: tuple[tuple[str, str], int], layer: LayerCase
 ) -> None:
     """Of each matrix, and the errors that are told are those that are measured."""
+    methods, rank = terms
     net = made_of(layer)
     bank = DeltaBank(net)
     try:

@@ -9,9 +9,11 @@ from torch import Tensor
 from gift.errors import AdaptationError
 from gift.methods import method_of
 from tests.cases.methods import METHODS, MethodCase
+from tests.cases.selection import cells
 
 everywhere = pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
-shapes = pytest.mark.parametrize("shape", [(6, 8), (8, 4), (3, 6, 4)], ids=str)
+SHAPES = [(6, 8), (8, 4), (3, 6, 4)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 LOW_RANK = {
     "adalora",
@@ -57,9 +59,7 @@ def test_factors_multiply_to_the_delta(case: MethodCase, shape: tuple[int, ...])
         assert expected.abs().max() > 1e-3
 
 
-@everywhere
-@shapes
-@pytest.mark.parametrize("number", [0.0, 1.0, -2.5, 0.3])
+@cells(case=METHODS, shape=SHAPES, number=[0.0, 1.0, -2.5, 0.3])
 def test_a_multiple_of_a_delta(case: MethodCase, shape: tuple[int, ...], number: float) -> None:
     method, matrix, parameters = trained(case, shape)
     if case.method in NO_MULTIPLE:

@@ -42,6 +42,7 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     NormFineTuningStrategy,
 )
+from tests.cases.selection import cells
 from tests.common import full_state
 from tests.test_bank import unnumbered
 
@@ -135,11 +136,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "inputs"), LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("method", LOW_RANK)
+@cells(layer=LAYERS, method=LOW_RANK)
 def test_every_low_rank_method_on_every_layer(
-    method: str, make: Callable[[], nn.Module], inputs: Callable[[], Tensor]
+    layer: tuple[Callable[[], nn.Module], Callable[[], Tensor]], method: str
 ) -> None:
+    make, inputs = layer
     x = inputs()
     x = x.double() if x.is_floating_point() else x
     strategy = STRATEGIES[f"{method}AllFineTuningStrategy"]

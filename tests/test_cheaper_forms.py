@@ -14,6 +14,7 @@ from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
 from gift.kernels.merged_linear import Terms
 from gift.kernels.rescale import rescaled
+from tests.cases.selection import cells
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -167,10 +168,7 @@ def test_single_precision_and_autocast(method: str, layer: str) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
-@on_layers
-@pytest.mark.parametrize(
-    "method", [name for name in METHODS if name != "dora"]
-)  # whose gradient is not a derivative
+@cells(method=[n for n in METHODS if n != "dora"], layer=[*LAYERS])  # its gradient is no derivative
 def test_gradients_of_gradients(method: str, layer: str) -> None:
     """They agree with differences, or are refused in words: vera keeps no inputs beside a layer."""
     make, shape = LAYERS[layer]
@@ -211,8 +209,7 @@ def test_checkpoints_and_transforms(method: str, layer: str) -> None:
     torch.testing.assert_close(tuple(g.sum(0) for g in each.values()), expected)
 
 
-@on_layers
-@by_every_method
+@cells(method=[*METHODS], layer=[*LAYERS])
 def test_compiled_in_one_graph(method: str, layer: str) -> None:
     make, shape = LAYERS[layer]
     torch._dynamo.reset()

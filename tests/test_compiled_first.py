@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
 from gift.methods import METHODS
+from tests.cases.selection import cells
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -28,8 +29,7 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("method", METHODS)
+@cells(method=[*METHODS], layer=[*LAYERS])
 def test_every_method_compiles_before_any_call(method: str, layer: str, dynamo: None) -> None:
     make, inputs = LAYERS[layer]
     size = 50 + list(METHODS).index(method)

@@ -38,7 +38,7 @@ from gift.strategies import DoRALinearFineTuningStrategy as DoRA
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
 from tests.cases.layers import LayerCase
 from tests.cases.methods import METHODS, MethodCase
-from tests.cases.selection import selected
+from tests.cases.selection import STEP, cells, selected
 from tests.common import all_bits, bits, enabled, full_state
 from tests.test_matrix import (
     PLACED,
@@ -130,7 +130,7 @@ def cannot_be_merged(method: MethodCase, request: pytest.FixtureRequest) -> bool
 
 # One row for each method: settings do not matter here.
 FIRST = {case.method: case for case in reversed(METHODS.values())}
-ONCE = selected([at for at in PLACED if at[2].values[0] in FIRST.values()], 0)
+ONCE = selected([at for at in PLACED if at[2].values[0] in FIRST.values()], 0, 2 * STEP)
 
 
 @pytest.mark.parametrize(("method", "layer"), ONCE)
@@ -498,8 +498,7 @@ DONE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@networks
-@pytest.mark.parametrize("what", DONE.values(), ids=DONE)
+@cells(2, case=NETWORKS, what=DONE)
 def test_all_comes_back(case: Case, what: Callable[[Any], Any]) -> None:
     """Every object, bit, flag, hook, mode and gradient, after two forward passes in train mode."""
     net, x = tuned(case), case.inputs()

@@ -34,6 +34,7 @@ from tests.cases.prompts import (
     with_more_words,
     words_of,
 )
+from tests.cases.selection import cells
 
 pytestmark = [pytest.mark.usefixtures("double"),
               pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")]  # fmt: skip
@@ -73,13 +74,11 @@ def refusal(base: Any, asked: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("kind", "head"), WRITERS + NEIGHBOURS)
-@pytest.mark.parametrize("asked", OPTIONS, ids=str)
-@pytest.mark.parametrize("side", ["left", "none"])
+@cells(2, writer=WRITERS + NEIGHBOURS, asked=OPTIONS, side=["left", "none"])
 def test_it_writes_what_the_model_with_more_words_writes(
-    kind: str, head: str, asked: dict[str, Any], side: str
+    writer: tuple[str, str], asked: dict[str, Any], side: str
 ) -> None:
-    base = made(kind, head)
+    base = made(*writer)
     net, given = prompted(base), given_to(side)
     words = refusal(base, asked)
     if words:

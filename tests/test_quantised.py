@@ -35,6 +35,7 @@ from gift.quantization import dequantised, is_quantised, requantised, shape_of
 from gift.strategies import STRATEGIES, BitFitFineTuningStrategy
 from tests.cases.methods import METHODS as FORMULAS
 from tests.cases.methods import MethodCase
+from tests.cases.selection import cells
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -181,7 +182,6 @@ KINDS = {
     "bitsandbytes int8 inputs": Kind(int8_layer, matrix_of_8_bits, rounding=ROUNDED, trains=False),
 }
 of_every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-by_every_method = pytest.mark.parametrize("method", METHODS)
 NOT_TO_COPY = {"torchao nf4": "its clone quantises again, with other blocks"}
 SOME = {name: KINDS[name] for name in ("torchao int8", "bitsandbytes nf4", "bitsandbytes int8")}
 of_some_kinds = pytest.mark.parametrize("kind", SOME.values(), ids=SOME)
@@ -230,8 +230,7 @@ def assert_near(found: Tensor, expected: Tensor, rounding: float, what: str = ""
 # The mathematics.
 
 
-@pytest.mark.parametrize("case", FORMULAS.values(), ids=FORMULAS)
-@of_every_kind
+@cells(kind=KINDS, case=FORMULAS)
 def test_outputs_and_gradients_are_those_of_the_formula(kind: Kind, case: MethodCase) -> None:
     layer = kind.linear(32, 64)
     base, bias = kind.dequantise(layer).double(), layer.bias.detach().double()
@@ -267,8 +266,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind: Kind, case: Method
         assert_near(added[key].grad, copies[key].grad, rounding, f"gradient of {key}")
 
 
-@by_every_method
-@of_every_kind
+@cells(kind=KINDS, method=[*METHODS])
 def test_the_plain_network_that_it_stands_for_takes_the_same_delta(kind: Kind, method: str) -> None:
     """A delta that was trained beside a quantised base is one for the dequantised base."""
     layer, plain = kind.linear(32, 64), plain_linear(32, 64)
@@ -284,8 +282,7 @@ def test_the_plain_network_that_it_stands_for_takes_the_same_delta(kind: Kind, m
 # The life of a network.
 
 
-@by_every_method
-@pytest.mark.parametrize("name", KINDS)
+@cells(name=[*KINDS], method=[*METHODS])
 def test_enabled_trained_saved_copied_and_disabled(name: str, method: str) -> None:
     kind = KINDS[name]
     net, x = kind.network(), inputs()
@@ -509,8 +506,7 @@ def test_whatever_an_action_wrote_is_undone(kind: Kind, write: Callable[[Any], N
     assert torch.equal(net(x), output)
 
 
-@by_every_method
-@of_some_kinds
+@cells(kind=SOME, method=[*METHODS])
 def test_a_failure_half_way_and_a_plan_leave_nothing(kind: Kind, method: str) -> None:
     net, x = kind.network(), inputs()
     output, before = net(x), packed(net)
@@ -629,8 +625,7 @@ EMBEDDINGS: dict[str, Callable[[], Any]] = {
 }
 
 
-@by_every_method
-@pytest.mark.parametrize("make", EMBEDDINGS.values(), ids=EMBEDDINGS)
+@cells(make=EMBEDDINGS, method=[*METHODS])
 def test_embeddings(make: Callable[[], Any], method: str) -> None:
     net, tokens = make(), torch.tensor([[1, 2, 1], [9, 0, 3]])
     base, weight = net(tokens), net[0].weight

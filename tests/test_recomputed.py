@@ -26,6 +26,7 @@ from gift.kernels.ways import RULES
 from gift.methods import METHODS
 from gift.private.torch import autograd
 from gift.utils.info import kept_inputs
+from tests.cases.selection import cells
 from tests.common import weighted
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and autograd.hides_hooks()
@@ -216,7 +217,6 @@ ELSEWHERE = {
     "FusedRmsNormBackward0": "a GPU",
     "ReshapeAliasBackward0": "another backend",
 }
-ways = pytest.mark.parametrize(("before", "name"), WAYS.values(), ids=WAYS)
 
 
 def names_of(x: Tensor) -> set[str]:
@@ -235,11 +235,11 @@ def test_every_rule_is_tried() -> None:
     assert set(RULES) - met == set(ELSEWHERE)
 
 
-@ways
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@cells(2, way=WAYS, dtype=[torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_are_those_with_the_input_kept(
-    before: Callable[[Tensor], Tensor], name: str, dtype: torch.dtype
+    way: tuple[Callable[[Tensor], Tensor], str], dtype: torch.dtype
 ) -> None:
+    before, name = way
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     h = hidden(dtype=dtype)
     torch.manual_seed(2)

@@ -23,6 +23,7 @@ from gift.strategies import (
     merge_strategies,
 )
 from gift.training import finetune
+from tests.cases.selection import cells
 from tests.common import enabled
 
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
@@ -159,9 +160,12 @@ def test_a_delta_is_raised_over_the_lowest_rate_of_its_own_layer() -> None:
     assert found == pytest.approx({"0.lora_A": 1e-4 * 0.5, "0.lora_B": 1e-4 * 0.5 * 16})
 
 
-@pytest.mark.parametrize("flipped", [False, True], ids=["in order", "flipped"])
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "NAdam"])
-@pytest.mark.parametrize("head", ["lora", "new head", "trained biases"])
+@cells(
+    3,
+    head=["lora", "new head", "trained biases"],
+    name=["SGD", "AdamW", "RMSprop", "NAdam"],
+    flipped={"in order": False, "flipped": True},
+)
 def test_each_group_follows_the_group_of_the_head_that_it_resembles(
     head: str, name: str, flipped: bool
 ) -> None:

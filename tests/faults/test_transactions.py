@@ -332,7 +332,7 @@ def outcomes(name: str) -> tuple[Any, Any, int]:
 def test_memory_runs_out_at_each_operation(name: str, failures: int) -> None:
     make, operate = OPERATIONS[name]
     before, after, count = outcomes(name)
-    corrupted, step = [], 1 if LONG else max(1, count * failures // 12)
+    corrupted, step = [], 1 if LONG else max(1, count * failures // 6)
     for number in range(0, count, step):
         made = make()
         torch.manual_seed(11)
