@@ -116,10 +116,12 @@ def engines(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def matrix(session: nox.Session) -> None:
-    """Test every property of every method on every layer type."""
+    """Run the whole products of which `make test` runs a selection (`tests/cases/selection.py`)."""
     session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
     session.env["GIFT_MATRIX"] = "whole"
-    run_tests(session, "tests/test_matrix.py", "tests/test_merging.py")
+    files = Path("tests").glob("test_*.py")
+    selecting = [file for file in files if "tests.cases.selection import" in file.read_text()]
+    run_tests(session, *sorted(map(str, selecting)))
 
 
 @nox.session(default=False)
