@@ -16,6 +16,7 @@ from gift import GiftWarning, disable_fine_tuning, disabled, enable_fine_tuning,
 from gift.methods import METHODS
 from gift.strategies import STRATEGIES, FullFineTuningStrategy
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
+from tests.cases.selection import cells
 from tests.common import all_bits, bits, enabled, full_state
 from tests.test_merging import NETWORKS, Case, call, cnn, fail, ids, look, mlp, run_out, tuned
 
@@ -56,25 +57,22 @@ def test_the_base_bit_for_bit_and_back(case: Case) -> None:
     assert list(net.state_dict()) == state
 
 
-@networks
-@pytest.mark.parametrize(
-    "what",
-    [
-        lambda net: net.eval(),
-        lambda net: net.train(),
-        lambda net: net.zero_grad(),
-        lambda net: net.state_dict(),
-        lambda net: net.requires_grad_(True),
-        copy.deepcopy,
-        run_out,
-        fail,
-        lambda net: enable_fine_tuning(net, FullFineTuningStrategy(), keep_base=False),
-        lambda net: enable_fine_tuning(next(net.children()), FullFineTuningStrategy()),
-        lambda net: merged(net.eval()).__enter__(),
-    ],
-    ids=["eval", "train", "zero_grad", "state", "unfrozen", "copied", "interrupted", "failed",
-         "other", "other part", "refused"],
-)  # fmt: skip
+DONE: dict[str, Callable[[Any], Any]] = {
+    "eval": lambda net: net.eval(),
+    "train": lambda net: net.train(),
+    "zero_grad": lambda net: net.zero_grad(),
+    "state": lambda net: net.state_dict(),
+    "unfrozen": lambda net: net.requires_grad_(True),
+    "copied": copy.deepcopy,
+    "interrupted": run_out,
+    "failed": fail,
+    "other": lambda net: enable_fine_tuning(net, FullFineTuningStrategy(), keep_base=False),
+    "other part": lambda net: enable_fine_tuning(next(net.children()), FullFineTuningStrategy()),
+    "refused": lambda net: merged(net.eval()).__enter__(),
+}
+
+
+@cells(case=NETWORKS, what=DONE)
 def test_all_comes_back(case: Case, what: Callable[[Any], Any]) -> None:
     net = tuned(case)
     before = full_state(net)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from gift import disable_fine_tuning, enable_fine_tuning
 from gift.methods import METHODS
 from gift.strategies import STRATEGIES
+from tests.cases.selection import cells
 from tests.common import all_bits, full_state
 
 everywhere = pytest.mark.parametrize("method", METHODS)
@@ -59,12 +60,12 @@ def convnet() -> nn.Module:
 Call = Callable[[nn.Module], Tensor]
 TOKENS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
+Network = tuple[Callable[[], nn.Module], Call]
+NETWORKS: dict[str, Network] = {
     "bert": (bert, lambda net: net(TOKENS).logits),
     "gpt2": (gpt2, lambda net: net(TOKENS).logits),
     "convnet": (convnet, lambda net: net(IMAGES)),
 }
-on_networks = pytest.mark.parametrize(("make", "call"), NETWORKS.values(), ids=NETWORKS)
 
 
 def enable(net: nn.Module, method: str, **settings: Any) -> Any:
@@ -79,11 +80,9 @@ def train(net: nn.Module) -> None:
             parameter += 0.1 * torch.randn_like(parameter)
 
 
-@on_networks
-@everywhere
-def test_a_delta_goes_through_files_copies_and_back(
-    method: str, make: Callable[[], nn.Module], call: Call
-) -> None:  # fmt: skip
+@cells(method=[*METHODS], network=NETWORKS)
+def test_a_delta_goes_through_files_copies_and_back(method: str, network: Network) -> None:
+    make, call = network
     net = make()
     base = copy.deepcopy(net)
     before, output = all_bits(base), call(base).detach()
@@ -106,12 +105,10 @@ def test_a_delta_goes_through_files_copies_and_back(
     assert torch.equal(call(net), output)
 
 
-@on_networks
-@everywhere
-def test_a_base_that_is_loaded_later_is_the_base(
-    method: str, make: Callable[[], nn.Module], call: Call
-) -> None:  # fmt: skip
+@cells(method=[*METHODS], network=NETWORKS)
+def test_a_base_that_is_loaded_later_is_the_base(method: str, network: Network) -> None:
     """Enable, load a base, load a delta: as if the base had been there before."""
+    make, call = network
     base = make()
     net = copy.deepcopy(base)
     enable(net, method)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gift import merge, merged
 from gift.strategies import DoRALinearFineTuningStrategy as DoRA
+from tests.cases.selection import cells
 from tests.test_merging import NETWORKS, Case, call, tuned
 
 
@@ -39,7 +40,6 @@ EXPORTED = {
     "recurrent": NETWORKS["recurrent"],
     "encoder": NETWORKS["encoder"],
 }
-exported = pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
 
 
 def by_export(net: nn.Module, x: Tensor) -> Tensor:
@@ -74,8 +74,7 @@ def by_onnx(net: nn.Module, x: Tensor) -> Tensor:
 WAYS = [by_export, by_exported_file, by_trace, by_onnx]
 
 
-@exported
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@cells(2, case=EXPORTED, way={way.__name__: way for way in WAYS})
 def test_a_merged_network_is_exported(case: Case, way: Callable[[Any, Tensor], Tensor]) -> None:
     """For good, and for a while; the values are checked where both run."""
     net, x = tuned(case).eval(), case.inputs()

@@ -1,6 +1,7 @@
 """What says how a delta is to be read survives in a plain dictionary of tensors."""
 
 import copy
+import functools
 import io
 import itertools
 import warnings
@@ -153,9 +154,7 @@ def test_default_settings_add_no_key() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_told_apart_by_names_shapes_or_settings(name: str) -> None:
     """Of two methods with the same parameters, one at least says which it is."""
-    nets = {}
-    for other in (name, *METHODS):
-        nets[other] = tuned(FineTuningStrategy([(mc_any(), ma_adapt(other))]))
+    nets = dict(_by_method())
     mine = nets.pop(name)
     for net in nets.values():
         same = {k: v.shape for k, v in mine.state_dict().items() if not is_settings(k)} == {
@@ -171,8 +170,14 @@ def test_methods_are_told_apart_by_names_shapes_or_settings(name: str) -> None:
             with torch.no_grad():
                 for parameter in (*mine.parameters(), *(held_buffers(mine))):
                     parameter.normal_()
+            net = copy.deepcopy(net)
             net.load_state_dict(dict(mine.state_dict()))
             torch.testing.assert_close(net[0].weight, mine[0].weight)  # type: ignore[union-attr]
+
+
+@functools.cache
+def _by_method() -> dict[str, nn.Module]:
+    return {name: tuned(FineTuningStrategy([(mc_any(), ma_adapt(name))])) for name in METHODS}
 
 
 def held_buffers(net: nn.Module) -> list[Tensor]:

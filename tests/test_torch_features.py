@@ -32,6 +32,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from gift import GiftWarning, disable_fine_tuning, enable_fine_tuning, merge
 from gift.strategies import LoRAAllFineTuningStrategy
+from tests.cases.selection import cells
 from tests.common import delta, enabled
 
 pytestmark = [
@@ -306,8 +307,7 @@ def test_what_was_compiled_before_enabling_sees_the_adapter(in_place: bool, dyna
     torch.testing.assert_close(compiled(x), base(x))
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("name", ALL)
+@cells(2, name=ALL, strict={"strict": True, "non-strict": False})
 def test_export(name: str, strict: bool) -> None:
     base, net, x = case(name, train=False)
     exported = torch.export.export(net, (x,), strict=strict).module()

@@ -43,7 +43,7 @@ def cells(step: int = STEP, **axes: Mapping[str, Any] | Iterable[Any]) -> pytest
     """Parametrise a test by a product, of which every `step`-th cell along each axis runs.
 
     Args:
-        step: the larger, the fewer cells run.
+        step: the larger, the fewer cells run; short axes make it smaller, so that each value runs.
         axes: the values of each argument of the test, by their names in its identity; or values
             that are their own names.
     """
@@ -51,6 +51,8 @@ def cells(step: int = STEP, **axes: Mapping[str, Any] | Iterable[Any]) -> pytest
         [*axis.items()] if isinstance(axis, Mapping) else [(str(value), value) for value in axis]
         for axis in axes.values()
     ]
+    ways = sum(len(axis) - 1 for axis in values)
+    step = min(step, *(1 + ways - (len(axis) - 1) for axis in values))
     return pytest.mark.parametrize(
         tuple(axes),
         [
