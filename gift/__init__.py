@@ -11,7 +11,14 @@ from gift.core.undo.unload import disabled
 from gift.engine.enable import disable_fine_tuning, enable_fine_tuning, plan_fine_tuning
 from gift.errors import AdaptationError, GiftError, GiftWarning
 from gift.files import DeltaFile, DeltaFileError, inspect, load, save
-from gift.interop import load_kohya, load_peft, save_kohya, save_peft
+from gift.interop import (
+    load_diffusers,
+    load_kohya,
+    load_peft,
+    save_diffusers,
+    save_kohya,
+    save_peft,
+)  # fmt: skip
 from gift.starts import initialise
 from gift.strategies import FineTuningStrategy, load_strategy_from_config, merge_strategies
 from gift.version import __version__ as __version__
@@ -43,6 +50,7 @@ __all__ = [
     "initialise",
     "inspect",
     "load",
+    "load_diffusers",
     "load_kohya",
     "load_peft",
     "load_strategy_from_config",
@@ -52,6 +60,7 @@ __all__ = [
     "plan_fine_tuning",
     "reference",
     "save",
+    "save_diffusers",
     "save_kohya",
     "save_peft",
     "suggest",

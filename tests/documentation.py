@@ -181,6 +181,14 @@ def qwen(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def stable_diffusion(folder: Path) -> None:
+    """A small pipeline of diffusers."""
+    from tests.clients.test_diffusers import pipeline
+
+    folder.mkdir(parents=True)
+    pipeline(folder).save_pretrained(folder)
+
+
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
@@ -203,6 +211,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "street.jpg": small_files.saved,
     "bert-base-uncased": job_examples.bert,
     "Qwen/Qwen3-0.6B": qwen,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
 }
 """What is written for a page in which a name stands. Models have the names that hubs know them by,
 since a folder of that name is taken first."""

@@ -579,7 +579,11 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     tensors["lora_unet_nowhere.lora_up.weight"] = torch.ones(2, 2)
     tensors["unet.conv_in.lora.up.weight"] = torch.ones(2, 2)
     save_file(tensors, path)
-    refused(net, path, r"(?s)unet.conv_in.*nowhere.*proj_in: .*missing.*proj_out: .*not finite")
+    refused(
+        net,
+        path,
+        r"(?s)unet.conv_in.*load_diffusers.*nowhere.*proj_in: .*missing.*proj_out: .*not finite",
+    )
     refused(net, path, "no keys with prefix 'lora_te_'", prefix="lora_te_")
 
 

@@ -19,6 +19,7 @@ ROOMS = {
     "gift.schedules": "Schedules",
     "gift.bank": "Many deltas on one base",
     "gift.files": "Files",
+    "gift.interop.diffusers": "Files of diffusers",
     "gift.interop.kohya": "Files of kohya",
     "gift.training": "Training",
     "gift.data": "Data",

@@ -107,8 +107,8 @@ def _header(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     text = metadata.get("gift")
     if text is None:
         return {}, [
-            "it is a safetensors file that gift did not write (load_peft and load_kohya read those "
-            "of others)"
+            "it is a safetensors file that gift did not write (load_peft, load_diffusers and "
+            "load_kohya read those of others)"
         ]
     if metadata.get("sha256") != _sha256(text):
         return {}, ["its header is damaged: it does not have the digest that was written"]

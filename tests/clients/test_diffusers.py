@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gift
@@ -150,14 +149,8 @@ def lora_of(net: Any, model: Model, folder: Path) -> Any:
     if model.make is unet:
         gift.save_kohya(net, folder / "lora.safetensors")
         pipeline.load_lora_weights(folder / "lora.safetensors")
-    else:  # whose pipelines read no adapters of PEFT, but have a format that is near
-        gift.save_peft(net, folder / "peft")
-        config = json.loads((folder / "peft" / "adapter_config.json").read_text())
-        state = load_file(folder / "peft" / "adapter_model.safetensors")
-        layers = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-        pipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
-        )
+    else:
+        gift.save_diffusers(net, folder)
         pipeline.load_lora_weights(folder)
     return fresh
 

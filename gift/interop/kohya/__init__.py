@@ -5,7 +5,8 @@ the network, the path of a layer with underscores instead of dots, and the name 
 ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight``.
 """
 
-from gift.interop.kohya.loading import KohyaReport, load_kohya
+from gift.interop.kohya.loading import load_kohya
 from gift.interop.kohya.saving import save_kohya
+from gift.interop.report import PartReport
 
-__all__ = ["KohyaReport", "load_kohya", "save_kohya"]
+__all__ = ["PartReport", "load_kohya", "save_kohya"]

@@ -53,26 +53,3 @@ def is_layer(module: nn.Module) -> bool:
 def flat(path: str) -> str:
     """Return a path in the form of keys."""
     return path.replace(".", "_")
-
-
-TEXT = "text_model_"
-
-
-def lead(net: nn.Module) -> str:
-    """Return the text before the paths of a network's layers in keys.
-
-    Files have ``text_model_encoder_...`` for the text encoder, but newer versions of transformers
-    have removed that module from `CLIPTextModel`.
-    """
-    return TEXT if _is_text_encoder(net) and not hasattr(net, "text_model") else ""
-
-
-def elsewhere(net: nn.Module, path: str) -> str:
-    """Return the flat path that a layer of this network has in other versions of transformers."""
-    if not _is_text_encoder(net):
-        return path
-    return path.removeprefix(TEXT) if path.startswith(TEXT) else TEXT + path
-
-
-def _is_text_encoder(net: nn.Module) -> bool:
-    return plain_class(type(net)).__name__ == "CLIPTextModel"

@@ -4,22 +4,23 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.report import Report
 from gift.core.weights.frozen import present_tensor
 from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError, refuse
 from gift.factories import ma_adapt, mc_path
 from gift.files.container import read_tensors
+from gift.interop.diffusers.networks import is_name
 from gift.interop.kohya.interpretation import ReadDelta, interpret
-from gift.interop.kohya.layers import Incompatible, Target, elsewhere, flat, is_layer
+from gift.interop.kohya.layers import Incompatible, Target, flat, is_layer
+from gift.interop.report import PartReport
+from gift.interop.text_encoders import elsewhere
 from gift.quantization import dequantised
 from gift.strategies import FineTuningStrategy
 
@@ -30,22 +31,6 @@ _ORIGINAL = re.compile(
     r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|double_blocks|single_blocks"
     r"|joint_blocks|diffusion_model)_"
 )
-
-
-@dataclass
-class KohyaReport(Report):
-    """The report of `enable_fine_tuning`, and what else was in the file.
-
-    Args:
-        left: number of tensors of other networks, by prefix.
-    """
-
-    left: dict[str, int] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """Return totals, what each cap matched, and what was left in the file."""
-        others = [f"{number} tensors of {prefix}..." for prefix, number in self.left.items()]
-        return super().summary() + (f"\nleft in the file: {', '.join(others)}" if others else "")
 
 
 class _Located(NamedTuple):
@@ -60,7 +45,7 @@ def load_kohya(
     path: str | os.PathLike[str],
     prefix: str = "lora_unet_",
     rename: Callable[[str], str] | None = None,
-) -> KohyaReport:
+) -> PartReport:
     """Fine-tune a plain network with the deltas in a file of kohya's sd-scripts or LyCORIS.
 
     Supports LoRA (with ``lora_mid``, and with DoRA's ``dora_scale`` of outputs), LoHa and LoKr,
@@ -117,7 +102,7 @@ def load_kohya(
             tensors = weight_deltas(module)["weight"].tensors(module)
             for key, value in delta.values.items():
                 tensors[key].copy_(value)
-    return KohyaReport(**vars(report), left=dict(left))
+    return PartReport(**vars(report), left=dict(left))
 
 
 def _layers_in(
@@ -138,7 +123,11 @@ def _layers_in(
         else:
             left[own] += 1
     if unknown:
-        problems.append(f"{len(unknown)} keys are not of this format: {', '.join(sorted(unknown))}")
+        theirs = any(is_name(key.partition(".")[0]) for key in unknown)
+        hint = "; load_diffusers reads files of diffusers" * theirs
+        problems.append(
+            f"{len(unknown)} keys are not of this format: {', '.join(sorted(unknown))}{hint}"
+        )
     if not layers:
         others = ", ".join(sorted(left)) or "of no network"
         problems.append(f"it has no keys with prefix {prefix!r}; those it has are {others}")
@@ -162,7 +151,7 @@ def _targets(
     absent = []
     for name in names:
         path = flat(rename(name) if rename else name)
-        found = list(known.get(path, known.get(elsewhere(net, path), {})).values())
+        found = list(known.get(path, known.get(elsewhere(net, path, "_"), {})).values())
         layers = [one for one in found if is_layer(one.module)]
         if not found:
             absent.append(name)

@@ -15,8 +15,9 @@ from gift.core.trained import moved_buffers, trained_of_the_base
 from gift.core.weights.frozen import present_tensor
 from gift.core.weights.record import WeightDelta, present_weight_deltas
 from gift.errors import DeltaFileError, refuse
-from gift.interop.kohya.layers import Incompatible, flat, is_layer, lead
+from gift.interop.kohya.layers import Incompatible, flat, is_layer
 from gift.interop.kohya.parts import parts_of
+from gift.interop.text_encoders import lead
 from gift.quantization import dequantised
 from gift.support.atomic_files import replace_file
 from gift.support.tensors import is_finite
@@ -64,7 +65,7 @@ def save_kohya(
             continue
         for place, module, delta in _adapters(one, problems):
             methods.add("lora" if hasattr(delta.method, "lora_alpha") else delta.method.name)
-            name = rename(place) if rename else lead(one) + place
+            name = rename(place) if rename else lead(one, "_") + place
             try:
                 parts = _parts(delta, module, name)
             except Incompatible as error:

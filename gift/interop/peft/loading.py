@@ -49,10 +49,7 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
-    if any(spec_of(module) != Spec() for module in net.modules()):
-        raise RuntimeError(
-            "the network is already being fine-tuned: call disable_fine_tuning first"
-        )
+    refuse_fine_tuned(net)
     config, tensors = read_folder(folder)
     problems = list(incompatibilities(config, tensors))
     prompted = config.get("peft_type") == PROMPT_TUNING
@@ -64,13 +61,21 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
     if problems:
         what = f"{os.fspath(folder)} cannot be loaded on this {type(net).__name__}"
         raise DeltaFileError(f"{what}, which is unchanged", problems)
-    strategy = prompt_strategy(config) if prompted else _strategy(reading)
+    strategy = prompt_strategy(config) if prompted else strategy_of(reading)
     with enabling_trained(net, strategy, **options) as report:
-        put_prompt(net, tensors) if prompted else _put(net, reading)
+        put_prompt(net, tensors) if prompted else put_values(net, reading)
     return report
 
 
-def _strategy(reading: Reading) -> FineTuningStrategy:
+def refuse_fine_tuned(net: nn.Module) -> None:
+    """Raise a `RuntimeError` if a network is already being fine-tuned, or a part of it."""
+    if any(spec_of(module) != Spec() for module in net.modules()):
+        raise RuntimeError(
+            "the network is already being fine-tuned: call disable_fine_tuning first"
+        )
+
+
+def strategy_of(reading: Reading) -> FineTuningStrategy:
     """Create caps that name each module and parameter."""
     module_caps: list[CapLike] = []
     para_caps: list[CapLike] = []
@@ -103,7 +108,8 @@ def _alike(reading: Reading) -> list[tuple[bool, list[Read]]]:
     return [(key[0], group) for key, group in groups.items()]
 
 
-def _put(net: nn.Module, reading: Reading) -> None:
+def put_values(net: nn.Module, reading: Reading) -> None:
+    """Write the values of a file into the deltas of the enabled network."""
     with torch.no_grad():
         for read in reading.reads:
             module = net.get_submodule(read.layer.path)

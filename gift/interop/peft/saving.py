@@ -61,7 +61,7 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     network = fine_tuned_part(net)
     problems: list[str] = []
-    config, tensors = _contents(network, problems)
+    config, tensors = contents_for(network, problems)
     refuse(DeltaFileError, f"{type(network).__name__} cannot be written for PEFT", problems)
     own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
@@ -73,8 +73,13 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
     })  # fmt: skip
 
 
-def _contents(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
-    """Return the config and tensors of the files."""
+def contents_for(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
+    """Return the config and tensors of the files for a network that is being fine-tuned.
+
+    Args:
+        network: the network.
+        problems: gets everything for which PEFT has no counterpart.
+    """
     items = list(_adapted_tensors(network, problems))
     if is_prompted(network):
         if items or problems or InPlace(network, FORMS["LORA"], Written()).whole:
