@@ -65,9 +65,13 @@ def test_large_numbers_are_learnt_and_given_in_their_own_units(tmp_path: Path) -
     assert data.details["scale"]["mean"] == pytest.approx(np.mean(PRICES))
     assert data.details["scale"]["std"] == pytest.approx(np.std(PRICES))
     result = finetune(net, data, data, strategy=FullFineTuningStrategy(), **QUIET | {
-        "epochs": 40, "lr": 0.05, "batch_size": 16})  # fmt: skip
+        "epochs": 40, "lr": 0.05, "batch_size": 16, "folder": tmp_path / "run"})  # fmt: skip
     with torch.no_grad():
         said = net(X).flatten().double().numpy() * np.std(PRICES) + np.mean(PRICES)
+    true, predicted = zip(*result.numbers, strict=True)  # which the report plots
+    assert true == pytest.approx(PRICES, rel=1e-6)
+    assert predicted == pytest.approx(said, rel=1e-6)
+    assert (tmp_path / "run" / "numbers.png").is_file()
     assert result.after["mae"] == pytest.approx(sklearn.mean_absolute_error(PRICES, said), rel=1e-4)
     rmse = sklearn.root_mean_squared_error(PRICES, said)
     assert result.after["rmse"] == pytest.approx(rmse, rel=1e-4)

@@ -207,6 +207,8 @@ ODD: dict[str, dict[str, Any]] = {
     "classes without names": {"confusion": [[1, 2], [3, 4]]},
     "fewer names than classes": {"classes": ("ants",), "confusion": [[1, 2], [3, 4]]},
     "classes without examples": {"confusion": [[0, 0], [0, 0]]},
+    "numbers": {"task": "regression", "numbers": [(1.0, 1.5), (2.0, math.nan), (3.0, math.inf)]},
+    "numbers that are all the same": {"task": "regression", "numbers": [(1.0, 1.0)] * 3000},
     "one class": {"classes": ("ants",), "confusion": [[3]]},
     "no class": {"classes": (), "confusion": []},
     "40 groups": {
@@ -282,6 +284,15 @@ def test_each_group_has_its_rates_from_when_it_is_there() -> None:
     found = lines(drawn(plots.rates, result()))
     assert found["group 1"][1] == [1e-3] * 40
     assert [n for n, rate in enumerate(found["group 2"][1], 1) if rate == 1e-4] == [*range(11, 41)]
+
+
+def test_numbers_stand_where_they_are_beside_the_line_on_which_they_are_equal() -> None:
+    pairs = [(1.0, 2.0), (4.0, 3.5), (2.0, math.nan)]
+    panel = drawn(plots.numbers, result(task="regression", numbers=pairs))
+    line, points = panel.lines
+    assert [*zip(*line.get_data(), strict=True)] == [(1.0, 1.0), (4.0, 4.0)]
+    assert [*zip(*points.get_data(), strict=True)] == pairs[:2]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("true", "predicted")
 
 
 @pytest.mark.parametrize("count", [2, 20])

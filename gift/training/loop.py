@@ -361,6 +361,9 @@ def conclude(run: TrainingRun) -> Result:
         )
         result.shown = gathered(run.processes.gathered(watcher.samples()), False)
         result.mistakes = gathered(run.processes.gathered(watcher.worst()), True)
+        result.numbers = [
+            pair for part in run.processes.gathered(watcher.numbers()) for pair in part
+        ]
         result.samples = drawings(run.net, run.task, run.valid)
     if run.old is not None:
         result.old_after = run.old()

@@ -13,10 +13,13 @@ from gift.private.torch.containers import tree_map
 from gift.support.optional import require
 from gift.training.drawings import bytes_of, png
 from gift.training.predictions import Options
-from gift.training.tasks import Task
+from gift.training.tasks import Regression, Task
 
 NUMBER = 12
 """Number of examples of each kind."""
+
+MOST_NUMBERS = 2000
+"""Number of true and predicted numbers that are plotted."""
 
 LONGEST = 400
 """Number of characters of a text that are shown."""
@@ -61,6 +64,8 @@ class Watcher:
         self.is_on = is_on and isinstance(data, Examples) and len(data) > 0
         count = min(NUMBER, len(data)) if self.is_on else 0
         self._spread = {place * len(data) // count for place in range(count)}
+        self._every = -(-len(data) // MOST_NUMBERS) if self.is_on else 1
+        self._numbers: list[tuple[float, float]] = []
         self._samples: list[_Judged] = []
         self._worst: list[_Judged] = []
 
@@ -81,6 +86,8 @@ class Watcher:
         except Exception:  # a loss of the user may need several examples; a report does not
             self.is_on = False
             return
+        if isinstance(self.task, Regression):
+            self._see_numbers(places, outputs, batch)
         least = self._worst[0].loss if len(self._worst) >= NUMBER else -1.0
         for row, (place, loss) in enumerate(zip(places, losses, strict=True)):
             if place not in self._spread and loss <= least:
@@ -94,6 +101,14 @@ class Watcher:
             if len(self._worst) > NUMBER:
                 heapq.heappop(self._worst)
             least = self._worst[0].loss if len(self._worst) >= NUMBER else -1.0
+
+    def _see_numbers(self, places: list[int], outputs: Tensor, batch: Any) -> None:
+        predicted, true = (
+            side.reshape(len(places), -1) for side in self.task.shown(outputs, batch)
+        )
+        for row, place in enumerate(places):
+            if place % self._every == 0:
+                self._numbers += zip(true[row].tolist(), predicted[row].tolist(), strict=True)
 
     def _loss(self, outputs: Tensor, batch: Any, row: int) -> float:
         own = _row(batch, row)
@@ -124,6 +139,10 @@ class Watcher:
     def samples(self) -> list[Seen]:
         """Return the evenly spread examples."""
         return [self._shown(one) for one in sorted(self._samples, key=lambda one: one.place)]
+
+    def numbers(self) -> list[tuple[float, float]]:
+        """Return true and predicted numbers of evenly spread examples, for regression."""
+        return self._numbers[:MOST_NUMBERS]
 
     def worst(self) -> list[Seen]:
         """Return the examples with the largest losses that were predicted wrongly."""

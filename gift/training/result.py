@@ -37,6 +37,8 @@ class Result:
         shown: some validation examples, evenly spread, and what the network says of them; only
             with a folder, for its report.
         mistakes: the validation examples with the largest losses that were predicted wrongly.
+        numbers: for regression, true and predicted numbers of validation examples, evenly spread;
+            only with a folder.
         best_epoch: epoch (from 1) with the best values; None without validation.
         stopped: reason why training ended: "done", or a sentence.
         skipped: why examples were left out, for each of them.
@@ -62,6 +64,7 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
     shown: list[Seen] = field(default_factory=list)
     mistakes: list[Seen] = field(default_factory=list)
+    numbers: list[tuple[float, float]] = field(default_factory=list)
     best_epoch: int | None = None
     stopped: str = "done"
     skipped: list[str] = field(default_factory=list)
@@ -80,7 +83,7 @@ class Result:
 
 
 RESULT = "result.json"
-_ELSEWHERE = ("steps", "samples", "shown", "mistakes", "folder")
+_ELSEWHERE = ("steps", "samples", "shown", "mistakes", "numbers", "folder")
 """Fields that are in other files, or depend on where the folder is."""
 
 

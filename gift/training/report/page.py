@@ -32,6 +32,7 @@ DRAWN: dict[str, tuple[str, plots.Draw]] = {
     "metrics": ("Metrics", plots.metrics),
     "rates": ("Learning rates", plots.rates),
     "confusion": ("Confusion", plots.confusion),
+    "numbers": ("Predicted numbers", plots.numbers),
 }
 
 
@@ -150,6 +151,8 @@ def _alt(name: str, result: Result) -> str:
         right = sum(row[place] for place, row in enumerate(result.confusion))
         total = sum(map(sum, result.confusion))
         return f"Confusion of {len(result.confusion)} classes: {right} of {total} examples right."
+    if name == "numbers":
+        return f"Predicted against true numbers of {len(result.numbers)} validation examples."
     return {
         "losses": "Losses over the steps.",
         "metrics": "Metrics of the validation examples over the epochs; values are in the table.",

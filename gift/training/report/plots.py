@@ -195,6 +195,22 @@ def confusion(result: Result, theme: Theme) -> Any:
     return figure
 
 
+def numbers(result: Result, theme: Theme) -> Any:
+    """Plot predicted numbers against the true ones; on the line they are equal."""
+    pairs = [pair for pair in result.numbers if all(abs(value) < LARGEST for value in pair)]
+    if not pairs:
+        return None
+    figure = require("matplotlib.figure", "train").Figure((4.8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    ends = [min(map(min, pairs)), max(map(max, pairs))]
+    axes.plot(ends, ends, color=theme.text, linewidth=0.8)
+    alpha = min(1.0, 0.15 + 60 / len(pairs))  # so that it shows where many lie
+    axes.plot(*zip(*pairs, strict=True), "o", color=theme.colours[0], markersize=3, alpha=alpha)
+    axes.set(xlabel="true", ylabel="predicted")
+    axes.set_aspect("equal", "datalim")
+    return figure
+
+
 def panel(unit: str, value: str) -> tuple[Any, Any]:
     """Return a figure with one panel, and the panel."""
     figure = require("matplotlib.figure", "train").Figure((7.2, 3.8), layout="constrained")
