@@ -32,6 +32,7 @@ from gift.strategies import (
     OFTAllFineTuningStrategy,
     PiSSAAllFineTuningStrategy,
     PromptFineTuningStrategy,
+    PTuningFineTuningStrategy,
     SVDiffAllFineTuningStrategy,
 )
 from tests.common import all_bits, bits, full_state
@@ -167,6 +168,7 @@ LANGUAGE: dict[str, Callable[[], FineTuningStrategy]] = {
     "lora": lambda: LoRAAllFineTuningStrategy(rank=2),
     "bottleneck": BottleneckFineTuningStrategy,
     "prompt": lambda: PromptFineTuningStrategy(num_virtual_tokens=3),
+    "p_tuning": lambda: PTuningFineTuningStrategy(num_virtual_tokens=3, encoder="lstm"),
     "oft": OFTAllFineTuningStrategy,
     "bitfit": BitFitFineTuningStrategy,
 }

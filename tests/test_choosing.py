@@ -65,7 +65,7 @@ from tests.common import full_state, trainable
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 LORA = LoRAAllFineTuningStrategy
-OTHERS = {"bitfit", "norm", "full", "bottleneck", "prompt"}
+OTHERS = {"bitfit", "norm", "full", "bottleneck", "prompt", "p_tuning", "prefix"}
 NO_SUM = ["fact", "glora", "tinylora"]  # of what single weights cost
 SIZED = [name for name, method in METHODS.items()
          if method.size_setting is not None and name not in NO_SUM]  # fmt: skip
@@ -709,8 +709,11 @@ def test_methods_at_a_similar_budget() -> None:
 def test_methods_without_a_weight_are_in_the_table_too() -> None:
     with torch.device("meta"):
         net = BertForMaskedLM(BertConfig())
-    known = {row.name: row for row in compare_methods(net, ["prompt", "bottleneck"])}
+    known = {row.name: row for row in compare_methods(net, OTHERS)}
     assert known["prompt"].parameters == 8 * 768
+    assert known["p_tuning"].parameters == 8 * 768 + 3 * (768 * 768 + 768)
+    assert known["prefix"].parameters is None
+    assert "its attention is not causal" in known["prefix"].note
     assert known["bottleneck"].parameters == 12 * (2 * 16 * 768 + 16 + 768)
     assert known["prompt"].tensors == known["bottleneck"].tensors == 0
     (row,) = compare_methods(nn.ReLU(), ["prompt"])

@@ -474,6 +474,7 @@ def test_checks_and_actions_print_as_they_were_written() -> None:
 ELSEWHERE = {
     "pc_experts",  # tests/test_leftover.py
     "ma_bottleneck", "ma_prompt",  # tests/test_wrapping.py
+    "ma_prefix",  # tests/test_prefix.py
     "mc_detection_head", "ma_replace_detection_head",  # tests/test_zoo.py
     "mc_segmentation_head", "ma_replace_segmentation_head",  # tests/test_tasks_segmentation.py
 }  # fmt: skip

@@ -74,6 +74,7 @@ from gift.strategies import (
     ModulesFineTuningStrategy,
     NormFineTuningStrategy,
     PromptFineTuningStrategy,
+    PTuningFineTuningStrategy,
     RecommendedFineTuningStrategy,
     SegmentationHeadStrategy,
     SizedStrategy,
@@ -797,6 +798,10 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
         PromptFineTuningStrategy(at="0"),
         PromptFineTuningStrategy(3, head=True, at=mc_path("1"), strip=False),
     ],
+    "PTuningFineTuningStrategy": [
+        PTuningFineTuningStrategy(2, at="0"),
+        PTuningFineTuningStrategy(3, "lstm", head=True, at="1", encoder_size=4, encoder_layers=1),
+    ],
     "ResolvedStrategy": [
         ResolvedStrategy(
             [{"method": "lora", "settings": {"rank": 2}, "layout": {"split_qkv": True},
@@ -816,6 +821,7 @@ def test_every_registered_strategy_is_tested_here() -> None:
     strategies = {n for n, maker in REGISTRY.items()
                   if isinstance(maker, type) and issubclass(maker, FineTuningStrategy)}  # fmt: skip
     mine = {n for n in strategies if REGISTRY[n].__module__.startswith("gift.")} | {"Custom"}
+    mine.remove("PrefixFineTuningStrategy")  # tests/test_prefix.py: for language models only
     assert mine == set(REGISTERED)
 
 

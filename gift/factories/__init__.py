@@ -38,7 +38,7 @@ from gift.factories.checks import (
 )
 from gift.factories.detection import ma_replace_detection_head, mc_detection_head
 from gift.factories.segmentation import ma_replace_segmentation_head, mc_segmentation_head
-from gift.factories.wrapping import ma_bottleneck, ma_prompt, mc_blocks
+from gift.factories.wrapping import ma_bottleneck, ma_prefix, ma_prompt, mc_blocks
 
 __all__ = [
     "Action",
@@ -48,6 +48,7 @@ __all__ = [
     "ma_adapt",
     "ma_bottleneck",
     "ma_freeze",
+    "ma_prefix",
     "ma_prompt",
     "ma_replace",
     "ma_replace_detection_head",

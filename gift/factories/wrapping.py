@@ -1,5 +1,6 @@
 """Actions that wrap a module's forward and leave the module open for later caps; block checks."""
 
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,10 @@ from gift.factories.serializable import recorded
 from gift.layers.table import reader_of
 from gift.wrappers import (
     Bottleneck,
+    Prefix,
     Prompt,
     VirtualTokens,
+    prefix_language_model,
     prompt_language_model,
     takes_token_ids,
 )
@@ -59,8 +62,9 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
 
     Args:
         num_virtual_tokens: number of vectors in front of each sequence.
-        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`; for a
-            language model only ``dtype``.
+        settings: ``dim``, ``batch_first``, ``strip``, ``encoder``, ``encoder_size``,
+            ``encoder_layers``, ``encoder_dropout`` and ``dtype`` of `gift.wrappers.Prompt`; for a
+            language model not the first three.
 
     Raises:
         ValueError: if values are out of range.
@@ -71,15 +75,40 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
         site = Site(*place)
         path, module = site.path, site.module
         given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
-        method = Prompt(**given) if params else made
         if not takes_token_ids(module):
-            wrap_forward(module, method, path)
+            wrap_forward(module, Prompt(**given) if params else made, path)
             return
-        unused = sorted(set(given) - {"num_virtual_tokens", "dtype"})
+        unused = sorted(set(given) - {field.name for field in fields(VirtualTokens)})
         if unused:
             raise AdaptationError(f"a language model sets {unused} itself: leave them out")
-        own = VirtualTokens(num_virtual_tokens=method.num_virtual_tokens, dtype=method.dtype)
-        prompt_language_model(module, own, path)
+        prompt_language_model(module, VirtualTokens(**given), path)
+
+    return Action(act, open=True)
+
+
+@recorded
+def ma_prefix(num_virtual_tokens: int = 8, **settings: Any) -> Action:
+    """Add prefix tuning to a language model and leave it open; see `gift.wrappers.Prefix`.
+
+    Args:
+        num_virtual_tokens: number of keys and values in front of those of the text.
+        settings: ``encoder``, ``encoder_size``, ``layers``, ``heads``, ``head_dim`` and ``dtype``
+            of `gift.wrappers.Prefix`.
+
+    Raises:
+        ValueError: if values are out of range.
+    """
+    made = Prefix(num_virtual_tokens=num_virtual_tokens, **settings)
+
+    def act(*place: Any, **params: Any) -> None:
+        site = Site(*place)
+        if not takes_token_ids(site.module):
+            raise AdaptationError(
+                "it is not a language model of transformers, which embeds token ids: a prefix is "
+                "put into the cache of one"
+            )
+        given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
+        prefix_language_model(site.module, Prefix(**given) if params else made, site.path)
 
     return Action(act, open=True)
 

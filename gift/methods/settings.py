@@ -57,13 +57,13 @@ def number(default: float | None, **options: Any) -> Any:
     return setting(default, "a finite number", is_number, **options)
 
 
-def probability(default: float = 0.0) -> Any:
+def probability(default: float = 0.0, kw_only: bool = False) -> Any:
     """Declare a setting: a probability below one, which only matters in training."""
 
     def check(value: Any) -> bool:
         return is_number(value) and 0 <= value < 1
 
-    return setting(default, "a number in [0, 1)", check, enters_weight=False)
+    return setting(default, "a number in [0, 1)", check, enters_weight=False, kw_only=kw_only)
 
 
 def flag(default: bool | None = False, **options: Any) -> Any:

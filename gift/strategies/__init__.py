@@ -27,7 +27,12 @@ from gift.strategies.parts import (
 from gift.strategies.recommended import RecommendedFineTuningStrategy
 from gift.strategies.resolved import ResolvedStrategy
 from gift.strategies.sized import SizedStrategy
-from gift.strategies.wrapping import BottleneckFineTuningStrategy, PromptFineTuningStrategy
+from gift.strategies.wrapping import (
+    BottleneckFineTuningStrategy,
+    PrefixFineTuningStrategy,
+    PromptFineTuningStrategy,
+    PTuningFineTuningStrategy,
+)
 
 __all__ = [
     *STRATEGIES,
@@ -44,6 +49,8 @@ __all__ = [
     "MergedStrategy",
     "ModulesFineTuningStrategy",
     "NormFineTuningStrategy",
+    "PTuningFineTuningStrategy",
+    "PrefixFineTuningStrategy",
     "PromptFineTuningStrategy",
     "RecommendedFineTuningStrategy",
     "ResolvedStrategy",

@@ -44,10 +44,10 @@ class FineTuningStrategy:
 
     Everything else is frozen. Each module, from the network downwards, is claimed by the first
     module cap whose check matches, together with its submodules. (A cap with an open action,
-    `ma_bottleneck` or `ma_prompt`, wraps the module and claims nothing: later caps are still tried
-    on it and on its submodules.) In an unclaimed module, each parameter is claimed by the first
-    parameter cap whose check matches. What is claimed stays as the action leaves it: an action that
-    does nothing keeps it trainable. See `enable_fine_tuning`.
+    as `ma_bottleneck` or `ma_prompt`, wraps the module and claims nothing: later caps are still
+    tried on it and on its submodules.) In an unclaimed module, each parameter is claimed by the
+    first parameter cap whose check matches. What is claimed stays as the action leaves it: an
+    action that does nothing keeps it trainable. See `enable_fine_tuning`.
 
     Args:
         module_caps: caps for modules, ``(check, action)`` or ``(check, action, params)``.

@@ -5,6 +5,7 @@ from typing import Any
 from gift.factories import (
     Check,
     ma_bottleneck,
+    ma_prefix,
     ma_prompt,
     ma_train,
     mc_blocks,
@@ -21,6 +22,13 @@ def _check(given: Where, default: Check) -> Check:
     if given is None:
         return default
     return mc_path(glob=given) if isinstance(given, str | list | tuple) else given
+
+
+def _trained_head(head: bool | Where) -> list[CapLike]:
+    """Return the caps that train a head: the last linear layer for True, none for False or None."""
+    if head is False or head is None:
+        return []
+    return [(_check(None if head is True else head, mc_last_linear()), ma_train())]
 
 
 @register_strategy
@@ -76,7 +84,8 @@ class PromptFineTuningStrategy(FineTuningStrategy):
             layer, or a check or glob patterns of paths.
         at: the module that takes the embeddings, by a check or glob patterns; None means the
             network itself.
-        settings: ``dim``, ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`.
+        settings: ``dim``, ``batch_first``, ``strip``, ``encoder``, ``encoder_size``,
+            ``encoder_layers``, ``encoder_dropout`` and ``dtype`` of `gift.wrappers.Prompt`.
 
     Raises:
         ValueError: if settings are out of range.
@@ -102,9 +111,91 @@ class PromptFineTuningStrategy(FineTuningStrategy):
         at: Where = None,
         **settings: Any,
     ) -> None:
-        caps: list[CapLike] = [
-            (_check(at, mc_path("")), ma_prompt(num_virtual_tokens, **settings)),
-        ]
-        if head is not False and head is not None:
-            caps.append((_check(None if head is True else head, mc_last_linear()), ma_train()))
-        super().__init__(caps)
+        action = ma_prompt(num_virtual_tokens, **settings)
+        super().__init__([(_check(at, mc_path("")), action), *_trained_head(head)])
+
+
+@register_strategy
+class PTuningFineTuningStrategy(PromptFineTuningStrategy):
+    """P-tuning: virtual tokens that a prompt encoder computes; see `gift.wrappers.Prompt`.
+
+    (Liu et al. 2021, https://arxiv.org/abs/2103.10385.) As `PromptFineTuningStrategy`, with a small
+    network between the trained vectors and the virtual tokens. After training, only the virtual
+    tokens are needed: `gift.interop.save_peft` writes these, and `gift.save` what training needs.
+
+    Args:
+        num_virtual_tokens: number of virtual tokens.
+        encoder: ``"mlp"`` or ``"lstm"``.
+        head: whether to train the head too, usually a new classifier: True for the last linear
+            layer, or a check or glob patterns of paths.
+        at: the module that takes the embeddings, by a check or glob patterns; None means the
+            network itself.
+        settings: ``encoder_size``, ``encoder_layers``, ``encoder_dropout``, ``dim``,
+            ``batch_first``, ``strip`` and ``dtype`` of `gift.wrappers.Prompt`.
+
+    Raises:
+        ValueError: if settings are out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import PTuningFineTuningStrategy
+        >>> layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        >>> net = nn.TransformerEncoder(layer, num_layers=2)
+        >>> report = enable_fine_tuning(net, PTuningFineTuningStrategy(4, encoder_size=16))
+        >>> report.trainable_after == 4 * 32 + (32 * 16 + 16) + (16 * 16 + 16) + (16 * 32 + 32)
+        True
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int = 8,
+        encoder: str = "mlp",
+        head: bool | Where = False,
+        at: Where = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(num_virtual_tokens, head, at, encoder=encoder, **settings)
+
+
+@register_strategy
+class PrefixFineTuningStrategy(FineTuningStrategy):
+    """Prefix tuning: trained keys and values in each attention layer; see `gift.wrappers.Prefix`.
+
+    (Li and Liang 2021, https://arxiv.org/abs/2101.00190.) For language models of transformers that
+    have a cache of keys and values: decoders, and the decoders of encoder-decoder models. All
+    weights are frozen. As virtual tokens do, a prefix changes the network's outputs at the start.
+
+    Args:
+        num_virtual_tokens: number of keys and values in front of those of the text.
+        encoder: ``"mlp"`` to train the prefix through a small network, as the paper does, or None.
+        head: whether to train the head too, usually a new classifier: True for the last linear
+            layer, or a check or glob patterns of paths.
+        at: the language model, by a check or glob patterns; None means the network itself.
+        settings: ``encoder_size``, ``layers``, ``heads``, ``head_dim`` and ``dtype`` of
+            `gift.wrappers.Prefix`.
+
+    Raises:
+        ValueError: if settings are out of range.
+
+    Example:
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import PrefixFineTuningStrategy
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=3, n_head=2)
+        >>> net = GPT2LMHeadModel(config)
+        >>> report = enable_fine_tuning(net, PrefixFineTuningStrategy(num_virtual_tokens=4))
+        >>> [(name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad]
+        [('transformer.prefix_tokens', (4, 48))]
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int = 8,
+        encoder: str | None = None,
+        head: bool | Where = False,
+        at: Where = None,
+        **settings: Any,
+    ) -> None:
+        action = ma_prefix(num_virtual_tokens, encoder=encoder, **settings)
+        super().__init__([(_check(at, mc_path("")), action), *_trained_head(head)])

@@ -30,7 +30,9 @@ from gift.strategies import (
     FineTuningStrategy,
     FullFineTuningStrategy,
     NormFineTuningStrategy,
+    PrefixFineTuningStrategy,
     PromptFineTuningStrategy,
+    PTuningFineTuningStrategy,
 )
 from gift.support.trees import Node, Shown, as_html, as_text, condensed
 
@@ -159,7 +161,7 @@ class MethodRow(NamedTuple):
     """The cost of one method on a network.
 
     Args:
-        name: name of the method, or ``bottleneck``, ``prompt``, ``bitfit``, ``norm``, ``full``.
+        name: name of the method, or or one of `WITHOUT_METHOD`.
         parameters: number of trained parameters. This and all other numbers are None if the method
             cannot be applied.
         share: their share of the network's parameters.
@@ -182,6 +184,8 @@ class MethodRow(NamedTuple):
 WITHOUT_METHOD: dict[str, type[FineTuningStrategy]] = {
     "bottleneck": BottleneckFineTuningStrategy,
     "prompt": PromptFineTuningStrategy,
+    "p_tuning": PTuningFineTuningStrategy,
+    "prefix": PrefixFineTuningStrategy,
     "bitfit": BitFitFineTuningStrategy,
     "norm": NormFineTuningStrategy,
     "full": FullFineTuningStrategy,
@@ -305,9 +309,9 @@ def table_methods(
     Args:
         net: the network.
         methods: names of methods, each of which is applied to all layers that gift knows, with its
-            default settings; also ``bottleneck`` and ``prompt``, which wrap modules, and
-            ``bitfit``, ``norm`` and ``full``, which train the biases, the norm layers, or
-            everything. None means all of them.
+            default settings; also ``bottleneck``, ``prompt``, ``p_tuning`` and ``prefix``, which
+            wrap modules, and ``bitfit``, ``norm`` and ``full``, which train the biases, the norm
+            layers, or everything. None means all of them.
         budget: for methods with a rank, or another size setting, choose the largest value that this
             budget allows; see `gift.suggest`.
 

@@ -32,6 +32,7 @@ from torch import nn
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import ForwardMethod, wrap_forward
 from gift.errors import AdaptationError
+from gift.wrappers.prefix import Prefix
 from gift.wrappers.prompted import PromptedMemory, PromptedModel, VirtualTokens, embedding_of
 
 
@@ -56,13 +57,8 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
         AdaptationError: if that is not possible. Parts of the model may be wrapped by then.
     """
     encoder, decoder = _two_parts(model)
-    reader = encoder if decoder is not None else model
-    embedding = embedding_of(reader)
-    inner = [part for part in reader.modules() if takes_token_ids(part)
-             and embedding_of(part) is embedding]  # fmt: skip
-    if embedding is None or not inner:
-        raise AdaptationError("its encoder embeds no token ids")
-    reader, n = inner[-1], method.num_virtual_tokens
+    reader, embedding = _reader_in(encoder if decoder is not None else model)
+    n = method.num_virtual_tokens
     paths = {id(part): name for name, part in model.named_modules()}
     strips = PromptedModel(num_virtual_tokens=n, strip=decoder is None)
     parts: list[tuple[nn.Module, ForwardMethod]] = [(embedding, method), (reader, strips)]
@@ -76,6 +72,43 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
         parts.append((decoder, PromptedMemory(num_virtual_tokens=n)))
     for part, own in parts:
         wrap_forward(part, own, joined(path, paths.get(id(part), "")))
+
+
+def prefix_language_model(model: Any, method: Prefix, path: str = "") -> None:
+    """Put trained keys and values before those of a language model, or of its decoder.
+
+    Args:
+        model: a model for which `takes_token_ids` is True, with or without a head.
+        method: the number of virtual tokens, and how their keys and values are trained.
+        path: path of the model in its network, for messages.
+
+    Raises:
+        AdaptationError: if that is not possible.
+    """
+    reader = prefix_reader(model)
+    paths = {id(part): name for name, part in model.named_modules()}
+    wrap_forward(reader, method, joined(path, paths.get(id(reader), "")))
+
+
+def prefix_reader(model: Any) -> Any:
+    """Return the part of a language model that reads tokens and fills the cache.
+
+    Raises:
+        AdaptationError: if it has none.
+    """
+    _, decoder = _two_parts(model)
+    reader, _ = _reader_in(model if decoder is None else decoder)
+    return reader
+
+
+def _reader_in(model: Any) -> tuple[Any, Any]:
+    """Return the inner model, without heads, that embeds token ids, and its embedding."""
+    embedding = embedding_of(model)
+    inner = [part for part in model.modules() if takes_token_ids(part)
+             and embedding_of(part) is embedding]  # fmt: skip
+    if embedding is None or not inner:
+        raise AdaptationError("no part of it embeds token ids")
+    return inner[-1], embedding
 
 
 def _two_parts(model: Any) -> tuple[Any, Any]:

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.core.forwards import Forward, ForwardMethod, where
+from gift.core.forwards import Forward, where
 from gift.errors import AdaptationError
 from gift.layers.blocks import takes_two_sequences
 from gift.methods.settings import flag, setting, whole
 from gift.wrappers.arguments import Arguments
+from gift.wrappers.encoder import Encoded
 from gift.wrappers.features import inputs_of, weight_beside
 from gift.wrappers.tensors import with_first_changed
 
 
 @dataclass(frozen=True)
-class Prompt(ForwardMethod):
+class Prompt(Encoded):
     """Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691) in front of embeddings.
 
     Trained vectors ``P (n, dim)``, the virtual tokens, precede the embeddings ``X`` of each
@@ -36,6 +37,15 @@ class Prompt(ForwardMethod):
     positions, every token sees all virtual ones, and a virtual one sees those before it and itself,
     so that a causal mask stays causal. A length, or a mask under another name, is passed unchanged.
 
+    P-tuning (Liu et al. 2021, https://arxiv.org/abs/2103.10385) is prompt tuning with an `encoder`,
+    a small network ``g`` between trained vectors ``E (n, dim)`` and the virtual tokens
+    ``P = g(E)``, which makes training less sensitive to its start. With a hidden size of `h`, the
+    encoder adds::
+
+        mlp    dim h + h^2 + h dim + 2 h + dim
+        lstm   8 (dim h + h^2 + 2 h)  for the first layer,  8 (3 h^2 + 2 h)  for each further one,
+               and  4 h^2 + 2 h dim + 2 h + dim
+
     For language models of transformers, see `gift.wrappers.language`.
 
     Args:
@@ -46,6 +56,10 @@ class Prompt(ForwardMethod):
         strip: whether to remove the outputs at the virtual positions from the first tensor of the
             output, provided that it has as many axes as the input and the extended length. False
             leaves the output unchanged.
+        encoder: ``"mlp"`` or ``"lstm"`` for P-tuning; None trains the virtual tokens themselves.
+        encoder_size: the hidden size `h` of the encoder; None means `dim`.
+        encoder_layers: number of layers of the LSTM; None means 2.
+        encoder_dropout: probability of dropout between layers of the LSTM, in training mode.
         dtype: dtype of the new parameters, or its name; None means that of the module, but at least
             float32.
 
@@ -74,15 +88,17 @@ class Prompt(ForwardMethod):
         return replace(self, batch_first=first)
 
     def init_parameters(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return normal vectors with a standard deviation of 0.02."""
+        """Return normal vectors: with a standard deviation of 0.02, or of 1 for an encoder."""
         dim = inputs_of(module) if self.dim is None else self.dim
         if dim is None:
             raise AdaptationError(
                 "its first layer takes no embeddings (batch, time, dim): wrap the part of the "
                 "network that does, or give dim="
             )
-        shape = (self.num_virtual_tokens, dim)
-        return {"tokens": torch.randn(shape, **self.beside(weight_beside(module))) * 0.02}
+        like = self.beside(weight_beside(module))
+        if self.encoder is not None:
+            return self.encoder_parameters(dim, dim, like)
+        return {"tokens": torch.randn(self.num_virtual_tokens, dim, **like) * 0.02}
 
     def call(
         self,
@@ -95,7 +111,7 @@ class Prompt(ForwardMethod):
         """Return the module's output for ``[P; X]``, without the virtual positions."""
         given = Arguments(module, args, kwargs, self.name)
         first, *_ = *module._gift_arguments, ""  # type: ignore[misc]  # `next` is for new compilers
-        tokens = parameters["tokens"]
+        tokens = self.virtual_tokens(module, parameters)
         x = self._checked(module, given.named.get(first), tokens)
         axis = 0 if x.ndim == 2 or not self.batch_first else 1
         given.named[first] = in_front(tokens, x, axis)

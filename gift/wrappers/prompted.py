@@ -14,6 +14,7 @@ from gift.layers.table import family_of
 from gift.methods.settings import flag, whole
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import is_tuples
+from gift.wrappers.encoder import Encoded
 from gift.wrappers.prompt import in_front
 from gift.wrappers.tensors import with_all_changed, with_items
 from gift.wrappers.understood import Understood, continuing
@@ -49,11 +50,17 @@ class OfModel(ForwardMethod):
 
 
 @dataclass(frozen=True)
-class VirtualTokens(OfModel):
-    """Wraps the embedding: looks up the ids from -1 downwards in ``tokens (n, dim)``."""
+class VirtualTokens(Encoded, OfModel):
+    """Wraps the embedding: looks up the ids from -1 downwards among the virtual tokens."""
 
     def init_parameters(self, module: Any) -> dict[str, Tensor]:
-        """Return the embeddings of random entries of the vocabulary, as in the paper."""
+        """Return the embeddings of random entries of the vocabulary, as in the paper.
+
+        Vectors for an encoder are normal.
+        """
+        if self.encoder is not None:
+            dim = module.embedding_dim
+            return self.encoder_parameters(dim, dim, self.factory_kwargs(module.weight))
         n, entries = self.num_virtual_tokens, module.num_embeddings
         chances = torch.ones(entries)
         if module.padding_idx is not None and entries > 1:
@@ -63,12 +70,14 @@ class VirtualTokens(OfModel):
         return {"tokens": rows.detach().to(**self.factory_kwargs(module.weight), copy=True)}
 
     def reset(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return normal vectors with a standard deviation of 0.02.
+        """Return normal vectors with a standard deviation of 0.02, or of 1 for an encoder.
 
         The entries of the vocabulary may have no values yet.
         """
-        made = self.init_parameters(module)["tokens"]
-        return {"tokens": torch.randn_like(made) * 0.02}
+        made = self.init_parameters(module)
+        if self.encoder is not None:
+            return made
+        return {"tokens": torch.randn_like(made["tokens"]) * 0.02}
 
     def call(
         self,
@@ -80,18 +89,20 @@ class VirtualTokens(OfModel):
     ) -> Tensor:
         """Return the embeddings of ids, virtual ones included."""
         ids, *rest = args or tuple(kwargs.values())
+        if ids.numel() <= self.num_virtual_tokens:  # no virtual ones, as in a generation's steps
+            return forward(ids, *rest)
         plain = forward(ids.clamp(min=0), *rest)
-        virtual = F.embedding((-1 - ids).clamp(min=0), parameters["tokens"]).to(plain.dtype)
+        tokens = self.virtual_tokens(module, parameters)
+        virtual = F.embedding((-1 - ids).clamp(min=0), tokens).to(plain.dtype)
         return torch.where((ids < 0).unsqueeze(-1), virtual, plain)
 
 
 @dataclass(frozen=True)
-class PromptedModel(OfModel):
-    """Wraps the model: prepends virtual tokens, and removes them from the output."""
+class PromptedReader(OfModel):
+    """Base class of the wrappers of the part that reads tokens and fills a cache."""
 
-    strip: bool = flag(True)
-    first_position: int = whole(0, least=0, enters_weight=False)
-    positions: int | None = whole(None, enters_weight=False)
+    first_position: int = whole(0, least=0, enters_weight=False, kw_only=True, found=True)
+    positions: int | None = whole(None, enters_weight=False, kw_only=True, found=True)
 
     def fit(self, module: nn.Module) -> Self:
         """Return the method with the positions that the model supports."""
@@ -100,7 +111,52 @@ class PromptedModel(OfModel):
             raise AdaptationError(
                 f"{self.num_virtual_tokens} virtual tokens leave no room in {number} positions"
             )
+        for wrapper in module.__dict__.get("_gift_forwards", {}).values():
+            if isinstance(wrapper.method, PromptedReader):
+                raise AdaptationError(
+                    f"it is already wrapped by {wrapper.method}, which also puts virtual tokens "
+                    "into the cache"
+                )
         return replace(self, first_position=first, positions=number)
+
+    def understood(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Arguments, Understood | None, Any]:
+        """Return the arguments of a call, what is understood of them, and the tokens.
+
+        None is understood if no tokens are given; the model's own error names what it expects.
+
+        Raises:
+            AdaptationError: naming all arguments that are not understood.
+        """
+        given = Arguments(module, args, kwargs, self.name)
+        x = given.named.get("input_ids")
+        x = given.named.get("inputs_embeds") if x is None else x
+        if not isinstance(x, Tensor):
+            return given, None, x
+        names = module._gift_arguments
+        limit = self.positions
+        call = Understood(
+            given.named, names, x, self.num_virtual_tokens, self.first_position, limit
+        )
+        self.refuse(module, call.problems)
+        return given, call, x
+
+    def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
+        """Raise if generation would continue with a cache."""
+        self.refuse(module, continuing(self.num_virtual_tokens, named))
+
+    def refuse(self, module: nn.Module, problems: list[str]) -> None:
+        """Raise one error that names all problems of a call, if there are any."""
+        if problems:
+            raise AdaptationError(f"{where(module, self.name)} {'; it '.join(problems)}")
+
+
+@dataclass(frozen=True)
+class PromptedModel(PromptedReader):
+    """Wraps the model: prepends virtual tokens, and removes them from the output."""
+
+    strip: bool = flag(True)
 
     def call(
         self,
@@ -111,18 +167,12 @@ class PromptedModel(OfModel):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model with virtual tokens before the given ones."""
-        given = Arguments(module, args, kwargs, self.name)
-        named, n = given.named, self.num_virtual_tokens
-        x = named.get("input_ids")
-        x = named.get("inputs_embeds") if x is None else x
-        if not isinstance(x, Tensor):
-            return given.passed_to(forward)  # its error names what it expects
-        names = module._gift_arguments
-        call = Understood(named, names, x, n, self.first_position, self.positions)
-        self._refuse(module, call.problems)
+        given, call, x = self.understood(module, args, kwargs)
+        if call is None:
+            return given.passed_to(forward)
         call.extend()
         if not call.continues:
-            self._put_in_front(module, named, x)
+            self._put_in_front(module, given.named, x)
         output = given.passed_to(forward)
         call.note_caches(output)
         if call.continues or not self.strip:
@@ -132,17 +182,14 @@ class PromptedModel(OfModel):
     def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
         """Raise if generation would continue with a cache."""
         if self.strip:  # an encoder-decoder's cache holds no virtual tokens
-            self._refuse(module, continuing(self.num_virtual_tokens, named))
-
-    def _refuse(self, module: nn.Module, problems: list[str]) -> None:
-        if problems:
-            raise AdaptationError(f"{where(module, self.name)} {'; it '.join(problems)}")
+            super().before_generate(module, named)
 
     def _put_in_front(self, module: Any, named: dict[str, Any], x: Tensor) -> None:
         n = self.num_virtual_tokens
         if x.is_floating_point():
             rows: Any = embedding_of(module)
-            tokens = rows._gift_forwards[self.name].tensors(rows)["tokens"]
+            own = rows._gift_forwards[self.name]
+            tokens = own.method.virtual_tokens(rows, own.tensors(rows))
             named["inputs_embeds"] = in_front(tokens, x, 1)
         else:
             ids = torch.arange(-1, -n - 1, -1, dtype=x.dtype, device=x.device)

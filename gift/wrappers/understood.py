@@ -210,15 +210,20 @@ class Understood:
                     f"hold states of earlier tokens ({version()})"
                 )
 
-    def extend(self) -> None:
-        """Put virtual tokens into everything that goes with the tokens, but not into these."""
-        named, n, new = self.named, self.virtual, not self.continues
+    def extend(self, in_cache: bool = False) -> None:
+        """Put virtual tokens into everything that goes with the tokens, but not into these.
+
+        Args:
+            in_cache: whether the virtual tokens are in the cache before the first call, so that
+                they are not read, as the others are.
+        """
+        named, n, new = self.named, self.virtual, not (self.continues or in_cache)
         mask = named.get("attention_mask")
         if isinstance(mask, Tensor):
             named["attention_mask"] = F.pad(mask, (n, 0), value=1)
-        self._shift("position_ids", self._begin())
+        self._shift("position_ids", self._begin(), new)
         if self.has_positions:
-            self._shift("cache_position", 0)
+            self._shift("cache_position", 0, new)
         for name, value in named.items():
             if not new or not isinstance(value, Tensor) or value.shape[:2] != self.shape:
                 continue
@@ -236,12 +241,12 @@ class Understood:
         begins = torch.compiler.is_compiling() or bool((positions >= self.first).all())
         return self.first if begins else 0
 
-    def _shift(self, name: str, first: int) -> None:
+    def _shift(self, name: str, first: int, new: bool) -> None:
         positions = self.named.get(name)
         if not isinstance(positions, Tensor):
             return
         shifted = positions + self.virtual
-        if not self.continues:
+        if new:
             own = torch.arange(first, first + self.virtual, dtype=positions.dtype,
                                device=positions.device)  # fmt: skip
             shifted = torch.cat([own.expand(*positions.shape[:-1], self.virtual), shifted], -1)

@@ -15,7 +15,7 @@ from gift.errors import DeltaFileError
 from gift.files.container import read_tensors
 from gift.interop.peft.forms import Config, Tensors
 from gift.interop.peft.names import expressions
-from gift.interop.peft.prompt import PROMPT_OPTIONS, PROMPT_TUNING
+from gift.interop.peft.prompt import PROMPT_OPTIONS
 from gift.interop.peft.table import FORMS
 from gift.methods.settings import is_integer, is_number
 from gift.support.patterns import problem_of_patterns
@@ -106,7 +106,7 @@ def _unreadable(path: Path, problem: str) -> DeltaFileError:
 
 def incompatibilities(config: Config, tensors: Tensors) -> Iterator[str]:
     """Yield what no network can load: unknown methods or options, invalid or infinite values."""
-    known = {name: form.options for name, form in FORMS.items()} | {PROMPT_TUNING: PROMPT_OPTIONS}
+    known = {name: form.options for name, form in FORMS.items()} | PROMPT_OPTIONS
     name = config.get("peft_type")
     if not isinstance(name, str) or name not in known:
         yield f"peft_type is {name!r}, known here are {sorted(known)}"

@@ -16,7 +16,7 @@ from gift.factories import ma_adapt, ma_train, mc_path, pa_adapt, pa_train, pc_p
 from gift.interop.peft.folder import incompatibilities, read_folder
 from gift.interop.peft.forms import Read
 from gift.interop.peft.prompt import (
-    PROMPT_TUNING,
+    PROMPT_OPTIONS,
     prompt_incompatibilities,
     prompt_strategy,
     put_prompt,
@@ -52,7 +52,7 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
     refuse_fine_tuned(net)
     config, tensors = read_folder(folder)
     problems = list(incompatibilities(config, tensors))
-    prompted = config.get("peft_type") == PROMPT_TUNING
+    prompted = config.get("peft_type") in PROMPT_OPTIONS
     if not problems and prompted:
         problems = list(prompt_incompatibilities(net, config, tensors))
     elif not problems:

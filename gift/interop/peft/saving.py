@@ -43,8 +43,9 @@ def save_peft(net: nn.Module, folder: str | os.PathLike[str]) -> None:
     where `base` is the network as it was before `enable_fine_tuning`. A head that was replaced by
     one of another size is saved as a whole; the base for PEFT must then have a head of that size.
 
-    The methods that `gift.interop.peft.table` names, and the virtual tokens of causal language
-    models, have direct counterparts in PEFT. LoRA-FA, PiSSA and OLoRA are saved as a LoRA with the
+    The methods that `gift.interop.peft.table` names, and the virtual tokens and prefixes of
+    causal language models, have direct counterparts in PEFT. (Those that an encoder computes are
+    saved as what it computes.) LoRA-FA, PiSSA and OLoRA are saved as a LoRA with the
     same product, and a convolution in the balanced layout as one of a higher rank. Parameters that
     are trained in place, and statistics that training changed, become `modules_to_save`. Tied
     tensors get equal adapters under each of their names. Anything that PEFT would compute
