@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ import gift
 from gift.schedules import UnfreezeMilestones
 from gift.strategies import HeadReplacementStrategy, merge_strategies
 from gift.strategies.lora import LoRAAllFineTuningStrategy
-from gift.training import finetune, loop
+from gift.training import Callback, finetune, loop
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False, "tensorboard": False}
 ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
@@ -177,34 +179,65 @@ def goes_on(folder: Path, parallel: str, together_again: bool) -> None:
     assert_close(whole(net), whole(alone), rtol=1e-9, atol=1e-12)
 
 
+def stops_together(folder: Path, parallel: str, ranks: tuple[int, ...]) -> None:
+    """SIGTERM to one process, or to both at different steps: both write a checkpoint and end.
+
+    The same call goes on, draws the same random numbers, and ends where it would have ended.
+    """
+    settings = {"parallel": parallel, "batch_size": 8, "train": Noisy()}
+    alone, _ = trained(perceptron, None, **settings)
+
+    class Terminated(Callback):
+        def on_step_end(self, run: Any, row: Any) -> None:
+            if dist.get_rank() in ranks and row["step"] == 8 - dist.get_rank():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        trained(perceptron, folder / "stopped", callbacks=[Terminated()], **settings)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    net, result = trained(perceptron, folder / "stopped", **settings)
+    assert len(result.steps) == 15
+    assert_close(whole(net), whole(alone), rtol=1e-9, atol=1e-12)
+
+
 def milestones() -> UnfreezeMilestones:
     return UnfreezeMilestones(unfreeze_milestones=(1, 2), num_layers=1, head="5")
 
 
-SCENARIOS: dict[str, Callable[[Path], None]] = {
-    f"{parallel}, {name}": (
-        lambda folder, parallel=parallel, make=make, settings=settings: same_as_alone(
-            make, folder, parallel=parallel, **settings
+SCENARIOS: dict[str, Callable[[Path], None]] = (
+    {
+        f"{parallel}, {name}": (
+            lambda folder, parallel=parallel, make=make, settings=settings: same_as_alone(
+                make, folder, parallel=parallel, **settings
+            )
         )
-    )
-    for parallel in ("ddp", "fsdp")
-    for name, make, settings in [
-        ("plain", perceptron, {"metrics": None}),
-        ("convolutional", convolutional, {}),
-        ("transformer", transformer, {}),
-        ("batches together", perceptron, {"accumulate": 2, "clip": 0.1}),
-        ("one example left", perceptron, {"examples": 33}),
-        ("one at a time", perceptron, {"examples": 9, "batch_size": 1}),
-        ("schedule", perceptron, {"schedule": milestones}),
-        ("momentum", perceptron, {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}}),
-    ]
-} | {
-    f"{parallel}, killed, {'both' if both else 'one'} go on": (
-        lambda folder, parallel=parallel, both=both: goes_on(folder, parallel, both)
-    )
-    for parallel in ("ddp", "fsdp")
-    for both in (True, False)
-}
+        for parallel in ("ddp", "fsdp")
+        for name, make, settings in [
+            ("plain", perceptron, {"metrics": None}),
+            ("convolutional", convolutional, {}),
+            ("transformer", transformer, {}),
+            ("batches together", perceptron, {"accumulate": 2, "clip": 0.1}),
+            ("one example left", perceptron, {"examples": 33}),
+            ("one at a time", perceptron, {"examples": 9, "batch_size": 1}),
+            ("schedule", perceptron, {"schedule": milestones}),
+            ("momentum", perceptron, {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}}),
+        ]
+    }
+    | {
+        f"{parallel}, killed, {'both' if both else 'one'} go on": (
+            lambda folder, parallel=parallel, both=both: goes_on(folder, parallel, both)
+        )
+        for parallel in ("ddp", "fsdp")
+        for both in (True, False)
+    }
+    | {
+        f"{parallel}, SIGTERM to {ranks}": (
+            lambda folder, parallel=parallel, ranks=ranks: stops_together(folder, parallel, ranks)
+        )
+        for parallel, ranks in [("ddp", (0,)), ("ddp", (1,)), ("fsdp", (1,)), ("fsdp", (0, 1))]
+    }
+)
 
 
 def play(rank: int, folder: Path, seconds: int) -> None:
