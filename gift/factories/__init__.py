@@ -38,7 +38,13 @@ from gift.factories.checks import (
 )
 from gift.factories.detection import ma_replace_detection_head, mc_detection_head
 from gift.factories.segmentation import ma_replace_segmentation_head, mc_segmentation_head
-from gift.factories.wrapping import ma_bottleneck, ma_prefix, ma_prompt, mc_blocks
+from gift.factories.wrapping import (
+    ma_bottleneck,
+    ma_prefix,
+    ma_prompt,
+    ma_visual_prompt,
+    mc_blocks,
+)
 
 __all__ = [
     "Action",
@@ -55,6 +61,7 @@ __all__ = [
     "ma_replace_head",
     "ma_replace_segmentation_head",
     "ma_train",
+    "ma_visual_prompt",
     "mc_any",
     "mc_blocks",
     "mc_class_name",

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from gift.core.dynamic_class import plain_class
+from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import wrap_forward
 from gift.core.iterator import Site
 from gift.errors import AdaptationError
@@ -18,9 +18,16 @@ from gift.wrappers import (
     Prefix,
     Prompt,
     VirtualTokens,
+    VisualPrompt,
     prefix_language_model,
+    prompt_blocks,
     prompt_language_model,
     takes_token_ids,
+)
+
+NO_BLOCKS = (
+    "has no nn.Sequential or nn.ModuleList of modules of one class: say which modules are its "
+    "blocks"
 )
 
 
@@ -114,6 +121,57 @@ def ma_prefix(num_virtual_tokens: int = 8, **settings: Any) -> Action:
 
 
 @recorded
+def ma_visual_prompt(
+    num_virtual_tokens: int = 8, deep: bool = False, blocks: str | None = None, **settings: Any
+) -> Action:
+    """Add visual prompts to a vision transformer and leave it open.
+
+    See `gift.wrappers.VisualPrompt`.
+
+    Args:
+        num_virtual_tokens: number of trained vectors beside the tokens of an image.
+        deep: whether each block has vectors of its own; False for those of the first block, which
+            go through all of them.
+        blocks: path of the ``nn.Sequential`` or ``nn.ModuleList`` of the blocks in the module; None
+            finds it as `mc_blocks` does.
+        settings: ``dropout``, ``dim`` and ``dtype`` of `gift.wrappers.VisualPrompt`.
+
+    Raises:
+        ValueError: if values are out of range.
+    """
+    made = VisualPrompt(num_virtual_tokens=num_virtual_tokens, **settings)
+
+    def act(*place: Any, **params: Any) -> None:
+        site = Site(*place)
+        given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
+        method = VisualPrompt(**given) if params else made
+        prompt_blocks(_stack(site.module, blocks), method, deep, site.path)
+
+    return Action(act, open=True)
+
+
+def _stack(network: nn.Module, path: str | None) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of a network, which are called one after another, with their paths."""
+    if path is not None:
+        try:
+            rows = {path: [*network.get_submodule(path).children()]}
+        except AttributeError:
+            raise AdaptationError(f"it has no {path!r}, which blocks= names") from None
+    else:
+        rows = {name: row for name, part in network.named_modules() if (row := _row(part))}
+    longest = max(rows.values(), key=len, default=[])
+    if not longest:
+        raise AdaptationError(NO_BLOCKS)
+    kind = plain_class(type(longest[0]))
+    alike = [name for name, row in rows.items() if plain_class(type(row[0])) is kind]
+    if len(alike) > 1:
+        raise AdaptationError(f"its blocks are in several stages, {alike}: say which, blocks=")
+    (name,) = alike
+    return [(joined(name, own), part) for own, part in network.get_submodule(name).named_children()
+            if part in longest]  # fmt: skip
+
+
+@recorded
 def mc_blocks() -> Check:
     """Match the blocks of a network: consecutive modules of one class.
 
@@ -126,10 +184,7 @@ def mc_blocks() -> Check:
         rows = [row for part in network.modules() if (row := _row(part))]
         longest = max(rows, key=len, default=[])
         if len(longest) < 2:
-            raise ValueError(
-                "the network has no nn.Sequential or nn.ModuleList of modules of one class: say "
-                "which modules are its blocks"
-            )
+            raise ValueError(f"the network {NO_BLOCKS}")
         kind = plain_class(type(longest[0]))
         blocks = {id(b) for row in rows for b in row if plain_class(type(b)) is kind}
         return lambda *place: id(Site(*place).module) in blocks

@@ -32,6 +32,7 @@ from gift.strategies.wrapping import (
     PrefixFineTuningStrategy,
     PromptFineTuningStrategy,
     PTuningFineTuningStrategy,
+    VisualPromptFineTuningStrategy,
 )
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "ResolvedStrategy",
     "SegmentationHeadStrategy",
     "SizedStrategy",
+    "VisualPromptFineTuningStrategy",
     "load_strategy_from_config",
     "merge_strategies",
     "register_strategy",

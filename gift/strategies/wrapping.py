@@ -8,6 +8,7 @@ from gift.factories import (
     ma_prefix,
     ma_prompt,
     ma_train,
+    ma_visual_prompt,
     mc_blocks,
     mc_last_linear,
     mc_path,
@@ -198,4 +199,51 @@ class PrefixFineTuningStrategy(FineTuningStrategy):
         **settings: Any,
     ) -> None:
         action = ma_prefix(num_virtual_tokens, encoder=encoder, **settings)
+        super().__init__([(_check(at, mc_path("")), action), *_trained_head(head)])
+
+
+@register_strategy
+class VisualPromptFineTuningStrategy(FineTuningStrategy):
+    """Visual prompt tuning: trained tokens beside the patches; see `gift.wrappers.VisualPrompt`.
+
+    (Jia et al. 2022, https://arxiv.org/abs/2203.12119.) For vision transformers of timm,
+    torchvision and transformers, and others whose blocks take ``(batch, time, dim)`` and nothing
+    else. All weights are frozen. As virtual tokens of a text do, they change the network's outputs
+    at the start.
+
+    Args:
+        num_virtual_tokens: number of trained vectors.
+        deep: whether each block has vectors of its own; False for those of the first block, which
+            go through all of them.
+        head: whether to train the head too, usually a new classifier: True for the last linear
+            layer, or a check or glob patterns of paths.
+        at: the vision transformer, by a check or glob patterns; None means the network itself.
+        settings: ``blocks`` of `gift.factories.ma_visual_prompt`; ``dropout``, ``dim`` and
+            ``dtype`` of `gift.wrappers.VisualPrompt`.
+
+    Raises:
+        ValueError: if settings are out of range.
+
+    Example:
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import VisualPromptFineTuningStrategy
+        >>> from torchvision.models import VisionTransformer
+        >>> net = VisionTransformer(
+        ...     image_size=8, patch_size=4, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16)
+        >>> report = enable_fine_tuning(net, VisualPromptFineTuningStrategy(4, deep=True))
+        >>> [(name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad]
+        [('encoder.layers.encoder_layer_0.visual_prompt_tokens', (4, 8)),
+         ('encoder.layers.encoder_layer_1.visual_prompt_tokens', (4, 8)),
+         ('encoder.layers.encoder_layer_2.visual_prompt_tokens', (4, 8))]
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int = 8,
+        deep: bool = False,
+        head: bool | Where = False,
+        at: Where = None,
+        **settings: Any,
+    ) -> None:
+        action = ma_visual_prompt(num_virtual_tokens, deep, **settings)
         super().__init__([(_check(at, mc_path("")), action), *_trained_head(head)])

@@ -33,6 +33,7 @@ from gift.strategies import (
     PrefixFineTuningStrategy,
     PromptFineTuningStrategy,
     PTuningFineTuningStrategy,
+    VisualPromptFineTuningStrategy,
 )
 from gift.support.trees import Node, Shown, as_html, as_text, condensed
 
@@ -186,6 +187,7 @@ WITHOUT_METHOD: dict[str, type[FineTuningStrategy]] = {
     "prompt": PromptFineTuningStrategy,
     "p_tuning": PTuningFineTuningStrategy,
     "prefix": PrefixFineTuningStrategy,
+    "visual_prompt": VisualPromptFineTuningStrategy,
     "bitfit": BitFitFineTuningStrategy,
     "norm": NormFineTuningStrategy,
     "full": FullFineTuningStrategy,
@@ -309,9 +311,9 @@ def table_methods(
     Args:
         net: the network.
         methods: names of methods, each of which is applied to all layers that gift knows, with its
-            default settings; also ``bottleneck``, ``prompt``, ``p_tuning`` and ``prefix``, which
-            wrap modules, and ``bitfit``, ``norm`` and ``full``, which train the biases, the norm
-            layers, or everything. None means all of them.
+            default settings; also ``bottleneck``, ``prompt``, ``p_tuning``, ``prefix`` and
+            ``visual_prompt``, which wrap modules, and ``bitfit``, ``norm`` and ``full``, which
+            train the biases, the norm layers, or everything. None means all of them.
         budget: for methods with a rank, or another size setting, choose the largest value that this
             budget allows; see `gift.suggest`.
 

@@ -1,4 +1,4 @@
-"""Methods that wrap a module's forward pass, one file each: bottleneck adapters, prompts, prefixes.
+"""Methods that wrap a module's forward pass, one file each: bottlenecks, prompts, prefixes.
 
 They do not change effective weights.
 """
@@ -13,14 +13,17 @@ from gift.wrappers.language import (
 from gift.wrappers.prefix import Prefix
 from gift.wrappers.prompt import Prompt
 from gift.wrappers.prompted import VirtualTokens
+from gift.wrappers.visual import VisualPrompt, prompt_blocks
 
 __all__ = [
     "Bottleneck",
     "Prefix",
     "Prompt",
     "VirtualTokens",
+    "VisualPrompt",
     "prefix_language_model",
     "prefix_reader",
+    "prompt_blocks",
     "prompt_language_model",
     "takes_token_ids",
 ]
