@@ -25,8 +25,10 @@ from gift.factories import (
     mc_layer,
     mc_name,
     mc_path,
+    pa_adapt,
     pa_train,
     pc_name,
+    pc_path,
 )  # fmt: skip
 from gift.interop.kohya import load_kohya, save_kohya
 from tests.common import full_state
@@ -139,6 +141,10 @@ OF_LYCORIS: dict[str, dict[str, Any]] = {
     "lokr, one conv dim": {"network_module": "lokr", "factor": 2, "conv_lora_dim": 1},
     "lokr, Tucker": {"network_module": "lokr", "factor": 2, "use_tucker": True, "conv_alpha": 1.0},
     "lokr, full": {"network_module": "lokr", "factor": 4, "full_matrix": True},
+    "full": {"network_module": "full"},
+    "ia3": {"network_module": "ia3"},
+    "ia3, inputs": {"network_module": "ia3", "train_on_input": True},
+    "glora": {"network_module": "glora", "alpha": 2.0, "conv_lora_dim": 1},
     "lokr, both": {
         "network_module": "lokr", "factor": 8, "lora_dim": 1, "alpha": 0.5, "decompose_both": True,
     },
@@ -158,7 +164,18 @@ def test_files_of_lycoris_give_its_outputs(
     assert len(report.caps) < 9, "layers with the same settings have one cap"
 
 
-@pytest.mark.parametrize("settings", [{"network_module": "lora"}, {"network_module": "loha"}])
+OTHER_CONVOLUTIONS: list[dict[str, Any]] = [
+    {"network_module": "lora"},
+    {"network_module": "loha"},
+    {"network_module": "full"},
+    {"network_module": "ia3"},
+    {"network_module": "lokr", "factor": 4},
+    {"network_module": "lokr", "factor": 2},
+    {"network_module": "lokr", "factor": 4, "decompose_both": True, "full_matrix": True},
+]
+
+
+@pytest.mark.parametrize("settings", OTHER_CONVOLUTIONS)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_other_convolutions(
     settings: dict[str, Any], rank: int, lycoris: Any, tmp_path: Path
@@ -180,6 +197,8 @@ BY_GIFT: dict[str, tuple[str, dict[str, Any]]] = {
     "olora": ("olora", {"rank": 2, "conv_layout": "out_as_h"}),
     "dora": ("dora", {"rank": 3, "lora_alpha": 5.0}),
     "loha": ("loha", {"rank": 3, "alpha": 2.0}),
+    "full": ("full_delta", {}),
+    "full, balanced": ("full_delta", {"conv_layout": "balanced"}),
     "loha, balanced": ("loha", {"rank": 2, "conv_layout": "balanced"}),
 }
 KRONECKER: dict[str, tuple[str, dict[str, Any]]] = {
@@ -221,6 +240,8 @@ def by_formula(frozen: Tensor, parts: dict[str, Tensor]) -> Tensor:
 
     if "lora_up.weight" in parts:
         delta = product("lora_up.weight", "lora_down.weight")
+    elif "diff" in parts:
+        delta = parts["diff"]
     elif "hada_w1_a" in parts:
         delta = factor("hada_w1") * factor("hada_w2")
     else:
@@ -295,6 +316,65 @@ def test_files_of_16_bits_are_read_exactly(lycoris: Any, tmp_path: Path) -> None
                 assert value.dtype == torch.float16
                 assert mine.dtype == torch.float32
                 assert torch.equal(mine, value.float().reshape(mine.shape))
+
+
+def with_biases(base: nn.Module) -> Any:
+    """A copy with full deltas, its biases trained in place; both as after some training."""
+    net = copy.deepcopy(base)
+    cap = mc_layer(), ma_adapt("full_delta", train_bias=True)
+    enable_fine_tuning(net, FineTuningStrategy([cap]))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+def test_biases_of_full_deltas(lycoris: Any, tmp_path: Path) -> None:
+    """Trained in place here, differences in files."""
+    base, path = UNet().double(), tmp_path / "lora.safetensors"
+    ours, again = with_biases(base), copy.deepcopy(base)
+    save_kohya(ours, path)
+    found = load_file(path)["lora_unet_conv_in.diff_b"]
+    torch.testing.assert_close(found, ours.conv_in.bias - base.conv_in.bias)
+    assert "lora_unet_attn1_to_q.diff_b" not in load_file(path)
+    assert_same(ours, through(lycoris, base, path), base, 2e-5)
+    before = full_state(again.norm)
+    load_kohya(again, path)
+    assert_same(again, ours, base, 1e-12)
+    assert again.conv_in.bias.requires_grad
+    assert full_state(again.norm)[""][0] == before[""][0]
+    gift.disable_fine_tuning(again)
+    assert torch.equal(again(X), base(X))
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_scaled_weights(inputs: bool, lycoris: Any, tmp_path: Path) -> None:
+    """(IA)^3 of weights alone, compared with modules of LyCORIS that have the tensors."""
+    from lycoris.modules.ia3 import IA3Module
+
+    base, path = UNet().double(), tmp_path / "lora.safetensors"
+    weights, again = copy.deepcopy(base), copy.deepcopy(base)
+    layers = [n for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    if inputs:  # a kernel of several positions has more factors here
+        layers = [n for n in layers if base.get_submodule(n).weight[0, 0].numel() == 1]
+    cap = pc_path(*[f"{name}.weight" for name in layers]), pa_adapt("ia3", feedforward=inputs)
+    enable_fine_tuning(weights, FineTuningStrategy((), [cap]))
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    save_kohya(weights, path)
+    file, theirs = load_file(path), copy.deepcopy(base)
+    modules = {}
+    for name in layers:
+        key = f"lora_unet_{name.replace('.', '_')}"
+        own = IA3Module(key, theirs.get_submodule(name), train_on_input=inputs).double()
+        own.load_state_dict({part: file.pop(f"{key}.{part}") for part in ("weight", "on_input")})
+        own.apply_to()
+        modules[name] = own
+    assert not file
+    assert_same(weights, theirs, base, 1e-9)
+    load_kohya(again, path)
+    assert_same(again, theirs, base, 1e-9)
 
 
 def layer_file(path: Path, **tensors: Tensor) -> Path:
@@ -479,7 +559,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "half": ({"lora_up__weight": GOOD["lora_up__weight"]}, "lora_down.weight is missing"),
     "alpha alone": ({"alpha": torch.tensor(1.0)}, "tensors of no method"),
     "two methods": (GOOD | HADA, "tensors of LoRA and LoHa"),
-    "unknown": (GOOD | {"diff": torch.ones(4, 6)}, "it has diff, which gift does not read"),
+    "unknown": (GOOD | {"w_norm": torch.ones(4)}, "it has w_norm, which gift does not read"),
     "up": (GOOD | {"lora_up__weight": torch.ones(5, 2)}, r"shape \[5, 2\], expected \[4, 2\]"),
     "down": (GOOD | {"lora_down__weight": torch.ones(2, 6, 3, 3)}, r"\[2, 6, 3, 3\], expected"),
     "ranks": (GOOD | {"lora_up__weight": torch.ones(4, 3)}, r"expected \[4, 2\]"),
@@ -548,7 +628,30 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "lazy": (lambda: nn.ModuleDict({"proj": nn.LazyLinear(4)}), GOOD, "no values yet"),
     "meta": (lambda: nn.ModuleDict({"proj": nn.Linear(6, 4)}).to("meta"), GOOD, "no values yet"),
     "groups": (
-        lambda: nn.ModuleDict({"proj": nn.Conv1d(12, 4, 1, groups=2)}), KRON, "each group",
+        lambda: nn.ModuleDict({"proj": nn.Conv1d(4, 6, 1, groups=2)}),
+        {"lokr_w1": torch.ones(3, 1), "lokr_w2": torch.ones(2, 2)},
+        "3 rows, the convolution 2 groups",
+    ),
+    "no bias": (
+        lambda: nn.ModuleDict({"proj": nn.Linear(6, 4, bias=False)}),
+        {"diff": torch.ones(4, 6), "diff_b": torch.ones(4)}, "a bias that the layer does not have",
+    ),
+    "inputs of groups": (
+        lambda: nn.ModuleDict({"proj": nn.Conv1d(12, 4, 1, groups=2)}),
+        {"weight": torch.ones(12), "on_input": torch.tensor(1)}, r"no \(IA\)\^3 of the inputs",
+    ),
+    "GLoRA of groups": (
+        lambda: nn.ModuleDict({"proj": nn.Conv1d(12, 4, 1, groups=2)}),
+        {f"{name}__weight": torch.ones(1, 1) for name in ("a1", "a2", "b1", "b2")},
+        "no GLoRA of a convolution with groups",
+    ),
+    "rotations": (
+        lambda: nn.ModuleDict({"proj": nn.Linear(6, 4)}), {"oft_blocks": torch.zeros(2, 2, 2)},
+        "rotate outputs, OFT and BOFT of gift rotate inputs",
+    ),
+    "flags": (
+        lambda: nn.ModuleDict({"proj": nn.Linear(6, 4)}),
+        {"weight": torch.ones(4), "on_input": torch.ones(2)}, "on_input has shape .*one number",
     ),
 }  # fmt: skip
 
@@ -642,6 +745,11 @@ def with_large_values(value: float) -> nn.Module:
     return net
 
 
+def moved(net: nn.Module) -> nn.Module:
+    randomise(net)
+    return net
+
+
 def sharing() -> nn.Module:
     first, second = nn.Linear(6, 6), nn.Linear(6, 6)
     second.weight = first.weight
@@ -677,6 +785,22 @@ NOT_WRITTEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "nan": (lambda: with_large_values(torch.nan), "not finite: lora_unet_0.lora_up.weight"),
     "complex": (lambda: tuned(nn.Linear(6, 4, dtype=torch.complex64)), "complex"),
+    "scaled biases": (lambda: tuned(nn.Linear(6, 4), method="ia3"), "does not scale biases"),
+    "factors of positions": (
+        lambda: moved(tuned(nn.Conv2d(6, 4, 3, bias=False), method="ia3", feedforward=True)),
+        "positions in the kernel",
+    ),
+    "scaled inputs of groups": (
+        lambda: tuned(nn.Conv1d(6, 4, 1, 1, 0, 1, 2, False), method="ia3", feedforward=True),
+        "inputs of a convolution with groups",
+    ),
+    "biases without a copy": (
+        lambda: tuned(
+            nn.Linear(6, 4), caps=[(mc_layer(), ma_adapt("full_delta", train_bias=True))],
+            keep_base=False,
+        ),
+        "trained in place.*0.bias",
+    ),
     "LoKr in chunks": (
         lambda: tuned(nn.Conv2d(8, 8, 3), method="lokr", conv_layout="balanced"), "out_as_h",
     ),

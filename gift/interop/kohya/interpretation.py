@@ -1,12 +1,18 @@
 """Checking and interpreting the tensors of one layer in a kohya file."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from gift.interop.kohya.forms import KohyaMethod, Parts, ReadDelta, trimmed
 from gift.interop.kohya.layers import Incompatible, Target
-from gift.interop.kohya.methods import KOHYA_METHODS, KohyaMethod, Parts, ReadDelta, trimmed
+from gift.interop.kohya.methods import KOHYA_METHODS
 from gift.methods.settings import at_least_32_bits
 from gift.support.tensors import is_finite
+
+_NUMBERS = {"alpha", "on_input"}
+_VECTORS = {"diff_b", "weight"}
 
 
 def interpret(parts: Parts, target: Target) -> ReadDelta:
@@ -40,12 +46,15 @@ def interpret(parts: Parts, target: Target) -> ReadDelta:
     values = {name: value.to(dtype) for name, value in found.values.items()}
     if not all(map(is_finite, values.values())):
         raise Incompatible(f"its values overflow in {dtype}")
-    settings = found.settings | {"conv_layout": "out_as_h"}
-    return ReadDelta(found.method, settings, values)
+    return replace(found, settings=found.settings | {"conv_layout": "out_as_h"}, values=values)
 
 
 def _method_of(parts: Parts) -> KohyaMethod:
     """Return the method whose tensors are all present, without others."""
+    if "oft_blocks" in parts:
+        raise Incompatible(
+            "diag-OFT and BOFT of LyCORIS rotate outputs, OFT and BOFT of gift rotate inputs"
+        )
     unknown = sorted(set(parts) - {"alpha"}.union(*(method.names for method in KOHYA_METHODS)))
     if unknown:
         read = (f"{method.title} ({', '.join(sorted(method.names))})" for method in KOHYA_METHODS)
@@ -74,13 +83,15 @@ def _method_of(parts: Parts) -> KohyaMethod:
 
 
 def _unusable(name: str, tensor: Tensor) -> str | None:
-    whole = tensor.dtype in (torch.int32, torch.int64)  # of alpha, which some programs write so
-    if not (tensor.is_floating_point() or (name == "alpha" and whole)):
+    # Some programs write alpha as an integer.
+    whole = name in _NUMBERS and tensor.dtype in (torch.int32, torch.int64)
+    if not (tensor.is_floating_point() or whole):
         return f"{name} is {tensor.dtype}, expected floating-point numbers"
-    if name == "alpha" and tensor.numel() != 1:
-        return f"alpha has shape {list(tensor.shape)}, expected one number"
-    if name != "alpha" and (tensor.ndim < 2 or tensor.numel() == 0):
-        return f"{name} has shape {list(tensor.shape)}, expected at least two axes, none empty"
+    if name in _NUMBERS and tensor.numel() != 1:
+        return f"{name} has shape {list(tensor.shape)}, expected one number"
+    axes, least = (1, "one axis") if name in _VECTORS else (2, "two axes")
+    if name not in _NUMBERS and (tensor.ndim < axes or tensor.numel() == 0):
+        return f"{name} has shape {list(tensor.shape)}, expected at least {least}, none empty"
     if not is_finite(tensor):
         return f"{name} is not finite"
     return None

@@ -14,15 +14,16 @@ from gift.core.weights.frozen import present_tensor
 from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError, refuse
-from gift.factories import ma_adapt, mc_path
+from gift.factories import ma_adapt, mc_path, pa_adapt, pc_path
 from gift.files.container import read_tensors
 from gift.interop.diffusers.networks import is_name
-from gift.interop.kohya.interpretation import ReadDelta, interpret
+from gift.interop.kohya.forms import ReadDelta
+from gift.interop.kohya.interpretation import interpret
 from gift.interop.kohya.layers import Incompatible, Target, flat, is_layer
 from gift.interop.report import PartReport
 from gift.interop.text_encoders import elsewhere
 from gift.quantization import dequantised
-from gift.strategies import FineTuningStrategy
+from gift.strategies.base import CapLike, FineTuningStrategy
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
 
@@ -48,10 +49,11 @@ def load_kohya(
 ) -> PartReport:
     """Fine-tune a plain network with the deltas in a file of kohya's sd-scripts or LyCORIS.
 
-    Supports LoRA (with ``lora_mid``, and with DoRA's ``dora_scale`` of outputs), LoHa and LoKr,
-    for linear layers and convolutions. The strategy that it enables has registered parts only.
-    Tucker decompositions become plain factors of the same rank, and a rank above the largest one
-    of a matrix is reduced to it; outputs are the same.
+    Supports LoRA (with ``lora_mid``, and with DoRA's ``dora_scale`` of outputs), LoHa, LoKr, full
+    deltas, (IA)^3 and GLoRA, for linear layers and convolutions. The strategy that it enables has
+    registered parts only. Tucker decompositions become plain factors of the same rank, and a rank
+    above the largest one of a matrix is reduced to it. GLoRA of LyCORIS, ``W + W A + B``, becomes
+    the LoRA that it is for a frozen weight. Outputs are the same.
 
     Args:
         net: the network that the deltas were trained for.
@@ -102,6 +104,9 @@ def load_kohya(
             tensors = weight_deltas(module)["weight"].tensors(module)
             for key, value in delta.values.items():
                 tensors[key].copy_(value)
+            if delta.bias is not None:
+                bias = present_tensor(module, "bias")
+                bias += delta.bias.to(bias)
     return PartReport(**vars(report), left=dict(left))
 
 
@@ -195,8 +200,15 @@ def _strategy(found: Mapping[str, tuple[nn.Module, ReadDelta]]) -> FineTuningStr
     alike: dict[object, list[str]] = {}
     for place, (_, delta) in found.items():
         alike.setdefault(delta.key, []).append(place)
-    caps = []
+    module_caps: list[CapLike] = []
+    para_caps: list[CapLike] = []
     for places in alike.values():
         delta = found[places[0]][1]
-        caps.append((mc_path(*places), ma_adapt(delta.method, **delta.settings)))
-    return FineTuningStrategy(caps)
+        if delta.weight_only:
+            weights = [f"{place}.weight" for place in places]
+            para_caps.append((pc_path(*weights), pa_adapt(delta.method, **delta.settings)))
+        else:
+            more = {"train_bias": True} if delta.bias is not None else {}
+            action = ma_adapt(delta.method, **delta.settings, **more)
+            module_caps.append((mc_path(*places), action))
+    return FineTuningStrategy(module_caps, para_caps)

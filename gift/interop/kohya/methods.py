@@ -1,47 +1,17 @@
-"""LoRA, LoHa and LoKr in kohya files: their tensors, and how these map to gift."""
+"""LoRA, LoHa and LoKr in kohya files: their tensors, and how these map to gift; all methods."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from gift.interop.factors import Pair, magnitude_change, product, smallest
 from gift.interop.kohya.factors import for_groups, without_core
+from gift.interop.kohya.forms import KohyaMethod, Parts, ReadDelta, Shapes, trimmed
 from gift.interop.kohya.layers import Incompatible, Target
+from gift.interop.kohya.whole_weights import FULL, GLORA, IA3
 from gift.layers.layouts import LayoutOptions
 from gift.layers.table import layout_of
 from gift.methods.lokr import factorization
-
-Parts = Mapping[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class ReadDelta:
-    """A delta in gift's terms.
-
-    Args:
-        method: name of the method.
-        settings: settings of the method and the layout.
-        values: values of the parameters, by the method's names.
-    """
-
-    method: str
-    settings: dict[str, Any]
-    values: dict[str, Tensor]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """A key that is equal for all layers that can share one cap."""
-        return self.method, *sorted(self.settings.items())
-
-
-def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Remove kernel axes of length one: a linear layer may be stored as a convolution."""
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return tuple(shape)
 
 
 def _ranked(
@@ -130,8 +100,6 @@ def _pair(parts: Parts, name: str, core: str) -> Pair:
 
 def _lokr_shapes(parts: Parts, target: Target) -> Shapes:
     outputs, inputs, *kernel = target.weight.shape
-    if target.groups > 1:
-        raise Incompatible("gift splits each group of a convolution by itself, LoKr here the whole")
     shapes: Shapes = {}
     (a, c), first = _outer(parts, "lokr_w1")
     if outputs % a or inputs % c:
@@ -161,14 +129,10 @@ def _outer(parts: Parts, name: str) -> tuple[tuple[int, int], int]:
 
 
 def _lokr(parts: Parts, scaling: float, target: Target) -> ReadDelta:
+    if target.groups > 1:
+        return _lokr_of_groups(parts, scaling, target)
     (a, c), first = _outer(parts, "lokr_w1")
-    split = (a, len(target.weight) // a), (c, target.columns // c)
-    factors = _factors(*split)
-    if factors is None:
-        raise Incompatible(
-            f"it splits a matrix of {len(target.weight)} x {target.columns} (inputs times kernel) "
-            f"into {split[0]} x {split[1]}; gift's LoKr has the smaller parts first"
-        )
+    factors = _factors((a, len(target.weight) // a), (c, target.columns // c))
     if "lokr_w2" in parts:
         w1 = product(parts["lokr_w1_a"], parts["lokr_w1_b"]) if first else parts["lokr_w1"]
         w2 = parts["lokr_w2"].flatten(1) * scaling  # gift's full matrices have no scaling
@@ -187,43 +151,49 @@ def _lokr(parts: Parts, scaling: float, target: Target) -> ReadDelta:
     return _ranked("lokr", rank, scaling, values, decompose_both=both, **factors)
 
 
-def _factors(rows: tuple[int, int], columns: tuple[int, int]) -> dict[str, int] | None:
+def _lokr_of_groups(parts: Parts, scaling: float, target: Target) -> ReadDelta:
+    """Return LoKr of each group, of the product for the whole matrix.
+
+    A group has some rows of the first factor and the whole second one, or a part of one row, where
+    the groups are more.
+    """
+    (a, c), first = _outer(parts, "lokr_w1")
+    outputs, groups = len(target.weight), target.groups
+    w1 = product(parts["lokr_w1_a"], parts["lokr_w1_b"]) if first else parts["lokr_w1"]
+    if a % groups and groups % a:
+        raise Incompatible(
+            f"its first factor has {a} rows, the convolution {groups} groups, so that a group has "
+            "parts of several rows; gift's LoKr has a product for each group"
+        )
+    own, each = max(a // groups, 1), max(groups // a, 1)
+    factors = _factors((own, outputs // groups // own), (c, target.columns // c))
+
+    def shared(second: Tensor) -> Tensor:
+        """Return the part of the second factor for each group: its rows, if a group has some."""
+        return second.unflatten(0, (each, -1)).repeat(groups // each, 1, 1)
+
+    values = {"lokr_w1": w1.reshape(min(a, groups), own, c).repeat_interleave(each, 0)}
+    if "lokr_w2" in parts:
+        values["lokr_w2"] = shared(parts["lokr_w2"].flatten(1) * scaling)
+        return ReadDelta("lokr", {"full_matrix": True} | factors, values)
+    left, right = _pair(parts, "lokr_w2", "lokr_t2")
+    left, right = smallest(shared(left), right.expand(groups, *right.shape))
+    values |= {"lokr_w2_a": left, "lokr_w2_b": right}
+    return _ranked("lokr", left.shape[-1], scaling, values, **factors)
+
+
+def _factors(rows: tuple[int, int], columns: tuple[int, int]) -> dict[str, int]:
     """Return the settings with which gift's LoKr splits a matrix like this, smaller parts first."""
     (a, b), (c, d) = rows, columns
     if a > b or c > d:
-        return None
+        raise Incompatible(
+            f"it splits a matrix of {a * b} x {c * d} (inputs times kernel) into {rows} x "
+            f"{columns}; gift's LoKr has the smaller parts first"
+        )
     for factor in (-1, a, c):
         if [factorization(size, factor) for size in (a * b, c * d)] == [rows, columns]:
             return {"factor": factor}
     return {"factor": a, "column_factor": c}
-
-
-@dataclass(frozen=True)
-class KohyaMethod:
-    """A method in kohya files: its tensors, their shapes, and how they are read.
-
-    Args:
-        title: name of the method.
-        marks: tensors that identify the method.
-        choices: sets of tensors, one of which must be present.
-        optional: tensors that may be present.
-        dims: tensors that show the rank to which alpha is relative, and the axis.
-        shapes: returns the expected shapes of all tensors, from the layer and some of the tensors.
-        read: converts tensors of these shapes and the scaling to a delta.
-    """
-
-    title: str
-    marks: set[str]
-    choices: list[set[str]]
-    optional: set[str]
-    dims: list[tuple[str, int]]
-    shapes: Callable[[Parts, Target], Shapes]
-    read: Callable[[Parts, float, Target], ReadDelta]
-
-    @property
-    def names(self) -> set[str]:
-        """The names of all its tensors."""
-        return self.optional.union(*self.choices)
 
 
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
@@ -258,4 +228,7 @@ KOHYA_METHODS = (
         _lokr_shapes,
         _lokr,
     ),
+    FULL,
+    IA3,
+    GLORA,
 )

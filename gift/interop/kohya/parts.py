@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gift.core.weights.record import WeightDelta
+from gift.core.weights.record import WeightDelta, present_weight_deltas
 from gift.interop.factors import Pair, product
 from gift.interop.kohya.factors import for_whole
 from gift.interop.kohya.layers import Incompatible, Target
@@ -129,6 +129,36 @@ def _lokr(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tenso
     return {"lokr_w1": w1} | parts
 
 
+def _full_delta(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
+    assert delta.layout is not None
+    return {"diff": delta.layout.to_weight(values["full_delta"])}
+
+
+def _ia3(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tensor]:
+    """Return what factors add to one; LyCORIS has one for each output or each input channel."""
+    method: Any = delta.method
+    if "bias" in present_weight_deltas(target.module):
+        raise Incompatible(
+            "(IA)^3 of LyCORIS does not scale biases, which ma_adapt adapts: pa_adapt adapts the "
+            "weight alone"
+        )
+    if method.feedforward and target.groups > 1:
+        raise Incompatible("LyCORIS has no (IA)^3 of the inputs of a convolution with groups")
+    assert delta.layout is not None
+    factors = delta.layout.to_weight(values["ia3_l"].expand(delta.layout.matrix))
+    channels = (factors[0] if method.feedforward else factors).reshape(
+        factors.shape[1 if method.feedforward else 0], -1
+    )
+    if method.feedforward and not (channels == channels[:, :1]).all():
+        raise Incompatible(
+            "LyCORIS scales input channels as a whole, here the positions in the kernel have "
+            "factors of their own"
+        )
+    shape = (1, -1, *[1] * len(target.kernel)) if target.kernel else (-1,)
+    on_input = torch.tensor(int(method.feedforward))
+    return {"weight": (channels[:, 0] - 1).reshape(shape), "on_input": on_input}
+
+
 def _first(values: Values) -> tuple[tuple[int, int], int]:
     if "lokr_w1" in values:
         return (values["lokr_w1"].shape[0], values["lokr_w1"].shape[1]), 0
@@ -156,4 +186,6 @@ _WRITERS: dict[str, Callable[[WeightDelta, Values, Target], dict[str, Tensor]]] 
     "dora": _dora,
     "loha": _loha,
     "lokr": _lokr,
+    "full_delta": _full_delta,
+    "ia3": _ia3,
 }

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gift.core.delta import present_deltas
-from gift.core.record import fine_tuned_part
+from gift.core.dynamic_class import joined
+from gift.core.record import fine_tuned_part, record_of
 from gift.core.trained import moved_buffers, trained_of_the_base
 from gift.core.weights.frozen import present_tensor
 from gift.core.weights.record import WeightDelta, present_weight_deltas
@@ -33,9 +34,10 @@ def save_kohya(
 ) -> None:
     """Save the deltas of one or several networks in the format of kohya's sd-scripts and LyCORIS.
 
-    Supports LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA, DoRA, LoHa and LoKr, for linear layers and
-    convolutions. PiSSA and OLoRA become LoRA of twice the rank. Factors for the balanced layout of
-    a convolution, or for its groups, become factors of the whole matrix, with a larger rank.
+    Supports LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA, DoRA, LoHa, LoKr, full deltas with trained biases,
+    and (IA)^3 of weights alone, for linear layers and convolutions. PiSSA and OLoRA become LoRA of
+    twice the rank. Factors for the balanced layout of a convolution, or for its groups, become
+    factors of the whole matrix, with a larger rank.
 
     Args:
         net: the fine-tuned network, or a module that contains it, or several by their prefixes:
@@ -63,20 +65,25 @@ def save_kohya(
         except RuntimeError as error:
             problems.append(f"the network for {own}: {error}")
             continue
+        biases = dict(_changed_biases(one))
+        problems += _kept_elsewhere(one, biases)
         for place, module, delta in _adapters(one, problems):
-            methods.add("lora" if hasattr(delta.method, "lora_alpha") else delta.method.name)
+            methods.add(_algorithm(delta))
             name = rename(place) if rename else lead(one, "_") + place
             try:
                 parts = _parts(delta, module, name)
             except Incompatible as error:
                 problems.append(f"{place}: {error}")
                 continue
+            if place in biases:
+                parts |= {"diff_b": biases[place]}
             for part, tensor in parts.items():
                 key = f"{own}{flat(name)}.{part}"
                 if key in tensors:
                     problems.append(f"{place}: another layer has the key {key} as well")
-                # Alpha scales the whole delta, so it is not rounded.
-                tensors[key] = tensor if dtype is None or part == "alpha" else tensor.to(dtype)
+                # Alpha scales the whole delta, so it is not rounded; a flag stays an integer.
+                keeps = dtype is None or part in ("alpha", "on_input")
+                tensors[key] = tensor if keeps else tensor.to(dtype)
     bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
@@ -87,7 +94,7 @@ def save_kohya(
     replace_file(path, lambda temporary: save_file(kept, temporary, described))
 
 
-def _parts(delta: WeightDelta, module: nn.Module, name: Any) -> Mapping[str, Tensor]:
+def _parts(delta: WeightDelta, module: nn.Module, name: Any) -> dict[str, Tensor]:
     if not isinstance(name, str):
         raise Incompatible(f"rename gives {name!r}, expected a name")
     return parts_of(delta, module, dequantised(present_tensor(module, "weight"), module))
@@ -106,10 +113,11 @@ def _wrong_arguments(nets: Any, dtype: Any, metadata: Any) -> Iterator[str]:
 
 def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, WeightDelta]]:
     """Yield path, layer and delta of all that a file can hold; report all others as problems."""
-    problems += _kept_elsewhere(net)
     for path, module in net.named_modules():
         for tensor, delta in present_deltas(module).items():
             where = f"{path}.{tensor}".lstrip(".")
+            if isinstance(delta, WeightDelta) and delta.bias_of:
+                continue  # refused along with the weight
             if not isinstance(delta, WeightDelta):
                 problems.append(f"{where}: such files cannot hold wrapped forward passes")
             elif delta.owner is not None:
@@ -124,9 +132,26 @@ def _adapters(net: Any, problems: list[str]) -> Iterator[tuple[str, nn.Module, W
                 yield path, module, delta
 
 
-def _kept_elsewhere(net: Any) -> Iterator[str]:
-    """Yield problems for trained tensors and buffers that are not deltas."""
-    if trained := [name for name, _ in trained_of_the_base(net)]:
+def _algorithm(delta: WeightDelta) -> str:
+    """Return LyCORIS's name of a method."""
+    name = "lora" if hasattr(delta.method, "lora_alpha") else delta.method.name
+    return "full" if name == "full_delta" else name
+
+
+def _changed_biases(net: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the layers with full deltas whose biases are trained in place, and their changes."""
+    paths = {id(module): path for path, module in net.named_modules()}
+    for module, name, base in record_of(net).undo.values:
+        delta = present_weight_deltas(module).get("weight")
+        if name == "bias" and delta is not None and delta.method.name == "full_delta":
+            bias = present_tensor(module, "bias").detach()
+            yield paths[id(module)], (bias - base.to(bias)).cpu()
+
+
+def _kept_elsewhere(net: Any, biases: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield problems for trained tensors and buffers that are neither deltas nor these biases."""
+    held = {joined(path, "bias") for path in biases}
+    if trained := [name for name, _ in trained_of_the_base(net) if name not in held]:
         yield f"trained in place, which such files cannot hold: {', '.join(trained)}"
     if changed := list(moved_buffers(net)):
         yield (
