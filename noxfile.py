@@ -108,8 +108,8 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def engines(session: nox.Session) -> None:
-    """Run jobs on a Slurm that is started here; it needs root, slurm-wlm and munge."""
-    session.install("--compile-bytecode", "-e", ".[dev,slurm]", "-c", str(CONSTRAINTS))
+    """Run jobs on Ray and Slurm, started here; Slurm needs root, slurm-wlm and munge."""
+    session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
     session.env["GIFT_ENGINES"] = session.env["OMP_NUM_THREADS"] = "1"
     session.run("python", "-m", "pytest", "-p", "no:xdist", "-rs", "tests/engines")
 

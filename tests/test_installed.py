@@ -234,6 +234,10 @@ for value in (0.5, 0.4):
     study.complete(study.asked(), [value], {})
 print(write_search_report(study, study.best()))
 """,
+    "ray": """
+from gift.many.engines.ray_cluster import Ray
+print(Ray().problems([]))
+""",
     "slurm": """
 from gift.many.engines.slurm_cluster import Slurm
 print(Slurm().problems([]))

@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from gift.cli.app import app
 from gift.errors import JobError
 from gift.jobs import Job, read_job
 from gift.many import submitting
-from gift.many.engines.base import Listed, State
+from gift.many.engines.base import Listed, State, task_command
+from gift.many.engines.local import Here
+from gift.many.engines.ray_cluster import _unmet as lacks_ray
 from gift.many.engines.slurm_cluster import Slurm, _minutes, _Nodes, _unmet
+from gift.many.parts import run_part
 from gift.many.task import run_task
-from tests.many_examples import Net, tiny_job
+from tests.many_examples import Net, tiny_job, tiny_search
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.errors.GiftWarning")
 
@@ -106,6 +111,36 @@ def test_all_that_is_missing_is_said_and_nothing_is_queued(tmp_path: Path) -> No
         submitting.found("7")
 
 
+def test_a_search_is_queued_as_parts_that_share_its_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is a job; together they run no more trials than the search has."""
+    pytest.importorskip("optuna")
+    monkeypatch.setattr("gift.many.pages.write_images", lambda *arguments: [])
+    monkeypatch.setattr("gift.many.searching._EACH", 0.02)
+    monkeypatch.setattr("gift.many.parts.Processes", lambda *arguments: Here(Net))
+    file = tiny_search(tmp_path, parallel=2, budget={"trials": 3})
+    engine = Notes()
+    made = submitting.submit([file], engine)
+    folders = [tmp_path / "search" / "parts" / name for name in ("00", "01")]
+    assert [Path(one.folder) for one in made] == folders
+    assert [row.state for row in submitting.jobs([engine])[0]] == [State.QUEUED] * 2
+    for folder in folders:
+        assert "torch.distributed.run" not in task_command(folder, processes=2)
+        run_part(folder, Notes.network, lambda text: None)
+    results = list((tmp_path / "search" / "trials").glob("*/result.json"))
+    assert len(results) == 3
+    engine.queue.clear()
+    assert [row.state for row in submitting.jobs([engine])[0]] == [State.DONE] * 2
+    assert submitting.submit([file], engine) == []
+    assert {"best.yaml", "report.html"} <= {f.name for f in submitting.fetch("0", tmp_path / "to")}
+    more = tiny_search(tmp_path, parallel=2, budget={"trials": 4})
+    assert len(submitting.submit([more], engine)) == 2
+    wrong = tiny_search(tmp_path, objective="forgetting")
+    with pytest.raises(JobError, match="forgetting"):
+        submitting.submit([wrong], engine)
+
+
 @pytest.mark.parametrize(("memory", "megabytes"), [("16GB", 16_000), ("512MiB", 536), (None, None)])
 def test_memory_of_a_job(tmp_path: Path, memory: str | None, megabytes: int | None) -> None:
     [file] = files_in(tmp_path, "a", resources={"memory": memory})
@@ -126,6 +161,38 @@ def test_what_sinfo_says_of_nodes() -> None:
     assert "no node has all of" in _unmet(Job.model_validate(job).resources, [big, gpu])
     job["resources"] = {"cpus": 4, "gpus": 3, "hours": 500}
     assert _unmet(Job.model_validate(job).resources, [big, gpu]) == ""
+
+
+def test_what_nodes_of_ray_lack() -> None:
+    """A need that only different nodes meet is unmet; memory is unknown before Ray is started."""
+    big, gpu = {"CPU": 64.0, "memory": 64e9}, {"CPU": 4.0, "GPU": 2.0, "memory": 16e9}
+    data = {"kind": "class_folders", "train": "x"}
+
+    def lacks(nodes: list[dict[str, float]], **resources: Any) -> str:
+        job = Job.model_validate({"data": data, "resources": resources})
+        return lacks_ray(job.resources, nodes)
+
+    assert lacks([big, gpu], cpus=4, gpus=2, memory="16GB", hours=500) == ""
+    assert lacks([big, gpu], cpus=8, gpus=1) == (
+        "resources: no node has all of 8 processors, 1 GPUs"
+    )
+    assert lacks([big, gpu], cpus=65, gpus=4) == "resources: no node has 65 processors and 4 GPUs"
+    assert lacks([big], memory="900GB") == "resources: no node has 900GB of memory"
+    assert lacks([{"CPU": 2.0}], memory="900GB") == ""
+
+
+@pytest.mark.parametrize(
+    ("on", "option", "value"),
+    [("slurm", "--address", "http://127.0.0.1:8265"), ("ray", "--sbatch", "partition=long")],
+)
+def test_options_of_the_other_engine_are_refused(
+    on: str, option: str, value: str, tmp_path: Path
+) -> None:
+    [file] = files_in(tmp_path, "a")
+    said = CliRunner().invoke(app, ["submit", str(file), "--on", on, option, value])
+    assert said.exit_code == 2
+    assert option in said.output
+    assert not (tmp_path / "jobs" / "a").exists()
 
 
 def test_without_slurm_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gift.cli.options import NETWORK, ON_OR_HERE, SBATCH, SET, chosen_engine
+from gift.cli.options import ADDRESS, NETWORK, ON_OR_HERE, SBATCH, SET, chosen_engine
 from gift.cli.plain import complain, say
 
 
@@ -28,6 +28,7 @@ def compare(
     changes: SET = None,
     on: ON_OR_HERE = None,
     sbatch: SBATCH = None,
+    address: ADDRESS = None,
     network: NETWORK = None,
 ) -> None:
     """Compare methods on a job; what is done is not done again."""
@@ -35,7 +36,7 @@ def compare(
     from gift.many import compare as run_compare
 
     settled = read_job(job, changes or ())
-    engine = None if on is None else chosen_engine(on, sbatch, network)
+    engine = None if on is None else chosen_engine(on, sbatch, address, network)
     try:
         made = run_compare(
             settled, methods, seeds, folder=folder, budget=budget, parallel=parallel,

@@ -16,7 +16,7 @@ def jobs(
         bool, typer.Option("--all", help="also runs that ended, other than the last ten")
     ] = False,
 ) -> None:
-    """Show what was submitted, and its state as Slurm says it."""
+    """Show what was submitted, and its state as Ray or Slurm says it."""
     from gift.many import submitting
 
     rows, silent = submitting.jobs()

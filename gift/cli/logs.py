@@ -19,7 +19,7 @@ def logs(
     from gift.many import submitting
 
     file, one = submitting.log_of(name), submitting.found(name)
-    engine = submitting.engine_of(one.engine)
+    engine = submitting.of_submission(one)
     at = 0
     while True:
         is_over = not follow or engine.state(one.id).is_over
@@ -34,4 +34,4 @@ def logs(
             break
         time.sleep(1)
     if not at:
-        say("it has printed nothing yet")
+        say(engine.reason(one.id) or "it has printed nothing yet")

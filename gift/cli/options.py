@@ -28,9 +28,18 @@ SET = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="change a setting; as often as needed"),
 ]
-ON = Annotated[str, typer.Option("--on", metavar="slurm", help="which cluster")]
+ON = Annotated[str, typer.Option("--on", metavar="ray|slurm", help="which cluster")]
 ON_OR_HERE = Annotated[
-    str | None, typer.Option("--on", metavar="slurm", help="a cluster, else this machine")
+    str | None, typer.Option("--on", metavar="ray|slurm", help="a cluster, else this machine")
+]
+ADDRESS = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="of a cluster of Ray, such as http://host:8265; else one on this machine, which is "
+        "started if there is none",
+    ),
 ]
 SBATCH = Annotated[
     list[str] | None,
@@ -52,18 +61,27 @@ def sbatch_options(texts: list[str] | None) -> dict[str, str]:
 def chosen_engine(
     on: str,
     sbatch: list[str] | None = None,
+    address: str | None = None,
     network: str | None = None,
 ) -> Any:
     """Return the engine that the options name.
 
     Args:
-        on: "slurm".
-        sbatch: options of ``sbatch``.
+        on: "ray" or "slurm".
+        sbatch: options of ``sbatch``, for Slurm.
+        address: address of a cluster, for Ray.
         network: see `NETWORK`.
     """
     from gift.many.submitting import engine_of
 
-    return engine_of(on, options=sbatch_options(sbatch), network=network)
+    if address is not None and on != "ray":
+        raise typer.BadParameter("it is for --on ray", param_hint="--address")
+    if sbatch and on != "slurm":
+        raise typer.BadParameter("it is for --on slurm", param_hint="--sbatch")
+    options: dict[str, str] = sbatch_options(sbatch)
+    if address is not None:
+        options["address"] = address
+    return engine_of(on, options=options, network=network)
 
 
 ALLOW_IMPORT = Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gift.cli.options import NETWORK, ON_OR_HERE, SBATCH, chosen_engine
+from gift.cli.options import ADDRESS, NETWORK, ON_OR_HERE, SBATCH, chosen_engine
 from gift.cli.plain import complain, say
 
 
@@ -18,12 +18,13 @@ def search(
     ] = None,
     on: ON_OR_HERE = None,
     sbatch: SBATCH = None,
+    address: ADDRESS = None,
     network: NETWORK = None,
 ) -> None:
     """Search for the best settings of a job, or go on with a search that was stopped."""
     from gift.many import search as run_search
 
-    engine = None if on is None else chosen_engine(on, sbatch, network)
+    engine = None if on is None else chosen_engine(on, sbatch, address, network)
     try:
         found = run_search(file, network=network, tell=say, engine=engine, parallel=parallel)
     except KeyboardInterrupt:

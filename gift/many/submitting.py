@@ -12,16 +12,18 @@ from tabulate import tabulate
 
 from gift.errors import JobError, refuse
 from gift.jobs.models import Job
-from gift.jobs.reading import read_job
+from gift.jobs.reading import read_job, read_yaml
 from gift.jobs.runs import JOB
+from gift.many import parts
 from gift.many.batch import task_folder
-from gift.many.engines.base import Listed, State
+from gift.many.engines.base import JOB_FILE, SEARCH_FILE, Listed, State
 from gift.many.history import progress_of
+from gift.many.settings import Search, read_search
 from gift.many.task import ERROR, LOG, finished, read_result
 from gift.support.atomic_files import write_text
 from gift.training.checkpoint import FILE
 
-ENGINES = ("slurm",)
+ENGINES = ("ray", "slurm")
 _STATE = "GIFT_STATE"
 
 
@@ -33,7 +35,7 @@ class Submission:
         id: what the engine calls it.
         engine: name of the engine.
         folder: folder of the run.
-        options: options of ``sbatch``.
+        options: options of the engine, see `engine_of`.
         network: ``import:package.module:function``, for a job that names no network.
     """
 
@@ -53,8 +55,8 @@ def engine_of(
     """Return an engine.
 
     Args:
-        name: "slurm".
-        options: options of ``sbatch`` by name.
+        name: "ray" or "slurm".
+        options: by name: ``address`` of a cluster of Ray; options of ``sbatch``.
         network: ``import:package.module:function``, for jobs that name no network.
 
     Raises:
@@ -64,33 +66,39 @@ def engine_of(
         from gift.many.engines.slurm_cluster import Slurm
 
         return Slurm(options, network)
+    if name == "ray":
+        from gift.many.engines.ray_cluster import Ray
+
+        return Ray(options, network)
     raise JobError(f"there is no engine {name!r}", [f"expected one of {', '.join(ENGINES)}"])
 
 
 def submit(paths: Sequence[str | Path], engine: Any) -> list[Submission]:
-    """Queue jobs; what is done, queued or running already is not queued again.
+    """Queue jobs and searches; what is done, queued or running already is not queued again.
+
+    A search is queued as ``parallel`` jobs, which share its study: each runs trials one after
+    another, within the resources of the job.
 
     Nothing is sent but the job: the nodes must see the folder of the run, the data and this Python
     under the same paths.
 
     Args:
-        paths: job files, and folders of them.
+        paths: job files and search files, and folders of them.
         engine: see `engine_of`.
 
     Raises:
         JobError: naming everything that would keep a job from running; nothing is queued then.
     """
-    jobs, problems = _jobs(paths)
+    found, problems = _found(paths)
     network = engine.network
-    for file, job in jobs.items():
-        problems += [f"{file}: {problem}" for problem in _missing(job, network)]
-    folders = [job.folder for job in jobs.values()]
+    for one in found:
+        problems += [f"{one.file}: {problem}" for problem in _missing(one.job, network)]
+    folders = [one.job.folder for one in found]
     problems += [f"{f}: several jobs have this folder" for f in dict.fromkeys(folders)
                  if folders.count(f) > 1]  # fmt: skip
-    problems += engine.problems(list(jobs.values()))
-    refuse(JobError, "nothing was queued", problems)
-    todo = [job for job in jobs.values() if finished(job) is None]
-    places = [task_folder(job) for job in todo]
+    problems += engine.problems([one.job for one in found])
+    refuse(JobError, "nothing was queued", list(dict.fromkeys(problems)))
+    places = [one.written() for one in found if not one.is_done()]
     made = []
     for place, number in zip(places, engine.start_all(places), strict=True):
         made.append(Submission(number, engine.name, str(place), dict(engine.options), network))
@@ -98,8 +106,30 @@ def submit(paths: Sequence[str | Path], engine: Any) -> list[Submission]:
     return made
 
 
-def _jobs(paths: Iterable[str | Path]) -> tuple[dict[Path, Job], list[str]]:
-    jobs: dict[Path, Job] = {}
+@dataclass(frozen=True)
+class _Given:
+    """A job that is to be queued, which may be a part of a search."""
+
+    file: Path
+    job: Job
+    search: Search | None = None
+
+    def is_done(self) -> bool:
+        if self.search is not None:
+            return parts.is_done(self.search, Path(self.job.folder))
+        return finished(self.job) is not None
+
+    def written(self) -> Path:
+        """Write it into its folder, and return the folder."""
+        folder = task_folder(self.job)
+        if self.search is not None:
+            parts.write_part(self.search, folder)
+        return folder
+
+
+def _found(paths: Iterable[str | Path]) -> tuple[list[_Given], list[str]]:
+    """Return the jobs in files and folders, and what is wrong with others."""
+    found: dict[Path, list[_Given]] = {}
     problems: list[str] = []
     for given in map(Path, paths):
         path = given.expanduser()
@@ -108,10 +138,18 @@ def _jobs(paths: Iterable[str | Path]) -> tuple[dict[Path, Job], list[str]]:
             problems.append(f"{path} has no job files (*.yaml)")
         for file in files:
             try:
-                jobs[file] = read_job(file)
-            except (JobError, FileNotFoundError) as error:
+                found[file] = _read(file)
+            except (JobError, FileNotFoundError, ImportError) as error:
                 problems.append(str(error))
-    return jobs, problems
+    return [one for several in found.values() for one in several], problems
+
+
+def _read(file: Path) -> list[_Given]:
+    data, _ = read_yaml(file)
+    if not isinstance(data, dict) or "vary" not in data:
+        return [_Given(file, read_job(file))]
+    search = read_search(file)
+    return [_Given(file, job, search) for job in parts.parts_of(search)]
 
 
 def _missing(job: Job, network: str | None) -> Iterator[str]:
@@ -163,21 +201,23 @@ def jobs(engines: Sequence[Any] | None = None) -> tuple[list[Listed], list[str]]
     """
     known = remembered()
     if engines is None:
-        engines = [engine_of(name) for name in dict.fromkeys(one.engine for one in known)]
+        places = {(one.engine, one.options.get("address")): one for one in known}
+        engines = [of_submission(one) for one in places.values()]
     rows: dict[tuple[str, str], Listed] = {}
-    silent, answered = [], set()
+    silent: list[str] = []
+    answered: set[tuple[str, Any]] = set()
     for engine in engines:
         try:
             found = engine.listed()
         except (JobError, ImportError) as error:
             silent.append(f"{engine.name}: {error}")
             continue
-        answered.add(engine.name)
+        answered.add((engine.name, engine.options.get("address")))
         rows |= {(one.engine, one.id): one for one in found}
     for one in known:
         key = (one.engine, one.id)
         if key not in rows:
-            heard = one.engine in answered
+            heard = (one.engine, one.options.get("address")) in answered
             rows[key] = Listed(one.id, one.engine, *_by_folder(Path(one.folder), heard))
         elif rows[key].folder is None:
             rows[key] = replace(rows[key], folder=Path(one.folder))
@@ -218,10 +258,15 @@ def found(name: str) -> Submission:
     return own[-1]
 
 
+def of_submission(one: Submission) -> Any:
+    """Return the engine of a submission."""
+    return engine_of(one.engine, options=one.options, network=one.network)
+
+
 def cancel(name: str) -> Submission:
     """Cancel a run and wait until it has ended; see `found`."""
     one = found(name)
-    engine_of(one.engine).stop(one.id)
+    of_submission(one).stop(one.id)
     return one
 
 
@@ -232,12 +277,11 @@ def resume(name: str, options: Mapping[str, Any] | None = None) -> Submission:
         JobError: if it is done.
     """
     one = found(name)
-    job = read_job(Path(one.folder) / "task.yaml")
+    job = read_job(Path(one.folder) / JOB_FILE)
     if finished(job) is not None:
         raise JobError(f"{one.folder} is done", ["there is nothing to go on with"])
-    settled = {**one.options, **(options or {})}
-    engine = engine_of(one.engine, options=settled, network=one.network)
-    again = replace(one, id=engine.start(Path(one.folder)), options=settled)
+    settled = replace(one, options={**one.options, **(options or {})})
+    again = replace(settled, id=of_submission(settled).start(Path(one.folder)))
     _remember(again)
     return again
 
@@ -249,7 +293,9 @@ def fetch(name: str, to: str | Path) -> list[Path]:
         JobError: if there are none yet, or the folder is there already.
     """
     source, target = Path(found(name).folder), Path(to).expanduser()
-    if not (source / JOB).is_file():
+    if (source / SEARCH_FILE).is_file():
+        source = source.parents[1]  # that of the search, of which this is a part
+    if not any((source / name).is_file() for name in (JOB, "trials.csv")):
         raise JobError(f"{source} has no results yet", ["gift jobs shows its state"])
     if target.exists():
         raise JobError(f"{target} is there already", ["choose another folder"])

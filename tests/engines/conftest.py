@@ -1,13 +1,14 @@
 """Engines for all tests here, if they can be started."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines.up import local_slurm, missing_for_slurm
+from tests.engines.up import local_ray, local_slurm, missing_for_ray, missing_for_slurm
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +17,20 @@ def slurm() -> Iterator[Any]:
         pytest.skip(reason)
     with local_slurm() as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    if reason := _not_here() or missing_for_ray():
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex())
+        # Its workers give way to all others, so that they hardly begin on a busy machine.
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        with local_ray() as started:
+            yield started
 
 
 def _not_here() -> str:

@@ -8,23 +8,30 @@ from typing import Any
 
 import pytest
 
-from gift.jobs import JobError
+from gift.jobs import JobError, read_job
 from gift.many import submitting
 from gift.many.engines.base import State
 from gift.many.engines.slurm_cluster import Slurm
 from gift.many.history import progress_of
+from gift.many.task import finished
 from tests.engines.scenario import (
+    FAST,
     NETWORK,
     alone,
+    assert_queued_beyond_the_cores,
     assert_same,
+    assert_search_goes_on_after_kill,
+    assert_submitted_search_ends,
+    assert_two_processes_end_like_one,
     has_begun,
-    kill,
-    processes,
     states,
     until,
     weights,
     write_jobs,
 )  # fmt: skip
+from tests.engines.up import kill, processes
+
+pytestmark = pytest.mark.filterwarnings("ignore::gift.errors.GiftWarning")
 
 
 def test_jobs_are_queued_killed_cancelled_and_end_with_the_same_weights(
@@ -68,24 +75,51 @@ def test_jobs_are_queued_killed_cancelled_and_end_with_the_same_weights(
 
 
 def test_a_run_that_reaches_its_time_limit_goes_on(slurm: Any, tmp_path: Path) -> None:
-    """It is warned, stops, is queued again, and ends with the same weights."""
-    [file] = write_jobs(tmp_path, ["long"], hours=1 / 60)
+    """It is warned, writes a checkpoint, is queued again, and ends with the same weights."""
+    [file] = write_jobs(tmp_path, ["long"], epochs=60, hours=1 / 60)
+    engine = Slurm({"signal_delay_s": 5}, NETWORK)
+    [one] = submitting.submit([file], engine)
+    folder = Path(one.folder)
+    until(lambda: has_begun(folder), "it begins")
+    until(lambda: engine.state(one.id) is State.QUEUED, "it is queued again")
+    assert "stopped by SIGTERM" in submitting.log_of(one.id).read_text()
+    assert (folder / "checkpoint.pt").is_file()
+    assert not finished(read_job(file))
+    until(lambda: engine.state(one.id).is_over, "it ends")
+    assert engine.state(one.id) is State.DONE
+    assert_same(weights(folder), alone(file))
+
+
+def test_ten_jobs_at_once_wait_for_the_cores(slurm: Any, tmp_path: Path) -> None:
+    """As an array, of which never more run than there are cores; all end with the same weights."""
+    write_jobs(tmp_path, [f"job{n}" for n in range(10)], epochs=2)
+    engine = Slurm(network=NETWORK)
+    made = submitting.submit([tmp_path], engine)
+    ids = [one.id for one in made]
+    assert len({number.partition("_")[0] for number in ids}) == 1
+    assert_queued_beyond_the_cores(engine, ids)
+    expected = alone(tmp_path / "job0.yaml")
+    for one in made:
+        assert_same(weights(Path(one.folder)), expected)
+
+
+def test_two_processes_train_one_job(slurm: Any, tmp_path: Path) -> None:
+    """By torchrun, which starts both again after SIGKILL of one."""
+    [file] = write_jobs(tmp_path, ["two"], cpus=2, processes=2)
     engine = Slurm(network=NETWORK)
     [one] = submitting.submit([file], engine)
-    until(lambda: has_begun(Path(one.folder)), "it begins")
-    until(lambda: engine.state(one.id) is State.QUEUED, "it is queued again")
-    until(lambda: engine.state(one.id) is State.DONE, "it ends")
-    assert_same(weights(Path(one.folder)), alone(file))
+    assert_two_processes_end_like_one(engine, one, file)
 
 
-def test_a_search_runs_its_trials_as_jobs(slurm: Any, tmp_path: Path) -> None:
-    from gift.many import search
-    from tests.many_examples import tiny_search
+def test_a_search_runs_its_trials_as_jobs_and_outlives_its_process(
+    slurm: Any, tmp_path: Path
+) -> None:
+    """Twenty trials, two at a time; those that run at SIGKILL of the search are not run twice."""
+    assert_search_goes_on_after_kill("slurm", Slurm(network=FAST), tmp_path)
 
-    network = "import:tests.many_examples:Net"
-    file = tiny_search(tmp_path, parallel=2)
-    found = search(file, network=network, engine=Slurm(network=network))
-    assert found.trials["complete"] == 4
+
+def test_a_submitted_search_needs_nobody(slurm: Any, tmp_path: Path) -> None:
+    assert_submitted_search_ends(Slurm(network=FAST), tmp_path)
 
 
 def test_a_submission_whose_process_is_killed_is_found_again(slurm: Any, tmp_path: Path) -> None:

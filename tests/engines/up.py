@@ -1,11 +1,13 @@
-"""Slurm on this machine, for tests: started on the loopback, and ended.
+"""Slurm and Ray on this machine, for tests: started on the loopback, and ended.
 
 ``python -m tests.engines.up`` starts Slurm with two processors until the standard input
 closes. It needs root, and Debian's packages slurm-wlm and munge.
 """
 
+import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +50,26 @@ SlurmdTimeout=30
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN
 PartitionName=short Nodes={host} Default=YES MaxTime=60 State=UP
 """
+
+
+def processes(*words: str) -> list[int]:
+    """The processes whose command line has all these words."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if all(word in command for word in words) and int(place.name) != os.getpid():
+            found.append(int(place.name))
+    return found
+
+
+def kill(numbers: list[int]) -> None:
+    """Kill processes by SIGKILL."""
+    assert numbers, "there is nothing to kill"
+    for number in numbers:
+        os.kill(number, signal.SIGKILL)
 
 
 def missing_for_slurm() -> str:
@@ -150,6 +172,48 @@ def local_slurm() -> Iterator[LocalSlurm]:
         if before is not None:
             os.environ["SLURM_CONF"] = before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def missing_for_ray() -> str:
+    """Why Ray cannot be started here; empty if it can."""
+    if importlib.util.find_spec("ray") is None:
+        return "there is no Ray: pip install gift-torch[ray]"
+    with socket.socket() as taken:
+        is_taken = taken.connect_ex(("127.0.0.1", 8265)) == 0
+    return "something listens at port 8265 already, perhaps another Ray" if is_taken else ""
+
+
+class LocalRay:
+    """Ray on this machine, as gift starts it."""
+
+    def start(self) -> None:
+        """Start it with two processors."""
+        from gift.many.engines.ray_cluster import start_local
+
+        start_local(CPUS)
+
+    def kill(self) -> None:
+        """Kill what schedules by SIGKILL, and wait until the cluster is gone."""
+        kill(processes("/gcs_server") + processes("/raylet/raylet"))
+        end = time.monotonic() + 120
+        while time.monotonic() < end and missing_for_ray():
+            time.sleep(1)
+
+    def end(self) -> None:
+        """Stop all of it."""
+        tool = Path(sys.executable).with_name("ray")
+        subprocess.run([str(tool), "stop", "--force"], capture_output=True, timeout=120, check=True)
+
+
+@contextmanager
+def local_ray() -> Iterator[LocalRay]:
+    """Context with Ray on this machine."""
+    ray = LocalRay()
+    try:
+        ray.start()
+        yield ray
+    finally:
+        ray.end()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,12 @@ from gift.many.task import ERROR, LOG
 JOB_FILE = "task.yaml"
 """The job of a run, as it is sent to an engine; the run itself writes ``job.yaml``."""
 
+SEARCH_FILE = "search.yaml"
+"""The search, in the folder of a part of one; its `JOB_FILE` then says what it takes."""
+
+RESTARTS = 3
+"""How often a run whose processes are killed is started again on one machine."""
+
 
 class State(StrEnum):
     """The state of a run, as its engine knows it."""
@@ -96,11 +102,12 @@ def task_command(folder: Path, processes: int = 1, network: str | None = None) -
 
     Args:
         folder: folder of the run.
-        processes: number of processes, which torchrun starts.
+        processes: number of processes, which torchrun starts; the part of a search is one.
         network: ``import:package.module:function``, for a job that names no network.
     """
     start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    if processes > 1 and not (folder / SEARCH_FILE).is_file():
+        several = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}"]
+        start += ["torch.distributed.run", *several, "-m"]
     named = [] if network is None else ["--network", network]
     return [*start, "gift", "task", str(folder / JOB_FILE), *named]

@@ -33,17 +33,19 @@ class Processes:
     Args:
         slots: number of runs at a time.
         network: ``import:package.module:function``, for jobs that name no network.
+        processes: number of processes of each run, which train together.
     """
 
-    def __init__(self, slots: int = 1, network: str | None = None) -> None:
+    def __init__(self, slots: int = 1, network: str | None = None, processes: int = 1) -> None:
         self.slots = slots
         self.network = network
+        self.processes = processes
         self._free = list(range(slots))
 
     def start(self, folder: Path) -> _Process:
         """Start the run in a folder, or resume it."""
         slot = self._free.pop(0)
-        command = [*task_command(folder, network=self.network), "--attended"]
+        command = [*task_command(folder, self.processes, self.network), "--attended"]
         with (folder / LOG).open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,

@@ -1,12 +1,12 @@
 """Runs under Slurm, by submitit."""
 
 import math
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,12 @@ from typing import Any
 from gift.errors import JobError
 from gift.jobs.models import Job, Resources
 from gift.jobs.reading import read_job
-from gift.many.engines.base import JOB_FILE, Listed, State, reason_in, task_command
-from gift.many.task import LOG
+from gift.many.engines.base import JOB_FILE, Listed, State
+from gift.many.engines.scheduler import Scheduler
+from gift.many.engines.watched import Watched
 from gift.support.optional import require
 
 _PREFIX = "gift-"
-_PATIENCE = 60.0  # seconds in which a run may write a checkpoint
-_RESTARTS = 3  # after deaths by a signal such as SIGKILL
-_DEATHS = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
-_FRESH = 2.0  # seconds for which an answer of Slurm is used again
 _FIELDS = "%i|%T|%r|%M|%j|%k"
 _STATES = {
     "PENDING": State.QUEUED, "CONFIGURING": State.QUEUED, "SUSPENDED": State.QUEUED,
@@ -32,21 +29,23 @@ _STATES = {
     "RESIZING": State.RUNNING, "COMPLETED": State.DONE, "CANCELLED": State.CANCELLED,
 }  # fmt: skip
 
-# A batch script whose step was killed is queued again, but not one that was cancelled.
+# A batch script whose step was killed is queued again, but not one that was cancelled. Slurm's own
+# count of restarts has those at the time limit in it.
 _TEARDOWN = [
     "code=$?",
-    'if [ $code -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then',
+    "deaths={place}/$SLURM_JOB_ID.deaths",
+    'if [ $code -gt 128 ] && [ "$(cat $deaths 2>/dev/null | wc -l)" -lt 3 ]; then',
     "  for i in $(seq 60); do  # the scheduler may be down for a while",
     "    state=$(squeue -h -j $SLURM_JOB_ID -o %T) && break",
     "    sleep 5",
     "  done",
-    '  [ "$state" = RUNNING ] && scontrol requeue $SLURM_JOB_ID',
+    '  [ "$state" = RUNNING ] && date >> $deaths && scontrol requeue $SLURM_JOB_ID',
     "fi",
     "exit $code",
 ]
 
 
-class Slurm:
+class Slurm(Scheduler):
     """Each run is a job of Slurm, on nodes that see the same files and the same Python.
 
     Shortly before its time limit, a run writes a checkpoint and is queued again. So is a run
@@ -58,14 +57,7 @@ class Slurm:
     """
 
     name = "slurm"
-    slots = None
-
-    def __init__(
-        self, options: Mapping[str, Any] | None = None, network: str | None = None
-    ) -> None:
-        self.options = dict(options or {})
-        self.network = network
-        self._listed: tuple[float, list[Listed]] = (-math.inf, [])
+    title = "Slurm"
 
     def problems(self, jobs: Sequence[Job]) -> list[str]:
         """Return what would keep jobs from running, in words; empty if nothing is known."""
@@ -94,26 +86,19 @@ class Slurm:
             if (problem := _unmet(need, fitting))
         ]  # fmt: skip
 
-    def start(self, folder: Path) -> str:
-        """Queue the run in a folder, unless it is queued or running already."""
-        return self.start_all([folder])[0]
-
-    def start_all(self, folders: Sequence[Path]) -> list[str]:
-        """Queue several runs; those with the same resources are one array."""
+    def queue(self, folders: Sequence[Path]) -> list[str]:
+        """Queue runs; those with the same resources are one array."""
         submitit = require("submitit", "slurm")
-        self._listed = (-math.inf, [])
-        known = {one.folder: one.id for one in self.listed() if not one.state.is_over}
-        found = {folder: known[folder] for folder in folders if folder in known}
+        found: dict[Path, str] = {}
         groups: dict[Resources, list[Path]] = {}
         for folder in folders:
-            if folder not in found:
-                groups.setdefault(read_job(folder / JOB_FILE).resources, []).append(folder)
+            groups.setdefault(read_job(folder / JOB_FILE).resources, []).append(folder)
         for resources, group in groups.items():
             place = group[0] if len(group) == 1 else group[0].parent
             executor = submitit.SlurmExecutor(
                 folder=place / "slurm", python=sys.executable, max_num_timeout=10**6
             )
-            common = _parameters(resources) | self.options
+            common = _parameters(resources, place / "slurm") | self.options
             if len(group) == 1:
                 executor.update_parameters(**_named(group[0]), **common)
                 found[group[0]] = executor.submit(_Run(group[0], resources, self.network)).job_id
@@ -123,39 +108,16 @@ class Slurm:
             runs = [_Run(folder, resources, self.network) for folder in group]
             for folder, job in zip(group, executor.map_array(_called, runs), strict=True):
                 found[folder] = job.job_id
-        self._listed = (-math.inf, [])
         return [found[folder] for folder in folders]
 
-    def state(self, handle: str) -> State:
-        """Return the state of a run; unknown if Slurm has forgotten it."""
-        return next((one.state for one in self.listed() if one.id == handle), State.UNKNOWN)
-
-    def listed(self) -> list[Listed]:
+    def ask(self) -> list[Listed]:
         """Return what Slurm knows of this user's runs."""
-        at, listed = self._listed
-        if time.monotonic() - at < _FRESH:
-            return listed
         lines = _slurm("squeue", "--me", "-h", "-r", "-t", "all", "-o", _FIELDS).splitlines()
-        listed = [_listed(line) for line in lines if line.split("|")[4:5] and _is_own(line)]
-        self._listed = (time.monotonic(), listed)
-        return listed
+        return [_listed(line) for line in lines if line.split("|")[4:5] and _is_own(line)]
 
-    def stop(self, handle: str) -> None:
-        """Cancel a run and wait until it has ended."""
+    def cancel(self, handle: str) -> None:
+        """Cancel a run."""
         _slurm("scancel", handle)
-        end = time.monotonic() + _PATIENCE + 30
-        while time.monotonic() < end:
-            self._listed = (-math.inf, [])
-            if self.state(handle).is_over:
-                return
-            time.sleep(1)
-
-    def reason(self, handle: str) -> str:
-        """Return why a run failed, as far as this is known."""
-        one = next((one for one in self.listed() if one.id == handle), None)
-        if one is None:
-            return "Slurm does not know it any more"
-        return reason_in(one.folder, one.note) if one.folder is not None else one.note
 
 
 class _Nodes:
@@ -194,11 +156,17 @@ def _minutes(limit: str) -> float:
     return 24 * 60 * float(days or 0) + 60 * parts[0] + parts[1] + parts[2] / 60
 
 
-def _parameters(resources: Resources) -> dict[str, Any]:
-    """Return the options of ``sbatch`` for resources."""
+def _parameters(resources: Resources, place: Path) -> dict[str, Any]:
+    """Return the options of ``sbatch`` for resources.
+
+    Args:
+        resources: what a run takes.
+        place: folder of submitit's own files.
+    """
+    teardown = [line.replace("{place}", shlex.quote(str(place))) for line in _TEARDOWN]
     own: dict[str, Any] = {
         "nodes": 1, "ntasks_per_node": 1, "cpus_per_task": resources.cpus, "use_srun": True,
-        "teardown": _TEARDOWN, "stderr_to_stdout": True,
+        "teardown": teardown, "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True},
     }  # fmt: skip
     if resources.gpus:
@@ -222,7 +190,7 @@ def _called(run: "_Run") -> None:
 
 
 class _Run:
-    """What a job of Slurm does: it starts the run as a process of its own, and watches it.
+    """What a job of Slurm does.
 
     Args:
         folder: folder of the run.
@@ -231,42 +199,24 @@ class _Run:
     """
 
     def __init__(self, folder: Path, resources: Resources, network: str | None) -> None:
-        self.folder, self.processes, self.network = folder, resources.processes, network
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_process": None}
+        self.folder = folder
+        self.watched = Watched(folder, resources.processes, network, _ignore_warning)
 
     def __call__(self) -> None:
-        command = task_command(self.folder, self.processes, self.network)
-        command.append("--attended")  # ends, with a checkpoint, if this process is killed
-        for _ in range(_RESTARTS + 1):
-            with (self.folder / LOG).open("ab") as log:
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                    preexec_fn=_ignore_warning,
-                )  # fmt: skip
-            # `wait` would hold a lock that `checkpoint`, called by a signal's handler, needs.
-            while (code := self._process.poll()) is None:
-                time.sleep(0.2)
-            if code not in _DEATHS:
-                break
-        if code:
-            raise RuntimeError(reason_in(self.folder, f"it ended with {code}"))
+        try:
+            self.watched.run()
+        finally:
+            _ignore_warning()  # which would kill this process, now that nothing can be stopped
 
     def checkpoint(self, *arguments: Any) -> Any:
         """Stop the run, which writes a checkpoint; submitit then queues it again."""
         helpers = require("submitit.helpers", "slurm")
-        if self._process is not None:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_PATIENCE)
-            self._process.kill()
+        self.watched.stop()
         return helpers.DelayedSubmission(self, *arguments)
 
 
 def _ignore_warning() -> None:
-    """Let the run ignore Slurm's warning of its time limit, which all processes get."""
+    """Let this process ignore Slurm's warning of its time limit, which all processes get."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 

@@ -1,0 +1,74 @@
+"""A run as a process of its own, which is started again if it dies."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gift.many.engines.base import RESTARTS, reason_in, task_command
+from gift.many.task import LOG
+
+_PATIENCE = 60.0  # seconds in which a run may write a checkpoint
+_DEATHS = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
+_EACH = 0.2  # seconds between two looks at the process
+
+
+class Watched:
+    """What the job of an engine does: it starts the run as a process of its own, and watches it.
+
+    A process that is killed by a signal is started again, and resumes from its checkpoint; of
+    several processes, torchrun does so. If the process that watches is killed, the run ends with a
+    checkpoint.
+
+    Args:
+        folder: folder of the run.
+        processes: number of processes that train together.
+        network: ``import:package.module:function``, for a job that names no network.
+        in_child: called in the new process before the run begins.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: int = 1,
+        network: str | None = None,
+        in_child: Callable[[], None] | None = None,
+    ) -> None:
+        self.folder, self.processes, self.network = folder, processes, network
+        self.in_child = in_child
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_process": None}
+
+    def run(self) -> None:
+        """Run until the run has ended.
+
+        Raises:
+            RuntimeError: if it failed, with the reason.
+        """
+        command = [*task_command(self.folder, self.processes, self.network), "--attended"]
+        for _ in range(RESTARTS + 1):
+            with (self.folder / LOG).open("ab") as log:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                    preexec_fn=self.in_child,
+                )  # fmt: skip
+            # `wait` would hold a lock that `stop`, called by a signal's handler, needs.
+            while (code := self._process.poll()) is None:
+                time.sleep(_EACH)
+            if code not in _DEATHS:
+                break
+        if code:
+            raise RuntimeError(reason_in(self.folder, f"it ended with {code}"))
+
+    def stop(self) -> None:
+        """End the run, which writes a checkpoint; it is killed if that takes too long."""
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_PATIENCE)
+            self._process.kill()
