@@ -1,5 +1,6 @@
-"""Starts of LoRA that look at data."""
+"""Starts of LoRA that look at data, or at what quantising lost."""
 
 from gift.starts.initialise import Initialised, initialise
+from gift.starts.loftq import loftq
 
-__all__ = ["Initialised", "initialise"]
+__all__ = ["Initialised", "initialise", "loftq"]

@@ -24,7 +24,7 @@ from gift.starts.formulas import STARTS, Factors, Layer, Start
 from gift.support.tensors import wide
 
 _LINEAR = frozenset(forwards_of("linear", "packed linear", "transposed linear"))
-_REFUSED = "nothing was initialised, the network is unchanged"
+REFUSED = "nothing was initialised, the network is unchanged"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Initialised:
         batches: the number of batches that it saw.
         shares: for each layer, the part of what data say that its factors hold, between 0 and 1:
             of the second moment of the inputs (EVA), of the squared singular values of weight times
-            moment (CorDA) or of the gradient (LoRA-GA).
+            moment (CorDA) or of the gradient (LoRA-GA). For `loftq`, of the squared error of
+            quantising.
         left: adapted weights that keep their start: other layer types, other methods, layers that
             the batches did not reach.
     """
@@ -149,7 +150,7 @@ def initialise(
                 problems.append(f"{path}: {error}")
                 continue
             values[path], shares[path] = _values(delta, made), made.share
-    refuse(AdaptationError, _REFUSED, problems)
+    refuse(AdaptationError, REFUSED, problems)
     _write(network, places, values)
     if missed:
         warnings.warn(
