@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.bank.combining import Combination, combine
+from gift.bank.combining import Combination, combine, padded
 from gift.bank.rows import rows_added
 from gift.bank.scaling import scale
 from gift.core.dynamic_class import spec_of
@@ -228,6 +228,44 @@ class DeltaBank:
             )
             self._take(name, made, change)
         return combination
+
+    @changing
+    def pad(self, rank: int | None = None) -> None:
+        """Give all deltas one form, so that switching never compiles a network again.
+
+        `torch.compile` compiles again where shapes, scalings or adapted layers differ. Afterwards
+        each delta is a LoRA of the largest rank that a weight has in any of them, on all weights
+        that any of them changes, with a scaling of 1. What a delta lacks is zero, so it computes
+        what it did. It can be trained, and the zeros stay zero; parameters are new ones, which an
+        optimizer must be told. A delta that is added later fits if `pad` is called again, with a
+        rank that was enough for it.
+
+        Args:
+            rank: rank of all changes, up to what a weight can have; None means the largest one of
+                each weight.
+
+        Raises:
+            AdaptationError: naming everything that is not a low-rank change of a weight, has a
+                larger rank, or reads a weight as another matrix than other deltas do.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from gift import DeltaBank
+            >>> from gift.strategies import LoRAAllFineTuningStrategy
+            >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+            >>> bank = DeltaBank(net)
+            >>> bank.add("small", strategy=LoRAAllFineTuningStrategy(rank=2))
+            >>> bank.add("large", strategy=LoRAAllFineTuningStrategy(rank=8, lora_alpha=16))
+            >>> bank.pad()
+            >>> bank.activate("small")
+            >>> net[0].lora_A.shape
+            torch.Size([8, 64])
+        """
+        with self._changing() as change:
+            inactive = {name: delta for name, delta in self._deltas.items() if delta is not None}
+            for name, delta in padded(self.net, inactive, rank).items():
+                self._take(name, delta, change)
 
     @switching
     def rows(self, names: Sequence[str | None], dim: int = 0) -> Iterator[nn.Module]:

@@ -263,6 +263,9 @@ class WeightDelta(FittedDelta):
         """The arguments of `made_once`; None if each read makes the weight anew."""
         if self.layout is None or is_sharded(frozen) or self.mesh_axes or is_quantised(frozen):
             return None
+        # Dynamo would guard on the ids below, and compile again for a delta that is alike.
+        if torch.compiler.is_compiling():
+            return None
         if self.method.dropout and module.training:  # each read draws a mask
             return None
         making, tensors = self._making(module)
