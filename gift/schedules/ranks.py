@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.record import fine_tuned_part
+from gift.core.undo.undo import completed
 from gift.schedules.triplets import FACTORS, Triplets, orthogonality, triplets
 from gift.support.interrupts import held_interrupts
 from gift.support.sharding import is_sharded
@@ -230,10 +231,14 @@ class RankAllocator:
         if final or (step > self.warmup_steps and step % self.every == 0):
             kept = self._kept(noted, self._budget_at(step))
             written = [(delta, delta.pruned(kept[name])) for name, delta in self._deltas.items()]
-        with held_interrupts():
+
+        def put() -> None:
             for delta, pruned in written:
                 delta.put(pruned, final)
             self._step, self._averages = step, ({}, {}) if final else noted
+
+        with held_interrupts():
+            completed(put)
 
     def _noted(self) -> _Averages:
         """Return the averages of sensitivity and uncertainty with the present gradients."""

@@ -25,11 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gift
 from gift import DeltaBank
-from gift.interop import load_peft, save_peft
+from gift.interop import load_diffusers, load_peft, save_diffusers, save_peft
 from gift.interop.kohya import load_kohya, save_kohya
-from gift.schedules import FreezeUnfreeze, UnfreezeMilestones
+from gift.schedules import FreezeUnfreeze, RankAllocator, UnfreezeMilestones
 from gift.strategies import (
+    AdaLoRALinearFineTuningStrategy,
     DoRAAllFineTuningStrategy,
+    FacTLinearFineTuningStrategy,
+    GLoRALinearFineTuningStrategy,
     HeadReplacementStrategy,
     LoRAAllFineTuningStrategy,
     LoRALinearFineTuningStrategy,
@@ -179,6 +182,7 @@ def saved_for_others() -> Path:
     net = trained(linear(), LoRALinearFineTuningStrategy(rank=2))
     save_peft(net, folder / "peft")
     save_kohya(net, folder / "kohya.safetensors")
+    save_diffusers(net, folder / "diffusers.safetensors", name="unet")
     return folder
 
 
@@ -189,6 +193,46 @@ def linear() -> nn.Module:
 
 def with_files() -> dict[str, Any]:
     return {"net": linear(), "folder": saved_for_others()}
+
+
+def stacked() -> dict[str, Any]:
+    """A trained delta on top of a frozen one."""
+    net = trained(base(), lora())
+    gift.enable_fine_tuning(net, DoRAAllFineTuningStrategy(rank=1), stack=True)
+    return {"net": net}
+
+
+def stacked_file() -> Path:
+    path = Path(SAVED.name) / "stacked.safetensors"
+    if not path.exists():
+        gift.save(stacked()["net"], path)
+    return path
+
+
+def file_of_lora() -> Path:
+    path = Path(SAVED.name) / "lora.safetensors"
+    if not path.exists():
+        net = trained(base(), lora())
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 1
+        gift.save(net, path)
+    return path
+
+
+def of_linear(strategy: gift.FineTuningStrategy) -> dict[str, Any]:
+    net = linear()
+    gift.enable_fine_tuning(net, strategy)
+    return {"net": net}
+
+
+def with_ranks() -> dict[str, Any]:
+    """AdaLoRA with gradients, and an allocator that prunes in each step."""
+    net = trained(linear(), AdaLoRALinearFineTuningStrategy(rank=3))
+    ranks = RankAllocator(target_rank=1, warmup_steps=0, final_steps=0, every=1)
+    ranks.attach(net, 4)
+    ranks.step()
+    return {"net": net, "ranks": ranks}
 
 
 SAVED = tempfile.TemporaryDirectory()
@@ -224,6 +268,22 @@ OPERATIONS: dict[str, tuple[Callable[[], Made], Callable[[Made], Any]]] = {
     "detach": (lambda: scheduled(2), lambda m: m["schedule"].detach()),
     "go_back": (to_go_back, gone_back),
     "load_peft": (with_files, lambda m: load_peft(m["net"], m["folder"] / "peft")),
+    "load_diffusers": (with_files, lambda m: load_diffusers(
+        m["net"], m["folder"] / "diffusers.safetensors")),
+    "stack": (tuned, lambda m: gift.enable_fine_tuning(
+        m["net"], DoRAAllFineTuningStrategy(rank=1), stack=True)),
+    "stack_from_a_file": (tuned, lambda m: gift.load(m["net"], stacked_file(), stack=True)),
+    "load": (lambda: {"net": base()}, lambda m: gift.load(m["net"], file_of_lora())),
+    "load_onto_an_enabled_network": (tuned, lambda m: gift.load(m["net"], file_of_lora())),
+    "disable_stacked": (stacked, lambda m: gift.disable_fine_tuning(m["net"])),
+    "merge_stacked": (stacked, lambda m: gift.merge(m["net"])),
+    "enable_shared": (lambda: {"net": linear()}, lambda m: gift.enable_fine_tuning(
+        m["net"], FacTLinearFineTuningStrategy(rank=2))),
+    "enable_with_bias": (lambda: {"net": linear()}, lambda m: gift.enable_fine_tuning(
+        m["net"], GLoRALinearFineTuningStrategy(rank=1))),
+    "initialise": (lambda: of_linear(LoRALinearFineTuningStrategy(rank=2)),
+                   lambda m: gift.initialise(m["net"], [X])),
+    "allocate": (with_ranks, lambda m: m["ranks"].step()),
     "load_kohya": (with_files, lambda m: load_kohya(m["net"], m["folder"] / "kohya.safetensors")),
 }
 # fmt: on
@@ -241,6 +301,10 @@ def look(made: Made) -> Any:
     with torch.no_grad():
         twin = copy.deepcopy(net).eval()
         seen["output"] = bits(twin(X))
+    if "ranks" in made:
+        state = made["ranks"].state_dict()
+        averages = [state[name].items() for name in ("sensitivity", "uncertainty")]
+        seen["ranks"] = state["step"], [{n: bits(t) for n, t in one} for one in averages]
     if "schedule" in made:
         seen["schedule"] = _schedule(made)
     if "bank" in made:
