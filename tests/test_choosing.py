@@ -65,7 +65,17 @@ from tests.common import full_state, trainable
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 LORA = LoRAAllFineTuningStrategy
-OTHERS = {"bitfit", "norm", "full", "bottleneck", "prompt", "p_tuning", "prefix", "visual_prompt"}
+OTHERS = {
+    "bitfit",
+    "norm",
+    "full",
+    "bottleneck",
+    "prompt",
+    "p_tuning",
+    "prefix",
+    "visual_prompt",
+    "loreft",
+}
 NO_SUM = ["fact", "glora", "tinylora"]  # of what single weights cost
 SIZED = [name for name, method in METHODS.items()
          if method.size_setting is not None and name not in NO_SUM]  # fmt: skip

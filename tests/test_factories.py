@@ -475,6 +475,7 @@ ELSEWHERE = {
     "pc_experts",  # tests/test_leftover.py
     "ma_bottleneck", "ma_prompt",  # tests/test_wrapping.py
     "ma_prefix",  # tests/test_prefix.py
+    "ma_loreft",  # tests/test_loreft.py
     "ma_visual_prompt",  # tests/test_visual_prompts.py
     "mc_detection_head", "ma_replace_detection_head",  # tests/test_zoo.py
     "mc_segmentation_head", "ma_replace_segmentation_head",  # tests/test_tasks_segmentation.py

@@ -70,6 +70,7 @@ from gift.strategies import (
     LoRAAllFineTuningStrategy,
     LoRAConvFineTuningStrategy,
     LoRALinearFineTuningStrategy,
+    LoReFTFineTuningStrategy,
     MergedStrategy,
     ModulesFineTuningStrategy,
     NormFineTuningStrategy,
@@ -801,6 +802,10 @@ REGISTERED: dict[str, list[FineTuningStrategy]] = {
     "PTuningFineTuningStrategy": [
         PTuningFineTuningStrategy(2, at="0"),
         PTuningFineTuningStrategy(3, "lstm", head=True, at="1", encoder_size=4, encoder_layers=1),
+    ],
+    "LoReFTFineTuningStrategy": [
+        LoReFTFineTuningStrategy(2, after="0.0", head=True),
+        LoReFTFineTuningStrategy(positions="f2+l1", after=["1", "2"], dropout=0.1),
     ],
     "ResolvedStrategy": [
         ResolvedStrategy(

@@ -40,6 +40,7 @@ from gift.factories.detection import ma_replace_detection_head, mc_detection_hea
 from gift.factories.segmentation import ma_replace_segmentation_head, mc_segmentation_head
 from gift.factories.wrapping import (
     ma_bottleneck,
+    ma_loreft,
     ma_prefix,
     ma_prompt,
     ma_visual_prompt,
@@ -54,6 +55,7 @@ __all__ = [
     "ma_adapt",
     "ma_bottleneck",
     "ma_freeze",
+    "ma_loreft",
     "ma_prefix",
     "ma_prompt",
     "ma_replace",

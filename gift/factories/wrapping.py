@@ -1,5 +1,6 @@
 """Actions that wrap a module's forward and leave the module open for later caps; block checks."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -15,10 +16,12 @@ from gift.factories.serializable import recorded
 from gift.layers.table import reader_of
 from gift.wrappers import (
     Bottleneck,
+    LoReFT,
     Prefix,
     Prompt,
     VirtualTokens,
     VisualPrompt,
+    intervene,
     prefix_language_model,
     prompt_blocks,
     prompt_language_model,
@@ -58,6 +61,32 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
         wrap_forward(site.module, method, site.path)
 
     return Action(act, open=True)
+
+
+@recorded
+def ma_loreft(rank: int = 4, positions: str = "all", **settings: Any) -> Action:
+    """Add a LoReFT intervention to the module and leave it open; see `gift.wrappers.LoReFT`.
+
+    Args:
+        rank: dimensions of the subspace.
+        positions: ``"all"``, or the number of first and last tokens, as ``"f5+l5"``, ``"f5"`` or
+            ``"l5"``.
+        settings: ``dropout``, ``dim`` and ``dtype`` of `gift.wrappers.LoReFT`.
+
+    Raises:
+        ValueError: if values are out of range.
+    """
+    made = LoReFT(rank=rank, positions=positions, **settings)
+
+    def prepare(network: nn.Module) -> Callable[..., None]:
+        def act(*place: Any, **params: Any) -> None:
+            site = Site(*place)
+            given: Any = {"rank": rank, "positions": positions} | settings | params
+            intervene(network, site.module, LoReFT(**given) if params else made, site.path)
+
+        return act
+
+    return Action(prepare=prepare, open=True)
 
 
 @recorded

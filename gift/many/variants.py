@@ -19,8 +19,8 @@ from gift.utils.info import WITHOUT_METHOD
 
 METHOD, TARGETS, RANK, BUDGET = "method", "targets", "rank", "budget"
 SHORT = {
-    METHOD: "a method by its name; also bottleneck, prompt, p_tuning, prefix, "
-    "visual_prompt, bitfit, norm, full and head",
+    METHOD: "a method by its name; also bottleneck, loreft, prompt, p_tuning, "
+    "prefix, visual_prompt, bitfit, norm, full and head",
     TARGETS: "the layers that it adapts: all, linear or conv",
     RANK: "the rank, or the other setting that gives a method its size",
     BUDGET: "sizes chosen by gift.suggest: a number of parameters, a share, or megabytes",

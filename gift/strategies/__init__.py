@@ -29,6 +29,7 @@ from gift.strategies.resolved import ResolvedStrategy
 from gift.strategies.sized import SizedStrategy
 from gift.strategies.wrapping import (
     BottleneckFineTuningStrategy,
+    LoReFTFineTuningStrategy,
     PrefixFineTuningStrategy,
     PromptFineTuningStrategy,
     PTuningFineTuningStrategy,
@@ -47,6 +48,7 @@ __all__ = [
     "FreezeStrategy",
     "FullFineTuningStrategy",
     "HeadReplacementStrategy",
+    "LoReFTFineTuningStrategy",
     "MergedStrategy",
     "ModulesFineTuningStrategy",
     "NormFineTuningStrategy",

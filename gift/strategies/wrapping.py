@@ -5,6 +5,7 @@ from typing import Any
 from gift.factories import (
     Check,
     ma_bottleneck,
+    ma_loreft,
     ma_prefix,
     ma_prompt,
     ma_train,
@@ -247,3 +248,46 @@ class VisualPromptFineTuningStrategy(FineTuningStrategy):
     ) -> None:
         action = ma_visual_prompt(num_virtual_tokens, deep, **settings)
         super().__init__([(_check(at, mc_path("")), action), *_trained_head(head)])
+
+
+@register_strategy
+class LoReFTFineTuningStrategy(FineTuningStrategy):
+    """LoReFT: interventions on hidden states in a low-rank subspace; see `gift.wrappers.LoReFT`.
+
+    (Wu et al. 2024, https://arxiv.org/abs/2404.03592.) The network's output is bit-identical until
+    the first training step. All of its weights are frozen.
+
+    Args:
+        rank: dimensions of the subspace.
+        positions: ``"all"``, or the number of first and last tokens, as ``"f5+l5"``, ``"f5"`` or
+            ``"l5"``: those of the prompt for a language model.
+        after: the modules, by a check or by glob patterns of their paths; None means the blocks of
+            the network, see `gift.factories.mc_blocks`.
+        head: whether to train the head too, usually a new classifier: True for the last linear
+            layer, or a check or glob patterns of paths.
+        settings: ``dropout``, ``dim`` and ``dtype`` of `gift.wrappers.LoReFT`.
+
+    Raises:
+        ValueError: if settings are out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import LoReFTFineTuningStrategy
+        >>> net = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64), num_layers=2)
+        >>> report = enable_fine_tuning(net, LoReFTFineTuningStrategy(rank=4, after="layers.1"))
+        >>> [(name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad]
+        [('layers.1.loreft_rotation', (32, 4)), ('layers.1.loreft_weight', (4, 32)),
+         ('layers.1.loreft_bias', (4,))]
+    """
+
+    def __init__(
+        self,
+        rank: int = 4,
+        positions: str = "all",
+        after: Where = None,
+        head: bool | Where = False,
+        **settings: Any,
+    ) -> None:
+        action = ma_loreft(rank, positions, **settings)
+        super().__init__([(_check(after, mc_blocks()), action), *_trained_head(head)])

@@ -29,6 +29,7 @@ from gift.strategies import (
     BottleneckFineTuningStrategy,
     FineTuningStrategy,
     FullFineTuningStrategy,
+    LoReFTFineTuningStrategy,
     NormFineTuningStrategy,
     PrefixFineTuningStrategy,
     PromptFineTuningStrategy,
@@ -184,6 +185,7 @@ class MethodRow(NamedTuple):
 # Methods that wrap modules, or train a network's own parameters.
 WITHOUT_METHOD: dict[str, type[FineTuningStrategy]] = {
     "bottleneck": BottleneckFineTuningStrategy,
+    "loreft": LoReFTFineTuningStrategy,
     "prompt": PromptFineTuningStrategy,
     "p_tuning": PTuningFineTuningStrategy,
     "prefix": PrefixFineTuningStrategy,
@@ -311,9 +313,10 @@ def table_methods(
     Args:
         net: the network.
         methods: names of methods, each of which is applied to all layers that gift knows, with its
-            default settings; also ``bottleneck``, ``prompt``, ``p_tuning``, ``prefix`` and
-            ``visual_prompt``, which wrap modules, and ``bitfit``, ``norm`` and ``full``, which
-            train the biases, the norm layers, or everything. None means all of them.
+            default settings; also ``bottleneck``, ``loreft``, ``prompt``, ``p_tuning``,
+            ``prefix`` and ``visual_prompt``, which wrap modules, and ``bitfit``, ``norm`` and
+            ``full``, which train the biases, the norm layers, or everything. None means all of
+            them.
         budget: for methods with a rank, or another size setting, choose the largest value that this
             budget allows; see `gift.suggest`.
 

@@ -1,4 +1,4 @@
-"""Methods that wrap a module's forward pass, one file each: bottlenecks, prompts, prefixes.
+"""Methods that wrap a module's forward pass, one file each: bottlenecks, LoReFT, prompts, prefixes.
 
 They do not change effective weights.
 """
@@ -10,6 +10,7 @@ from gift.wrappers.language import (
     prompt_language_model,
     takes_token_ids,
 )
+from gift.wrappers.loreft import LoReFT, intervene, labelled
 from gift.wrappers.prefix import Prefix
 from gift.wrappers.prompt import Prompt
 from gift.wrappers.prompted import VirtualTokens
@@ -17,10 +18,13 @@ from gift.wrappers.visual import VisualPrompt, prompt_blocks
 
 __all__ = [
     "Bottleneck",
+    "LoReFT",
     "Prefix",
     "Prompt",
     "VirtualTokens",
     "VisualPrompt",
+    "intervene",
+    "labelled",
     "prefix_language_model",
     "prefix_reader",
     "prompt_blocks",

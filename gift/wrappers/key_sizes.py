@@ -47,14 +47,18 @@ def _unlike(module: nn.Module, config: Any, layers: int | None) -> list[str]:
         return [f"it has layers without keys and values: {others}"]
     if unequal := [name for name in _UNEQUAL if getattr(config, name, None)]:
         return [f"the keys and values of its layers are not of one shape ({', '.join(unequal)})"]
-    attention = [part for part in module.modules() if isinstance(_is_causal(part), bool)]
-    causal = {getattr(part, "layer_idx", None) for part in attention if _is_causal(part)}
-    if attention and not causal:
+    if is_encoder(module):
         return ["its attention is not causal: an encoder has no cache of keys and values"]
-    causal.discard(None)
+    causal = {getattr(p, "layer_idx", None) for p in module.modules() if _is_causal(p)} - {None}
     if causal and layers is not None and causal != set(range(layers)):
         return [f"{len(causal)} of its {layers} layers have keys and values"]
     return []
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether a model is known to have no causal attention."""
+    said = {value for p in module.modules() if isinstance(value := _is_causal(p), bool)}
+    return said == {False}
 
 
 def _is_causal(part: nn.Module) -> Any:

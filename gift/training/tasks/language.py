@@ -12,6 +12,7 @@ from gift.data.examples import IGNORED
 from gift.errors import TrainingError
 from gift.training.predictions import Options, Written
 from gift.training.tasks.base import Task, text, wide
+from gift.wrappers import labelled
 
 
 class Language(Task):
@@ -37,7 +38,8 @@ class Language(Task):
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4:  # of rows with several examples
             batch = {**batch, "attention_mask": _additive(mask, net)}
-        outputs = super().outputs(net, batch)
+        with labelled(batch.get("labels")):
+            outputs = super().outputs(net, batch)
         return outputs[:, -batch["input_ids"].shape[1] :][:, :-1]
 
     def _fit(self, outputs: Any, batch: Any) -> None:
