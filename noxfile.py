@@ -126,10 +126,11 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def documentation(session: nox.Session) -> None:
-    """Run the code of all pages and scripts, also of those that train larger networks."""
+    """Run the code of all pages, scripts and notebooks, also of those that take long."""
     session.install("--compile-bytecode", "-e", ".[dev]", "-c", str(CONSTRAINTS))
     session.env["GIFT_DOCUMENTATION"] = "long"
-    run_tests(session, "tests/test_documentation.py", "tests/test_example_scripts.py")
+    tests = ["documentation", "example_scripts", "notebooks"]
+    run_tests(session, *(f"tests/test_{name}.py" for name in tests))
 
 
 @nox.session(default=False)

