@@ -258,7 +258,8 @@ def every_message() -> None:
         lines += [f"## {kind}", "", "| message | in |", "|---|---|"]
         for one in own:
             text = one.text.replace("|", "\\|").replace("`", "'")
-            lines.append(f"| `{text}` | `{one.module.removeprefix('gift.')}` |")
+            module = f'<code class="module">{one.module.removeprefix("gift.")}</code>'
+            lines.append(f"| `{text}` | {module} |")
         lines.append("")
     write("troubleshooting/messages.md", "\n".join(lines))
 
