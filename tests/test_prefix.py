@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import GPT2Model
 
 import gift
 from gift import DeltaBank, disable_fine_tuning, enable_fine_tuning
@@ -327,7 +328,21 @@ def test_a_reference() -> None:
     assert torch.equal(net(**given).logits, expected)
 
 
+class OfTuples(GPT2Model):
+    """As it was in transformers before 4.53."""
+
+    def forward(
+        self, input_ids: Tensor, past_key_values: tuple[Tensor, ...] | None = None, **more: Any
+    ) -> Any:
+        return super().forward(input_ids, **more)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "tuples": (
+        lambda: OfTuples(made("GPT2", "LMHeadModel").config),
+        {},
+        r"its past_key_values are tuples, not a cache object, in transformers \d",
+    ),
     "an encoder": (lambda: made("Bert", "ForMaskedLM"), {}, "its attention is not causal"),
     "no cache": (lambda: made("Albert", "ForMaskedLM"), {}, "it takes no cache"),
     "states": (lambda: made("Mamba2", "ForCausalLM"), {}, "layers without keys and values"),

@@ -1,5 +1,6 @@
 """Prefix tuning: trained keys and values in front of those of each attention layer."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -12,6 +13,7 @@ from gift.errors import AdaptationError
 from gift.kernels.torch_state import autocasts
 from gift.methods.settings import whole
 from gift.support.optional import require
+from gift.wrappers.caches import version
 from gift.wrappers.encoder import Encoded
 from gift.wrappers.key_sizes import KeySizes, key_sizes
 from gift.wrappers.prompted import PromptedReader, embedding_of
@@ -71,10 +73,16 @@ class Prefix(Encoded, PromptedReader):
 
     def fit(self, module: Any) -> Self:
         """Return the method with the sizes of the model's cache."""
-        if _cache_name(module) is None:
+        name = _cache_name(module)
+        if name is None:
             raise AdaptationError(
                 "it takes no cache, into which the keys and values of a prefix are put: use "
                 "virtual tokens (PromptFineTuningStrategy)"
+            )
+        if not _takes_object(module, name):
+            raise AdaptationError(
+                f"its {name} are tuples, not a cache object, in {version()}: use a newer version, "
+                "or virtual tokens (PromptFineTuningStrategy)"
             )
         sizes, problems = key_sizes(module, self.sizes)
         if problems:
@@ -175,6 +183,12 @@ def _cache_name(module: nn.Module) -> str | None:
     """Return the name of the argument that is a cache of keys and values."""
     names = argument_names(type(module))
     return next((name for name in _CACHES if name in names), None)
+
+
+def _takes_object(module: nn.Module, name: str) -> bool:
+    """Whether that argument is a cache object, as far as its annotation says."""
+    annotation = inspect.signature(type(module).forward).parameters[name].annotation
+    return annotation is inspect.Parameter.empty or "Cache" in str(annotation)
 
 
 def _new_cache(config: Any) -> Any:
