@@ -107,7 +107,6 @@ def task_command(folder: Path, processes: int = 1, network: str | None = None) -
     """
     start = [sys.executable, "-m"]
     if processes > 1 and not (folder / SEARCH_FILE).is_file():
-        several = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}"]
-        start += ["torch.distributed.run", *several, "-m"]
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     named = [] if network is None else ["--network", network]
     return [*start, "gift", "task", str(folder / JOB_FILE), *named]

@@ -13,15 +13,18 @@ from gift.many.task import LOG
 
 _PATIENCE = 60.0  # seconds in which a run may write a checkpoint
 _DEATHS = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
+_STOPPED = "SignalException"  # what torchrun ends with if it is told to
 _EACH = 0.2  # seconds between two looks at the process
 
 
 class Watched:
     """What the job of an engine does: it starts the run as a process of its own, and watches it.
 
-    A process that is killed by a signal is started again, and resumes from its checkpoint; of
-    several processes, torchrun does so. If the process that watches is killed, the run ends with a
-    checkpoint.
+    A process that is killed by a signal is started again, and resumes from its checkpoint. Of
+    several processes, torchrun ends all if one dies, but does not say whether a signal ended it:
+    they are started again unless they fail twice for the same reason. torchrun's own restarts are
+    not used, since the new processes then look for each other at the addresses of the old ones.
+    If the process that watches is killed, the run ends with a checkpoint.
 
     Args:
         folder: folder of the run.
@@ -51,6 +54,7 @@ class Watched:
             RuntimeError: if it failed, with the reason.
         """
         command = [*task_command(self.folder, self.processes, self.network), "--attended"]
+        reason = ""
         for _ in range(RESTARTS + 1):
             with (self.folder / LOG).open("ab") as log:
                 self._process = subprocess.Popen(
@@ -60,10 +64,13 @@ class Watched:
             # `wait` would hold a lock that `stop`, called by a signal's handler, needs.
             while (code := self._process.poll()) is None:
                 time.sleep(_EACH)
-            if code not in _DEATHS:
+            if code == 0:
+                return
+            before, reason = reason, reason_in(self.folder, f"it ended with {code}")
+            several = self.processes > 1 and reason != before and _STOPPED not in reason
+            if code not in _DEATHS and not several:
                 break
-        if code:
-            raise RuntimeError(reason_in(self.folder, f"it ended with {code}"))
+        raise RuntimeError(reason)
 
     def stop(self) -> None:
         """End the run, which writes a checkpoint; it is killed if that takes too long."""
