@@ -236,7 +236,7 @@ print(write_search_report(study, study.best()))
 """,
     "ray": """
 from gift.many.engines.ray_cluster import Ray
-print(Ray().problems([]))
+print(Ray({"address": "http://127.0.0.1:9"}).problems([]))
 """,
     "slurm": """
 from gift.many.engines.slurm_cluster import Slurm

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def start_local(cpus: int | None = None) -> None:
     _use_token(True)
     host, _, port = LOCAL.rpartition("/")[2].partition(":")
     command = [
-        _ray(), "start", "--head", "--include-dashboard=true", f"--dashboard-host={host}",
+        *_ray(), "start", "--head", "--include-dashboard=true", f"--dashboard-host={host}",
         f"--dashboard-port={port}", f"--num-cpus={cpus or processors()}",
         f"--object-store-memory={_STORE}", "--disable-usage-stats",
     ]  # fmt: skip
@@ -214,12 +214,11 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _ray() -> str:
-    beside = Path(sys.executable).with_name("ray")
-    found = str(beside) if beside.is_file() else shutil.which("ray")
-    if found is None:
-        raise JobError("Ray is not here", ["there is no command ray"])
-    return found
+def _ray() -> list[str]:
+    """Return the command ``ray`` of this Python, which need not be on the path."""
+    for point in entry_points(group="console_scripts", name="ray"):
+        return [sys.executable, "-c", f"from {point.module} import {point.attr}; {point.attr}()"]
+    raise JobError("Ray is not here", ["there is no command ray"])
 
 
 def _use_token(make: bool) -> None:
@@ -236,7 +235,7 @@ def _use_token(make: bool) -> None:
     if not own and not (Path.home() / ".ray" / "auth_token").is_file():
         if not make:
             return
-        command = [_ray(), "get-auth-token", "--generate"]
+        command = [*_ray(), "get-auth-token", "--generate"]
         subprocess.run(command, capture_output=True, check=True)
     os.environ["RAY_AUTH_MODE"] = "token"
 
