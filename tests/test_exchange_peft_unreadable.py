@@ -95,7 +95,7 @@ UNREADABLE: dict[str, tuple[Edit, str]] = {
         name: (option(**{name: value}), f"{name}=.* has no counterpart")
         for name, value in {
             "layer_replication": [[0, 2]], "megatron_config": {"a": 1}, "lora_bias": True,
-            "use_qalora": True, "arrow_config": {"top_k": 1}, "alora_invocation_tokens": [1],
+            "use_qalora": True, "arrow_config": {"top_k": 1},
             "use_bdlora": {"a": 1}, "trainable_token_indices": [3], "kasa_config": {"beta": 1},
             "velora_config": {"a": 1}, "monteclora_config": {"a": 1}, "corda_config": {"a": 1},
             "an_option_of_the_future": "on",
@@ -137,6 +137,9 @@ UNREADABLE: dict[str, tuple[Edit, str]] = {
     "a misshapen module": (tensor("3.weight", torch.ones(5, 6)), r"3.weight is \(5, 6\), here"),
     "a part of a module that is missing": (tensor("3.bias", None), "3.bias is missing"),
     "NaN": (tensor("0.lora_A.weight", lambda t: t * math.nan), "not finite"),
+    "an invocation without a language model": (
+        option(alora_invocation_tokens=[1]), "task_type is None, expected 'CAUSAL_LM'",
+    ),
     "infinity in a module": (tensor("3.weight", lambda t: t / 0), "3.weight has values"),
     "the weights of another base": (
         tensor("0.base_layer.weight", torch.zeros(6, 8)), "0.weight is not that of this network",

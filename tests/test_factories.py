@@ -476,6 +476,7 @@ ELSEWHERE = {
     "ma_bottleneck", "ma_prompt",  # tests/test_wrapping.py
     "ma_prefix",  # tests/test_prefix.py
     "ma_loreft",  # tests/test_loreft.py
+    "ma_activated_lora", "ma_invocation",  # tests/test_activated.py
     "ma_visual_prompt",  # tests/test_visual_prompts.py
     "mc_detection_head", "ma_replace_detection_head",  # tests/test_zoo.py
     "mc_segmentation_head", "ma_replace_segmentation_head",  # tests/test_tasks_segmentation.py

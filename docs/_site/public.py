@@ -13,7 +13,7 @@ ROOMS = {
     "gift.strategies": "Strategies",
     "gift.factories": "Checks and actions",
     "gift.methods": "Methods",
-    "gift.wrappers": "Bottlenecks and prompts",
+    "gift.wrappers": "Bottlenecks, prompts, activated LoRA",
     "gift.budget": "Sizes for a budget",
     "gift.starts": "Starts that look at data",
     "gift.schedules": "Schedules",

@@ -39,7 +39,9 @@ from gift.factories.checks import (
 from gift.factories.detection import ma_replace_detection_head, mc_detection_head
 from gift.factories.segmentation import ma_replace_segmentation_head, mc_segmentation_head
 from gift.factories.wrapping import (
+    ma_activated_lora,
     ma_bottleneck,
+    ma_invocation,
     ma_loreft,
     ma_prefix,
     ma_prompt,
@@ -52,9 +54,11 @@ __all__ = [
     "Check",
     "all_of",
     "any_of",
+    "ma_activated_lora",
     "ma_adapt",
     "ma_bottleneck",
     "ma_freeze",
+    "ma_invocation",
     "ma_loreft",
     "ma_prefix",
     "ma_prompt",

@@ -1,6 +1,6 @@
 """Actions that wrap a module's forward and leave the module open for later caps; block checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +15,9 @@ from gift.factories.checks import Check, Test
 from gift.factories.serializable import recorded
 from gift.layers.table import reader_of
 from gift.wrappers import (
+    ActivatedLoRA,
     Bottleneck,
+    Invocation,
     LoReFT,
     Prefix,
     Prompt,
@@ -27,6 +29,7 @@ from gift.wrappers import (
     prompt_language_model,
     takes_token_ids,
 )
+from gift.wrappers.activated import as_text
 
 NO_BLOCKS = (
     "has no nn.Sequential or nn.ModuleList of modules of one class: say which modules are its "
@@ -87,6 +90,57 @@ def ma_loreft(rank: int = 4, positions: str = "all", **settings: Any) -> Action:
         return act
 
     return Action(prepare=prepare, open=True)
+
+
+@recorded
+def ma_invocation(invocation_tokens: Sequence[int]) -> Action:
+    """Let a language model find an invocation, and leave it open; see `gift.wrappers.Invocation`.
+
+    Later caps give layers inside of it an activated LoRA, by `ma_activated_lora`.
+
+    Args:
+        invocation_tokens: ids of the tokens that invoke the deltas.
+
+    Raises:
+        ValueError: if these are not ids.
+    """
+    method = Invocation(as_text(invocation_tokens))
+
+    def act(*place: Any) -> None:
+        site = Site(*place)
+        if not takes_token_ids(site.module):
+            raise AdaptationError(
+                "it is not a language model of transformers, which embeds token ids: an invocation "
+                "is found among these"
+            )
+        wrap_forward(site.module, method, site.path)
+
+    return Action(act, open=True)
+
+
+@recorded
+def ma_activated_lora(rank: int = 8, **settings: Any) -> Action:
+    """Add a LoRA that acts from an invocation on; see `gift.wrappers.ActivatedLoRA`.
+
+    Args:
+        rank: rank of the factors.
+        settings: ``lora_alpha``, ``lora_dropout`` and ``dtype`` of `gift.wrappers.ActivatedLoRA`.
+
+    Raises:
+        ValueError: if values are out of range.
+    """
+    made = ActivatedLoRA(rank=rank, **settings)
+
+    def act(*place: Any, **params: Any) -> None:
+        site = Site(*place)
+        if cls := reader_of(site.parent, site.name):
+            raise AdaptationError(
+                f"it is never called, as {cls.__name__} reads its weight: leave it out"
+            )
+        method = ActivatedLoRA(**({"rank": rank} | settings | params)) if params else made
+        wrap_forward(site.module, method, site.path)
+
+    return Action(act, open=True)
 
 
 @recorded

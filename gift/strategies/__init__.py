@@ -28,6 +28,7 @@ from gift.strategies.recommended import RecommendedFineTuningStrategy
 from gift.strategies.resolved import ResolvedStrategy
 from gift.strategies.sized import SizedStrategy
 from gift.strategies.wrapping import (
+    ActivatedLoRAFineTuningStrategy,
     BottleneckFineTuningStrategy,
     LoReFTFineTuningStrategy,
     PrefixFineTuningStrategy,
@@ -39,6 +40,7 @@ from gift.strategies.wrapping import (
 __all__ = [
     *STRATEGIES,
     "STRATEGIES",
+    "ActivatedLoRAFineTuningStrategy",
     "BitFitFineTuningStrategy",
     "BottleneckFineTuningStrategy",
     "Cap",

@@ -1,10 +1,13 @@
 """Strategies that wrap modules and freeze all weights; meant to be merged with others."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from gift.factories import (
     Check,
+    ma_activated_lora,
     ma_bottleneck,
+    ma_invocation,
     ma_loreft,
     ma_prefix,
     ma_prompt,
@@ -12,6 +15,7 @@ from gift.factories import (
     ma_visual_prompt,
     mc_blocks,
     mc_last_linear,
+    mc_layer,
     mc_path,
 )
 from gift.strategies.base import CapLike, FineTuningStrategy, register_strategy
@@ -70,6 +74,57 @@ class BottleneckFineTuningStrategy(FineTuningStrategy):
     ) -> None:
         action = ma_bottleneck(size, parallel=parallel, **settings)
         super().__init__([(_check(after, mc_blocks()), action)])
+
+
+@register_strategy
+class ActivatedLoRAFineTuningStrategy(FineTuningStrategy):
+    """Activated LoRA: deltas that act from an invocation on; see `gift.wrappers.ActivatedLoRA`.
+
+    (Greenewald et al. 2025, https://arxiv.org/abs/2504.12397.) For language models of transformers.
+    Before the invocation the model computes what it did, so that the cache of a text can be shared
+    between the model and any number of such deltas. All weights are frozen.
+
+    Args:
+        invocation_tokens: ids of the tokens that invoke the delta; of several invocations in a row,
+            the last one counts.
+        rank: rank of the factors.
+        layers: the linear layers, by a check or glob patterns of paths; None means all but the last
+            one, the head.
+        at: the language model, by a check or glob patterns; None means the network itself.
+        settings: ``lora_alpha``, ``lora_dropout`` and ``dtype`` of `gift.wrappers.ActivatedLoRA`.
+
+    Raises:
+        ValueError: if settings are out of range.
+
+    Example:
+        >>> from gift import enable_fine_tuning
+        >>> from gift.strategies import ActivatedLoRAFineTuningStrategy
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> net = LlamaForCausalLM(config)
+        >>> strategy = ActivatedLoRAFineTuningStrategy([5, 6], rank=2, layers="*.q_proj")
+        >>> report = enable_fine_tuning(net, strategy)
+        >>> [(name, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad]
+        [('model.layers.0.self_attn.q_proj.alora_B', (8, 2)),
+         ('model.layers.0.self_attn.q_proj.alora_A', (2, 8))]
+    """
+
+    def __init__(
+        self,
+        invocation_tokens: Sequence[int],
+        rank: int = 8,
+        layers: Where = None,
+        at: Where = None,
+        **settings: Any,
+    ) -> None:
+        check = _check(layers, mc_layer("linear") & ~mc_last_linear())
+        super().__init__(
+            [
+                (_check(at, mc_path("")), ma_invocation(invocation_tokens)),
+                (check, ma_activated_lora(rank, **settings)),
+            ]
+        )
 
 
 @register_strategy

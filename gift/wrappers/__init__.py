@@ -1,8 +1,9 @@
-"""Methods that wrap a module's forward pass, one file each: bottlenecks, LoReFT, prompts, prefixes.
+"""Methods that wrap a module's forward pass, one file each: bottlenecks, LoReFT, prompts, aLoRA.
 
 They do not change effective weights.
 """
 
+from gift.wrappers.activated import ActivatedLoRA, Invocation, is_invocation
 from gift.wrappers.bottleneck import Bottleneck
 from gift.wrappers.language import (
     prefix_language_model,
@@ -17,13 +18,16 @@ from gift.wrappers.prompted import VirtualTokens
 from gift.wrappers.visual import VisualPrompt, prompt_blocks
 
 __all__ = [
+    "ActivatedLoRA",
     "Bottleneck",
+    "Invocation",
     "LoReFT",
     "Prefix",
     "Prompt",
     "VirtualTokens",
     "VisualPrompt",
     "intervene",
+    "is_invocation",
     "labelled",
     "prefix_language_model",
     "prefix_reader",

@@ -14,6 +14,7 @@ from gift.core.record import fine_tuned_part
 from gift.errors import DeltaFileError, refuse
 from gift.interop.diffusers.keys import file_key
 from gift.interop.diffusers.networks import METADATA, file_in, name_of, named_networks
+from gift.interop.peft.activated import TOKENS
 from gift.interop.peft.forms import Config, Tensors
 from gift.interop.peft.names import PREFIX
 from gift.interop.peft.saving import contents_for
@@ -122,6 +123,8 @@ def _not_held(config: Config) -> Iterator[str]:
     """Yield what PEFT can hold, and pipelines of diffusers do not load."""
     if config["peft_type"] != "LORA":
         yield f"such files hold LoRA and DoRA, not {config['peft_type']}"
+    if TOKENS in config:
+        yield "such files hold deltas that always act, not activated LoRA"
     if whole := config.get("modules_to_save"):
         yield f"trained or changed in place, which such files cannot hold: {', '.join(whole)}"
     if config.get("bias", "none") != "none":

@@ -1,6 +1,7 @@
 """Loading a PEFT adapter onto a plain network."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,14 @@ from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError
 from gift.factories import ma_adapt, ma_train, mc_path, pa_adapt, pa_train, pc_path
+from gift.interop.peft.activated import (
+    TOKENS,
+    activated_incompatibilities,
+    activated_strategy,
+    put_activated,
+)
 from gift.interop.peft.folder import incompatibilities, read_folder
-from gift.interop.peft.forms import Read
+from gift.interop.peft.forms import Config, Read, Tensors
 from gift.interop.peft.prompt import (
     PROMPT_OPTIONS,
     prompt_incompatibilities,
@@ -23,6 +30,7 @@ from gift.interop.peft.prompt import (
 )
 from gift.interop.peft.reading import Reading
 from gift.strategies.base import CapLike, FineTuningStrategy
+from gift.wrappers import is_invocation
 
 
 def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) -> Report:
@@ -51,20 +59,37 @@ def load_peft(net: nn.Module, folder: str | os.PathLike[str], **options: Any) ->
         raise TypeError(f"expected a torch.nn.Module, got {type(net).__name__}")
     refuse_fine_tuned(net)
     config, tensors = read_folder(folder)
-    problems = list(incompatibilities(config, tensors))
-    prompted = config.get("peft_type") in PROMPT_OPTIONS
-    if not problems and prompted:
-        problems = list(prompt_incompatibilities(net, config, tensors))
-    elif not problems:
-        reading = Reading(net, config, tensors)
-        problems = reading.problems
-    if problems:
+    problems: list[str] = []
+    strategy, put = _contents_of(net, config, tensors, problems)
+    if strategy is None:
         what = f"{os.fspath(folder)} cannot be loaded on this {type(net).__name__}"
         raise DeltaFileError(f"{what}, which is unchanged", problems)
-    strategy = prompt_strategy(config) if prompted else strategy_of(reading)
     with enabling_trained(net, strategy, **options) as report:
-        put_prompt(net, tensors) if prompted else put_values(net, reading)
+        put()
     return report
+
+
+def _contents_of(
+    net: nn.Module, config: Config, tensors: Tensors, problems: list[str]
+) -> tuple[FineTuningStrategy | None, Callable[[], None]]:
+    """Return the strategy of a folder, and what puts its values; no strategy with problems."""
+    tokens = config.pop(TOKENS, None)
+    problems += incompatibilities(config, tensors)
+    if tokens is not None and not is_invocation(tokens):
+        problems.append(f"{TOKENS} is {tokens!r}, expected a list of ids")
+    if problems:
+        return None, lambda: None
+    if config["peft_type"] in PROMPT_OPTIONS:
+        problems += prompt_incompatibilities(net, config, tensors)
+        made = None if problems else prompt_strategy(config)
+        return made, lambda: put_prompt(net, tensors)
+    reading = Reading(net, config, tensors)
+    problems += reading.problems
+    if tokens is not None:
+        problems += activated_incompatibilities(net, reading)
+        made = None if problems else activated_strategy(tokens, reading)
+        return made, lambda: put_activated(net, reading)
+    return None if problems else strategy_of(reading), lambda: put_values(net, reading)
 
 
 def refuse_fine_tuned(net: nn.Module) -> None:

@@ -52,7 +52,7 @@ def is_prompted(network: nn.Module) -> bool:
 
 def write_prompt(network: nn.Module, problems: list[str]) -> tuple[Config, Tensors]:
     """Write the virtual tokens or the prefix; nothing else may be trained."""
-    problems += _model_incompatibilities(network)
+    problems += language_model_incompatibilities(network)
     found = list(_held(network))
     if len(found) != 1:
         problems.append("PEFT has a prompt for token ids only, not for embeddings")
@@ -75,10 +75,11 @@ def write_prompt(network: nn.Module, problems: list[str]) -> tuple[Config, Tenso
     return config, {_KEY: tokens}
 
 
-def _model_incompatibilities(network: nn.Module) -> Iterator[str]:
+def language_model_incompatibilities(network: nn.Module) -> Iterator[str]:
+    """Yield why a network is not what PEFT takes for a causal language model."""
     name = plain_class(type(network)).__name__
     if not takes_token_ids(network) or not name.endswith(("ForCausalLM", "LMHeadModel")):
-        yield f"{name} is not a causal language model of transformers: only there prompts agree"
+        yield f"{name} is not a causal language model of transformers: only there PEFT agrees"
 
 
 def _held(network: nn.Module) -> Iterator[tuple[nn.Module, ForwardDelta]]:
@@ -92,7 +93,7 @@ def prompt_incompatibilities(network: Any, config: Config, tensors: Tensors) -> 
     """Yield why a prompt in a file cannot be used with that network."""
     if config.get("task_type") != "CAUSAL_LM":
         yield f"task_type is {config.get('task_type')!r}: prompts agree for 'CAUSAL_LM' only"
-    yield from _model_incompatibilities(network)
+    yield from language_model_incompatibilities(network)
     unexpected = sorted(set(tensors) - {_KEY})
     if unexpected:
         yield f"{unexpected} are not what prompt tuning has"

@@ -15,6 +15,7 @@ from gift.core.forwards import named_forward_deltas
 from gift.core.record import fine_tuned_part
 from gift.core.weights.record import present_weight_deltas
 from gift.errors import DeltaFileError, refuse
+from gift.interop.peft.activated import is_activated, write_activated
 from gift.interop.peft.folder import CONFIG_DIGEST, CONFIG_NAME, WEIGHTS_NAME, config_digest
 from gift.interop.peft.forms import Config, Form, Tensors, Written
 from gift.interop.peft.inplace import InPlace
@@ -86,6 +87,10 @@ def contents_for(network: nn.Module, problems: list[str]) -> tuple[Config, Tenso
         if items or problems or InPlace(network, FORMS["LORA"], Written()).whole:
             problems.append("PEFT cannot train virtual tokens along with anything else")
         return write_prompt(network, problems)
+    if is_activated(network):
+        if items or problems or InPlace(network, FORMS["LORA"], Written()).whole:
+            problems.append("PEFT cannot train an activated LoRA along with anything else here")
+        return write_activated(network, problems)
     problems += [
         f"{path or 'the network'}: PEFT has no counterpart for {wrapper.method}"
         for path, _, wrapper in named_forward_deltas(network)
