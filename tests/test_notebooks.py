@@ -21,6 +21,7 @@ import pytest
 import torch
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from packaging.requirements import Requirement
@@ -77,9 +78,13 @@ def executed(notebook: NotebookNode, more: Iterable[str] = ()) -> NotebookNode:
         found = KernelSpecManager(kernel_dirs=[str(kernels)], ensure_native_kernel=False)
         manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=found)
         resources = {"metadata": {"path": str(FOLDER)}}
-        NotebookClient(
-            fresh, timeout=300, km=manager, record_timing=False, resources=resources
-        ).execute()
+        try:
+            NotebookClient(
+                fresh, timeout=300, km=manager, record_timing=False, resources=resources
+            ).execute()
+        finally:
+            # nbclient leaves a kernel alone that it did not make, which would keep a gigabyte.
+            run_sync(manager.shutdown_kernel)(now=True)
     fresh.metadata = nbformat.from_dict(METADATA)
     return fresh
 
