@@ -426,6 +426,11 @@ def test_all_networks_or_none(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="already being fine-tuned"):
         load_diffusers({"unet": nets["unet"], "text_encoder": tuned}, tmp_path)
     assert full_state(nets["unet"]) == before
+    one = two()  # under two names: the second time it is being fine-tuned
+    before = full_state(one)
+    with pytest.raises(RuntimeError, match="already being fine-tuned"):
+        load_diffusers({"unet": one, "text_encoder": one}, tmp_path)
+    assert full_state(one) == before
     only = sd_pipeline(unet=unet())
     with pytest.raises(gift.DeltaFileError, match="text_encoder, which the pipeline does not have"):
         load_diffusers(only, tmp_path)
