@@ -3,10 +3,12 @@
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, TypeVar
+
+from gift.support.contexts import holding
 
 T = TypeVar("T")
 
@@ -16,14 +18,9 @@ DELAY = 2.0
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
-@contextmanager
-def hidden(hide: bool = True) -> Iterator[None]:
+def hidden(hide: bool = True) -> AbstractContextManager[None]:
     """Context that shows no bars; nothing changes unless `hide`."""
-    token = _hidden.set(_hidden.get() or hide)
-    try:
-        yield
-    finally:
-        _hidden.reset(token)
+    return holding(_hidden, _hidden.get() or hide)
 
 
 def is_watched() -> bool:

@@ -9,12 +9,12 @@ from gift.wrappers.language import (
     prefix_language_model,
     prefix_reader,
     prompt_language_model,
-    takes_token_ids,
 )
 from gift.wrappers.loreft import LoReFT, intervene, labelled
 from gift.wrappers.prefix import Prefix
 from gift.wrappers.prompt import Prompt
 from gift.wrappers.prompted import VirtualTokens
+from gift.wrappers.text_models import takes_token_ids
 from gift.wrappers.visual import VisualPrompt, prompt_blocks
 
 __all__ = [

@@ -7,7 +7,7 @@ the token ids, and those of linear layers add their deltas at the positions from
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,8 +21,9 @@ from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
 from gift.layers.table import dotted, forwards_of
 from gift.methods.settings import number, probability, setting, whole
+from gift.support.contexts import holding
 from gift.wrappers.arguments import Arguments, in_order
-from gift.wrappers.caches import caches_in, is_empty, is_tuples, length_of
+from gift.wrappers.caches import caches_in, is_empty, is_tuples, items_of, length_of
 from gift.wrappers.features import weight_beside
 from gift.wrappers.tensors import first_tensor
 
@@ -108,14 +109,9 @@ class Invocation(ForwardMethod):
         found = self.start(ids)
         starts = torch.where(found < ids.shape[1], past + found, starts)
         places = past + torch.arange(ids.shape[1], device=ids.device)
-        token = _ACTIVE.set(places >= starts[:, None])
-        try:
+        with holding(_ACTIVE, places >= starts[:, None]):
             output = given.passed_to(forward)
-        finally:
-            _ACTIVE.reset(token)
-        values = output.values() if isinstance(output, Mapping) else output
-        values = values if isinstance(values, Iterable) and not isinstance(output, Tensor) else ()
-        for cache in caches_in([*caches, *values]):
+        for cache in caches_in([*caches, *items_of(output)]):
             cache.__dict__[_NOTE] = starts
         return output
 

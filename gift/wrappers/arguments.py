@@ -21,6 +21,10 @@ class Arguments:
         args: the positional arguments.
         kwargs: the keyword arguments.
         wrapper: the name of the method that wraps it, for messages.
+
+    Attributes:
+        first: the name of the first argument that the module takes; "" if none has a name.
+        named: the arguments by name, which a wrapper may change.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Arguments:
                 f"{where(module, wrapper)} was called with {len(args)} arguments by position, "
                 f"but its forward has names for {list(names)} only"
             )
+        self.first = names[0] if names else ""
         self.positional = names[: len(args)]
         self.named = {**dict(zip(self.positional, args, strict=True)), **kwargs}
 

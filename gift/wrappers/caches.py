@@ -70,6 +70,13 @@ def caches_in(values: Iterable[Any]) -> list[Any]:
     return list({id(value): value for value in values if is_cache(value)}.values())
 
 
+def items_of(output: Any) -> list[Any]:
+    """Return the items of a model's output, caches among them."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, ROWS) else []
+
+
 def length_of(cache: Any) -> int | None:
     """Return the number of positions in a cache; None for states without positions (Mamba)."""
     if is_tuples(cache):

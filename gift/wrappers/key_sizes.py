@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gift.wrappers.text_models import is_causal, is_encoder
+
 _WITH_KEYS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Options of models whose layers do not all have keys and values of one shape.
 _UNEQUAL = ("kv_lora_rank", "num_kv_shared_layers", "global_head_dim", "swa_head_dim")
@@ -49,20 +51,10 @@ def _unlike(module: nn.Module, config: Any, layers: int | None) -> list[str]:
         return [f"the keys and values of its layers are not of one shape ({', '.join(unequal)})"]
     if is_encoder(module):
         return ["its attention is not causal: an encoder has no cache of keys and values"]
-    causal = {getattr(p, "layer_idx", None) for p in module.modules() if _is_causal(p)} - {None}
+    causal = {getattr(p, "layer_idx", None) for p in module.modules() if is_causal(p)} - {None}
     if causal and layers is not None and causal != set(range(layers)):
         return [f"{len(causal)} of its {layers} layers have keys and values"]
     return []
-
-
-def is_encoder(module: nn.Module) -> bool:
-    """Whether a model is known to have no causal attention."""
-    said = {value for p in module.modules() if isinstance(value := _is_causal(p), bool)}
-    return said == {False}
-
-
-def _is_causal(part: nn.Module) -> Any:
-    return getattr(part, "is_causal", None)
 
 
 def _layers(config: Any) -> int | None:

@@ -15,7 +15,7 @@ passed.
   predicted by the last virtual one.
 * With a cache, the virtual tokens come with the first step only, when the cache is empty. The
   length of the cache must agree with the given mask and positions, and a cache that holds tokens
-  must have been filled by this model; see `gift.wrappers.understood`. Three cases are errors: a
+  must have been filled by this model; see `gift.wrappers.model_call`. Three cases are errors: a
   cache from an earlier ``generate()`` that another one should continue, a cache of fixed length,
   and an unknown argument that may hold states of earlier tokens.
 * With padding on the left, the virtual tokens come before it, as in PEFT.
@@ -23,8 +23,6 @@ passed.
   attends to their states, which stay in the encoder's output.
 """
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -33,16 +31,8 @@ from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import ForwardMethod, wrap_forward
 from gift.errors import AdaptationError
 from gift.wrappers.prefix import Prefix
-from gift.wrappers.prompted import PromptedMemory, PromptedModel, VirtualTokens, embedding_of
-
-
-def takes_token_ids(module: Any) -> bool:
-    """Whether a module is a model that embeds token ids, as those of transformers do."""
-    return embedding_of(module) is not None and "input_ids" in _arguments(module)
-
-
-def _arguments(module: nn.Module) -> Mapping[str, Any]:
-    return inspect.signature(module.forward).parameters
+from gift.wrappers.prompted import PromptedDecoder, PromptedModel, VirtualTokens
+from gift.wrappers.text_models import embedding_of, takes, takes_token_ids
 
 
 def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> None:
@@ -63,13 +53,13 @@ def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> 
     strips = PromptedModel(num_virtual_tokens=n, strip=decoder is None)
     parts: list[tuple[nn.Module, ForwardMethod]] = [(embedding, method), (reader, strips)]
     if decoder is not None:
-        if "encoder_attention_mask" not in _arguments(decoder):
+        if not takes(decoder, "encoder_attention_mask"):
             name = plain_class(type(decoder)).__name__
             raise AdaptationError(
                 f"its decoder, a {name}, takes no encoder_attention_mask, which must cover the "
                 "virtual tokens"
             )
-        parts.append((decoder, PromptedMemory(num_virtual_tokens=n)))
+        parts.append((decoder, PromptedDecoder(num_virtual_tokens=n)))
     for part, own in parts:
         wrap_forward(part, own, joined(path, paths.get(id(part), "")))
 

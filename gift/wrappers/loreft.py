@@ -1,8 +1,8 @@
 """LoReFT: an intervention on hidden states in a low-rank subspace."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from gift.core.forwards import Forward, ForwardMethod, where, wrap_forward
 from gift.errors import AdaptationError
 from gift.methods.settings import flag, probability, setting, whole
+from gift.support.contexts import holding
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import caches_in, is_empty, is_tuples
 from gift.wrappers.features import features_of, weight_beside
-from gift.wrappers.key_sizes import is_encoder
-from gift.wrappers.language import takes_token_ids
 from gift.wrappers.tensors import with_first_changed
+from gift.wrappers.text_models import is_encoder, takes_token_ids, tokens_in, uses_checkpointing
 
 _PATTERN = re.compile(r"f(\d+)(?:\+l(\d+))?|l(\d+)")
 _chosen: ContextVar[Tensor | None] = ContextVar("_chosen", default=None)
@@ -212,17 +212,16 @@ class Positions(ForwardMethod):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model, whose interventions ask for the chosen positions meanwhile."""
-        if module.training and any(map(_checkpoints, module.modules())):
+        if module.training and uses_checkpointing(module):
             raise AdaptationError(
                 f"{where(module, self.name)} uses gradient checkpointing, which calls its blocks "
                 "again without it: call gradient_checkpointing_disable(), or choose positions='all'"
             )
         named = Arguments(module, args, kwargs, self.name).named
-        x = named.get("input_ids")
-        x = named.get("inputs_embeds") if x is None else x
-        if not isinstance(x, Tensor):
+        x = tokens_in(named)
+        if x is None:
             return forward(*args, **kwargs)
-        with _telling(_chosen, self._tokens(module, named, x)):
+        with holding(_chosen, self._tokens(module, named, x)):
             return forward(*args, **kwargs)
 
     def _tokens(self, module: Any, named: Mapping[str, Any], x: Tensor) -> Tensor:
@@ -257,15 +256,6 @@ class Positions(ForwardMethod):
             )
 
 
-@contextmanager
-def _telling(value: ContextVar[Tensor | None], tensor: Tensor | None) -> Iterator[None]:
-    token = value.set(tensor)
-    try:
-        yield
-    finally:
-        value.reset(token)
-
-
 def labelled(labels: Tensor | None) -> AbstractContextManager[None]:
     """Context in which language models are called without the labels of their tokens.
 
@@ -274,17 +264,13 @@ def labelled(labels: Tensor | None) -> AbstractContextManager[None]:
     Args:
         labels: ``(batch, time)``, -100 for what is not learnt; or None.
     """
-    return _telling(_labels, labels)
+    return holding(_labels, labels)
 
 
 def _writes(model: Any) -> bool:
     """Whether the labels of a model are the tokens that it writes, not properties of tokens."""
     generates = getattr(model, "can_generate", None)
     return callable(generates) and generates() is True and not is_encoder(model)
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def intervene(network: nn.Module, module: nn.Module, method: LoReFT, path: str) -> None:

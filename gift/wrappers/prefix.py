@@ -16,7 +16,8 @@ from gift.support.optional import require
 from gift.wrappers.caches import version
 from gift.wrappers.encoder import Encoded
 from gift.wrappers.key_sizes import KeySizes, key_sizes
-from gift.wrappers.prompted import PromptedReader, embedding_of
+from gift.wrappers.prompted import PromptedReader
+from gift.wrappers.text_models import embedding_of, uses_checkpointing
 
 _CACHES = ("cache", "past_key_values")  # names of the argument in new and old transformers
 
@@ -128,12 +129,12 @@ class Prefix(Encoded, PromptedReader):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model with the prefix in its cache."""
-        if module.training and any(map(_checkpoints, module.modules())):
+        if module.training and uses_checkpointing(module):
             raise AdaptationError(
                 f"{where(module, self.name)} uses gradient checkpointing, which leaves out the "
                 "cache that holds the prefix: call gradient_checkpointing_disable()"
             )
-        given, call, x = self.understood(module, args, kwargs)
+        given, call, x = self.read_call(module, args, kwargs)
         if call is None:
             return given.passed_to(forward)
         call.extend(in_cache=True)
@@ -173,10 +174,6 @@ class Prefix(Encoded, PromptedReader):
                 f"{where(module, self.name)} does not use the cache in its layers {wrong}: a "
                 "prefix has no effect there"
             )
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def _cache_name(module: nn.Module) -> str | None:

@@ -110,11 +110,10 @@ class Prompt(Encoded):
     ) -> Any:
         """Return the module's output for ``[P; X]``, without the virtual positions."""
         given = Arguments(module, args, kwargs, self.name)
-        first, *_ = *module._gift_arguments, ""  # type: ignore[misc]  # `next` is for new compilers
         tokens = self.virtual_tokens(module, parameters)
-        x = self._checked(module, given.named.get(first), tokens)
+        x = self._checked(module, given.named.get(given.first), tokens)
         axis = 0 if x.ndim == 2 or not self.batch_first else 1
-        given.named[first] = in_front(tokens, x, axis)
+        given.named[given.first] = in_front(tokens, x, axis)
         for name, extended in _MASKS.items():
             if isinstance(given.named.get(name), Tensor):
                 given.named[name] = extended(given.named[name], len(tokens))

@@ -15,28 +15,14 @@ from gift.methods.settings import flag, whole
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import is_tuples
 from gift.wrappers.encoder import Encoded
+from gift.wrappers.model_call import ModelCall, continuing
 from gift.wrappers.prompt import in_front
 from gift.wrappers.tensors import with_all_changed, with_items
-from gift.wrappers.understood import Understood, continuing
-
-
-def embedding_of(module: Any) -> Any:
-    """Return the token embedding of a model in the style of transformers, or None."""
-    if not hasattr(module, "get_input_embeddings"):
-        return None
-    try:
-        found = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        found = getattr(module, "embed_tokens", None)  # encoders of old versions have only this
-    return found if _is_embedding(found) else None
-
-
-def _is_embedding(module: Any) -> bool:
-    return isinstance(module, nn.Module) and family_of(module) == "embedding"
+from gift.wrappers.text_models import embedding_of, is_embedding, tokens_in
 
 
 @dataclass(frozen=True)
-class OfModel(ForwardMethod):
+class ModelPart(ForwardMethod):
     """Base class of the wrappers of a prompted language model's parts."""
 
     name: ClassVar[str] = "prompt"
@@ -50,7 +36,7 @@ class OfModel(ForwardMethod):
 
 
 @dataclass(frozen=True)
-class VirtualTokens(Encoded, OfModel):
+class VirtualTokens(Encoded, ModelPart):
     """Wraps the embedding: looks up the ids from -1 downwards among the virtual tokens."""
 
     def init_parameters(self, module: Any) -> dict[str, Tensor]:
@@ -98,7 +84,7 @@ class VirtualTokens(Encoded, OfModel):
 
 
 @dataclass(frozen=True)
-class PromptedReader(OfModel):
+class PromptedReader(ModelPart):
     """Base class of the wrappers of the part that reads tokens and fills a cache."""
 
     first_position: int = whole(0, least=0, enters_weight=False, kw_only=True, found=True)
@@ -119,25 +105,28 @@ class PromptedReader(OfModel):
                 )
         return replace(self, first_position=first, positions=number)
 
-    def understood(
+    def read_call(
         self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Arguments, Understood | None, Any]:
-        """Return the arguments of a call, what is understood of them, and the tokens.
+    ) -> tuple[Arguments, ModelCall | None, Any]:
+        """Return the arguments of a call, the call to extend, and its tokens.
 
-        None is understood if no tokens are given; the model's own error names what it expects.
+        The last two are None if no tokens are given: the model's own error then names what it
+        expects.
 
         Raises:
-            AdaptationError: naming all arguments that are not understood.
+            AdaptationError: naming all arguments that cannot be combined with virtual tokens.
         """
         given = Arguments(module, args, kwargs, self.name)
-        x = given.named.get("input_ids")
-        x = given.named.get("inputs_embeds") if x is None else x
-        if not isinstance(x, Tensor):
-            return given, None, x
-        names = module._gift_arguments
-        limit = self.positions
-        call = Understood(
-            given.named, names, x, self.num_virtual_tokens, self.first_position, limit
+        x = tokens_in(given.named)
+        if x is None:
+            return given, None, None
+        call = ModelCall(
+            given.named,
+            x,
+            virtual=self.num_virtual_tokens,
+            first=self.first_position,
+            limit=self.positions,
+            keeps_states="cache_params" in module._gift_arguments,
         )
         self.refuse(module, call.problems)
         return given, call, x
@@ -167,7 +156,7 @@ class PromptedModel(PromptedReader):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model with virtual tokens before the given ones."""
-        given, call, x = self.understood(module, args, kwargs)
+        given, call, x = self.read_call(module, args, kwargs)
         if call is None:
             return given.passed_to(forward)
         call.extend()
@@ -224,7 +213,7 @@ def _pooled(module: Any, pooler: nn.Module, hidden: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PromptedMemory(OfModel):
+class PromptedDecoder(ModelPart):
     """Wraps a decoder: extends the mask of the encoder's output for the virtual tokens in it."""
 
     def call(
@@ -255,7 +244,7 @@ def _positions(module: Any) -> tuple[int, int | None]:
     if not isinstance(limit, int) or limit < 1:  # XLNet has -1
         return 0, None
     words = embedding_of(module)
-    tables = [part for part in module.modules() if _is_embedding(part)]
+    tables = [part for part in module.modules() if is_embedding(part)]
     padding = [table.padding_idx for table in tables
                if table.num_embeddings == limit and table is not words]  # fmt: skip
     # In RoBERTa and similar models, positions start after the padding index.

@@ -101,27 +101,27 @@ class VisualPrompt(ForwardMethod):
     ) -> Any:
         """Return the block's output for ``[X; P]``."""
         given = Arguments(module, args, kwargs, self.name)
-        first, *_ = *module._gift_arguments, ""  # type: ignore[misc]  # `next` is for new compilers
-        x = self._checked(module, given.named, first)
+        x = self._checked(module, given)
         length = x.shape[1] if self.adds else x.shape[1] - self.num_virtual_tokens
         if self.adds:
             tokens = F.dropout(parameters["tokens"], self.dropout, module.training)
             tokens = tokens.to(x.dtype).expand(len(x), -1, -1)
-            given.named[first] = torch.cat([x, tokens], 1)
+            given.named[given.first] = torch.cat([x, tokens], 1)
         output = given.passed_to(forward)
         if not self.drops:
             return output
         return with_first_changed(output, lambda result: result[:, :length])
 
-    def _checked(self, module: nn.Module, named: Mapping[str, Any], first: str) -> Tensor:
-        x = named.get(first)
+    def _checked(self, module: nn.Module, given: Arguments) -> Tensor:
+        x = given.named.get(given.first)
         if not isinstance(x, Tensor) or x.ndim != 3:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise AdaptationError(
                 f"{where(module, self.name)} takes {shape}, visual prompts are for blocks that "
                 "take tokens (batch, time, dim)"
             )
-        unknown = [name for name, value in named.items() if name != first and _has_tensor(value)]
+        others = ((name, value) for name, value in given.named.items() if name != given.first)
+        unknown = [name for name, value in others if _has_tensor(value)]
         if unknown:
             raise AdaptationError(
                 f"{where(module, self.name)} was given {unknown}, which gift does not know for the "

@@ -1,4 +1,4 @@
-"""Check and extend the arguments of a language model's call, as far as gift understands them.
+"""Check and extend the arguments of a language model's call.
 
 A prompted model prepends its virtual tokens to the first tokens of a text, and never again. So each
 call must show whether it is the first, and everything that counts tokens must agree: a cache, a
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gift.wrappers.caches import (
     FLAGS,
-    ROWS,
     Note,
     caches_in,
     has_fixed_length,
@@ -22,6 +21,7 @@ from gift.wrappers.caches import (
     is_empty,
     is_nothing,
     is_tuples,
+    items_of,
     length_of,
     note_of,
     put_note,
@@ -37,26 +37,27 @@ _KNOWN = {
 _TYPES = "token_type_ids"  # also of images and experts, with a longer name
 
 
-class Understood:
+class ModelCall:
     """A call of a language model, and the problems with it.
 
     Args:
         named: the arguments by name; `extend` changes them.
-        names: names of all arguments that the model accepts.
         tokens: the ids ``(batch, time)`` or embeddings ``(batch, time, dim)`` among them.
         virtual: the number of virtual tokens.
         first: the first position that the model assigns to a token.
         limit: the number of the model's positions; None if there is no limit.
+        keeps_states: whether the model is a state-space model, which accepts a cache of states.
     """
 
     def __init__(
         self,
         named: dict[str, Any],
-        names: tuple[str, ...],
         tokens: Tensor,
+        *,
         virtual: int,
         first: int,
         limit: int | None,
+        keeps_states: bool,
     ) -> None:
         self.named, self.shape, self.virtual, self.first = named, tokens.shape[:2], virtual, first
         self.time = tokens.shape[1]
@@ -65,7 +66,7 @@ class Understood:
         self.cache, self.cache_name = self._only_cache()
         # A state-space model has no positions: its `cache_position`, if any, says whether to start
         # a new state.
-        states = "cache_params" in names if self.cache is None else length_of(self.cache) is None
+        states = keeps_states if self.cache is None else length_of(self.cache) is None
         self.has_positions = not states
         self.note = None if self.cache is None else note_of(self.cache)
         self.continues = self.cache is not None and not is_empty(self.cache)
@@ -254,15 +255,13 @@ class Understood:
 
     def note_caches(self, output: Any) -> None:
         """Note in the caches of the call and of its output what they hold now."""
-        values = output.values() if isinstance(output, Mapping) else output
-        values = values if isinstance(values, ROWS) or isinstance(output, Mapping) else ()
         length = None
         if self.given is not None and not torch.compiler.is_compiling():
             length = self.given + self.virtual
         offset = self.offset
         if offset is None and self.note is not None:
             offset = self.note.offset
-        for cache in caches_in([self.cache, *values]):
+        for cache in caches_in([self.cache, *items_of(output)]):
             if not is_empty(cache):
                 put_note(cache, Note(self.virtual, length, offset))
 

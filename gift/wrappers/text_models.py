@@ -1,0 +1,58 @@
+"""What a language model in the style of transformers shows of itself, and of a call."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gift.layers.table import family_of
+
+
+def embedding_of(module: Any) -> Any:
+    """Return the token embedding of a model in the style of transformers, or None."""
+    if not hasattr(module, "get_input_embeddings"):
+        return None
+    try:
+        found = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = getattr(module, "embed_tokens", None)  # encoders of old versions have only this
+    return found if is_embedding(found) else None
+
+
+def is_embedding(module: Any) -> bool:
+    """Whether a module is an embedding layer."""
+    return isinstance(module, nn.Module) and family_of(module) == "embedding"
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward has a parameter of that name."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def takes_token_ids(module: Any) -> bool:
+    """Whether a module is a model that embeds token ids, as those of transformers do."""
+    return embedding_of(module) is not None and takes(module, "input_ids")
+
+
+def tokens_in(named: Mapping[str, Any]) -> Tensor | None:
+    """Return the token ids among the arguments of a call, or the embeddings in their place."""
+    x = named.get("input_ids")
+    x = named.get("inputs_embeds") if x is None else x
+    return x if isinstance(x, Tensor) else None
+
+
+def is_causal(part: nn.Module) -> Any:
+    """Return what an attention layer says of itself; None if it says nothing."""
+    return getattr(part, "is_causal", None)
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether a model is known to have no causal attention."""
+    said = {value for p in module.modules() if isinstance(value := is_causal(p), bool)}
+    return said == {False}
+
+
+def uses_checkpointing(module: nn.Module) -> bool:
+    """Whether gradient checkpointing of transformers is on in any part of a model."""
+    return any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
