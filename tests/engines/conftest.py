@@ -1,7 +1,6 @@
 """Engines for all tests here, if they can be started."""
 
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ def slurm() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if reason := _not_here() or missing_for_ray():
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex())
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where Ray's token is
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            patch.setenv(name, "")
+            patch.delenv(name)
         # Its workers give way to all others, so that they hardly begin on a busy machine.
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

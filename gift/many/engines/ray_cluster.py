@@ -61,6 +61,7 @@ class Ray(Scheduler):
         if given is not None:
             self.options["address"] = given
         self._client: Any = None
+        _use_token(make=False)
 
     @property
     def address(self) -> str:
@@ -95,6 +96,7 @@ class Ray(Scheduler):
 
     def start_all(self, folders: Sequence[Path]) -> list[str]:
         """Queue several runs, and start the cluster of this machine if there is none."""
+        _use_token(self.is_local)
         if self.is_local and not self._answers():
             start_local()
         return super().start_all(folders)
@@ -137,7 +139,6 @@ class Ray(Scheduler):
     def client(self) -> Any:
         """Return Ray's client for jobs."""
         if self._client is None:
-            _use_token(self.is_local)
             module = require("ray.job_submission", "ray")
             self._client = module.JobSubmissionClient(self.address)
         return self._client
