@@ -21,8 +21,8 @@ from gift.factories.checks import (
     mc_any,
     mc_class_name,
     mc_depth,
+    mc_grouped,
     mc_last,
-    mc_last_linear,
     mc_layer,
     mc_name,
     mc_norm,
@@ -37,6 +37,7 @@ from gift.factories.checks import (
     pc_path,
 )
 from gift.factories.detection import ma_replace_detection_head, mc_detection_head
+from gift.factories.heads import mc_last_linear, mc_top
 from gift.factories.segmentation import ma_replace_segmentation_head, mc_segmentation_head
 from gift.factories.wrapping import (
     ma_activated_lora,
@@ -73,6 +74,7 @@ __all__ = [
     "mc_class_name",
     "mc_depth",
     "mc_detection_head",
+    "mc_grouped",
     "mc_last",
     "mc_last_linear",
     "mc_layer",
@@ -80,6 +82,7 @@ __all__ = [
     "mc_norm",
     "mc_path",
     "mc_segmentation_head",
+    "mc_top",
     "mc_type",
     "none_of",
     "pa_adapt",

@@ -18,7 +18,7 @@ from gift.core.dynamic_class import plain_class
 from gift.core.iterator import ModuleIterator, Site
 from gift.core.raw_parameters import is_experts
 from gift.factories.serializable import Recorded, bind, recorded
-from gift.layers.table import FAMILIES, LAYERS, family_of, is_norm, reader_of, row_of
+from gift.layers.table import FAMILIES, LAYERS, family_of, is_norm, row_of
 
 Names = str | Iterable[str] | None
 Test = Callable[..., bool]
@@ -199,6 +199,20 @@ def mc_layer(*families: str) -> Check:
 
 
 @recorded
+def mc_grouped() -> Check:
+    """Match convolutions with groups, such as depthwise ones.
+
+    Their weights are small: a low-rank delta of a depthwise convolution is larger than its weight.
+    """
+
+    def test(*place: Any) -> bool:
+        module = Site(*place).module
+        return getattr(module, "groups", 1) > 1 and hasattr(module, "kernel_size")
+
+    return Check(test)
+
+
+@recorded
 def mc_norm() -> Check:
     """Match norm layers: torch's batch, instance, layer, group and RMS norms and their subclasses.
 
@@ -262,44 +276,6 @@ def mc_last(number: int, within: str = "") -> Check:
         return lambda *place: id(Site(*place).module) in last
 
     return Check(prepare=prepare)
-
-
-@recorded
-def mc_last_linear() -> Check:
-    """Match the last linear layer of the network in registration order, usually its head.
-
-    In a network without linear layers it is the last 1x1 convolution, as in SqueezeNet.
-    """
-
-    def prepare(network: nn.Module) -> Test:
-        _, last = last_linear(network)
-        return lambda *place: last is not None and Site(*place).module is last
-
-    return Check(prepare=prepare)
-
-
-def last_linear(network: nn.Module) -> tuple[str, nn.Module | None]:
-    """Return path and module of the last linear layer in registration order, or None.
-
-    In a network without linear layers it is the last 1x1 convolution.
-    """
-    read = {  # by an attention, which never calls them
-        id(child)
-        for parent in network.modules()
-        for name, child in parent.named_children()
-        if reader_of(parent, name) is not None
-    }
-    layers = [
-        (path, module)
-        for path, module in network.named_modules()
-        if family_of(module) == "linear" and id(module) not in read
-    ]
-    layers = layers or [
-        (path, module)
-        for path, module in network.named_modules()
-        if family_of(module) == "conv" and set(getattr(module, "kernel_size", ())) == {1}
-    ]
-    return layers[-1] if layers else ("", None)
 
 
 def _parameter_test(test: Callable[[Site], bool]) -> Check:

@@ -7,7 +7,7 @@ from torch import nn
 
 from gift.data import Examples
 from gift.errors import GiftWarning, JobError, some
-from gift.factories.checks import last_linear
+from gift.factories.heads import last_linear
 from gift.factories.segmentation import segmentation_heads
 from gift.jobs.models import Strategy
 from gift.strategies import (

@@ -13,7 +13,7 @@ from gift.core.delta import added_names, deltas_of, present_deltas
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.weights.record import weight_deltas
 from gift.errors import closest
-from gift.factories.checks import last_linear
+from gift.factories.heads import last_linear
 from gift.private.torch.layers import NORM_WITH_STATISTICS
 
 Paths = str | Iterable[str] | None

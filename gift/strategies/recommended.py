@@ -1,49 +1,14 @@
-"""The strategy that is taken where none is chosen."""
+"""The strategy of jobs that choose none."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
-from torch import nn
-
-from gift.core.iterator import Site
-from gift.factories import Check, ma_adapt, ma_train, mc_layer
-from gift.factories.checks import last_linear
-from gift.factories.serializable import recorded
+from gift.factories import ma_adapt, ma_train, mc_grouped, mc_layer, mc_top
 from gift.strategies.base import FineTuningStrategy, register_strategy
-
-
-@recorded
-def mc_top() -> Check:
-    """Match what stands above the body of a network: its head, and the pooler below it.
-
-    For networks of transformers these are the layers outside of the base model, and its pooler;
-    language models have none, since their head belongs to the vocabulary. For other networks it is
-    the last linear layer. Layers that hold parameters are matched one by one.
-    """
-
-    def prepare(network: nn.Module) -> Callable[..., bool]:
-        found = {id(module) for module in _top(network) if _holds_parameters(module)}
-        return lambda *place: id(Site(*place).module) in found
-
-    check = Check(prepare=prepare)
-    check.optional = True
-    return check
-
-
-@recorded
-def mc_depthwise() -> Check:
-    """Match convolutions with a group for each channel, which are smaller than their delta."""
-
-    def test(*place: Any) -> bool:
-        module = Site(*place).module
-        return getattr(module, "groups", 1) > 1 and hasattr(module, "kernel_size")
-
-    return Check(test)
 
 
 @register_strategy
 class RecommendedFineTuningStrategy(FineTuningStrategy):
     """LoRA on linear layers and convolutions; the head and the pooler below it are trained.
+
+    Convolutions with groups are frozen, since a delta would often be larger than their weights.
 
     A pooler is made for the task of pre-training, or has random values where the weights lack one.
     A small delta cannot change it enough, so it is trained whole, as the head is.
@@ -65,25 +30,6 @@ class RecommendedFineTuningStrategy(FineTuningStrategy):
     """
 
     def __init__(self, rank: int = 8) -> None:
-        layers = mc_layer("linear", "conv") & ~mc_depthwise()
+        layers = mc_layer("linear", "conv") & ~mc_grouped()
         adapt = ma_adapt("lora", rank=rank, clip_rank=True)
         super().__init__([(mc_top(), ma_train()), (layers, adapt)])
-
-
-def _top(network: nn.Module) -> Iterator[nn.Module]:
-    body = getattr(network, str(getattr(network, "base_model_prefix", "") or "-"), None)
-    if not isinstance(body, nn.Module) or body is network:
-        yield from [layer for layer in [last_linear(network)[1]] if layer is not None]
-        return
-    outputs = getattr(network, "get_output_embeddings", None)
-    if callable(outputs) and outputs() is not None:
-        return
-    inside = {id(module) for module in body.modules()}
-    yield from (module for module in network.modules() if id(module) not in inside)
-    for module in body.modules():
-        if type(module).__name__.endswith("Pooler"):
-            yield from module.modules()
-
-
-def _holds_parameters(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())

@@ -8,7 +8,7 @@ from torch import nn
 from gift.data.examples import Reader
 from gift.data.readers import DetectorReader, SegmentationReader
 from gift.errors import NetworkError
-from gift.factories.checks import last_linear
+from gift.factories.heads import last_linear
 from gift.support.optional import require
 from gift.zoo.errors import unknown, unreachable
 from gift.zoo.loaded import HEAD_TASKS, LoadedNetwork
