@@ -14,6 +14,7 @@ from gift.factories.actions import (
     pa_freeze,
     pa_train,
 )
+from gift.factories.blocks import mc_blocks
 from gift.factories.checks import (
     Check,
     all_of,
@@ -47,7 +48,6 @@ from gift.factories.wrapping import (
     ma_prefix,
     ma_prompt,
     ma_visual_prompt,
-    mc_blocks,
 )
 
 __all__ = [

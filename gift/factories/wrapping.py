@@ -1,17 +1,16 @@
-"""Actions that wrap a module's forward and leave the module open for later caps; block checks."""
+"""Actions that wrap a module's forward pass and leave the module open for later caps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from gift.core.dynamic_class import joined, plain_class
-from gift.core.forwards import wrap_forward
+from gift.core.forwards import ForwardMethod, wrap_forward
 from gift.core.iterator import Site
 from gift.errors import AdaptationError
 from gift.factories.actions import Action
-from gift.factories.checks import Check, Test
+from gift.factories.blocks import stack_of
 from gift.factories.serializable import recorded
 from gift.layers.table import reader_of
 from gift.wrappers import (
@@ -31,10 +30,37 @@ from gift.wrappers import (
 )
 from gift.wrappers.activated import as_text
 
-NO_BLOCKS = (
-    "has no nn.Sequential or nn.ModuleList of modules of one class: say which modules are its "
-    "blocks"
-)
+M = TypeVar("M", bound=ForwardMethod)
+
+
+def _method(make: Callable[..., M], /, **settings: Any) -> Callable[[dict[str, Any]], M]:
+    """Return a function from a cap's parameters, which override the settings, to the method.
+
+    Raises:
+        ValueError: at once, if settings are out of range.
+    """
+    made = make(**settings)
+    return lambda params: make(**(settings | params)) if params else made
+
+
+def _wrapping(method: Callable[[dict[str, Any]], ForwardMethod], instead: str) -> Action:
+    """Return an action that wraps modules, but none whose forward is never called.
+
+    Args:
+        method: as `_method` returns it.
+        instead: what the user could do instead; gets the class that reads the module's weight.
+    """
+
+    def act(*place: Any, **params: Any) -> None:
+        site = Site(*place)
+        if cls := reader_of(site.parent, site.name):
+            name = cls.__name__
+            raise AdaptationError(
+                f"it is never called, as {name} reads its weight: {instead.format(name)}"
+            )
+        wrap_forward(site.module, method(params), site.path)
+
+    return Action(act, open=True)
 
 
 @recorded
@@ -52,18 +78,7 @@ def ma_bottleneck(size: int = 16, **settings: Any) -> Action:
     Raises:
         ValueError: if values are out of range.
     """
-    made = Bottleneck(size=size, **settings)
-
-    def act(*place: Any, **params: Any) -> None:
-        site = Site(*place)
-        if cls := reader_of(site.parent, site.name):
-            raise AdaptationError(
-                f"it is never called, as {cls.__name__} reads its weight: wrap {cls.__name__}"
-            )
-        method = Bottleneck(**({"size": size} | settings | params)) if params else made
-        wrap_forward(site.module, method, site.path)
-
-    return Action(act, open=True)
+    return _wrapping(_method(Bottleneck, size=size, **settings), "wrap {}")
 
 
 @recorded
@@ -79,13 +94,12 @@ def ma_loreft(rank: int = 4, positions: str = "all", **settings: Any) -> Action:
     Raises:
         ValueError: if values are out of range.
     """
-    made = LoReFT(rank=rank, positions=positions, **settings)
+    method = _method(LoReFT, rank=rank, positions=positions, **settings)
 
     def prepare(network: nn.Module) -> Callable[..., None]:
         def act(*place: Any, **params: Any) -> None:
             site = Site(*place)
-            given: Any = {"rank": rank, "positions": positions} | settings | params
-            intervene(network, site.module, LoReFT(**given) if params else made, site.path)
+            intervene(network, site.module, method(params), site.path)
 
         return act
 
@@ -129,18 +143,7 @@ def ma_activated_lora(rank: int = 8, **settings: Any) -> Action:
     Raises:
         ValueError: if values are out of range.
     """
-    made = ActivatedLoRA(rank=rank, **settings)
-
-    def act(*place: Any, **params: Any) -> None:
-        site = Site(*place)
-        if cls := reader_of(site.parent, site.name):
-            raise AdaptationError(
-                f"it is never called, as {cls.__name__} reads its weight: leave it out"
-            )
-        method = ActivatedLoRA(**({"rank": rank} | settings | params)) if params else made
-        wrap_forward(site.module, method, site.path)
-
-    return Action(act, open=True)
+    return _wrapping(_method(ActivatedLoRA, rank=rank, **settings), "leave it out")
 
 
 @recorded
@@ -159,15 +162,15 @@ def ma_prompt(num_virtual_tokens: int = 8, **settings: Any) -> Action:
     Raises:
         ValueError: if values are out of range.
     """
-    made = Prompt(num_virtual_tokens=num_virtual_tokens, **settings)
+    method = _method(Prompt, num_virtual_tokens=num_virtual_tokens, **settings)
 
     def act(*place: Any, **params: Any) -> None:
         site = Site(*place)
         path, module = site.path, site.module
-        given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
         if not takes_token_ids(module):
-            wrap_forward(module, Prompt(**given) if params else made, path)
+            wrap_forward(module, method(params), path)
             return
+        given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
         unused = sorted(set(given) - {field.name for field in fields(VirtualTokens)})
         if unused:
             raise AdaptationError(f"a language model sets {unused} itself: leave them out")
@@ -188,7 +191,7 @@ def ma_prefix(num_virtual_tokens: int = 8, **settings: Any) -> Action:
     Raises:
         ValueError: if values are out of range.
     """
-    made = Prefix(num_virtual_tokens=num_virtual_tokens, **settings)
+    method = _method(Prefix, num_virtual_tokens=num_virtual_tokens, **settings)
 
     def act(*place: Any, **params: Any) -> None:
         site = Site(*place)
@@ -197,8 +200,7 @@ def ma_prefix(num_virtual_tokens: int = 8, **settings: Any) -> Action:
                 "it is not a language model of transformers, which embeds token ids: a prefix is "
                 "put into the cache of one"
             )
-        given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
-        prefix_language_model(site.module, Prefix(**given) if params else made, site.path)
+        prefix_language_model(site.module, method(params), site.path)
 
     return Action(act, open=True)
 
@@ -222,62 +224,10 @@ def ma_visual_prompt(
     Raises:
         ValueError: if values are out of range.
     """
-    made = VisualPrompt(num_virtual_tokens=num_virtual_tokens, **settings)
+    method = _method(VisualPrompt, num_virtual_tokens=num_virtual_tokens, **settings)
 
     def act(*place: Any, **params: Any) -> None:
         site = Site(*place)
-        given = {"num_virtual_tokens": num_virtual_tokens} | settings | params
-        method = VisualPrompt(**given) if params else made
-        prompt_blocks(_stack(site.module, blocks), method, deep, site.path)
+        prompt_blocks(stack_of(site.module, blocks), method(params), deep, site.path)
 
     return Action(act, open=True)
-
-
-def _stack(network: nn.Module, path: str | None) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a network, which are called one after another, with their paths."""
-    if path is not None:
-        try:
-            rows = {path: [*network.get_submodule(path).children()]}
-        except AttributeError:
-            raise AdaptationError(f"it has no {path!r}, which blocks= names") from None
-    else:
-        rows = {name: row for name, part in network.named_modules() if (row := _row(part))}
-    longest = max(rows.values(), key=len, default=[])
-    if not longest:
-        raise AdaptationError(NO_BLOCKS)
-    kind = plain_class(type(longest[0]))
-    alike = [name for name, row in rows.items() if plain_class(type(row[0])) is kind]
-    if len(alike) > 1:
-        raise AdaptationError(f"its blocks are in several stages, {alike}: say which, blocks=")
-    (name,) = alike
-    return [(joined(name, own), part) for own, part in network.get_submodule(name).named_children()
-            if part in longest]  # fmt: skip
-
-
-@recorded
-def mc_blocks() -> Check:
-    """Match the blocks of a network: consecutive modules of one class.
-
-    The blocks' class is that of the longest ``nn.Sequential`` or ``nn.ModuleList`` whose modules,
-    apart from those without parameters, all have one class (encoder layers, residual blocks of a
-    stage). All such containers of that class count. A network without blocks is an error.
-    """
-
-    def prepare(network: nn.Module) -> Test:
-        rows = [row for part in network.modules() if (row := _row(part))]
-        longest = max(rows, key=len, default=[])
-        if len(longest) < 2:
-            raise ValueError(f"the network {NO_BLOCKS}")
-        kind = plain_class(type(longest[0]))
-        blocks = {id(b) for row in rows for b in row if plain_class(type(b)) is kind}
-        return lambda *place: id(Site(*place).module) in blocks
-
-    return Check(prepare=prepare)
-
-
-def _row(module: nn.Module) -> list[nn.Module]:
-    """Return a container's modules that have parameters, if all are of one class, or nothing."""
-    if not isinstance(module, nn.Sequential | nn.ModuleList):
-        return []
-    parts = [part for part in module.children() if any(True for _ in part.parameters())]
-    return parts if len({plain_class(type(part)) for part in parts}) == 1 else []
