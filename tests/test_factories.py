@@ -473,6 +473,7 @@ def test_checks_and_actions_print_as_they_were_written() -> None:
 
 ELSEWHERE = {
     "pc_experts",  # tests/test_leftover.py
+    "mc_top", "mc_grouped",  # tests/test_recommended.py
     "ma_bottleneck", "ma_prompt",  # tests/test_wrapping.py
     "ma_prefix",  # tests/test_prefix.py
     "ma_loreft",  # tests/test_loreft.py
