@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from gift.cli.app import app
 from gift.errors import JobError
 from gift.jobs import Job, read_job
-from gift.many import submitting
+from gift.many import submissions, submitting
 from gift.many.engines.base import Listed, State, task_command
 from gift.many.engines.local import Here
 from gift.many.engines.ray_cluster import _unmet as lacks_ray
@@ -75,7 +75,7 @@ def test_a_folder_of_jobs_is_queued_but_not_what_is_done(tmp_path: Path) -> None
     rows, silent = submitting.jobs([engine])
     assert [(r.id, r.state, r.folder) for r in rows] == [("0", State.QUEUED, Path(one.folder))]
     assert silent == []
-    assert submitting.found(one.folder) == submitting.found("0") == one
+    assert submissions.find(one.folder) == submissions.find("0") == one
     with pytest.raises(JobError, match="has no results yet"):
         submitting.fetch("0", tmp_path / "here")
     run_task(read_job(files[1]), Net())
@@ -108,7 +108,7 @@ def test_all_that_is_missing_is_said_and_nothing_is_queued(tmp_path: Path) -> No
     with pytest.raises(JobError, match="network: name one"):
         submitting.submit(files[:1], engine)
     with pytest.raises(JobError, match="nothing was submitted as 7"):
-        submitting.found("7")
+        submissions.find("7")
 
 
 def test_a_search_is_queued_as_parts_that_share_its_study(
@@ -205,7 +205,7 @@ def test_submissions_are_plain_files(tmp_path: Path) -> None:
     """A file of them that is damaged hides no other."""
     submitting.submit(files_in(tmp_path, "a"), Notes())
     (tmp_path / "state" / "broken.json").write_text("{")
-    [one] = submitting.remembered()
+    [one] = submissions.remembered()
     content = json.loads((tmp_path / "state" / "slurm-0.json").read_text())
     assert content == {
         "id": "0", "engine": "slurm", "folder": one.folder,

@@ -16,10 +16,10 @@ def logs(
     ] = False,
 ) -> None:
     """Print what a submitted run printed."""
-    from gift.many import submitting
+    from gift.many import submissions, submitting
 
-    file, one = submitting.log_of(name), submitting.found(name)
-    engine = submitting.of_submission(one)
+    file, one = submitting.log_of(name), submissions.find(name)
+    engine = submissions.engine_for(one)
     at = 0
     while True:
         is_over = not follow or engine.state(one.id).is_over

@@ -72,7 +72,7 @@ def chosen_engine(
         address: address of a cluster, for Ray.
         network: see `NETWORK`.
     """
-    from gift.many.submitting import engine_of
+    from gift.many.submissions import engine_of
 
     if address is not None and on != "ray":
         raise typer.BadParameter("it is for --on ray", param_hint="--address")

@@ -1,8 +1,6 @@
 """Inputs of predictions: files, folders, patterns, tables; and predictions as JSON or CSV."""
 
-import csv
 import glob
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
@@ -13,6 +11,7 @@ from gift.data.folders import IMAGE_SUFFIXES
 from gift.data.tables import read_table
 from gift.errors import JobError, refuse
 from gift.jobs.guessing import TABLES
+from gift.support.csv_text import csv_text
 
 _SOUNDS = (".flac", ".mp3", ".ogg", ".wav")
 
@@ -83,12 +82,8 @@ def as_json(found: Sequence[Any]) -> str:
 def as_csv(found: Sequence[Any]) -> str:
     """Return predictions as CSV: a row for each, or for each object that was detected."""
     rows = [row for one in found for row in _rows(plain(one))]
-    out = io.StringIO(newline="")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_text(columns, rows)
 
 
 def _rows(one: Any) -> Iterator[dict[str, Any]]:

@@ -3,13 +3,11 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gift.jobs.models import Job
-from gift.jobs.reading import write_job
-from gift.many.engines.base import JOB_FILE, Engine, State
-from gift.many.task import finished
+from gift.many.engines.base import Engine, State
+from gift.many.task import finished, write_task
 
 _EACH = 0.2  # seconds between two looks at the runs
 
@@ -57,7 +55,7 @@ def run_all(
                 if (result := finished(job)) is not None:
                     note(name, Ended(result, was_done=True))
                 else:
-                    running[name] = engine.start(task_folder(job))
+                    running[name] = engine.start(write_task(job))
             for name, handle in list(running.items()):
                 state = engine.state(handle)
                 if state.is_over:
@@ -72,11 +70,3 @@ def run_all(
             engine.stop(handle)
         raise
     return ended
-
-
-def task_folder(job: Job) -> Path:
-    """Write the job into its folder, as engines need it, and return the folder."""
-    folder = Path(job.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_job(job, folder / JOB_FILE)
-    return folder

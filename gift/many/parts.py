@@ -9,15 +9,16 @@ from typing import NoReturn
 
 from gift.errors import JobError
 from gift.jobs.models import Job
-from gift.many.engines.base import SEARCH_FILE
 from gift.many.engines.local import Processes
 from gift.many.searching import Found, search
 from gift.many.settings import Search, objectives_of, read_search
 from gift.many.study import Study
-from gift.many.task import RESULT, read_result
+from gift.many.task import RESULT, SEARCH_FILE, read_result
 from gift.support import yaml_files
 from gift.support.atomic_files import write_text
 from gift.support.optional import require
+
+_SEARCH = "search"  # key in the result of a part
 
 
 def parts_of(settled: Search) -> list[Job]:
@@ -47,9 +48,6 @@ def is_done(settled: Search, folder: Path) -> bool:
     """Return whether a part has come to the end of exactly this search."""
     found = read_result(folder) or {}
     return found.get(_SEARCH) == settled.model_dump(mode="json")
-
-
-_SEARCH = "search"
 
 
 def run_part(folder: Path, network: str | None, tell: Callable[[str], None]) -> None:

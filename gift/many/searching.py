@@ -1,7 +1,5 @@
 """`search`: many runs of one job, whose settings Optuna chooses."""
 
-import csv
-import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,20 +8,20 @@ from typing import Any
 
 from gift.errors import JobError
 from gift.jobs.models import Job
-from gift.jobs.reading import checked, read_job, write_job
+from gift.jobs.reading import checked, write_job
 from gift.jobs.runs import JOB
-from gift.many.batch import task_folder
 from gift.many.costs import Costs
-from gift.many.engines.base import JOB_FILE, Engine, State
+from gift.many.engines.base import Engine, State
 from gift.many.engines.local import Here, Processes
 from gift.many.history import reported_values
 from gift.many.networks import counted_network
 from gift.many.pages import write_search_report
 from gift.many.settings import Search, objectives_of, read_search, value_of
 from gift.many.study import Study, Trial
-from gift.many.task import finished
+from gift.many.task import finished, read_task, write_task
 from gift.many.variants import BUDGET, in_words, varied
 from gift.support.atomic_files import write_text
+from gift.support.csv_text import csv_text
 
 _EACH = 0.2  # seconds between two looks at the trials that are running
 _MOST_FAILURES = 3  # a search of which nothing else came is ended
@@ -181,7 +179,7 @@ class _Work:
             self.failed(trial, str(error))
             return
         if finished(job) is None:
-            trial.handle = self.engine.start(task_folder(job))
+            trial.handle = self.engine.start(write_task(job))
             self.running.append(trial)
         else:
             self.completed(trial, job)
@@ -233,11 +231,6 @@ class _Work:
             raise JobError("the first trials all failed", self.failures)
 
 
-def read_task(folder: Path) -> Job:
-    """Read the job that an engine was given for a folder."""
-    return read_job(folder / JOB_FILE)
-
-
 def conclude(study: Study) -> Found:
     """Write the best job, the table of trials and the report, and return what was found.
 
@@ -276,13 +269,11 @@ def _table(study: Study) -> str:
     notes = ["trained", "megabytes", "seconds", "reason"]
     columns = ["trial", "state", *study.objectives, *names]
     columns += [note for note in notes if note not in columns]
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
+    rows = []
     for trial in study.trials():
         values = dict(zip(study.objectives, trial.values or (), strict=False))
         own = study.settings_of(trial)
         known = {note: trial.user_attrs.get(note, "") for note in notes}
         row = {"trial": trial.number, "state": trial.state.name.lower()}
-        writer.writerow({**known, **own, **values, **row})
-    return out.getvalue()
+        rows.append({**known, **own, **values, **row})
+    return csv_text(columns, rows)

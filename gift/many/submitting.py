@@ -1,10 +1,9 @@
-"""`submit`: jobs that a cluster runs, and what has become of them."""
+"""`submit`: jobs that a cluster runs, their states and their results."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +14,16 @@ from gift.jobs.models import Job
 from gift.jobs.reading import read_job, read_yaml
 from gift.jobs.runs import JOB
 from gift.many import parts
-from gift.many.batch import task_folder
-from gift.many.engines.base import JOB_FILE, SEARCH_FILE, Listed, State
+from gift.many.engines.base import Listed, State
+from gift.many.engines.scheduler import Scheduler
 from gift.many.history import progress_of
 from gift.many.settings import Search, read_search
-from gift.many.task import ERROR, LOG, finished, read_result
-from gift.support.atomic_files import write_text
+from gift.many.submissions import Submission, engine_for, find, remember, remembered
+from gift.many.task import ERROR, LOG, SEARCH_FILE, finished, read_result, read_task, write_task
 from gift.training.checkpoint import FILE
 
-ENGINES = ("ray", "slurm")
-_STATE = "GIFT_STATE"
 
-
-@dataclass(frozen=True)
-class Submission:
-    """A run that was given to an engine.
-
-    Args:
-        id: what the engine calls it.
-        engine: name of the engine.
-        folder: folder of the run.
-        options: options of the engine, see `engine_of`.
-        network: ``import:package.module:function``, for a job that names no network.
-    """
-
-    id: str
-    engine: str
-    folder: str
-    options: dict[str, Any] = field(default_factory=dict)
-    network: str | None = None
-
-
-def engine_of(
-    name: str,
-    *,
-    options: Mapping[str, Any] | None = None,
-    network: str | None = None,
-) -> Any:
-    """Return an engine.
-
-    Args:
-        name: "ray" or "slurm".
-        options: by name: ``address`` of a cluster of Ray; options of ``sbatch``.
-        network: ``import:package.module:function``, for jobs that name no network.
-
-    Raises:
-        JobError: if there is no such engine.
-    """
-    if name == "slurm":
-        from gift.many.engines.slurm_cluster import Slurm
-
-        return Slurm(options, network)
-    if name == "ray":
-        from gift.many.engines.ray_cluster import Ray
-
-        return Ray(options, network)
-    raise JobError(f"there is no engine {name!r}", [f"expected one of {', '.join(ENGINES)}"])
-
-
-def submit(paths: Sequence[str | Path], engine: Any) -> list[Submission]:
+def submit(paths: Sequence[str | Path], engine: Scheduler) -> list[Submission]:
     """Queue jobs and searches; what is done, queued or running already is not queued again.
 
     A search is queued as ``parallel`` jobs, which share its study: each runs trials one after
@@ -84,7 +34,7 @@ def submit(paths: Sequence[str | Path], engine: Any) -> list[Submission]:
 
     Args:
         paths: job files and search files, and folders of them.
-        engine: see `engine_of`.
+        engine: see `gift.many.submissions.engine_of`.
 
     Raises:
         JobError: naming everything that would keep a job from running; nothing is queued then.
@@ -102,7 +52,7 @@ def submit(paths: Sequence[str | Path], engine: Any) -> list[Submission]:
     made = []
     for place, number in zip(places, engine.start_all(places), strict=True):
         made.append(Submission(number, engine.name, str(place), dict(engine.options), network))
-        _remember(made[-1])
+        remember(made[-1])
     return made
 
 
@@ -121,7 +71,7 @@ class _Given:
 
     def written(self) -> Path:
         """Write it into its folder, and return the folder."""
-        folder = task_folder(self.job)
+        folder = write_task(self.job)
         if self.search is not None:
             parts.write_part(self.search, folder)
         return folder
@@ -167,31 +117,7 @@ def _missing(job: Job, network: str | None) -> Iterator[str]:
         yield f"folder: nothing can be written into {there}"
 
 
-def state_folder() -> Path:
-    """Return the folder in which submissions are remembered, ``GIFT_STATE`` or that of the user."""
-    if own := os.environ.get(_STATE):
-        return Path(own)
-    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser() / "gift"
-
-
-def _remember(one: Submission) -> None:
-    name = f"{one.engine}-{one.id}.json".replace("/", "-")
-    write_text(state_folder() / name, json.dumps(asdict(one)) + "\n")
-
-
-def remembered() -> list[Submission]:
-    """Return what was submitted from this machine, oldest first."""
-    found = []
-    for file in sorted(state_folder().glob("*.json"), key=lambda file: file.stat().st_mtime):
-        try:
-            found.append(Submission(**json.loads(file.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
-            continue
-    return found
-
-
-def jobs(engines: Sequence[Any] | None = None) -> tuple[list[Listed], list[str]]:
+def jobs(engines: Sequence[Scheduler] | None = None) -> tuple[list[Listed], list[str]]:
     """Return all runs with their states, as the engines say them, and which engines are silent.
 
     A run that its engine has forgotten has the state that its folder shows.
@@ -202,7 +128,7 @@ def jobs(engines: Sequence[Any] | None = None) -> tuple[list[Listed], list[str]]
     known = remembered()
     if engines is None:
         places = {(one.engine, one.options.get("address")): one for one in known}
-        engines = [of_submission(one) for one in places.values()]
+        engines = [engine_for(one) for one in places.values()]
     rows: dict[tuple[str, str], Listed] = {}
     silent: list[str] = []
     answered: set[tuple[str, Any]] = set()
@@ -244,45 +170,26 @@ def table(rows: Sequence[Listed]) -> str:
     return tabulate(cells, headers=header, disable_numparse=True)
 
 
-def found(name: str) -> Submission:
-    """Return a submission by its id or by the folder of its run; the newest, if there are several.
-
-    Raises:
-        JobError: if there is none.
-    """
-    place = str(Path(name).expanduser().resolve())
-    own = [one for one in remembered() if name == one.id or place == one.folder]
-    if not own:
-        known = ", ".join(one.id for one in remembered()[-5:]) or "none"
-        raise JobError(f"nothing was submitted as {name}", [f"the last ones are: {known}"])
-    return own[-1]
-
-
-def of_submission(one: Submission) -> Any:
-    """Return the engine of a submission."""
-    return engine_of(one.engine, options=one.options, network=one.network)
-
-
 def cancel(name: str) -> Submission:
-    """Cancel a run and wait until it has ended; see `found`."""
-    one = found(name)
-    of_submission(one).stop(one.id)
+    """Cancel a run and wait until it has ended; see `gift.many.submissions.find`."""
+    one = find(name)
+    engine_for(one).stop(one.id)
     return one
 
 
 def resume(name: str, options: Mapping[str, Any] | None = None) -> Submission:
-    """Queue a run again, which goes on from its checkpoint; see `found`.
+    """Queue a run again, which goes on from its checkpoint; see `gift.many.submissions.find`.
 
     Raises:
         JobError: if it is done.
     """
-    one = found(name)
-    job = read_job(Path(one.folder) / JOB_FILE)
+    one = find(name)
+    job = read_task(Path(one.folder))
     if finished(job) is not None:
         raise JobError(f"{one.folder} is done", ["there is nothing to go on with"])
     settled = replace(one, options={**one.options, **(options or {})})
-    again = replace(settled, id=of_submission(settled).start(Path(one.folder)))
-    _remember(again)
+    again = replace(settled, id=engine_for(settled).start(Path(one.folder)))
+    remember(again)
     return again
 
 
@@ -292,7 +199,7 @@ def fetch(name: str, to: str | Path) -> list[Path]:
     Raises:
         JobError: if there are none yet, or the folder is there already.
     """
-    source, target = Path(found(name).folder), Path(to).expanduser()
+    source, target = Path(find(name).folder), Path(to).expanduser()
     if (source / SEARCH_FILE).is_file():
         source = source.parents[1]  # that of the search, of which this is a part
     if not any((source / name).is_file() for name in (JOB, "trials.csv")):
@@ -305,5 +212,5 @@ def fetch(name: str, to: str | Path) -> list[Path]:
 
 
 def log_of(name: str) -> Path:
-    """Return the file with what a run prints; see `found`."""
-    return Path(found(name).folder) / LOG
+    """Return the file with what a run prints; see `gift.many.submissions.find`."""
+    return Path(find(name).folder) / LOG

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gift.errors import GiftError
 from gift.jobs.models import Job
+from gift.jobs.reading import read_job, write_job
 from gift.jobs.running import run_job
 from gift.jobs.runs import Run
 from gift.support.atomic_files import write_text
@@ -30,6 +31,12 @@ from gift.training import Result
 from gift.training.distributed import rank
 from gift.training.metrics import METRICS
 from gift.training.tasks import TASKS
+
+JOB_FILE = "task.yaml"
+"""The job of a run, as it is sent to an engine; the run itself writes ``job.yaml``."""
+
+SEARCH_FILE = "search.yaml"
+"""The search, in the folder of a part of one; its `JOB_FILE` then says what it takes."""
 
 RESULT, ERROR, LOG, LOCK = "result.json", "error.txt", "output.log", ".task.lock"
 _WAIT = 60.0  # seconds in which the process that ran the job before must end
@@ -75,6 +82,19 @@ def run_task(job: Job, network: Any = None, stop: threading.Event | None = None)
         if rank() == 0:
             write_text(folder / RESULT, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return content
+
+
+def write_task(job: Job) -> Path:
+    """Write a job into its folder, where engines look for it, and return the folder."""
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_job(job, folder / JOB_FILE)
+    return folder
+
+
+def read_task(folder: Path) -> Job:
+    """Read the job that `write_task` wrote into a folder."""
+    return read_job(folder / JOB_FILE)
 
 
 def finished(job: Job) -> dict[str, Any] | None:

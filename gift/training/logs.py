@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gift.support.atomic_files import write_text
+from gift.support.csv_text import csv_text
 from gift.support.optional import require
 
 Row = Mapping[str, float]
@@ -168,10 +169,7 @@ class _Table:
         write_text(self.path, self._text([dict(zip(columns, columns, strict=True)), *rows]))
 
     def _text(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        out = io.StringIO(newline="")
-        writer = csv.DictWriter(out, self.columns, lineterminator="\n", extrasaction="ignore")
-        writer.writerows(rows)
-        return out.getvalue()
+        return csv_text(self.columns, rows, header=False)
 
 
 class TensorBoardLog:

@@ -13,10 +13,10 @@ import yaml
 import gift
 from gift.jobs import read_job, run_job
 from gift.many import search, submitting
-from gift.many.batch import task_folder
 from gift.many.engines.base import State, task_command
 from gift.many.history import progress_of
-from gift.many.submitting import Submission
+from gift.many.submissions import Submission
+from gift.many.task import write_task
 from tests.engines.up import CPUS, kill, processes
 from tests.many_examples import Net, tiny_job, tiny_search
 
@@ -102,7 +102,7 @@ def assert_two_processes_end_like_one(engine: Any, one: Submission, file: Path) 
     assert engine.state(one.id) is State.DONE, engine.reason(one.id)
 
     job = read_job(file, ["folder=alone"])
-    subprocess.run(task_command(task_folder(job), 2, FAST), check=True)
+    subprocess.run(task_command(write_task(job), 2, FAST), check=True)
     assert_same(weights(folder), weights(Path(job.folder)))
 
 

@@ -6,13 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from gift.many.task import ERROR, LOG
-
-JOB_FILE = "task.yaml"
-"""The job of a run, as it is sent to an engine; the run itself writes ``job.yaml``."""
-
-SEARCH_FILE = "search.yaml"
-"""The search, in the folder of a part of one; its `JOB_FILE` then says what it takes."""
+from gift.many.task import ERROR, JOB_FILE, LOG, SEARCH_FILE
 
 RESTARTS = 3
 """How often a run whose processes are killed is started again on one machine."""

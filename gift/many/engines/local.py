@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from gift.jobs.reading import read_job
-from gift.many.engines.base import JOB_FILE, State, reason_in, task_command
-from gift.many.task import LOG, StoppedError, run_task
+from gift.many.engines.base import State, reason_in, task_command
+from gift.many.task import LOG, StoppedError, read_task, run_task
 
 _PATIENCE = 60.0  # seconds in which a run that is stopped may write a checkpoint
 
@@ -84,16 +83,12 @@ class Processes:
     def _environment(self, slot: int) -> dict[str, str]:
         own = dict(os.environ)
         if torch.cuda.is_available():
-            visible = own.get("CUDA_VISIBLE_DEVICES", "")
-            seen = visible.split(",") if visible else list(map(str, range(_gpus())))
+            given = own.get("CUDA_VISIBLE_DEVICES")
+            seen = given.split(",") if given else [str(n) for n in range(torch.cuda.device_count())]
             own["CUDA_VISIBLE_DEVICES"] = seen[slot % len(seen)]
         elif "OMP_NUM_THREADS" not in own:
             own["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.slots))
         return own
-
-
-def _gpus() -> int:
-    return torch.cuda.device_count()
 
 
 @dataclass
@@ -121,7 +116,7 @@ class Here:
 
         def run() -> None:
             try:
-                run_task(read_job(folder / JOB_FILE), self.network(), handle.stop)
+                run_task(read_task(folder), self.network(), handle.stop)
             except BaseException as error:  # reported by `state` and `reason`
                 handle.error = error
 

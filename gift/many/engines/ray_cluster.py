@@ -18,10 +18,10 @@ from typing import Any
 
 from gift.errors import JobError
 from gift.jobs.models import Job, Resources
-from gift.jobs.reading import read_job
 from gift.many.engines import ray_job
-from gift.many.engines.base import JOB_FILE, RESTARTS, Listed, State
+from gift.many.engines.base import RESTARTS, Listed, State
 from gift.many.engines.scheduler import Scheduler
+from gift.many.task import read_task
 from gift.support.optional import require
 
 LOCAL = "http://127.0.0.1:8265"
@@ -74,7 +74,7 @@ class Ray(Scheduler):
         return self.options.get("address") is None
 
     def problems(self, jobs: Sequence[Job]) -> list[str]:
-        """Return what would keep jobs from running, in words; empty if nothing is known."""
+        """Return what would keep jobs from running; empty if nothing is known."""
         _use_token(self.is_local)
         try:
             require("ray.job_submission", "ray")
@@ -107,7 +107,7 @@ class Ray(Scheduler):
             return [self._submit(folder) for folder in folders]
 
     def _submit(self, folder: Path) -> str:
-        needs = read_job(folder / JOB_FILE).resources
+        needs = read_task(folder).resources
         options: dict[str, Any] = {"num_cpus": needs.cpus, "num_gpus": needs.gpus}
         options |= {"max_retries": RESTARTS}
         if needs.megabytes is not None:

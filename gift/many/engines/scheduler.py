@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gift.jobs.models import Job
 from gift.many.engines.base import Listed, State, reason_in
 
 _FRESH = 2.0  # seconds for which an answer of a scheduler is used again
@@ -33,6 +34,10 @@ class Scheduler:
         self.options = dict(options or {})
         self.network = network
         self._heard: tuple[float, list[Listed]] = (-math.inf, [])
+
+    def problems(self, jobs: Sequence[Job]) -> list[str]:
+        """Return what would keep jobs from running; empty if nothing is known."""
+        raise NotImplementedError
 
     def ask(self) -> list[Listed]:
         """Return what the scheduler says of this user's runs, oldest first."""

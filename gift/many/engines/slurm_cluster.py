@@ -13,10 +13,10 @@ from typing import Any
 
 from gift.errors import JobError
 from gift.jobs.models import Job, Resources
-from gift.jobs.reading import read_job
-from gift.many.engines.base import JOB_FILE, Listed, State
+from gift.many.engines.base import Listed, State
 from gift.many.engines.scheduler import Scheduler
 from gift.many.engines.watched import Watched
+from gift.many.task import read_task
 from gift.support.optional import require
 
 _PREFIX = "gift-"
@@ -60,7 +60,7 @@ class Slurm(Scheduler):
     title = "Slurm"
 
     def problems(self, jobs: Sequence[Job]) -> list[str]:
-        """Return what would keep jobs from running, in words; empty if nothing is known."""
+        """Return what would keep jobs from running; empty if nothing is known."""
         try:
             require("submitit", "slurm")
         except ImportError as error:
@@ -92,7 +92,7 @@ class Slurm(Scheduler):
         found: dict[Path, str] = {}
         groups: dict[Resources, list[Path]] = {}
         for folder in folders:
-            groups.setdefault(read_job(folder / JOB_FILE).resources, []).append(folder)
+            groups.setdefault(read_task(folder).resources, []).append(folder)
         for resources, group in groups.items():
             place = group[0] if len(group) == 1 else group[0].parent
             executor = submitit.SlurmExecutor(
