@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gift.training.logs import CsvLog, Logs, TensorBoardLog, open_logs
+from gift.training.logs import CsvLog, Log, TensorBoardLog
+from gift.training.settings import Settings
+from gift.training.starting import shown_and_kept
 
 
 def step(number: int, run: int = 0, **more: float) -> dict[str, float]:
@@ -22,12 +26,12 @@ def epoch(number: int, run: int = 0) -> dict[str, float]:
     return {"epoch": number, "train_loss": 2 / number + run, "valid_loss": 3 / number + run}
 
 
-def train(logs: Logs, steps: range, run: int = 0, each: int = 4) -> None:
+def train(log: Log, steps: range, run: int = 0, each: int = 4) -> None:
     """Steps, and an epoch after each fourth one."""
     for number in steps:
-        logs.step(step(number, run))
+        log.step(step(number, run))
         if number % each == 0:
-            logs.epoch(epoch(number // each, run))
+            log.epoch(epoch(number // each, run))
 
 
 def rows(file: Path) -> list[dict[str, float]]:
@@ -78,8 +82,8 @@ def test_a_resumed_run_is_written_as_if_it_had_never_been_killed(
     tmp_path: Path, known: int
 ) -> None:
     """It was killed after step 8 and its checkpoint knows fewer, or none."""
-    train(open_logs(tmp_path, tensorboard=False), range(1, 9))
-    again = open_logs(tmp_path, tensorboard=False)
+    train(CsvLog(tmp_path), range(1, 9))
+    again = CsvLog(tmp_path)
     again.rewind(known, known // 4)
     train(again, range(known + 1, 13), run=5)
     again.close()
@@ -130,7 +134,7 @@ def test_a_full_disk_while_rewinding_leaves_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = CsvLog(tmp_path)
-    train(Logs([log]), range(1, 5))
+    train(log, range(1, 5))
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -158,11 +162,11 @@ def test_rows_survive_a_kill(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("known", [8, 6, 4, 0])
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path, known: int) -> None:
-    first = open_logs(tmp_path)
+    first = TensorBoardLog(tmp_path / "tensorboard")
     first.rewind(0, 0)
     train(first, range(1, 9))
     first.close()
-    again = open_logs(tmp_path)
+    again = TensorBoardLog(tmp_path / "tensorboard")
     again.rewind(known, known // 4)
     train(again, range(known + 1, 13), run=5)
     again.close()
@@ -174,23 +178,39 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path, known: int) -> N
 
 
 def test_tensorboard_has_an_epoch_as_soon_as_it_ended(tmp_path: Path) -> None:
-    logs = open_logs(tmp_path)
+    logs = TensorBoardLog(tmp_path / "tensorboard")
     train(logs, range(1, 5))
     assert [number for number, _ in scalars(tmp_path, "steps/loss")] == [1, 2, 3, 4]
     assert [number for number, _ in scalars(tmp_path, "epochs/train_loss")] == [4]
     logs.close()
 
 
-def test_only_what_was_asked_for_is_written(tmp_path: Path) -> None:
-    nothing, table, both = open_logs(None), open_logs(tmp_path, False), open_logs(tmp_path, True)
-    for logs in (nothing, table):
-        logs.rewind(0, 0)
-        train(logs, range(1, 5))
-        logs.close()
-        logs.close()
-    assert nothing.logs == ()
+@pytest.mark.parametrize(
+    ("has_folder", "tensorboard", "track", "expected"),
+    [
+        (False, True, None, []),
+        (True, False, None, ["TextLog", "CsvLog"]),
+        (True, True, None, ["TextLog", "CsvLog", "TensorBoardLog"]),
+        (True, False, ["tensorboard"], ["TextLog", "CsvLog", "TensorBoardLog"]),
+    ],
+)
+def test_only_what_was_asked_for_is_written(
+    tmp_path: Path, has_folder: bool, tensorboard: bool, track: Any, expected: list[str]
+) -> None:
+    run: Any = SimpleNamespace(
+        settings=Settings(progress=False, tensorboard=tensorboard, track=track),
+        processes=SimpleNamespace(first=True),
+        folder=tmp_path if has_folder else None,
+    )
+    assert [type(one).__name__ for one in shown_and_kept(run)] == expected
+
+
+def test_a_log_is_closed_twice(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path)
+    train(log, range(1, 5))
+    log.close()
+    log.close()
     assert {file.name for file in tmp_path.iterdir()} == {"steps.csv", "history.csv"}
-    assert [type(log) for log in both.logs] == [CsvLog, TensorBoardLog]
 
 
 def test_without_tensorboard_the_message_says_how_to_get_it(
@@ -198,4 +218,4 @@ def test_without_tensorboard_the_message_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r'pip install "gift-torch\[train\]"'):
-        open_logs(tmp_path)
+        TensorBoardLog(tmp_path / "tensorboard")

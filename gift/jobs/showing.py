@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from gift.jobs.errors import shown
 from gift.jobs.runs import Run
-from gift.training.callbacks import LOG
+from gift.training.logs import TEXT_LOG
 from gift.training.report import summary
 from gift.training.result import RESULT
 
@@ -37,7 +37,7 @@ def run_text(run: Run, everything: bool = False) -> str:
     else:
         parts.append("the run has not ended: gift finetune resumes it")
     limit = None if everything else 5
-    parts += [_epochs(run.folder / "history.csv", limit), _last_lines(run.folder / LOG, limit)]
+    parts += [_epochs(run.folder / "history.csv", limit), _last_lines(run.folder / TEXT_LOG, limit)]
     here = [(n, what) for n, what in _FILES.items() if (run.folder / n).is_file()]
     parts.append(tabulate(here, tablefmt="plain"))
     return "\n\n".join(part for part in parts if part)

@@ -1,24 +1,19 @@
-"""Callbacks: own code that a run calls as it goes on. Logs and trackers are callbacks, too."""
+"""Callbacks: code that a run calls as it goes on. Logs and trackers are callbacks, too."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from gift.support.progress import write
-from gift.training.logs import Logs, Row
-from gift.training.report.tables import duration, number, words
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gift.training.run import TrainingRun
 
-LOG = "log.txt"
+Row = Mapping[str, float]
 
 
 class Callback:
-    """Own code that `finetune` calls; a subclass overrides the methods that it needs.
+    """Code that `finetune` calls; a subclass overrides the methods that it needs.
 
     Each method gets the run, with ``run.net``, ``run.epoch`` (finished epochs), ``run.step``
     (finished steps), ``run.optimizer``, ``run.result`` (everything so far), ``run.settings`` and
@@ -142,89 +137,3 @@ class Callbacks(Callback):
             except BaseException:
                 Callbacks(left).close()
                 raise
-
-
-class LogCallback(Callback):
-    """Gives each row to `gift.training.logs`.
-
-    Args:
-        logs: the logs.
-    """
-
-    def __init__(self, logs: Logs) -> None:
-        self.logs = logs
-
-    def on_train_begin(self, run: TrainingRun) -> None:
-        """Discard rows that are later than the checkpoint from which the run resumes."""
-        self.logs.rewind(run.step, run.epoch)
-
-    def on_step_end(self, run: TrainingRun, row: Row) -> None:
-        """Log the step."""
-        self.logs.step(row)
-
-    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
-        """Log the epoch."""
-        self.logs.epoch(row)
-
-    def close(self) -> None:
-        """Close the logs."""
-        self.logs.close()
-
-
-class Console(Callback):
-    """Prints a line for each epoch, and messages."""
-
-    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
-        """Print the epoch."""
-        write(epoch_line(run, row))
-
-    def on_message(self, run: TrainingRun, text: str) -> None:
-        """Print the message."""
-        write(text)
-
-
-class TextLog(Callback):
-    """Appends what `Console` prints to ``log.txt``, with the time.
-
-    Args:
-        folder: folder of the run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOG
-
-    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
-        """Append the epoch."""
-        self.add(epoch_line(run, row))
-
-    def on_message(self, run: TrainingRun, text: str) -> None:
-        """Append the message."""
-        self.add(text)
-
-    def add(self, text: str) -> None:
-        """Append a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.path.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        except OSError as error:  # which names no file
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-
-def epoch_line(run: TrainingRun, row: Mapping[str, Any]) -> str:
-    """Return an epoch as one line: loss, metrics, learning rate, time, and the best so far."""
-    total = run.settings.epochs
-    values = [
-        f"{words(name.removeprefix('train_'))} {number(value)}"
-        for name, value in row.items()
-        if name not in ("epoch", "step", "seconds")
-    ]
-    if run.result.steps:
-        values.append(f"lr {run.result.steps[-1]['lr']:.3g}")
-    values.append(duration(row["seconds"]))
-    best = run.result.best_epoch
-    if best is not None:
-        watch = words(run.settings.watch or run.task.watch)
-        here = best == row["epoch"]
-        values.append("best so far" if here else f"best: epoch {best}, {watch} {number(run.best)}")
-    return f"epoch {row['epoch']:>{len(str(total))}}/{total}: " + ", ".join(values)

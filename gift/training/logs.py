@@ -1,82 +1,58 @@
-"""Logs of training: CSV files and TensorBoard events."""
+"""Logs of training: lines on the console and in ``log.txt``, CSV files, TensorBoard events."""
+
+from __future__ import annotations
 
 import csv
 import io
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gift.support.atomic_files import write_text
 from gift.support.csv_text import csv_text
 from gift.support.optional import require
+from gift.support.progress import write
+from gift.training.callbacks import Callback, Row
+from gift.training.report.tables import duration, number, words
 
-Row = Mapping[str, float]
+if TYPE_CHECKING:
+    from gift.training.run import TrainingRun
 
-
-class Log(Protocol):
-    """What a training loop calls to log its progress."""
-
-    def step(self, row: Row) -> None:
-        """Log a step of the optimizer: "step" (from 1) and values."""
-
-    def epoch(self, row: Row) -> None:
-        """Log an epoch: "epoch" (from 1) and values."""
-
-    def rewind(self, step: int, epoch: int) -> None:
-        """Discard rows after this step and this epoch, from which training resumes."""
-
-    def close(self) -> None:
-        """Close the log."""
+TEXT_LOG = "log.txt"
 
 
-class Logs:
-    """Several logs as one.
-
-    Args:
-        logs: the logs, each of which receives every row.
-    """
-
-    def __init__(self, logs: Sequence[Log]) -> None:
-        self.logs = tuple(logs)
+class Log(Callback):
+    """Base class of callbacks that write down rows, each as soon as it is known."""
 
     def step(self, row: Row) -> None:
         """Log a step of the optimizer: "step" (from 1) and values."""
-        for log in self.logs:
-            log.step(row)
+        raise NotImplementedError
 
     def epoch(self, row: Row) -> None:
         """Log an epoch: "epoch" (from 1) and values."""
-        for log in self.logs:
-            log.epoch(row)
+        raise NotImplementedError
 
     def rewind(self, step: int, epoch: int) -> None:
         """Discard rows after this step and this epoch; 0 and 0 discard everything."""
-        for log in self.logs:
-            log.rewind(step, epoch)
+        raise NotImplementedError
 
-    def close(self) -> None:
-        """Close all logs."""
-        for log in self.logs:
-            log.close()
+    def on_train_begin(self, run: TrainingRun) -> None:
+        """Discard rows that are later than the checkpoint from which the run resumes."""
+        self.rewind(run.step, run.epoch)
 
+    def on_step_end(self, run: TrainingRun, row: Row) -> None:
+        """Log the step."""
+        self.step(row)
 
-def open_logs(folder: Path | None, tensorboard: bool = True) -> Logs:
-    """Open the logs of a run. Call `Logs.rewind` before the first row if files may already exist.
-
-    Args:
-        folder: where to write ``history.csv``, ``steps.csv`` and ``tensorboard/``; None writes
-            nothing.
-        tensorboard: whether to write ``tensorboard/``.
-    """
-    if folder is None:
-        return Logs(())
-    more = [TensorBoardLog(folder / "tensorboard")] if tensorboard else []
-    return Logs([CsvLog(folder), *more])
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Log the epoch."""
+        self.epoch(row)
 
 
-class CsvLog:
+class CsvLog(Log):
     """``steps.csv`` and ``history.csv``, complete after each row even if the process is killed.
 
     Args:
@@ -172,7 +148,7 @@ class _Table:
         return csv_text(self.columns, rows, header=False)
 
 
-class TensorBoardLog:
+class TensorBoardLog(Log):
     """Events for TensorBoard: ``steps/loss``, ``epochs/valid_accuracy`` and so on.
 
     Both are logged against optimizer steps, so that a resumed run can tell TensorBoard with one
@@ -222,3 +198,62 @@ class TensorBoardLog:
         for name, value in row.items():
             if name != key:
                 self._writer.add_scalar(f"{group}/{name}", value, self._last)
+
+
+class Console(Callback):
+    """Prints a line for each epoch, and messages."""
+
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Print the epoch."""
+        write(epoch_line(run, row))
+
+    def on_message(self, run: TrainingRun, text: str) -> None:
+        """Print the message."""
+        write(text)
+
+
+class TextLog(Callback):
+    """Appends what `Console` prints to ``log.txt``, with the time.
+
+    Args:
+        folder: folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / TEXT_LOG
+
+    def on_epoch_end(self, run: TrainingRun, row: Row) -> None:
+        """Append the epoch."""
+        self.add(epoch_line(run, row))
+
+    def on_message(self, run: TrainingRun, text: str) -> None:
+        """Append the message."""
+        self.add(text)
+
+    def add(self, text: str) -> None:
+        """Append a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.path.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:  # which names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def epoch_line(run: TrainingRun, row: Mapping[str, Any]) -> str:
+    """Return an epoch as one line: loss, metrics, learning rate, time, and the best so far."""
+    total = run.settings.epochs
+    values = [
+        f"{words(name.removeprefix('train_'))} {number(value)}"
+        for name, value in row.items()
+        if name not in ("epoch", "step", "seconds")
+    ]
+    if run.result.steps:
+        values.append(f"lr {run.result.steps[-1]['lr']:.3g}")
+    values.append(duration(row["seconds"]))
+    best = run.result.best_epoch
+    if best is not None:
+        watch = words(run.settings.watch or run.task.watch)
+        here = best == row["epoch"]
+        values.append("best so far" if here else f"best: epoch {best}, {watch} {number(run.best)}")
+    return f"epoch {row['epoch']:>{len(str(total))}}/{total}: " + ", ".join(values)

@@ -5,10 +5,10 @@ from typing import Any
 
 from gift.data.examples import Examples
 from gift.errors import some
-from gift.training.callbacks import Callback, Console, LogCallback, TextLog
+from gift.training.callbacks import Callback
 from gift.training.checkpoint import forget, random_states, restore, restore_states
 from gift.training.evaluation import judge
-from gift.training.logs import open_logs
+from gift.training.logs import Console, CsvLog, TensorBoardLog, TextLog
 from gift.training.optimizers import make_optimizer, make_rates
 from gift.training.predicting import remember
 from gift.training.run import VALID, TrainingRun, put_state, trained_state
@@ -82,9 +82,10 @@ def shown_and_kept(run: TrainingRun) -> Iterator[Callback]:
     if settings.progress and run.processes.first:
         yield Console()
     if run.folder is not None:
-        board = settings.tensorboard or "tensorboard" in (settings.track or ())
         yield TextLog(run.folder)
-        yield LogCallback(open_logs(run.folder, board))
+        yield CsvLog(run.folder)
+        if settings.tensorboard or "tensorboard" in (settings.track or ()):
+            yield TensorBoardLog(run.folder / "tensorboard")
     if run.processes.first:
         yield from trackers(settings.track, run.folder)
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gift.errors import TrainingError, closest
 from gift.support.atomic_files import write_text
 from gift.support.optional import require
-from gift.training.callbacks import Callback
-from gift.training.logs import Row
+from gift.training.callbacks import Callback, Row
 
 if TYPE_CHECKING:
     from gift.training.run import TrainingRun
