@@ -93,7 +93,7 @@ def test_columns_are_found(text: str, kind: str, options: dict[str, Any], tmp_pa
 
 WRONG = {
     "numbers": ("a,b,label\n" + "1,2.5,0\n3,4.5,1\n" * 4, "numbers only"),
-    "no classes": ("text,label\n" + "".join(f"word {n},{n}.5\n" for n in range(9)), "no classes"),
+    "no classes": ("text,label\n" + "".join(f"word {n},{n}.5\n" for n in range(9)), "not classes"),
     "one column": ("text\na\nb\n", "expected rows with an input and a label"),
 }
 

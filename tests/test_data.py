@@ -358,7 +358,7 @@ def test_classes_have_an_order(
     [
         (b"", {}, ["the table is empty"]),
         (b"text,label\n", {}, ["no rows below it"]),
-        (b"texts,gold\na,1\n", {}, ["no column 'text' but ['texts', 'gold']", "no column 'label'"]),
+        (b"texts,gold\na,1\n", {}, ["no column 'text', only ['texts'", "no column 'label'"]),
         (b"a,1\n", {"text": 0, "label": 5}, ["no column 5: there are 2"]),
         (b"a,1\n", {"text": -1, "label": 1}, ["no column -1"]),
         (b"a,1\n", {"text": "text", "label": 1}, ["names for all of them, or numbers"]),

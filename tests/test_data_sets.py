@@ -378,7 +378,7 @@ def test_classes_of_hugging_face(
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (reviews, {"label": "gold"}, "no column 'gold', but .*'label', 'text'"),
+        (reviews, {"label": "gold"}, "no column 'gold', only .*'label', 'text'"),
         (reviews, {"input": "label2", "pair": "b"}, "(?s)'label2'.*'b'"),
         (lambda: reviews((-1, 0)), {}, r"row 0: no label \(-1\)"),
         (lambda: reviews((1, 0), label=datasets.Value("int64")), {"classes": ("a",)},

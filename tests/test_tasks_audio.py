@@ -279,7 +279,10 @@ def test_waves_of_several_lengths_are_padded_by_the_extractor() -> None:
         ({"feature_extractor_type": "Trainer"}, "no feature extractor 'Trainer'"),
         ({"feature_extractor_type": ["x"]}, "no feature extractor"),
         ({}, "no feature extractor None"),
-        ({"feature_extractor_type": "Wav2Vec2FeatureExtractor", "x": object()}, "no plain numbers"),
+        (
+            {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "x": object()},
+            "not plain numbers",
+        ),
         ("no/such", "no feature extractor 'no/such' here"),
         (5, "expected a feature extractor"),
     ],

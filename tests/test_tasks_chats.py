@@ -115,7 +115,7 @@ def test_records_of_each_form(form: str, as_list: bool, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "no json": ('{"messages": [\n', "line 1: this is no JSON"),
+    "no json": ('{"messages": [\n', "line 1: this is not JSON"),
     "another record": ('{"text": "one"}\n', r"line 1: it has \['text'\], expected messages"),
     "a list": ("5\n", "line 1: this is 5, expected a record"),
     "no role": ('{"messages": [{"content": "one"}]}\n', "has the role None"),

@@ -99,7 +99,7 @@ def chats(
             see each other.
 
     Raises:
-        DataError: naming all lines that are no records, or have no answer; or if the tokenizer has
+        DataError: naming all lines that are not records, or have no answer; or if the tokenizer has
             no chat template but needs one.
     """
     if type(length) is not int or length < 2:
@@ -178,14 +178,14 @@ def _records(path: Any, problems: list[str]) -> list[tuple[str, Any]]:
         try:
             return [(f"record {place}", one) for place, one in enumerate(json.loads(text))]
         except (ValueError, RecursionError) as error:
-            problems.append(f"this is no JSON: {error}")
+            problems.append(f"this is not JSON: {error}")
             return []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 found.append((f"line {number}", json.loads(line)))
             except (ValueError, RecursionError) as error:
-                problems.append(f"line {number}: this is no JSON: {error}")
+                problems.append(f"line {number}: this is not JSON: {error}")
     return found
 
 

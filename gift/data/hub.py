@@ -80,7 +80,7 @@ def hugging_face(
     refuse(
         DataError,
         "hugging_face",
-        [f"there is no column {n!r}, but {sorted(features)}" for n in missing],
+        [f"there is no column {n!r}, only {sorted(features)}" for n in missing],
     )
     if task in ("classification", "contrastive"):
         names, numbers = _numbered(data, label, classes)

@@ -88,7 +88,7 @@ def mask_folders(
 
     Raises:
         DataError: naming all images without a mask, masks without an image, and masks of another
-            size; or, where they are read, masks with values that are no class.
+            size; or, where they are read, masks with values that are not classes.
     """
     found, problems = _pairs(Path(images), Path(masks))
     refuse(DataError, f"{images} and {masks}", problems)

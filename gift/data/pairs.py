@@ -71,7 +71,7 @@ def text_pairs(
         delimiter: delimiter of columns; None chooses it by the file name.
 
     Raises:
-        DataError: naming all rows that are incomplete, or if there is no more than one pair.
+        DataError: naming all rows that are incomplete, or if there are fewer than two pairs.
     """
     rows = read_table(path, (first, second), delimiter)
     pairs = [(values[0], values[1]) for values in rows.values]

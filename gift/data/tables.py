@@ -136,7 +136,7 @@ def _place(column: Column, first: list[str]) -> int | str:
             return names.index(column)
         shown = [name if len(name) < 30 else f"{name[:27]}..." for name in names]
         return (
-            f"there is no column {column!r} but {shown}; if the first line is not a header, give "
+            f"there is no column {column!r}, only {shown}; if the first line is not a header, give "
             "the numbers of columns, from 0"
         )
     if 0 <= column < len(first):

@@ -81,9 +81,9 @@ def tabular(
         wanted = header if columns is None else list(columns)
         names = tuple(name for name in wanted if name != label and name not in ignore)
         unknown = [name for name in (*categorical, *ignore) if name not in header]
-        refuse(DataError, str(csv), [f"there is no column {n!r} but {header}" for n in unknown])
+        refuse(DataError, str(csv), [f"there is no column {n!r}, only {header}" for n in unknown])
         if not names:
-            refuse(DataError, str(csv), ["there is no column beside the label"])
+            refuse(DataError, str(csv), ["there is no column besides the label"])
     table, targets, problems = read_labelled(
         csv, names, label, delimiter, task, classes, separator, standardise, optional=names
     )
@@ -144,7 +144,7 @@ def _no_numbers(name: str, cells: Sequence[str], lines: Sequence[int]) -> Iterat
         if number_of(cell) is None:
             yield (
                 f"line {line}: {cell.strip()!r:.60} in column {name!r}, whose other cells are "
-                f"numbers: mend it, or give categorical=[{name!r}]"
+                f"numbers: correct it, or give categorical=[{name!r}]"
             )
 
 
@@ -155,7 +155,7 @@ def _no_categories(name: str, cells: Sequence[str]) -> Iterator[str]:
     elif len(counts) > MOST_CATEGORIES or (len(counts) > 20 and len(counts) > 0.9 * len(cells)):
         yield (
             f"column {name!r} has {len(counts):,} different texts in {len(cells):,} rows, such as "
-            f"{some([repr(text)[:30] for text in counts], 2)}: these are no categories, give "
+            f"{some([repr(text)[:30] for text in counts], 2)}: these are not categories, give "
             f"ignore=[{name!r}]"
         )
 

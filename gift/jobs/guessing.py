@@ -117,7 +117,9 @@ def _of_table(path: Path) -> dict[str, Any]:
     if not images and all(map(_is_number, columns[entry])):
         _refuse(path, names, "it has numbers only: data of kind tabular need a network of your own")
     if kinds < 2 or kinds > max(2, len(rows) // 2):
-        _refuse(path, names, f"column {label!r} has {kinds} different values, which are no classes")
+        _refuse(
+            path, names, f"column {label!r} has {kinds} different values: these are not classes"
+        )
     kind, named = ("picture_table", "path") if images else ("text_table", "text")
     sibling = None
     if path.stem.lower() in _TRAIN:

@@ -58,7 +58,7 @@ def _items(run: Any, one: str, kind: str) -> Iterator[Any]:
 def _answers(ask: Callable[[], bool]) -> bool:
     try:
         return ask()
-    except (OSError, ValueError):  # a text that is no name of a file
+    except (OSError, ValueError):  # a text that cannot be the name of a file
         return False
 
 

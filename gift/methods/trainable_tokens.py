@@ -31,7 +31,7 @@ def _ranges(value: Any) -> list[tuple[int, int]]:
         first, dash, last = part.strip().partition("-")
         pair = int(first), int(last if dash else first)
         if not 0 <= pair[0] <= pair[1] or (found and pair[0] <= found[-1][1]):
-            raise ValueError(f"{part!r} is no range after the one before it")
+            raise ValueError(f"{part!r} is not a range after the one before it")
         found.append(pair)
     return found
 

@@ -133,7 +133,7 @@ def difficulties(
         losses: returns the loss of each example, of the network as it is.
 
     Raises:
-        TrainingError: if a difficulty is no number.
+        TrainingError: if a difficulty is not a number.
     """
     data = _examples(examples)
     if kind == "length":

@@ -56,7 +56,7 @@ class ChatReader(TextReader):
         """Return the text up to the answer.
 
         Raises:
-            DataError: if the input is no chat.
+            DataError: if the input is not a chat.
         """
         if isinstance(raw, str):
             raw = [{"role": "user", "content": raw}]

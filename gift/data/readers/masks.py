@@ -94,7 +94,7 @@ class MaskFormat:
         """Return class numbers (height, width), with `IGNORED` where there is none.
 
         Raises:
-            DataError: if it cannot be read, or has values that are no class.
+            DataError: if it cannot be read, or has values that are not classes.
         """
         pixels = self.pixels(path)
         if pixels.dim() == 3:

@@ -209,7 +209,7 @@ def _made(settings: Mapping[str, Any]) -> Any:
             f"{closest(name, known)}"
         )
     if not all(map(_is_plain, settings.values())):
-        raise DataError("the settings of the feature extractor are no plain numbers and texts")
+        raise DataError("the settings of the feature extractor are not plain numbers and texts")
     own = {key: value for key, value in settings.items() if key != "feature_extractor_type"}
     try:
         return made.from_dict(own)

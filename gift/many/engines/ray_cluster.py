@@ -219,7 +219,7 @@ def _ray() -> list[str]:
     """Return the command ``ray`` of this Python, which need not be on the path."""
     for point in entry_points(group="console_scripts", name="ray"):
         return [sys.executable, "-c", f"from {point.module} import {point.attr}; {point.attr}()"]
-    raise JobError("Ray is not here", ["there is no command ray"])
+    raise JobError("Ray is not installed here", ["there is no command ray"])
 
 
 def _use_token(make: bool) -> None:

@@ -253,7 +253,7 @@ def _slurm(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
-        raise JobError("Slurm is not here", [f"there is no {command[0]}"]) from None
+        raise JobError("Slurm is not installed here", [f"there is no {command[0]}"]) from None
     except subprocess.TimeoutExpired:
         raise JobError("Slurm does not answer", [f"{command[0]} took more than 60 s"]) from None
     if done.returncode:
