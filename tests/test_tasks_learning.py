@@ -20,11 +20,11 @@ from gift.errors import DataError
 from gift.jobs import Job, JobError, Run, read_job, run_job
 from gift.strategies import FullFineTuningStrategy
 from gift.training import Embedded, TrainingError, evaluate, finetune, predict
+from gift.training.balance import class_weights, easiest, example_weights
 from gift.training.distributed import Processes
 from gift.training.loading import Batches
 from gift.training.settings import Settings
 from gift.training.tasks.taught import similarity_loss
-from gift.training.weighing import class_weights, easiest, example_weights
 from gift.zoo import load_network
 from tests.job_examples import CHEAP, bert, images, texts, written
 from tests.small_files import class_images, word_tokenizer

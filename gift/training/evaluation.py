@@ -19,6 +19,7 @@ from gift.training.drawings import Sample
 from gift.training.finite import describe_not_finite, rows_not_finite
 from gift.training.loading import Batches, examples_of
 from gift.training.metrics import MetricKind, confusion_matrix, metrics_of, scalars
+from gift.training.run import VALID, TrainingRun
 from gift.training.settings import Settings
 from gift.training.tasks import TASKS, Classification, Task, Taught, Undecided
 
@@ -132,6 +133,7 @@ def judge(
     task: Task,
     batches: Batches,
     kinds: Mapping[str, MetricKind],
+    *,
     in_detail: bool = False,
     autocast: AbstractContextManager[Any] | None = None,
     what: str = "the examples",
@@ -192,6 +194,31 @@ def judge(
         # computed in float32, whose further digits carry no information
         values |= {key: float(f"{part:.7g}") for key, part in parts.items()}
     return values, None if matrix is None else matrix.tolist()
+
+
+def judge_valid(
+    run: TrainingRun,
+    in_detail: bool = False,
+    see: Callable[[Any, Any, Any], None] = lambda *_: None,
+) -> tuple[dict[str, float], list[list[int]] | None]:
+    """Compute loss and metrics on the validation examples of a run, which must have some.
+
+    Args:
+        run: the run.
+        in_detail: as for `judge`.
+        see: as for `judge`.
+    """
+    assert run.valid is not None
+    return judge(
+        run.net,
+        run.task,
+        run.valid,
+        run.metrics,
+        in_detail=in_detail,
+        autocast=run.autocast(),
+        what=VALID,
+        see=see,
+    )
 
 
 def plain_task(task: Task | Taught) -> Task:

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from gift.data.examples import Examples
 from gift.errors import TrainingError
 from gift.private.torch.containers import tree_map
+from gift.training.balance import easiest
 from gift.training.distributed import Processes
-from gift.training.weighing import easiest
 
 
 def examples_of(data: Any, task: str | None = None) -> Examples | DataLoader[Any]:

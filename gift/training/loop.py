@@ -29,17 +29,17 @@ from gift.training.checkpoint import (
     write_checkpoint,
 )
 from gift.training.distributed import Processes
-from gift.training.evaluation import drawings, judge, plain_task
+from gift.training.evaluation import drawings, judge_valid, plain_task
 from gift.training.finite import describe_not_finite
 from gift.training.loading import windows
 from gift.training.locking import FolderLock
-from gift.training.mistakes import Watcher, gathered
 from gift.training.randomness import kept_random
 from gift.training.report import write_report
 from gift.training.result import Result, write_result
-from gift.training.run import TRAIN, VALID, TrainingRun, put_state, trained_state
+from gift.training.run import TRAIN, TrainingRun, put_state, trained_state
 from gift.training.settings import settings_of
 from gift.training.setup import prepare
+from gift.training.shown_examples import ExampleCollector, gathered
 from gift.training.stopping import Signals
 from gift.training.tasks import Loss
 
@@ -313,9 +313,7 @@ def finish_epoch(run: TrainingRun, signals: Signals) -> None:
     row = {"epoch": run.epoch + 1, "train_loss": total / max(count, 1)}
     if run.valid is not None:
         with signals.evaluating():
-            values, _ = judge(
-                run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
-            )
+            values, _ = judge_valid(run)
         row |= {f"valid_{name}": value for name, value in values.items()}
         value = run.watched(row)
         if run.allocator is not None and not run.allocator.is_final:
@@ -355,14 +353,14 @@ def conclude(run: TrainingRun) -> Result:
     if run.settings.keep == "best" and run.best_state:
         put_state(run.net, run.best_state)
     if run.valid is not None:
-        watcher = Watcher(plain_task(run.task), run.valid.data, run.result.folder is not None)
-        result.after, result.confusion = judge(
-            run.net, run.task, run.valid, run.metrics, True, run.autocast(), VALID, watcher.see
+        collector = ExampleCollector(
+            plain_task(run.task), run.valid.data, run.result.folder is not None
         )
-        result.shown = gathered(run.processes.gathered(watcher.samples()), False)
-        result.mistakes = gathered(run.processes.gathered(watcher.worst()), True)
+        result.after, result.confusion = judge_valid(run, in_detail=True, see=collector.see)
+        result.shown = gathered(run.processes.gathered(collector.samples()), False)
+        result.mistakes = gathered(run.processes.gathered(collector.worst()), True)
         result.numbers = [
-            pair for part in run.processes.gathered(watcher.numbers()) for pair in part
+            pair for part in run.processes.gathered(collector.numbers()) for pair in part
         ]
         result.samples = drawings(run.net, run.task, run.valid)
     if run.old is not None:

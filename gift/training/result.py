@@ -7,7 +7,7 @@ from typing import Any
 
 from gift.support.atomic_files import write_text
 from gift.training.drawings import Sample
-from gift.training.mistakes import Seen
+from gift.training.shown_examples import ShownExample
 
 
 @dataclass(repr=False)
@@ -62,8 +62,8 @@ class Result:
     old_after: dict[str, float] = field(default_factory=dict)
     confusion: list[list[int]] | None = None
     samples: list[Sample] = field(default_factory=list)
-    shown: list[Seen] = field(default_factory=list)
-    mistakes: list[Seen] = field(default_factory=list)
+    shown: list[ShownExample] = field(default_factory=list)
+    mistakes: list[ShownExample] = field(default_factory=list)
     numbers: list[tuple[float, float]] = field(default_factory=list)
     best_epoch: int | None = None
     stopped: str = "done"

@@ -32,7 +32,7 @@ from gift.training.checkpoint import check_writable, read_checkpoint
 from gift.training.damaged import readable, write_damaged
 from gift.training.data_changes import KEYS, DataNames, refuse_changes
 from gift.training.distributed import Processes
-from gift.training.evaluation import judge, rehearse, task_of
+from gift.training.evaluation import judge, judge_valid, rehearse, task_of
 from gift.training.forgetting import old_heads
 from gift.training.loading import Batches, examples_of
 from gift.training.locking import FolderLock
@@ -43,9 +43,9 @@ from gift.training.result import Result
 from gift.training.run import TRAIN, VALID, Old, TrainingRun
 from gift.training.settings import Settings, Settled
 from gift.training.starting import shown_and_kept, start, tell
+from gift.training.task_options import settled_for, with_options
 from gift.training.tasks import Contrastive, Loss, Task
 from gift.training.trackers import check_trackers
-from gift.training.weighted import settled_for, weighed
 
 _WITHOUT_CONSEQUENCE = ("progress", "tensorboard", "track", "device", "workers", "parallel",
                         "compile", "checkpoint_steps", "skip_damaged")  # fmt: skip
@@ -102,7 +102,7 @@ def prepare(
         each = learning.steps(settings.accumulate)
         chosen = settled_for(net, settings, work, each)
         _warn_of_late(schedule, chosen)
-        work = weighed(learning, work, net, chosen, teacher)
+        work = with_options(learning, work, net, chosen, teacher)
         optimizer = make_optimizer(net, chosen)
         _attach(allocator, net, each * chosen.epochs, processes)
         run = TrainingRun(
@@ -288,9 +288,7 @@ def _warn_of_late(schedule: Schedule | None, settings: Settled) -> None:
 def _judge_before(run: TrainingRun) -> None:
     result = run.result
     if run.valid is not None:
-        result.before, _ = judge(
-            run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
-        )
+        result.before, _ = judge_valid(run)
     if run.old is not None:
         result.old_before = run.old()
 

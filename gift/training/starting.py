@@ -7,11 +7,11 @@ from gift.data.examples import Examples
 from gift.errors import some
 from gift.training.callbacks import Callback
 from gift.training.checkpoint import forget, random_states, restore, restore_states
-from gift.training.evaluation import judge
+from gift.training.evaluation import judge_valid
 from gift.training.logs import Console, CsvLog, TensorBoardLog, TextLog
 from gift.training.optimizers import make_optimizer, make_rates
 from gift.training.predicting import remember
-from gift.training.run import VALID, TrainingRun, put_state, trained_state
+from gift.training.run import TrainingRun, put_state, trained_state
 from gift.training.trackers import trackers
 
 
@@ -68,9 +68,7 @@ def _judge_best_again(run: TrainingRun) -> None:
         return
     random, now = random_states(run), trained_state(run.net)
     put_state(run.net, run.best_state)
-    values, _ = judge(
-        run.net, run.task, run.valid, run.metrics, autocast=run.autocast(), what=VALID
-    )
+    values, _ = judge_valid(run)
     run.best = run.watched({f"valid_{name}": value for name, value in values.items()})
     put_state(run.net, now)
     restore_states(run, random)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from gift.support.atomic_files import write_bytes
 from gift.support.optional import require
-from gift.training.mistakes import Seen
 from gift.training.report import plots, tables
 from gift.training.result import Result
+from gift.training.shown_examples import ShownExample
 
 
 class Image(NamedTuple):
@@ -117,11 +117,11 @@ def rendered(
     )  # fmt: skip
 
 
-def _sections(result: Result) -> list[tuple[str, list[Seen]]]:
+def _sections(result: Result) -> list[tuple[str, list[ShownExample]]]:
     return [("Worst mistakes", result.mistakes), ("Examples", result.shown)]
 
 
-def _seen(one: Seen) -> dict[str, Any]:
+def _seen(one: ShownExample) -> dict[str, Any]:
     """Return an example as texts for the page."""
     return {
         "input": tables.plain(one.input),

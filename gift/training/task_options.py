@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from gift.core.frozen_norms import kept_modes
 from gift.core.trained import named_trainable
 from gift.errors import TrainingError
+from gift.training.balance import class_weights, difficulties, example_weights
 from gift.training.loading import Batches
 from gift.training.settings import Settings, Settled, settled
 from gift.training.tasks import Task, Taught
-from gift.training.weighing import class_weights, difficulties, example_weights
 
 
 def settled_for(net: nn.Module, settings: Settings, task: Task, steps: int) -> Settled:
@@ -29,7 +29,7 @@ def settled_for(net: nn.Module, settings: Settings, task: Task, steps: int) -> S
     return settled(settings, task.name, steps, trained, total, is_transformer)
 
 
-def weighed(
+def with_options(
     batches: Batches, task: Task, net: nn.Module, settings: Settled, teacher: nn.Module | None
 ) -> Task:
     """Give a task weights of classes and a teacher, and batches weights and difficulties.

@@ -1,4 +1,4 @@
-"""Examples with what a network says of them: evenly spread ones, and the worst mistakes."""
+"""Examples that a report shows with predictions: evenly spread ones, and the worst mistakes."""
 
 import heapq
 import os
@@ -25,13 +25,13 @@ LONGEST = 400
 """Number of characters of a text that are shown."""
 
 
-class Seen(NamedTuple):
-    """An example, and what the network says of it.
+class ShownExample(NamedTuple):
+    """An example and its prediction.
 
     Args:
         input: the text, or the name of the file, or the number of the example.
-        true: what is true.
-        predicted: what was predicted.
+        true: the target, as a text.
+        predicted: the prediction, as a text.
         loss: loss of the example.
         png: the image as PNG; empty if there is none.
     """
@@ -43,15 +43,15 @@ class Seen(NamedTuple):
     png: bytes = b""
 
 
-class _Judged(NamedTuple):
+class _Evaluated(NamedTuple):
     loss: float
     place: int
     true: str
     predicted: str
 
 
-class Watcher:
-    """Watches an evaluation, and keeps the examples to show.
+class ExampleCollector:
+    """Collects the examples to show, while they are evaluated.
 
     Args:
         task: the task.
@@ -66,8 +66,8 @@ class Watcher:
         self._spread = {place * len(data) // count for place in range(count)}
         self._every = -(-len(data) // MOST_NUMBERS) if self.is_on else 1
         self._numbers: list[tuple[float, float]] = []
-        self._samples: list[_Judged] = []
-        self._worst: list[_Judged] = []
+        self._samples: list[_Evaluated] = []
+        self._worst: list[_Evaluated] = []
 
     def see(self, places: list[int] | None, outputs: Any, batch: Any) -> None:
         """Note the examples of a batch.
@@ -92,7 +92,7 @@ class Watcher:
         for row, (place, loss) in enumerate(zip(places, losses, strict=True)):
             if place not in self._spread and loss <= least:
                 continue
-            one = _Judged(loss, place, *self._said(outputs[row : row + 1], _row(batch, row)))
+            one = _Evaluated(loss, place, *self._as_texts(outputs[row : row + 1], _row(batch, row)))
             if place in self._spread:
                 self._samples.append(one)
             if one.true and one.true == one.predicted:
@@ -117,8 +117,8 @@ class Watcher:
             return 0.0
         return float(self.task.loss(outputs[row : row + 1], own)) / count
 
-    def _said(self, outputs: Tensor, batch: Any) -> tuple[str, str]:
-        """Return what is true and what is predicted, as texts."""
+    def _as_texts(self, outputs: Tensor, batch: Any) -> tuple[str, str]:
+        """Return target and prediction as texts."""
         target = self.task.targets(batch)
         known = IOSpec(None, self.task.classes, self.task.name, self.task.details)
         try:
@@ -136,7 +136,7 @@ class Watcher:
             return _numbers(target.flatten().tolist()), _numbers(found.value)
         return "", ""
 
-    def samples(self) -> list[Seen]:
+    def samples(self) -> list[ShownExample]:
         """Return the evenly spread examples."""
         return [self._shown(one) for one in sorted(self._samples, key=lambda one: one.place)]
 
@@ -144,13 +144,13 @@ class Watcher:
         """Return true and predicted numbers of evenly spread examples, for regression."""
         return self._numbers[:MOST_NUMBERS]
 
-    def worst(self) -> list[Seen]:
+    def worst(self) -> list[ShownExample]:
         """Return the examples with the largest losses that were predicted wrongly."""
         return [self._shown(one) for one in sorted(self._worst, reverse=True)]
 
-    def _shown(self, one: _Judged) -> Seen:
+    def _shown(self, one: _Evaluated) -> ShownExample:
         raw = raw_input(self.data, one.place)
-        return Seen(
+        return ShownExample(
             _text(raw, one.place), one.true, one.predicted, one.loss,
             _image(raw, self.data, one.place),
         )  # fmt: skip
@@ -220,8 +220,8 @@ def _image(raw: Any, data: Examples, place: int) -> bytes:
     return b""
 
 
-def gathered(parts: list[list[Seen]], is_worst: bool) -> list[Seen]:
-    """Merge what several processes have seen."""
+def gathered(parts: list[list[ShownExample]], is_worst: bool) -> list[ShownExample]:
+    """Merge what several processes have collected."""
     found = [one for part in parts for one in part]
     if is_worst:
         found.sort(key=lambda one: -one.loss)
