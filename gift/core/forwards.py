@@ -240,6 +240,12 @@ def where(module: Any, name: str) -> str:
     return f"{path or 'the network'} ({plain_class(type(module)).__name__})"
 
 
+def forward_deltas(module: nn.Module) -> Mapping[str, ForwardDelta]:
+    """Return the records of a module's wrappers, by their names; empty for most modules."""
+    own: dict[str, ForwardDelta] = module.__dict__.get("_gift_forwards", {})
+    return own
+
+
 def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> None:
     """Wrap the forward pass of `module`; its own parameters stay as they are.
 
@@ -251,7 +257,7 @@ def wrap_forward(module: nn.Module, method: ForwardMethod, path: str = "") -> No
     Raises:
         AdaptationError: if the forward pass cannot be wrapped; nothing is changed then.
     """
-    own: dict[str, ForwardDelta] = module.__dict__.get("_gift_forwards", {})
+    own = dict(forward_deltas(module))
     _refuse(module)
     if method.name in own:
         raise AdaptationError(f"it is already wrapped by {own[method.name].method}")
@@ -301,7 +307,7 @@ def named_forward_deltas(
 ) -> Iterator[tuple[str, nn.Module, ForwardDelta]]:
     """All wrappers in `module`: path, wrapped module, record of the wrapper."""
     for path, part in module.named_modules(prefix=prefix):
-        for wrapper in part.__dict__.get("_gift_forwards", {}).values():
+        for wrapper in forward_deltas(part).values():
             yield path, part, wrapper
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from gift.data import Examples
 from gift.errors import JobError
 from gift.jobs.errors import shown
 from gift.jobs.examples import job_examples, job_reader
@@ -14,11 +15,14 @@ from gift.jobs.networks import job_network, remember_code
 from gift.jobs.reading import checked, read_yaml, write_job
 from gift.jobs.runs import INPUTS, JOB, inputs_text
 from gift.jobs.teachers import job_teacher
+from gift.schedules import Schedule
+from gift.strategies import FineTuningStrategy
 from gift.strategies.classic import new_heads
 from gift.support.atomic_files import write_text
 from gift.training import Callback, LearningRates, Result, find_lr, finetune
 from gift.training.checkpoint import FILE
 from gift.training.distributed import rank
+from gift.zoo import LoadedNetwork
 
 _NOT_GIVEN = object()
 
@@ -57,17 +61,11 @@ def run_job(
     folder = Path(job.folder)
     if not restart and (folder / FILE).is_file():
         _refuse_another(job, folder, accept_changed_data)
-    loaded = job_network(job, network)
-    reader = job_reader(job.data, loaded.reader)
-    train, valid, old = job_examples(job.data, reader, job.training.seed or 0)
-    is_random = network is None and job.network is not None and job.network.weights is None
-    strategy = with_head(job.strategy, loaded, train, is_random)
-    is_named = network is None and not is_random
-    if train.task == "regression" and is_named and not any(new_heads(strategy)):
+    parts = _parts_of(job, network)
+    loaded, train = parts.loaded, parts.train
+    is_named = network is None and not _is_random(job, network)
+    if train.task == "regression" and is_named and not any(new_heads(parts.strategy)):
         train = replace(train, details={})  # the head that is kept gives the numbers themselves
-    settings = {field.name: getattr(job.training, field.name) for field in fields(job.training)}
-    schedule = None if job.schedule is None else job.schedule.made()
-
     teacher = job_teacher(job, train)
 
     def write() -> None:
@@ -78,10 +76,10 @@ def run_job(
             remember_code(folder, code)
 
     return finetune(
-        loaded.net, train, valid, strategy=strategy, schedule=schedule, old=old,
-        folder=folder, restart=restart, begin=write, teacher=teacher,
+        loaded.net, train, parts.valid, strategy=parts.strategy, schedule=parts.schedule,
+        old=parts.old, folder=folder, restart=restart, begin=write, teacher=teacher,
         accept_changed_data=accept_changed_data, callbacks=callbacks, about=_places(job),
-        **settings,
+        **parts.settings,
     )  # fmt: skip
 
 
@@ -93,16 +91,41 @@ def find_lr_of(job: Job, network: Any = None, steps: int = 100) -> LearningRates
         network: see `run_job`.
         steps: number of learning rates to try.
     """
-    job = job.anchored(Path.cwd())
+    parts = _parts_of(job.anchored(Path.cwd()), network)
+    return find_lr(
+        parts.loaded.net, parts.train, strategy=parts.strategy, schedule=parts.schedule,
+        steps=steps, **parts.settings,
+    )  # fmt: skip
+
+
+class _JobParts(NamedTuple):
+    """The parts of a run that a job names."""
+
+    loaded: LoadedNetwork
+    train: Examples
+    valid: Examples | None
+    old: Examples | None
+    strategy: FineTuningStrategy
+    schedule: Schedule | None
+    settings: dict[str, Any]
+
+
+def _parts_of(job: Job, network: Any) -> _JobParts:
+    """Make the parts that a job names; `network` as in `run_job`."""
     loaded = job_network(job, network)
     reader = job_reader(job.data, loaded.reader)
-    train, _, _ = job_examples(job.data, reader, job.training.seed or 0)
-    is_random = network is None and job.network is not None and job.network.weights is None
-    settings = {field.name: getattr(job.training, field.name) for field in fields(job.training)}
-    return find_lr(
-        loaded.net, train, strategy=with_head(job.strategy, loaded, train, is_random),
-        schedule=None if job.schedule is None else job.schedule.made(), steps=steps, **settings,
+    train, valid, old = job_examples(job.data, reader, job.training.seed or 0)
+    return _JobParts(
+        loaded, train, valid, old,
+        strategy=with_head(job.strategy, loaded, train, _is_random(job, network)),
+        schedule=None if job.schedule is None else job.schedule.made(),
+        settings={field.name: getattr(job.training, field.name) for field in fields(job.training)},
     )  # fmt: skip
+
+
+def _is_random(job: Job, network: Any) -> bool:
+    """Whether the job asks for a network with random weights."""
+    return network is None and job.network is not None and job.network.weights is None
 
 
 def _refuse_another(job: Job, folder: Path, accept_changed_data: bool) -> None:

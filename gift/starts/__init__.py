@@ -1,6 +1,7 @@
 """Starts of LoRA that look at data, or at what quantising lost."""
 
-from gift.starts.initialise import Initialised, initialise
+from gift.starts.initialise import initialise
 from gift.starts.loftq import loftq
+from gift.starts.places import Initialised
 
 __all__ = ["Initialised", "initialise", "loftq"]

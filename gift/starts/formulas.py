@@ -60,7 +60,7 @@ class Start(NamedTuple):
 
 
 def eva(layer: Layer) -> Factors:
-    """The principal directions of the inputs, as rows of ``A``."""
+    """Return the principal directions of the inputs, as rows of ``A``."""
     values, vectors = torch.linalg.eigh(layer.data)
     u, _, _ = signed(vectors.flip(-1), values.flip(-1), vectors.flip(-1).mT)
     values = values.flip(-1).clamp(min=0)
@@ -68,7 +68,7 @@ def eva(layer: Layer) -> Factors:
 
 
 def corda(layer: Layer) -> Factors:
-    """Parts of the weight that matter most, or least, for the inputs."""
+    """Return the parts of the weight that matter most, or least, for the inputs."""
     moment, damping = layer.data, 0.01
     unit = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     if not bool(moment.diagonal().mean() > 0):
@@ -88,7 +88,7 @@ def corda(layer: Layer) -> Factors:
 
 
 def lora_ga(layer: Layer) -> Factors:
-    """Singular vectors of the gradient: the first step is like one of the whole weight."""
+    """Return singular vectors of the gradient: the first step is like one of the whole weight."""
     rank = layer.rank
     if 2 * rank > min(layer.data.shape):
         raise AdaptationError(

@@ -2,55 +2,27 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from gift.core.delta import put_values
-from gift.core.dynamic_class import joined, plain_class
+from gift.core.dynamic_class import plain_class
 from gift.core.record import fine_tuned_part
 from gift.core.undo.snapshot import transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.weights.frozen import present_tensor
-from gift.core.weights.record import WeightDelta, present_weight_deltas
+from gift.core.weights.record import WeightDelta
 from gift.errors import AdaptationError, GiftWarning, closest, refuse, some
 from gift.layers.table import dotted, forwards_of
 from gift.methods.settings import is_number
 from gift.starts.collecting import Gradients, Inputs
 from gift.starts.formulas import STARTS, Factors, Layer, Start
+from gift.starts.places import REFUSED, Initialised, Places, places_of
 from gift.support.tensors import wide
 
 _LINEAR = frozenset(forwards_of("linear", "packed linear", "transposed linear"))
-REFUSED = "nothing was initialised, the network is unchanged"
-
-
-@dataclass(frozen=True)
-class Initialised:
-    """What a start did; it prints as a table.
-
-    Args:
-        start: its name.
-        batches: the number of batches that it saw.
-        shares: for each layer, the part of what data say that its factors hold, between 0 and 1:
-            of the second moment of the inputs (EVA), of the squared singular values of weight times
-            moment (CorDA) or of the gradient (LoRA-GA). For `loftq`, of the squared error of
-            quantising.
-        left: adapted weights that keep their start: other layer types, other methods, layers that
-            the batches did not reach.
-    """
-
-    start: str
-    batches: int
-    shares: dict[str, float]
-    left: list[str]
-
-    def __str__(self) -> str:
-        rows = [(path, f"{share:.1%}") for path, share in self.shares.items()]
-        rows += [(path, "as it was") for path in self.left]
-        return tabulate(rows, headers=["weight", f"share, {self.start}"], disable_numparse=True)
 
 
 def initialise(
@@ -117,7 +89,7 @@ def initialise(
     refuse_meanwhile(network)
     chosen = _start(start, settings, loss)
     settings = chosen.settings | settings
-    places, left = _places(network, chosen)
+    places, left = places_of(network, lambda module, delta: _fits(chosen, module, delta))
     if not places:
         raise AdaptationError(
             f"{start} initialises linear layers that are adapted by {' or '.join(chosen.methods)}; "
@@ -175,25 +147,10 @@ def _start(name: str, settings: Mapping[str, Any], loss: Any) -> Start:
     return start
 
 
-Places = dict[str, tuple[nn.Module, WeightDelta]]
-
-
-def _places(network: nn.Module, start: Start) -> tuple[Places, list[str]]:
-    """The weights that a start can initialise, and the paths of all other adapted ones."""
-    places: Places = {}
-    left: list[str] = []
-    for path, module in network.named_modules():
-        for tensor, delta in present_weight_deltas(module).items():
-            own = joined(path, tensor)
-            if delta.owner is not None:
-                continue
-            fits = tensor == "weight" and delta.method.name in start.methods
-            linear = dotted(plain_class(type(module)).forward) in _LINEAR
-            if fits and linear and delta.layout is not None and not delta.mesh_axes:
-                places[own] = module, delta
-            else:
-                left.append(own)
-    return places, left
+def _fits(start: Start, module: nn.Module, delta: WeightDelta) -> bool:
+    """Whether a start can initialise the delta of a layer's weight."""
+    linear = dotted(plain_class(type(module)).forward) in _LINEAR
+    return linear and delta.method.name in start.methods and not delta.mesh_axes
 
 
 def _called(net: nn.Module, batch: Any) -> Any:
@@ -215,7 +172,7 @@ def _factors(
 
 
 def _values(delta: WeightDelta, made: Factors) -> dict[str, Tensor]:
-    """The values of a delta's tensors, by their names on the module."""
+    """Return the values of a delta's tensors, by their names on the module."""
     values = {"lora_A": made.right}
     if made.left is not None:
         values |= {"lora_B": made.left}

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from gift.core.delta import put_values
-from gift.core.dynamic_class import joined, spec_of
+from gift.core.dynamic_class import spec_of
 from gift.core.record import fine_tuned_part
 from gift.core.state import whole_state
 from gift.core.undo.snapshot import transaction
 from gift.core.undo.temporary_state import refuse_meanwhile
 from gift.core.weights.frozen import present_tensor
-from gift.core.weights.record import WeightDelta, present_weight_deltas
+from gift.core.weights.record import WeightDelta
 from gift.errors import AdaptationError, refuse, some
 from gift.methods.settings import is_integer
 from gift.quantization import dequantised, is_quantised, requantised, shape_of
-from gift.starts.initialise import REFUSED, Initialised
+from gift.starts.places import REFUSED, Initialised, Places, places_of
 from gift.support.tensors import is_finite, wide
 
 _METHODS = ("lora", "rslora", "lora_fa")
@@ -77,7 +77,7 @@ def loftq(
     refuse_meanwhile(network)
     if not (is_integer(rounds) and rounds >= 1):
         raise ValueError(f"rounds is {rounds!r}, expected an integer of at least 1")
-    places, left = _places(network)
+    places, left = places_of(network, _fits)
     if not places:
         raise AdaptationError(
             f"loftq starts quantised weights that are adapted by {' or '.join(_METHODS)}; the "
@@ -97,21 +97,9 @@ def loftq(
     return Initialised("loftq", 0, {path: one.share for path, one in started.items()}, left)
 
 
-def _places(network: nn.Module) -> tuple[dict[str, tuple[nn.Module, WeightDelta]], list[str]]:
-    """Return the weights that can be started, and the paths of all other adapted ones."""
-    places: dict[str, tuple[nn.Module, WeightDelta]] = {}
-    left: list[str] = []
-    for path, module in network.named_modules():
-        for tensor, delta in present_weight_deltas(module).items():
-            if delta.owner is not None:
-                continue
-            quantised = is_quantised(module._parameters.get(tensor))
-            fits = delta.method.name in _METHODS and delta.below is None
-            if quantised and fits and delta.layout is not None and tensor == "weight":
-                places[joined(path, tensor)] = module, delta
-            else:
-                left.append(joined(path, tensor))
-    return places, left
+def _fits(module: nn.Module, delta: WeightDelta) -> bool:
+    quantised = is_quantised(module._parameters.get("weight"))
+    return quantised and delta.method.name in _METHODS and delta.below is None
 
 
 def _weights_of(original: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -164,7 +152,7 @@ def _original(weights: Mapping[str, Tensor], path: str, frozen: Tensor) -> Tenso
 
 def _write(
     network: nn.Module,
-    places: Mapping[str, tuple[nn.Module, WeightDelta]],
+    places: Places,
     started: Mapping[str, _Started],
 ) -> None:
     written = [

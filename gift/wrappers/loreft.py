@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.core.forwards import Forward, ForwardMethod, where, wrap_forward
+from gift.core.forwards import Forward, ForwardMethod, forward_deltas, where, wrap_forward
 from gift.errors import AdaptationError
 from gift.methods.settings import flag, probability, setting, whole
 from gift.support.contexts import holding
@@ -297,7 +297,7 @@ def intervene(network: nn.Module, module: nn.Module, method: LoReFT, path: str) 
                 "it is in an encoder-decoder model, which reads two texts: positions='all' alone "
                 "is understood"
             )
-        present = model.__dict__.get("_gift_forwards", {}).get(method.name)
+        present: Any = forward_deltas(model).get(method.name)
         if present is None:
             wrap_forward(model, Positions(method.positions), name)
         elif present.method != Positions(method.positions):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.core.forwards import Forward, ForwardMethod, where
+from gift.core.forwards import Forward, ForwardMethod, forward_deltas, where
 from gift.errors import AdaptationError
 from gift.layers.table import family_of
 from gift.methods.settings import flag, whole
@@ -97,7 +97,7 @@ class PromptedReader(ModelPart):
             raise AdaptationError(
                 f"{self.num_virtual_tokens} virtual tokens leave no room in {number} positions"
             )
-        for wrapper in module.__dict__.get("_gift_forwards", {}).values():
+        for wrapper in forward_deltas(module).values():
             if isinstance(wrapper.method, PromptedReader):
                 raise AdaptationError(
                     f"it is already wrapped by {wrapper.method}, which also puts virtual tokens "

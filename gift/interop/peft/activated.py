@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gift.core.forwards import ForwardDelta, named_forward_deltas
+from gift.core.forwards import forward_deltas, named_forward_deltas
 from gift.factories import ma_activated_lora, ma_invocation, mc_path
 from gift.interop.peft.forms import Config, Tensors, Written, plain, sizes
 from gift.interop.peft.layers import kind_of
@@ -93,8 +93,7 @@ def put_activated(network: nn.Module, reading: Reading) -> None:
     """Write the values of a file into the activated LoRAs."""
     with torch.no_grad():
         for read in reading.reads:
-            module: Any = network.get_submodule(read.layer.path)
-            wrapper: ForwardDelta = module._gift_forwards[ActivatedLoRA.name]
-            tensors = wrapper.tensors(module)
+            module = network.get_submodule(read.layer.path)
+            tensors = forward_deltas(module)[ActivatedLoRA.name].tensors(module)
             tensors["B"].copy_(read.values["lora_B"])
             tensors["A"].copy_(read.values["lora_A"])
