@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gift.bank.combining import Combination, combine, padded
+from gift.bank.combining import Combination, combine
+from gift.bank.padding import padded
 from gift.bank.rows import rows_added
 from gift.bank.scaling import scale
 from gift.core.dynamic_class import spec_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gift.data.examples import Examples, Reader
 from gift.data.reading import read_examples
-from gift.data.targets import Targets, targets_of
+from gift.data.targets import Labelling, Targets, targets_of
 from gift.errors import DataError, refuse, some
 
 Column = str | int
@@ -149,18 +149,15 @@ def read_labelled(
     columns: Sequence[Column],
     label: Column,
     delimiter: str | None,
-    task: str,
-    classes: Sequence[str] | None,
-    separator: str,
-    standardise: bool,
+    labelling: Labelling,
     optional: Sequence[Column] = (),
 ) -> tuple[Rows, Targets, list[str]]:
     """Return columns and the label after them, its targets, and the problems with it, by line."""
-    none = (label,) if task == "multi_label" else ()  # an empty cell: none of the classes
+    none = (label,) if labelling.task == "multi_label" else ()  # an empty cell: none of the classes
     rows = read_table(path, (*columns, label), delimiter, (*optional, *none))
     labels = [values[-1].strip() for values in rows.values]
     try:
-        found = targets_of(labels, task, classes, separator, standardise)
+        found = targets_of(labels, *labelling)
     except DataError as error:
         raise DataError(f"{path}\n  {error}") from None
     return rows, found, [f"line {rows.lines[place]}: {reason}" for place, reason in found.problems]
@@ -208,7 +205,8 @@ def picture_table(
     Raises:
         DataError: naming all rows that are incomplete, without a known class, or without a file.
     """
-    table = read_labelled(csv, (path,), label, delimiter, task, classes, separator, standardise)
+    labelling = Labelling(task, classes, separator, standardise)
+    table = read_labelled(csv, (path,), label, delimiter, labelling)
     return _read_files(csv, table, "image", reader, augment)
 
 
@@ -246,7 +244,8 @@ def audio_table(
     Raises:
         DataError: naming all rows that are incomplete, without a valid label, or without a file.
     """
-    table = read_labelled(csv, (path,), label, delimiter, task, classes, separator, standardise)
+    labelling = Labelling(task, classes, separator, standardise)
+    table = read_labelled(csv, (path,), label, delimiter, labelling)
     return _read_files(csv, table, "sound", reader, augment)
 
 
@@ -313,9 +312,8 @@ def text_table(
         ((['so', '"deep"'], 0), ('bad', 'good'))
     """
     columns = (text,) if pair is None else (text, pair)
-    rows, targets, problems = read_labelled(
-        path, columns, label, delimiter, task, classes, separator, standardise
-    )
+    labelling = Labelling(task, classes, separator, standardise)
+    rows, targets, problems = read_labelled(path, columns, label, delimiter, labelling)
     refuse(DataError, str(path), problems)
     texts = [values[0] if pair is None else values[:2] for values in rows.values]
     return targets.of(read_examples(list(zip(texts, targets.values, strict=True)), reader))

@@ -11,6 +11,7 @@ from gift.data.examples import Examples
 from gift.data.readers.rows import RowReader, category_of, number_of
 from gift.data.reading import read_examples
 from gift.data.tables import header_of, read_labelled
+from gift.data.targets import Labelling
 from gift.errors import DataError, GiftWarning, refuse, some
 from gift.support.optional import require
 
@@ -84,8 +85,9 @@ def tabular(
         refuse(DataError, str(csv), [f"there is no column {n!r}, only {header}" for n in unknown])
         if not names:
             refuse(DataError, str(csv), ["there is no column besides the label"])
+    labelling = Labelling(task, classes, separator, standardise)
     table, targets, problems = read_labelled(
-        csv, names, label, delimiter, task, classes, separator, standardise, optional=names
+        csv, names, label, delimiter, labelling, optional=names
     )
     rows = [dict(zip(names, cells[:-1], strict=True)) for cells in table.values]
     if reader is None:

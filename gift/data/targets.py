@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gift.data.classes import classes_of, numbers_of
 from gift.data.examples import Examples
@@ -40,6 +40,15 @@ class Targets:
             examples.dataset, self.task, self.classes, examples.collate, examples.reader,
             self.details,
         )  # fmt: skip
+
+
+class Labelling(NamedTuple):
+    """How the labels of examples are read; see `targets_of`."""
+
+    task: str
+    classes: Sequence[str] | None
+    separator: str
+    standardise: bool
 
 
 def targets_of(

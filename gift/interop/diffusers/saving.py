@@ -19,8 +19,8 @@ from gift.interop.peft.forms import Config, Tensors
 from gift.interop.peft.names import PREFIX
 from gift.interop.peft.saving import contents_for
 from gift.interop.text_encoders import in_all_versions, lead
+from gift.interop.writing import dtype_problems, value_problems
 from gift.support.atomic_files import replace_file
-from gift.support.tensors import is_finite
 
 
 def save_diffusers(
@@ -53,9 +53,7 @@ def save_diffusers(
         DeltaFileError: naming everything that such a file cannot hold; nothing is written.
     """
     file = file_in(path)
-    problems: list[str] = []
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        problems.append(f"dtype is {dtype!r}, expected a floating-point torch dtype")
+    problems = list(dtype_problems(dtype))
     tensors: Tensors = {}
     settings: Config = {}
     for own, one in _networks(net, name, problems).items():
@@ -66,8 +64,7 @@ def save_diffusers(
         tensors |= {f"{start}{key}": tensor for key, tensor in content.items()}
         settings |= {f"{start}{key}": value for key, value in config.items()}
     kept = {key: _own(tensor, dtype) for key, tensor in tensors.items()} if not problems else {}
-    if bad := [key for key, tensor in kept.items() if not is_finite(tensor)]:
-        problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
+    problems += value_problems(kept, dtype)
     refuse(DeltaFileError, f"{file} was not written", problems)
     text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False)
     metadata = {"format": "pt", METADATA: text}

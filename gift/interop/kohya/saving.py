@@ -19,9 +19,9 @@ from gift.errors import DeltaFileError, refuse
 from gift.interop.kohya.layers import Incompatible, flat, is_layer
 from gift.interop.kohya.parts import parts_of
 from gift.interop.text_encoders import lead
+from gift.interop.writing import dtype_problems, value_problems
 from gift.quantization import dequantised
 from gift.support.atomic_files import replace_file
-from gift.support.tensors import is_finite
 
 
 def save_kohya(
@@ -84,9 +84,7 @@ def save_kohya(
                 # Alpha scales the whole delta, so it is not rounded; a flag stays an integer.
                 keeps = dtype is None or part in ("alpha", "on_input")
                 tensors[key] = tensor if keeps else tensor.to(dtype)
-    bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
-    if bad:
-        problems.append(f"not finite{f' in {dtype}' * bool(dtype)}: {', '.join(bad)}")
+    problems += value_problems(tensors, dtype)
     refuse(DeltaFileError, f"{path} was not written", problems)
     kept = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in
             tensors.items()}  # fmt: skip
@@ -103,8 +101,7 @@ def _parts(delta: WeightDelta, module: nn.Module, name: Any) -> dict[str, Tensor
 def _wrong_arguments(nets: Any, dtype: Any, metadata: Any) -> Iterator[str]:
     if not nets:
         yield "there is no network to write"
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        yield f"dtype is {dtype!r}, expected a floating-point torch dtype"
+    yield from dtype_problems(dtype)
     pairs = dict(metadata or {}).items()
     wrong = {k: v for k, v in pairs if not (isinstance(k, str) and isinstance(v, str))}
     if wrong:
