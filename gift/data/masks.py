@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,10 +93,9 @@ def mask_folders(
     """
     found, problems = _pairs(Path(images), Path(masks))
     refuse(DataError, f"{images} and {masks}", problems)
-    return _examples(
-        f"{images} and {masks}", [("", *pair) for pair in found], reader, classes, colours, values,
-        ignore_index, augment,
-    )  # fmt: skip
+    coding = _Coding(classes, colours, values, ignore_index)
+    files = [("", *pair) for pair in found]
+    return _examples(f"{images} and {masks}", files, reader, coding, augment)
 
 
 def mask_table(
@@ -135,9 +135,8 @@ def mask_table(
         files = [beside_table(csv, line, name, "image", problems) for name in (first, second)]
         found.append((f"line {line}: ", files[0], files[1]))
     refuse(DataError, str(csv), problems)
-    return _examples(
-        str(csv), found, reader, classes, colours, values, ignore_index, augment
-    )  # fmt: skip
+    coding = _Coding(classes, colours, values, ignore_index)
+    return _examples(str(csv), found, reader, coding, augment)
 
 
 _ENDS = ("", "_mask", "_label", "_labelIds")
@@ -171,41 +170,29 @@ def _pairs(images: Path, masks: Path) -> tuple[list[tuple[str, str]], list[str]]
     return found, problems
 
 
+class _Coding(NamedTuple):
+    """How a user says that classes are written in masks; see `mask_folders`."""
+
+    classes: Sequence[str] | None
+    colours: Sequence[Sequence[int]] | None
+    values: Sequence[int] | None
+    ignore_index: int | None
+
+
 def _examples(
-    what: str,
-    files: Sequence[tuple[str, str, str]],
-    reader: Any,
-    classes: Sequence[str] | None,
-    colours: Sequence[Sequence[int]] | None,
-    values: Sequence[int] | None,
-    ignore_index: int | None,
-    augment: bool,
+    what: str, files: Sequence[tuple[str, str, str]], reader: Any, coding: _Coding, augment: bool
 ) -> Examples:
     """Return the examples of files, each with its place in a table."""
     if not isinstance(reader, SegmentationReader):
         raise DataError(f"the reader is {reader!r:.60}, expected SegmentationReader(size=512)")
     refuse(DataError, what, [f"{place}{p}" for place, i, m in files if (p := _sizes(i, m))])
-    drawn = None if colours is None else checked_colours(colours)
-    number = next((len(given) for given in (classes, values, drawn) if given is not None), None)
-    problems = []
-    if values is not None and (len(set(values)) < len(values) or len(values) != number):
-        problems.append(f"values are {list(values)}, expected another one for each class")
-    if drawn is not None and len(drawn) != number:
-        problems.append(f"there are {len(drawn)} colours for {number} classes")
-    refuse(DataError, what, problems)
-    form = MaskFormat(
-        None if values is None else tuple(values),
-        None
-        if drawn is None or not _are_coloured(files)
-        else tuple((r, g, b) for r, g, b in drawn),
-        () if ignore_index is None else (ignore_index,),
-        number,
-    )
+    drawn = None if coding.colours is None else checked_colours(coding.colours)
     masks = [mask for _, _, mask in files]
-    if number is None:
-        number = _highest(what, masks, form) + 1
-        form = MaskFormat(form.values, form.colours, form.ignore, number)
-    known = classes_of((), classes if classes is not None else [str(n) for n in range(number)])
+    form = _form(what, masks, coding, drawn)
+    number = form.number
+    assert number is not None
+    names = [str(n) for n in range(number)] if coding.classes is None else coding.classes
+    known = classes_of((), names)
     if len(known) < 2:
         refuse(DataError, what, [
             f"all pixels are of one class; where masks have other values than class numbers, such "
@@ -217,6 +204,29 @@ def _examples(
         MaskedImages(pairs, reader, form, augment), "segmentation", known, None, reader,
         {"colours": colours_of(number) if drawn is None else drawn},
     )  # fmt: skip
+
+
+def _form(
+    what: str, masks: Sequence[str], coding: _Coding, drawn: list[list[int]] | None
+) -> MaskFormat:
+    """Return how classes are written in masks, with their number; see `_Coding`."""
+    values = coding.values
+    given = (coding.classes, values, drawn)
+    number = next((len(one) for one in given if one is not None), None)
+    problems = []
+    if values is not None and (len(set(values)) < len(values) or len(values) != number):
+        problems.append(f"values are {list(values)}, expected another one for each class")
+    if drawn is not None and len(drawn) != number:
+        problems.append(f"there are {len(drawn)} colours for {number} classes")
+    refuse(DataError, what, problems)
+    coloured = drawn is not None and _is_coloured(masks[0])
+    form = MaskFormat(
+        None if values is None else tuple(values),
+        tuple((r, g, b) for r, g, b in drawn or ()) if coloured else None,
+        () if coding.ignore_index is None else (coding.ignore_index,),
+        number,
+    )
+    return form if number is not None else replace(form, number=_highest(what, masks, form) + 1)
 
 
 def _sizes(image: str, mask: str) -> str:
@@ -233,8 +243,8 @@ def _sizes(image: str, mask: str) -> str:
     )
 
 
-def _are_coloured(files: Sequence[tuple[str, str, str]]) -> bool:
-    return open_mask(files[0][2]).mode not in ("L", "P", "1", "I;16", "I")
+def _is_coloured(mask: str) -> bool:
+    return open_mask(mask).mode not in ("L", "P", "1", "I;16", "I")
 
 
 def _highest(what: str, masks: Sequence[str], form: MaskFormat) -> int:
