@@ -24,7 +24,7 @@ from gift.training.balance import class_weights, easiest, example_weights
 from gift.training.distributed import Processes
 from gift.training.loading import Batches
 from gift.training.settings import Settings
-from gift.training.tasks.taught import similarity_loss
+from gift.training.tasks.distillation import similarity_loss
 from gift.zoo import load_network
 from tests.job_examples import CHEAP, bert, images, texts, written
 from tests.small_files import class_images, word_tokenizer

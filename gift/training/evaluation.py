@@ -21,7 +21,7 @@ from gift.training.loading import Batches, examples_of
 from gift.training.metrics import MetricKind, confusion_matrix, metrics_of, scalars
 from gift.training.run import VALID, TrainingRun
 from gift.training.settings import Settings
-from gift.training.tasks import TASKS, Classification, Task, Taught, Undecided
+from gift.training.tasks import TASKS, Classification, Distillation, Task, Undecided
 
 LARGEST_CONFUSION = 1000
 
@@ -221,9 +221,9 @@ def judge_valid(
     )
 
 
-def plain_task(task: Task | Taught) -> Task:
+def plain_task(task: Task | Distillation) -> Task:
     """Return the task itself, if it has a teacher."""
-    return task.task if isinstance(task, Taught) else task
+    return task.task if isinstance(task, Distillation) else task
 
 
 def drawings(net: nn.Module, task: Task, batches: Batches, number: int = 8) -> list[Sample]:

@@ -11,7 +11,7 @@ from gift.errors import TrainingError
 from gift.training.balance import class_weights, difficulties, example_weights
 from gift.training.loading import Batches
 from gift.training.settings import Settings, Settled, settled
-from gift.training.tasks import Task, Taught
+from gift.training.tasks import Distillation, Task
 
 
 def settled_for(net: nn.Module, settings: Settings, task: Task, steps: int) -> Settled:
@@ -60,10 +60,10 @@ def with_options(
             batches.data, settings.curriculum, lambda: _losses(batches, task, net)
         )
         batches.curriculum = difficulty, max(1, settings.epochs // 2)
-    return task if teacher is None else taught(batches, task, net, teacher, settings)
+    return task if teacher is None else with_teacher(batches, task, net, teacher, settings)
 
 
-def taught(
+def with_teacher(
     batches: Batches, task: Task, net: nn.Module, teacher: nn.Module, settings: Settled
 ) -> Task:
     """Return the task with a teacher, which is moved to the device of the network.
@@ -77,10 +77,16 @@ def taught(
     batch, _ = next(iter(batches.of()))
     with kept_modes(net):
         net.eval()
-        made: Any = Taught(
-            task, net, teacher, batches.on_device(batch), settings.distill_weight,
-            settings.distill_temperature, settings.distill_layers, settings.distill_hidden_weight,
-        )  # fmt: skip
+        made: Any = Distillation(
+            task,
+            net,
+            teacher,
+            batches.on_device(batch),
+            weight=settings.distill_weight,
+            temperature=settings.distill_temperature,
+            layers=settings.distill_layers,
+            hidden_weight=settings.distill_hidden_weight,
+        )
     return cast(Task, made)  # it has all of a task
 
 

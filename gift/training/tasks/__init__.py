@@ -4,10 +4,10 @@ from gift.training.tasks.base import Loss, Task, accepted, keywords_of, main_out
 from gift.training.tasks.classification import Classification, MultiLabel
 from gift.training.tasks.contrastive import Contrastive
 from gift.training.tasks.detection import Detection
+from gift.training.tasks.distillation import Distillation
 from gift.training.tasks.language import Language
 from gift.training.tasks.regression import Regression
 from gift.training.tasks.segmentation import Segmentation
-from gift.training.tasks.taught import Taught
 from gift.training.tasks.undecided import Undecided
 
 TASKS: dict[str, type[Task]] = {
@@ -22,9 +22,9 @@ __all__ = [
     "TASKS",
     "Classification",
     "Contrastive",
+    "Distillation",
     "Loss",
     "Task",
-    "Taught",
     "Undecided",
     "accepted",
     "keywords_of",

@@ -1,4 +1,4 @@
-"""Distillation: learning from what another network says of the same examples."""
+"""Distillation: learning from the outputs of another network for the same examples."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from gift.training.tasks.language import Language
 from gift.training.tasks.regression import Regression
 
 
-class Taught:
+class Distillation:
     """A task with a teacher, whose outputs are targets as well.
 
     The training loss is a mean of the loss of the task and of that of the soft targets of the
@@ -49,10 +49,11 @@ class Taught:
         net: nn.Module,
         teacher: nn.Module,
         batch: Any,
-        weight: float = 0.5,
-        temperature: float = 2.0,
-        layers: Mapping[str, str] | None = None,
-        hidden_weight: float = 1.0,
+        *,
+        weight: float,
+        temperature: float,
+        layers: Mapping[str, str] | None,
+        hidden_weight: float,
     ) -> None:
         if not isinstance(task, Classification | MultiLabel | Language | Regression):
             raise TrainingError(f"there is no distillation of {task.name}, only of " + _KINDS)
