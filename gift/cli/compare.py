@@ -31,7 +31,7 @@ def compare(
     address: ADDRESS = None,
     network: NETWORK = None,
 ) -> None:
-    """Compare methods on a job; what is done is not done again."""
+    """Compare methods on a job; runs that are done are not repeated."""
     from gift.jobs import read_job
     from gift.many import compare as run_compare
 

@@ -15,6 +15,14 @@ NETWORK = Annotated[
         "calls your own code",
     ),
 ]
+ARCHITECTURE = Annotated[
+    str,
+    typer.Argument(
+        metavar="NETWORK",
+        help="torchvision:resnet18, timm:..., transformers:..., import:package.module:function",
+    ),
+]
+TASK = Annotated[str | None, typer.Option(help="classification, language or detection")]
 DELTA = Annotated[
     str | None, typer.Option("--delta", metavar="best|last|FILE", help="which delta is taken")
 ]
@@ -130,3 +138,15 @@ def opened(folder: Path, network: str | None, allow_import: bool = False) -> Any
 def listed(names: str | None) -> list[str] | None:
     """Return the names in a text, separated by commas; None for None."""
     return None if names is None else [name.strip() for name in names.split(",")]
+
+
+def strategy_of(name: str, changes: list[str]) -> Any:
+    """Return the strategy of that name or in that file, with changed arguments."""
+    from gift.jobs.models import Strategy
+    from gift.jobs.reading import changed, checked, read_yaml
+
+    data: Any = {"name": name, "init_paras": {}}
+    if name.endswith((".yaml", ".yml")):
+        data, _ = read_yaml(Path(name))
+    changed(data, [f"init_paras.{change}" for change in changes])
+    return checked(Strategy, data, name).made()

@@ -4,19 +4,12 @@ from typing import Annotated
 
 import typer
 
-from gift.cli.options import SET
+from gift.cli.options import ARCHITECTURE, SET, TASK, strategy_of
 from gift.cli.plain import say
-from gift.cli.table import strategy_of
 
 
 def suggest(
-    network: Annotated[
-        str,
-        typer.Argument(
-            metavar="NETWORK",
-            help="torchvision:resnet18, timm:..., transformers:..., import:package.module:function",
-        ),
-    ],
+    network: ARCHITECTURE,
     strategy: Annotated[
         str, typer.Argument(metavar="[STRATEGY]", help="a strategy, or a YAML file of one")
     ] = "LoRAAllFineTuningStrategy",
@@ -25,7 +18,7 @@ def suggest(
         typer.Option(help="trained parameters (100k), a share of them (1%), or megabytes (2MB)"),
     ] = "1%",
     changes: SET = None,
-    task: Annotated[str | None, typer.Option(help="classification, language or detection")] = None,
+    task: TASK = None,
     everything: Annotated[bool, typer.Option("--all", help="list every layer")] = False,
 ) -> None:
     """Suggest the largest rank of each layer of a network that a budget allows."""

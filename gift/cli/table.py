@@ -1,23 +1,16 @@
 """``gift table``."""
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gift.cli.options import SET
+from gift.cli.options import ARCHITECTURE, SET, TASK, strategy_of
 from gift.cli.plain import say
 
 
 def table(
-    network: Annotated[
-        str,
-        typer.Argument(
-            metavar="NETWORK",
-            help="torchvision:resnet18, timm:..., transformers:..., import:package.module:function",
-        ),
-    ],
+    network: ARCHITECTURE,
     strategy: Annotated[
         str | None,
         typer.Argument(
@@ -26,7 +19,7 @@ def table(
         ),
     ] = None,
     changes: SET = None,
-    task: Annotated[str | None, typer.Option(help="classification, language or detection")] = None,
+    task: TASK = None,
 ) -> None:
     """Show what a strategy would train in a network, or what each method would cost."""
     from gift.jobs import JobError
@@ -46,15 +39,3 @@ def table(
     if sys.stdout.isatty():  # tables are for files and pipes as well
         say(f"{info.tree(net)}\n")
     say(f"{info.table_info(info.collect_trainable_parameters(net)[0])}\n\n{info.summary(net)}")
-
-
-def strategy_of(name: str, changes: list[str]) -> Any:
-    """Return the strategy of that name or in that file, with changed arguments."""
-    from gift.jobs.models import Strategy
-    from gift.jobs.reading import changed, checked, read_yaml
-
-    data: Any = {"name": name, "init_paras": {}}
-    if name.endswith((".yaml", ".yml")):
-        data, _ = read_yaml(Path(name))
-    changed(data, [f"init_paras.{change}" for change in changes])
-    return checked(Strategy, data, name).made()
