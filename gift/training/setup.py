@@ -95,16 +95,18 @@ def prepare(
         if processes.rank:  # from here on, each process draws random numbers for its own examples
             seed_all(seed + processes.rank)
         learning = batches(data, shuffle=True)
-        work = _task(net, data, task, loss=loss, smoothing=settings.label_smoothing)
-        work.details |= _contrastive(work, settings)
-        work = rehearse(net, work, learning, TRAIN)
-        _warn_of_one_class(data, work)
+        work = _fitted_task(net, learning, settings, task, loss)
         each = learning.steps(settings.accumulate)
         chosen = settled_for(net, settings, work, each)
         _warn_of_late(schedule, chosen)
         work = with_options(learning, work, net, chosen, teacher)
         optimizer = make_optimizer(net, chosen)
         _attach(allocator, net, each * chosen.epochs, processes)
+        described = _described(schedule, allocator)
+        identity = {} if folder is None else _identity(
+            net, enabled_by, described, found.names, work, chosen)  # fmt: skip
+        if teacher is not None and identity:
+            identity["teacher"] = type(teacher).__name__
         run = TrainingRun(
             net=net,
             task=work,
@@ -125,18 +127,13 @@ def prepare(
             result=Result(
                 network=enabled_by.network,
                 strategy=enabled_by.strategy if enabled else "all that requires a gradient",
-                schedule=_described(schedule, allocator),
+                schedule=described,
                 task=work.name,
                 classes=work.classes,
                 skipped=found.skipped,
                 folder=folder,
             ),
-            identity={}
-            if folder is None
-            else _identity(
-                net, enabled_by, _described(schedule, allocator), found.names, work, chosen
-            )
-            | ({} if teacher is None else {"teacher": type(teacher).__name__}),
+            identity=identity,
             seed=seed,
         )
         run.check_watch()
@@ -210,6 +207,18 @@ def _seeded(settings: Settings, processes: Processes) -> int:
         return settings.seed
     [seed, *_] = processes.gathered(int(torch.randint(2**31, ()).item()))
     return int(seed)
+
+
+def _fitted_task(
+    net: nn.Module, learning: Batches, settings: Settings, name: str | None, loss: Loss | None
+) -> Task:
+    """Return the task, after a first batch went through the network."""
+    data = learning.data
+    task = _task(net, data, name, loss=loss, smoothing=settings.label_smoothing)
+    task.details |= _contrastive(task, settings)
+    task = rehearse(net, task, learning, TRAIN)
+    _warn_of_one_class(data, task)
+    return task
 
 
 def _task(net: nn.Module, data: Any, name: str | None, **options: Any) -> Task:

@@ -87,6 +87,7 @@ def rendered(
     facts: Sequence[tuple[str, str]],
     images: Sequence[Image],
     tables: Sequence[tables.Table],
+    *,
     comparisons: Sequence[tables.Table] = (),
     samples: Sequence[tuple[str, str]] = (),
     stopped: str = "",
