@@ -372,7 +372,7 @@ def test_calls_that_are_refused() -> None:
     net = tuned(base, positions="f1")
     with pytest.raises(ValueError, match=r"an attention_mask \(2, 1, 6, 6\) for \(2, 6\) tokens"):
         net(ids, attention_mask=torch.ones(2, 1, 6, 6))
-    with pytest.raises(ValueError, match="the language model around it says none"):
+    with pytest.raises(ValueError, match="the language model around it chose are none"):
         net.model.layers[0](torch.randn(2, 6, 8), position_embeddings=(torch.ones(1, 6, 4),) * 2)
     both = copy.deepcopy(base)
     enable_fine_tuning(both, merge_strategies([LoReFT(2, "f1"), PromptFineTuningStrategy(3)]))

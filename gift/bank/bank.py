@@ -58,7 +58,7 @@ class DeltaBank:
         >>> bank.add("french", strategy=LoRAAllFineTuningStrategy())
         >>> bank.add("german", strategy=IA3AllFineTuningStrategy())
         >>> bank.activate("french")
-        >>> list(net.state_dict())  # which is trained as ever
+        >>> list(net.state_dict())  # which is trained as usual
         ['0.lora_B', '0.lora_A', '2.lora_B', '2.lora_A']
         >>> bank.activate("german")
         >>> bank.names, bank.active
@@ -236,10 +236,10 @@ class DeltaBank:
 
         `torch.compile` compiles again where shapes, scalings or adapted layers differ. Afterwards
         each delta is a LoRA of the largest rank that a weight has in any of them, on all weights
-        that any of them changes, with a scaling of 1. What a delta lacks is zero, so it computes
-        what it did. It can be trained, and the zeros stay zero; parameters are new ones, which an
-        optimizer must be told. A delta that is added later fits if `pad` is called again, with a
-        rank that was enough for it.
+        that any of them changes, with a scaling of 1. What a delta lacks is filled with zeros, so
+        its outputs do not change. It can be trained, and the zeros stay zero; its parameters are
+        new, so make the optimizer afterwards. For a delta that is added later, call `pad` again,
+        with the same rank.
 
         Args:
             rank: rank of all changes, up to what a weight can have; None means the largest one of

@@ -77,7 +77,7 @@ def search(
     """Search for the best settings of a job; Optuna chooses what is tried.
 
     The study is kept in ``study.journal`` in the folder of the search. Several processes may call
-    this with one folder and share its trials. If they are killed, the same call goes on: trials
+    this with one folder and share its trials. If they are killed, the same call continues: trials
     that were running resume from their checkpoints. ``optuna-dashboard study.journal`` shows the
     study in a browser.
 

@@ -14,7 +14,7 @@ from gift.methods.draws import kaiming_uniform
 @register_method
 @dataclass(frozen=True)
 class GuidedLoRA(AnchoredLoRA):
-    r"""LoRA that starts where data say: `gift.initialise` by LoRA-GA (Wang et al. 2024,
+    r"""LoRA with a start from data: `gift.initialise` by LoRA-GA (Wang et al. 2024,
     https://arxiv.org/abs/2407.05000) or CorDA (Yang et al. 2024, https://arxiv.org/abs/2406.05223).
 
     .. math:: W' = W_0 + s (B A - B_0 A_0), \quad s = \frac{\alpha}{r}

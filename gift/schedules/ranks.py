@@ -34,7 +34,7 @@ class RankAllocator:
 
     Args:
         target_rank: the mean rank of the matrices in the end.
-        total_steps: number of optimizer steps of the run; None if `attach` is told.
+        total_steps: number of optimizer steps of the run; None if `attach` is given it.
         warmup_steps: number of steps before anything is pruned.
         final_steps: number of steps that are trained with the final ranks.
         every: number of steps from one allocation to the next.

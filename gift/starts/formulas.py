@@ -1,4 +1,4 @@
-"""The formulas of starts: from what data say of a layer to the factors of its LoRA."""
+"""The formulas of starts: from statistics of a layer to the factors of its LoRA."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple

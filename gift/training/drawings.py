@@ -20,7 +20,7 @@ class Sample(NamedTuple):
     """An example and what the network says of it, for the report.
 
     Args:
-        caption: what is to see, in words.
+        caption: what it shows, in words.
         png: the image as PNG.
     """
 

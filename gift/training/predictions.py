@@ -1,4 +1,4 @@
-"""What a network says of an input: one class for each task."""
+"""Predictions: what a network returns for an input, as one class for each task."""
 
 import io
 from dataclasses import dataclass, field

@@ -63,11 +63,11 @@ class LoReFT(ForwardMethod):
     The output may be a tensor, or a tuple, list, mapping or dataclass, whose first tensor is
     changed.
 
-    Positions are those of the tokens that a language model of transformers is given, without
-    padding. If it is one that writes and is called with labels for each token, those before the
-    first label count: the prompt, not the answer. With a cache that holds tokens nothing is
-    changed, so that in a generation the prompt alone is. (``"all"`` changes each token.) Of other
-    networks, positions are those of the last but one axis.
+    Positions count the tokens that a language model of transformers is given, without padding. If
+    the model generates text and is called with labels for each token, only the tokens before the
+    first label count: the prompt, not the answer. A call with a cache that holds tokens changes
+    nothing, so a generation changes only its prompt. (``"all"`` changes each token.) In other
+    networks, positions are those along the second-to-last axis.
 
     Args:
         rank: `r`.
@@ -166,8 +166,9 @@ class LoReFT(ForwardMethod):
         if chosen is None or chosen.shape != h.shape[:-1]:
             told = "none" if chosen is None else f"those of {tuple(chosen.shape)} tokens"
             raise AdaptationError(
-                f"{where(module, self.name)} gives {tuple(h.shape)}, and the language model around "
-                f"it says {told}: positions={self.positions!r} cannot be told"
+                f"{where(module, self.name)} gives {tuple(h.shape)}, and the positions that the "
+                f"language model around it chose are {told}: positions={self.positions!r} cannot "
+                "be found"
             )
         return chosen.to(h.device)
 

@@ -32,10 +32,9 @@ class VisualPrompt(ForwardMethod):
 
     The order of tokens has no meaning for a block, as positions are added before the first one.
     (The paper puts prompts between ``[CLS]`` and the patches; here they come last, so that all
-    tokens keep their index.) So blocks in which it has one are refused: those with causal
+    tokens keep their index.) So blocks for which it matters are refused: those with causal
     attention, or with a bias for pairs of positions, and calls with masks or rotations of
-    positions. What a network gives of its states between the blocks includes the vectors of a
-    shallow prompt.
+    positions. Hidden states that a network returns include the vectors of a shallow prompt.
 
     The vectors start as normal numbers with a standard deviation of 0.02, as position embeddings
     do. (The paper draws uniform numbers of a similar size.)

@@ -42,7 +42,7 @@ def load_diffusers(
         path: path of the file, or of a folder that has ``pytorch_lora_weights.safetensors``.
         name: name of a single network in the file: ``"unet"``, ``"transformer"``,
             ``"text_encoder"``, ``"text_encoder_2"``, or ``""`` for a file of one network without
-            such names. By default the only one in the file, or the one that the class tells.
+            such names. By default the only one in the file, or the one that fits its class.
 
     Returns:
         The report of `enable_fine_tuning` for each network, by its name; its `left` counts the

@@ -44,8 +44,8 @@ def save_diffusers(
             ``pytorch_lora_weights.safetensors``.
         name: name of a single network in its pipeline: ``"unet"``, ``"transformer"``,
             ``"text_encoder"``, ``"text_encoder_2"``; ``""`` writes none, as
-            ``save_lora_adapter`` of diffusers does. By default the class tells, for U-Nets and
-            transformers.
+            ``save_lora_adapter`` of diffusers does. U-Nets and transformers need none: it follows
+            from their class.
         dtype: dtype of the tensors in the file; None keeps their own.
 
     Raises:
