@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gift.jobs.models import Job
 from gift.many.engines.base import Engine, State
 from gift.many.task import finished, write_task
+
+K = TypeVar("K")
 
 _EACH = 0.2  # seconds between two looks at the runs
 
@@ -28,45 +30,48 @@ class Ended:
 
 
 def run_all(
-    jobs: Mapping[str, Job], engine: Engine, tell: Callable[[str, Ended], None], most: int = 1
-) -> dict[str, Ended]:
-    """Run jobs, each in its folder; what is done is not done again, what was stopped goes on.
+    jobs: Mapping[K, Job], engine: Engine, tell: Callable[[K, Ended], None], most: int = 1
+) -> dict[K, Ended]:
+    """Run jobs, each in its folder: runs that are done are not repeated, stopped ones continue.
 
     If this call is interrupted, the runs are stopped.
 
     Args:
-        jobs: the jobs by name.
+        jobs: the jobs by any keys.
         engine: where they run.
-        tell: called with the name of each job that has ended.
+        tell: called with the key of each job that has ended.
         most: number of runs at a time, if the engine has a queue.
-    """
-    ended: dict[str, Ended] = {}
-    waiting, running = dict(jobs), dict[str, Any]()
 
-    def note(name: str, how: Ended) -> None:
-        ended[name] = how
-        tell(name, how)
+    Returns:
+        How each run ended, in the order of the jobs.
+    """
+    ended: dict[K, Ended] = {}
+    waiting, running = dict(jobs), dict[K, Any]()
+
+    def note(key: K, how: Ended) -> None:
+        ended[key] = how
+        tell(key, how)
 
     try:
         while waiting or running:
             while waiting and len(running) < (engine.slots or most):
-                name, job = next(iter(waiting.items()))
-                del waiting[name]
+                key, job = next(iter(waiting.items()))
+                del waiting[key]
                 if (result := finished(job)) is not None:
-                    note(name, Ended(result, was_done=True))
+                    note(key, Ended(result, was_done=True))
                 else:
-                    running[name] = engine.start(write_task(job))
-            for name, handle in list(running.items()):
+                    running[key] = engine.start(write_task(job))
+            for key, handle in list(running.items()):
                 state = engine.state(handle)
                 if state.is_over:
-                    del running[name]
-                    result = finished(jobs[name]) if state is State.DONE else None
+                    del running[key]
+                    result = finished(jobs[key]) if state is State.DONE else None
                     reason = "" if result is not None else engine.reason(handle)
-                    note(name, Ended(result, reason))
+                    note(key, Ended(result, reason))
             if running:
                 time.sleep(_EACH)
     except BaseException:
         for handle in running.values():
             engine.stop(handle)
         raise
-    return ended
+    return {key: ended[key] for key in jobs}

@@ -65,13 +65,12 @@ def compare(
     if engine is None:
         engine = Here(network) if callable(network) else Processes(parallel, network)
 
-    def told(name: str, how: Ended) -> None:
-        done = " (was done)" if how.was_done else ""
+    def note(key: tuple[str, int], how: Ended) -> None:
+        name, done = f"{key[0]}, seed {key[1]}", " (was done)" if how.was_done else ""
         tell(f"{name} failed: {how.reason}" if how.result is None else f"{name} is done{done}")
 
-    flat = {f"{name}, seed {seed}": one for (name, seed), one in jobs.items()}
-    ended = run_all(flat, engine, told, parallel)
-    return _concluded(made, jobs, ended, folder)
+    results = run_all(jobs, engine, note, parallel)
+    return _concluded(made, jobs, results, folder)
 
 
 def _jobs(
@@ -102,21 +101,16 @@ def _jobs(
 
 
 def _concluded(
-    job: Job, jobs: dict[tuple[str, int], Job], ended: dict[str, Ended], folder: Path
+    job: Job, jobs: dict[tuple[str, int], Job], results: dict[tuple[str, int], Ended], folder: Path
 ) -> Comparison:
-    task = job.data.task
-    metric = watched(job, task)
-    rows, results = [], {key: ended[f"{key[0]}, seed {key[1]}"] for key in jobs}
     done = [how.result for how in results.values() if how.result is not None]
     if not done:
         reasons = dict.fromkeys(how.reason for how in results.values())
         raise JobError("no run was completed", list(reasons))
     has_valid = any(result["after"] for result in done)
-    named = metrics_of(task, job.training.metrics)
-    metrics = [metric, *(name for name in named if name != metric)] if has_valid else []
-    if "accuracy" in metrics and job.training.watch is None:  # what readers look for first
-        metrics.sort(key=lambda name: name != "accuracy")
-        metric = "accuracy"
+    metric, *others = _metrics(job) if has_valid else [watched(job, job.data.task)]
+    metrics = [metric, *others] if has_valid else []
+    rows = []
     for name in dict.fromkeys(name for name, _ in jobs):
         own = [how for (other, _), how in results.items() if other == name]
         found = [how.result for how in own if how.result is not None]
@@ -130,6 +124,15 @@ def _concluded(
     made = Comparison(metric, tuple(rows), folder, tuple(metrics))
     write_comparison(made, results)
     return made
+
+
+def _metrics(job: Job) -> list[str]:
+    """Return the names of the metrics of a job; the one that orders methods comes first."""
+    watch, named = watched(job, job.data.task), metrics_of(job.data.task, job.training.metrics)
+    metrics = [watch, *(name for name in named if name != watch)]
+    if job.training.watch is None:  # readers look for the accuracy first
+        metrics.sort(key=lambda name: name != "accuracy")
+    return metrics
 
 
 def _last_if_nan(value: float) -> float:
