@@ -1,5 +1,6 @@
 """What all engines have in common."""
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gift.many.task import ERROR, JOB_FILE, LOG, SEARCH_FILE
+
+PATIENCE = 60.0
+"""Seconds in which a run that is stopped may write a checkpoint."""
 
 RESTARTS = 3
 """How often a run whose processes are killed is started again on one machine."""
@@ -104,3 +108,21 @@ def task_command(folder: Path, processes: int = 1, network: str | None = None) -
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     named = [] if network is None else ["--network", network]
     return [*start, "gift", "task", str(folder / JOB_FILE), *named]
+
+
+def start_process(
+    folder: Path, processes: int = 1, network: str | None = None, **options: Any
+) -> "subprocess.Popen[bytes]":
+    """Start the job in a folder as a process, which ends when this one does.
+
+    Args:
+        folder: folder of the run.
+        processes: see `task_command`.
+        network: see `task_command`.
+        options: further arguments of `subprocess.Popen`.
+    """
+    command = [*task_command(folder, processes, network), "--attended"]
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, **options
+        )

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from gift.many.engines.base import State, reason_in, task_command
-from gift.many.task import LOG, StoppedError, read_task, run_task
-
-_PATIENCE = 60.0  # seconds in which a run that is stopped may write a checkpoint
+from gift.many.engines.base import PATIENCE, State, reason_in, start_process
+from gift.many.task import StoppedError, read_task, run_task
 
 
 @dataclass
@@ -44,12 +42,10 @@ class Processes:
     def start(self, folder: Path) -> _Process:
         """Start the run in a folder, or resume it."""
         slot = self._free.pop(0)
-        command = [*task_command(folder, self.processes, self.network), "--attended"]
-        with (folder / LOG).open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                env=self._environment(slot), start_new_session=True,
-            )  # fmt: skip
+        process = start_process(
+            folder, self.processes, self.network,
+            env=self._environment(slot), start_new_session=True,
+        )  # fmt: skip
         return _Process(folder, slot, process)
 
     def state(self, handle: _Process) -> State:
@@ -66,7 +62,7 @@ class Processes:
         """Stop a run and wait until it has ended."""
         handle.process.terminate()
         try:
-            handle.process.wait(_PATIENCE)
+            handle.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             handle.process.kill()
             handle.process.wait()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import entry_points
@@ -20,7 +20,7 @@ from gift.errors import JobError
 from gift.jobs.models import Job, Resources
 from gift.many.engines import ray_job
 from gift.many.engines.base import RESTARTS, Listed, State
-from gift.many.engines.scheduler import Scheduler
+from gift.many.engines.scheduler import Scheduler, unmet
 from gift.many.task import read_task
 from gift.support.optional import require
 
@@ -263,20 +263,13 @@ def _unmet(need: Resources, nodes: Sequence[Mapping[str, float]]) -> str:
         wanted["GPU"] = (f"{need.gpus} GPUs", need.gpus)
     if need.megabytes is not None:
         wanted["memory"] = (f"{need.memory} of memory", need.megabytes * 10**6)
-    has = [
-        {what for name, (what, least) in wanted.items() if node.get(name, _none(name)) >= least}
-        for node in nodes
-    ]
-    whats = [what for what, _ in wanted.values()]
-    missing = [what for what in whats if not any(what in one for one in has)]
-    if missing:
-        return f"resources: no node has {' and '.join(missing)}"
-    together = any(len(one) == len(wanted) for one in has)
-    return "" if together else f"resources: no node has all of {', '.join(whats)}"
+    return unmet({what: _has(name, least) for name, (what, least) in wanted.items()}, nodes)
 
 
-def _none(name: str) -> float:
-    return math.inf if name == "memory" else 0  # it is unknown before Ray is started
+def _has(name: str, least: float) -> Callable[[Mapping[str, float]], bool]:
+    """Return whether a node has that much of a resource."""
+    otherwise = math.inf if name == "memory" else 0  # it is unknown before Ray is started
+    return lambda node: node.get(name, otherwise) >= least
 
 
 def _listed(job: Any, task: str | None) -> Listed:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +104,17 @@ class Scheduler:
                 return found
             self.forget()  # it may have been queued since
         return None
+
+
+def unmet(needs: Mapping[str, Callable[[Any], bool]], nodes: Sequence[Any]) -> str:
+    """Return which resources no node has, for a message; empty if one node has them all.
+
+    Args:
+        needs: whether a node has a resource, by the text for the resource.
+        nodes: the nodes.
+    """
+    missing = [what for what, has in needs.items() if not any(map(has, nodes))]
+    if missing:
+        return f"resources: no node has {' and '.join(missing)}"
+    together = any(all(has(node) for has in needs.values()) for node in nodes)
+    return "" if together else f"resources: no node has all of {', '.join(needs)}"

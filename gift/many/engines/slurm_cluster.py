@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from gift.errors import JobError
 from gift.jobs.models import Job, Resources
 from gift.many.engines.base import Listed, State
-from gift.many.engines.scheduler import Scheduler
+from gift.many.engines.scheduler import Scheduler, unmet
 from gift.many.engines.watched import Watched
 from gift.many.task import read_task
 from gift.support.optional import require
@@ -133,17 +133,13 @@ class _Nodes:
 
 def _unmet(need: Resources, nodes: Sequence[_Nodes]) -> str:
     """Return which resources no node has; empty if one has them all."""
-    checks = {
+    needs: dict[str, Callable[[_Nodes], bool]] = {
         f"{need.cpus} processors": lambda node: node.cpus >= need.cpus,
         f"{need.gpus} GPUs": lambda node: node.gpus >= need.gpus,
         f"{need.memory} of memory": lambda node: node.megabytes >= (need.megabytes or 0),
         f"{need.hours} hours": lambda node: node.minutes >= 60 * (need.hours or 0),
     }
-    missing = [what for what, has in checks.items() if not any(map(has, nodes))]
-    if missing:
-        return f"resources: no node has {' and '.join(missing)}"
-    together = any(all(has(node) for has in checks.values()) for node in nodes)
-    return "" if together else f"resources: no node has all of {', '.join(checks)}"
+    return unmet(needs, nodes)
 
 
 def _minutes(limit: str) -> float:

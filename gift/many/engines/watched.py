@@ -8,10 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gift.many.engines.base import RESTARTS, reason_in, task_command
-from gift.many.task import LOG
+from gift.many.engines.base import PATIENCE, RESTARTS, reason_in, start_process
 
-_PATIENCE = 60.0  # seconds in which a run may write a checkpoint
 _DEATHS = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 _STOPPED = "SignalException"  # what torchrun ends with if it is told to
 _EACH = 0.2  # seconds between two looks at the process
@@ -53,14 +51,11 @@ class Watched:
         Raises:
             RuntimeError: if it failed, with the reason.
         """
-        command = [*task_command(self.folder, self.processes, self.network), "--attended"]
         reason = ""
         for _ in range(RESTARTS + 1):
-            with (self.folder / LOG).open("ab") as log:
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                    preexec_fn=self.in_child,
-                )  # fmt: skip
+            self._process = start_process(
+                self.folder, self.processes, self.network, preexec_fn=self.in_child
+            )
             # `wait` would hold a lock that `stop`, called by a signal's handler, needs.
             while (code := self._process.poll()) is None:
                 time.sleep(_EACH)
@@ -77,5 +72,5 @@ class Watched:
         if self._process is not None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_PATIENCE)
+                self._process.wait(PATIENCE)
             self._process.kill()
