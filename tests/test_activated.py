@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )  # fmt: skip
 
 import gift
@@ -178,6 +180,22 @@ def test_beams_continue_their_rows() -> None:
     assert torch.equal(net.generate(**texts(), **options, use_cache=False), words)
 
 
+def test_what_is_written_invokes_nothing(tmp_path: Path) -> None:
+    """As in PEFT. Beams that wrote the invocation change places in a cache, and others do not."""
+    base, given = llama(), texts()
+    for step in range(3):
+        written = base.generate(**given, max_new_tokens=4, do_sample=False)[1, 9 + step].item()
+        theirs = by_peft(copy.deepcopy(base), ["q_proj"], alora_invocation_tokens=[written])
+        theirs.save_pretrained(tmp_path / str(step))
+        load_peft(net := copy.deepcopy(base), tmp_path / str(step))
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(net.generate(**given, **options), theirs.generate(**given, **options))
+        for more in ({}, {"num_beams": 4, "num_return_sequences": 2}):
+            words = net.generate(**given, **options, **more)
+            again = net.generate(given["input_ids"], **options, **more, use_cache=False)
+            assert torch.equal(again, words)
+
+
 def test_it_is_trained_saved_and_disabled(tmp_path: Path) -> None:
     base, given = llama(), texts()
     net = copy.deepcopy(base)
@@ -231,6 +249,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(gift.AdaptationError, match=message):
             gift.enable_fine_tuning(plain, FineTuningStrategy([cap, other]))
         assert full_state(plain) == before
+    two = T5ForConditionalGeneration(T5Config(
+        vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))  # fmt: skip
+    with pytest.raises(gift.AdaptationError, match="reads two texts"):
+        gift.enable_fine_tuning(two, ActivatedLoRAFineTuningStrategy(TOKENS))
     with pytest.raises(gift.AdaptationError, match="not a language model of transformers"):
         gift.enable_fine_tuning(nn.Linear(4, 4), FineTuningStrategy([cap]))
 

@@ -8,6 +8,7 @@ call the plain one.
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -83,17 +84,20 @@ class ForwardMethod(Configured):
         """Whether the wrapped module computes something else than the plain one."""
         return bool(parameters)
 
-    def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
-        """Called before ``generate()`` of the wrapped module, or of a module around it.
+    def generating(
+        self, module: nn.Module, named: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Context of ``generate()`` of the wrapped module, or of a module around it.
 
         Args:
             module: the wrapped module.
-            named: the keyword arguments of ``generate()``.
+            named: the keyword arguments of ``generate()``; an argument by position is ``inputs``.
 
         Raises:
             AdaptationError: if generation would call the module in a way that the wrapper cannot
                 handle.
         """
+        return nullcontext()
 
     def beside(self, weight: Tensor | None) -> dict[str, Any]:
         """Keyword arguments (dtype, device) for new parameters; `weight` may be None."""
@@ -213,9 +217,11 @@ def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, A
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
             if "_gift_forwards" not in self.__dict__:
                 return type(self).generate(self, *args, **kwargs)
-            for _, module, wrapper in named_forward_deltas(self):
-                wrapper.method.before_generate(module, kwargs)
-            return super(generated, self).generate(*args, **kwargs)
+            named = {"inputs": args[0], **kwargs} if args else kwargs
+            with ExitStack() as stack:
+                for _, module, wrapper in named_forward_deltas(self):
+                    stack.enter_context(wrapper.method.generating(module, named))
+                return super(generated, self).generate(*args, **kwargs)
 
         namespace["generate"] = generate
     nesting = [NestingEncoder] if nests_batches(plain) else []

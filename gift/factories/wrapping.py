@@ -26,6 +26,7 @@ from gift.wrappers import (
     prefix_language_model,
     prompt_blocks,
     prompt_language_model,
+    reads_two_texts,
     takes_token_ids,
 )
 from gift.wrappers.activated import as_text
@@ -126,6 +127,11 @@ def ma_invocation(invocation_tokens: Sequence[int]) -> Action:
             raise AdaptationError(
                 "it is not a language model of transformers, which embeds token ids: an invocation "
                 "is found among these"
+            )
+        if reads_two_texts(site.module):
+            raise AdaptationError(
+                "it is an encoder-decoder model, which reads two texts: activated LoRA is for "
+                "models with one"
             )
         wrap_forward(site.module, method, site.path)
 

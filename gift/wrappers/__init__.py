@@ -14,7 +14,7 @@ from gift.wrappers.loreft import LoReFT, intervene, labelled
 from gift.wrappers.prefix import Prefix
 from gift.wrappers.prompt import Prompt
 from gift.wrappers.prompted import VirtualTokens
-from gift.wrappers.text_models import takes_token_ids
+from gift.wrappers.text_models import reads_two_texts, takes_token_ids
 from gift.wrappers.visual import VisualPrompt, prompt_blocks
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "prefix_reader",
     "prompt_blocks",
     "prompt_language_model",
+    "reads_two_texts",
     "takes_token_ids",
 ]

@@ -8,6 +8,7 @@ the token ids, and those of linear layers add their deltas at the positions from
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,9 +27,12 @@ from gift.wrappers.arguments import Arguments, in_order
 from gift.wrappers.caches import caches_in, is_empty, is_tuples, items_of, length_of
 from gift.wrappers.features import weight_beside
 from gift.wrappers.tensors import first_tensor
+from gift.wrappers.text_models import prompt_of
 
 _ACTIVE: ContextVar[Tensor | None] = ContextVar("active positions", default=None)
 """The positions ``(batch, time)`` of the running call of a language model that are active."""
+_PROMPT: ContextVar[Tensor | None] = ContextVar("prompt", default=None)
+"""The token ids ``(batch, time)`` that the running generation was given; one row may be several."""
 _NOTE = "_gift_activated_from"
 _NEVER = 2**62
 _LINEAR = frozenset(forwards_of("linear", "transposed linear"))
@@ -65,6 +69,9 @@ def _is_text(value: Any) -> bool:
 @dataclass(frozen=True)
 class Invocation(ForwardMethod):
     """Wraps a language model: finds the last invocation in each row of its token ids.
+
+    In ``generate()`` these are the given ones: what it writes invokes nothing. So a row is computed
+    in one way with and without a cache, and beams that change places are of one prompt.
 
     Args:
         tokens: the ids of the invocation, separated by spaces.
@@ -106,8 +113,9 @@ class Invocation(ForwardMethod):
             )
         caches = caches_in(given.named.values())
         past, starts = self._known(module, caches, ids)
-        found = self.start(ids)
-        starts = torch.where(found < ids.shape[1], past + found, starts)
+        text, begin = (ids, past) if (prompt := _PROMPT.get()) is None else (prompt, 0)
+        found = self.start(text).to(ids.device).repeat_interleave(len(ids) // len(text))
+        starts = torch.where(found < text.shape[1], begin + found, starts)
         places = past + torch.arange(ids.shape[1], device=ids.device)
         with holding(_ACTIVE, places >= starts[:, None]):
             output = given.passed_to(forward)
@@ -135,6 +143,12 @@ class Invocation(ForwardMethod):
             )
         noted = noted.to(ids.device)
         return past, torch.where(noted < past, noted, never)  # a cache may have been cropped
+
+    def generating(
+        self, module: nn.Module, named: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Context in which the given tokens are those that may invoke."""
+        return holding(_PROMPT, prompt_of(named))
 
     def start(self, ids: Tensor) -> Tensor:
         """Return where the last invocation in each row begins; the number of positions if never."""

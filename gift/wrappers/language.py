@@ -32,7 +32,7 @@ from gift.core.forwards import ForwardMethod, wrap_forward
 from gift.errors import AdaptationError
 from gift.wrappers.prefix import Prefix
 from gift.wrappers.prompted import PromptedDecoder, PromptedModel, VirtualTokens
-from gift.wrappers.text_models import embedding_of, takes, takes_token_ids
+from gift.wrappers.text_models import embedding_of, reads_two_texts, takes, takes_token_ids
 
 
 def prompt_language_model(model: Any, method: VirtualTokens, path: str = "") -> None:
@@ -103,8 +103,7 @@ def _reader_in(model: Any) -> tuple[Any, Any]:
 
 def _two_parts(model: Any) -> tuple[Any, Any]:
     """Return encoder and decoder, or None for both."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
+    if not reads_two_texts(model):
         return None, None
     parts = [getattr(model, name)() for name in ("get_encoder", "get_decoder")]
     if model in parts or parts[0] is parts[1] or not all(isinstance(p, nn.Module) for p in parts):

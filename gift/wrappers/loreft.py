@@ -19,12 +19,21 @@ from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import caches_in, is_empty, is_tuples
 from gift.wrappers.features import features_of, weight_beside
 from gift.wrappers.tensors import with_first_changed
-from gift.wrappers.text_models import is_encoder, takes_token_ids, tokens_in, uses_checkpointing
+from gift.wrappers.text_models import (
+    is_encoder,
+    prompt_of,
+    reads_two_texts,
+    takes_token_ids,
+    tokens_in,
+    uses_checkpointing,
+)
 
 _PATTERN = re.compile(r"f(\d+)(?:\+l(\d+))?|l(\d+)")
 _chosen: ContextVar[Tensor | None] = ContextVar("_chosen", default=None)
 """The chosen positions ``(batch, time)`` of the language model's call that is running."""
 _labels: ContextVar[Tensor | None] = ContextVar("_labels", default=None)
+_prompt: ContextVar[int | None] = ContextVar("_prompt", default=None)
+"""The number of tokens that the running generation was given."""
 
 
 def _is_positions(value: Any) -> bool:
@@ -66,8 +75,8 @@ class LoReFT(ForwardMethod):
     Positions count the tokens that a language model of transformers is given, without padding. If
     the model generates text and is called with labels for each token, only the tokens before the
     first label count: the prompt, not the answer. A call with a cache that holds tokens changes
-    nothing, so a generation changes only its prompt. (``"all"`` changes each token.) In other
-    networks, positions are those along the second-to-last axis.
+    nothing, and ``generate()`` changes only its prompt, with and without a cache. (``"all"``
+    changes each token.) In other networks, positions are those along the second-to-last axis.
 
     Args:
         rank: `r`.
@@ -239,22 +248,21 @@ class Positions(ForwardMethod):
             )
         if mask is None:
             mask = torch.ones(shape, device=x.device)
-        tokens = mask.bool()
+        tokens, prompt_length = mask.bool(), _prompt.get()
+        if prompt_length is not None:  # without a cache, it reads again what it wrote
+            tokens = tokens & (torch.arange(shape[1], device=x.device) < prompt_length)
         if isinstance(labels, Tensor) and labels.shape == shape and _writes(module):
             counted = (labels != -100).long().cumsum(-1) > 0
             prompt = tokens & ~counted
             tokens = torch.where(prompt.any(-1, keepdim=True), prompt, tokens)
         return at_ends(tokens, self.positions)
 
-    def before_generate(self, module: Any, named: Mapping[str, Any]) -> None:
-        """Raise if the end of the prompt could not be told from what is written."""
-        kept = named.get("use_cache")
-        kept = getattr(module.config, "use_cache", True) if kept is None else kept
-        if not kept and _ends(self.positions)[1]:
-            raise AdaptationError(
-                f"{where(module, self.name)} changes the last tokens of a prompt, which cannot be "
-                "told from those that are written without a cache: use_cache=True"
-            )
+    def generating(self, module: Any, named: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Context in which what comes after the given tokens is known to be written."""
+        ids = prompt_of(named)
+        if ids is None and named.get("inputs_embeds") is not None:
+            return holding(_prompt, None)
+        return holding(_prompt, 1 if ids is None else ids.shape[1])  # one that begins the text
 
 
 def labelled(labels: Tensor | None) -> AbstractContextManager[None]:
@@ -293,7 +301,7 @@ def intervene(network: nn.Module, module: nn.Module, method: LoReFT, path: str) 
         found = next(((name, m) for name, m in texts if module in m.modules()), None)
     if found is not None:
         name, model = found
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if reads_two_texts(model):
             raise AdaptationError(
                 "it is in an encoder-decoder model, which reads two texts: positions='all' alone "
                 "is understood"

@@ -1,6 +1,7 @@
 """The wrappers of a prompted language model's parts; see `gift.wrappers.language`."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -131,9 +132,12 @@ class PromptedReader(ModelPart):
         self.refuse(module, call.problems)
         return given, call, x
 
-    def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
+    def generating(
+        self, module: nn.Module, named: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
         """Raise if generation would continue with a cache."""
         self.refuse(module, continuing(self.num_virtual_tokens, named))
+        return nullcontext()
 
     def refuse(self, module: nn.Module, problems: list[str]) -> None:
         """Raise one error that names all problems of a call, if there are any."""
@@ -168,10 +172,13 @@ class PromptedModel(PromptedReader):
             return output
         return self._stripped(module, output, *call.shape)
 
-    def before_generate(self, module: nn.Module, named: Mapping[str, Any]) -> None:
+    def generating(
+        self, module: nn.Module, named: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
         """Raise if generation would continue with a cache."""
-        if self.strip:  # an encoder-decoder's cache holds no virtual tokens
-            super().before_generate(module, named)
+        if not self.strip:  # an encoder-decoder's cache holds no virtual tokens
+            return nullcontext()
+        return super().generating(module, named)
 
     def _put_in_front(self, module: Any, named: dict[str, Any], x: Tensor) -> None:
         n = self.num_virtual_tokens

@@ -56,3 +56,14 @@ def is_encoder(module: nn.Module) -> bool:
 def uses_checkpointing(module: nn.Module) -> bool:
     """Whether gradient checkpointing of transformers is on in any part of a model."""
     return any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
+
+
+def reads_two_texts(model: Any) -> bool:
+    """Whether a model is an encoder and a decoder, by its configuration."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def prompt_of(named: Mapping[str, Any]) -> Tensor | None:
+    """Return the token ids ``(batch, time)`` that ``generate()`` is given, or None."""
+    given = (named.get(name) for name in ("input_ids", "inputs"))
+    return next((ids for ids in given if isinstance(ids, Tensor) and ids.ndim == 2), None)
