@@ -251,6 +251,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert full_state(plain) == before
     two = T5ForConditionalGeneration(T5Config(
         vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))  # fmt: skip
+    with pytest.raises(gift.AdaptationError, match=r"\[30\], ids beyond the 30 of its embedding"):
+        gift.enable_fine_tuning(llama(), ActivatedLoRAFineTuningStrategy([5, 30]))
     with pytest.raises(gift.AdaptationError, match="reads two texts"):
         gift.enable_fine_tuning(two, ActivatedLoRAFineTuningStrategy(TOKENS))
     with pytest.raises(gift.AdaptationError, match="not a language model of transformers"):

@@ -186,6 +186,11 @@ def test_it_is_saved_copied_switched_and_taken_off(deep: bool, tmp_path: Any) ->
     assert full_state(net) == before
 
 
+def test_deep_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="deep is 'no', expected True or False"):
+        Prompts(N, deep="no")  # type: ignore[arg-type]
+
+
 def test_a_shallow_state_does_not_fit_a_deep_one() -> None:
     one, other = made(), made()
     enable_fine_tuning(one, Prompts(N))

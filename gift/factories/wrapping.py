@@ -1,5 +1,6 @@
 """Actions that wrap a module's forward pass and leave the module open for later caps."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from gift.wrappers import (
     takes_token_ids,
 )
 from gift.wrappers.activated import as_text
+from gift.wrappers.text_models import embedding_of
 
 M = TypeVar("M", bound=ForwardMethod)
 
@@ -133,6 +135,12 @@ def ma_invocation(invocation_tokens: Sequence[int]) -> Action:
                 "it is an encoder-decoder model, which reads two texts: activated LoRA is for "
                 "models with one"
             )
+        known = getattr(embedding_of(site.module), "num_embeddings", math.inf)
+        if unknown := [token for token in method.ids if token >= known]:
+            raise AdaptationError(
+                f"invocation_tokens has {unknown}, ids beyond the {known} of its embedding, so "
+                "that no text would invoke the deltas"
+            )
         wrap_forward(site.module, method, site.path)
 
     return Action(act, open=True)
@@ -230,6 +238,8 @@ def ma_visual_prompt(
     Raises:
         ValueError: if values are out of range.
     """
+    if not isinstance(deep, bool):  # text, which is true whatever it says
+        raise ValueError(f"deep is {deep!r}, expected True or False")
     method = _method(VisualPrompt, num_virtual_tokens=num_virtual_tokens, **settings)
 
     def act(*place: Any, **params: Any) -> None:
