@@ -281,7 +281,10 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     assert result.before == pytest.approx(evaluate(net(), (inputs, labels), device="cpu"))
 
 
-def test_the_best_epoch_is_kept_and_its_file_gives_the_same_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 5.0}], ids=["defaults", "settings"])
+def test_the_best_epoch_is_kept_and_its_file_gives_the_same_network(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     """A rate that is much too high at the end makes the last epoch a bad one."""
 
     def rates(optimizer: Any, steps: int) -> Any:
@@ -289,7 +292,7 @@ def test_the_best_epoch_is_kept_and_its_file_gives_the_same_network(tmp_path: Pa
 
     tuned, valid = net(), data(80)
     result = finetune(
-        tuned, data(), valid, strategy=lora(), epochs=6, lr=0.02, lr_schedule=rates,
+        tuned, data(), valid, strategy=lora(**settings), epochs=6, lr=0.02, lr_schedule=rates,
         folder=tmp_path, **QUIET,
     )  # fmt: skip
     best = min(row["valid_loss"] for row in result.history)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gift.core.state_settings import without_settings
 from gift.core.trained import frozen_names
 from gift.errors import TrainingError
 from gift.schedules import RankAllocator, Schedule
@@ -151,7 +152,8 @@ class TrainingRun:
 def trained_state(net: Any) -> dict[str, Tensor]:
     """Return full trained parameters and buffers on the CPU; all processes must call this."""
     frozen = set(frozen_names(net))
-    tensors = {n: v for n, v in net.state_dict().items() if isinstance(v, Tensor)}
+    state = without_settings(net.state_dict())
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {name: whole(value) for name, value in tensors.items() if name not in frozen}
 
 
@@ -160,5 +162,5 @@ def put_state(net: Any, state: Mapping[str, Tensor]) -> None:
     named = dict(net.named_parameters(remove_duplicate=False))
     named |= dict(net.named_buffers(remove_duplicate=False))
     with torch.no_grad():
-        for name, value in state.items():
+        for name, value in without_settings(state).items():  # older checkpoints have them
             named[name].copy_(sharded_like(value, named[name]))
