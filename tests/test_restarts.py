@@ -33,7 +33,7 @@ def test_how_often_a_run_is_started(
 ) -> None:
     counted = f"cd {tmp_path}; echo >> starts; n=$(wc -l < starts); {script}"
     monkeypatch.setattr(
-        "gift.many.engines.watched.task_command", lambda *arguments: ["sh", "-c", counted]
+        "gift.many.engines.base.task_command", lambda *arguments: ["sh", "-c", counted]
     )
     monkeypatch.setattr("gift.many.engines.watched._EACH", 0.01)
     watched = Watched(tmp_path, processes)
