@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import gift
 from gift.data import Examples, PictureReader, class_folders
 from gift.strategies.lora import LoRAAllFineTuningStrategy
 from gift.training import Callback, TrainingError, finetune, loop
@@ -117,6 +118,22 @@ def test_a_signal_writes_a_checkpoint_first_and_says_where(
     assert [row["valid_loss"] for row in result.history] == [
         row["valid_loss"] for row in expected.history
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_while_another_network_is_changed_for_a_while(
+    number: int, tmp_path: Path
+) -> None:
+    """Signals have replaced handlers within such a block, before the run and during it."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    teacher = nn.Linear(2, 2)
+    gift.enable_fine_tuning(teacher, LoRAAllFineTuningStrategy(rank=1))
+    act = At(lambda: os.kill(os.getpid(), number), step=6)
+    with gift.disabled(teacher):
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            run(net(), tmp_path, callbacks=[act])
+        assert torch.load(tmp_path / "checkpoint.pt")["counters"]["step"] == 6
+    assert {n: signal.getsignal(n) for n in before} == before
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:

@@ -87,6 +87,22 @@ def _release() -> None:
         _replaced.pop(number, None)
 
 
+def handler_of(number: int) -> Any:
+    """Return the handler of a signal: the one under the replacement, if there is one."""
+    now = signal.getsignal(number)
+    return now.original if isinstance(now, _Handler) else now
+
+
+def set_handler(number: int, handler: Any) -> None:
+    """Set the handler of a signal, under the replacement if there is one."""
+    now = signal.getsignal(number)
+    if isinstance(now, _Handler) and callable(handler):
+        now.original = handler
+    else:
+        _replaced.pop(number, None)
+        signal.signal(number, handler)
+
+
 def _deliver() -> None:
     """Call the handlers of all recorded signals, even if some of them raise."""
     while _arrived:

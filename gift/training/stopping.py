@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from gift.support.interrupts import handler_of, set_handler
 from gift.training.checkpoint import random_states, restore_states, write_checkpoint
 
 if TYPE_CHECKING:
@@ -41,16 +42,16 @@ class Signals:
         is_main = threading.current_thread() is threading.main_thread()
         if self.run.result.folder is not None and is_main:
             for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(number)
+                handler = handler_of(number)
                 if handler in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = handler
-                    signal.signal(number, self._note)
+                    set_handler(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:
-                signal.signal(number, handler)
+            if handler_of(number) == self._note:
+                set_handler(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.arrived is not None and number == signal.SIGINT:
