@@ -99,6 +99,27 @@ CONTENDERS = {
         "FourierFTAll", (3e-3, {"n_frequency": 400}), (3e-2, {"n_frequency": 9200})
     ),
     "SHiRA": Contender("SHiRAAll", (3e-3, {"rank": 2}), (3e-3, {"rank": 8})),
+    "AdaLoRA": Contender("AdaLoRAAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 8})),
+    "DeLoRA": Contender(  # the default length of a delta, 15, is that of large language models
+        "DeLoRAAll",
+        (3e-3, {"rank": 1, "delora_lambda": 1.0}),
+        (3e-3, {"rank": 8, "delora_lambda": 1.0}),
+    ),
+    "GraLoRA": Contender("GraLoRAAll", (3e-3, {"rank": 2}), (3e-3, {"rank": 8})),
+    "HiRA": Contender("HiRAAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 8})),
+    "MiSS": Contender("MiSSAll", (3e-3, {"rank": 12}), (3e-3, {"rank": 16})),
+    "DEFT": Contender("DEFTAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 8})),
+    "LoRA-XS": Contender("LoRAXSAll", (3e-3, {"rank": 20}), (3e-3, {"rank": 96})),
+    "PSOFT": Contender("PSOFTAll", (3e-3, {"rank": 27}), (3e-3, {"rank": 128})),
+    "RandLoRA": Contender("RandLoRAAll", (1e-2, {"rank": 4}), (1e-2, {"rank": 16})),
+    "GLoRA": Contender("GLoRAAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 3})),
+    "FacT": Contender("FacTAll", (3e-3, {"rank": 8}), (3e-3, {"rank": 56})),
+    "TinyLoRA": Contender("TinyLoRAAll", (1e-2, {}), (1e-2, {})),
+    "BOFT": Contender("BOFTAll", (1e-3, {"block_size": 2}), (1e-3, {"block_size": 16})),
+    "C3A": Contender("C3AAll", (3e-3, {}), (3e-3, {})),
+    "RoAd": Contender("RoAdAll", (1e-2, {}), (1e-2, {})),
+    "SSF": Contender("SSFAll", (1e-2, {}), (1e-2, {})),
+    "WaveFT": Contender("WaveFTAll", (3e-3, {"n_frequency": 400}), (3e-2, {"n_frequency": 9200})),
     "bottleneck": Contender("Bottleneck", (3e-3, {"size": 10}), (3e-3, {"size": 72})),
     "bottleneck beside": Contender(
         "Bottleneck",
@@ -214,17 +235,22 @@ def costs(name: str, task: Task) -> dict[str, float]:
     seconds: dict[str, list[float]] = {who: [] for who in networks}
     for _ in range(ROUNDS + 1):
         for who, network in networks.items():
-            start = time.perf_counter()
+            start = time.process_time()
             optimizers[who].zero_grad()
             F.cross_entropy(network(inputs), labels).backward()
             optimizers[who].step()
-            seconds[who].append(time.perf_counter() - start)
+            seconds[who].append(time.process_time() - start)
     pairs = list(zip(seconds[name], seconds["full"], strict=True))[1:]
     return {
         "bytes_for_backward": kept,
         "step_s": median(mine for mine, _ in pairs),
         "step_over_full": median(mine / full for mine, full in pairs),
     }
+
+
+def size_of(delta: dict[str, Tensor]) -> int:
+    """Bytes of a delta in a file, which has tensors that layers share once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in delta.values()}.values())
 
 
 def measure(name: str, task: Task, seeds: int) -> dict[str, Any]:
@@ -246,7 +272,7 @@ def measure(name: str, task: Task, seeds: int) -> dict[str, Any]:
         "held_out_loss_by_rate": {f"{rate:.2g}": loss for rate, loss in sorted(losses.items())},
         "parameters": trainable,
         "share": trainable / sum(p.numel() for p in task.fresh().parameters()),
-        "delta_bytes": sum(tensor.nbytes for tensor in delta.values()),
+        "delta_bytes": size_of(delta),
         "accuracies": accuracies,
         "sources_on": sources,
         "source_off": source_when_off(name, task, chosen),
@@ -379,7 +405,7 @@ def label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
         own = (points[name][1] - bottom) / (top - bottom)
         height = min(max(own, height + gap), 1 - gap * (len(names) - 1 - number))
         axes.annotate(name, points[name], (1.03, height), "data", "axes fraction",
-                      va="center", fontsize=8,
+                      va="center", fontsize=8 if len(names) <= 24 else 6,
                       arrowprops={"arrowstyle": "-", "color": colour(name), "linewidth": 0.6,
                                   "alpha": 0.6, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
 
