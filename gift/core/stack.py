@@ -30,14 +30,14 @@ def _of_base(delta: Delta) -> Delta:
 def freeze_tensors_of_base(network: nn.Module) -> None:
     """Freeze the parameters of deltas that belong to the base, whatever claimed their module."""
     for module in network.modules():
-        for name in names_of_base(module):
+        for name in names_of_levels(module, of_base=True):
             if (parameter := module._parameters.get(name)) is not None:
                 parameter.requires_grad = False
 
 
-def names_of_base(module: nn.Module) -> Iterator[str]:
-    """Names of the tensors of `module` that belong to deltas of the base."""
-    for _, delta in levels_of(module, of_base=True):
+def names_of_levels(module: nn.Module, of_base: bool) -> Iterator[str]:
+    """Names of the tensors that `module` holds for the deltas that `levels_of` yields."""
+    for _, delta in levels_of(module, of_base):
         if delta.owner is None:
             yield from delta.names.values()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gift.core.delta import added_names
 from gift.core.dynamic_class import joined
 from gift.core.record import record_of
-from gift.core.stack import levels_of
+from gift.core.stack import names_of_levels
 
 
 def named_trainable(network: nn.Module, recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -38,11 +38,10 @@ def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
 def _buffers_of_deltas(network: nn.Module, of_base: bool) -> Iterator[tuple[str, Tensor]]:
     """Names and persistent buffers of deltas: of those of the base, or of the present ones."""
     for path, module in network.named_modules():
-        for _, delta in levels_of(module, of_base):
-            for name in delta.names.values() if delta.owner is None else ():
-                tensor = module._buffers.get(name)
-                if tensor is not None and name not in module._non_persistent_buffers_set:
-                    yield joined(path, name), tensor
+        for name in names_of_levels(module, of_base):
+            tensor = module._buffers.get(name)
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield joined(path, name), tensor
 
 
 def moved_buffers(network: nn.Module) -> Iterator[str]:

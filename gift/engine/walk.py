@@ -13,7 +13,7 @@ from gift.core.delta import remove_tensor
 from gift.core.dynamic_class import joined, plain_class
 from gift.core.forwards import settle_modules_around
 from gift.core.iterator import ModuleIterator, Site, named_parts
-from gift.core.stack import names_of_base
+from gift.core.stack import names_of_levels
 from gift.core.weights.attach import install, uninstall
 from gift.core.weights.reading import Memory
 from gift.core.weights.record import WeightDelta, present_weight_deltas, weight_deltas
@@ -110,7 +110,7 @@ class Walk:
         """Offer the parameters of a module that no cap claimed to caps, then visit its children."""
         module_caps, para_caps = caps
         module = site.module
-        under = set(names_of_base(module))
+        under = set(names_of_levels(module, of_base=True))
         for parameter_name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter_name not in under:
                 own = Site(*site[:5], parameter_name, parameter)
