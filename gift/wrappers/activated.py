@@ -6,7 +6,6 @@ activated deltas. Two wrappers work together: that of the language model finds t
 the token ids, and those of linear layers add their deltas at the positions from there on.
 """
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -21,11 +20,12 @@ from gift.core.dynamic_class import plain_class
 from gift.core.forwards import Forward, ForwardMethod, where
 from gift.errors import AdaptationError
 from gift.layers.table import dotted, forwards_of
+from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import number, probability, setting, whole
 from gift.support.contexts import holding
 from gift.wrappers.arguments import Arguments, in_order
 from gift.wrappers.caches import caches_in, is_empty, is_tuples, items_of, length_of
-from gift.wrappers.features import weight_beside
+from gift.wrappers.features import features_of, weight_beside
 from gift.wrappers.tensors import first_tensor
 from gift.wrappers.text_models import prompt_of
 
@@ -198,16 +198,16 @@ class ActivatedLoRA(ForwardMethod):
         """Return `B`, which is zero, and a random `A`."""
         if dotted(plain_class(type(module)).forward) not in _LINEAR:
             raise AdaptationError("activated LoRA is for linear layers")
-        weight = weight_beside(module)
-        outputs, inputs = _sizes(module)
+        features = features_of(module)
+        outputs, inputs = features.outputs, features.inputs
+        assert inputs is not None
         if self.rank > min(outputs, inputs):
             raise AdaptationError(
                 f"rank is {self.rank}, expected {min(outputs, inputs)} or less for "
                 f"{inputs} inputs and {outputs} outputs"
             )
-        like = self.beside(weight)
-        a = torch.empty(self.rank, inputs, **like)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        like = self.beside(weight_beside(module))
+        a = kaiming_uniform(self.rank, inputs, **like)
         return {"B": torch.zeros(outputs, self.rank, **like), "A": a}
 
     def has_effect(self, parameters: Mapping[str, Tensor]) -> bool:
@@ -243,11 +243,3 @@ class ActivatedLoRA(ForwardMethod):
         delta = F.linear(F.linear(seen, a), b) * self.scaling
         delta = torch.where(active.reshape(*x.shape[:-1], 1), delta, 0)
         return (output + delta).to(output.dtype)
-
-
-def _sizes(module: Any) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of a linear layer."""
-    if hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    inputs, outputs = module.weight.shape  # Conv1D of transformers
-    return outputs, inputs

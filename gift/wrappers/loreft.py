@@ -23,9 +23,9 @@ from gift.wrappers.text_models import (
     is_encoder,
     prompt_of,
     reads_two_texts,
+    refuse_checkpointing,
     takes_token_ids,
     tokens_in,
-    uses_checkpointing,
 )
 
 _PATTERN = re.compile(r"f(\d+)(?:\+l(\d+))?|l(\d+)")
@@ -222,11 +222,8 @@ class Positions(ForwardMethod):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model, whose interventions ask for the chosen positions meanwhile."""
-        if module.training and uses_checkpointing(module):
-            raise AdaptationError(
-                f"{where(module, self.name)} uses gradient checkpointing, which calls its blocks "
-                "again without it: call gradient_checkpointing_disable(), or choose positions='all'"
-            )
+        why, instead = "calls its blocks again without it", ", or choose positions='all'"
+        refuse_checkpointing(module, self.name, why, instead)
         named = Arguments(module, args, kwargs, self.name).named
         x = tokens_in(named)
         if x is None:

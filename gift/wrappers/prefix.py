@@ -17,7 +17,7 @@ from gift.wrappers.caches import version
 from gift.wrappers.encoder import Encoded
 from gift.wrappers.key_sizes import KeySizes, key_sizes
 from gift.wrappers.prompted import PromptedReader
-from gift.wrappers.text_models import embedding_of, uses_checkpointing
+from gift.wrappers.text_models import embedding_of, refuse_checkpointing
 
 _CACHES = ("cache", "past_key_values")  # names of the argument in new and old transformers
 
@@ -129,11 +129,7 @@ class Prefix(Encoded, PromptedReader):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model with the prefix in its cache."""
-        if module.training and uses_checkpointing(module):
-            raise AdaptationError(
-                f"{where(module, self.name)} uses gradient checkpointing, which leaves out the "
-                "cache that holds the prefix: call gradient_checkpointing_disable()"
-            )
+        refuse_checkpointing(module, self.name, "leaves out the cache that holds the prefix")
         given, call, x = self.read_call(module, args, kwargs)
         if call is None:
             return given.passed_to(forward)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gift.core.forwards import where
+from gift.errors import AdaptationError
 from gift.layers.table import family_of
 
 
@@ -53,9 +55,21 @@ def is_encoder(module: nn.Module) -> bool:
     return said == {False}
 
 
-def uses_checkpointing(module: nn.Module) -> bool:
-    """Whether gradient checkpointing of transformers is on in any part of a model."""
-    return any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
+def refuse_checkpointing(module: nn.Module, name: str, reason: str, instead: str = "") -> None:
+    """Raise an `AdaptationError` if a part of a model that trains has gradient checkpointing on.
+
+    Args:
+        module: the wrapped model.
+        name: name of the wrapper.
+        reason: why it cannot be used.
+        instead: what else could be done.
+    """
+    parts = module.modules() if module.training else ()
+    if any(getattr(part, "gradient_checkpointing", False) is True for part in parts):
+        raise AdaptationError(
+            f"{where(module, name)} uses gradient checkpointing, which {reason}: call "
+            f"gradient_checkpointing_disable(){instead}"
+        )
 
 
 def reads_two_texts(model: Any) -> bool:
