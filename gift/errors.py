@@ -65,7 +65,7 @@ class YamlError(GiftError, ValueError):
 
 
 class TrainingError(GiftError, RuntimeError):
-    """Training cannot start, or cannot go on."""
+    """Training cannot start or continue."""
 
 
 class NotFiniteError(TrainingError):

@@ -43,6 +43,6 @@ def compare(
             network=network, tell=say, engine=engine,
         )  # fmt: skip
     except KeyboardInterrupt:
-        complain("stopped; the same command goes on")
+        complain("stopped; the same command continues")
         raise typer.Exit(130) from None
     say(f"\n{made}\n\nAll files are in {made.folder}, see report.html")

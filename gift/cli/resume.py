@@ -5,7 +5,7 @@ from gift.cli.plain import say
 
 
 def resume(name: SUBMITTED, sbatch: SBATCH = None) -> None:
-    """Queue a run again that was cancelled or failed; it goes on from its checkpoint."""
+    """Queue a run again that was cancelled or failed; it continues from its checkpoint."""
     from gift.many import submitting
 
     say(f"queued as {submitting.resume(name, sbatch_options(sbatch)).id}")

@@ -21,13 +21,13 @@ def search(
     address: ADDRESS = None,
     network: NETWORK = None,
 ) -> None:
-    """Search for the best settings of a job, or go on with a search that was stopped."""
+    """Search for the best settings of a job, or continue a search that was stopped."""
     from gift.many import search as run_search
 
     engine = None if on is None else chosen_engine(on, sbatch, address, network)
     try:
         found = run_search(file, network=network, tell=say, engine=engine, parallel=parallel)
     except KeyboardInterrupt:
-        complain("stopped; the same command goes on with the search")
+        complain("stopped; the same command continues the search")
         raise typer.Exit(130) from None
     say(f"\n{found}")

@@ -54,7 +54,7 @@ _WORKPLACE = tempfile.TemporaryDirectory()
 
 @cache
 def online() -> bool:
-    """Whether the hub answers; if not, the libraries of the hub are told not to try."""
+    """Whether the hub answers. If it does not, ``HF_HUB_OFFLINE`` is set for its libraries."""
     try:
         if not os.environ.get("HF_HUB_OFFLINE"):
             urllib.request.urlopen(HUB, timeout=5).close()

@@ -43,7 +43,7 @@ def stack_of(network: nn.Module, path: str | None) -> list[tuple[str, nn.Module]
         path: path of the container of the blocks; None finds it as `mc_blocks` does.
 
     Raises:
-        AdaptationError: if there is no such container, or several stages have one each.
+        AdaptationError: if the network has no such container, or one in each of several stages.
     """
     if path is not None:
         try:

@@ -261,7 +261,7 @@ class Resources(Section):
         gpus: number of GPUs.
         cpus: number of processors.
         memory: memory, such as 16GB; null leaves that to the cluster.
-        hours: time limit; a run that reaches it goes on in the queue. Null is that of the cluster.
+        hours: time limit; a run that reaches it is queued again. Null is that of the cluster.
         processes: number of processes that train together, on one machine.
     """
 

@@ -51,9 +51,9 @@ def is_done(settled: Search, folder: Path) -> bool:
 
 
 def run_part(folder: Path, network: str | None, tell: Callable[[str], None]) -> None:
-    """Run the part of a search in a folder, or go on with it.
+    """Run the part of a search in a folder, or continue it.
 
-    SIGTERM stops its trial, which writes a checkpoint; the next part that begins goes on with it.
+    SIGTERM stops its trial, which writes a checkpoint; the next part to start continues it.
 
     Args:
         folder: folder of the part.

@@ -149,7 +149,7 @@ class Study:
         self._tell(trial, None, "FAIL")
 
     def release(self, trial: Trial) -> None:
-        """Leave a trial to whoever goes on with the search."""
+        """Leave a trial to whoever continues the search."""
         trial.lock.release()
 
     def _tell(self, trial: Trial, values: Any, state: str | None = None) -> None:
@@ -216,7 +216,7 @@ class Study:
         return study
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be the same when a search goes on."""
+        """Return what must be the same when a search continues."""
         job = self.job.to_config()
         training = {k: v for k, v in job.pop("training").items() if k not in _ANY}
         named = {name: getattr(self.search, name) for name in ("vary", "sampler", "pruner", "seed")}

@@ -178,7 +178,7 @@ def cancel(name: str) -> Submission:
 
 
 def resume(name: str, options: Mapping[str, Any] | None = None) -> Submission:
-    """Queue a run again, which goes on from its checkpoint; see `gift.many.submissions.find`.
+    """Queue a run again, which continues from its checkpoint; see `gift.many.submissions.find`.
 
     Raises:
         JobError: if it is done.
@@ -186,7 +186,7 @@ def resume(name: str, options: Mapping[str, Any] | None = None) -> Submission:
     one = find(name)
     job = read_task(Path(one.folder))
     if finished(job) is not None:
-        raise JobError(f"{one.folder} is done", ["there is nothing to go on with"])
+        raise JobError(f"{one.folder} is done", ["there is nothing to continue"])
     settled = replace(one, options={**one.options, **(options or {})})
     again = replace(settled, id=engine_for(settled).start(Path(one.folder)))
     remember(again)

@@ -1,4 +1,4 @@
-"""Callbacks: code that a run calls as it goes on. Logs and trackers are callbacks, too."""
+"""Callbacks: code that a run calls during training. Logs and trackers are callbacks, too."""
 
 from __future__ import annotations
 

@@ -111,10 +111,10 @@ def make_rates(optimizer: Optimizer, settings: Settled, steps: int) -> LRSchedul
 
 
 def continue_rates(rates: LRScheduler, state: dict[str, Any]) -> None:
-    """Let a schedule that was made for another number of steps go on at the step of a state.
+    """Let a schedule that was made for another number of steps continue at the step of a state.
 
     The schedules of gift then follow their curve for the new number of steps; one of the user's own
-    goes on with its state as it is.
+    continues with its state as it is.
     """
     if isinstance(rates, OneCycleLR):  # whose state has the number of steps
         state = {name: state[name] for name in ("last_epoch", "base_lrs")}

@@ -31,7 +31,7 @@ _OPTIONS: Mapping[str, _Options] = {
     "mlflow": lambda name, folder, key: {"run_id": key} if key else {"run_name": name},
     "trackio": lambda name, folder, key: {"name": name, "resume": "allow"},
 }  # fmt: skip
-"""How a tracker is told to go on with a run: from its name, its folder and its earlier identity."""
+"""Arguments with which a tracker continues a run, from its name, folder and earlier identity."""
 
 _IDENTITY: Mapping[str, Callable[[Any], str | None]] = {
     "wandb": lambda tracker: tracker.tracker.id,
@@ -90,7 +90,7 @@ class Tracker(Callback):
         self.tracker: Any = None
 
     def on_train_begin(self, run: TrainingRun) -> None:
-        """Start the tracker, or let it go on with the run of the checkpoint."""
+        """Start the tracker, or continue the run of the checkpoint."""
         if isinstance(self.given, str):
             self.tracker = self._made(None if run.step == 0 else self._known())
         else:

@@ -174,7 +174,7 @@ class Ray(Scheduler):
 def start_local(cpus: int | None = None) -> None:
     """Start Ray on this machine: it listens on the loopback alone, and asks for a token.
 
-    It goes on until ``ray stop``.
+    It runs until ``ray stop``.
 
     Args:
         cpus: number of processors; None takes all.
