@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
 import gift
-from gift.jobs import read_job, run_job
+from gift.jobs import JobError, read_job, run_job
 from gift.many import search, submitting
 from gift.many.engines.base import State, task_command
 from gift.many.history import progress_of
-from gift.many.submissions import Submission
 from gift.many.task import write_task
 from tests.engines.up import CPUS, kill, processes
 from tests.many_examples import Net, tiny_job, tiny_search
@@ -71,8 +71,14 @@ def states(engine: Any, ids: list[str]) -> list[State]:
     return [engine.state(one) for one in ids]
 
 
-def assert_queued_beyond_the_cores(engine: Any, ids: list[str]) -> None:
-    """Ten jobs of one processor end, and meanwhile some wait: never do more run than fit."""
+def assert_queued_beyond_the_cores(engine: Any, folder: Path) -> list[str]:
+    """Ten jobs of one processor end, and meanwhile some wait: never do more run than fit.
+
+    All have the weights of the job alone. Returns what the engine calls them.
+    """
+    write_jobs(folder, [f"job{n}" for n in range(10)], epochs=2)
+    made = submitting.submit([folder], engine)
+    ids = [one.id for one in made]
     assert len(ids) == 10
     waited, most = False, 0
 
@@ -87,10 +93,16 @@ def assert_queued_beyond_the_cores(engine: Any, ids: list[str]) -> None:
     assert states(engine, ids) == [State.DONE] * 10
     assert waited
     assert 1 <= most <= CPUS
+    expected = alone(folder / "job0.yaml")
+    for one in made:
+        assert_same(weights(Path(one.folder)), expected)
+    return ids
 
 
-def assert_two_processes_end_like_one(engine: Any, one: Submission, file: Path) -> None:
+def assert_two_processes_end_like_one(engine: Any, place: Path) -> None:
     """One of them is killed meanwhile; the weights are those of torchrun without an engine."""
+    [file] = write_jobs(place, ["two"], cpus=2, processes=2)
+    [one] = submitting.submit([file], engine)
     folder = Path(one.folder)
     until(lambda: has_begun(folder), "it begins")
     own = [n for n in processes("gift task", str(folder)) if n not in processes("torch.distrib")]
@@ -127,6 +139,22 @@ def assert_search_goes_on_after_kill(name: str, engine: Any, folder: Path) -> No
     job = read_job(found.jobs[0])
     run_job(job, Net())
     assert_same(weights(Path(job.folder)), weights(found.runs[0]))
+
+
+def assert_refused(
+    engine: Any, resources: dict[str, Any], expected: str, folder: Path, asked: Any = None
+) -> None:
+    """A job is refused in words, and nothing is queued or written; `asked` lists what is queued."""
+    files = write_jobs(folder, ["a"], **resources)
+    asked = asked or engine
+    before = asked.listed()
+    with pytest.raises(JobError) as error:
+        submitting.submit(files, engine)
+    assert "nothing was queued" in str(error.value)
+    assert expected in str(error.value)
+    asked.forget()
+    assert asked.listed() == before
+    assert not (folder / "runs").exists()
 
 
 def assert_submitted_search_ends(engine: Any, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gift.jobs import JobError, read_job
+from gift.jobs import read_job
 from gift.many import submitting
 from gift.many.engines.base import State
 from gift.many.engines.ray_cluster import LOCAL, Ray
@@ -21,6 +21,7 @@ from tests.engines.scenario import (
     NETWORK,
     alone,
     assert_queued_beyond_the_cores,
+    assert_refused,
     assert_same,
     assert_search_goes_on_after_kill,
     assert_submitted_search_ends,
@@ -87,21 +88,12 @@ def test_a_cancelled_run_writes_a_checkpoint_and_goes_on(ray: Any, tmp_path: Pat
 
 
 def test_ten_jobs_at_once_wait_for_the_cores(ray: Any, tmp_path: Path) -> None:
-    write_jobs(tmp_path, [f"job{n}" for n in range(10)], epochs=2)
-    engine = Ray(network=NETWORK)
-    made = submitting.submit([tmp_path], engine)
-    assert_queued_beyond_the_cores(engine, [one.id for one in made])
-    expected = alone(tmp_path / "job0.yaml")
-    for one in made:
-        assert_same(weights(Path(one.folder)), expected)
+    assert_queued_beyond_the_cores(Ray(network=NETWORK), tmp_path)
 
 
 def test_two_processes_train_one_job(ray: Any, tmp_path: Path) -> None:
     """By torchrun, which starts both again after SIGKILL of one."""
-    [file] = write_jobs(tmp_path, ["two"], cpus=2, processes=2)
-    engine = Ray(network=NETWORK)
-    [one] = submitting.submit([file], engine)
-    assert_two_processes_end_like_one(engine, one, file)
+    assert_two_processes_end_like_one(Ray(network=NETWORK), tmp_path)
 
 
 def test_a_search_runs_its_trials_as_jobs_and_outlives_its_process(
@@ -147,14 +139,8 @@ def test_what_the_cluster_lacks_is_said_before_anything_is_queued(
     expected: str,
     tmp_path: Path,
 ) -> None:
-    files = write_jobs(tmp_path, ["a"], **resources)
-    before = Ray().listed()
-    with pytest.raises(JobError) as error:
-        submitting.submit(files, Ray(options, NETWORK))
-    assert "nothing was queued" in str(error.value)
-    assert expected in str(error.value)
-    assert Ray().listed() == before
-    assert not (tmp_path / "runs").exists()
+    # A client that knows the cluster, since the refused one may not reach any.
+    assert_refused(Ray(options, NETWORK), resources, expected, tmp_path, Ray())
 
 
 def test_it_listens_on_the_loopback_and_asks_for_a_token(ray: Any) -> None:

@@ -19,6 +19,7 @@ from tests.engines.scenario import (
     NETWORK,
     alone,
     assert_queued_beyond_the_cores,
+    assert_refused,
     assert_same,
     assert_search_goes_on_after_kill,
     assert_submitted_search_ends,
@@ -92,23 +93,13 @@ def test_a_run_that_reaches_its_time_limit_goes_on(slurm: Any, tmp_path: Path) -
 
 def test_ten_jobs_at_once_wait_for_the_cores(slurm: Any, tmp_path: Path) -> None:
     """As an array, of which never more run than there are cores; all end with the same weights."""
-    write_jobs(tmp_path, [f"job{n}" for n in range(10)], epochs=2)
-    engine = Slurm(network=NETWORK)
-    made = submitting.submit([tmp_path], engine)
-    ids = [one.id for one in made]
+    ids = assert_queued_beyond_the_cores(Slurm(network=NETWORK), tmp_path)
     assert len({number.partition("_")[0] for number in ids}) == 1
-    assert_queued_beyond_the_cores(engine, ids)
-    expected = alone(tmp_path / "job0.yaml")
-    for one in made:
-        assert_same(weights(Path(one.folder)), expected)
 
 
 def test_two_processes_train_one_job(slurm: Any, tmp_path: Path) -> None:
     """By torchrun, which starts both again after SIGKILL of one."""
-    [file] = write_jobs(tmp_path, ["two"], cpus=2, processes=2)
-    engine = Slurm(network=NETWORK)
-    [one] = submitting.submit([file], engine)
-    assert_two_processes_end_like_one(engine, one, file)
+    assert_two_processes_end_like_one(Slurm(network=NETWORK), tmp_path)
 
 
 def test_a_search_runs_its_trials_as_jobs_and_outlives_its_process(
@@ -155,12 +146,4 @@ def test_what_the_cluster_lacks_is_said_before_anything_is_queued(
     expected: str,
     tmp_path: Path,
 ) -> None:
-    files = write_jobs(tmp_path, ["a"], **resources)
-    engine = Slurm(options, NETWORK)
-    before = engine.listed()
-    with pytest.raises(JobError) as error:
-        submitting.submit(files, engine)
-    assert "nothing was queued" in str(error.value)
-    assert expected in str(error.value)
-    assert engine.listed() == before
-    assert not (tmp_path / "runs").exists()
+    assert_refused(Slurm(options, NETWORK), resources, expected, tmp_path)
