@@ -213,6 +213,11 @@ KRONECKER: dict[str, tuple[str, dict[str, Any]]] = {
         {"rank": 1, "factor": 4, "decompose_both": True, "families": ["linear"]},
     ),
     "lokr, full": ("lokr", {"full_matrix": True, "factor": 2}),
+    "lokr, balanced": ("lokr", {"rank": 2, "alpha": 3.0, "conv_layout": "balanced"}),
+    "lokr, full, balanced": ("lokr", {"full_matrix": True, "conv_layout": "balanced"}),
+    "lokr, across inputs": ("lokr", {"rank": 1, "alpha": 2.5}),
+    "lokr, both, across inputs": ("lokr", {"rank": 2, "alpha": -9.0, "decompose_both": True}),
+    "lokr, full, across inputs": ("lokr", {"full_matrix": True}),
 }
 
 
@@ -259,7 +264,11 @@ def by_formula(frozen: Tensor, parts: dict[str, Tensor]) -> Tensor:
 
 METHODS = BY_GIFT | KRONECKER
 WRITTEN = {f"U-Net, {name}": (UNet, *METHODS[name]) for name in METHODS}
-WRITTEN |= {f"volumes, {name}": (Volumes, *BY_GIFT[name]) for name in BY_GIFT}
+WRITTEN |= {
+    f"volumes, {name}": (Volumes, *METHODS[name])
+    for name in METHODS
+    if "families" not in METHODS[name][1]
+}
 everything_written = pytest.mark.parametrize(
     ("make", "method", "settings"), WRITTEN.values(), ids=WRITTEN
 )
@@ -801,11 +810,6 @@ NOT_WRITTEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "trained in place.*0.bias",
     ),
-    "LoKr in chunks": (
-        lambda: tuned(nn.Conv2d(8, 8, 3), method="lokr", conv_layout="balanced"), "out_as_h",
-    ),
-    "LoKr in groups": (lambda: tuned(nn.Conv2d(8, 8, 3, groups=2), method="lokr"), "no groups"),
-    "LoKr across inputs": (lambda: tuned(nn.Conv2d(16, 8, 3), method="lokr"), "cuts inputs"),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Converting a delta of gift to the tensors of one layer in a kohya file."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from gift.core.weights.record import WeightDelta, present_weight_deltas
 from gift.interop.factors import Pair, product
 from gift.interop.kohya.factors import for_whole
+from gift.interop.kohya.kronecker import as_one, is_split_of_lycoris, joined
 from gift.interop.kohya.layers import Incompatible, Target
 from gift.methods.anchored import AnchoredLoRA
+from gift.methods.lokr import LoKr
 from gift.support.sharding import is_sharded
 
 Values = Mapping[str, Tensor]
@@ -99,28 +101,26 @@ def _lokr(delta: WeightDelta, values: Values, target: Target) -> dict[str, Tenso
     """Return LoKr in the form that LyCORIS expects.
 
     LyCORIS rebuilds its module from the shapes, so factors that it would not decompose are not
-    decomposed in the file.
+    decomposed in the file. It has one product for a convolution as a whole and splits the inputs.
+    Where gift has one for each group, or splits the matrix in a way that LyCORIS has not, the first
+    factor is one number, and the second is the whole delta or its factors.
     """
     assert delta.layout is not None
-    inputs, kernel = target.weight.shape[1], target.kernel
-    if delta.layout.matrix != (len(target.weight), target.columns):
-        raise Incompatible(
-            "such files split a convolution as a whole: use conv_layout='out_as_h', and no groups"
-        )
-    (a, c), first = _first(values)
-    if inputs % c:
-        raise Incompatible(
-            f"its columns, {inputs} inputs times kernel {list(kernel)}, are split into {c} parts, "
-            "which cuts inputs; such files split the inputs"
-        )
-    b, d = len(target.weight) // a, inputs // c
-    method: Any = delta.method
+    kernel, method = target.kernel, cast(LoKr, delta.method)
+    outputs, inputs = target.weight.shape[:2]
+    shape, first = _first(values)
+    whole = delta.layout.matrix == (outputs, target.columns)
+    if not (whole and is_split_of_lycoris(outputs, inputs, shape, target.columns, values)):
+        factors = _whole(delta, joined(values), target)
+        values, first = as_one(factors, "lokr_w2" in values), 0
+        shape = 1, 1
+    (a, c), b, d = shape, outputs // shape[0], inputs // shape[1]
     w1 = values["lokr_w1"] if not first else product(values["lokr_w1_a"], values["lokr_w1_b"])
     if "lokr_w2" in values:
         return _full(w1, values["lokr_w2"], (b, d, *kernel))
     left, right = values["lokr_w2_a"], values["lokr_w2_b"]
     rank = len(right)
-    if rank >= max(b, d) / 2:
+    if rank >= max(b, d) / 2 or rank * (b + right.shape[1]) >= b * right.shape[1]:
         return _full(w1, product(left, right) * method.scaling, (b, d, *kernel))
     left, alpha = _scaled(left, method.scaling * rank, rank)
     parts = {"lokr_w2_a": left, "lokr_w2_b": right, "alpha": alpha}

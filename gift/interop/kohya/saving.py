@@ -37,7 +37,8 @@ def save_kohya(
     Supports LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA, DoRA, LoHa, LoKr, full deltas with trained biases,
     and (IA)^3 of weights alone, for linear layers and convolutions. PiSSA and OLoRA become LoRA of
     twice the rank. Factors for the balanced layout of a convolution, or for its groups, become
-    factors of the whole matrix, with a larger rank.
+    factors of the whole matrix, with a larger rank. So do products of LoKr, one for each group
+    or split as LyCORIS would not: their first factor is then one number.
 
     Args:
         net: the fine-tuned network, or a module that contains it, or several by their prefixes:
