@@ -55,6 +55,14 @@ def flux() -> Any:
     ).eval()  # fmt: skip
 
 
+def flux_2() -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+
+
 def parts(names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split())
 
@@ -74,6 +82,11 @@ def flux_pipeline(**nets: Any) -> Any:
     return diffusers.FluxPipeline(scheduler=scheduler, **absent | nets)
 
 
+def flux_2_pipeline(**nets: Any) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.Flux2Pipeline(scheduler, None, None, None, **nets)
+
+
 PIPELINES = {"unet": (unet, sd_pipeline), "transformer": (flux, flux_pipeline)}
 both_pipelines = pytest.mark.parametrize("name", PIPELINES)
 
@@ -86,6 +99,11 @@ def output(net: Any) -> Tensor:
             return net(torch.arange(6)[None]).last_hidden_state
         if isinstance(net, diffusers.UNet2DConditionModel):
             return net(torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8), 300, text).sample
+        if isinstance(net, diffusers.Flux2Transformer2DModel):
+            return net(
+                torch.linspace(-1, 1, 24).reshape(1, 6, 4), text, torch.tensor([0.3]),
+                img_ids=torch.arange(24.0).reshape(6, 4) % 4, txt_ids=torch.zeros(5, 4),
+            ).sample  # fmt: skip
         places = torch.arange(18.0).reshape(6, 3) % 4
         return net(
             torch.linspace(-1, 1, 24).reshape(1, 6, 4), text, text[:, 0], torch.tensor([0.3]),
@@ -334,8 +352,82 @@ def test_lokr_with_settings(tmp_path: Path) -> None:
     save_file(state, tmp_path / FILE, {"lora_adapter_metadata": json.dumps(settings)})
     load_diffusers(ours, tmp_path)
     assert_same(theirs, ours, base)
+
+
+LOKR: dict[str, dict[str, Any]] = {
+    "factors": {"rank": 1, "alpha": 3.0, "factor": 2},
+    "full": {"full_matrix": True, "factor": 4},
+    "both": {"rank": 1, "alpha": -2.0, "factor": 4, "decompose_both": True},
+}
+
+
+@pytest.mark.parametrize("settings", LOKR.values(), ids=LOKR)
+def test_lokr_is_written_for_a_pipeline_and_for_a_network(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = flux_2()
+    ours, theirs, alone, again = (copy.deepcopy(base) for _ in range(4))
+    check = mc_name("to_q", "to_k", "linear_in", "to_out")
+    enable_fine_tuning(ours, FineTuningStrategy([(check, ma_adapt("lokr", **settings))]))
+    randomised(ours)
+    save_diffusers(ours, tmp_path)
+    flux_2_pipeline(transformer=theirs).load_lora_weights(tmp_path)
+    assert_same(ours, theirs, base)
+    alone.load_lora_adapter(tmp_path, weight_name=FILE, prefix="transformer", use_safetensors=True)
+    assert_same(ours, alone, base)
+    load_diffusers(again, tmp_path)
+    assert_same(ours, again, base)
+
+
+def test_lokr_of_convolutions(tmp_path: Path) -> None:
+    """For the network's own loader, as pipelines of U-Nets refuse LoKr."""
+    base = unet()
+    caps = mc_name("conv1", "to_q"), ma_adapt("lokr", rank=1, factor=2, conv_layout="out_as_h")
+    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+    enable_fine_tuning(ours, FineTuningStrategy([caps]))
+    randomised(ours)
+    save_diffusers(ours, tmp_path)
+    theirs.load_lora_adapter(tmp_path, weight_name=FILE, prefix="unet", use_safetensors=True)
+    assert_same(ours, theirs, base)
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        sd_pipeline(unet=copy.deepcopy(base)).load_lora_weights(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"r": 2}, {"r": 99}, {"r": 1, "decompose_both": True}])
+def test_lokr_without_settings(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its scaling is 1, as diffusers infers."""
+    base = flux_2()
+    source, theirs, ours = (copy.deepcopy(base) for _ in range(3))
+    config = LoKrConfig(
+        alpha=1, decompose_factor=4, target_modules=["to_q", "linear_in"], **settings
+    )
+    randomised(inject_adapter_in_model(config, source))
+    state = {f"transformer.{key}": tensor
+             for key, tensor in get_peft_model_state_dict(source).items()}  # fmt: skip
     save_file(state, tmp_path / FILE)
-    refused(base, tmp_path, "LoKr, whose rank and alpha only settings")
+    flux_2_pipeline(transformer=theirs).load_lora_weights(tmp_path)
+    load_diffusers(ours, tmp_path)
+    assert_same(theirs, ours, base)
+
+
+def test_lokr_with_alphas_beside_the_factors(tmp_path: Path) -> None:
+    """As programs of training write them; of two whole factors, alpha says nothing."""
+    base = flux_2()
+    source, theirs, ours = (copy.deepcopy(base) for _ in range(3))
+    config = LoKrConfig(r=2, decompose_factor=4, target_modules=["to_q", "linear_in"],
+                        rank_pattern={"to_q": 99})  # fmt: skip
+    randomised(inject_adapter_in_model(config, source))
+    mine, their = {}, {}
+    for key, tensor in get_peft_model_state_dict(source).items():
+        layer, _, end = key.partition(".lokr_")
+        of_lycoris = "lycoris_" + layer.replace(".", "_")
+        alpha = torch.tensor(3.0)
+        mine |= {f"transformer.{key}": tensor, f"transformer.{layer}.alpha": alpha}
+        their |= {f"{of_lycoris}.lokr_{end}": tensor, f"{of_lycoris}.alpha": alpha}
+    save_file(mine, tmp_path / FILE)
+    flux_2_pipeline(transformer=theirs).load_lora_weights(their)
+    load_diffusers(ours, tmp_path)
+    assert_same(theirs, ours, base)
 
 
 def test_what_the_header_says(tmp_path: Path) -> None:
@@ -448,7 +540,11 @@ def tuned(*caps: Any, parameters: Any = ()) -> Any:
 
 UNWRITTEN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "name": (lambda: adapted(two()), {}, "what a ModuleDict is called in its pipeline"),
-    "method": (lambda: adapted(two(), "loha"), {"name": "unet"}, "LoRA and DoRA, not LOHA"),
+    "method": (lambda: adapted(two(), "loha"), {"name": "unet"}, "LoRA, DoRA and LoKr, not LOHA"),
+    "text": (
+        lambda: adapted(encoder(), "lokr", mc_name("q_proj")), {"name": "text_encoder"},
+        "of text encoders only LoRA",
+    ),
     "trained": (
         lambda: tuned((mc_name("proj"), ma_adapt()), (mc_name("norm"), ma_train())),
         {"name": "unet"}, "in place, which such files cannot hold: norm",

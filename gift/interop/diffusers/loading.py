@@ -13,7 +13,14 @@ from gift.engine.enable import enabling_trained
 from gift.errors import DeltaFileError, refuse
 from gift.files.container import read_tensors
 from gift.interop.diffusers.keys import peft_key
-from gift.interop.diffusers.networks import METADATA, file_in, is_name, name_of, named_networks
+from gift.interop.diffusers.networks import (
+    METADATA,
+    PEFT_TYPES,
+    file_in,
+    is_name,
+    name_of,
+    named_networks,
+)
 from gift.interop.peft.folder import incompatibilities
 from gift.interop.peft.forms import Config, Tensors, sizes
 from gift.interop.peft.loading import put_values, refuse_fine_tuned, strategy_of
@@ -21,7 +28,6 @@ from gift.interop.peft.names import PREFIX
 from gift.interop.peft.reading import Reading
 from gift.interop.report import PartReport
 
-_READ = ("LORA", "LOKR")  # what diffusers makes of its files
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -30,11 +36,11 @@ def load_diffusers(
 ) -> dict[str, PartReport]:
     """Fine-tune plain networks with the deltas in a file of diffusers.
 
-    Supports LoRA and DoRA of linear layers and convolutions, and LoKr whose settings are in the
-    header. Names of tensors may be those of today (``lora_A.weight``) or of older versions of
-    diffusers (``lora.down.weight``, ``lora_linear_layer.down.weight``, and ``to_q_lora`` of
-    attention processors). Without settings in the header and without ``alpha``, the scaling is 1.
-    The strategy that it enables has registered parts only.
+    Supports LoRA, DoRA and LoKr of linear layers and convolutions. Names of tensors may be those of
+    today (``lora_A.weight``) or of older versions of diffusers (``lora.down.weight``,
+    ``lora_linear_layer.down.weight``, and ``to_q_lora`` of attention processors). Without settings
+    in the header and without ``alpha``, the scaling is 1. The strategy that it enables has
+    registered parts only.
 
     Args:
         net: the network, several by their names, ``{"unet": unet, "text_encoder": encoder}``, or a
@@ -221,8 +227,8 @@ def _reading(
     # diffusers adapts what has tensors, whatever the settings of PEFT choose.
     chosen = {"target_modules": sorted(layers)} | dict.fromkeys(_CHOOSING)
     config = {"peft_type": "LORA"} | config | chosen
-    if config["peft_type"] not in _READ:
-        problems.append(f"its peft_type is {config['peft_type']!r}, expected one of {_READ}")
+    if config["peft_type"] not in PEFT_TYPES:
+        problems.append(f"its peft_type is {config['peft_type']!r}, expected one of {PEFT_TYPES}")
     problems += incompatibilities(config, tensors)
     if problems:
         return None
@@ -234,17 +240,13 @@ def _reading(
 def _without_settings(
     tensors: Tensors, alphas: Mapping[str, Tensor], problems: list[str]
 ) -> Config:  # fmt: skip
-    """Return the settings of LoRA that a file means without any."""
-    end = ".lora_A.weight"
-    ranks = {
-        key.removeprefix(PREFIX).removesuffix(end): len(tensor)
-        for key, tensor in tensors.items()
-        if key.endswith(end) and tensor.ndim
-    }
-    if any(".lokr_w" in key for key in tensors):
-        problems.append("it has LoKr, whose rank and alpha only settings in the header tell")
+    """Return the settings that a file means without any: the scaling is 1 or that of its alphas."""
+    is_lokr = any(".lokr_w" in key for key in tensors)
+    ranks = dict(_ranks_of_lokr(tensors) if is_lokr else _ranks_of_lora(tensors))
+    if is_lokr and (others := sorted(key for key in tensors if ".lokr_w" not in key)):
+        problems.append(f"it has LoKr, and {', '.join(others)}, which are not of LoKr")
     if not ranks:
-        problems.append("it has no lora_A")
+        problems.append("it has no lora_A, and no whole lokr_w2 or lokr_w2_a")
     if lone := sorted(set(alphas) - set(ranks)):
         problems.append(f"it has alphas of layers without factors: {', '.join(lone)}")
     for layer, alpha in alphas.items():
@@ -252,6 +254,35 @@ def _without_settings(
             problems.append(f"{layer}.alpha has shape {list(alpha.shape)}, expected one number")
     if problems:
         return {}
+    if is_lokr:  # of two whole factors, alpha says nothing
+        pairs = {key.removeprefix(PREFIX).rpartition(".lokr_w")[0] for key in tensors
+                 if key.endswith("_a")}  # fmt: skip
+        alphas = {layer: alpha for layer, alpha in alphas.items() if layer in pairs}
     found = {layer: (rank, float(alphas.get(layer, rank))) for layer, rank in ranks.items()}
+    if is_lokr:
+        return {"peft_type": "LOKR"} | sizes(found, "alpha")
     dora = any(key.endswith(".lora_magnitude_vector") for key in tensors)
     return sizes(found, "lora_alpha") | {"use_dora": dora}
+
+
+def _ranks_of_lora(tensors: Tensors) -> Iterator[tuple[str, int]]:
+    """Yield the layers with a factor, and its rank."""
+    end = ".lora_A.weight"
+    for key, tensor in tensors.items():
+        if key.endswith(end) and tensor.ndim:
+            yield key.removeprefix(PREFIX).removesuffix(end), len(tensor)
+
+
+def _ranks_of_lokr(tensors: Tensors) -> Iterator[tuple[str, int]]:
+    """Yield the layers with a second matrix, and the rank of the pair that makes a matrix.
+
+    With two whole matrices it is one with which PEFT decomposes neither.
+    """
+    for key, tensor in tensors.items():
+        layer, _, end = key.rpartition(".lokr_")
+        if end not in ("w2", "w2_a") or tensor.ndim < 2:
+            continue
+        first = tensors.get(f"{layer}.lokr_w1_a")
+        pair = tensor if end == "w2_a" else first
+        rank = max(tensor.shape) if pair is None else pair.shape[-1]
+        yield layer.removeprefix(PREFIX), rank

@@ -13,6 +13,8 @@ from gift.core.dynamic_class import plain_class
 FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 """Key of the settings of PEFT in the header."""
+PEFT_TYPES = ("LORA", "LOKR")
+"""What diffusers makes of its files."""
 
 _NAMES = re.compile(
     r"(unet|transformer|text_encoder|text_conditioner|prior|controlnet|connectors)(_\d+|_ref)?"

@@ -1,4 +1,4 @@
-"""Saving the LoRA of networks as a file of diffusers."""
+"""Saving the deltas of networks as a file of diffusers."""
 
 import json
 import os
@@ -13,7 +13,13 @@ from gift.core.dynamic_class import spec_of
 from gift.core.record import fine_tuned_part
 from gift.errors import DeltaFileError, refuse
 from gift.interop.diffusers.keys import file_key
-from gift.interop.diffusers.networks import METADATA, file_in, name_of, named_networks
+from gift.interop.diffusers.networks import (
+    METADATA,
+    PEFT_TYPES,
+    file_in,
+    name_of,
+    named_networks,
+)
 from gift.interop.peft.activated import TOKENS
 from gift.interop.peft.forms import Config, Tensors
 from gift.interop.peft.names import PREFIX
@@ -29,12 +35,13 @@ def save_diffusers(
     name: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Save the LoRA of one or several networks in the format of diffusers.
+    """Save the deltas of one or several networks in the format of diffusers.
 
     ``pipeline.load_lora_weights(path)`` then gives the outputs of the fine-tuned networks. Supports
     LoRA, rsLoRA, LoRA-FA, PiSSA, OLoRA and DoRA, for linear layers and convolutions, with the
     changes that `gift.save_peft` makes. Ranks and alphas stand in the header, as diffusers 0.34 and
-    later read them.
+    later read them. LoKr of U-Nets and transformers is written as PEFT has it: diffusers 0.42 reads
+    it by ``load_lora_adapter`` of such a network, and by the pipelines of Flux 2 and Z-Image.
 
     Args:
         net: the fine-tuned network, or a module that contains it; several by their names in the
@@ -100,10 +107,10 @@ def _is_fine_tuned(net: nn.Module) -> bool:
 def _part(network: nn.Module, name: str, problems: list[str]) -> tuple[Tensors, Config]:
     """Return the tensors and settings of one network."""
     config, written = contents_for(network, problems)
-    if config:
-        problems += _not_held(config)
-    start = lead(network, ".")
     is_text = name.startswith("text_encoder")
+    if config:
+        problems += _not_held(config, is_text)
+    start = lead(network, ".")
     tensors: Tensors = {}
     for key, tensor in written.items():
         key = file_key(start + key.removeprefix(PREFIX), is_text)
@@ -116,10 +123,12 @@ def _part(network: nn.Module, name: str, problems: list[str]) -> tuple[Tensors, 
     return tensors, {key: value for key, value in config.items() if value is not None}
 
 
-def _not_held(config: Config) -> Iterator[str]:
+def _not_held(config: Config, is_text: bool) -> Iterator[str]:
     """Yield what PEFT can hold, and pipelines of diffusers do not load."""
-    if config["peft_type"] != "LORA":
-        yield f"such files hold LoRA and DoRA, not {config['peft_type']}"
+    if (kind := config["peft_type"]) not in PEFT_TYPES:
+        yield f"such files hold LoRA, DoRA and LoKr, not {kind}"
+    if kind == "LOKR" and is_text:
+        yield "diffusers reads LoKr of U-Nets and transformers, of text encoders only LoRA"
     if TOKENS in config:
         yield "such files hold deltas that always act, not activated LoRA"
     if whole := config.get("modules_to_save"):
