@@ -400,7 +400,7 @@ def by_method_alone(method: str) -> nn.Module:
     return network
 
 
-SHARING = ("fact", "tinylora")
+SHARING = tuple(name for name, method in METHODS.items() if method().shared)
 
 
 @scenario(*SHARING)

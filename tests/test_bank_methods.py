@@ -27,6 +27,7 @@ LOW_RANK = {
     "vera",
     "loha",
     "delora",
+    "vblora",
 }
 LOW_RANK |= {"guided", "lora_xs", "psoft"}
 NO_MULTIPLE = {"dora", "deft", "oft", "boft", "hra", "psoft", "svdiff"}

@@ -1,4 +1,4 @@
-"""LoRA whose factors start at a part of the weight."""
+"""Products of factors that do not start at zero: what they start at is subtracted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import conv, conv_forwards, linear, low_rank_product
+from gift.kernels.low_rank import (
+    conv,
+    conv_forwards,
+    linear,
+    low_rank_forwards,
+    low_rank_product,
+)
+from gift.methods.base import RankedMethod
 from gift.methods.lora import LoRA
 from gift.private.torch.layers import convolve
+
+Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,63 @@ class AnchoredLoRA(LoRA):
 
     def difference(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return factors of twice the rank whose product is ``B A - B0 A0``."""
-        b, a = parameters["lora_B"], parameters["lora_A"]
+        trained = parameters["lora_B"], parameters["lora_A"]
         b0, a0 = self.anchors(parameters).values()
-        return {"lora_B": torch.cat([b - b0, b0], -1), "lora_A": torch.cat([a, a - a0], -2)}
+        left, right = difference(trained, (b0, a0))
+        return {"lora_B": left, "lora_A": right}
+
+
+def difference(trained: Factors, start: Factors) -> Factors:
+    """Return factors of twice the rank whose product is that of `trained` minus that of `start`.
+
+    The product is exactly zero if both are the same, and keeps the digits of a small difference.
+    """
+    (b, a), (b0, a0) = trained, start
+    return torch.cat([b - b0, b0], -1), torch.cat([a, a - a0], -2)
+
+
+@dataclass(frozen=True)
+class AnchoredMethod(RankedMethod):
+    r"""Base of methods whose factors are made of values that all layers share.
+
+    .. math:: W' = W_0 + c \, (B A - B_0 A_0)
+
+    The papers start at :math:`B_0 A_0`, which is not zero, and so at a changed network. Here that
+    product is subtracted, as in `AnchoredLoRA`. What it is made of is drawn from a seed or saved,
+    so that a delta means the same wherever it is loaded. The buffer ``<name>_c ()`` is saved too.
+    It is one until the delta is multiplied by a number: both factors depend on the same values, so
+    these values have no multiple with that effect.
+    """
+
+    def factors(self, parameters: Mapping[str, Tensor]) -> Factors:
+        """Return `B` and `A`."""
+        raise NotImplementedError
+
+    def anchors(self, parameters: Mapping[str, Tensor]) -> Factors:
+        """Return ``B0`` and ``A0``: what `factors` returned at the start, bit for bit."""
+        raise NotImplementedError
+
+    def multiplier(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return the buffer of `c`, for `init_parameters`."""
+        return {f"{self.name}_c": nn.Buffer(torch.ones((), **self.factory_kwargs(matrix)))}
+
+    def effective_weight(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Compute ``W0 + c (B A - B0 A0)``."""
+        left, right = self.low_rank(parameters)
+        return matrix + left @ right
+
+    def low_rank(self, parameters: Mapping[str, Tensor]) -> Factors:
+        """Return factors of twice the rank."""
+        left, right = difference(self.factors(parameters), self.anchors(parameters))
+        return left * parameters[f"{self.name}_c"], right
+
+    def multiplied(self, parameters: Mapping[str, Tensor], number: float) -> dict[str, Tensor]:
+        """Multiply `c` by the number."""
+        c = f"{self.name}_c"
+        return {**parameters, c: parameters[c] * number}
+
+
+AnchoredMethod.forwards = low_rank_forwards()
 
 
 def _linear(

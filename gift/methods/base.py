@@ -94,6 +94,14 @@ class Method(Configured):
     They have no axis of groups.
     """
 
+    @property
+    def shares_with(self) -> tuple[Any, ...]:
+        """Values that must be equal for two matrices to have one shared parameter.
+
+        Its initial value depends on them.
+        """
+        return ()
+
     split_axes: ClassVar[Mapping[str, tuple[int | None, int | None]]] = {}
     """For each parameter, which axis lies along the matrix's rows and which along its columns.
 

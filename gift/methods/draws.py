@@ -35,7 +35,7 @@ def seeded_buffer(
     draw: Callable[..., Tensor],
     seed: int,
     shape: tuple[int, ...],
-    *more: int,
+    *more: float,
     device: torch.device,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:

@@ -1,18 +1,14 @@
 """PiSSA: LoRA that starts at the principal components of the weight."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from gift.methods.anchored import AnchoredLoRA
 from gift.methods.base import register_method
 from gift.methods.factors import svd
-from gift.methods.settings import is_number, setting
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and value > 0
+from gift.methods.settings import positive
 
 
 @register_method
@@ -46,7 +42,7 @@ class PiSSA(AnchoredLoRA):
     name: ClassVar[str] = "pissa"
     strategy_prefix: ClassVar[str] = "PiSSA"
 
-    lora_alpha: float | None = setting(None, "a finite number above zero", _is_positive)
+    lora_alpha: float | None = positive(None)
 
     def start(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return the singular vectors of the largest values, times the square roots of these."""

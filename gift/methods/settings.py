@@ -57,6 +57,15 @@ def number(default: float | None, **options: Any) -> Any:
     return setting(default, "a finite number", is_number, **options)
 
 
+def positive(default: float | None, **options: Any) -> Any:
+    """Declare a setting: a finite number above zero."""
+
+    def check(value: Any) -> bool:
+        return is_number(value) and value > 0
+
+    return setting(default, "a finite number above zero", check, **options)
+
+
 def probability(default: float = 0.0, kw_only: bool = False) -> Any:
     """Declare a setting: a probability below one, which only matters in training."""
 

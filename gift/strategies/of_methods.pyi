@@ -1482,6 +1482,70 @@ class TrainableTokensConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class VBLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        num_vectors: int = 90,
+        vector_length: int = 256,
+        topk: int = 2,
+        init_vector_bank_bound: float = 0.02,
+        init_logits_std: float = 0.1,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        rows: int | None = None,
+        columns: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class VBLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        num_vectors: int = 90,
+        vector_length: int = 256,
+        topk: int = 2,
+        init_vector_bank_bound: float = 0.02,
+        init_logits_std: float = 0.1,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        rows: int | None = None,
+        columns: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class VBLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        num_vectors: int = 90,
+        vector_length: int = 256,
+        topk: int = 2,
+        init_vector_bank_bound: float = 0.02,
+        init_logits_std: float = 0.1,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        rows: int | None = None,
+        columns: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class VeRAAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,

@@ -511,6 +511,53 @@ def few_numbers(w0: Tensor, p: Parameters) -> Tensor:
     return w0 + torch.einsum("op,pq,qi->oi", p["tiny_B"], between, p["tiny_A"])
 
 
+def mixtures_of_a_bank(length: int, topk: int) -> Formula:
+    """``W0 + c (B A - B0 A0)``, vector by vector of the bank; that the start is one is told apart.
+
+    What is after the last element of a column of `B` or a row of `A` does not count.
+    """
+
+    def mixture(logits: Tensor, vectors: Tensor) -> Tensor:
+        weights = logits.exp() / logits.exp().sum()
+        return sum(weight * vector for weight, vector in zip(weights, vectors, strict=True))
+
+    def trained(logits: Tensor, bank: Tensor) -> Tensor:
+        largest = logits.detach().argsort(descending=True)[:topk]
+        return mixture(logits[largest], bank[largest])
+
+    def whole(pieces: list[Tensor], size: int) -> Tensor:
+        assert 0 <= length * len(pieces) - size < length
+        return torch.cat(pieces)[:size]
+
+    def formula(w0: Tensor, p: Parameters) -> Tensor:
+        rows, columns = w0.shape
+        bank, first = p["vblora_bank"], p["vblora_bank0"]
+        b, a = p["vblora_logits_B"], p["vblora_logits_A"]
+        b0, a0 = p["vblora_logits_B0"], p["vblora_logits_A0"]
+        in_b, in_a = p["vblora_chosen_B0"], p["vblora_chosen_A0"]
+        for q in range(len(a)):
+            now = (
+                whole([trained(z, bank) for z in b[:, q]], rows),
+                whole([trained(z, bank) for z in a[q]], columns),
+            )
+            then = (
+                whole([mixture(b0[i, q], first[in_b[i, q]]) for i in range(len(b))], rows),
+                whole([mixture(a0[q, i], first[in_a[q, i]]) for i in range(a.shape[1])], columns),
+            )
+            w0 = w0 + p["vblora_c"] * (torch.outer(*now) - torch.outer(*then))
+        return w0
+
+    return formula
+
+
+def logit_count(rank: int, vectors: int, length: int) -> Callable[[int, int], int]:
+    def count(rows: int, columns: int) -> int:
+        pieces = math.ceil(rows / length) + math.ceil(columns / length)
+        return min(rank, rows, columns) * vectors * pieces
+
+    return count
+
+
 def rows_in_place(rows: list[int]) -> Formula:
     """Some rows have something added, all others are the frozen ones."""
 
@@ -814,6 +861,24 @@ METHODS: dict[str, MethodCase] = {
         {"rank": 3, "u": 5, "tied": False, "seed": 1, "clip_rank": True},
         "filters",
         whole=("tiny_P",),
+    ),
+    "vblora": MethodCase(
+        "vblora",
+        mixtures_of_a_bank(256, 2),
+        logit_count(4, 90, 256),
+        shared=lambda rows, columns: {"bank": 90 * 256},
+        whole=("vblora_bank", "vblora_bank0", "vblora_c"),
+    ),
+    "vblora_short": MethodCase(
+        "vblora",
+        mixtures_of_a_bank(3, 4),
+        logit_count(2, 7, 3),
+        {
+            **{"rank": 2, "num_vectors": 7, "vector_length": 3, "topk": 4, "seed": 2},
+            **{"init_vector_bank_bound": 0.5, "init_logits_std": 2.0, "clip_rank": True},
+        },
+        shared=lambda rows, columns: {"bank": 7 * 3},
+        whole=("vblora_bank", "vblora_bank0", "vblora_c"),
     ),
     "ssf": MethodCase(
         "ssf",

@@ -57,7 +57,9 @@ def share_parameters(network: nn.Module) -> bool:
                 if is_lazy(own):
                     waits = True
                 elif isinstance(own, nn.Parameter):
-                    place = delta.method.name, key, own.shape, own.dtype, own.device
+                    method = delta.method
+                    values = own.shape, own.dtype, own.device
+                    place = method.name, method.shares_with, key, *values
                     one = first.setdefault(place, own)
                     if one is not own and is_sharded(own):
                         raise RuntimeError(
