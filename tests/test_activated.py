@@ -3,12 +3,13 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -226,6 +227,101 @@ def test_it_is_trained_saved_and_disabled(tmp_path: Path) -> None:
     assert torch.equal(logits(copy.deepcopy(net), **given), logits(net, **given))
     gift.disable_fine_tuning(net)
     assert all_bits(net) == all_bits(base)
+
+
+def ready(net: Any) -> Any:
+    """Set a model to training mode, without dropout."""
+    for module in net.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return net
+
+
+def gradients_of_two_calls(net: Any, order: list[list[int]]) -> list[Tensor]:
+    """Of two texts that are invoked elsewhere, both pending; each list is one backward pass."""
+    given = texts()["input_ids"], texts(padded=True)["input_ids"].roll(2, 1)
+    losses = [net(input_ids=ids).logits.square().sum() for ids in given]
+    net.zero_grad()
+    for together in order:
+        sum(losses[i] for i in together).backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@of_models
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    """A block that is called again sees the positions of the call that it belongs to."""
+    make, layers = MODELS[name]
+    net = ready(tuned(make(), layers))
+    calls: list[nn.Module] = []
+    inside = next(m for m in net.modules() if hasattr(m, "alora_A"))
+    inside.register_forward_pre_hook(lambda module, _: calls.append(module))
+    expected = gradients_of_two_calls(net, [[0, 1]])
+    assert len(calls) == 2
+    net.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for order in ([[0, 1]], [[0], [1]], [[1], [0]]):
+        calls.clear()
+        found = gradients_of_two_calls(net, order)
+        assert len(calls) == 4, "each call once, and once again for its gradient"
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    gift.disable_fine_tuning(net)
+    assert {m._gradient_checkpointing_func.func for m in net.modules()
+            if getattr(m, "gradient_checkpointing", False)} == {checkpoint}  # fmt: skip
+
+
+class Own(nn.Module):
+    """A language model that checkpoints its blocks itself."""
+
+    def __init__(self, changed: Any, reentrant: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.changed, self.reentrant = changed, reentrant
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.words(input_ids).requires_grad_()
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(self.changed(block), x, use_reentrant=self.reentrant)
+        return Output(x)
+
+
+class Output(NamedTuple):
+    logits: Tensor
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_ones_own(reentrant: bool) -> None:
+    strategy = ActivatedLoRAFineTuningStrategy(TOKENS, rank=2, layers="blocks.*.0")
+    net = Own(gift.wrappers.recomputable, None).double()
+    gift.enable_fine_tuning(net, strategy)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.3)
+    expected = gradients_of_two_calls(net, [[0, 1]])
+    net.reentrant = reentrant
+    for order in ([[0, 1]], [[0], [1]], [[1], [0]]):
+        found = gradients_of_two_calls(net, order)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    net.changed = lambda block: block
+    with pytest.raises(gift.AdaptationError, match=r"checkpoint gift.wrappers.recomputable\(block"):
+        gradients_of_two_calls(net, [[0, 1]])
+
+
+def test_a_model_that_checkpoints_in_an_unknown_way() -> None:
+    """Such as one of a hub, of the time before transformers had a function for it."""
+    net = ready(tuned(llama(), ["q_proj"]))
+    net.model.gradient_checkpointing = True
+    with pytest.raises(gift.AdaptationError, match=r"call gradient_checkpointing_disable\(\)"):
+        net(**texts())
+    assert torch.isfinite(logits(net, **texts())).all(), (
+        "without gradients, nothing is called again"
+    )
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Model
 
 import gift
@@ -377,6 +378,21 @@ def test_calls_that_are_refused() -> None:
     net.eval()(**given)
     with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
         net.train()(**given)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_is_checkpointed_as_a_whole(reentrant: bool) -> None:
+    """It makes its cache again, in which the prefix is."""
+    net, ids = prefixed(made("Llama", "ForCausalLM")).train(), batch("none")["input_ids"]
+    net(input_ids=ids).logits.square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    anchor = torch.zeros((), requires_grad=True)  # that kind asks for an input with a gradient
+    found = checkpoint(
+        lambda zero: net(input_ids=ids).logits + zero, anchor, use_reentrant=reentrant
+    )
+    found.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], expected)
 
 
 def test_two_kinds_of_virtual_tokens_are_refused() -> None:

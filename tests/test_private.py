@@ -34,7 +34,8 @@ from gift.private.diffusers import source_of
 from gift.private.python import frames_of_threads, parsed_pattern
 from gift.private.torch import calls, containers, layers, operations, tensors, tracing
 from gift.private.torch.parts import part
-from gift.strategies import LoRAAllFineTuningStrategy
+from gift.private.transformers import checkpointing_parts, checkpoints_openly
+from gift.strategies import ActivatedLoRAFineTuningStrategy, LoRAAllFineTuningStrategy
 from gift.support.patterns import problem_of_patterns
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
@@ -533,6 +534,27 @@ def test_the_names_are_where_the_libraries_have_them() -> None:
     )  # fmt: skip
     net.register_to_config(_name_or_path="there")
     assert source_of(net) == "there"
+
+
+def test_by_which_function_models_checkpoint() -> None:
+    """Where that is not known, what would be called again without its positions is refused."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+    )
+    net = transformers.LlamaForCausalLM(config).train()
+    enable_fine_tuning(net, ActivatedLoRAFineTuningStrategy([5], rank=1))
+    assert checkpointing_parts(net) == []
+    net.gradient_checkpointing_enable()
+    parts = checkpointing_parts(net)
+    assert parts
+    assert all(map(checkpoints_openly, parts))
+    ids = torch.tensor([[3, 5, 4]])
+    net(input_ids=ids).logits.sum().backward()
+    for block in parts:
+        del block._gradient_checkpointing_func
+    with pytest.raises(AdaptationError, match=r"call gradient_checkpointing_disable\(\)"):
+        net(input_ids=ids)
 
 
 class FakeModel(nn.Module):

@@ -11,6 +11,7 @@ from gift.wrappers.language import (
     prompt_language_model,
 )
 from gift.wrappers.loreft import LoReFT, intervene, labelled
+from gift.wrappers.positions import recomputable
 from gift.wrappers.prefix import Prefix
 from gift.wrappers.prompt import Prompt
 from gift.wrappers.prompted import VirtualTokens
@@ -34,5 +35,6 @@ __all__ = [
     "prompt_blocks",
     "prompt_language_model",
     "reads_two_texts",
+    "recomputable",
     "takes_token_ids",
 ]

@@ -26,11 +26,10 @@ from gift.support.contexts import holding
 from gift.wrappers.arguments import Arguments, in_order
 from gift.wrappers.caches import caches_in, is_empty, is_tuples, items_of, length_of
 from gift.wrappers.features import features_of, weight_beside
+from gift.wrappers.positions import CALLED_ALONE, telling, told
 from gift.wrappers.tensors import first_tensor
 from gift.wrappers.text_models import prompt_of
 
-_ACTIVE: ContextVar[Tensor | None] = ContextVar("active positions", default=None)
-"""The positions ``(batch, time)`` of the running call of a language model that are active."""
 _PROMPT: ContextVar[Tensor | None] = ContextVar("prompt", default=None)
 """The token ids ``(batch, time)`` that the running generation was given; one row may be several."""
 _NOTE = "_gift_activated_from"
@@ -117,7 +116,7 @@ class Invocation(ForwardMethod):
         found = self.start(text).to(ids.device).repeat_interleave(len(ids) // len(text))
         starts = torch.where(found < text.shape[1], begin + found, starts)
         places = past + torch.arange(ids.shape[1], device=ids.device)
-        with holding(_ACTIVE, places >= starts[:, None]):
+        with telling(module, self.name, places >= starts[:, None]):
             output = given.passed_to(forward)
         for cache in caches_in([*caches, *items_of(output)]):
             cache.__dict__[_NOTE] = starts
@@ -223,16 +222,13 @@ class ActivatedLoRA(ForwardMethod):
         kwargs: dict[str, Any],
     ) -> Any:
         """Compute the layer, and add the delta at active positions."""
-        active = _ACTIVE.get()
+        active = told(Invocation.name)
         names: Any = module._gift_arguments
         x = first_tensor(in_order(names, args, kwargs))
         output = forward(*args, **kwargs)
         assert x is not None
         if active is None:
-            raise AdaptationError(
-                f"{where(module, self.name)} was called outside of its language model (as gradient "
-                "checkpointing does in the backward pass), so that no invocation is known"
-            )
+            raise AdaptationError(f"{where(module, self.name)} {CALLED_ALONE}")
         if active.numel() * x.shape[-1] != x.numel():
             raise AdaptationError(
                 f"{where(module, self.name)} gets {tuple(x.shape)}, expected one vector for each "

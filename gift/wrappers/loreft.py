@@ -18,19 +18,17 @@ from gift.support.contexts import holding
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import caches_in, is_empty, is_tuples
 from gift.wrappers.features import features_of, weight_beside
+from gift.wrappers.positions import CALLED_ALONE, telling, told
 from gift.wrappers.tensors import with_first_changed
 from gift.wrappers.text_models import (
     is_encoder,
     prompt_of,
     reads_two_texts,
-    refuse_checkpointing,
     takes_token_ids,
     tokens_in,
 )
 
 _PATTERN = re.compile(r"f(\d+)(?:\+l(\d+))?|l(\d+)")
-_chosen: ContextVar[Tensor | None] = ContextVar("_chosen", default=None)
-"""The chosen positions ``(batch, time)`` of the language model's call that is running."""
 _labels: ContextVar[Tensor | None] = ContextVar("_labels", default=None)
 _prompt: ContextVar[int | None] = ContextVar("_prompt", default=None)
 """The number of tokens that the running generation was given."""
@@ -171,13 +169,14 @@ class LoReFT(ForwardMethod):
             return at_ends(
                 torch.ones(h.shape[-2], dtype=torch.bool, device=h.device), self.positions
             )
-        chosen = _chosen.get()
-        if chosen is None or chosen.shape != h.shape[:-1]:
-            told = "none" if chosen is None else f"those of {tuple(chosen.shape)} tokens"
+        chosen = told(Positions.name)
+        if chosen is None:
+            raise AdaptationError(f"{where(module, self.name)} {CALLED_ALONE}")
+        if chosen.shape != h.shape[:-1]:
             raise AdaptationError(
                 f"{where(module, self.name)} gives {tuple(h.shape)}, and the positions that the "
-                f"language model around it chose are {told}: positions={self.positions!r} cannot "
-                "be found"
+                f"language model around it chose are those of {tuple(chosen.shape)} tokens: "
+                f"positions={self.positions!r} cannot be found"
             )
         return chosen.to(h.device)
 
@@ -222,13 +221,11 @@ class Positions(ForwardMethod):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model, whose interventions ask for the chosen positions meanwhile."""
-        why, instead = "calls its blocks again without it", ", or choose positions='all'"
-        refuse_checkpointing(module, self.name, why, instead)
         named = Arguments(module, args, kwargs, self.name).named
         x = tokens_in(named)
         if x is None:
             return forward(*args, **kwargs)
-        with holding(_chosen, self._tokens(module, named, x)):
+        with telling(module, self.name, self._tokens(module, named, x)):
             return forward(*args, **kwargs)
 
     def _tokens(self, module: Any, named: Mapping[str, Any], x: Tensor) -> Tensor:

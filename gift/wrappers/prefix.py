@@ -12,12 +12,13 @@ from gift.core.forwards import Forward, argument_names, where
 from gift.errors import AdaptationError
 from gift.kernels.torch_state import autocasts
 from gift.methods.settings import whole
+from gift.private.transformers import checkpointing_parts
 from gift.support.optional import require
 from gift.wrappers.caches import version
 from gift.wrappers.encoder import Encoded
 from gift.wrappers.key_sizes import KeySizes, key_sizes
 from gift.wrappers.prompted import PromptedReader
-from gift.wrappers.text_models import embedding_of, refuse_checkpointing
+from gift.wrappers.text_models import embedding_of
 
 _CACHES = ("cache", "past_key_values")  # names of the argument in new and old transformers
 
@@ -129,7 +130,13 @@ class Prefix(Encoded, PromptedReader):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the model with the prefix in its cache."""
-        refuse_checkpointing(module, self.name, "leaves out the cache that holds the prefix")
+        if checkpointing_parts(module):
+            # A block that is called again would write its keys into the cache a second time.
+            raise AdaptationError(
+                f"{where(module, self.name)} uses gradient checkpointing, for which transformers "
+                "takes the cache away from its blocks, and the prefix with it: call "
+                "gradient_checkpointing_disable(), or checkpoint the model as a whole"
+            )
         given, call, x = self.read_call(module, args, kwargs)
         if call is None:
             return given.passed_to(forward)

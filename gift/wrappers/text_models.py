@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gift.core.forwards import where
-from gift.errors import AdaptationError
 from gift.layers.table import family_of
 
 
@@ -53,23 +51,6 @@ def is_encoder(module: nn.Module) -> bool:
     """Whether a model is known to have no causal attention."""
     said = {value for p in module.modules() if isinstance(value := is_causal(p), bool)}
     return said == {False}
-
-
-def refuse_checkpointing(module: nn.Module, name: str, reason: str, instead: str = "") -> None:
-    """Raise an `AdaptationError` if a part of a model that trains has gradient checkpointing on.
-
-    Args:
-        module: the wrapped model.
-        name: name of the wrapper.
-        reason: why it cannot be used.
-        instead: what else could be done.
-    """
-    parts = module.modules() if module.training else ()
-    if any(getattr(part, "gradient_checkpointing", False) is True for part in parts):
-        raise AdaptationError(
-            f"{where(module, name)} uses gradient checkpointing, which {reason}: call "
-            f"gradient_checkpointing_disable(){instead}"
-        )
 
 
 def reads_two_texts(model: Any) -> bool:
