@@ -12,8 +12,13 @@ from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
 import gift
-from gift.factories import ma_adapt, mc_path, mc_type
-from gift.strategies import FineTuningStrategy, LoRAAllFineTuningStrategy
+from gift.core.weights.record import weight_deltas
+from gift.factories import ma_adapt, mc_path, mc_type, pa_adapt, pc_path
+from gift.strategies import (
+    FineTuningStrategy,
+    LoRAAllFineTuningStrategy,
+    LoRALinearFineTuningStrategy,
+)
 from tests.common import all_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:the delta has more")
@@ -103,6 +108,150 @@ def test_padding_is_left_out() -> None:
     x = padded[:, :3].reshape(-1, 12).double()
     _, _, vh = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     alike(net.up.lora_A.double(), vh[:3], rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- ranks by EVA
+
+
+class Uneven(nn.Module):
+    """Four linear layers, whose inputs have spectra that differ, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.conv = nn.Conv1d(12, 4, 1)
+        self.never = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = torch.arange(12.0)
+        for number, part in enumerate(self.parts):
+            x = part(x * torch.exp(-0.15 * (number + 1) * scales))
+        return self.conv(x[..., None])
+
+
+RANKS = LoRALinearFineTuningStrategy
+
+
+def uneven() -> tuple[Uneven, Tensor]:
+    torch.manual_seed(0)
+    net = Uneven()
+    for part in net.parts:
+        nn.init.orthogonal_(part.weight)
+    return net, torch.randn(200, 12)
+
+
+def only_parts(rank: int = 3, **settings: Any) -> FineTuningStrategy:
+    return FineTuningStrategy([(mc_path(glob="parts.*"), ma_adapt("lora", rank=rank, **settings))])
+
+
+@pytest.mark.parametrize(("rank", "rho"), [(3, 2.0), (2, 2.0), (3, 1.5), (2, 3.0), (4, 1.0)])
+def test_ranks_are_those_of_peft(rank: int, rho: float) -> None:
+    net, x = uneven()
+    config = peft.LoraConfig(
+        r=rank, init_lora_weights="eva", target_modules=r"parts\.\d",
+        eva_config=EvaConfig(rho=rho, tau=0.9999, use_label_mask=False),
+    )  # fmt: skip
+    state = peft.get_eva_state_dict(
+        copy.deepcopy(net), [{"x": x}] * 4, config, prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda x, *_: x[0].contiguous(), show_progress_bar=False,
+    )  # fmt: skip
+    theirs = {name: len(rows) for name, rows in state.items()}
+    ours = gift.starts.allocate(net, [x], only_parts(rank), rho=rho).ranks
+    assert ours == theirs
+    assert sum(ours.values()) == 4 * rank
+    if rho == 1:
+        assert set(ours.values()) == {rank}
+    else:
+        assert len(set(ours.values())) > 1
+
+
+def test_ranks_are_moved_as_the_shares_of_all_layers_say() -> None:
+    """In several batches, which is exact here and not in PEFT; then enabled and initialised."""
+    net, x = uneven()
+    before = all_bits(net)
+    found = gift.starts.allocate(net, x.split(50), only_parts(lora_alpha=6.0))
+    assert all_bits(net) == before
+    shares = []
+    h = x
+    for number in range(4):
+        h = h * torch.exp(-0.15 * (number + 1) * torch.arange(12.0))
+        _, sigma, _ = torch.linalg.svd((h - h.mean(0)).double(), full_matrices=False)
+        own = sigma.square() / sigma.square().sum()
+        shares += [(share, f"parts.{number}") for share in own[:6].tolist()]
+        h = net.parts[number](h).detach()
+    chosen = [path for _, path in sorted(shares, reverse=True)[:12]]
+    assert found.ranks == {f"parts.{i}": chosen.count(f"parts.{i}") for i in range(4)}
+    again = gift.load_strategy_from_config(found.strategy.to_config())
+    for strategy in (found.strategy, again):
+        gift.enable_fine_tuning(net, strategy)
+        assert sum(p.numel() for p in net.parameters()) == found.parameters == 12 * 24
+        for path, rank in found.ranks.items():
+            method = weight_deltas(net.get_submodule(path))["weight"].method
+            assert (method.rank, method.scaling) == (rank, 2.0)
+        report = gift.initialise(net, x.split(50))
+        assert list(report.shares) == [f"{path}.weight" for path in found.ranks]
+        gift.disable_fine_tuning(net)
+    fixed = gift.starts.allocate(net, [x], only_parts(lora_alpha=6.0), keep_scaling=False)
+    gift.enable_fine_tuning(net, fixed.strategy)
+    method = weight_deltas(net.parts[0])["weight"].method
+    assert method.scaling == 6.0 / fixed.ranks["parts.0"]
+
+
+def test_layers_of_rank_zero_stay_frozen() -> None:
+    torch.manual_seed(0)
+    two, x = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)]), torch.randn(500, 12)
+    flat, few = x, x * torch.tensor([1.0] * 3 + [1e-3] * 9)
+    found = gift.starts.allocate(two, [(flat, few)], RANKS(rank=1), call=lambda b: [
+        layer(x) for layer, x in zip(two, b, strict=True)])  # fmt: skip
+    assert found.ranks == {"0": 0, "1": 2}
+    assert "frozen" in str(found)
+    report = gift.enable_fine_tuning(two, found.strategy)
+    assert report.trainable_after == found.parameters == 2 * 24
+    assert [hasattr(layer, "lora_A") for layer in two] == [False, True]
+    net, _ = uneven()
+    strategy = gift.strategies.SizedStrategy(
+        FineTuningStrategy(para_caps=[(pc_path(glob="parts.*.weight"), pa_adapt("lora"))]),
+        {f"parts.{i}.weight": i for i in range(4)},
+    )
+    gift.enable_fine_tuning(net, strategy)
+    assert [len(getattr(part, "lora_A", [])) for part in net.parts] == [0, 1, 2, 3]
+    assert sum(p.numel() for p in net.parameters()) == 6 * 24
+
+
+def test_other_layers_keep_their_rank() -> None:
+    """Convolutions, and layers that no batch reached; layers with the same input share alike."""
+    net, x = uneven()
+    strategy = LoRAAllFineTuningStrategy(rank=2)
+    with pytest.warns(gift.GiftWarning, match="no batch reached never, which keep their rank"):
+        ranks = gift.starts.allocate(net, [x], strategy).ranks
+    assert (ranks["conv"], ranks["never"]) == (2, 2)
+    assert sum(ranks[f"parts.{i}"] for i in range(4)) == 8
+    twins = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+    both = gift.starts.allocate(twins, [x], RANKS(rank=3), call=lambda x: [m(x) for m in twins])
+    assert both.ranks == {"0": 3, "1": 3}
+
+
+def test_what_cannot_be_allocated() -> None:
+    net, x = uneven()
+    before = all_bits(net)
+    strategy = only_parts()
+    for rho in (0.5, float("nan"), "2", True):
+        with pytest.raises(ValueError, match=r"rho is .*, expected a number of at least 1"):
+            gift.starts.allocate(net, [x], strategy, rho=rho)
+    with pytest.raises(ValueError, match="there are no batches"):
+        gift.starts.allocate(net, [], strategy)
+    with pytest.raises(gift.AdaptationError, match=r"inputs of parts.0, .* are not finite"):
+        gift.starts.allocate(net, [x * torch.inf], strategy)
+    convs = FineTuningStrategy([(mc_path("conv"), ma_adapt("lora"))])
+    with pytest.raises(gift.AdaptationError, match=r"between linear layers with lora .*are conv"):
+        gift.starts.allocate(net, [x], convs)
+    with pytest.raises(TypeError, match="expected a FineTuningStrategy"):
+        gift.starts.allocate(net, [x], None)
+    assert all_bits(net) == before
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    gift.enable_fine_tuning(net, strategy)
+    with pytest.raises(RuntimeError, match="already"):
+        gift.starts.allocate(net, [x], strategy)
 
 
 # ---------------------------------------------------------------------------------------- CorDA

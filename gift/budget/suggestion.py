@@ -1,6 +1,7 @@
 """Suggest the largest rank of each layer that a budget allows."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tabulate import tabulate
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from gift.budget.budget import Budget
 from gift.budget.layers import AdaptOpen, Choice, choices_for, choose
 from gift.engine.claims import size_of
-from gift.engine.dry_run import cost_of, on_meta, rehearsed
+from gift.engine.dry_run import Cost, cost_of, on_meta, rehearsed
 from gift.methods import Method
 from gift.strategies import STRATEGIES
 from gift.strategies.base import FineTuningStrategy
@@ -111,24 +112,57 @@ def suggest(
     """
     if strategy is None:
         strategy = STRATEGIES["LoRAAllFineTuningStrategy"]()
-    if not isinstance(strategy, FineTuningStrategy) or strategy.dry_run:
-        raise TypeError(f"expected a FineTuningStrategy (an instance of it), got {strategy!r}")
-    twin = on_meta(net)
+    twin = twin_of(net, strategy)
     limit = Budget.of(budget, size_of(nn.Module.parameters(twin)))
-    found: list[tuple[Layer, Method]] = []
-    with rehearsed(twin, rewritten(strategy, lambda cap: AdaptOpen(cap, found))):
-        fixed, choices = cost_of(twin), choices_for(found)
-    if not choices:
-        raise ValueError(f"{strategy!r} adapts nothing by a method that has a size to choose")
+    fixed, choices = open_choices(twin, strategy)
     least = sum((choice.sizes.cost(choice.sizes.least) for choice in choices), fixed)
     if not limit.allows(least):
         text = f"a budget of {budget} is too small: the least that works is {limit.in_words(least)}"
         whatever = f", of which {limit.in_words(fixed)} are needed whatever the ranks"
         raise ValueError(text + (whatever if any(fixed) else ""))
     choose(choices, fixed, limit)
+    return suggestion_of(twin, strategy, choices)
+
+
+def twin_of(net: nn.Module, strategy: Any) -> nn.Module:
+    """Return a copy of the network on the meta device, for a strategy that can be applied.
+
+    Raises:
+        TypeError: if the network is not a module, or the strategy not a strategy.
+    """
+    if not isinstance(strategy, FineTuningStrategy) or strategy.dry_run:
+        raise TypeError(f"expected a FineTuningStrategy (an instance of it), got {strategy!r}")
+    return on_meta(net)
+
+
+def open_choices(twin: nn.Module, strategy: FineTuningStrategy) -> tuple[Cost, list[Choice]]:
+    """Return the cost whatever the sizes, and the layers whose sizes can be chosen.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    found: list[tuple[Layer, Method]] = []
+    with rehearsed(twin, rewritten(strategy, lambda cap: AdaptOpen(cap, found))):
+        fixed, choices = cost_of(twin), choices_for(found)
+    if not choices:
+        raise ValueError(f"{strategy!r} adapts nothing by a method that has a size to choose")
+    return fixed, choices
+
+
+def suggestion_of(
+    twin: nn.Module, strategy: FineTuningStrategy, choices: list[Choice], **options: Any
+) -> Suggestion:
+    """Return what the sizes of the choices make of a strategy.
+
+    Args:
+        twin: the network on the meta device.
+        strategy: the strategy.
+        choices: the layers with their sizes.
+        options: further arguments of `SizedStrategy`.
+    """
     by_path = {path: choice for choice in choices for path in choice.paths}
     sizes = {path: choice.size for path, choice in by_path.items()}
-    decided = SizedStrategy(strategy, sizes)
+    decided = SizedStrategy(strategy, sizes, **options)
     with rehearsed(twin, decided):
         cost = cost_of(twin)
     rows = [_row(path, choice) for path, choice in by_path.items()]
@@ -138,5 +172,7 @@ def suggest(
 def _row(path: str, choice: Choice) -> tuple[str, str, str, int]:
     method = choice.sizes.method
     shapes = dict.fromkeys(" x ".join(map(str, shape)) for shape, _ in choice.sizes.weights)
+    if not choice.size:
+        return path, ", ".join(shapes), "frozen", 0
     sized = f"{method.name}, {setting_of(method).replace('_', ' ')} {choice.size}"
     return path, ", ".join(shapes), sized, choice.cost.parameters if path == choice.paths[0] else 0

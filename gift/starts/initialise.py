@@ -37,8 +37,9 @@ def initialise(
 
     ============ ===================================================================================
     ``eva``      `A` is the principal components of a layer's inputs around their mean, `B` stays
-                 zero (Paischer et al. 2024, https://arxiv.org/abs/2410.07170; ranks are not moved
-                 between layers). For LoRA, rsLoRA, LoRA-FA and DoRA.
+                 zero (Paischer et al. 2024, https://arxiv.org/abs/2410.07170). For LoRA, rsLoRA,
+                 LoRA-FA and DoRA. `gift.starts.allocate`, called before enabling, moves ranks
+                 between layers as the paper does.
     ``corda``    :math:`U_r S_r V_r^\top = W_0 C`, with the second moment `C` of the inputs:
                  :math:`B_0 = U \sqrt{S / s}`, :math:`A_0 = \sqrt{S / s} V^\top C^{-1}` (Yang et al.
                  2024, https://arxiv.org/abs/2406.05223), `s` the scaling. The largest singular
@@ -103,7 +104,7 @@ def initialise(
         count = seen.run(loss, batches)
     else:
         seen = Inputs(layers, normalised=start == "corda")
-        count = seen.run(call or (lambda batch: _called(net, batch)), batches)
+        count = seen.run(call or (lambda batch: called(net, batch)), batches)
         if start == "eva":
             seen.found = seen.centred()
     if not count:
@@ -149,11 +150,16 @@ def _start(name: str, settings: Mapping[str, Any], loss: Any) -> Start:
 
 def _fits(start: Start, module: nn.Module, delta: WeightDelta) -> bool:
     """Whether a start can initialise the delta of a layer's weight."""
-    linear = dotted(plain_class(type(module)).forward) in _LINEAR
-    return linear and delta.method.name in start.methods and not delta.mesh_axes
+    return is_linear(module) and delta.method.name in start.methods and not delta.mesh_axes
 
 
-def _called(net: nn.Module, batch: Any) -> Any:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a start can set a layer of this class."""
+    return dotted(plain_class(type(module)).forward) in _LINEAR
+
+
+def called(net: nn.Module, batch: Any) -> Any:
+    """Call a network with a batch as a loader gives it."""
     if isinstance(batch, Mapping):
         return net(**batch)
     return net(*batch) if isinstance(batch, list | tuple) else net(batch)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -17,6 +17,8 @@ from gift.factories.serializable import describe
 from gift.layers.table import row_of
 from gift.methods import Method
 from gift.strategies.base import Cap, FineTuningStrategy, register_strategy
+
+_ALPHAS = ("lora_alpha", "alpha")  # the settings that a scaling is made of, with a rank
 
 
 class Layer(NamedTuple):
@@ -46,12 +48,23 @@ def setting_of(method: Method) -> str:
     return method.size_setting
 
 
-def with_size(method: Method, size: int) -> Method:
-    """Return the method with that size, or the nearest size where a matrix cannot have it."""
+def with_size(method: Method, size: int, keep_scaling: bool = False) -> Method:
+    """Return the method with that size, or the nearest size where a matrix cannot have it.
+
+    Args:
+        method: the method.
+        size: its new size.
+        keep_scaling: whether an alpha follows the size, so that the scaling stays.
+    """
     changes: dict[str, Any] = {setting_of(method): size}
     if (clip := f"clip_{setting_of(method)}") in method.__dataclass_fields__:
         changes[clip] = True
-    return replace(method, **changes)
+    made: Any = replace(method, **changes)
+    name = next((name for name in _ALPHAS if getattr(method, name, None) is not None), None)
+    if not keep_scaling or name is None or not made.scaling:
+        return made
+    scaling: float = cast(Any, method).scaling
+    return replace(made, **{name: getattr(method, name) * scaling / made.scaling})
 
 
 def adapts_with_size(cap: Cap) -> bool:
@@ -76,8 +89,8 @@ class AdaptEach(Action):
         self.method, self.options, self.train_bias = method_and_options(**given)
         self.of_parameters = name == pa_adapt.__name__
 
-    def method_at(self, layer: Layer) -> Method:
-        """Return the method for that layer.
+    def method_at(self, layer: Layer) -> Method | None:
+        """Return the method for that layer; None if it stays frozen.
 
         Raises:
             AdaptationError: if there is no method for it.
@@ -89,15 +102,18 @@ class AdaptEach(Action):
         path, module = site.path, site.module
         if self.of_parameters:
             layer = Layer(site.full_path, module, site.parameter_name)
-            adapt_tensor(module, site.parameter_name, self.method_at(layer), self.options)
+            if (method := self.method_at(layer)) is None:
+                site.parameter.requires_grad = False
+            else:
+                adapt_tensor(module, site.parameter_name, method, self.options)
             return
         for frozen in module.parameters():
             frozen.requires_grad = False
         problems = []
         for layer in list(_layers_in(module, path, set())) or [Layer(path, module)]:
             try:
-                method = self.method_at(layer)
-                adapt_module(layer.module, method, self.options, self.train_bias)
+                if (method := self.method_at(layer)) is not None:
+                    adapt_module(layer.module, method, self.options, self.train_bias)
             except AdaptationError as error:
                 problems.append(f"{layer.path or 'the network'}: {error}")
         if problems:
@@ -144,17 +160,18 @@ def rewritten(
 
 
 class _AdaptSized(AdaptEach):
-    def __init__(self, cap: Cap, sizes: dict[str, int]) -> None:
+    def __init__(self, cap: Cap, sizes: dict[str, int], keep_scaling: bool) -> None:
         super().__init__(cap)
-        self.sizes = sizes
+        self.sizes, self.keep_scaling = sizes, keep_scaling
 
-    def method_at(self, layer: Layer) -> Method:
+    def method_at(self, layer: Layer) -> Method | None:
         if layer.path not in self.sizes:
             raise AdaptationError("no size is given for it: were they chosen for another network?")
-        return with_size(self.method, self.sizes[layer.path])
+        size = self.sizes[layer.path]
+        return with_size(self.method, size, self.keep_scaling) if size else None
 
     def __reduce__(self) -> Any:
-        return type(self), (self.cap, self.sizes)
+        return type(self), (self.cap, self.sizes, self.keep_scaling)
 
     def __repr__(self) -> str:
         return f"{describe(self.cap.action)} of chosen sizes"
@@ -162,13 +179,18 @@ class _AdaptSized(AdaptEach):
 
 @register_strategy
 class SizedStrategy(FineTuningStrategy):
-    """A strategy in which each adapted layer has its own size, as `gift.suggest` chooses them.
+    """A strategy in which each adapted layer has its own size.
+
+    `gift.suggest` chooses sizes by a budget, `gift.starts.allocate` by data.
 
     Args:
         strategy: the strategy.
         sizes: maps the path of each layer or parameter that it adapts by a method with a size to
             the rank, or to another size setting of the method. A matrix that cannot have a rank
-            gets its largest one.
+            gets its largest one; a layer with 0 stays frozen.
+        keep_scaling: whether an alpha that the strategy gives follows the size, so that the scaling
+            of each layer is that of the strategy; else alpha stays. Without a given alpha, the
+            scaling depends on no rank.
 
     Raises:
         ValueError: on application, naming the layers for which no size is given.
@@ -184,11 +206,13 @@ class SizedStrategy(FineTuningStrategy):
         [(64, 4), (4, 64), (10, 1), (1, 64)]
     """
 
-    def __init__(self, strategy: FineTuningStrategy, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, strategy: FineTuningStrategy, sizes: Mapping[str, int], keep_scaling: bool = False
+    ) -> None:
         if not isinstance(strategy, FineTuningStrategy) or strategy.dry_run:
             raise TypeError(f"expected a strategy that can be applied, got {strategy!r}")
         own = dict(sizes)
-        made = rewritten(strategy, lambda cap: _AdaptSized(cap, own))
+        made = rewritten(strategy, lambda cap: _AdaptSized(cap, own, keep_scaling))
         super().__init__(made.module_caps, made.para_caps, made.constraint_type)
 
     def __repr__(self) -> str:
