@@ -30,7 +30,8 @@ Results are stored in ``results/quality.json`` after each contender, so that a s
 where it was, and only what has other settings is measured again. ``results/quality.png`` is drawn
 from them.
 
-    python benchmarks/quality.py [--data FOLDER] [--tasks ...] [--only ...] [--seeds 3] [--fresh]
+    python benchmarks/quality.py [--data FOLDER] [--tasks ...] [--only ...] [--seeds 3]
+        [--fresh | --costs] [--out FILE]
 """
 
 import argparse
@@ -367,34 +368,46 @@ def table(task: dict[str, Any]) -> str:
 
 
 LINES = {"full": "black", "head only": "dimgray"}
+COSTS = {  # what it is, its unit, the scale of the axis, and how far apart equal costs stand
+    "parameters": ("trained parameters, head included", 1, "log", 1.05),
+    "bytes_for_backward": ("kept for the backward pass of a step, MB", 1e6, "linear", 1),
+}
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """Accuracy against trained parameters, one panel for each task."""
+    """Accuracy against trained parameters and against memory, a row of panels for each task.
+
+    A line joins the front: the contenders that none beats at the same cost or less.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     tasks = [results["tasks"][key] for key in TASKS if key in results["tasks"]]
-    figure = Figure((8.5, 3.7 * len(tasks)), layout="constrained")
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+    figure = Figure((14, 4.2 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(COSTS), squeeze=False)
+    for row, task in zip(panels, tasks, strict=True):
         shown = {n: it for n, it in in_order(task["contenders"]).items() if "reason" not in it}
-        points = places({name: it for name, it in shown.items() if name not in LINES})
-        for name, (across, height) in points.items():
-            axes.errorbar(across, height, spread(shown[name]), fmt="o", color=colour(name),
-                          markersize=5, capsize=2, linewidth=1)  # fmt: skip
-        axes.set(title=task["title"], ylabel="test accuracy, %", xscale="log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.15, y=0.12)
-        for name in LINES.keys() & shown.keys():
-            height = mean(shown[name]["accuracies"])
-            axes.axhline(height, color=LINES[name], linestyle="--", linewidth=1)
-            axes.text(0.01, height, f"{name} ({shown[name]['parameters']:,} parameters)",
-                      transform=axes.get_yaxis_transform(), va="bottom", color=LINES[name],
-                      fontsize=8, bbox={"color": "white", "alpha": 0.7, "pad": 1})  # fmt: skip
-        label(axes, points)
-    axes.set_xlabel("trained parameters, head included; equal numbers stand side by side")
-    figure.savefig(file, dpi=120)
+        methods = {name: it for name, it in shown.items() if name not in LINES}
+        for axes, (cost, (title, unit, scale, apart)) in zip(row, COSTS.items(), strict=True):
+            points = places({name: it[cost] / unit for name, it in methods.items()}, methods, apart)
+            for name, (across, height) in points.items():
+                axes.errorbar(across, height, spread(shown[name]), fmt="o", color=colour(name),
+                              markersize=5, capsize=2, linewidth=1)  # fmt: skip
+            best = front(methods, cost)
+            axes.plot(*zip(*(points[name] for name in best), strict=True), color="crimson",
+                      drawstyle="steps-post", linewidth=1, alpha=0.7)  # fmt: skip
+            axes.set(title=task["title"], ylabel="test accuracy, %", xscale=scale, xlabel=title)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+            axes.margins(x=0.15, y=0.12)
+            for name in LINES.keys() & shown.keys():
+                height = mean(shown[name]["accuracies"])
+                axes.axhline(height, color=LINES[name], linestyle="--", linewidth=1)
+                axes.text(0.01, height, f"{name} ({shown[name][cost] / unit:,.0f})",
+                          transform=axes.get_yaxis_transform(), va="bottom", color=LINES[name],
+                          fontsize=8, bbox={"color": "white", "alpha": 0.7, "pad": 1})  # fmt: skip
+            label(axes, points, best)
+    figure.savefig(file, dpi=110)
 
 
 def colour(name: str) -> Any:
@@ -403,18 +416,30 @@ def colour(name: str) -> Any:
     return colormaps["tab20"](list(CONTENDERS).index(name) % 20)
 
 
-def places(shown: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Where each point stands."""
-    beside: Counter[int] = Counter()
+def places(
+    costs: dict[str, float], shown: dict[str, Any], apart: float
+) -> dict[str, tuple[float, float]]:
+    """Where each point stands; equal costs stand side by side, each this factor from the last."""
+    beside: Counter[float] = Counter()
     points = {}
-    for name, it in shown.items():
-        points[name] = (it["parameters"] * 1.05 ** beside[it["parameters"]], mean(it["accuracies"]))
-        beside[it["parameters"]] += 1
+    for name, cost in costs.items():
+        points[name] = (cost * apart ** beside[cost], mean(shown[name]["accuracies"]))
+        beside[cost] += 1
     return points
 
 
-def label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Names to the right of the panel, in the order of their points, none on another."""
+def front(shown: dict[str, Any], cost: str) -> list[str]:
+    """The contenders that are better than all that cost no more, in the order of their costs."""
+    accuracy = {name: mean(it["accuracies"]) for name, it in shown.items()}
+    found: list[str] = []
+    for name in sorted(shown, key=lambda name: (shown[name][cost], -accuracy[name])):
+        if not found or accuracy[name] > accuracy[found[-1]]:
+            found.append(name)
+    return found
+
+
+def label(axes: Any, points: dict[str, tuple[float, float]], best: list[str]) -> None:
+    """Names to the right of the panel, in the order of their points; the front is bold."""
     bottom, top = axes.get_ylim()  # which settles them
     names = sorted(points, key=lambda name: points[name][1])
     gap = 1 / max(len(names), 18)
@@ -424,6 +449,7 @@ def label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
         height = min(max(own, height + gap), 1 - gap * (len(names) - 1 - number))
         axes.annotate(name, points[name], (1.03, height), "data", "axes fraction",
                       va="center", fontsize=8 if len(names) <= 24 else 6,
+                      weight="bold" if name in best else "normal",
                       arrowprops={"arrowstyle": "-", "color": colour(name), "linewidth": 0.6,
                                   "alpha": 0.6, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
 
@@ -445,6 +471,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="measure again what is stored")
+    parser.add_argument("--costs", action="store_true", help="measure time and memory alone again")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -453,7 +480,9 @@ def main() -> None:
         for name in args.only:
             settings = settings_of(name, task, args.seeds)
             old = stored(args.out)["tasks"].get(key, {"contenders": {}})["contenders"].get(name)
-            if old is None or args.fresh or old["settings"] != settings:
+            if args.costs and old is not None and "reason" not in old:
+                store(args.out, key, task, name, old | costs(name, task))
+            elif old is None or args.fresh or old["settings"] != settings:
                 result = {"settings": settings} | measure(name, task, args.seeds)
                 store(args.out, key, task, name, result)
                 print(f"  {name}: {summary(result)}", flush=True)
