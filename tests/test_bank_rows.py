@@ -406,6 +406,22 @@ def test_positions_that_look_like_rows_are_refused(way: str, length: int) -> Non
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
+class Steps(nn.Module):
+    """Features at times that all rows share, as many times as there are rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        return self.layer(x + times[:, None])
+
+
+def test_a_vector_as_long_as_the_second_axis_is_the_same_for_all_rows() -> None:
+    x, times = torch.randn(4, 4, 6, dtype=torch.double), torch.randn(4, dtype=torch.double)
+    check(bank_of(Steps().double()), lambda net: net(x, times))
+
+
 def t5() -> Any:
     config = T5Config(
         vocab_size=50, d_model=16, d_kv=8, d_ff=20, num_layers=2, num_heads=2,

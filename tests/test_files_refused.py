@@ -245,6 +245,10 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any], Tensors], Any], str]] = {
     "an unknown layer": (
         lambda head, t: head["deltas"][0]["tensors"].update({"7.weight": [6, 32]}),
         r"it changes 7.weight by .*, here that is not fine-tuned"),
+    "settings that are none": (
+        lambda head, t: head["deltas"][0].update(settings=["rank"]), "'deltas' that"),
+    "a delta that is none": (
+        lambda head, t: head["deltas"].append("lora"), "'deltas' that"),
     "a layer less": (
         lambda head, t: head["deltas"][0]["tensors"].pop("3.weight"),
         "does not change 3.weight, which is fine-tuned here by"),

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import resnet18
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
-from gift.factories import ma_freeze, mc_type
+from gift.factories import ma_adapt, ma_freeze, mc_type
+from gift.methods import LoRA
 from gift.schedules import (
     Freeze,
     FreezeUnfreeze,
@@ -123,6 +124,25 @@ def test_weights_or_deltas_or_both_wait(unfreezes: Any, first: set[str], then: s
         assert {name for name, p in net[9].named_parameters() if p.requires_grad} == ADDED
         bn = {name for name, p in net[1].named_parameters() if p.requires_grad}
         assert bn == (set() if unfreezes == "deltas" else OWN)
+
+
+class HalfFrozenLoRA(LoRA):
+    """Another author's method: a parameter of its own is frozen."""
+
+    def init_parameters(self, matrix: Tensor) -> dict[str, Tensor]:
+        made = super().init_parameters(matrix)
+        return {**made, "lora_A": nn.Parameter(made["lora_A"], requires_grad=False)}
+
+
+def test_what_a_method_freezes_stays_frozen() -> None:
+    schedule = FreezeUnfreeze(1, unfreezes="all")
+    cap = mc_type(nn.Linear, nn.Conv2d), ma_adapt(HalfFrozenLoRA(rank=1))
+    net = attached(schedule, FineTuningStrategy([cap]))
+    schedule.step(1)
+    for block in (net[0], net[3], net[8]):
+        assert block.weight.requires_grad
+        assert block.lora_B.requires_grad
+        assert not block.lora_A.requires_grad
 
 
 def test_a_head_in_which_a_strategy_trains_nothing_is_trained_whole() -> None:

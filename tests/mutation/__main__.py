@@ -35,8 +35,10 @@ EQUIVALENT: dict[str, str] = tomllib.loads((HERE / "equivalent.toml").read_text(
 # Tests that are of no part alone.
 ALSO = [
     f"tests/test_{name}.py"
-    for name in ("bad_input", "every_method", "foreign_methods", "leftover", "numbers",
-                 "older_files", "parts", "quantised", "torch_features", "updates", "wrapping")
+    for name in ("adalora", "bad_input", "bank_methods", "bank_padding", "biases", "every_method",
+                 "foreign_methods", "leftover", "numbers", "older_files", "parts", "quantised",
+                 "shared_parameters", "stacking", "torch_features", "trainable_tokens", "updates",
+                 "wrapping")
 ]  # fmt: skip
 SPARE = 60  # seconds that tests of a mutant may take beyond five times their own
 WHOLE = 400  # seconds for all variants of the tests of a part
@@ -157,6 +159,7 @@ class Calls(dict[str, Called]):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.known = folder, set[str]()
 
     def add(self, file: str) -> None:
