@@ -199,6 +199,16 @@ def test_fused_kernels_and_nested_tensors_see_the_adapters(after: str, gradients
     assert gradients or not output[~visible].any()
 
 
+def test_the_flag_for_nested_tensors_can_be_set() -> None:
+    net = encoder().eval()
+    enable_fine_tuning(net, Bottlenecks(3, after="layers.?", dim=8))
+    for chosen in (True, False, True):
+        net.use_nested_tensor = chosen
+        with torch.no_grad():
+            assert net.use_nested_tensor is chosen
+        assert net.use_nested_tensor is False  # wrapped layers need gradients
+
+
 def test_a_parallel_one_reads_its_input_before_the_module_changes_it() -> None:
     net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
     base, x = copy.deepcopy(net), torch.randn(3, 4)

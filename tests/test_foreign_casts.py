@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gift
 from gift.factories import ma_freeze, ma_replace, ma_train, mc_path
-from gift.strategies import LoRAConvFineTuningStrategy
+from gift.strategies import DoRAAllFineTuningStrategy, LoRAConvFineTuningStrategy
 
 from .common import enabled
 
@@ -144,3 +144,18 @@ def test_a_bank_follows(cast: str, base: nn.Module) -> None:
     bank.activate(None)
     assert _places(net) == expected
     _runs(net)
+
+
+def test_a_layout_of_memory_derives_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frozen weight moves in memory, what was derived from it does not."""
+    net = enabled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), DoRAAllFineTuningStrategy(rank=2))
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        net[0].lora_B.normal_()
+    expected, derived = net(x), []
+    method = type(net[0]._gift_weights["weight"].method)
+    own = method.derived
+    monkeypatch.setattr(method, "derived", lambda *given: derived.append(1) or own(*given))
+    net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x), expected)
+    assert derived == []

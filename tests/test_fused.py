@@ -73,6 +73,13 @@ class Attention(nn.Module):
         self.qkv = layer
 
 
+class OwnAttribute(Attention):
+    """Sets attributes by a method of its own, as some authors do."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+
+
 FUSIONS: list[Callable[[Any], None]] = [
     Attention.as_diffusers,
     Attention.with_gradients,
@@ -98,6 +105,13 @@ def test_a_fused_layer_does_not_join(fuse: Callable[[Any], None], strategy: Any)
     assert torch.equal(net(x), expected)
     fuse(gift.merge(net)[0])
     torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize("fuse", FUSIONS, ids=lambda fuse: fuse.__name__)
+def test_neither_by_a_setter_of_its_own(fuse: Callable[[Any], None]) -> None:
+    net = enabled(nn.Sequential(OwnAttribute(), nn.Linear(8, 2)))
+    with pytest.raises(RuntimeError, match=r"Linear\.weight is adapted"):
+        fuse(net[0])
 
 
 @pytest.mark.parametrize("fuse", FUSIONS, ids=lambda fuse: fuse.__name__)

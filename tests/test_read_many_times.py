@@ -148,6 +148,19 @@ def test_experts_make_one_weight_a_call(
     close(found[1].detach(), formula(base, net, x).detach())
 
 
+def test_large_weights_of_a_part_are_made_once_while_it_runs(
+    makings: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights too large to keep until the network has run."""
+    monkeypatch.setattr("gift.core.weights.reading._FEW_BYTES", 0)
+    net = nn.Sequential(Experts(), nn.Tanh())
+    enable_fine_tuning(net, raw("lora", rank=2))
+    makings.clear()
+    with torch.no_grad():
+        net(torch.randn(5, 10, dtype=DOUBLE))
+    assert len(makings) == 2
+
+
 @pytest.mark.parametrize("index", [1, -1, torch.tensor(2), slice(1, 3), [0, 2], (1, 2)], ids=str)
 def test_parts_of_a_batch_of_matrices(index: Any) -> None:
     base, net, _ = experts()

@@ -11,7 +11,7 @@ from torchvision.models import resnet18
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
-from gift.factories import ma_adapt, ma_freeze, mc_type
+from gift.factories import ma_adapt, ma_freeze, mc_type, pa_adapt, pc_path
 from gift.methods import LoRA
 from gift.schedules import (
     Freeze,
@@ -23,6 +23,7 @@ from gift.schedules import (
 from gift.strategies import (
     BitFitFineTuningStrategy,
     FreezeStrategy,
+    FullFineTuningStrategy,
     LoRAAllFineTuningStrategy,
 )
 from tests.cases.schedules import X, attached, moves, network, units
@@ -124,6 +125,51 @@ def test_weights_or_deltas_or_both_wait(unfreezes: Any, first: set[str], then: s
         assert {name for name, p in net[9].named_parameters() if p.requires_grad} == ADDED
         bn = {name for name, p in net[1].named_parameters() if p.requires_grad}
         assert bn == (set() if unfreezes == "deltas" else OWN)
+
+
+class WithRaw(nn.Module):
+    """A matrix of its own beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(4))
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x) @ self.mix)
+
+
+def test_the_delta_of_a_raw_parameter_waits_with_it() -> None:
+    net, schedule = WithRaw(), FreezeUnfreeze(1, unfreezes="deltas")
+    caps = [(mc_type(nn.Linear), ma_adapt()), (pc_path("mix"), pa_adapt(rank=2))]
+    enable_fine_tuning(net, FineTuningStrategy(caps[:1], caps[1:]))
+    schedule.attach(net)
+    added = ["mix_lora_B", "mix_lora_A"]
+    for epoch, expected in enumerate(([], added)):
+        schedule.step(epoch)
+        assert [name for name in added if net.get_parameter(name).requires_grad] == expected
+
+
+class Tied(nn.Module):
+    """A vocabulary under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(7, 4), nn.Linear(4, 4)
+        self.out, self.head = nn.Linear(4, 7, bias=False), nn.Linear(7, 2)
+        self.out.weight = self.table.weight
+
+
+def test_a_tied_weight_that_waits_is_trained_under_each_name() -> None:
+    net, schedule = Tied(), FreezeUnfreeze(1)
+    enable_fine_tuning(net, FullFineTuningStrategy())
+    before = copy.deepcopy(net.state_dict())
+    schedule.attach(net)
+    schedule.step(0)
+    assert not net.table.weight.requires_grad
+    assert net.state_dict().keys() == before.keys()
+    net.load_state_dict({name: value + 1 for name, value in before.items()})
+    assert torch.equal(net.out.weight, before["table.weight"] + 1)
 
 
 class HalfFrozenLoRA(LoRA):

@@ -164,6 +164,8 @@ SETTINGS: list[tuple[type[Schedule], dict[str, Any], str]] = [
     (NoFreeze, {"train_bn": "no"}, "train_bn is 'no'"),
     (Freeze, {"lr_ratio": 0, "depth_decay": float("nan")}, "lr_ratio is 0.*; depth_decay is nan"),
     (FreezeUnfreeze, {"unfreeze_epoch": -1}, "unfreeze_epoch is -1"),
+    (FreezeUnfreeze, {"unfreeze_epoch": -1, "lr_ratio": 0}, "lr_ratio is 0.*unfreeze_epoch is -1"),
+    (UnfreezeMilestones, {"num_layers": 0, "lr_ratio": 0}, "lr_ratio is 0.*num_layers is 0"),
     (FreezeUnfreeze, {"unfreeze_epoch": True}, "unfreeze_epoch is True"),
     (UnfreezeMilestones, {"unfreeze_milestones": (3, 3)}, "expected rising epochs"),
     (UnfreezeMilestones, {"unfreeze_milestones": 3}, "expected rising epochs"),

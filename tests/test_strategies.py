@@ -41,6 +41,7 @@ from gift import (
 from gift.factories import (
     ma_adapt,
     ma_freeze,
+    ma_replace,
     ma_replace_head,
     ma_train,
     mc_any,
@@ -437,6 +438,28 @@ def test_a_claimed_module_hides_what_is_below_it() -> None:
         enable_fine_tuning(net, strategy)
     assert trainable(net) == names(net, "1", "2")
     assert asked == ["", "1", "1.0", "1.1", "2"], "parents before children, in order"
+
+
+def test_the_report_tells_what_became_of_each_module() -> None:
+    def without(parent: Any, name: str, *place: Any) -> None:
+        parent._modules[name] = None
+
+    net = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("a", "b", "c", "d", "e")})
+    caps: list[Any] = [
+        (mc_path("a"), without),
+        (mc_path("b"), ma_replace(lambda old: nn.Identity())),
+        (mc_path("c"), ma_train()),
+        (mc_path("d"), ma_freeze()),
+        (mc_path("e"), ma_adapt("lora", rank=2)),
+    ]
+    report = enable_fine_tuning(net, FineTuningStrategy(caps))
+    what = {claim.name: claim.what for claim in report.claims}
+    assert what.pop("e").startswith("lora(rank=2")
+    assert what == {
+        "a": "removed", "b": "replaced by Identity", "c": "trained", "d": "frozen"
+    }  # fmt: skip
+    disable_fine_tuning(net)
+    assert isinstance(net["a"], nn.Linear)
 
 
 @pytest.mark.parametrize("claim", ["the network", "a block", "a parameter"])

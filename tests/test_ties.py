@@ -54,6 +54,22 @@ class Words(nn.Module):
         return self.head(self.body(self.table(tokens)).tanh())
 
 
+class Optional(Words):
+    """With places for submodules that are not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("first", None)
+        self.register_module("second", None)
+
+
+def test_places_without_a_module_are_not_tied() -> None:
+    net, without = Optional(), Words()
+    for one in (net, without):
+        enable_fine_tuning(one, LoRALinearFineTuningStrategy(rank=2))
+    assert trainable(net) == trainable(without)
+
+
 def under_two_names() -> nn.Module:
     shared = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     return nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(8, 8)})

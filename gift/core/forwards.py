@@ -175,7 +175,7 @@ class NestingEncoder(Generated):
         """The flag of the encoder while no gradient is recorded, else False."""
         if torch.is_grad_enabled() or is_compiled_by_old():  # its `__dict__` gives this property
             return False
-        own: bool = self.__dict__.get("use_nested_tensor", False)
+        own: bool = self.__dict__["use_nested_tensor"]
         return own
 
     @use_nested_tensor.setter
