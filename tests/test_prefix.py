@@ -6,6 +6,7 @@ text what the plain model gives for it after these words.
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -338,6 +339,13 @@ class OfTuples(GPT2Model):
         return super().forward(input_ids, **more)
 
 
+def with_other_heads() -> nn.Module:
+    """A model whose second layer has keys of its own width."""
+    net = made("Llama", "ForCausalLM")
+    net.model.layers[1].self_attn.k_proj = nn.Linear(8, 8)
+    return net
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "tuples": (
         lambda: OfTuples(made("GPT2", "LMHeadModel").config),
@@ -354,6 +362,23 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "no language model": (lambda: nn.Linear(3, 3), {}, "not a language model of transformers"),
     "too long": (lambda: made("GPT2", "LMHeadModel"), {"num_virtual_tokens": 24}, "leave no room"),
+    "heads": (
+        lambda: made("Llama", "ForCausalLM"),
+        {"heads": 3},
+        "heads is 3, its configuration says 1: leave heads= out",
+    ),
+    "heads of the same width": (
+        lambda: made("GPT2", "LMHeadModel"),
+        {"heads": 4, "head_dim": 2},
+        r"heads is 4, its configuration says 2.*; head_dim is 2, its configuration says 4",
+    ),
+    "features": (lambda: made("T5", "ForConditionalGeneration"), {"head_dim": 3}, "head_dim is 3"),
+    "layers": (
+        lambda: made("Bart", "ForConditionalGeneration"),
+        {"layers": 2},
+        "configuration says 1",
+    ),
+    "heads of one layer": (lambda: with_other_heads(), {}, r"they have \[4, 8\] features"),
     "an LSTM": (lambda: made("GPT2", "LMHeadModel"), {"encoder": "lstm"}, "expected 'mlp' or None"),
 }
 
@@ -393,6 +418,47 @@ def test_a_model_that_is_checkpointed_as_a_whole(reentrant: bool) -> None:
     )
     found.square().sum().backward()
     torch.testing.assert_close([p.grad for p in net.parameters()], expected)
+
+
+def test_sizes_that_the_configuration_has_wrong() -> None:
+    base, given = made("Llama", "ForCausalLM"), batch("none")
+    odd = copy.deepcopy(base)
+    odd.config.num_key_value_heads = 7
+    nets = [base, odd]
+    for net, settings in zip(nets, ({}, {"heads": 1}), strict=True):
+        torch.manual_seed(0)
+        enable_fine_tuning(net, Prefixes(**settings))
+    assert torch.equal(odd(**given).logits, base(**given).logits)
+
+
+@pytest.mark.parametrize("strategy", [Prefixes, PromptFineTuningStrategy])
+def test_padding_before_a_text_moves_it_out_of_a_window(strategy: Any) -> None:
+    """Whoever pads there is warned; padding on the right changes nothing."""
+    net = made("Mistral", "ForCausalLM")
+    enable_fine_tuning(net, strategy(3))
+    nn.init.normal_(next(net.parameters()))
+    text = torch.randint(3, WORDS, (1, 7))
+    padding = torch.full((1, 5), PAD)
+    right, left = torch.cat([text, padding], 1), torch.cat([padding, text], 1)
+
+    def logits(ids: Tensor) -> Tensor:
+        mask = (ids != PAD).long()
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        return net(input_ids=ids, attention_mask=mask, position_ids=places).logits[ids != PAD]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = logits(text)
+        torch.testing.assert_close(logits(right), expected)
+    with pytest.warns(gift.GiftWarning, match="sees the last 4 positions, and padding before"):
+        assert not torch.allclose(logits(left), expected)
+    net.config.sliding_window = 15  # as many as there are: then nothing is out of sight
+    for module in net.modules():
+        if hasattr(module, "sliding_window"):
+            module.sliding_window = 15
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(logits(left), logits(text))
 
 
 def test_two_kinds_of_virtual_tokens_are_refused() -> None:

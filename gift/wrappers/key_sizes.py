@@ -38,8 +38,33 @@ def key_sizes(module: Any, given: KeySizes) -> tuple[KeySizes, list[str]]:
     sizes = KeySizes(*values)
     problems = [f"its configuration does not say its number of {name}: give {name}="
                 for name, value in sizes._asdict().items() if value is None]  # fmt: skip
-    problems += _unlike(module, config, sizes.layers)
+    problems += _contradicted(module, given, found) or _unlike(module, config, sizes.layers)
     return sizes, problems
+
+
+def _contradicted(module: nn.Module, given: KeySizes, found: KeySizes) -> list[str]:
+    """Return what was given that is not so, by the configuration and by the layers of keys."""
+    both = zip(KeySizes._fields, given, found, strict=True)
+    wrong = [(name, own, read) for name, own, read in both
+             if own is not None and read is not None and own != read]  # fmt: skip
+    widths = _key_widths(module)
+    heads, size = given.heads or found.heads, given.head_dim or found.head_dim
+    is_right = _width(heads, size) in widths and _width(found.heads, found.head_dim) not in widths
+    if is_right and given.layers in (None, found.layers):
+        return []  # the configuration is what is wrong
+    return [f"{name} is {own}, its configuration says {read}: leave {name}= out"
+            for name, own, read in wrong]  # fmt: skip
+
+
+def _width(heads: int | None, head_dim: int | None) -> int | None:
+    return None if heads is None or head_dim is None else heads * head_dim
+
+
+def _key_widths(module: nn.Module) -> set[int]:
+    """Return the numbers of features of all keys, from layers with the usual name."""
+    layers = [getattr(p, "k_proj", None) for p in module.modules() if is_causal(p)]
+    widths = (getattr(layer, "out_features", None) for layer in layers)
+    return {width for width in widths if isinstance(width, int)}
 
 
 def _unlike(module: nn.Module, config: Any, layers: int | None) -> list[str]:
@@ -49,6 +74,8 @@ def _unlike(module: nn.Module, config: Any, layers: int | None) -> list[str]:
         return [f"it has layers without keys and values: {others}"]
     if unequal := [name for name in _UNEQUAL if getattr(config, name, None)]:
         return [f"the keys and values of its layers are not of one shape ({', '.join(unequal)})"]
+    if len(widths := _key_widths(module)) > 1:
+        return [f"the keys of its layers are not of one shape: they have {sorted(widths)} features"]
     if is_encoder(module):
         return ["its attention is not causal: an encoder has no cache of keys and values"]
     causal = {getattr(p, "layer_idx", None) for p in module.modules() if is_causal(p)} - {None}

@@ -1,5 +1,6 @@
 """The wrappers of a prompted language model's parts; see `gift.wrappers.language`."""
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gift.core.forwards import Forward, ForwardMethod, forward_deltas, where
-from gift.errors import AdaptationError
+from gift.errors import AdaptationError, GiftWarning
 from gift.layers.table import family_of
 from gift.methods.settings import flag, whole
 from gift.wrappers.arguments import Arguments
@@ -19,7 +20,7 @@ from gift.wrappers.encoder import Encoded
 from gift.wrappers.model_call import ModelCall, continuing
 from gift.wrappers.prompt import in_front
 from gift.wrappers.tensors import with_all_changed, with_items
-from gift.wrappers.text_models import embedding_of, is_embedding, tokens_in
+from gift.wrappers.text_models import embedding_of, is_embedding, tokens_in, window_of
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,25 @@ class PromptedReader(ModelPart):
             keeps_states="cache_params" in module._gift_arguments,
         )
         self.refuse(module, call.problems)
+        self._warn_of_window(module, call)
         return given, call, x
+
+    def _warn_of_window(self, module: nn.Module, call: ModelCall) -> None:
+        """Warn where padding before the text moves virtual tokens out of the sight of layers."""
+        window, mask = window_of(module), call.named.get("attention_mask")
+        if window is None or call.continues or torch.compiler.is_compiling():
+            return
+        if not isinstance(mask, Tensor) or call.time + self.num_virtual_tokens <= window:
+            return
+        if not bool(mask[:, 0].all()):
+            warnings.warn(
+                f"{where(module, self.name)} has layers in which a token sees the last {window} "
+                "positions, and padding before the text, which stands between the virtual tokens "
+                "and the text: results depend on how much there is. Pad on the right, or put texts "
+                "of one length into a batch",
+                GiftWarning,
+                stacklevel=2,
+            )
 
     def generating(
         self, module: nn.Module, named: Mapping[str, Any]

@@ -53,6 +53,16 @@ def is_encoder(module: nn.Module) -> bool:
     return said == {False}
 
 
+def window_of(model: Any) -> int | None:
+    """Return how many positions a token sees in layers that see fewer than all; None if all do."""
+    config = getattr(model, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    names = [name for kind, name in sizes.items() if kinds is None or kind in kinds]
+    found = (getattr(config, name, None) for name in names)
+    return min((size for size in found if isinstance(size, int)), default=None)
+
+
 def reads_two_texts(model: Any) -> bool:
     """Whether a model is an encoder and a decoder, by its configuration."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
