@@ -141,6 +141,21 @@ def test_every_method_has_a_page() -> None:
         assert "\\[" in as_markdown(found[name].doc)
 
 
+def test_every_method_that_wraps_has_a_page() -> None:
+    """With strategies, caps and papers that gift has."""
+    about = tomllib.loads((DOCS / "methods.toml").read_text(encoding="utf-8"))["wrappers"]
+    wrapping = {name for name in all_of("gift.strategies.wrapping") if name.endswith("Strategy")}
+    assert {one["strategy"] for one in about.values()} == wrapping
+    for name, one in about.items():
+        assert name not in METHODS
+        made = eval(f"dict({one['example']})")
+        strategy = getattr(gift.strategies, one["strategy"])(**made)
+        assert isinstance(strategy, gift.FineTuningStrategy)
+        gift.FineTuningStrategy(eval(f"[{one['cap']}]", vars(gift.factories).copy()))
+        shown = getattr(gift.wrappers, one.get("wrapper", "Prompt"))
+        assert all(url in (shown.__doc__ or "") for url in one["papers"]), name
+
+
 def test_quoted_messages_are_those_of_the_source() -> None:
     """What pages quote as a message, after "> ", stands in gift; "…" stands for what differs."""
     known = fragments()

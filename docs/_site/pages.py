@@ -76,6 +76,11 @@ def room_page(room: str, title: str, names: list[Public]) -> str:
         classes = {method.cls for method in registered_methods()}
         lines += [f"* [`{name}`][gift.methods.{name}]" for name in sorted(classes)] + [""]
         names = [one for one in names if one.name not in classes]
+    if room == "gift.wrappers":
+        pages = {one["wrapper"] for one in ABOUT["wrappers"].values() if "wrapper" in one}
+        lines += ["Methods that wrap have [pages of their own](../methods/index.md).", ""]
+        lines += [f"* [`{name}`][gift.wrappers.{name}]" for name in sorted(pages)] + [""]
+        names = [one for one in names if one.name not in pages]
     for one in names:
         lines += [f"::: {one.path}", ""]
     return "\n".join(lines)
@@ -104,9 +109,63 @@ def methods() -> None:
             index.append("| " + " | ".join(row) + " |")
             write(f"methods/{page}", method_page(method, about))
         index.append("")
+    index += wrappers(summary)
     index.append((ROOT / "docs" / "_site" / "methods.foot.md").read_text(encoding="utf-8"))
     write("methods/SUMMARY.md", "\n".join(summary) + "\n")
     write("methods/index.md", "\n".join(index))
+
+
+def wrappers(summary: list[str]) -> list[str]:
+    """A page for each method that wraps forward passes; returns their part of the index."""
+    title = "Wrapped forward passes"
+    summary.append(f"* {title}")
+    lines = [f"## {title}", "", (ROOT / "docs" / "_site" / "wrappers.head.md").read_text("utf-8")]
+    lines += ["| method | what it adds | parameters | take it |", "|---|---|---|---|"]
+    for name, about in ABOUT["wrappers"].items():
+        summary.append(f"    * [{about['title']}]({name}.md)")
+        row = f"[{about['title']}]({name}.md)", about["does"], about["parameters"], about["take"]
+        lines.append("| " + " | ".join(row) + " |")
+        write(f"methods/{name}.md", wrapper_page(about))
+    return [*lines, ""]
+
+
+def wrapper_page(about: dict[str, Any]) -> str:
+    """The page of one method that wraps forward passes."""
+    papers = ", ".join(f"[paper]({url})" for url in about["papers"])
+    strategy = about["strategy"]
+    lines = [
+        f"# {about['title']}",
+        "",
+        f"**When to take it.** {about['when']} ({papers})",
+        "",
+        f"It adds {about['does']}. Parameters: {about['parameters']}.",
+        "",
+        "```python",
+        "from gift import enable_fine_tuning",
+        f"from gift.strategies import {strategy}",
+        "",
+        f"enable_fine_tuning(net, {strategy}({about['example']}))",
+        "```",
+        "",
+        "In a cap of your own:",
+        "",
+        "```python",
+        about["cap"],
+        "```",
+        "",
+        f"The strategy is [`{strategy}`][gift.strategies.{strategy}].",
+        "",
+    ]
+    if "wrapper" in about:
+        lines += [
+            f"::: gift.wrappers.{about['wrapper']}",
+            "    options:",
+            "      members: false",
+            "",
+        ]
+    if rows := of_quality(about.get("benchmark", about["title"])):
+        lines += ["## Figures", "", *rows, ""]
+    return "\n".join(lines)
 
 
 def formula(method: Registered, about: dict[str, str]) -> str:
