@@ -27,6 +27,7 @@ LOW_RANK = {
     "vera",
     "loha",
     "delora",
+    "unilora",
     "vblora",
 }
 LOW_RANK |= {"guided", "lora_xs", "psoft"}

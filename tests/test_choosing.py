@@ -76,7 +76,7 @@ OTHERS = {
     "visual_prompt",
     "loreft",
 }
-NO_SUM = ["fact", "glora", "tinylora", "vblora"]  # of what single weights cost
+NO_SUM = ["fact", "glora", "tinylora", "unilora", "vblora"]  # of what single weights cost
 SIZED = [name for name, method in METHODS.items()
          if method.size_setting is not None and name not in NO_SUM]  # fmt: skip
 

@@ -23,6 +23,7 @@ from peft import (
     MissConfig,
     OFTConfig,
     RoadConfig,
+    UniLoraConfig,
     VeraConfig,
     WaveFTConfig,
 )
@@ -295,6 +296,20 @@ OTHERS: dict[str, tuple[Any, Edit, str]] = {
     "norms of another base": (
         DeloraConfig(r=2, target_modules=["inner"]),
         tensor("inner.delora_w_norm", lambda norms: norms * 1.01), "another base",
+    ),
+    "a projection that PEFT would draw again": (
+        UniLoraConfig(r=2, theta_d_length=9, target_modules=["inner"]), option(),
+        "tensors are missing, which PEFT saves with save_indices=True",
+    ),
+    "coordinates of a longer vector": (
+        UniLoraConfig(r=2, theta_d_length=9, target_modules=["inner"], save_indices=True),
+        tensor("inner.unilora_indices_A", lambda places: places + 8),
+        "unilora_indices_A are from 8 to 1[0-6], expected indices of a vector of 9 numbers",
+    ),
+    "coordinates that are not integers": (
+        UniLoraConfig(r=2, theta_d_length=9, target_modules=["inner"], save_indices=True),
+        tensor("inner.unilora_indices_B", lambda places: places.float()),
+        "unilora_indices_B is float32, expected int32 or int64",
     ),
     "a factor of another rank": (
         HiraConfig(r=2, target_modules=["inner"]), tensor("inner.hira_A", torch.ones(3, 8)),

@@ -69,6 +69,11 @@ class Delta:
         """The settings in which a saved delta must match this one; empty while unknown."""
         raise NotImplementedError
 
+    @property
+    def waits(self) -> bool:
+        """Whether the delta means nothing before the network has run."""
+        return False
+
     def hidden_settings(self, module: nn.Module, key: str) -> dict[str, Any]:
         """The settings that the names and shapes of the tensors do not show.
 
@@ -203,6 +208,12 @@ def settings_incompatibilities(
         metadata: torch's metadata of the module, from ``state_dict()._metadata``.
         state: the state of the module, by its own names.
     """
+    waiting = any(delta.waits for delta in present_deltas(module).values())
+    if waiting and any(name in state for name in added_names(module)):
+        return [
+            f"{path or 'the network'} has no shape yet, and its delta depends on the shapes of all "
+            "layers: run a batch through the network first"
+        ]
     here, there = settings_of(module), metadata.get("gift")
     if not here or not all(here.values()):
         return []

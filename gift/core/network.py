@@ -34,7 +34,7 @@ from gift.core.state import (
 from gift.core.trained import delta_names, frozen_names, named_trainable
 from gift.core.undo.snapshot import Snapshot
 from gift.core.unfreeze import keep_values
-from gift.core.weights.sharing import share_parameters
+from gift.core.weights.sharing import place_parts, share_parameters
 from gift.errors import GiftWarning
 from gift.private.torch.calls import callers
 
@@ -54,6 +54,7 @@ class FineTunedNetwork(Generated):
         result = super().__call__(*args, **kwargs)
         if waits:  # lazy modules have shapes now
             share_parameters(self)
+            place_parts(self)
         return result
 
     def __setstate__(self, state: Any) -> None:

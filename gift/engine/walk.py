@@ -17,7 +17,7 @@ from gift.core.stack import names_of_levels
 from gift.core.weights.attach import install, uninstall
 from gift.core.weights.reading import Memory
 from gift.core.weights.record import WeightDelta, present_weight_deltas, weight_deltas
-from gift.core.weights.sharing import share_parameters
+from gift.core.weights.sharing import place_parts, share_parameters
 from gift.engine.claims import Claimed, claims_of, placed_deltas
 from gift.engine.ties import Ties
 from gift.errors import AdaptationError, closest
@@ -63,6 +63,7 @@ class Walk:
         self.problems += self.ties.settle(self.caps)
         self._tie()
         share_parameters(network)
+        place_parts(network)
         if self.handled:
             settle_modules_around(network)
         self.clipped: dict[str, tuple[str, int]] = {}  # weights without the requested size

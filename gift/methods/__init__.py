@@ -41,6 +41,7 @@ from gift.methods.ssf import SSF as SSF
 from gift.methods.svdiff import SVDiff as SVDiff
 from gift.methods.tinylora import TinyLoRA as TinyLoRA
 from gift.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from gift.methods.unilora import UniLoRA as UniLoRA
 from gift.methods.vblora import VBLoRA as VBLoRA
 from gift.methods.vera import VeRA as VeRA
 from gift.methods.waveft import WaveFT as WaveFT

@@ -102,6 +102,23 @@ class Method(Configured):
         """
         return ()
 
+    is_part: ClassVar[bool] = False
+    """Whether the matrices that have one shared parameter are parts of one whole.
+
+    Then `placed` settles which part each is, once all of them are known. A single one is the whole.
+    """
+
+    def share(self, shape: tuple[int, ...]) -> int:
+        """Return how many entries of the whole belong to a matrix of that shape."""
+        raise NotImplementedError
+
+    def placed(self, first: int, total: int) -> Self:
+        """Return the method for a matrix whose entries start at `first`, of `total` ones.
+
+        Only what `init_parameters` gives as a buffer that is not persistent may depend on these.
+        """
+        raise NotImplementedError
+
     split_axes: ClassVar[Mapping[str, tuple[int | None, int | None]]] = {}
     """For each parameter, which axis lies along the matrix's rows and which along its columns.
 

@@ -66,6 +66,12 @@ def seeded_buffer(
     return buffer
 
 
+def uniform(generator: torch.Generator, shape: tuple[int, ...], bound: float) -> Tensor:
+    """Draw numbers in ``±bound``."""
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (2 * drawn - 1) * bound
+
+
 def entries(generator: torch.Generator, shape: tuple[int, ...], size: int) -> Tensor:
     """Choose some of `size` entries: the head of a random permutation.
 

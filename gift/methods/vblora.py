@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gift.methods.anchored import AnchoredMethod, Factors
 from gift.methods.base import register_method, with_settings
-from gift.methods.draws import seeded_buffer
+from gift.methods.draws import seeded_buffer, uniform
 from gift.methods.settings import at_least_32_bits, positive, whole
 
 
@@ -91,7 +91,7 @@ class VBLoRA(AnchoredMethod):
         *groups, rows, columns = matrix.shape
         like = self.factory_kwargs(matrix)
         shape = self.num_vectors, self.vector_length
-        bank = seeded_buffer(_uniform, self.seed, shape, self.init_vector_bank_bound, **like)
+        bank = seeded_buffer(uniform, self.seed, shape, self.init_vector_bank_bound, **like)
         real = like | {"dtype": like["dtype"].to_real()}
         of_rows, of_columns = (-(-size // self.vector_length) for size in (rows, columns))
         logits = {
@@ -132,12 +132,6 @@ class VBLoRA(AnchoredMethod):
         """Join sub-vectors, ``(pieces, r, b)`` and ``(r, pieces, b)``, to the factors."""
         left = B.transpose(-1, -2).flatten(-3, -2)
         return left[..., : self.rows, :], A.flatten(-2)[..., : self.columns]
-
-
-def _uniform(generator: torch.Generator, shape: tuple[int, ...], bound: float) -> Tensor:
-    """Draw numbers in ``±bound``."""
-    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return (2 * drawn - 1) * bound
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:

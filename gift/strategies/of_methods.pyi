@@ -1482,6 +1482,61 @@ class TrainableTokensConvFineTuningStrategy(_AdaptingStrategy):
         freeze_statistics: bool = False,
     ) -> None: ...
 
+class UniLoRAAllFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        theta_d_length: int = 23040,
+        init_theta_d_bound: float = 0.02,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        first: int = 0,
+        entries: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+        experts: bool = True,
+    ) -> None: ...
+
+class UniLoRALinearFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        theta_d_length: int = 23040,
+        init_theta_d_bound: float = 0.02,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        first: int = 0,
+        entries: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
+class UniLoRAConvFineTuningStrategy(_AdaptingStrategy):
+    def __init__(
+        self,
+        rank: int | None = None,
+        theta_d_length: int = 23040,
+        init_theta_d_bound: float = 0.02,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        clip_rank: bool | None = None,
+        first: int = 0,
+        entries: int | None = None,
+        train_bias: bool = False,
+        conv_layout: str | None = None,
+        split_qkv: bool = False,
+        freeze_statistics: bool = False,
+    ) -> None: ...
+
 class VBLoRAAllFineTuningStrategy(_AdaptingStrategy):
     def __init__(
         self,

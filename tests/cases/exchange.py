@@ -23,6 +23,7 @@ from peft import (
     PeftModel,
     PveraConfig,
     RoadConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
@@ -281,6 +282,11 @@ THEIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = 
     "VB-LoRA": (
         VBLoRAConfig,
         {"r": 3, "num_vectors": 7, "vector_length": 4, "topk": 2, "init_logits_std": 1.0},
+        FLAT,
+    ),
+    "Uni-LoRA": (
+        UniLoraConfig,
+        {"r": 3, "theta_d_length": 19, "save_indices": True, "bias": "unilora_only"},
         FLAT,
     ),
     "PVeRA": (PveraConfig, {"r": 4, "bias": "pvera_only"}, FLAT),

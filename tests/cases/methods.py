@@ -558,6 +558,20 @@ def logit_count(rank: int, vectors: int, length: int) -> Callable[[int, int], in
     return count
 
 
+def projections_of_a_vector(w0: Tensor, p: Parameters) -> Tensor:
+    """``W0 + c (B A - B0 A0)``, each entry a coordinate; which, and its scale, is told apart."""
+
+    def factors(theta: Tensor) -> list[Tensor]:
+        return [
+            torch.stack([(theta * p["unilora_norm"])[where] for where in p[f"unilora_P_{key}"]])
+            for key in ("B", "A")
+        ]
+
+    now, then = factors(p["unilora_theta"]), factors(p["unilora_theta0"])
+    moved = torch.einsum("oq,qi->oi", *now) - torch.einsum("oq,qi->oi", *then)
+    return w0 + p["unilora_c"] * moved
+
+
 def rows_in_place(rows: list[int]) -> Formula:
     """Some rows have something added, all others are the frozen ones."""
 
@@ -879,6 +893,24 @@ METHODS: dict[str, MethodCase] = {
         },
         shared=lambda rows, columns: {"bank": 7 * 3},
         whole=("vblora_bank", "vblora_bank0", "vblora_c"),
+    ),
+    "unilora": MethodCase(
+        "unilora",
+        projections_of_a_vector,
+        lambda rows, columns: 0,
+        shared=lambda rows, columns: {"theta": 23_040},
+        whole=("unilora_theta", "unilora_theta0", "unilora_norm", "unilora_c"),
+    ),
+    "unilora_short": MethodCase(
+        "unilora",
+        projections_of_a_vector,
+        lambda rows, columns: 0,
+        {
+            **{"rank": 2, "theta_d_length": 11, "init_theta_d_bound": 0.5, "seed": 3},
+            **{"clip_rank": True},
+        },
+        shared=lambda rows, columns: {"theta": 11},
+        whole=("unilora_theta", "unilora_theta0", "unilora_norm", "unilora_c"),
     ),
     "ssf": MethodCase(
         "ssf",

@@ -38,6 +38,11 @@ class FittedDelta(Delta):
         return {"method": self.method.name, "matrix": matrix} | self.method.compat_settings
 
     @property
+    def waits(self) -> bool:
+        """Whether the delta means nothing yet: it is a part of a whole of unknown size."""
+        return self.layout is None and self.method.is_part
+
+    @property
     def clipped(self) -> bool:
         """Whether the tensor got another size than requested, and the user did not allow that."""
         asked = self.asked

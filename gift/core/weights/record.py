@@ -28,7 +28,7 @@ from gift.kernels.effective_linear import Made
 from gift.kernels.remembered import Remembered
 from gift.layers.layouts import bias_layout
 from gift.layers.table import layout_of
-from gift.quantization import dequantised, is_quantised
+from gift.quantization import dequantised, is_quantised, stand_in
 from gift.support.sharding import (
     distributed,
     distributed_like,
@@ -324,6 +324,14 @@ class WeightDelta(FittedDelta):
         # If a state was loaded before the first forward pass, keep its values.
         put_values(module, self.initial(frozen), only_lazy=unknown)
         self.note_source(module, key)
+
+    def place(self, module: nn.Module, tensor: str, first: int, total: int) -> None:
+        """Settle which part of a whole the matrix is, see `Method.placed`."""
+        self.method = self.method.placed(first, total)
+        for name, value in self.initial(stand_in(present_tensor(module, tensor))).items():
+            # Not written in place: other networks may hold the same buffer.
+            if name in module._non_persistent_buffers_set:
+                module._buffers[name] = value
 
     def link_to_weights(self, module: nn.Module, bias: str) -> None:
         """Use the names, layout and method of the weights' deltas for a bias."""

@@ -6,13 +6,14 @@ replaces parameters one by one unties it, as it does with tied weights: ``to_emp
 ``load_state_dict(assign=True)``, lazy modules that get their shape. Then it is tied again.
 """
 
+import itertools
 from collections import Counter
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gift.core.weights.record import weight_deltas
+from gift.core.weights.record import WeightDelta, weight_deltas
 from gift.support.sharding import is_sharded
 
 
@@ -69,3 +70,35 @@ def share_parameters(network: nn.Module) -> bool:
                         )
                     module._parameters[name] = one
     return waits
+
+
+def place_parts(network: nn.Module) -> None:
+    """Settle which part of a whole each matrix is, where a method needs it and it is unknown.
+
+    The matrices that hold one shared parameter are the parts, in the order of the network.
+    """
+    wholes: dict[int, list[tuple[nn.Module, str, WeightDelta]]] = {}
+    readers = []
+    for module in network.modules():
+        for tensor, delta in weight_deltas(module).items():
+            if delta.of_base or not delta.method.is_part:
+                continue
+            if delta.layout is None:
+                return
+            if delta.owner is not None:
+                readers.append(delta)
+                continue
+            one = module._parameters[delta.names[delta.method.shared[0]]]
+            wholes.setdefault(id(one), []).append((module, tensor, delta))
+    for parts in wholes.values():
+        if len(parts) == 1:  # it is the whole, as the method supposes
+            continue
+        shapes = [delta.layout.matrix for *_, delta in parts if delta.layout is not None]
+        sizes = [p[-1].method.share(shape) for p, shape in zip(parts, shapes, strict=True)]
+        before = [0, *itertools.accumulate(sizes)]
+        for (module, tensor, delta), first in zip(parts, before[:-1], strict=True):
+            delta.place(module, tensor, first, before[-1])
+    for delta in readers:
+        assert delta.owner is not None
+        own = weight_deltas(delta.owner).values()
+        delta.method = next(other.method for other in own if other.names == delta.names)

@@ -34,14 +34,15 @@ def read_vblora(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
     left = _mixed(b, bank, best).transpose(1, 2).reshape(-1, rank)
     layer.expect("the factor of vblora_logits_A", right, (rank, columns))
     layer.expect("the factor of vblora_logits_B", left, (rows, rank))
+    return [_as_lora(layer, left, right, config.get("vblora_dropout"))]
+
+
+def _as_lora(layer: Layer, left: Tensor, right: Tensor, dropout: float | None) -> Read:
+    """Return a LoRA of these factors, in a rank that the layer can have."""
     left, right = smallest(left, right)
-    own = len(right)
-    settings = {
-        "rank": own,
-        "lora_alpha": own,
-        "lora_dropout": config.get("vblora_dropout") or 0.0,
-    }
-    return [Read(layer, "lora", settings, {"lora_B": left, "lora_A": right}, layer.path)]
+    rank = len(right)
+    settings = {"rank": rank, "lora_alpha": rank, "lora_dropout": dropout or 0.0}
+    return Read(layer, "lora", settings, {"lora_B": left, "lora_A": right}, layer.path)
 
 
 def _mixed(logits: Tensor, bank: Tensor, best: int) -> Tensor:
@@ -64,6 +65,49 @@ VBLORA_FORM = Form(
     bias="vblora_only",
     shared=frozenset({_BANK}),
     defaults={"r": 4, "topk": 2},
+)  # fmt: skip
+
+
+_VECTOR = "base_model.unilora_theta_d"
+
+
+def read_unilora(layer: Layer, config: Config, shared: Tensors) -> list[Read]:
+    """Read Uni-LoRA as the LoRA whose entries are coordinates of its vector."""
+    if _VECTOR not in shared:
+        raise ValueError(f"{_VECTOR} is missing")
+    theta, (rows, columns) = shared[_VECTOR], layer.matrix()
+    layer.expect(_VECTOR, theta, (theta.numel(),))
+    factors = []
+    for key, shape in (("B", (rows, config["r"])), ("A", (config["r"], columns))):
+        places, scales = (layer.take(f"unilora_{name}_{key}") for name in ("indices", "scales"))
+        layer.expect(f"unilora_indices_{key}", places, shape)
+        layer.expect(f"unilora_scales_{key}", scales, shape)
+        if not bool(((places >= 0) & (places < len(theta))).all()):
+            raise ValueError(
+                f"unilora_indices_{key} are from {places.min()} to {places.max()}, expected "
+                f"indices of a vector of {len(theta)} numbers"
+            )
+        factors.append(theta[places.long()] * scales)
+    left, right = factors
+    return [_as_lora(layer, left, right, config.get("unilora_dropout"))]
+
+
+UNILORA_FORM = Form(
+    peft_type="UNILORA",
+    methods=(),
+    kinds=("linear", "transposed"),
+    suffixes=tuple(f"unilora_{name}_{key}" for name in ("indices", "scales") for key in "AB"),
+    write=_never,
+    read=read_unilora,
+    options=frozenset({
+        "r", "proj_seed", "theta_d_length", "unilora_dropout", "bias", "init_theta_d_bound",
+        "init_weights", "save_indices",
+    }),
+    bias="unilora_only",
+    shared=frozenset({_VECTOR}),
+    defaults={"r": 4},
+    indices=frozenset({"unilora_indices_A", "unilora_indices_B"}),
+    needs={"save_indices": True},
 )  # fmt: skip
 
 

@@ -112,6 +112,9 @@ def incompatibilities(config: Config, tensors: Tensors) -> Iterator[str]:
         yield f"peft_type is {name!r}, known here are {sorted(known)}"
     else:
         yield from _option_incompatibilities(config, known[name])
+        for option, value in FORMS[name].needs.items() if name in FORMS else ():
+            if config.get(option) != value:
+                yield f"tensors are missing, which PEFT saves with {option}={value}"
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             yield f"{key} has values that are not finite"

@@ -151,6 +151,8 @@ class Form:
         bias: word in a config for the biases of the adapted layers, "" if there is none.
         defaults: values of options that are missing in a config.
         ties: whether PEFT adapts a tied tensor under all of its names if a file has one of them.
+        indices: ends of the keys of tensors of integers.
+        needs: options of the config without which a file does not have all that is needed.
     """
 
     peft_type: str
@@ -164,6 +166,8 @@ class Form:
     shared: frozenset[str] = frozenset()
     defaults: Config = field(default_factory=dict)
     ties: bool = False
+    indices: frozenset[str] = frozenset()
+    needs: Config = field(default_factory=dict)
 
 
 def common(values: list[Any]) -> Any:

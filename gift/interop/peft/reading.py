@@ -112,7 +112,7 @@ class Reading:
         problems: list[str] = []
         if not layer.single:
             problems += layer_incompatibilities(layer.module, self.form.peft_type, self.form.kinds)
-        problems += _kind_incompatibilities(layer)
+        problems += _kind_incompatibilities(layer, self.form.indices)
         problems += context_incompatibilities(self.network, path)
         if len(self.paths[id(layer.module)]) > 1:
             problems.append(
@@ -229,11 +229,14 @@ class Reading:
                     )
 
 
-def _kind_incompatibilities(layer: Layer) -> Iterator[str]:
-    """Yield integer and complex factors, before anything is computed with them."""
+def _kind_incompatibilities(layer: Layer, indices: frozenset[str]) -> Iterator[str]:
+    """Yield factors and indices of another kind, before anything is computed with them."""
     for suffix, tensor in layer.tensors.items():
-        if not tensor.is_floating_point():
-            kind = dtype_name(tensor.dtype)
+        kind = dtype_name(tensor.dtype)
+        if suffix in indices:
+            if tensor.dtype not in (torch.int32, torch.int64):
+                yield f"{suffix} is {kind}, expected int32 or int64"
+        elif not tensor.is_floating_point():
             yield f"{suffix} is {kind}, expected a real floating-point dtype"
 
 

@@ -1,7 +1,7 @@
 """All forms that can be read and written."""
 
 from gift.interop.peft.adalora import ADALORA_FORM
-from gift.interop.peft.as_others import PVERA_FORM, VBLORA_FORM
+from gift.interop.peft.as_others import PVERA_FORM, UNILORA_FORM, VBLORA_FORM
 from gift.interop.peft.blocks import C3A_FORM, GRALORA_FORM, MISS_FORM
 from gift.interop.peft.deft import DEFT_FORM
 from gift.interop.peft.forms import Form
@@ -20,6 +20,7 @@ FORMS: dict[str, Form] = {
     for form in (
         LORA_FORM, LOHA_FORM, LOKR_FORM, IA3_FORM, VERA_FORM, OFT_FORM, BOFT_FORM, C3A_FORM,
         DELORA_FORM, GRALORA_FORM, HIRA_FORM, MISS_FORM, ROAD_FORM, TOKENS_FORM, WAVEFT_FORM,
-        ADALORA_FORM, DEFT_FORM, GLORA_FORM, PVERA_FORM, VBLORA_FORM,
+        ADALORA_FORM, DEFT_FORM, GLORA_FORM, PVERA_FORM, UNILORA_FORM,
+        VBLORA_FORM,
     )
 }  # fmt: skip
