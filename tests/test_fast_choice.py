@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any
-from gift.kernels import low_rank
+from gift.kernels import conv_layers
 from gift.kernels.cost_model import FORMS, Form, Plan, linear_form, plan
 from gift.kernels.geometry import Geometry
 from gift.methods import METHODS
@@ -209,8 +209,8 @@ def plans_of(monkeypatch: pytest.MonkeyPatch, call: Any) -> list[Plan]:
         return seen[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(low_rank, "plan", record)
-        low_rank._settled.cache_clear()  # what was settled before is not planned again
+        patch.setattr(conv_layers, "plan", record)
+        conv_layers._settled.cache_clear()  # what was settled before is not planned again
         call()
     return seen
 

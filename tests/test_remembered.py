@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from transformers.pytorch_utils import Conv1D
 
 import gift
-from gift.kernels.low_rank import WATCHING
+from gift.kernels.operands import WATCHING
 from gift.methods.dora import DoRA
 from tests.common import weighted
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gift.kernels.conv_layers import is_usual
 from gift.kernels.linear import Product
-from gift.kernels.low_rank import is_usual
 from gift.kernels.rescale import finite, rescaled
 from gift.private.torch.layers import convolve
 

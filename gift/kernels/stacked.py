@@ -6,9 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.kernels.conv_layers import conv, conv_forwards
 from gift.kernels.effective_linear import effective_forwards
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import conv, conv_forwards, linear
+from gift.kernels.low_rank import linear
 from gift.kernels.low_rank_lookup import lookup
 from gift.layers.table import forwards_of
 

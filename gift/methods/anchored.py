@@ -8,14 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gift.kernels.conv_layers import conv, conv_forwards
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import (
-    conv,
-    conv_forwards,
-    linear,
-    low_rank_forwards,
-    low_rank_product,
-)
+from gift.kernels.low_rank import linear, low_rank_forwards, low_rank_product
 from gift.methods.base import RankedMethod
 from gift.methods.lora import LoRA
 from gift.private.torch.layers import convolve

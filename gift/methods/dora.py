@@ -8,14 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gift.kernels.conv_layers import conv_forwards, is_usual, low_rank_conv
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import (
-    conv_forwards,
-    dropped_inputs,
-    is_usual,
-    low_rank_conv,
-    low_rank_product,
-)
+from gift.kernels.low_rank import low_rank_product
+from gift.kernels.operands import dropped_inputs
 from gift.kernels.products import scaled
 from gift.kernels.rescale import finite, rescaled
 from gift.methods.base import Method, register_method

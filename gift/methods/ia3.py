@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gift.kernels.conv_layers import conv_forwards, is_usual
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import conv_forwards, is_usual
 from gift.kernels.output_scales import scaled_conv, scaled_linear
 from gift.methods.base import Method, register_method
 from gift.methods.settings import flag

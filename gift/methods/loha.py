@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gift.kernels.conv_layers import conv, conv_forwards
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import conv, conv_forwards, linear
+from gift.kernels.low_rank import linear
 from gift.kernels.merged_linear import terms, through_weight
 from gift.methods.base import ScaledMethod, register_method
 from gift.private.torch.layers import convolve

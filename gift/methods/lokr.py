@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.kernels.conv_layers import conv_forwards, is_usual, low_rank_conv
 from gift.kernels.kronecker_linear import KroneckerLinear
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import conv_forwards, is_usual, low_rank_conv, operands
+from gift.kernels.operands import operands
 from gift.methods.base import ScaledMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, setting

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gift.kernels.conv_layers import conv_forwards
 from gift.kernels.linear import Product, linear_forwards
-from gift.kernels.low_rank import conv_forwards
 from gift.kernels.output_scales import scaled_conv, scaled_linear
 from gift.methods.base import Method, of_each_weight, register_method
 

@@ -19,7 +19,7 @@ from gift.engine.claims import size_of
 from gift.engine.dry_run import cost_of, on_meta, rehearsed
 from gift.errors import AdaptationError
 from gift.kernels.cost_model import Form
-from gift.kernels.low_rank import WATCHING
+from gift.kernels.operands import WATCHING
 from gift.kernels.recomputed import WATCHING as KEPT
 from gift.kernels.recomputed import Kept
 from gift.methods import METHODS, method_of
