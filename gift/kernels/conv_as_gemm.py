@@ -7,7 +7,7 @@ shifted images (`fold`), or from shifted images (`unfold`) and one product:
     h = fold(F x),    dF = unfold(dh) x^T,    dx = F^T unfold(dh)
 
 Activations are viewed as ``(batch, channels, positions)``, which needs no copy in either memory
-format.
+format. Where channels come in groups, the channels of each group are an example of the batch.
 """
 
 import math
@@ -63,6 +63,42 @@ def fold(columns: Tensor, geometry: Geometry) -> Tensor:
     return columns
 
 
+def fold_transposed(columns: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
+    """Add up what each position of the input gives to each position of the output.
+
+    Args:
+        columns: ``(batch, filters * taps, positions of the input)``.
+        geometry: a transposed convolution of one or two axes.
+        sizes: the size of the input.
+    """
+    output, settings = _in_plane(geometry, geometry.positions(sizes))
+    folded = F.fold(columns, output, **settings)
+    return folded.squeeze(2) if len(sizes) == 1 else folded
+
+
+def unfold_transposed(h: Tensor, geometry: Geometry) -> Tensor:
+    """The adjoint of `fold_transposed`: ``(batch, filters, taps, positions of the input)``."""
+    _, settings = _in_plane(geometry, ())
+    columns = F.unfold(h.unsqueeze(2) if h.dim() == 3 else h, **settings)
+    return columns.unflatten(1, (h.shape[1], geometry.taps))
+
+
+def _in_plane(geometry: Geometry, sizes: Sizes) -> tuple[Sizes, dict[str, Sizes]]:
+    """Sizes and settings for torch's functions, which know two axes only."""
+    lines = len(geometry.kernel) == 1
+    sizes = (1, *sizes) if lines else sizes
+    settings = {
+        "kernel_size": geometry.kernel,
+        "dilation": geometry.dilation,
+        "padding": geometry.padding,
+        "stride": geometry.stride,
+    }
+    if lines:
+        around = {"padding": 0}
+        settings = {name: (around.get(name, 1), *size) for name, size in settings.items()}
+    return sizes, settings
+
+
 def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
     """The adjoint of `fold`: ``(batch, filters, taps in reverse, positions of the input)``."""
     pads = [pad for pad in reversed(geometry.margins) for _ in range(2)]
@@ -78,8 +114,10 @@ def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
 class Filters:
     """The filters of a low-rank delta, whose outputs the layer combines linearly.
 
+    Activations are those that `Geometry.parted` gives.
+
     Args:
-        right: the factor ``(rank, columns)``.
+        right: the factor ``(rank, columns)``, or ``(groups, rank, columns)``.
         cuts: the number of rows of the delta's matrix for each output. A filter is a row of `right`
             on one of `cuts` equal chunks of the flattened ``(in, *kernel)``, and zero elsewhere.
         geometry: the convolution.
@@ -95,66 +133,79 @@ class Filters:
         """Return the filters' outputs for ``x (batch, in, *positions)``."""
         g = self.geometry
         if not self.as_product:
-            return g.apply(x, self.weight())
+            return g.parted(g.apply(g.joined(x), g.held(self.weight())))
         if g.pointwise:
             seen = self._seen(x)
             return product(self._rows(), seen.flatten(2)).unflatten(2, seen.shape[2:])
         flat, taps = x.flatten(2), self._taps()
-        parts = [product(taps[f, :, c].flatten(0, 1), flat[:, c]) for f, c in self._chunks()]
+        parts = [product(taps[..., f, :, c].flatten(-3, -2), flat[:, c]) for f, c in self._chunks()]
         columns = parts[0] if self.cuts == 1 else torch.cat(parts, 1)
+        if g.transposed:
+            return fold_transposed(columns, g, tuple(x.shape[2:]))
         filters = columns.shape[1] // g.taps
         return fold(columns.view(x.shape[0], filters, *g.kernel, *x.shape[2:]), g)
 
     def prepared(self, gh: Tensor, x: Tensor) -> Tensor:
         """Prepare the gradient of the outputs for `gradient` and `add_input_gradient`."""
-        shifts = self.as_product and not self.geometry.pointwise
-        return unfold(gh, self.geometry, tuple(x.shape[2:])) if shifts else gh
+        if not self.as_product or self.geometry.pointwise:
+            return gh
+        if self.geometry.transposed:
+            return unfold_transposed(gh, self.geometry)
+        return unfold(gh, self.geometry, tuple(x.shape[2:]))
 
     def gradient(self, prepared: Tensor, x: Tensor) -> Tensor:
         """The gradient of `right`."""
         g = self.geometry
         if not self.as_product:
-            return self._of_right(g.gradient_of_weight(prepared, x, self.weight()))
+            whole = g.gradient_of_weight(g.joined(prepared), g.joined(x), g.held(self.weight()))
+            return self._of_right(g.filters(whole))
         if g.pointwise:
-            return self._of_right(outer(prepared.flatten(2), self._seen(x).flatten(2)))
+            return self._of_right(outer(prepared.flatten(2), self._seen(x).flatten(2), g.groups))
         flat = x.flatten(2)
+        sizes = prepared.shape[1], g.taps, flat.shape[1]
         if self.cuts == 1:
-            found = outer(prepared.flatten(1, 2), flat).view(-1, g.taps, flat.shape[1])
+            found = outer(prepared.flatten(1, 2), flat, g.groups).view(-1, *sizes)
         else:
-            found = flat.new_zeros(prepared.shape[1], g.taps, flat.shape[1])
+            found = flat.new_zeros(g.groups, *sizes)
             for f, c in self._chunks():
-                part = outer(prepared[:, f].flatten(1, 2), flat[:, c])
-                found[f, :, c] = part.unflatten(0, (-1, g.taps))
-        return self._of_right(found.flip(1).mT)
+                part = outer(prepared[:, f].flatten(1, 2), flat[:, c], g.groups)
+                found[..., f, :, c] = part.unflatten(-2, (-1, g.taps))
+        return self._of_right(self._turned(found).mT)
 
     def add_input_gradient(self, gx: Tensor, prepared: Tensor, x: Tensor) -> None:
         """Add the part of the gradient of `x` that flows through the filters to `gx` in place."""
         g = self.geometry
         if not self.as_product:
-            gx += g.gradient_of_input(prepared, x, self.weight())
+            held = g.held(self.weight())
+            gx += g.parted(g.gradient_of_input(g.joined(prepared), g.joined(x), held))
         elif g.pointwise and g.stride_one:
             add_product(gx, self._rows().mT, prepared)
         elif g.pointwise:
             part = product(self._rows().mT, prepared.flatten(2))
             self._seen(gx).add_(part.unflatten(2, prepared.shape[2:]))
         else:
-            turned = self._taps().flip(1).flatten(0, 1)
+            turned = self._turned(self._taps()).flatten(-3, -2)
             add_product(gx, turned.mT, prepared.flatten(1, 2))
 
     def weight(self) -> Tensor:
-        """Return all filters as a weight, ``(number, in, *kernel)``."""
+        """Return all filters, ``(number, in, *kernel)`` or ``(groups, number, in, *kernel)``."""
         right = self.right
         if self.cuts > 1:
             chunks = torch.eye(self.cuts, dtype=right.dtype, device=right.device)
-            right = chunks[:, None, :, None] * right[:, None, :]
-        return right.reshape(-1, *self.geometry.shape[1:])
+            right = chunks[:, None, :, None] * right[..., None, :, None, :]
+        return right.reshape(*self.right.shape[:-2], -1, *self.geometry.shape[1:])
 
     def _of_right(self, gradient: Tensor) -> Tensor:
         """Return the gradient of `right`, given that of `weight`."""
         if self.cuts == 1:
             return gradient.reshape(self.right.shape)
-        chunks = gradient.reshape(self.cuts, len(self.right), self.cuts, -1)
-        return chunks.diagonal(dim1=0, dim2=2).sum(-1)
+        *groups, rank, _ = self.right.shape
+        chunks = gradient.reshape(*groups, self.cuts, rank, self.cuts, -1)
+        return chunks.diagonal(dim1=-4, dim2=-2).sum(-1)
+
+    def _turned(self, taps: Tensor) -> Tensor:
+        """Return ``(..., taps, in)`` with the taps in the order of `prepared`."""
+        return taps if self.geometry.transposed else taps.flip(-2)
 
     def _seen(self, x: Tensor) -> Tensor:
         """Return the positions that a pointwise convolution reads."""
@@ -164,16 +215,17 @@ class Filters:
         return x
 
     def _rows(self) -> Tensor:
-        """Pointwise filters as ``(number, in)``."""
-        return self.weight().flatten(1)
+        """Pointwise filters as ``(..., number, in)``."""
+        return self._taps().squeeze(-2)
 
     def _taps(self) -> Tensor:
-        """The filters as ``(number, taps, in)``."""
-        return self.weight().flatten(2).mT
+        """The filters as ``(..., number, taps, in)``."""
+        shape = *self.right.shape[:-2], -1, self.geometry.shape[1], self.geometry.taps
+        return self.weight().reshape(shape).mT
 
     def _chunks(self) -> Iterator[tuple[slice, slice]]:
         """Yield which filters read which channels."""
-        channels, rank = self.geometry.shape[1], len(self.right)
+        channels, rank = self.geometry.shape[1], self.right.shape[-2]
         for cut in range(self.cuts):
             first, last = cut * channels // self.cuts, -(-(cut + 1) * channels // self.cuts)
             yield slice(cut * rank, (cut + 1) * rank), slice(first, last)

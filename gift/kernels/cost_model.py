@@ -95,6 +95,7 @@ def plan(
     positions: int,
     *,
     images: int = 1,
+    swept: int | None = None,
     trained: bool = True,
     form: Form | None = None,
     on_processor: bool = True,
@@ -107,6 +108,8 @@ def plan(
         cuts: rows of the delta's matrix for each output.
         positions: number of positions that are computed in the whole batch.
         images: number of images in the batch.
+        swept: number of positions at which filters are applied, if it is not `positions`: those of
+            the input of a transposed convolution.
         trained: whether there will be a backward pass.
         form: the form to use; None chooses the cheapest.
         on_processor: whether the layer runs on a CPU, where many small operations are cheap. On an
@@ -122,13 +125,20 @@ def plan(
         >>> plan(early, 64, 1, 16384).form
         'whole'
     """
-    sizes = geometry, rank, cuts, positions, images
-    can_shift = on_processor and geometry.stride_one
+    swept = positions if swept is None else swept
+    sizes = geometry, rank, cuts, swept, images
+    can_shift = on_processor and geometry.shifts
     as_product = geometry.pointwise or (
-        can_shift and filtering(*sizes, as_product=True) < filtering(*sizes, as_product=False)
+        can_shift
+        and (
+            geometry.transposed  # kernels with few outputs take 2 to 8 times as long
+            or filtering(*sizes, as_product=True) < filtering(*sizes, as_product=False)
+        )
     )
     if form is None:
-        costs = extra_costs(*sizes, as_product=as_product, trained=trained)
+        costs = extra_costs(
+            geometry, rank, cuts, positions, images, as_product, trained, swept=swept
+        )
         form, *others = costs  # torch.compile does not support `min` with a key for symbolic sizes
         for other in others:
             if costs[other] < costs[form]:
@@ -137,16 +147,16 @@ def plan(
 
 
 def filtering(
-    geometry: Geometry, rank: int, cuts: int, positions: int, images: int, as_product: bool
+    geometry: Geometry, rank: int, cuts: int, swept: int, images: int, as_product: bool
 ) -> float:
     """Return the cost of applying the delta's filters to the input, or of their gradient."""
-    inputs, filters, taps = geometry.shape[1], rank * cuts, geometry.taps
+    inputs, filters, taps = geometry.shape[1], rank * cuts * geometry.groups, geometry.taps
     if not as_product:
-        blocks = -(-filters // BLOCK) * BLOCK
-        return CONV * blocks * taps * inputs * positions + 5 * START
+        blocks = -(-rank * cuts // BLOCK) * BLOCK * geometry.groups
+        return CONV * blocks * taps * inputs * swept + 5 * START
     moved = 0 if geometry.pointwise else SHIFT
-    busy = positions + NARROW * images
-    each = GEMM * inputs / cuts * busy + moved * min(cuts, 2) * positions
+    busy = swept + NARROW * images
+    each = GEMM * inputs / cuts * busy + moved * min(cuts, 2) * swept
     return each * filters * taps + START * (3 + cuts)
 
 
@@ -158,22 +168,25 @@ def extra_costs(
     images: int,
     as_product: bool,
     trained: bool,
+    swept: int | None = None,
 ) -> dict[Form, float]:
     """Return the cost of each form beyond that of the frozen convolution, see `plan`."""
     outputs, inputs, *_ = geometry.shape
     filters, size = rank * cuts, outputs * inputs * geometry.taps
+    swept = positions if swept is None else swept
     # `thin`: the filters on the input, or their gradient. `wide`: from the filters' outputs to
     # those of the layer, or back.
-    thin = filtering(geometry, rank, cuts, positions, images, as_product)
+    thin = filtering(geometry, rank, cuts, swept, images, as_product)
     wide = (GEMM * filters + TOUCH) * outputs * positions
     merging = (MERGE + GEMM * rank) * size
     if not trained:
         return {"merged": merging, "side": thin + wide}
     back = thin
     if as_product:
-        back = GEMM * inputs * filters * geometry.taps * (positions + NARROW * images)
-    back += TOUCH * inputs * positions
-    whole = WHOLE * size * positions + 2 * (GEMM * rank / cuts + TOUCH) * size
+        all_filters = filters * geometry.groups
+        back = GEMM * inputs * all_filters * geometry.taps * (swept + NARROW * images)
+    back += TOUCH * inputs * geometry.groups * swept
+    whole = WHOLE * size * swept + 2 * (GEMM * rank / cuts + TOUCH) * size
     return {
         "merged": 2 * merging + 2 * thin + 2 * wide + 7 * START,
         "side": 2 * thin + 3 * wide + back + 7 * START,

@@ -88,14 +88,21 @@ class EffectiveLinear(torch.autograd.Function):
         return gx, gw, None, gb, None, None, None
 
 
-def made_for(layer: Any, x: Tensor) -> Made | None:
-    """Return the effective weight of a linear layer for a product with `x`.
+def made_for(layer: Any, x: Tensor, also_small: bool = False) -> Made | None:
+    """Return the effective weight of a layer for an input `x`.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        also_small: whether more than memory is gained, so that small inputs count too.
 
     Returns:
         None where the layer must read its weight itself: without gradients, with small inputs, for
         which looking for a way takes longer than their memory is worth, under transforms.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_small(x):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    if is_small(x) and not also_small:
         return None
     made: Made | None = layer._gift_made("weight")
     return made

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.kernels.conv_layers import conv, conv_forwards
+from gift.kernels.conv_layers import (
+    conv,
+    conv_forwards,
+    conv_transpose,
+    conv_transpose_forwards,
+)
 from gift.kernels.cost_model import Form, linear_form
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank_linear import LowRankLinear, outputs
@@ -22,7 +27,8 @@ from gift.private.torch.tracing import is_transformed
 def low_rank_forwards() -> dict[str, Callable[..., Any]]:
     """Return entries for `Method.forwards`, for methods with `Method.low_rank`."""
     lookups = dict.fromkeys(forwards_of("embedding"), lookup)
-    return linear_forwards(linear) | conv_forwards(conv) | lookups
+    convolutions = conv_forwards(conv) | conv_transpose_forwards(conv_transpose)
+    return linear_forwards(linear) | convolutions | lookups
 
 
 def low_rank_product(

@@ -1,6 +1,8 @@
 """A convolution with a low-rank delta, without a gradient of the weight's size."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,9 +26,10 @@ class LowRankConv(torch.autograd.Function):
 
     Args (of `apply`):
         x: ``(batch, in, *positions)``.
-        weight: frozen, ``(out, in, *kernel)``.
+        weight: frozen, ``(out, in, *kernel)``, or as the geometry says.
         bias: or None.
-        left, right: the factors; each output has as many rows of `left` as any other.
+        left, right: the factors, or those of each group; each output has as many rows of `left` as
+            any other.
         scale: `s`.
         dropped: the delta's input in place of `x`, for the form "side"; or None.
         geometry, plan: the convolution, and how to compute it.
@@ -49,19 +52,21 @@ class LowRankConv(torch.autograd.Function):
         ways: Ways | None = None,
     ) -> Tensor:
         ctx.rest = scale, geometry, plan
-        hidden = None
+        hidden, outputs = None, geometry.shape[0] // geometry.groups
         if plan.form == "side":
             y = geometry.apply(x, weight, bias)
-            filters = filters_of(weight, left, right, geometry, plan)
-            hidden = filters(x if dropped is None else dropped)
-            add_product(y, left.reshape(len(weight), -1), hidden, scale)
-            if math.prod(hidden.shape[1:]) * THIN > math.prod(x.shape[1:]):
+            filters = filters_of(left, right, geometry, plan)
+            hidden = filters(geometry.parted(x if dropped is None else dropped))
+            with _parts(y, geometry) as parts:
+                add_product(parts, rows_of(left, geometry), hidden, scale)
+            few = math.prod(hidden.shape[1:]) * geometry.groups
+            if few * THIN > math.prod(x.shape[1:]):
                 hidden = None
         else:
-            y = geometry.apply(x, effective(weight, left, right, scale), bias)
+            y = geometry.apply(x, effective_of(weight, left, right, scale, geometry), bias)
         ctx.drops = dropped is not None
         seen = x if dropped is None else dropped
-        ctx.kept, tensors = keep(seen, len(weight) * geometry.taps, ways)
+        ctx.kept, tensors = keep(seen, outputs * geometry.taps, ways)
         ctx.save_for_backward(weight, left, right, hidden, *tensors)
         return y
 
@@ -78,34 +83,63 @@ class LowRankConv(torch.autograd.Function):
         if of_bias:
             gb = g.sum((0, *range(2, g.dim())))
         # If the input needs no gradient, the values of the weight do not matter.
-        used = weight if side or not of_x else effective(weight, left, right, scale)
+        used = weight
+        if of_x and not side:
+            used = effective_of(weight, left, right, scale, geometry)
         if form == "whole":
             gx, whole = geometry.gradients(g, seen, used, of_x)
-            whole = whole.reshape(len(left), -1)
+            whole = geometry.filters(whole).reshape(*left.shape[:-1], right.shape[-1])
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale) if of_right else None
             return gx, None, gb, gl, gr, *[None] * 5
         if of_x:
             gx = geometry.gradient_of_input(g, seen, used)
-        filters, flat = filters_of(weight, left, right, geometry, plan), g.flatten(2)
+        filters, flat = filters_of(left, right, geometry, plan), geometry.parted(g).flatten(2)
+        each = geometry.parted(seen)
         if of_left:
             if hidden is None or torch.is_grad_enabled():  # the saved tensor has no graph
-                hidden = filters(seen)
-            gl = scaled(outer(hidden.flatten(2), flat).mT.contiguous(), scale).view(left.shape)
+                hidden = filters(each)
+            found = outer(hidden.flatten(2), flat, geometry.groups)
+            gl = scaled(found.mT.contiguous(), scale).view(left.shape)
         target = gx if not ctx.drops else torch.zeros_like(seen) if of_dropped else None
         if of_right or (side and target is not None):
-            rows = scaled(left.reshape(len(weight), -1).mT.contiguous(), scale)
+            rows = scaled(rows_of(left, geometry).mT.contiguous(), scale)
             gh = product(rows, flat).unflatten(2, g.shape[2:])
-            prepared = filters.prepared(gh, seen)
-            gr = filters.gradient(prepared, seen) if of_right else None
+            prepared = filters.prepared(gh, each)
+            gr = filters.gradient(prepared, each) if of_right else None
             if side and target is not None:
-                filters.add_input_gradient(target, prepared, seen)
+                with _parts(target, geometry) as parts:
+                    filters.add_input_gradient(parts, prepared, each)
         gd = target if of_dropped else None
         return gx, None, gb, gl, gr, None, gd, *[None] * 3
 
 
-def filters_of(
-    weight: Tensor, left: Tensor, right: Tensor, geometry: Geometry, plan: Plan
-) -> Filters:
+def effective_of(
+    weight: Tensor, left: Tensor, right: Tensor, scale: float, geometry: Geometry
+) -> Tensor:
+    """Compute ``W + s left right``."""
+    if geometry.groups == 1 and not geometry.transposed:
+        return effective(weight, left, right, scale)
+    return weight.add(geometry.held(left @ right), alpha=scale)
+
+
+def rows_of(left: Tensor, geometry: Geometry) -> Tensor:
+    """Return ``(..., out, filters)``: what each output of a group takes of its filters."""
+    return left.reshape(*left.shape[:-2], geometry.shape[0] // geometry.groups, -1)
+
+
+def filters_of(left: Tensor, right: Tensor, geometry: Geometry, plan: Plan) -> Filters:
     """Return the filters of the delta."""
-    return Filters(right, len(left) // len(weight), geometry, plan.as_product)
+    cuts = left.shape[-2] * geometry.groups // geometry.shape[0]
+    return Filters(right, cuts, geometry, plan.as_product)
+
+
+@contextmanager
+def _parts(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """Context that gives the parts of an activation (see `Geometry.parted`) to be written to."""
+    if geometry.groups == 1 or x.is_contiguous():
+        yield geometry.parted(x)
+        return
+    parts = geometry.parted(x.contiguous())
+    yield parts
+    x.copy_(geometry.joined(parts))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gift.kernels.conv_layers import is_usual
+from gift.kernels.conv_layers import effective_conv, is_usual
 from gift.kernels.linear import Product
 from gift.kernels.rescale import finite, rescaled
 from gift.private.torch.layers import convolve
@@ -26,7 +26,7 @@ def scaled_linear(x: Tensor, product: Product, bias: Tensor | None, factor: Tens
 def scaled_conv(layer: Any, input: Tensor, factor: Tensor) -> Tensor:
     """Compute the same for a convolution: scale channels."""
     if not is_usual(layer):
-        return convolve(layer, input, layer.weight, layer.bias)
+        return effective_conv(layer, input)
     frozen, bias = layer._gift_frozen("weight"), layer._gift_weight("bias", once=True)
 
     # Annotations are quoted, since the compiler of torch 2.6 cannot evaluate unions.

@@ -2,7 +2,8 @@
 
 Activations for many rows or positions have shape ``(features, columns)``, or in parts ``(parts,
 features, columns)``: on a CPU one product for each part is up to twice as fast as one for all. The
-matrix with few rows comes first: the other order takes several times as long.
+matrix with few rows comes first: the other order takes several times as long. Where channels come
+in groups, each with a matrix of its own, the groups of each example are parts.
 """
 
 import torch
@@ -15,14 +16,24 @@ def product(matrix: Tensor, x: Tensor) -> Tensor:
     return matrix @ x if x.dim() == 2 else torch.bmm(for_each(matrix, x), x)
 
 
-def outer(few: Tensor, many: Tensor) -> Tensor:
-    """Sum outer products over all columns: ``(features of few, features of many)``."""
-    return few @ many.mT if few.dim() == 2 else torch.bmm(few, many.mT).sum(0)
+def outer(few: Tensor, many: Tensor, groups: int = 1) -> Tensor:
+    """Sum outer products over all columns: ``(features of few, features of many)``.
+
+    With several groups these are the matrices of each, in front of which is an axis of groups.
+    """
+    if few.dim() == 2:
+        return few @ many.mT
+    each = torch.bmm(few, many.mT)
+    if groups == 1:
+        return each.sum(0)
+    return each.reshape(each.shape[0] // groups, groups, *each.shape[1:]).sum(0)
 
 
 def for_each(matrix: Tensor, parts: Tensor) -> Tensor:
-    """Expand a matrix to the number of parts."""
-    return matrix.expand(parts.shape[0], -1, -1)
+    """Expand a matrix, or one for each group, to the number of parts."""
+    if matrix.dim() == 2:
+        return matrix.expand(parts.shape[0], -1, -1)
+    return matrix.repeat(parts.shape[0] // matrix.shape[0], 1, 1)
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:

@@ -31,8 +31,9 @@ from gift.private.torch.layers import CONV, CONV_TRANSPOSE, NORM_WITH_STATISTICS
 from gift.support.weak import known_by_class
 
 Operation = Literal[
-    "linear", "packed linear", "transposed linear", "conv1d", "conv2d", "conv3d", "embedding",
-    "packed embedding", "attention", "",
+    "linear", "packed linear", "transposed linear", "conv1d", "conv2d", "conv3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding", "packed embedding",
+    "attention", "",
 ]  # fmt: skip
 """What a forward function computes: "transposed" is ``x @ weight``, "packed" reads quantised data
 instead of the weight, and "" is unknown."""
@@ -171,6 +172,9 @@ class LayerRow:
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Convolutions that are not transposed, by the number of their axes."""
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Transposed convolutions, by the number of their axes."""
+
 _BNB = "bitsandbytes.nn.modules"
 LAYERS: tuple[LayerRow, ...] = (
     LayerRow(
@@ -190,6 +194,11 @@ LAYERS: tuple[LayerRow, ...] = (
     ),
     LayerRow(
         CONV_TRANSPOSE, ("weight",), conv_transpose_layout, "conv", _conv_features,
+        {
+            dotted(nn.ConvTranspose1d.forward): "conv_transpose1d",
+            dotted(nn.ConvTranspose2d.forward): "conv_transpose2d",
+            dotted(nn.ConvTranspose3d.forward): "conv_transpose3d",
+        },
         outputs_first=False,
     ),
     LayerRow(

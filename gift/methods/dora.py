@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gift.kernels.conv_layers import conv_forwards, is_usual, low_rank_conv
+from gift.kernels.conv_layers import conv_forwards, effective_conv, is_usual, low_rank_conv
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import low_rank_product
 from gift.kernels.operands import dropped_inputs
@@ -17,7 +17,6 @@ from gift.kernels.rescale import finite, rescaled
 from gift.methods.base import Method, register_method
 from gift.methods.lora import LoRA
 from gift.methods.settings import flag
-from gift.private.torch.layers import convolve
 
 
 @register_method
@@ -171,7 +170,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
             trained = _trained(parameters, self.bias)
             ratio, bias = delta.remembered.get(scales, method, frozen, trained)
             return rescaled(output, ratio, bias, lora, inputs, channel, delta.ways)
-    return convolve(self, input, self.weight, self.bias)
+    return effective_conv(self, input)
 
 
 DoRA.forwards = linear_forwards(_linear) | conv_forwards(_conv)

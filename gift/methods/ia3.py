@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gift.kernels.conv_layers import conv_forwards, is_usual
+from gift.kernels.conv_layers import conv_forwards, effective_conv, is_usual
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.output_scales import scaled_conv, scaled_linear
 from gift.methods.base import Method, register_method
@@ -97,7 +97,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     if not method.feedforward:
         return scaled_conv(self, input, factor)
     if not is_usual(self) or any(size != 1 for size in self.kernel_size):
-        return convolve(self, input, self.weight, self.bias)
+        return effective_conv(self, input)
     seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
     return convolve(self, seen, self._gift_frozen("weight"), self._gift_weight("bias", once=True))
 

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gift.kernels.conv_layers import conv, conv_forwards
+from gift.kernels.conv_layers import conv, conv_forwards, effective_conv
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import linear
 from gift.kernels.merged_linear import terms, through_weight
 from gift.methods.base import ScaledMethod, register_method
-from gift.private.torch.layers import convolve
 
 
 @register_method
@@ -97,7 +96,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
     """Use LoRA's path for convolutions, which saves less even where it makes the weight."""
     rank = self._gift_weights["weight"].method.rank
     if rank is None or rank > 8:  # summing r^2 terms takes longer than the Hadamard product
-        return convolve(self, input, self.weight, self.bias)
+        return effective_conv(self, input)
     return conv(self, input)
 
 

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.kernels.conv_layers import conv_forwards, is_usual, low_rank_conv
+from gift.kernels.conv_layers import conv_forwards, effective_conv, is_usual, low_rank_conv
 from gift.kernels.kronecker_linear import KroneckerLinear
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.operands import operands
 from gift.methods.base import ScaledMethod, register_method
 from gift.methods.draws import kaiming_uniform
 from gift.methods.settings import flag, is_integer, setting
-from gift.private.torch.layers import convolve
 
 
 def _is_factor(value: Any) -> bool:
@@ -199,7 +198,7 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         output = low_rank_conv(self, input, (left.reshape(-1, len(right)), right), None, None)
         if output is not None:
             return output
-    return convolve(self, input, self.weight, self.bias)
+    return effective_conv(self, input)
 
 
 LoKr.forwards = linear_forwards(_linear) | conv_forwards(_conv)

@@ -25,6 +25,7 @@ from gift.core.weights.effective import EffectiveWeight, refused
 from gift.core.weights.frozen import plain_tensor
 from gift.core.weights.record import WeightDelta
 from gift.errors import AdaptationError
+from gift.kernels.conv_layers import effective_conv_forwards
 from gift.kernels.effective_linear import Made, effective_forwards
 from gift.kernels.stacked import stacked_forwards
 from gift.kernels.torch_state import for_every_tensor
@@ -34,7 +35,7 @@ from gift.private.torch.tracing import is_transformed
 from gift.quantization import is_quantised, same_values
 from gift.support.sharding import is_sharded
 
-EFFECTIVE = effective_forwards()
+EFFECTIVE = effective_forwards() | effective_conv_forwards()
 STACKED = stacked_forwards()
 
 

@@ -14,6 +14,7 @@ PARTS = (
     "torch.nn.modules.conv._ConvTransposeNd",
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.Conv2d._conv_forward",
+    "torch.nn.ConvTranspose2d._output_padding",
     "torch.nn.LSTM._init_flat_weights",
 )
 
@@ -74,6 +75,27 @@ def convolves_as(layer: Any, kinds: Iterable[type[nn.Module]]) -> bool:
         return False
     own = getattr(type(layer), "_conv_forward", None)
     return any(own is getattr(kind, "_conv_forward", None) for kind in kinds)
+
+
+def spread(
+    layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_padding: tuple[int, ...]
+) -> Tensor:
+    """Compute a transposed convolution with another weight and bias."""
+    apply: Callable[..., Tensor] = getattr(F, f"conv_transpose{weight.dim() - 2}d")
+    steps = layer.stride, layer.padding, output_padding, layer.groups, layer.dilation
+    return apply(x, weight, bias, *steps)
+
+
+def transposes_as(layer: Any, kinds: Iterable[type[nn.Module]]) -> bool:
+    """Whether a layer has the same output padding as one of these types of transposed convolutions.
+
+    Subclasses may override this private method, to which torch gives the requested output size.
+    Where it is gone, no subclass can.
+    """
+    if not isinstance(layer, tuple(kinds)) or "_output_padding" in layer.__dict__:
+        return False
+    own = getattr(type(layer), "_output_padding", None)
+    return any(own is getattr(kind, "_output_padding", None) for kind in kinds)
 
 
 def padding_around(layer: Any) -> tuple[int, ...]:
