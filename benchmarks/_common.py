@@ -30,10 +30,16 @@ def linear_pattern(network: nn.Module) -> str:
 
 
 def adaptable_pattern(network: nn.Module) -> str:
-    """A regular expression for the names of all linear layers and convolutions."""
+    """A regular expression for the names of all linear layers and convolutions that PEFT adapts."""
+    return "|".join(re.escape(n) for n, m in network.named_modules() if peft_adapts(m))
+
+
+def peft_adapts(module: nn.Module) -> bool:
+    """Whether PEFT has LoRA for a layer: for no transposed convolution, and for groups only at
+    ranks that they divide, where each delta reads the channels of all groups.
+    """
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    names = [re.escape(n) for n, m in network.named_modules() if isinstance(m, kinds)]
-    return "|".join(names)
+    return isinstance(module, kinds) and getattr(module, "groups", 1) == 1
 
 
 def llama_7b(layers: int = 32) -> nn.Module:

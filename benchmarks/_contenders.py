@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import adaptable_pattern
+from _common import adaptable_pattern, peft_adapts
 from _networks import Case
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gift import FineTuningStrategy, enable_fine_tuning
 from gift.factories import ma_adapt, mc_layer
 from gift.kernels.onednn import matmul
+from gift.layers.table import family_of
 
 
 def bound(network: nn.Module, rank: int) -> nn.Module:
@@ -60,12 +61,22 @@ def full(network: nn.Module, rank: int) -> nn.Module:
     return network
 
 
-def gift_of(layout: str) -> Callable[[nn.Module, int], nn.Module]:
-    """LoRA on every convolution and linear layer, with a layout of the convolutions' weights."""
+def gift_of(layout: str, as_peft: bool = True) -> Callable[[nn.Module, int], nn.Module]:
+    """LoRA on every convolution and linear layer, with a layout of the convolutions' weights.
+
+    Args:
+        layout: of the weights of convolutions.
+        as_peft: leave out the layers for which PEFT has no LoRA.
+    """
+    layers = mc_layer("conv", "linear")
+
+    def check(parent: Any, name: str, path: str, kind: str, module: nn.Module) -> bool:
+        wanted = peft_adapts(module) or not as_peft
+        return wanted and layers(parent, name, path, kind, module)
 
     def adapt(network: nn.Module, rank: int) -> nn.Module:
         action = ma_adapt("lora", rank=rank, clip_rank=True, conv_layout=layout)
-        strategy = FineTuningStrategy(module_caps=[(mc_layer("conv", "linear"), action)])
+        strategy = FineTuningStrategy(module_caps=[(check, action)])
         enable_fine_tuning(network, strategy)
         return network
 
@@ -84,15 +95,23 @@ CONTENDERS = {
     "full": full,
     "gift": gift_of("out_as_h"),
     "gift, balanced": gift_of("balanced"),
+    "gift, every layer": gift_of("out_as_h", as_peft=False),
     "peft": peft,
 }
-DELTAS = ("gift", "gift, balanced", "peft")
+DELTAS = ("gift", "gift, balanced", "gift, every layer", "peft")
 
 
 def taking_part(case: Case) -> list[str]:
-    """The names of all contenders; the layout matters for convolutions alone."""
-    left_out = "bound, alike" if case.images else "gift, balanced"
-    return [name for name in CONTENDERS if name != left_out]
+    """The names of all contenders that differ; the layout matters for convolutions alone."""
+    left_out = {"bound, alike" if case.images else "gift, balanced"}
+    if all(peft_adapts(m) or not every_layer(m) for m in case.network().modules()):
+        left_out.add("gift, every layer")
+    return [name for name in CONTENDERS if name not in left_out]
+
+
+def every_layer(module: nn.Module) -> bool:
+    """Whether it is a linear layer or any convolution."""
+    return family_of(module) in ("conv", "linear")
 
 
 def adapted(name: str, case: Case, rank: int) -> nn.Module:

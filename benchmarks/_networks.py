@@ -94,7 +94,45 @@ def llama(layers: int = 6) -> nn.Module:
     return LlamaModel(config)
 
 
+class UNet(nn.Module):
+    """Three transposed convolutions, as many steps down, and what is left out between them."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        self.down = nn.ModuleList(map(_twice, [3, *widths[:-1]], widths))
+        pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, few, 2, 2) for wide, few in pairs)
+        self.joined = nn.ModuleList(_twice(wide, few) for wide, few in pairs)
+        self.out = nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean logits of all positions."""
+        kept = []
+        for number, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if number else x)
+            kept.append(x)
+        for up, block, beside in zip(self.up, self.joined, kept[-2::-1], strict=True):
+            x = block(torch.cat([up(x), beside], 1))
+        return self.out(x).mean((2, 3))
+
+
+def _twice(inputs: int, outputs: int) -> nn.Module:
+    first, second = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, 1, 1)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+
+
+def undropped(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network of torchvision without dropout of its own."""
+    network = make()
+    for module in network.modules():
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+    return network
+
+
 IMAGES = (16, 3, 128, 128)
+SMALL = (4, 3, 96, 96)
 
 CASES = {
     "resnet18": Case(torchvision.models.resnet18, IMAGES),
@@ -106,4 +144,8 @@ CASES = {
     "bert, 2 layers": Case(partial(bert, layers=2), (8, 128)),
     "bert, 12 layers": Case(partial(bert, layers=12), (8, 128)),
     "llama": Case(llama, (4, 256)),
+    "mobilenet": Case(partial(undropped, torchvision.models.mobilenet_v3_small), SMALL),
+    "efficientnet": Case(partial(undropped, torchvision.models.efficientnet_b0), SMALL),
+    "convnext": Case(partial(undropped, torchvision.models.convnext_tiny), SMALL),
+    "unet": Case(UNet, (4, 3, 64, 64)),
 }

@@ -7,7 +7,8 @@ with the products of its linear layers by the library that gift takes, which on 
 quicker than the one that torch takes. Full fine-tuning trains everything; gift and
 PEFT train LoRA of the same rank on every convolution and linear layer, with the same number of
 parameters. "Balanced" is the layout that gift's convolutions have by default, which has more
-parameters or fewer; it has no counterpart in PEFT. There is no optimizer in a step.
+parameters or fewer; it has no counterpart in PEFT. "Every layer" adds convolutions in groups and
+transposed ones, for which PEFT has no LoRA of this form. There is no optimizer in a step.
 
 Contenders take turns within one run, in another order each round, after two rounds that do not
 count. Ratios are those of medians. Float32, random weights and data, training mode, no dropout.
@@ -18,6 +19,7 @@ Predictions (with two threads):
   rank 64, and never slower than full fine-tuning or PEFT, at any rank or batch.
 * BERT and Llama: at most 1.06 of the bound at rank 3, 1.09 at rank 16, 1.05 with 24 x 128 tokens;
   at most 0.93 of PEFT at every rank.
+* ConvNeXt, EfficientNet, MobileNetV3 with every layer: at most 1.4 of the bound; the UNet 1.3.
 * Bytes kept: at most 1.03 of the bound's.
 * Under torch.compile: not slower than without, one graph.
 * Inference: merged as fast as the plain network; unmerged at most 1.05 of it where a batch fills
@@ -91,6 +93,10 @@ PLAN = [
     *tasks("step", "llama", (1, 3, 16, 64)),
     *tasks("step", "bert, 2 layers", (3,)),
     *tasks("step", "bert, 12 layers", (3,)),
+    *tasks("step", "mobilenet", (3,)),
+    *tasks("step", "efficientnet", (3,)),
+    *tasks("step", "convnext", (3,)),
+    *tasks("step", "unet", (3,)),
     *tasks("step", "resnet18", (3, 64), 1, 4),
     *tasks("step", "bert", (3, 64), 1, 4),
     *tasks("step", "resnet18", (3,), 64),

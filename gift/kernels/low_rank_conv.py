@@ -1,8 +1,7 @@
 """A convolution with a low-rank delta, without a gradient of the weight's size."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,8 +56,8 @@ class LowRankConv(torch.autograd.Function):
             y = geometry.apply(x, weight, bias)
             filters = filters_of(left, right, geometry, plan)
             hidden = filters(geometry.parted(x if dropped is None else dropped))
-            with _parts(y, geometry) as parts:
-                add_product(parts, rows_of(left, geometry), hidden, scale)
+            rows, given = rows_of(left, geometry), hidden
+            _into_parts(y, geometry, lambda parts: add_product(parts, rows, given, scale))
             few = math.prod(hidden.shape[1:]) * geometry.groups
             if few * THIN > math.prod(x.shape[1:]):
                 hidden = None
@@ -108,8 +107,11 @@ class LowRankConv(torch.autograd.Function):
             prepared = filters.prepared(gh, each)
             gr = filters.gradient(prepared, each) if of_right else None
             if side and target is not None:
-                with _parts(target, geometry) as parts:
-                    filters.add_input_gradient(parts, prepared, each)
+                _into_parts(
+                    target,
+                    geometry,
+                    lambda parts: filters.add_input_gradient(parts, prepared, each),
+                )
         gd = target if of_dropped else None
         return gx, None, gb, gl, gr, None, gd, *[None] * 3
 
@@ -134,12 +136,11 @@ def filters_of(left: Tensor, right: Tensor, geometry: Geometry, plan: Plan) -> F
     return Filters(right, cuts, geometry, plan.as_product)
 
 
-@contextmanager
-def _parts(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """Context that gives the parts of an activation (see `Geometry.parted`) to be written to."""
+def _into_parts(x: Tensor, geometry: Geometry, write: Callable[[Tensor], None]) -> None:
+    """Let a function write to the parts of an activation (see `Geometry.parted`)."""
     if geometry.groups == 1 or x.is_contiguous():
-        yield geometry.parted(x)
+        write(geometry.parted(x))
         return
     parts = geometry.parted(x.contiguous())
-    yield parts
+    write(parts)
     x.copy_(geometry.joined(parts))

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from gift.kernels.conv_layers import conv, conv_forwards
+from gift.kernels.conv_layers import conv, conv_forwards, effective_conv
 from gift.kernels.effective_linear import effective_forwards
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.low_rank import linear
@@ -26,7 +26,7 @@ def stacked_forwards() -> Forwards:
     linears = linear_forwards(_linear)
     effective = effective_forwards()
     made: Forwards = {name: _where_sum(path, effective.get(name)) for name, path in linears.items()}
-    made |= conv_forwards(_where_sum(_conv, None))
+    made |= conv_forwards(_where_sum(_conv, effective_conv))
     return made | dict.fromkeys(forwards_of("embedding"), _where_sum(lookup, None))
 
 

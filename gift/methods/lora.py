@@ -37,8 +37,8 @@ class LoRA(RankedMethod):
             over the input features serves the whole batch.
         use_rslora: scale by :math:`\alpha / \sqrt{r}` (Kalajdzievski 2023,
             https://arxiv.org/abs/2312.03732).
-        form: how linear layers and convolutions of one group are computed: ``"merged"``, ``"side"``
-            or ``"whole"``, see `gift.kernels.cost_model`. None chooses the cheapest by shapes.
+        form: how linear layers and convolutions are computed: ``"merged"``, ``"side"`` or
+            ``"whole"``, see `gift.kernels.cost_model`. None chooses the cheapest by shapes.
         clip_rank: whether a matrix that cannot have the rank gets its largest one; see
             `RankedMethod`.
         dtype: dtype of the factors, or its name; None means the weight's, but at least float32.
