@@ -79,6 +79,7 @@ class Plan:
 # their ratios matter.
 CONV = 0.0138  # per multiplication in a convolution, or in the gradient of its input
 WHOLE = 0.0108  # per multiplication in the gradient of its weight
+SPREAD = 1.6  # how many times as long that of a transposed convolution takes
 GEMM = 0.02  # per multiplication in a matrix product
 SHIFT = 0.3  # per element of shifted images
 TOUCH = 0.2  # per element of activations that is read or written once more
@@ -186,7 +187,8 @@ def extra_costs(
         all_filters = filters * geometry.groups
         back = GEMM * inputs * all_filters * geometry.taps * (swept + NARROW * images)
     back += TOUCH * inputs * geometry.groups * swept
-    whole = WHOLE * size * swept + 2 * (GEMM * rank / cuts + TOUCH) * size
+    each = WHOLE * (SPREAD if geometry.transposed else 1)
+    whole = each * size * swept + 2 * (GEMM * rank / cuts + TOUCH) * size
     return {
         "merged": 2 * merging + 2 * thin + 2 * wide + 7 * START,
         "side": 2 * thin + 3 * wide + back + 7 * START,
