@@ -210,7 +210,7 @@ def plans_of(monkeypatch: pytest.MonkeyPatch, call: Any) -> list[Plan]:
 
     with monkeypatch.context() as patch:
         patch.setattr(conv_layers, "plan", record)
-        conv_layers._settled.cache_clear()  # what was settled before is not planned again
+        conv_layers._planned.cache_clear()  # what was planned before is not planned again
         call()
     return seen
 
