@@ -120,6 +120,16 @@ CONTENDERS = {
     "GLoRA": Contender("GLoRAAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 3})),
     "FacT": Contender("FacTAll", (3e-3, {"rank": 8}), (3e-3, {"rank": 56})),
     "TinyLoRA": Contender("TinyLoRAAll", (1e-2, {}), (1e-2, {})),
+    "VB-LoRA": Contender(
+        "VBLoRAAll",
+        (1e-2, {"rank": 2, "num_vectors": 16, "vector_length": 32}),
+        (1e-2, {"rank": 6, "vector_length": 64}),
+    ),
+    "Uni-LoRA": Contender(
+        "UniLoRAAll",
+        (1e-2, {"rank": 4, "theta_d_length": 8000}),
+        (1e-2, {"rank": 16, "theta_d_length": 330_000}),
+    ),
     "BOFT": Contender("BOFTAll", (1e-3, {"block_size": 2}), (1e-3, {"block_size": 16})),
     "C3A": Contender("C3AAll", (3e-3, {}), (3e-3, {})),
     "RoAd": Contender("RoAdAll", (1e-2, {}), (1e-2, {})),
