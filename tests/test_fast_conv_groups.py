@@ -37,6 +37,7 @@ from tests.test_fast_conv import (
     trained,
     wrong,
 )
+from tests.test_recomputed import not_on_old
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -464,6 +465,7 @@ def test_an_effective_weight_in_its_turn() -> None:
 # --- what is chosen, and what is kept ------------------------------------------------------------
 
 
+@not_on_old
 @pytest.mark.parametrize("layer", [
     nn.ConvTranspose2d(8, 32, 2, stride=2), nn.Conv2d(8, 32, 3, groups=2),
     nn.Conv2d(8, 8, 9, groups=8),

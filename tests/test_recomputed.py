@@ -30,10 +30,10 @@ from tests.cases.selection import cells
 from tests.common import weighted
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and autograd.hides_hooks()
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
-    pytest.mark.skipif(OLD, reason="torch 2.6 does not tell of hooks, so that inputs are kept"),
-]
+not_on_old = pytest.mark.skipif(
+    OLD, reason="torch 2.6 does not tell of hooks, so that inputs are kept"
+)
+pytestmark = [pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"), not_on_old]
 
 WIDTH = 16
 

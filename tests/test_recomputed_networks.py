@@ -19,7 +19,7 @@ from gift.kernels import recomputed
 from gift.private.torch.autograd import bytes_kept_by
 from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import unet
-from tests.test_recomputed import OLD
+from tests.test_recomputed import not_on_old
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -206,7 +206,7 @@ def frozen(base: nn.Module) -> nn.Module:
     return net
 
 
-@pytest.mark.skipif(OLD, reason="torch 2.6 does not tell of hooks, so that inputs are kept")
+@not_on_old
 @pytest.mark.parametrize(("make", "inputs", "limit"), NETWORKS.values(), ids=NETWORKS)
 def test_what_is_kept(
     make: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]], limit: float

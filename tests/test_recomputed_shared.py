@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from gift.kernels import recomputed
 from gift.kernels.ways import Way
 from tests.common import weighted
-from tests.test_recomputed import OLD, WIDTH, adapted, always, hidden
+from tests.test_recomputed import WIDTH, adapted, always, hidden, not_on_old
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
-    pytest.mark.skipif(OLD, reason="torch 2.6 does not tell of hooks, so that inputs are kept"),
+    not_on_old,
 ]
 small = always  # a fixture
 
