@@ -26,7 +26,7 @@ from gift.support.contexts import holding
 from gift.wrappers.arguments import Arguments, in_order
 from gift.wrappers.caches import caches_in, is_empty, is_tuples, items_of, length_of
 from gift.wrappers.features import features_of, weight_beside
-from gift.wrappers.positions import CALLED_ALONE, telling, told
+from gift.wrappers.positions import CALLED_OUTSIDE, current_positions, providing_positions
 from gift.wrappers.tensors import first_tensor
 from gift.wrappers.text_models import prompt_of
 
@@ -116,7 +116,7 @@ class Invocation(ForwardMethod):
         found = self.start(text).to(ids.device).repeat_interleave(len(ids) // len(text))
         starts = torch.where(found < text.shape[1], begin + found, starts)
         places = past + torch.arange(ids.shape[1], device=ids.device)
-        with telling(module, self.name, places >= starts[:, None]):
+        with providing_positions(module, self.name, places >= starts[:, None]):
             output = given.passed_to(forward)
         for cache in caches_in([*caches, *items_of(output)]):
             cache.__dict__[_NOTE] = starts
@@ -222,13 +222,13 @@ class ActivatedLoRA(ForwardMethod):
         kwargs: dict[str, Any],
     ) -> Any:
         """Compute the layer, and add the delta at active positions."""
-        active = told(Invocation.name)
+        active = current_positions(Invocation.name)
         names: Any = module._gift_arguments
         x = first_tensor(in_order(names, args, kwargs))
         output = forward(*args, **kwargs)
         assert x is not None
         if active is None:
-            raise AdaptationError(f"{where(module, self.name)} {CALLED_ALONE}")
+            raise AdaptationError(f"{where(module, self.name)} {CALLED_OUTSIDE}")
         if active.numel() * x.shape[-1] != x.numel():
             raise AdaptationError(
                 f"{where(module, self.name)} gets {tuple(x.shape)}, expected one vector for each "

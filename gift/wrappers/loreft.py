@@ -18,7 +18,7 @@ from gift.support.contexts import holding
 from gift.wrappers.arguments import Arguments
 from gift.wrappers.caches import caches_in, is_empty, is_tuples
 from gift.wrappers.features import features_of, weight_beside
-from gift.wrappers.positions import CALLED_ALONE, telling, told
+from gift.wrappers.positions import CALLED_OUTSIDE, current_positions, providing_positions
 from gift.wrappers.tensors import with_first_changed
 from gift.wrappers.text_models import (
     is_encoder,
@@ -169,9 +169,9 @@ class LoReFT(ForwardMethod):
             return at_ends(
                 torch.ones(h.shape[-2], dtype=torch.bool, device=h.device), self.positions
             )
-        chosen = told(Positions.name)
+        chosen = current_positions(Positions.name)
         if chosen is None:
-            raise AdaptationError(f"{where(module, self.name)} {CALLED_ALONE}")
+            raise AdaptationError(f"{where(module, self.name)} {CALLED_OUTSIDE}")
         if chosen.shape != h.shape[:-1]:
             raise AdaptationError(
                 f"{where(module, self.name)} gives {tuple(h.shape)}, and the positions that the "
@@ -225,7 +225,7 @@ class Positions(ForwardMethod):
         x = tokens_in(named)
         if x is None:
             return forward(*args, **kwargs)
-        with telling(module, self.name, self._tokens(module, named, x)):
+        with providing_positions(module, self.name, self._tokens(module, named, x)):
             return forward(*args, **kwargs)
 
     def _tokens(self, module: Any, named: Mapping[str, Any], x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What the wrapper of a language model tells the wrappers inside it: which positions are meant.
+"""The positions that the wrapper of a language model passes to the wrappers inside it.
 
-It holds while the model is called. Gradient checkpointing calls parts of the model again in the
+They hold while the model is called. Gradient checkpointing calls parts of the model again in the
 backward pass, after the call, and perhaps after other calls; so a function that is checkpointed
 keeps what held when it was first called.
 """
@@ -21,13 +21,13 @@ from gift.support.contexts import holding
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_TOLD: ContextVar[dict[str, Tensor] | None] = ContextVar("positions", default=None)
+_POSITIONS: ContextVar[dict[str, Tensor] | None] = ContextVar("positions", default=None)
 """Positions ``(batch, time)`` by the name of the wrapper that they are for."""
 
 
 @contextmanager
-def telling(module: Any, name: str, positions: Tensor) -> Iterator[None]:
-    """Context in which wrappers inside a language model are told positions.
+def providing_positions(module: Any, name: str, positions: Tensor) -> Iterator[None]:
+    """Context in which wrappers inside a language model get positions.
 
     Args:
         module: the model, whose parts may checkpoint.
@@ -37,7 +37,7 @@ def telling(module: Any, name: str, positions: Tensor) -> Iterator[None]:
     Raises:
         AdaptationError: if a part checkpoints in a way that is not known.
     """
-    with holding(_TOLD, {**(_TOLD.get() or {}), name: positions}):
+    with holding(_POSITIONS, {**(_POSITIONS.get() or {}), name: positions}):
         parts = checkpointing_parts(module) if torch.is_grad_enabled() else []
         if not parts:
             yield
@@ -52,9 +52,9 @@ def telling(module: Any, name: str, positions: Tensor) -> Iterator[None]:
             yield
 
 
-def told(name: str) -> Tensor | None:
-    """Return the positions that the language model around a wrapper has told it, or None."""
-    return (_TOLD.get() or {}).get(name)
+def current_positions(name: str) -> Tensor | None:
+    """Return the positions of the running call for the wrappers of that name, or None."""
+    return (_POSITIONS.get() or {}).get(name)
 
 
 def recomputable(function: Callable[P, T]) -> Callable[P, T]:
@@ -69,18 +69,18 @@ def recomputable(function: Callable[P, T]) -> Callable[P, T]:
     Args:
         function: what is checkpointed, such as a block.
     """
-    kept = _TOLD.get()
+    kept = _POSITIONS.get()
 
     @functools.wraps(function)
     def again(*args: P.args, **kwargs: P.kwargs) -> T:
-        with holding(_TOLD, kept):
+        with holding(_POSITIONS, kept):
             return function(*args, **kwargs)
 
     return again
 
 
-CALLED_ALONE = (
-    "was called outside of its language model, which tells it the positions. Gradient "
+CALLED_OUTSIDE = (
+    "was called outside of its language model, which passes it the positions. Gradient "
     "checkpointing of your own does so in the backward pass: checkpoint "
     "gift.wrappers.recomputable(block), not the block"
 )
