@@ -448,16 +448,16 @@ def test_who_pads_transposed_outputs_otherwise_is_noticed(monkeypatch: pytest.Mo
 
     kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     conv = nn.ConvTranspose2d(1, 1, 1)
-    assert layers.transposes_as(conv, kinds)
-    assert not layers.transposes_as(nn.Conv2d(1, 1, 1), kinds)
-    assert not layers.transposes_as(Other(1, 1, 1), kinds)
+    assert layers.convolves_transposed_as(conv, kinds)
+    assert not layers.convolves_transposed_as(nn.Conv2d(1, 1, 1), kinds)
+    assert not layers.convolves_transposed_as(Other(1, 1, 1), kinds)
     conv._output_padding = lambda *args: [0, 0]  # type: ignore[method-assign]
-    assert not layers.transposes_as(conv, kinds)
+    assert not layers.convolves_transposed_as(conv, kinds)
     del conv._output_padding
     for kind in nn.ConvTranspose2d.__mro__:
         if "_output_padding" in vars(kind):
             monkeypatch.delattr(kind, "_output_padding")
-    assert layers.transposes_as(conv, kinds)  # nobody can override it
+    assert layers.convolves_transposed_as(conv, kinds)  # nobody can override it
 
 
 def test_recurrent_layers_that_hold_no_list_are_not_understood(

@@ -114,7 +114,7 @@ def unfold(h: Tensor, geometry: Geometry, sizes: Sizes) -> Tensor:
 class Filters:
     """The filters of a low-rank delta, whose outputs the layer combines linearly.
 
-    Activations are those that `Geometry.parted` gives.
+    Activations are those that `Geometry.split_groups` gives.
 
     Args:
         right: the factor ``(rank, columns)``, or ``(groups, rank, columns)``.
@@ -133,7 +133,7 @@ class Filters:
         """Return the filters' outputs for ``x (batch, in, *positions)``."""
         g = self.geometry
         if not self.as_product:
-            return g.parted(g.apply(g.joined(x), g.held(self.weight())))
+            return g.split_groups(g.apply(g.merge_groups(x), g.as_weight(self.weight())))
         if g.pointwise:
             seen = self._seen(x)
             return product(self._rows(), seen.flatten(2)).unflatten(2, seen.shape[2:])
@@ -157,8 +157,10 @@ class Filters:
         """The gradient of `right`."""
         g = self.geometry
         if not self.as_product:
-            whole = g.gradient_of_weight(g.joined(prepared), g.joined(x), g.held(self.weight()))
-            return self._of_right(g.filters(whole))
+            whole = g.gradient_of_weight(
+                g.merge_groups(prepared), g.merge_groups(x), g.as_weight(self.weight())
+            )
+            return self._of_right(g.as_filters(whole))
         if g.pointwise:
             return self._of_right(outer(prepared.flatten(2), self._seen(x).flatten(2), g.groups))
         flat = x.flatten(2)
@@ -176,8 +178,10 @@ class Filters:
         """Add the part of the gradient of `x` that flows through the filters to `gx` in place."""
         g = self.geometry
         if not self.as_product:
-            held = g.held(self.weight())
-            gx += g.parted(g.gradient_of_input(g.joined(prepared), g.joined(x), held))
+            weight = g.as_weight(self.weight())
+            gx += g.split_groups(
+                g.gradient_of_input(g.merge_groups(prepared), g.merge_groups(x), weight)
+            )
         elif g.pointwise and g.stride_one:
             add_product(gx, self._rows().mT, prepared)
         elif g.pointwise:

@@ -20,10 +20,10 @@ from gift.kernels.torch_state import autocasts
 from gift.layers.table import CONVOLUTIONS, TRANSPOSED, forwards_of
 from gift.private.torch.layers import (
     convolve,
+    convolve_transposed,
     convolves_as,
+    convolves_transposed_as,
     padding_around,
-    spread,
-    transposes_as,
 )
 from gift.private.torch.tracing import is_exporting
 
@@ -66,7 +66,7 @@ def conv_transpose(self: Any, input: Tensor, output_size: Any = None) -> Tensor:
         delta = self._gift_weights["weight"]
     except AttributeError:  # a reference to this method outlived the adaptation
         return type(self).forward(self, input, output_size)
-    more = more_outputs(self, input, output_size) if is_usual(self) else None
+    more = output_padding_of(self, input, output_size) if is_usual(self) else None
     if more is None:
         return type(self)._gift_plain.forward(self, input, output_size)
     method, parameters = delta.whole_delta_of(self)
@@ -79,8 +79,8 @@ def conv_transpose(self: Any, input: Tensor, output_size: Any = None) -> Tensor:
         return effective_conv_transpose(self, input, output_size)
     left, right = method.low_rank(parameters)
     kernel = delta.layout.to_weight(left @ right)
-    output = spread(self, input, self._gift_frozen("weight"), self.bias, more)
-    side = spread(self, dropped.to(kernel.dtype), kernel, None, more)
+    output = convolve_transposed(self, input, self._gift_frozen("weight"), self.bias, more)
+    side = convolve_transposed(self, dropped.to(kernel.dtype), kernel, None, more)
     return (output + side).to(output.dtype)
 
 
@@ -93,7 +93,7 @@ def effective_conv(self: Any, input: Tensor) -> Tensor:
 def effective_conv_transpose(self: Any, input: Tensor, output_size: Any = None) -> Tensor:
     """Compute a transposed convolution as `effective_conv` does."""
     adapted = "_gift_weights" in self.__dict__  # else a reference to this method outlived it
-    more = more_outputs(self, input, output_size) if adapted and is_usual(self) else None
+    more = output_padding_of(self, input, output_size) if adapted and is_usual(self) else None
     output = None if more is None else _effective(self, input, more)
     if output is None:
         plain: Any = getattr(type(self), "_gift_plain", type(self))
@@ -313,7 +313,7 @@ def _plan(
 _planned = lru_cache(maxsize=4096)(_plan)
 
 
-def more_outputs(layer: Any, input: Tensor, output_size: Any) -> Sizes | None:
+def output_padding_of(layer: Any, input: Tensor, output_size: Any) -> Sizes | None:
     """Return the output padding of a transposed convolution; None if the layer must say what to do.
 
     Args:
@@ -331,8 +331,7 @@ def more_outputs(layer: Any, input: Tensor, output_size: Any) -> Sizes | None:
     settings = [_for_each(axes, given) for given in (layer.stride, layer.padding, layer.dilation)]
     sizes = zip(input.shape[-axes:], output_size[-axes:], layer.kernel_size, *settings, strict=True)
     more = tuple(m - (n - 1) * s + 2 * p - d * (k - 1) - 1 for n, m, k, s, p, d in sizes)
-    steps = _for_each(axes, layer.stride)
-    return more if all(0 <= m < s for m, s in zip(more, steps, strict=True)) else None
+    return more if all(0 <= m < s for m, s in zip(more, settings[0], strict=True)) else None
 
 
 def is_usual(layer: Any) -> bool:
@@ -343,7 +342,7 @@ def is_usual(layer: Any) -> bool:
     delta = layer._gift_weights["weight"]
     if delta.layout is None or not delta.reads_alike:
         return False
-    return convolves_as(layer, CONVOLUTIONS) or transposes_as(layer, TRANSPOSED)
+    return convolves_as(layer, CONVOLUTIONS) or convolves_transposed_as(layer, TRANSPOSED)
 
 
 def _padding(kernel: Sizes, padding: Any, dilation: Sizes) -> tuple[Sizes | None, Sizes | None]:

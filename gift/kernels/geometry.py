@@ -92,24 +92,24 @@ class Geometry:
     def _more(self) -> Sizes:
         return self.output_padding or (0,) * len(self.kernel)
 
-    def held(self, filters: Tensor) -> Tensor:
-        """Return filters ``(groups, number, in, *kernel)``, flattened or not, as a layer does."""
+    def as_weight(self, filters: Tensor) -> Tensor:
+        """Return filters ``(groups, number, in, *kernel)``, flattened or not, as a weight."""
         each = filters.reshape(self.groups, -1, *self.shape[1:])
         return (each.transpose(1, 2) if self.transposed else each).flatten(0, 1)
 
-    def filters(self, weight: Tensor) -> Tensor:
-        """The inverse of `held`: ``(groups, number, in, *kernel)``."""
+    def as_filters(self, weight: Tensor) -> Tensor:
+        """The inverse of `as_weight`: ``(groups, number, in, *kernel)``."""
         each = weight.reshape(self.groups, -1, *weight.shape[1:])
         return each.transpose(1, 2) if self.transposed else each
 
-    def parted(self, x: Tensor) -> Tensor:
+    def split_groups(self, x: Tensor) -> Tensor:
         """Return activations with groups of channels as further examples of the batch."""
         if self.groups == 1:
             return x
         return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, *x.shape[2:])
 
-    def joined(self, x: Tensor) -> Tensor:
-        """The inverse of `parted`."""
+    def merge_groups(self, x: Tensor) -> Tensor:
+        """The inverse of `split_groups`."""
         if self.groups == 1:
             return x
         return x.reshape(x.shape[0] // self.groups, x.shape[1] * self.groups, *x.shape[2:])

@@ -55,9 +55,9 @@ class LowRankConv(torch.autograd.Function):
         if plan.form == "side":
             y = geometry.apply(x, weight, bias)
             filters = filters_of(left, right, geometry, plan)
-            hidden = filters(geometry.parted(x if dropped is None else dropped))
+            hidden = filters(geometry.split_groups(x if dropped is None else dropped))
             rows, given = rows_of(left, geometry), hidden
-            _into_parts(y, geometry, lambda parts: add_product(parts, rows, given, scale))
+            _by_group(y, geometry, lambda parts: add_product(parts, rows, given, scale))
             few = math.prod(hidden.shape[1:]) * geometry.groups
             if few * THIN > math.prod(x.shape[1:]):
                 hidden = None
@@ -87,14 +87,14 @@ class LowRankConv(torch.autograd.Function):
             used = effective_of(weight, left, right, scale, geometry)
         if form == "whole":
             gx, whole = geometry.gradients(g, seen, used, of_x)
-            whole = geometry.filters(whole).reshape(*left.shape[:-1], right.shape[-1])
+            whole = geometry.as_filters(whole).reshape(*left.shape[:-1], right.shape[-1])
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale) if of_right else None
             return gx, None, gb, gl, gr, *[None] * 5
         if of_x:
             gx = geometry.gradient_of_input(g, seen, used)
-        filters, flat = filters_of(left, right, geometry, plan), geometry.parted(g).flatten(2)
-        each = geometry.parted(seen)
+        filters, flat = filters_of(left, right, geometry, plan), geometry.split_groups(g).flatten(2)
+        each = geometry.split_groups(seen)
         if of_left:
             if hidden is None or torch.is_grad_enabled():  # the saved tensor has no graph
                 hidden = filters(each)
@@ -107,7 +107,7 @@ class LowRankConv(torch.autograd.Function):
             prepared = filters.prepared(gh, each)
             gr = filters.gradient(prepared, each) if of_right else None
             if side and target is not None:
-                _into_parts(
+                _by_group(
                     target,
                     geometry,
                     lambda parts: filters.add_input_gradient(parts, prepared, each),
@@ -122,7 +122,7 @@ def effective_of(
     """Compute ``W + s left right``."""
     if geometry.groups == 1 and not geometry.transposed:
         return effective(weight, left, right, scale)
-    return weight.add(geometry.held(left @ right), alpha=scale)
+    return weight.add(geometry.as_weight(left @ right), alpha=scale)
 
 
 def rows_of(left: Tensor, geometry: Geometry) -> Tensor:
@@ -136,11 +136,11 @@ def filters_of(left: Tensor, right: Tensor, geometry: Geometry, plan: Plan) -> F
     return Filters(right, cuts, geometry, plan.as_product)
 
 
-def _into_parts(x: Tensor, geometry: Geometry, write: Callable[[Tensor], None]) -> None:
-    """Let a function write to the parts of an activation (see `Geometry.parted`)."""
+def _by_group(x: Tensor, geometry: Geometry, write: Callable[[Tensor], None]) -> None:
+    """Let a function write to the parts of an activation (see `Geometry.split_groups`)."""
     if geometry.groups == 1 or x.is_contiguous():
-        write(geometry.parted(x))
+        write(geometry.split_groups(x))
         return
-    parts = geometry.parted(x.contiguous())
+    parts = geometry.split_groups(x.contiguous())
     write(parts)
-    x.copy_(geometry.joined(parts))
+    x.copy_(geometry.merge_groups(parts))

@@ -46,7 +46,7 @@ def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | N
 
 
 def dropped_inputs(method: Any, x: Tensor, training: bool) -> Tensor | None:
-    """Return the delta's input with dropout; None while there is no dropout."""
+    """Return the delta's input after dropout, or None without dropout."""
     return F.dropout(x, method.dropout) if method.dropout and training else None
 
 

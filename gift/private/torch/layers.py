@@ -77,7 +77,7 @@ def convolves_as(layer: Any, kinds: Iterable[type[nn.Module]]) -> bool:
     return any(own is getattr(kind, "_conv_forward", None) for kind in kinds)
 
 
-def spread(
+def convolve_transposed(
     layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_padding: tuple[int, ...]
 ) -> Tensor:
     """Compute a transposed convolution with another weight and bias."""
@@ -86,7 +86,7 @@ def spread(
     return apply(x, weight, bias, *steps)
 
 
-def transposes_as(layer: Any, kinds: Iterable[type[nn.Module]]) -> bool:
+def convolves_transposed_as(layer: Any, kinds: Iterable[type[nn.Module]]) -> bool:
     """Whether a layer has the same output padding as one of these types of transposed convolutions.
 
     Subclasses may override this private method, to which torch gives the requested output size.
