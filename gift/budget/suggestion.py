@@ -139,7 +139,7 @@ def open_choices(twin: nn.Module, strategy: FineTuningStrategy) -> tuple[Cost, l
     """Return the cost whatever the sizes, and the layers whose sizes can be chosen.
 
     Raises:
-        ValueError: if there is no such layer.
+        ValueError: if no layer has a size to choose.
     """
     found: list[tuple[Layer, Method]] = []
     with rehearsed(twin, rewritten(strategy, lambda cap: AdaptOpen(cap, found))):

@@ -17,9 +17,9 @@ def checkpointing_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoints_openly(part: nn.Module) -> bool:
-    """Whether it is known by which function such a part checkpoints.
+    """Whether such a part keeps the function by which it checkpoints where `checkpointing` looks.
 
-    Where it is not, `checkpointing` cannot change what is checkpointed, and the caller refuses.
+    If it does not, the caller refuses gradient checkpointing.
     """
     return callable(part.__dict__.get(CHECKPOINT))
 

@@ -62,8 +62,8 @@ def allocate(
 
     Raises:
         TypeError: if the network is not a module, or the strategy not a strategy.
-        ValueError: if `rho` is out of range, if there are no batches, or if the strategy adapts
-            nothing by a method that has a size.
+        ValueError: if `rho` is out of range, if `batches` is empty, or if no layer has a size to
+            choose.
         RuntimeError: if the network is already being fine-tuned.
         AdaptationError: if no layer takes part, or the inputs of one are not finite.
 

@@ -47,7 +47,7 @@ class TrainingRun:
         optimizer: optimizer of the trained parameters.
         rates: learning rate scheduler.
         scaler: gradient scaler for float16.
-        callbacks: what is called during training, logs included.
+        callbacks: the callbacks of the run, including logs.
         result: result to return in the end.
         identity: description of the run, which a checkpoint must match to be resumed.
         seed: seed of the order of the examples.

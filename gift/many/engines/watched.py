@@ -11,7 +11,7 @@ from typing import Any
 from gift.many.engines.base import PATIENCE, RESTARTS, reason_in, start_process
 
 _DEATHS = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
-_STOPPED = "SignalException"  # torchrun's error when it was told to stop
+_STOPPED = "SignalException"  # torchrun's error after a signal
 _EACH = 0.2  # seconds between two looks at the process
 
 
