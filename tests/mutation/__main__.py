@@ -3,17 +3,15 @@
 ``python -m tests.mutation 120 --seed 0`` takes an hour of one core. The tests of a part
 run once first, to see which functions each calls. Each mutant is a process that is forked once the
 libraries are there; it compiles the one module from a changed tree, so that no file is written,
-and nothing that imports gift was loaded before. It runs the tests of its part that call its
-function, a few variants of each, the quickest first, up to the first that fails. Where none does,
-all variants of these tests follow, then the other files of tests.
+and nothing that imports gift was loaded before. The processes that a test starts do so, too. It
+runs the tests of its part that call its function, a few variants of each, the quickest first, up
+to the first that fails. Where none does, all variants of these tests follow, then the other files
+of tests.
 """
 
 import argparse
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import random
 import signal
@@ -25,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.mutation.broken import ROOT, break_module
 from tests.mutation.calls import Called, Chosen, Recorder, read
-from tests.mutation.mutants import Mutant, mutants, mutated
+from tests.mutation.mutants import Mutant, mutants
+from tests.mutation.started import reach
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 PARTS: dict[str, list[str]] = tomllib.loads((HERE / "parts.toml").read_text())
 EQUIVALENT: dict[str, str] = tomllib.loads((HERE / "equivalent.toml").read_text())
 # Tests that are of no part alone.
@@ -89,32 +88,6 @@ def others(mutant: Mutant, calls: "Calls") -> list[str]:
     return found
 
 
-class Loader(importlib.machinery.SourceFileLoader):
-    """Loads the module of a mutant."""
-
-    mutant: Mutant
-
-    def get_code(self, fullname: str) -> Any:
-        tree = mutated(Path(self.path).read_text(), self.mutant.number)
-        return compile(tree, self.path, "exec")
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    """Finds the module of a mutant before others do."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.path = str(ROOT / mutant.module)
-        self.name = mutant.module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        self.mutant = mutant
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != self.name:
-            return None
-        loader = Loader(fullname, self.path)
-        loader.mutant = self.mutant
-        return importlib.util.spec_from_file_location(fullname, self.path, loader=loader)
-
-
 def run(mutant: Mutant | None, files: Sequence[str], plugin: Any, longest: float) -> str:
     """Run tests in a process of their own, and say how it ends: "killed", "survived", "timeout"."""
     child = os.fork()
@@ -137,7 +110,7 @@ def run(mutant: Mutant | None, files: Sequence[str], plugin: Any, longest: float
 def _run_here(mutant: Mutant | None, files: Sequence[str], plugin: Any) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
     if mutant is not None:
-        sys.meta_path.insert(0, Finder(mutant))
+        break_module(mutant.module, mutant.number)
         options.append("-x")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -169,7 +142,7 @@ class Calls(dict[str, Called]):
         self.known.add(file)
         path = self.folder / file.replace("/", "_").replace(".py", ".json")
         if not path.is_file():
-            run(None, [file], Recorder(ROOT, path), longest=7200)
+            run(None, [file], Recorder(path), longest=7200)
         calls, failed, libraries = read(path)
         for name in failed:
             print(f"left out, as it fails without any change: {name}", flush=True)
@@ -188,6 +161,7 @@ def main() -> None:
     given = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "GIFT_EXAMPLES": "20", "HF_HUB_OFFLINE": "1"}
+    reach()
     import torch
 
     torch.set_num_threads(1)

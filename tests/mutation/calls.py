@@ -1,6 +1,7 @@
 """Which test calls which functions of gift, and how long it takes: a plugin of pytest."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from tests.mutation.started import CALLS, name_of
 
 FEW = 3  # variants of a parametrised test, so that what nobody notices is known soon
 
@@ -26,10 +29,10 @@ class Called(NamedTuple):
 
 
 class Recorder:
-    """Notes the functions below a folder that each test calls, and writes all of it at the end."""
+    """Notes the functions of gift that each test calls, and writes all of it at the end."""
 
-    def __init__(self, root: Path, path: Path) -> None:
-        self.root, self.path = f"{root}/", path
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.found: dict[str, Any] = {}
         self.failed: list[str] = []
 
@@ -43,6 +46,9 @@ class Recorder:
         def call(frame: Any, event: str, argument: Any) -> None:
             seen.add(frame.f_code)
 
+        started = self.path.with_suffix(".started")  # by the processes that the test starts
+        started.write_text("")
+        os.environ[CALLS] = str(started)
         began = time.monotonic()
         threading.settrace(call)
         sys.settrace(call)
@@ -51,11 +57,10 @@ class Recorder:
         finally:
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]  # as in its documentation
-            own = {
-                f"{code.co_filename.removeprefix(self.root)}: {code.co_qualname}"
-                for code in seen
-                if code.co_filename.startswith(f"{self.root}gift/")
-            }
+            del os.environ[CALLS]
+            own = {name for code in seen if (name := name_of(code)) is not None}
+            own |= {*started.read_text().splitlines()}
+            started.unlink()
             self.found[item.nodeid] = time.monotonic() - began, sorted(own)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
