@@ -1,6 +1,7 @@
 """One thread for each worker, and the same random numbers in every test."""
 
 import os
+import zlib
 from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
@@ -34,6 +35,22 @@ def dynamo() -> Iterator[None]:
 def _seed() -> None:
     # `torch.manual_seed` formats a stack trace for each kind of device that has not been used yet.
     (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(0)
+
+
+@pytest.fixture(autouse=True)
+def _as_large(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Half of all tests compute their layers, which are small, as large ones are computed.
+
+    With the marker ``as_large`` a test always does.
+    """
+    from gift.kernels import little
+
+    before = little.LITTLE
+    marked = request.node.get_closest_marker("as_large") is not None
+    if marked or zlib.crc32(request.node.nodeid.encode()) % 2:
+        little.LITTLE = 0
+    yield
+    little.LITTLE = before
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ from gift.kernels.merged_linear import Terms
 from gift.kernels.rescale import rescaled
 from tests.cases.selection import cells
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_large,
+]
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("dora", {"rank": 2}),

@@ -29,7 +29,10 @@ from gift.kernels.geometry import Geometry
 from gift.kernels.low_rank_conv import LowRankConv
 from tests.common import bytes_kept, per_example_gradients, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_large,
+]
 
 LAYOUTS = ("balanced", "out_as_h")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

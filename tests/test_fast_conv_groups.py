@@ -39,7 +39,10 @@ from tests.test_fast_conv import (
 )
 from tests.test_recomputed import not_on_old
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_large,
+]
 
 SPREAD = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -28,7 +28,10 @@ from gift.kernels.low_rank_linear import LowRankLinear
 from gift.strategies import LoRALinearFineTuningStrategy
 from tests.common import bytes_kept, per_example_gradients, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_large,
+]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 INPUTS, OUTPUTS = 6, 5

@@ -33,7 +33,11 @@ OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and autograd.hi
 not_on_old = pytest.mark.skipif(
     OLD, reason="torch 2.6 does not tell of hooks, so that inputs are kept"
 )
-pytestmark = [pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"), not_on_old]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_large,
+    not_on_old,
+]
 
 WIDTH = 16
 

@@ -21,7 +21,10 @@ from gift.strategies import LoRAAllFineTuningStrategy
 from tests.common import unet
 from tests.test_recomputed import not_on_old
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_large,
+]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

@@ -14,8 +14,9 @@ from gift.kernels.depthwise import FEW
 from gift.kernels.effective_conv import EffectiveConv
 from gift.kernels.effective_linear import made_for
 from gift.kernels.geometry import Geometry, Sizes
+from gift.kernels.little import little_conv
 from gift.kernels.low_rank_conv import LowRankConv
-from gift.kernels.operands import WATCHING, dropped_inputs, is_open, only_beside, operands
+from gift.kernels.operands import dropped_inputs, is_open, only_beside, operands, tell
 from gift.kernels.torch_state import autocasts
 from gift.layers.table import CONVOLUTIONS, TRANSPOSED, forwards_of
 from gift.private.torch.layers import (
@@ -172,6 +173,10 @@ def low_rank_conv(
         return None
     _, weight, bias, left, right, _ = alike
     geometry, beside = call.geometry, only_beside(call.x, dropped)
+    if form is None and dropped is None:
+        little = little_conv(layer, call.x, weight, bias, left, right, scale, geometry)
+        if little is not None:
+            return little[0] if call.single else little
     chosen = (_plan if call.compiling else _planned)(
         geometry,
         call.x.shape,
@@ -183,8 +188,7 @@ def low_rank_conv(
     )
     if beside and chosen.form != "side":  # filters take longer than another weight does
         return None
-    for watcher in WATCHING:
-        watcher(layer, chosen.form)
+    tell(layer, chosen.form)
     y: Tensor = LowRankConv.apply(
         call.x,
         weight,

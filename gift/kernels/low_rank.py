@@ -15,9 +15,10 @@ from gift.kernels.conv_layers import (
 )
 from gift.kernels.cost_model import Form, linear_form
 from gift.kernels.linear import Product, linear_forwards
+from gift.kernels.little import little_linear
 from gift.kernels.low_rank_linear import LowRankLinear, outputs
 from gift.kernels.low_rank_lookup import lookup
-from gift.kernels.operands import WATCHING, dropped_inputs, only_beside, operands
+from gift.kernels.operands import WATCHING, dropped_inputs, only_beside, operands, tell
 from gift.kernels.products import scaled
 from gift.kernels.torch_state import autocasts
 from gift.layers.table import forwards_of
@@ -62,6 +63,10 @@ def low_rank_product(
         alike = None
     if alike is not None:
         x, weight, bias, left, right, dropped = alike
+        if form is None and dropped is None:
+            little = little_linear(product.layer, x, weight, bias, left, right, scale)
+            if little is not None:
+                return little
         trained = torch.is_grad_enabled()
         chosen = linear_form(
             tuple(weight.shape),
@@ -71,8 +76,7 @@ def low_rank_product(
             form="side" if only_beside(x, dropped) else form,
             on_processor=x.device.type == "cpu",
         )
-        for watcher in WATCHING:
-            watcher(product.layer, chosen)
+        tell(product.layer, chosen)
         if not trained:  # autograd's overhead takes longer than a small layer
             return outputs(x, weight, bias, left, right, scale, dropped, chosen)[0]
         output: Tensor = LowRankLinear.apply(

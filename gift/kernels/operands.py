@@ -15,6 +15,12 @@ WATCHING: list[Callable[[nn.Module, Form], None]] = []
 """Callbacks that receive each layer and the form chosen for it: see `gift.utils.info.forms`."""
 
 
+def tell(layer: nn.Module, form: Form) -> None:
+    """Tell those that watch which form a layer takes."""
+    for watcher in WATCHING:
+        watcher(layer, form)
+
+
 def operands(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any] | None:
     """Cast all operands to the dtype in which a layer computes; None if no fast path applies.
 
