@@ -471,7 +471,9 @@ BAD: dict[str, tuple[Callable[[DeltaBank, Path], Any], type[Exception], str]] = 
     "combine_nan": (lambda b, p: b.combine({"french": float("nan")}), ValueError, "nan"),
     "combine_text": (lambda b, p: b.combine({"french": "1"}), ValueError, "'1'"),
     "combine_rank": (lambda b, p: b.combine({"french": 1}, rank=0), ValueError, "rank is 0"),
-    "scale_infinite": (lambda b, p: b.scale("french", float("inf")), ValueError, "inf"),
+    "scale_infinite": (
+        lambda b, p: b.scale("french", float("inf")), ValueError, "expected a finite number",
+    ),
     "no_file": (lambda b, p: b.add("x", p / "none"), FileNotFoundError, "none"),
     "bad_file": (lambda b, p: b.add("x", broken(p)), DeltaFileError, "broken"),
     "other_file": (lambda b, p: b.add("x", of_other_network(p)), DeltaFileError, "0.weight"),

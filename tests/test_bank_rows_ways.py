@@ -1,5 +1,6 @@
 """Ways in which an operation may sit between two layers whose rows differ: right, or refused."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -203,6 +204,10 @@ def image(f: Way) -> Way:
     return lambda y: f(y.mT.unsqueeze(-1).expand(3, 4, 5, 6)).mean((2, 3))
 
 
+def numbered(x: Tensor) -> Tensor:
+    return x + torch.arange(len(x)).double()[:, None]
+
+
 RIGHT: dict[str, Way] = {
     "pointwise": lambda y: torch.sin(y) * 2 + F.gelu(y).exp().clamp(max=3) - F.silu(-y),
     "in_place": lambda y: y.clone().mul_(2).add_(1).relu_(),
@@ -354,10 +359,18 @@ RIGHT: dict[str, Way] = {
     "batch_second": lambda y: y.transpose(0, 1).reshape(-1, 4).view(5, 3, 4).transpose(0, 1),
     "transposed_view": lambda y: y[:, :3, :].transpose(0, 1).contiguous().view(3, 3, 4),
     "batch_last": lambda y: y.permute(1, 2, 0).softmax(1).permute(2, 0, 1),
+    "copied_over": lambda y: y.cumsum(0).copy_(y * 2),
     "into_a_part": lambda y: torch.cat([y, 2 * y], 1).index_fill(1, torch.tensor([0]), 3.0),
 }
 
 MIXING: dict[str, Way] = {
+    "places_among_chosen": lambda y: (
+        torch.zeros(3, 4)
+        .double()
+        .index_add(0, torch.where(y[..., 0] > 0)[0], numbered(y[y[..., 0] > 0]))
+        + y[:, 0]
+    ),
+    "constants": lambda y: torch.arange(12).double().view(4, 3).T,
     "vmap": lambda y: torch.vmap(lambda one: one.sum() + one)(y.transpose(0, 1)).transpose(0, 1),
     "vmap_over_rows": lambda y: torch.vmap(lambda one: one * 2)(y),
     "vmapped_flip": lambda y: torch.vmap(lambda one: one.flip(0), in_dims=1, out_dims=1)(y),
@@ -539,6 +552,14 @@ def test_what_keeps_rows_apart_is_right(f: Way) -> None:
 @pytest.mark.parametrize("f", MIXING.values(), ids=MIXING)
 def test_what_mixes_rows_is_refused(f: Way) -> None:
     assert "rows" in way(f)
+
+
+@pytest.mark.parametrize(("name", "function"), {
+    "numpy": "numpy", "list": "tolist", "number": "item", "python_float": "__float__",
+    "dlpack": "__dlpack__",
+}.items())  # fmt: skip
+def test_values_that_leave_torch_are_refused_where_they_leave(name: str, function: str) -> None:
+    assert re.search(rf"takes values of rows out of torch by {function}:", way(MIXING[name]))
 
 
 class Returning(nn.Module):

@@ -555,6 +555,20 @@ def test_a_normed_weight_hides_no_other_weight_of_a_recurrent_layer(norm: Any) -
     }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [weight_norm, parametrizations.weight_norm])
+def test_a_norm_for_an_adapted_weight_is_refused_and_changes_nothing(norm: Any) -> None:
+    net = enabled(nn.Linear(8, 6))
+    names, x = list(net._parameters), torch.randn(4, 8)
+    before, output = full_state(net), net(x)
+    assert names[0] == "weight"
+    with pytest.raises(RuntimeError, match="'weight' is adapted and cannot be parametrised"):
+        norm(net)
+    assert list(net._parameters) == names
+    assert full_state(net) == before
+    assert torch.equal(net(x), output)
+
+
 # --- tied --------------------------------------------------------------------------------------
 
 

@@ -256,6 +256,12 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any], Tensors], Any], str]] = {
     "a strategy of nonsense": (
         lambda head, t: head.update(strategy=["LoRA"]), "'strategy' that makes no sense"),
     "a field of nonsense": (lambda head, t: head.update(trained={"a": 1}), "'trained' that"),
+    "a note without a task": (
+        lambda head, t: head.update(inputs={"task": 3, "classes": None, "reader": None}),
+        "'inputs' that"),
+    "a reader that is a list": (
+        lambda head, t: head.update(inputs={"task": "t", "classes": None, "reader": ["a"]}),
+        "'inputs' that"),
     "a shape of the base": (
         lambda head, t: head["base"]["3.weight"].__setitem__(1, [6, 33]),
         r"3.weight of its base is \(6, 33\), here it is \(6, 32\)"),

@@ -133,6 +133,17 @@ def test_what_is_left_out_is_reported_with_the_cap_that_takes_it() -> None:
     )
 
 
+def test_a_report_names_what_stays_frozen_as_no_cap_took_it() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), *(nn.LayerNorm(4) for _ in range(4)))
+    report = enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    assert (
+        "frozen, as no cap matched them: 8 parameters (1.weight, 1.bias, 2.weight, 2.bias, "
+        "3.weight, 3.bias, ...)" in str(report)
+    )
+    few = enable_fine_tuning(nn.Sequential(nn.Linear(4, 4)), LoRAAllFineTuningStrategy(rank=1))
+    assert "as no cap matched" not in str(few)
+
+
 def test_spectral_weights_are_reported_and_adapted() -> None:
     models = pytest.importorskip("neuralop.models")
 

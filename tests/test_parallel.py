@@ -1,10 +1,18 @@
 """Tensor parallelism with two gloo processes on this machine, see `_parallel_worker`."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.tensor import Replicate
 
+from gift.core.weights.parallel import spread_parameters
+from gift.errors import AdaptationError
+from gift.layers.layouts import raw_layout
+from gift.methods import LoRA
 from tests._parallel_worker import SCENARIOS, play
 from tests.two_processes import check_report, play_in_two
 
@@ -30,3 +38,13 @@ def test_two_processes(name: str, played: Path) -> None:
         if name.startswith(start):
             pytest.skip(f"torch 2.6 {reason}")
     check_report(name, played)
+
+
+def test_a_quantised_weight_is_not_spread() -> None:
+    quantisation = pytest.importorskip("torchao.quantization")
+    layer = nn.Linear(64, 32)
+    quantisation.quantize_(layer, quantisation.Int8WeightOnlyConfig())
+    spread: Any = SimpleNamespace(placements=(Replicate(),), to_local=lambda: layer.weight)
+    layout = raw_layout((32, 64))
+    with pytest.raises(AdaptationError, match="quantised and tensor parallelism spreads it"):
+        spread_parameters(LoRA(rank=2), layout, spread, {})

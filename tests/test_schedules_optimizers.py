@@ -106,6 +106,21 @@ def test_deltas_that_waited_move_to_a_group_with_their_state() -> None:
     assert "marked" in optimizer.state[net[0].lora_A]
 
 
+def test_layers_that_wait_in_one_group_get_rates_of_their_own() -> None:
+    net = network()
+    schedule = UnfreezeMilestones((1, 3), num_layers=1, depth_decay=0.5, lr_ratio=0.2)
+    schedule.attach(net)
+    layers: list[Any] = [net[0], net[3], net[5], net[7]]
+    waiting = [p for layer in layers[:3] for p in layer.parameters()]
+    head = [p for p in net.parameters() if not any(p is other for other in waiting)]
+    optimizer = optim.SGD([{"params": head, "lr": 1.0}, {"params": waiting, "lr": 3.0}])
+    for epoch in range(4):
+        schedule.step(epoch, optimizer)
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for layer, ratio in zip(layers, (0.05, 0.1, 0.2, 1.0), strict=True):
+        assert [found[id(p)] for p in layer.parameters()] == pytest.approx([ratio, ratio])
+
+
 def test_parameters_keep_the_settings_of_the_group_that_they_had() -> None:
     """Two groups, one without weight decay, are two groups after unfreezing."""
     net, schedule = network(), NoFreeze()

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import gift
-from gift import FineTuningStrategy, enable_fine_tuning
+from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.core.unfreeze import untrainable
 from gift.factories import (
     ma_adapt,
     ma_freeze,
+    ma_replace,
     ma_train,
     mc_any,
     mc_path,
@@ -147,6 +148,22 @@ def test_a_module_under_two_names_is_taken_by_one_cap(strategy: FineTuningStrate
     assert full_state(net) == before
 
 
+def test_a_module_that_is_replaced_is_replaced_under_both_names() -> None:
+    net: Any = under_two_names()
+    net["d"] = net["c"]
+    old = net["a"][0]
+    enable_fine_tuning(
+        net, caps((mc_path("a"), ma_replace(lambda m: nn.Linear(8, 2))),
+                  (mc_path("c"), ma_replace(lambda m: nn.Linear(8, 3)))),
+    )  # fmt: skip
+    assert net["a"] is net["b"]
+    assert net["c"] is net["d"]
+    assert (net["a"].out_features, net["c"].out_features) == (2, 3)
+    disable_fine_tuning(net)
+    assert net["a"] is net["b"]
+    assert net["b"][0] is old
+
+
 AGREED: dict[str, tuple[Callable[[], nn.Module], FineTuningStrategy, list[str]]] = {
     "all": (Words, LoRAAllFineTuningStrategy(rank=2),
             ["table.lora_B", "table.lora_A", "body.lora_B", "body.lora_A"]),
@@ -260,6 +277,6 @@ def test_a_bias_with_two_names_is_the_same_under_both(head_first: bool, tied: bo
     found = net(tokens)
     with gift.merged(net):
         torch.testing.assert_close(net(tokens), found)
-    gift.disable_fine_tuning(net)
+    disable_fine_tuning(net)
     assert torch.equal(net(tokens), before)
     assert net.bias is net.head.bias

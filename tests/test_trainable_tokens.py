@@ -15,7 +15,7 @@ from gift.factories import ma_adapt, mc_path
 from gift.methods import TrainableTokens
 from gift.strategies import FineTuningStrategy
 
-ROWS = [29, 3, 4]
+ROWS = [29, 3, 0]
 IDS = torch.arange(30).reshape(3, 10)
 
 
@@ -88,7 +88,7 @@ def test_new_rows_come_with_the_delta(tied: bool, tmp_path: Path) -> None:
     one, other, wrong = nets
     ids = torch.arange(33)[None]
     assert not torch.allclose(one(ids).logits, other(ids).logits)
-    gift.enable_fine_tuning(one, tokens(range(30, 33), *places, new=True))
+    gift.enable_fine_tuning(one, tokens([0, *range(30, 33)], *places, new=True))
     moved(one)
     gift.save(one, tmp_path / "new.safetensors")
     gift.load(other, tmp_path / "new.safetensors")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
 import gift
-from gift import disable_fine_tuning, enable_fine_tuning
+from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
+from gift.factories import ma_adapt, mc_path
+from gift.methods import METHODS
 from gift.strategies import DoRAAllFineTuningStrategy, LoRAAllFineTuningStrategy
 from tests.common import enabled, full_state
 
@@ -452,3 +454,29 @@ def test_a_bias_that_is_adapted_is_guarded_too() -> None:
     net = enabled(nn.Linear(8, 8), gift.strategies.IA3AllFineTuningStrategy())
     with pytest.raises(RuntimeError, match=r"Linear.bias is adapted"):
         nn.init.zeros_(net.bias)
+
+
+@pytest.mark.filterwarnings("ignore::gift.GiftWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_that_is_written_before_the_backward_pass_harms_no_gradient(method: str) -> None:
+    """The gradient of the input is that of the weight in the forward pass, or an error."""
+    for layer, x in (
+        (nn.Linear(64, 64), torch.randn(512, 64)),
+        (nn.Conv2d(8, 8, 3, groups=2), torch.randn(2, 8, 40, 40)),
+    ):
+        strategy = FineTuningStrategy([(mc_path(""), ma_adapt(method))])
+        enable_fine_tuning(layer, strategy)
+        x.requires_grad_()
+        (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+        y = layer(x)
+        with torch.no_grad():
+            layer._parameters["weight"].add_(1)  # type: ignore[union-attr]
+        problem = ""
+        try:
+            (found,) = torch.autograd.grad(y.square().sum(), x)
+        except RuntimeError as error:
+            problem = str(error)
+        if problem:
+            assert "modified by an inplace operation" in problem
+        else:
+            torch.testing.assert_close(found, expected)

@@ -171,7 +171,7 @@ def _interleaved(call: Call, which: int) -> Place:
     x, repeats = call.x, call.given(1, "repeats")
     place = call.only(x, call.tensors[1:])
     axis = call.given(2, "dim")
-    axis = 0 if axis is None and x.ndim == 1 else axis
+    axis = 0 if x.ndim == 1 else axis
     if axis is None:
         raise Mixed("flattens rows")
     if axis % x.ndim != place.axis:

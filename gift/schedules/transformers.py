@@ -147,7 +147,7 @@ class RankAllocatorCallback(_callbacks.TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Add the gradients of the orthogonality."""
         scaler = getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
-        if scaler is not None and scaler.is_enabled():
+        if scaler is not None:
             # Clipping has unscaled float16's gradients already, if there is any.
             with contextlib.suppress(RuntimeError):
                 self._trainer.accelerator.unscale_gradients()

@@ -88,9 +88,8 @@ class Frame:
 
 def _place_of_base(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Device of the module's own tensors, and dtype of its first floating-point one."""
-    added = added_names(module)
-    named = [*module._parameters.items(), *module._buffers.items()]
-    own = [tensor for name, tensor in named if tensor is not None and name not in added]
+    # Those that gift added are not there yet, or come after the others.
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     dtypes = (tensor.dtype for tensor in own if tensor.is_floating_point())
     return next((tensor.device for tensor in own), None), next(dtypes, None)
 
