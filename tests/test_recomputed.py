@@ -26,6 +26,8 @@ from gift.kernels.ways import RULES
 from gift.methods import METHODS
 from gift.private.torch import autograd
 from gift.utils.info import kept_inputs
+from tests.cases.methods import METHODS as CASES
+from tests.cases.methods import MethodCase
 from tests.cases.selection import cells
 from tests.common import weighted
 
@@ -786,17 +788,40 @@ def test_every_method(method: str) -> None:
 
 
 # Rows of a linear layer that are trained have outputs of their own, made from the whole input.
-@pytest.mark.parametrize(
-    "method", sorted(set(METHODS) - {"dora", "ia3", "boft", "road", "trainable_tokens"})
-)
-def test_no_method_keeps_inputs_or_weights(method: str) -> None:
-    """Those left out change outputs, and keep these."""
+@pytest.mark.parametrize("case", [
+    case for case in CASES.values()
+    if case.method not in ("dora", "ia3", "boft", "road", "trainable_tokens")
+    or case.settings.get("feedforward")
+], ids=lambda case: f"{case.method} {case.settings}")  # fmt: skip
+def test_no_method_keeps_inputs_or_weights(case: MethodCase) -> None:
+    """With any of its settings; those left out change outputs, and keep these."""
     base = nn.Linear(256, 32)
     h = hidden(1000, 256).float().detach().requires_grad_()
-    net = adapted(base, method)
+    net = adapted(base, case.method, **case.settings)
     ours = size(net(F.gelu(h)), net)
     frozen = size(base.requires_grad_(False)(F.gelu(h)), base)
     assert ours <= frozen + h.nbytes / 3, "what is of the size of the delta alone"
+
+
+@pytest.mark.parametrize(("base", "h"), [
+    (nn.Linear(WIDTH, 8).double(), hidden()),
+    (nn.Conv2d(6, 4, 1).double(), hidden(2, 6, 5, 5)),
+])  # fmt: skip
+def test_scaled_inputs_and_their_derivatives(base: Any, h: Tensor) -> None:
+    net = adapted(base, "ia3", feedforward=True)
+    factor = net.ia3_l.reshape(-1, *[1] * (base.weight.dim() - 2))
+
+    def derivatives(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        wanted = [h, net.ia3_l]
+        y = call(F.gelu(h))
+        first = torch.autograd.grad(weighted(y), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        return [y, *first, *second]
+
+    plain = copy.deepcopy(base).requires_grad_(False)
+    found, expected = derivatives(net), derivatives(lambda x: plain(x * factor))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["dora", "ia3"])

@@ -15,16 +15,18 @@ class KroneckerLinear(torch.autograd.Function):
     """``W x + bias + (w1 (x) left right) x``.
 
     The features of `x` are viewed as a matrix ``X (c, d)``, and the delta is computed as ``left (w1
-    X right^T)^T``, since the rank is the smallest size. For the backward pass it saves the inputs
-    as they are given, or what they are computed from (see `gift.kernels.recomputed`), and ``X
-    right^T`` only if it is small. The backward pass is differentiable.
+    X right^T)^T``, since the rank is the smallest size. Without `left`, `right` is the whole right
+    Kronecker factor. For the backward pass it saves the inputs as they are given, or what they are
+    computed from (see `gift.kernels.recomputed`), and ``X right^T`` only if it is small. The
+    backward pass is differentiable.
 
     Args (of `apply`):
         x: ``(..., c * d)``.
         weight: frozen, ``(a * b, c * d)``.
         bias: or None.
         w1: left Kronecker factor, ``(a, c)``.
-        left, right: factors of the right one, ``(b, rank)`` and ``(rank, d)``.
+        left, right: factors of the right one, ``(b, rank)`` and ``(rank, d)``; or None and the
+            right one itself, ``(b, d)``.
         ways: what is known of the inputs of the layer, see `keep`.
     """
 
@@ -36,13 +38,17 @@ class KroneckerLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         w1: Tensor,
-        left: Tensor,
+        left: Tensor | None,
         right: Tensor,
         ways: Ways | None = None,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         hidden = _hidden(x, w1, right)
-        y.view(-1, len(left)).addmm_(_turned(F.linear(hidden, w1), len(right)), left.mT)
+        side = _turned(F.linear(hidden, w1), len(right))  # (positions * a, rank)
+        if left is None:
+            y.view(-1, len(right)).add_(side)
+        else:
+            y.view(-1, len(left)).addmm_(side, left.mT)
         ctx.kept, tensors = keep(x, len(weight), ways)
         few = hidden if hidden.numel() * THIN <= x.numel() else None
         ctx.save_for_backward(weight, w1, left, right, few, *tensors)
@@ -57,10 +63,12 @@ class KroneckerLinear(torch.autograd.Function):
         if hidden is None or torch.is_grad_enabled():  # the saved tensor has no graph
             hidden = _hidden(x, w1, right)
         flat = g.reshape(-1, g.shape[-1])
-        rows = flat.reshape(-1, len(left))
         gb = flat.sum(0) if ctx.needs_input_grad[2] else None
-        gl = (_turned(F.linear(hidden, w1), rank).mT @ rows).mT.contiguous()
-        gh = _turned(F.linear(rows, left.mT.contiguous()), len(w1))  # (positions * rank, a)
+        gl, of_side = None, flat.reshape(-1, rank if left is None else len(left))
+        if left is not None:
+            gl = (_turned(F.linear(hidden, w1), rank).mT @ of_side).mT.contiguous()
+            of_side = F.linear(of_side, left.mT.contiguous())
+        gh = _turned(of_side, len(w1))  # (positions * rank, a)
         g1 = gh.mT @ hidden
         gp = _turned(gh @ w1, rank)  # (positions * c, rank)
         gr = gp.mT @ x.reshape(-1, right.shape[1])

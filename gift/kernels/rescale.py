@@ -1,4 +1,4 @@
-"""Scale each output by a factor, for methods that scale a layer's outputs."""
+"""Scale each output or input by a factor, for methods that scale the activations of a layer."""
 
 import math
 from collections.abc import Callable
@@ -125,6 +125,49 @@ class Rescaled(torch.autograd.Function):
                 gr = gr / ratio
         gb = (1 - ratio) * total if total is not None and of_bias else None
         return gz, gr, gb, None, None, None, *(None for _ in ctx.kept)
+
+
+def scaled_input(x: Tensor, factor: Tensor, channel: int, work: int, ways: Ways | None) -> Tensor:
+    """Compute ``factor o x`` in the dtype of `x`.
+
+    Args:
+        x: inputs of a layer.
+        factor: a factor for each input feature, in the shape of the axis of input features and
+            those after it.
+        channel: the axis of input features, from the end.
+        work: how many multiplications the layer does with each element of `x`.
+        ways: what is known of the inputs of the layer, see `gift.kernels.recomputed.keep`.
+    """
+    if _is_plain(x, factor):
+        return (x * factor).to(x.dtype)
+    y: Tensor = ScaledInput.apply(x, factor, channel, work, ways)
+    return y
+
+
+class ScaledInput(torch.autograd.Function):
+    """The autograd function of `scaled_input`, which saves what `x` is computed from.
+
+    See `gift.kernels.recomputed`.
+    """
+
+    @staticmethod
+    @gives_no_view
+    def forward(  # noqa: D102 - as the class says
+        ctx: Any, x: Tensor, factor: Tensor, channel: int, work: int, ways: Ways | None
+    ) -> Tensor:
+        ctx.channel = channel
+        ctx.kept, tensors = keep(x, work, ways)
+        ctx.save_for_backward(factor, *tensors)
+        return (x * factor).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # noqa: D102
+        factor, *saved = ctx.saved_tensors
+        of_x, of_factor, *_ = ctx.needs_input_grad
+        x = ctx.kept.value(saved)
+        gx = (g * factor).to(x.dtype) if of_x else None
+        gf = _total(g * x.to(factor.dtype), ctx.channel, factor) if of_factor else None
+        return gx, gf, None, None, None
 
 
 def _kept(

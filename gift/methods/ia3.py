@@ -10,6 +10,7 @@ from torch import Tensor
 from gift.kernels.conv_layers import conv_forwards, effective_conv, is_usual
 from gift.kernels.linear import Product, linear_forwards
 from gift.kernels.output_scales import scaled_conv, scaled_linear
+from gift.kernels.rescale import scaled_input
 from gift.methods.base import Method, register_method
 from gift.methods.settings import flag
 from gift.private.torch.layers import convolve
@@ -86,7 +87,8 @@ def _linear(
     """Scale activations, so that no gradient of the weight's size is made."""
     factor = parameters["ia3_l"]
     if method.feedforward:
-        return product.output((x * factor.squeeze(-2)).to(x.dtype), bias)
+        seen = scaled_input(x, factor.squeeze(-2), -1, len(product.matrix), product.ways)
+        return product.output(seen, bias)
     return scaled_linear(x, product, bias, factor)
 
 
@@ -98,8 +100,9 @@ def _conv(self: Any, input: Tensor) -> Tensor:
         return scaled_conv(self, input, factor)
     if not is_usual(self) or any(size != 1 for size in self.kernel_size):
         return effective_conv(self, input)
-    seen = (input * factor.reshape(-1, *[1] * axes)).to(input.dtype)
-    return convolve(self, seen, self._gift_frozen("weight"), self._gift_weight("bias", once=True))
+    frozen, ways = self._gift_frozen("weight"), self._gift_weights["weight"].ways
+    seen = scaled_input(input, factor.reshape(-1, *[1] * axes), -1 - axes, len(frozen), ways)
+    return convolve(self, seen, frozen, self._gift_weight("bias", once=True))
 
 
 IA3.forwards = linear_forwards(_linear) | conv_forwards(_conv)

@@ -166,19 +166,19 @@ def _linear(
 
     The rank is the smallest size, so `w1` acts between the two factors of `w2`.
     """
-    w1, w2 = method._w1(parameters), parameters.get("lokr_w2")
-    if w2 is None:
-        factors = w1, parameters["lokr_w2_a"], parameters["lokr_w2_b"]
-        alike = operands(x, product.matrix, bias, *factors) if type(product) is Product else None
-        if alike is not None:
-            fast: Tensor = KroneckerLinear.apply(*alike, product.ways)
-            return fast
+    w1, left = method._w1(parameters), parameters.get("lokr_w2_a")
+    right = parameters["lokr_w2" if left is None else "lokr_w2_b"]
+    alike = None
+    if type(product) is Product:
+        alike = operands(x, product.matrix, bias, w1, left, right)
+    if alike is not None:
+        fast: Tensor = KroneckerLinear.apply(*alike, product.ways)
+        return fast
     output = product.output(x, bias)
-    right = parameters["lokr_w2_b"] if w2 is None else w2
     side = F.linear(x.to(w1.dtype).unflatten(-1, (w1.shape[1], -1)), right)  # (..., c, r)
     side = F.linear(side.transpose(-1, -2), w1).transpose(-1, -2)  # (..., a, r)
-    if w2 is None:
-        side = F.linear(side, parameters["lokr_w2_a"])  # (..., a, b)
+    if left is not None:
+        side = F.linear(side, left)  # (..., a, b)
     return (output + side.flatten(-2)).to(output.dtype)
 
 
