@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-STEP = 4
+STEP = 6
 WHOLE = os.environ.get("GIFT_MATRIX") == "whole"
 
 
