@@ -1,5 +1,6 @@
 """One thread for each worker, and the same random numbers in every test."""
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -37,18 +38,32 @@ def _seed() -> None:
     (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _as_large_in_half_of_the_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In half of the files layers, which are small, are computed as large ones are."""
+    with _computing(as_large=_is_odd(request.path.name)):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _as_large(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Half of all tests compute their layers, which are small, as large ones are computed.
+    """Tests marked ``as_large`` do so in any file, and half of those marked ``as_both``."""
+    marks = {mark.name for mark in request.node.iter_markers()} & {"as_large", "as_both"}
+    large = "as_large" in marks or _is_odd(request.node.nodeid)
+    with _computing(large) if marks else contextlib.nullcontext():
+        yield
 
-    With the marker ``as_large`` a test always does.
-    """
+
+def _is_odd(text: str) -> bool:
+    return zlib.crc32(text.encode()) % 2 == 1
+
+
+@contextlib.contextmanager
+def _computing(as_large: bool) -> Iterator[None]:
     from gift.kernels import little
 
     before = little.LITTLE
-    marked = request.node.get_closest_marker("as_large") is not None
-    if marked or zlib.crc32(request.node.nodeid.encode()) % 2:
-        little.LITTLE = 0
+    little.LITTLE = 0 if as_large else 2**21
     yield
     little.LITTLE = before
 

@@ -24,7 +24,10 @@ from tests.cases.selection import cells
 from tests.common import all_bits, full_state
 
 everywhere = pytest.mark.parametrize("method", METHODS)
-pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_both,
+]
 
 
 def bert() -> nn.Module:

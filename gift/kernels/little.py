@@ -40,7 +40,8 @@ def little_linear(
         return None
     _tell(layer, "side")
     y = F.linear(x, weight, bias)  # first, as it says what is wrong with an input
-    return torch.add(y, F.linear(F.linear(x, right), left), alpha=scale)
+    rows = x.reshape(-1, x.shape[-1])  # else torch may multiply trained factors in another order
+    return torch.add(y, F.linear(F.linear(rows, right), left).view(y.shape), alpha=scale)
 
 
 def little_conv(

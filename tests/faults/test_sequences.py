@@ -679,8 +679,12 @@ class Sequences(RuleBasedStateMachine):
         assert {*other.state_dict()} == {*self.net.state_dict()}
         for name, value in self.net.state_dict().items():
             assert torch.equal(other.state_dict()[name], value), name
+        both = other.eval(), copy.deepcopy(self.net).eval()
+        for net in both:  # torch may multiply by a trained weight in another order
+            for parameter in nn.Module.parameters(net):
+                parameter.requires_grad_(False)
         with torch.no_grad():
-            outputs = other.eval()(X), copy.deepcopy(self.net).eval()(X)
+            outputs = [net(X) for net in both]
         if torch.finfo(self.dtype).eps < self.coarse:  # what is made from a weight was rounded
             self.close(*outputs, "output of a file")
         else:
