@@ -93,9 +93,9 @@ class WeightDelta(FittedDelta):
         """The method and its parameters for the adapted tensor of `module`, without those below."""
         parameters = self.tensors(module)
         if self.source is not None and not torch.compiler.is_compiling():
-            parameters |= self._derived_anew(module, self.source, parameters)
+            parameters.update(self._derived_anew(module, self.source, parameters))
         if self.bias_of and self.method.bias_reads_weight:
-            parameters |= self._frozen_matrices(module)
+            parameters.update(self._frozen_matrices(module))
         return self.method, parameters
 
     def whole_delta_of(self, module: nn.Module) -> tuple[Any, dict[str, Tensor]]:
@@ -106,7 +106,8 @@ class WeightDelta(FittedDelta):
         lower = list(self._stack())[1:]
         for number, delta in enumerate(lower):
             own = delta.delta_of(module)[1]
-            parameters |= {f"{number}/{key}": value for key, value in own.items()}
+            # The compiler of torch 2.6 knows no "|=" of dictionaries.
+            parameters.update({f"{number}/{key}": value for key, value in own.items()})
         return Together(method, tuple(delta.method for delta in lower)), parameters
 
     def _stack(self) -> Iterator["WeightDelta"]:
