@@ -35,9 +35,9 @@ EQUIVALENT: dict[str, str] = tomllib.loads((HERE / "equivalent.toml").read_text(
 ALSO = [
     f"tests/test_{name}.py"
     for name in ("adalora", "bad_input", "bank_methods", "bank_padding", "biases", "every_method",
-                 "foreign_methods", "leftover", "numbers", "older_files", "parts", "quantised",
-                 "shared_parameters", "stacking", "torch_features", "trainable_tokens", "updates",
-                 "wrapping")
+                 "foreign_methods", "leftover", "mistakes", "numbers", "older_files", "parts",
+                 "quantised", "shared_parameters", "stacking", "torch_features",
+                 "trainable_tokens", "updates", "wrapping")
 ]  # fmt: skip
 SPARE = 60  # seconds that tests of a mutant may take beyond five times their own
 WHOLE = 400  # seconds for all variants of the tests of a part
