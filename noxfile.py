@@ -26,7 +26,8 @@ CONSTRAINTS = Path("constraints.txt")
 DIFFERS = ["matrix", "state", "torch_features", "files*", "fast_*", "prompt*", "exchange_*"]
 DIFFERS += ["bottleneck*", "*trainers", "quantised*", "peft_parity", "distributed", "parallel"]
 DIFFERS += ["bank*", "foreign_*", "frozen", "ties", "writes_*", "read_*", "saved_by_*", "state_*"]
-DIFFERS += ["schedules*", "private", "compiled_first", "merging"]
+DIFFERS += ["schedules*", "private", "compiled_first", "merging", "little", "stacking"]
+DIFFERS += ["prefix", "activated", "loreft"]
 
 # Packages that torch pins, or caps, differently in each of its versions.
 RANGES = ["torch", "torchvision", "setuptools"]
