@@ -116,7 +116,7 @@ CONTENDERS = {
     "DEFT": Contender("DEFTAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 8})),
     "LoRA-XS": Contender("LoRAXSAll", (3e-3, {"rank": 20}), (3e-3, {"rank": 96})),
     "PSOFT": Contender("PSOFTAll", (3e-3, {"rank": 27}), (3e-3, {"rank": 128})),
-    "RandLoRA": Contender("RandLoRAAll", (1e-2, {"rank": 4}), (1e-2, {"rank": 16})),
+    "RandLoRA": Contender("RandLoRAAll", (1e-2, {"rank": 4}), (1e-3, {"rank": 16})),
     "GLoRA": Contender("GLoRAAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 3})),
     "FacT": Contender("FacTAll", (3e-3, {"rank": 8}), (3e-3, {"rank": 56})),
     "TinyLoRA": Contender("TinyLoRAAll", (1e-2, {}), (1e-2, {})),
@@ -134,7 +134,7 @@ CONTENDERS = {
     "C3A": Contender("C3AAll", (3e-3, {}), (3e-3, {})),
     "RoAd": Contender("RoAdAll", (1e-2, {}), (1e-2, {})),
     "SSF": Contender("SSFAll", (1e-2, {}), (1e-2, {})),
-    "WaveFT": Contender("WaveFTAll", (3e-3, {"n_frequency": 400}), (3e-2, {"n_frequency": 9200})),
+    "WaveFT": Contender("WaveFTAll", (3e-3, {"n_frequency": 400}), (1e-3, {"n_frequency": 9200})),
     "bottleneck": Contender("Bottleneck", (3e-3, {"size": 10}), (3e-3, {"size": 72})),
     "bottleneck beside": Contender(
         "Bottleneck",
