@@ -116,7 +116,7 @@ CONTENDERS = {
     "DEFT": Contender("DEFTAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 8})),
     "LoRA-XS": Contender("LoRAXSAll", (3e-3, {"rank": 20}), (3e-3, {"rank": 96})),
     "PSOFT": Contender("PSOFTAll", (3e-3, {"rank": 27}), (3e-3, {"rank": 128})),
-    "RandLoRA": Contender("RandLoRAAll", (1e-2, {"rank": 4}), (1e-3, {"rank": 16})),
+    "RandLoRA": Contender("RandLoRAAll", (1e-2, {"rank": 4}), (1e-2, {"rank": 16})),
     "GLoRA": Contender("GLoRAAll", (3e-3, {"rank": 1}), (3e-3, {"rank": 3})),
     "FacT": Contender("FacTAll", (3e-3, {"rank": 8}), (3e-3, {"rank": 56})),
     "TinyLoRA": Contender("TinyLoRAAll", (1e-2, {}), (1e-2, {})),
