@@ -70,6 +70,16 @@ def test_the_projection_of_the_network_is_an_isometry(length: int) -> None:
     assert uses.max() - uses.min() <= 1
 
 
+def test_a_tied_weight_is_one_part() -> None:
+    net = nn.ModuleDict({"words": nn.Embedding(9, 12), "body": base(), "head": nn.Linear(12, 9)})
+    net["head"].weight = net["words"].weight
+    tuned(net)
+    found = {path: method(layer) for path, layer in net.named_modules() if weight_deltas(layer)}
+    assert {found[path].entries for path in found} == {D + 3 * (9 + 12)}
+    assert found["head"] == found["words"]
+    assert found["body.0"].first == 3 * (9 + 12)
+
+
 def test_a_network_with_few_entries_leaves_coordinates_without_use() -> None:
     net = tuned(base(torch.float64), theta_d_length=2 * D)
     p = projection(net)
