@@ -1,6 +1,5 @@
 """One thread for each worker, and the same random numbers in every test."""
 
-import contextlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -38,32 +37,24 @@ def _seed() -> None:
     (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _as_large_in_half_of_the_files(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In half of the files layers, which are small, are computed as large ones are."""
-    with _computing(as_large=_is_odd(request.path.name)):
-        yield
+# Half of the tests of these files compute their layers, which are small, as large ones are.
+# Tests that compare with what another process or a fixture of the module did are in other files.
+AS_BOTH = {
+    f"test_{name}.py"
+    for name in ("bank", "bank_rows", "disabled", "every_method", "lora", "matrix", "merging",
+                 "stacking", "state", "ties", "torch_features", "unilora")
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _as_large(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests marked ``as_large`` do so in any file, and half of those marked ``as_both``."""
-    marks = {mark.name for mark in request.node.iter_markers()} & {"as_large", "as_both"}
-    large = "as_large" in marks or _is_odd(request.node.nodeid)
-    with _computing(large) if marks else contextlib.nullcontext():
-        yield
-
-
-def _is_odd(text: str) -> bool:
-    return zlib.crc32(text.encode()) % 2 == 1
-
-
-@contextlib.contextmanager
-def _computing(as_large: bool) -> Iterator[None]:
+    """Tests marked ``as_large`` compute all layers as large ones are computed."""
     from gift.kernels import little
 
+    half = request.path.name in AS_BOTH and zlib.crc32(request.node.nodeid.encode()) % 2
     before = little.LITTLE
-    little.LITTLE = 0 if as_large else 2**21
+    if half or request.node.get_closest_marker("as_large") is not None:
+        little.LITTLE = 0
     yield
     little.LITTLE = before
 

@@ -24,10 +24,7 @@ from tests.cases.selection import cells
 from tests.common import all_bits, full_state
 
 everywhere = pytest.mark.parametrize("method", METHODS)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
-    pytest.mark.as_both,
-]
+pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
 
 def bert() -> nn.Module:

@@ -48,9 +48,6 @@ PROPERTIES: dict[str, set[str]] = {}
 """The names of the cells in which each property is tested."""
 
 
-pytestmark = pytest.mark.as_both
-
-
 def everywhere(test: Callable[..., None]) -> Callable[..., None]:
     """Test a property of every method on every layer type, in the cells that are selected."""
     cells = selected(PLACED, len(PROPERTIES))

@@ -36,7 +36,6 @@ from tests.cases.selection import cells
 from tests.common import delta, enabled
 
 pytestmark = [
-    pytest.mark.as_both,
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:.*batching rule"),
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
