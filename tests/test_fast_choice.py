@@ -19,6 +19,8 @@ from gift.methods import METHODS
 from gift.strategies import LoRALinearFineTuningStrategy
 from gift.utils.info import forms
 
+pytestmark = pytest.mark.as_large
+
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64)
 CHANNELS = (3, 16, 64, 128, 256, 512, 1024)
 POSITIONS = (1, 16, 49, 196, 784, 3136, 16384, 65536, 262144)

@@ -20,7 +20,10 @@ from gift.kernels import onednn
 from gift.kernels.cost_model import FORMS
 from tests.common import delta, per_example_gradients, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
+    pytest.mark.as_large,
+]
 
 ONEDNN = "mkldnn::_linear_pointwise"
 

@@ -335,6 +335,7 @@ def kept_for_backward(net: nn.Module, x: Tensor) -> list[Tensor]:
     return kept
 
 
+@pytest.mark.as_large
 @pytest.mark.parametrize("make", [lambda: nn.Linear(64, 48), lambda: Conv1D(48, 64)])
 def test_lora_fa_keeps_r_numbers_for_each_token(make: Callable[[], nn.Module]) -> None:
     """Of an input that the network needs a gradient of, too; LoRA keeps the input itself."""
