@@ -69,6 +69,20 @@ def _look(value: Any) -> Any:
     return id(value)
 
 
+def frozen_output(net: nn.Module, x: Any) -> Tensor:
+    """What a network computes as long as nothing of it is trained.
+
+    torch may multiply by a trained weight in another order than by a frozen one.
+    """
+    trained = [p for p in nn.Module.parameters(net) if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    output: Tensor = net(x)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return output
+
+
 def delta(module: nn.Module, weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
     """``B A``, for each group, in the shape of the weight."""
     product = torch.einsum("...or,...ri->...oi", b, a)
@@ -160,6 +174,14 @@ def weighted(y: Tensor) -> Tensor:
     """A loss whose gradient differs from place to place and has no simple strides."""
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     return (y * weights).sum() + y.square().sum() / 2
+
+
+def derivatives(call: Callable[[], Tensor], wanted: list[Tensor]) -> list[Any]:
+    """The output, gradients, and gradients of their squares."""
+    y = call()
+    first = torch.autograd.grad(weighted(y), wanted, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted, allow_unused=True)
+    return [y, *first, *second]
 
 
 def per_example_gradients(net: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:

@@ -7,7 +7,7 @@ differentiated by plain autograd.
 # ruff: noqa: B023 - functions are called in the turn of the loop that makes them
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from gift.kernels.depthwise import gradient_of_filters
 from gift.kernels.geometry import Geometry
 from gift.kernels.low_rank_conv import LowRankConv
 from gift.utils.info import forms, kept_inputs
-from tests.common import weighted
+from tests.common import derivatives
 from tests.test_fast_conv import (
     CHOICES,
     CONVOLVE,
@@ -143,14 +143,6 @@ def all_cases() -> Iterator[tuple[Case, bool, int, Geometry]]:
     for case, transposed in CASES:
         for cuts in {cuts_of(case[4], layout) for layout in LAYOUTS}:
             yield case, transposed, cuts, geometry_of(case, transposed)
-
-
-def derivatives(call: Callable[[], Tensor], wanted: list[Tensor]) -> list[Any]:
-    """The output, gradients, and gradients of their squares."""
-    y = call()
-    first = torch.autograd.grad(weighted(y), wanted, create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted, allow_unused=True)
-    return [y, *first, *second]
 
 
 MEMORY = {"contiguous": lambda x: x, "channels_last": channels_last}

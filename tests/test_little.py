@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gift.kernels import little
 from gift.utils.info import forms, kept_inputs
-from tests.common import bytes_kept
+from tests.common import bytes_kept, derivatives
 from tests.test_fast_conv import LAYOUTS, adapted, trained, wrong
-from tests.test_fast_conv_groups import LAYERS, SIZES, derivatives, layer_of, with_weight
+from tests.test_fast_conv_groups import LAYERS, SIZES, layer_of, with_weight
+from tests.test_recomputed import names_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -30,19 +31,8 @@ def _little(_as_large: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(little, "LITTLE", 2**21)
 
 
-def nodes(y: Tensor) -> set[str]:
-    """The names of all nodes of a graph."""
-    found, left = set(), [y.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None:
-            found.add(node.name())
-            left += [next_node for next_node, _ in node.next_functions]
-    return found
-
-
 def by_a_form(net: nn.Module, x: Tensor) -> bool:
-    return any("LowRank" in name for name in nodes(net(x)))
+    return any("LowRank" in name for name in names_of(net(x)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -55,8 +55,8 @@ def keys_of(base: Any, **given: Any) -> Tensor:
     cache = base(**given, use_cache=True).past_key_values
     cache = getattr(cache, "self_attention_cache", cache)
     if OLD:
-        same = isinstance(cache, tuple)
-        layers = cache if same else zip(cache.key_cache, cache.value_cache, strict=True)
+        in_tuples = isinstance(cache, tuple)
+        layers = cache if in_tuples else zip(cache.key_cache, cache.value_cache, strict=True)
     else:
         layers = [(layer.keys, layer.values) for layer in cache.layers]
     pairs = [part[0] for keys, values, *_ in layers for part in (keys, values)]

@@ -29,7 +29,7 @@ from gift.utils.info import kept_inputs
 from tests.cases.methods import METHODS as CASES
 from tests.cases.methods import MethodCase
 from tests.cases.selection import cells
-from tests.common import weighted
+from tests.common import derivatives, weighted
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9) and autograd.hides_hooks()
 not_on_old = pytest.mark.skipif(
@@ -811,15 +811,10 @@ def test_scaled_inputs_and_their_derivatives(base: Any, h: Tensor) -> None:
     net = adapted(base, "ia3", feedforward=True)
     factor = net.ia3_l.reshape(-1, *[1] * (base.weight.dim() - 2))
 
-    def derivatives(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        wanted = [h, net.ia3_l]
-        y = call(F.gelu(h))
-        first = torch.autograd.grad(weighted(y), wanted, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
-        return [y, *first, *second]
-
+    wanted = [h, net.ia3_l]
     plain = copy.deepcopy(base).requires_grad_(False)
-    found, expected = derivatives(net), derivatives(lambda x: plain(x * factor))
+    found = derivatives(lambda: net(F.gelu(h)), wanted)
+    expected = derivatives(lambda: plain(F.gelu(h) * factor), wanted)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

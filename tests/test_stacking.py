@@ -18,7 +18,7 @@ from gift.core.weights.record import weight_deltas
 from gift.factories import ma_adapt, ma_replace_head, ma_train, mc_path, pa_train, pc_any, pc_name
 from gift.strategies import FineTuningStrategy, LoRAAllFineTuningStrategy
 from tests.cases.methods import METHODS, MethodCase, Parameters
-from tests.common import all_bits, trainable
+from tests.common import all_bits, frozen_output, trainable
 
 LoRA = LoRAAllFineTuningStrategy
 pytestmark = pytest.mark.filterwarnings("ignore:the delta has more", "ignore:these cannot have")
@@ -53,21 +53,6 @@ def moved(net: nn.Module, scale: float = 0.3) -> nn.Module:
     return net
 
 
-def frozen_output(net: nn.Module) -> Tensor:
-    """What a network computes as long as nothing of it is trained.
-
-    torch may multiply by a trained weight in another order than by a frozen one; the first delta
-    is frozen below a second one.
-    """
-    trained = [p for p in net.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    output: Tensor = net(TOKENS)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    return output
-
-
 def stacked(first: FineTuningStrategy, second: FineTuningStrategy, net: Any = None) -> Any:
     """A network with two deltas, and what it computed with the first."""
     net = (Tied() if net is None else net).eval()
@@ -75,7 +60,7 @@ def stacked(first: FineTuningStrategy, second: FineTuningStrategy, net: Any = No
         warnings.simplefilter("ignore", gift.GiftWarning)
         gift.enable_fine_tuning(net, first)
         moved(net)
-        before = frozen_output(net)
+        before = frozen_output(net, TOKENS)
         gift.enable_fine_tuning(net, second, stack=True)
     return net, before
 
@@ -175,7 +160,7 @@ def test_a_stack_is_taken_apart_as_it_was_put_together(first: str, second: str) 
     assert not torch.allclose(after, before, atol=1e-3)
     assert sorted(names) == sorted(n for n in net.state_dict() if n in names)
     with gift.disabled(net):
-        assert torch.equal(frozen_output(net), before)
+        assert torch.equal(frozen_output(net, TOKENS), before)
     assert torch.equal(net(TOKENS), after)
     with gift.merged(net):
         torch.testing.assert_close(net(TOKENS), after, rtol=1e-4, atol=1e-4)
@@ -184,7 +169,7 @@ def test_a_stack_is_taken_apart_as_it_was_put_together(first: str, second: str) 
     assert [type(m) for m in merged.modules()] == kinds
     twin = copy.deepcopy(net)
     gift.disable_fine_tuning(twin)
-    assert torch.equal(frozen_output(twin), before)
+    assert torch.equal(frozen_output(twin, TOKENS), before)
     buffer = io.BytesIO()
     torch.save(net, buffer)
     buffer.seek(0)
@@ -194,7 +179,7 @@ def test_a_stack_is_taken_apart_as_it_was_put_together(first: str, second: str) 
     gift.disable_fine_tuning(again)
     assert all_bits(again) == base
     gift.disable_fine_tuning(net)
-    assert torch.equal(frozen_output(net), before)
+    assert torch.equal(frozen_output(net, TOKENS), before)
     gift.disable_fine_tuning(net)
     assert all_bits(net) == base
     assert [type(m) for m in net.modules()] == kinds
@@ -240,7 +225,7 @@ def test_a_tied_tensor_has_one_stack_wherever_it_is_adapted(place: str) -> None:
     assert torch.equal(twin.embed.weight, twin.head.weight)
     assert torch.equal(twin.embed.weight, net.embed.weight)
     gift.disable_fine_tuning(net)
-    assert torch.equal(frozen_output(net), before)
+    assert torch.equal(frozen_output(net, TOKENS), before)
     assert torch.equal(net.embed.weight, net.head.weight)
 
 
@@ -256,7 +241,7 @@ def test_what_the_first_trained_in_place_is_frozen_unless_the_second_trains_it()
     assert "up.bias" in trainable(net)
     moved(net)
     gift.disable_fine_tuning(net)
-    assert torch.equal(frozen_output(net), before)
+    assert torch.equal(frozen_output(net, TOKENS), before)
 
 
 def test_a_cap_for_everything_does_not_train_the_frozen_delta() -> None:
@@ -397,7 +382,7 @@ def test_an_sft_delta_is_the_reference_of_preference_optimisation() -> None:
     net, sft = stacked(LoRA(), LoRA())
     moved(net)
     with gift.disabled(net):
-        assert torch.equal(frozen_output(net), sft)
+        assert torch.equal(frozen_output(net, TOKENS), sft)
         with torch.no_grad():  # which may take another form
             torch.testing.assert_close(net(TOKENS), sft)
 

@@ -16,7 +16,7 @@ from gift.kernels.cost_model import Form
 from gift.kernels.geometry import Geometry
 from gift.kernels.low_rank_conv import effective_of
 from gift.kernels.operands import tell
-from gift.kernels.recomputed import AS_IT_IS, WATCHING, is_small
+from gift.kernels.recomputed import AS_IT_IS, is_small, note
 
 LITTLE = 2**21  # multiplications of a convolution; 0 leaves all layers to the autograd functions
 MODEST = 2**16  # elements of an input that is kept for their sake
@@ -66,8 +66,10 @@ def little_conv(
         scale: `s`.
         geometry: the convolution.
     """
+    if not _differentiates():
+        return None
     work = x.numel() * geometry.taps * geometry.shape[0] // geometry.groups
-    if not _differentiates() or not (is_small(x) or (work < LITTLE and x.numel() <= MODEST)):
+    if not is_small(x) and (work >= LITTLE or x.numel() > MODEST):
         return None
     if geometry.groups == 1 and not geometry.transposed and len(left) == geometry.shape[0]:
         _tell(layer, "side")
@@ -90,5 +92,4 @@ def _differentiates() -> bool:
 
 def _tell(layer: Any, form: Form) -> None:
     tell(layer, form)
-    for note in WATCHING:
-        note(AS_IT_IS)
+    note(AS_IT_IS)

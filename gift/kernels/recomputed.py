@@ -92,9 +92,14 @@ def keep(
     if ways is not None and _is_usual(x):
         with contextlib.suppress(Unknown):
             kept, tensors = _recomputed(x, work, ways, seldom)
-    for note in WATCHING:
-        note(kept)
+    note(kept)
     return kept, tensors
+
+
+def note(kept: Kept) -> None:
+    """Tell those that watch how an input is kept."""
+    for watcher in WATCHING:
+        watcher(kept)
 
 
 def is_small(x: Tensor) -> bool:
