@@ -891,3 +891,100 @@ def test_a_layer_with_a_forward_of_its_own_is_named() -> None:
     text = rf"{re.escape(__name__)}\.Doubled, whose forward is its own"
     with pytest.raises(AdaptationError, match=text), bank.rows(["a", "b"]):
         pass
+
+
+class RowByRow(nn.Module):
+    """Calls its layers once for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = [self.second(torch.tanh(self.first(one))).relu() for one in x]
+        return self.last(torch.stack(each))
+
+
+def test_layers_that_get_one_row_at_a_time() -> None:
+    bank, x = bank_of(RowByRow().double()), torch.randn(4, 7, 6).double()
+    check(bank, lambda net: net(x))
+
+
+class Reads(nn.Module):
+    """Takes values of a weight out of torch."""
+
+    def __init__(self, read: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.fc, self.read = nn.Linear(6, 6), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.read(self.fc.weight)
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "tolist": lambda weight: weight.tolist()[0][0],
+    "numpy": lambda weight: weight.detach().numpy()[0, 0],
+    "number": lambda weight: weight[0, 0].item(),
+    "float": lambda weight: float(weight.norm()),
+}
+
+
+@pytest.mark.parametrize("rows", [ROWS, ["a"] * 4], ids=["each", "one"])
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_who_takes_values_of_an_adapted_weight_out_of_torch_is_refused(
+    read: Any, rows: list[str | None]
+) -> None:
+    """They would be those of the base, without a word."""
+    bank = bank_of(Reads(read))
+    with (
+        pytest.raises(RuntimeError, match=r"Reads reads fc\.weight itself"),
+        bank.rows(rows) as net,
+    ):
+        net(torch.randn(4, 6))
+
+
+class AddsPositions(nn.Module):
+    """Makes positions once for all rows, and adds them in a way of its own."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.to_position, self.add = nn.Linear(6, 6), nn.Linear(2, 6), add
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.fc(x), self.to_position(torch.ones(1, 5, 2).to(x)))
+
+
+def test_an_error_behind_a_layer_that_was_repeated_names_the_layer() -> None:
+    x = torch.randn(4, 5, 6).double()
+    check(bank_of(AddsPositions(torch.add).double()), lambda net: net(x))
+    bank = bank_of(AddsPositions(lambda y, p: y + p.reshape(5, 6)).double())
+    with pytest.raises(RuntimeError, match="shape") as caught, bank.rows(ROWS) as net:
+        net(x)
+    assert "['to_position.weight'] got one input for all rows" in caught.value.__notes__[0]
+    bank = bank_of(RowByRow())
+    with pytest.raises(RuntimeError, match="shape") as caught, bank.rows(ROWS) as net:
+        net(torch.randn(4, 7, 5))
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_exporting_the_network_inside_is_refused() -> None:
+    bank, x = bank_of(nn.Sequential(nn.Linear(6, 6))), torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match="compiled, where rows cannot differ"), bank.rows(ROWS):
+        torch.export.export(bank.net, (x,))
+
+
+class Zeros(nn.Module):
+    """Makes its own batch, as generation from noise does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        return self.fc(torch.ones(4, 6).to(scale) * scale)
+
+
+def test_a_network_without_a_batch_among_its_inputs() -> None:
+    """What it makes from constants has the rows along `dim` where it has an entry for each."""
+    scale = torch.tensor(0.5).double()
+    check(bank_of(Zeros().double()), lambda net: net(scale))

@@ -1,6 +1,7 @@
 """Where the rows are after a tensor was indexed, and after values were written at an index."""
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from gift.bank.places import (
 Index = tuple[Tensor, Place]  # positions along one axis, and where their own rows are
 
 
+MASKS = (torch.bool, torch.uint8)
+
+
 def is_decision(index: Any) -> bool:
     """Whether an item of an index is one number in a tensor, which is read as a Python number."""
     return isinstance(index, Tensor) and index.numel() == 1 and not index.is_floating_point()
@@ -42,7 +46,7 @@ def indexed(call: Call, x: Tensor, place: Place, index: Any) -> Place:
             continue
         if axis == x.ndim:
             break
-        if isinstance(item, Tensor | list | range) and not _is_number(item):
+        if not isinstance(item, slice) and not _is_number(item):
             found = [(axis + i, one) for i, one in enumerate(_positions(call, item))]
             chosen += found
             layout += ["chosen"] * len(found)
@@ -70,13 +74,20 @@ def _at_rows(place: Rows, item: Any, size: int) -> Place:
 
 
 def _is_number(item: Any) -> bool:
-    return isinstance(item, Tensor) and item.ndim == 0 and item.dtype != torch.bool
+    return item.ndim == 0 if isinstance(item, Tensor) else isinstance(item, Integral)
+
+
+def _is_bool(item: Any) -> bool:
+    """Whether an item is True or False, also as a scalar of numpy or torch."""
+    if isinstance(item, Tensor):
+        return item.ndim == 0 and item.dtype in MASKS
+    return isinstance(item, bool) or (str(getattr(item, "dtype", "")) == "bool" and not item.ndim)
 
 
 def _items(index: Any, ndim: int) -> tuple[Any, ...]:
     """Return the items of an index, with dots expanded."""
     items = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(item, bool) for item in items):
+    if any(map(_is_bool, items)):
         raise Mixed("is indexed by a bool")
     for i, item in enumerate(items):
         if item is Ellipsis:
@@ -89,18 +100,24 @@ def _width(item: Any) -> int:
     """Return the number of axes that an item of an index covers."""
     if item is None or item is Ellipsis:
         return 0
-    return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+    if isinstance(item, slice) or _is_number(item):
+        return 1
+    positions = torch.as_tensor(item)
+    return positions.ndim if positions.dtype in MASKS else 1
 
 
 def _positions(call: Call, item: Any) -> Iterator[Index]:
-    """Return the positions that a tensor or a list picks, along one axis or, if a mask, several."""
+    """Return the positions that a tensor, a list, a tuple or an array picks along one axis.
+
+    A mask picks them along as many axes as it has.
+    """
     if not isinstance(item, Tensor):
         item = torch.as_tensor(item)
         place: Place = SAME
     else:
         place = call.place_of(item)
         place = SAME if isinstance(place, Lost) and is_decision(item) else place
-    if item.dtype not in (torch.bool, torch.uint8):
+    if item.dtype not in MASKS:
         yield item, place
         return
     places = item.nonzero(as_tuple=True)

@@ -33,9 +33,7 @@ def added(call: Call, which: int) -> Place:
 
 def summed(call: Call, which: int) -> Place:
     """Return the place in what `torch.einsum` computes."""
-    equation = call.given(0, "equation")
-    if not isinstance(equation, str):
-        raise Mixed("is called without an equation")
+    equation: str = call.given(0, "equation")
     terms, arrow, result = equation.replace(" ", "").partition("->")
     if not arrow:
         letters = terms.replace("...", "").replace(",", "")

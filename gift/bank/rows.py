@@ -158,8 +158,7 @@ class _Rows:
         place = tracking.in_layer(x)
         if len({*self.rows}) == 1 or isinstance(place, One):
             name = self.rows[place.row if isinstance(place, One) else 0]
-            output = self._added(module, x, output, name)
-            return output, tracking.place_of(output)
+            return self._added(module, x, output, name), tracking.place_of(output)
         if place is SAME and x.ndim > dim and x.shape[dim] == 1:
             # An input computed once for all rows, like positions, is expanded to all of them.
             tracking.repeated.add(self.path)

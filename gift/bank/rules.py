@@ -220,7 +220,8 @@ def _side_by_side(parts: Sequence[Operand], axis: int, n: int) -> Place:
     for shape, place in parts:
         if isinstance(place, One):
             ids.append(torch.full((shape[axis],), place.row))
-        elif isinstance(place, Rows):
+        else:
+            assert isinstance(place, Rows)
             ids.append(everywhere(place, shape[axis]))
             ragged = ragged or place.ragged
     return placed(n, axis, torch.cat(ids), ragged)
@@ -263,8 +264,7 @@ def _along(call: Call, which: int) -> Place:
             return call.place_of(index)
     widest = [max(t.shape[a] for t in call.tensors if t.ndim >= -a) for a in range(-ndim, 0)]
     place = call.together(call.tensors, widest)
-    if not isinstance(place, Rows):
-        return place
+    assert isinstance(place, Rows)  # `place_after` has the other cases
     size = widest[place.axis]
     if place.axis in axes:
         if call.name in kinds.SPLITTING:
@@ -286,8 +286,6 @@ def _piece(call: Call, which: int, place: Rows) -> Place:
         return entry(place, int(call.given(2, "index")), x.shape[axis])
     if call.name in ("unbind", "__iter__"):
         return entry(place, which, x.shape[axis])
-    if made.ndim < x.ndim:
-        raise Mixed("works along the axis of the rows")
     if call.name in ("narrow", "narrow_copy"):
         start = int(call.given(2, "start"))
         start += x.shape[axis] if start < 0 else 0

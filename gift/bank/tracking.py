@@ -234,12 +234,11 @@ class Tracking(TorchFunctionMode):
         if not made and name not in kinds.LEAVING:
             return
         call = Call(name, func, args, kwargs, self.n_rows, self.place_of, made)
-        if made:
-            self._check_weights(call.tensors)
-        elif self.differs:
-            self._check_leaving(call)
+        self._check_weights(call.tensors)
         if not self.differs:
             return
+        if not made:
+            self._check_leaving(call)
         for which, tensor in enumerate(made):
             try:
                 place = place_after(call, which)
