@@ -439,3 +439,59 @@ def test_finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(TrainingError, match=reason):
             finetune(body(), data, allocator=wrong, epochs=4, batch_size=10, **settings)
+
+
+def test_the_budget_is_the_cubic_schedule_of_the_paper() -> None:
+    """Equation 12 of AdaLoRA, of all triplets of the network."""
+    net = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 5))
+    enable_fine_tuning(net, strategy(rank=4))
+    ranks = RankAllocator(target_rank=1, total_steps=20, warmup_steps=5, final_steps=3, penalty=0.0)
+    ranks.attach(net)
+    first, last, found, final = 2 * 4, 2 * 1, [], []
+    for _ in range(20):
+        net(torch.randn(3, 12)).square().sum().backward()
+        before = [p.grad.clone() for p in net.parameters()]
+        ranks.add_gradients()  # of a penalty of zero
+        assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before, strict=True))
+        ranks.step()
+        found.append(ranks.budget)
+        final.append(ranks.is_final)
+        net.zero_grad()
+    share = [min(max((t - 5) / (20 - 5 - 3), 0), 1) for t in range(1, 21)]
+    assert found == [int(last + (first - last) * (1 - part) ** 3) for part in share]
+    assert final == [t >= 17 for t in range(1, 21)]
+
+
+def test_the_penalty_reaches_no_frozen_factors() -> None:
+    net = nn.Linear(6, 5)
+    enable_fine_tuning(net, strategy(rank=2))
+    ranks = RankAllocator(target_rank=1, total_steps=9, warmup_steps=1, final_steps=1)
+    ranks.attach(net)
+    factors = [p for p in net.parameters() if p.ndim == 2 and min(p.shape) > 1]
+    assert len(factors) == 2
+    factors[0].requires_grad_(False)
+    ranks.add_gradients()
+    assert [one.grad is None for one in factors] == [True, False]
+    net.zero_grad()
+    factors[1].requires_grad_(False)
+    ranks.add_gradients()
+    assert [one.grad for one in factors] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("module", "trainer", "text"),
+    [
+        (SimpleNamespace(automatic_optimization=False), None, "the module optimises by hand: call"),
+        (
+            SimpleNamespace(automatic_optimization=True),
+            SimpleNamespace(estimated_stepping_batches=math.inf),
+            "the Trainer has no end: give the allocator its total_steps",
+        ),
+    ],
+    ids=["by hand", "endless"],
+)
+def test_what_lightning_cannot_be_asked(module: Any, trainer: Any, text: str) -> None:
+    callback = LightningCallback(RankAllocator(target_rank=1))
+    with pytest.raises(ValueError, match=text):
+        callback.on_fit_start(trainer, module)
+    assert callback.state_dict() == {}

@@ -42,6 +42,9 @@ STRATEGIES = {
     "one layer": at("3", method="rslora", rank=4, lora_alpha=5.0),
     "others": at("0", "5", method="pissa", rank=1),
     "products": at("5", method="loha", rank=2),
+    "weight itself": FineTuningStrategy(
+        [(mc_path("0"), ma_adapt("lora", rank=1))], [(pc_path("5.weight"), pa_train())]
+    ),
     "norm": FineTuningStrategy(
         [(mc_path("3"), ma_adapt("lora", rank=2))], [(pc_path("4.weight"), pa_train())]
     ),

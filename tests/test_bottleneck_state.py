@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.strategies import BottleneckFineTuningStrategy as Bottlenecks
+from gift.strategies import LoRAAllFineTuningStrategy
 from gift.strategies import PromptFineTuningStrategy as Prompts
 from tests.cases.calls import (
     CASES,
@@ -26,7 +27,7 @@ from tests.cases.calls import (
     small,
     wrapped,
 )
-from tests.common import all_bits, bits, full_state
+from tests.common import all_bits, bits, frozen_output, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning")
 
@@ -252,3 +253,39 @@ def test_the_older_exporter_to_onnx(
     session = InferenceSession(file.getvalue())
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), net(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_that_was_kept_is_the_plain_one_afterwards() -> None:
+    net, x = nn.Linear(4, 4), torch.randn(3, 4)
+    expected = net(x)
+    enable_fine_tuning(net, Bottlenecks(2, after=""))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    kept = net.forward
+    assert not torch.allclose(kept(x), expected)
+    disable_fine_tuning(net)
+    torch.testing.assert_close(kept(x), expected, rtol=0, atol=0)
+
+
+def test_a_wrapper_is_the_base_of_a_stack() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+    enable_fine_tuning(net, Bottlenecks(2, after="0"))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    lower = {name: value.clone() for name, value in net.state_dict().items()}
+    expected = frozen_output(net, x)
+    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1), stack=True)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == set(net.state_dict()) == {f"{i}.lora_{part}" for i in "01" for part in "AB"}
+    torch.testing.assert_close(frozen_output(net, x), expected, rtol=0, atol=0)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(2):
+        net(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = dict(nn.Module.named_parameters(net))
+    for name, value in lower.items():
+        torch.testing.assert_close(whole[name], value, rtol=0, atol=0)
+    assert not torch.allclose(net(x), expected)

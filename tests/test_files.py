@@ -29,7 +29,7 @@ from gift.factories import (
     pa_train,
     pc_name,
 )
-from gift.files import container
+from gift.files import container, saving
 from gift.methods import METHODS
 from gift.strategies import (
     FullFineTuningStrategy,
@@ -42,7 +42,7 @@ from gift.support import atomic_files
 from gift.wrappers import Bottleneck
 from tests import _files_worker
 from tests._files_worker import unnamed
-from tests.common import all_bits, bits, full_state
+from tests.common import all_bits, bits, frozen_output, full_state
 
 LORA = LoRAAllFineTuningStrategy
 ROOT = Path(__file__).parent.parent
@@ -725,3 +725,52 @@ def test_a_resolved_strategy_is_one_for_users_too() -> None:
     with pytest.raises(ValueError, match=r"(?s)lore.*has no setting.*Bottle"):
         ResolvedStrategy(wrong)
     assert unnamed(strategy).module_caps[1].action.recipe == ("ma_replace_head", {"num_classes": 3})
+
+
+def test_a_delta_of_an_enabled_network_is_frozen_if_it_shall_not_be_trained(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+    other = copy.deepcopy(net)
+    for one in (net, other):
+        enable_fine_tuning(one, LoRAAllFineTuningStrategy(rank=1))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    gift.save(net, tmp_path / "delta")
+    gift.load(other, tmp_path / "delta", train=False)
+    assert not any(p.requires_grad for p in nn.Module.parameters(other))
+    torch.testing.assert_close(other(x), frozen_output(net, x), rtol=0, atol=0)
+
+
+def test_a_layer_that_an_action_put_there_can_be_repeated_by_code_alone(tmp_path: Path) -> None:
+    def widen(parent: nn.Module, name: str, *_: Any) -> None:
+        setattr(parent, name, nn.Linear(4, 4))
+
+    net = nn.Sequential(nn.Identity(), nn.Linear(4, 2))
+    enable_fine_tuning(net, FineTuningStrategy([(mc_path("0"), widen)]))
+    gift.save(net, tmp_path / "delta")
+    text = "0 was replaced by a Linear of its own"
+    assert text in gift.inspect(tmp_path / "delta").reason
+    with pytest.raises(DeltaFileError, match=text):
+        gift.load(nn.Sequential(nn.Identity(), nn.Linear(4, 2)), tmp_path / "delta")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_hears_that_the_first_one_could_not_write(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def broadcast(values: list[Any]) -> None:
+        if rank:
+            values[:] = ["OSError: full"]
+        told.extend(values)
+
+    def fail(*_: Any) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(saving, "write", fail)
+    with pytest.raises(OSError, match="full"):
+        saving._write_in_one_process(tmp_path / "delta", {}, {})
+    assert told == ["OSError: full"]

@@ -259,6 +259,14 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any], Tensors], Any], str]] = {
     "a note without a task": (
         lambda head, t: head.update(inputs={"task": 3, "classes": None, "reader": None}),
         "'inputs' that"),
+    "a note without classes": (
+        lambda head, t: head.update(inputs={"task": "t", "reader": None}), "'inputs' that"),
+    "a note with more": (
+        lambda head, t: head["inputs"].update(more=1), "'inputs' that makes no sense"),
+    "details that are none": (
+        lambda head, t: head["inputs"].update(details=[1]), "'inputs' that makes no sense"),
+    "classes that are no texts": (
+        lambda head, t: head["inputs"].update(classes=[1]), "'inputs' that makes no sense"),
     "a reader that is a list": (
         lambda head, t: head.update(inputs={"task": "t", "classes": None, "reader": ["a"]}),
         "'inputs' that"),

@@ -223,3 +223,48 @@ def test_keywords_of_load_state_dict(given: tuple[str, ...]) -> None:
         other.load_state_dict(sd={"first.lora_B": torch.zeros(4, 1)})
     with pytest.raises(TypeError, match="state_dict"):
         other.load_state_dict(net.state_dict(), True)  # as the author's takes one only
+
+
+class Packed(Base):
+    """Gives its state in a format of its own."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(super().state_dict(*args, **kwargs).items())
+
+
+def test_a_state_in_a_format_of_the_author_is_given_as_it_is() -> None:
+    net = enabled(Packed())
+    found = net.state_dict()
+    assert isinstance(found, tuple)
+    assert {"first.weight", "second.bias"} <= {name for name, _ in found}
+
+
+def test_parameters_by_name_are_the_frozen_ones_and_those_of_deltas() -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
+    weight = net[0].weight
+    enabled(net)
+    assert net.get_parameter("0.weight") is weight
+    assert net[0].get_parameter("weight") is weight
+    assert net[0].get_parameter("lora_A") is net[0].lora_A
+    for name in ("bias", "nothing"):
+        with pytest.raises(AttributeError, match=name):
+            net[0].get_parameter(name)
+        with pytest.raises(AttributeError, match=name):
+            net.get_parameter(f"0.{name}")
+
+
+def test_a_traced_graph_is_compiled_anew_as_the_class_that_it_was() -> None:
+    net: Any = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    plain, x = type(net), torch.randn(3, 4)
+    enabled(net)
+    adapted, before = type(net), net(x)
+    output = next(node for node in net.graph.nodes if node.op == "output")
+    with net.graph.inserting_before(output):
+        output.args = (net.graph.call_function(torch.neg, output.args),)
+    net.recompile()
+    assert type(net) is adapted
+    torch.testing.assert_close(net(x), -before)
+    gift.disable_fine_tuning(net)
+    assert type(net) is plain
+    first, second = net.get_submodule("0"), net.get_submodule("1")
+    torch.testing.assert_close(net(x), -second(first(x)))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gift
-from gift.factories import ma_adapt, ma_train, mc_name, mc_type
+from gift.factories import ma_adapt, ma_freeze, ma_train, mc_name, mc_type
 from gift.strategies import (
     FineTuningStrategy,
     LoRALinearFineTuningStrategy,
@@ -168,3 +168,14 @@ def test_long_work_outside_training_shows_a_bar(
     watched("merging", lambda: gift.merge(net))
     for name, screen in screens.items():
         assert (name in screen.getvalue()) == is_terminal, (name, screen.getvalue())
+
+
+def test_what_a_cap_freezes_is_frozen_in_the_tree() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    strategy = FineTuningStrategy([(mc_name("0"), ma_freeze()), (mc_name("1"), ma_train())])
+    report = gift.enable_fine_tuning(net, strategy)
+    states = {child.name: child.state for child in report.nodes().children}
+    assert states == {"0": "frozen", "1": "trained", "2": "frozen"}
+    lines = [line for line in report.tree(colours=False).splitlines() if "── " in line]
+    assert [line.rpartition("(")[2].rstrip(")") for line in lines] == [*states.values()]
+    assert "\x1b[" in report.tree(colours=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gift.bank.changes import Change, Changes, changes_of, trained_values
 from gift.core.delta import put_values
+from gift.core.undo.undo import tensor_of
 from gift.core.undo.unload import UnloadedDelta
 from gift.core.weights.record import weight_deltas
 from gift.engine.enable import enabling_trained
@@ -186,7 +187,10 @@ def summed_values(
 ) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """Return trained parameters and buffers: the base plus the weighted differences.
 
-    Where only some deltas train a parameter, `whole` holds the other deltas' changes of it.
+    Args:
+        read: the changes of each delta.
+        weights: the weight of each delta.
+        whole: weighted changes of parameters that other deltas train as they are.
     """
     made: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for name, changes in read.items():
@@ -196,10 +200,12 @@ def summed_values(
                 value = value + weights[name] * (wide(now) - wide(base))
             made[path] = module, own, value
     for path, terms in whole.items():
-        module, own, value = made[path]
+        place = terms[0][1]
+        base = wide(tensor_of(place.module, place.tensor))
+        *_, value = made.get(path, (place.module, place.tensor, base))
         for weight, change in terms:
             value = value + weight * change.layout.to_weight(change.dense())
-        made[path] = module, own, value
+        made[path] = place.module, place.tensor, value
     wrong = [
         path for path, (*_, v) in made.items() if path.endswith("running_var") and (v < 0).any()
     ]
