@@ -341,3 +341,37 @@ def test_nested_tensors(method: str, layout: torch.layout) -> None:
         for outputs in (list(found), expected)
     )
     torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-3)
+
+
+KEPT: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(8, 8), torch.randn(3, 8)),
+    "transposed linear": (lambda: Conv1D(8, 8), torch.randn(3, 8)),
+    "conv": (lambda: nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 5, 5)),
+    "grouped conv": (lambda: nn.Conv1d(8, 8, 3, groups=2), torch.randn(2, 8, 9)),
+    "transposed conv": (lambda: nn.ConvTranspose2d(8, 8, 3), torch.randn(2, 8, 5, 5)),
+    "embedding": (lambda: nn.Embedding(9, 8), torch.arange(6)),
+}
+
+
+@pytest.mark.parametrize("layer", KEPT)
+@everywhere
+def test_a_forward_that_was_kept_computes_what_the_layer_is(method: str, layer: str) -> None:
+    """Plain after the delta is gone, and with another delta once it has one."""
+    make, x = KEPT[layer]
+    net = make()
+    expected = net(x)
+    try:
+        enable(net, method)
+    except ValueError:
+        pytest.skip("it cannot adapt this layer")
+    train(net)
+    kept = net.forward
+    torch.testing.assert_close(kept(x), net(x), rtol=0, atol=0)
+    disable_fine_tuning(net)
+    torch.testing.assert_close(kept(x), expected, rtol=0, atol=0)
+    for other in ("lora", "full_delta"):
+        enable(net, other)
+        train(net)
+        torch.testing.assert_close(kept(x), net(x), rtol=0, atol=0)
+        assert not torch.allclose(net(x), expected)
+        disable_fine_tuning(net)

@@ -42,10 +42,7 @@ def conv_transpose_forwards(path: Callable[..., Any]) -> dict[str, Callable[...,
 
 def conv(self: Any, input: Tensor) -> Tensor:
     """Compute a convolution in its cheapest form, or with the effective weight if none applies."""
-    try:
-        delta = self._gift_weights["weight"]
-    except AttributeError:  # a reference to this method outlived the adaptation
-        return type(self).forward(self, input)
+    delta = self._gift_weights["weight"]
     method, parameters = delta.whole_delta_of(self)
     dropped = dropped_inputs(method, input, self.training)
     if is_usual(self):
@@ -63,10 +60,7 @@ def conv(self: Any, input: Tensor) -> Tensor:
 
 def conv_transpose(self: Any, input: Tensor, output_size: Any = None) -> Tensor:
     """Compute a transposed convolution as `conv` does."""
-    try:
-        delta = self._gift_weights["weight"]
-    except AttributeError:  # a reference to this method outlived the adaptation
-        return type(self).forward(self, input, output_size)
+    delta = self._gift_weights["weight"]
     more = output_padding_of(self, input, output_size) if is_usual(self) else None
     if more is None:
         return type(self)._gift_plain.forward(self, input, output_size)
@@ -93,25 +87,16 @@ def effective_conv(self: Any, input: Tensor) -> Tensor:
 
 def effective_conv_transpose(self: Any, input: Tensor, output_size: Any = None) -> Tensor:
     """Compute a transposed convolution as `effective_conv` does."""
-    adapted = "_gift_weights" in self.__dict__  # else a reference to this method outlived it
-    more = output_padding_of(self, input, output_size) if adapted and is_usual(self) else None
+    more = output_padding_of(self, input, output_size) if is_usual(self) else None
     output = None if more is None else _effective(self, input, more)
     if output is None:
-        plain: Any = getattr(type(self), "_gift_plain", type(self))
-        output = plain.forward(self, input, output_size)
+        output = type(self)._gift_plain.forward(self, input, output_size)
     return output
 
 
 def effective_conv_forwards() -> dict[str, Callable[..., Any]]:
     """Return forward functions for methods that have none of their own: see `Method.forwards`."""
-    return conv_forwards(_own_conv) | conv_transpose_forwards(effective_conv_transpose)
-
-
-def _own_conv(self: Any, input: Tensor) -> Tensor:
-    """Compute a convolution of a subclass too, whose own method convolves."""
-    if "_gift_weights" not in self.__dict__:  # a reference to this method outlived the adaptation
-        return type(self).forward(self, input)
-    return effective_conv(self, input)
+    return conv_forwards(effective_conv) | conv_transpose_forwards(effective_conv_transpose)
 
 
 def _effective(layer: Any, input: Tensor, more: Sizes | None = None) -> Tensor | None:

@@ -141,15 +141,11 @@ def effective_forwards() -> dict[str, Callable[..., Any]]:
     """Return forward functions for methods that have none of their own: see `Method.forwards`."""
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor | None:
-        try:
-            delta = self._gift_weights["weight"]
-        except AttributeError:  # a reference to this method outlived the adaptation
-            return None
         made = made_for(self, x)
         if made is None:
             return None
-        bias = self._gift_weight("bias", once=True)
-        return effective_product(x, made, bias, delta.ways, transposed)
+        bias, ways = self._gift_weight("bias", once=True), self._gift_weights["weight"].ways
+        return effective_product(x, made, bias, ways, transposed)
 
     def linear(self: Any, input: Tensor) -> Tensor:
         output = forward(self, input, transposed=False)
@@ -157,8 +153,7 @@ def effective_forwards() -> dict[str, Callable[..., Any]]:
 
     def conv1d_of_transformers(self: Any, x: Tensor) -> Tensor:
         output = forward(self, x, transposed=True)
-        plain = getattr(type(self), "_gift_plain", type(self))
-        return plain.forward(self, x) if output is None else output
+        return type(self)._gift_plain.forward(self, x) if output is None else output
 
     return {
         **dict.fromkeys(forwards_of("linear"), linear),

@@ -115,10 +115,7 @@ def linear_forwards(path: LinearPath) -> dict[str, Callable[..., Any]]:
     """Return entries for `Method.forwards`: ``nn.Linear`` and the ``Conv1D`` of transformers."""
 
     def forward(self: Any, x: Tensor, transposed: bool) -> Tensor:
-        try:
-            delta = self._gift_weights["weight"]
-        except AttributeError:  # a reference to this method outlived the adaptation
-            return type(self).forward(self, x)
+        delta = self._gift_weights["weight"]
         if not delta.reads_alike:  # tied to an embedding whose layout is transposed
             return Product(self, self.weight, transposed).output(x, self.bias)
         if delta.mesh_axes:

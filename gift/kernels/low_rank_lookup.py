@@ -16,11 +16,7 @@ def lookup(self: Any, input: Tensor) -> Tensor:
 
     The effective weight of a vocabulary is many times as large as the rows that a batch reads.
     """
-    try:
-        delta = self._gift_weights["weight"]
-    except AttributeError:  # a reference to this method outlived the adaptation
-        return type(self).forward(self, input)
-    weight = self._gift_frozen("weight")
+    delta, weight = self._gift_weights["weight"], self._gift_frozen("weight")
     method, parameters = delta.whole_delta_of(self)
     if not _is_usual(self, delta, weight) or (method.dropout and self.training):
         return nn.Embedding.forward(self, input)

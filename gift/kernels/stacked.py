@@ -33,11 +33,9 @@ def stacked_forwards() -> Forwards:
 def _where_sum(path: Callable[..., Any], other: Callable[..., Any] | None) -> Callable[..., Any]:
     # Parameters are named as in the layers themselves, since callers may pass them by name.
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        delta = getattr(self, "_gift_weights", {}).get("weight")
-        if delta is None or delta.is_sum(self):
+        if self._gift_weights["weight"].is_sum(self):
             return path(self, *args, **kwargs)
-        plain = getattr(type(self), "_gift_plain", type(self)).forward
-        return (other or plain)(self, *args, **kwargs)
+        return (other or type(self)._gift_plain.forward)(self, *args, **kwargs)
 
     return forward
 

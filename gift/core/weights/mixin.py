@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import TensorWeakRef
 
 from gift.core.delta import DeltaModule, as_plain
-from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class
+from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class, spec_of
 from gift.core.movers import moves
 from gift.core.weights.calls import one_call
 from gift.core.weights.effective import EffectiveWeight, refused
@@ -343,5 +343,9 @@ def _fast_forward(plain: type[nn.Module], spec: Spec) -> type | None:
     fast = forwards.get(name, EFFECTIVE.get(name))
     if fast is None:
         return None
-    forward = for_every_tensor(fast, plain.forward)
+
+    def outlived(layer: nn.Module) -> bool:
+        return spec_of(layer).tensors != spec.tensors
+
+    forward = for_every_tensor(fast, plain.forward, outlived)
     return type("FastForward", (Generated,), {"forward": forward})
