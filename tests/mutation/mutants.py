@@ -39,6 +39,11 @@ class Mutant:
     number: int
     function: str
 
+    @property
+    def lasting(self) -> str:
+        """What it is called as long as its line stays as it is, wherever the line moves."""
+        return f"{self.module}: {self.what}: {self.text}"
+
     def __str__(self) -> str:
         return f"{self.module}:{self.line}: {self.what}: {self.text}"
 
@@ -96,7 +101,7 @@ def changes(tree: ast.Module) -> Iterator[tuple[Any, str, Edit]]:
 
 
 def _unread(node: ast.AST) -> Iterator[ast.AST]:
-    """Annotations, docstrings, and the texts of errors and warnings."""
+    """Annotations, docstrings, the texts of errors and warnings, and what cannot be wrong."""
     if isinstance(node, ast.FunctionDef):
         arguments = [*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs]
         yield from (a.annotation for a in arguments if a.annotation is not None)
@@ -107,6 +112,8 @@ def _unread(node: ast.AST) -> Iterator[ast.AST]:
         yield node
     elif isinstance(node, ast.Raise) and node.exc is not None:
         yield node.exc
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
+        yield from node.keywords  # ``strict=True`` checks lengths that agree
 
 
 def _is_docstring(node: ast.AST) -> bool:

@@ -3,6 +3,7 @@
 import ast
 from typing import Any
 
+from tests.mutation.__main__ import drawn
 from tests.mutation.mutants import mutants, mutated
 
 SOURCE = '''
@@ -42,6 +43,21 @@ def test_each_change_does_what_it_says() -> None:
     assert {key for key in found if key[0] == 8} == {(8, "dropped")}
     trees = {ast.dump(mutated(SOURCE, number)) for number in found.values()}
     assert len(trees | {ast.dump(ast.parse(SOURCE))}) == len(found) + 1
+
+
+def test_a_sample_stays_what_it_is_if_other_lines_change() -> None:
+    more = f"def other(a):\n    return a + 1 if a else 0\n{SOURCE}"
+    here, there = (drawn(mutants("least.py", source), 6, seed=3) for source in (SOURCE, more))
+    assert len({one.lasting for one in here} & {one.lasting for one in there}) >= 3
+    own = [one.lasting for one in drawn(mutants("least.py", more), 99, seed=3)]
+    own = [name for name in own if name in {one.lasting for one in mutants("least.py", SOURCE)}]
+    assert own[:6] == [one.lasting for one in here]
+    assert here != drawn(mutants("least.py", SOURCE), 6, seed=4)
+
+
+def test_lengths_that_zip_checks_are_left_alone() -> None:
+    source = "def f(a, b):\n    return [x for x in zip(a, b, strict=True)]\n"
+    assert {one.what for one in mutants("f.py", source)} == {"None"}
 
 
 def test_a_function_is_known_as_python_names_it() -> None:
