@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import gift
 from gift import DeltaBank, FineTuningStrategy, GiftWarning, merge_strategies
+from gift.bank.combining import _compressed
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer, mc_path, pa_adapt, pc_ndim
 from gift.strategies import (
@@ -510,3 +511,15 @@ def test_what_is_no_finite_number_is_named(numbers: dict[str, Any]) -> None:
         bank.combine(numbers, "sum")
     assert bank.names == ["a"]
     assert full_state(bank.net) == before
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_rank_of_a_product_does_not_depend_on_its_size(scale: float) -> None:
+    """Four terms, two of which are multiples of each other."""
+    left, right = torch.randn(8, 4).double() * scale, torch.randn(4, 9).double() * scale
+    left[:, 3], right[3] = 2 * left[:, 0], -right[0]
+    made_left, made_right, lost = _compressed(left, right, None)
+    assert made_left.shape[-1] == made_right.shape[-2] == 3
+    expected = left @ right
+    torch.testing.assert_close(made_left @ made_right, expected, rtol=1e-10, atol=1e-12 * scale**2)
+    assert lost <= (1e-12 * expected.norm()) ** 2

@@ -140,6 +140,21 @@ class Last(nn.Module):
         return y[:, -1]
 
 
+class StateOfOthers(nn.Module):
+    """A recurrent layer that begins with the state of another row."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(4, 4)
+
+    def forward(self, y: Tensor) -> Tensor:
+        state = y[:, 0].flip(0)
+        if isinstance(self.layer, nn.GRUCell):
+            return self.layer(y[:, 1], state)
+        states = (state[None], state[None]) if isinstance(self.layer, nn.LSTM) else state[None]
+        return self.layer(y.transpose(0, 1), states)[0].transpose(0, 1)
+
+
 class OneSequence(nn.Module):
     """A recurrent layer for which the rows are the steps of one packed sequence."""
 
@@ -581,6 +596,14 @@ MIXING: dict[str, dict[str, Way]] = {
         "attention_over_rows_2d": nn.Sequential(Last(), Attention(True)),
     },
     "combines tensors whose rows are along different axes or in another order": {
+        "gru_with_a_state_of_others": StateOfOthers("GRU"),
+        "lstm_with_a_state_of_others": StateOfOthers("LSTM"),
+        "cell_with_a_state_of_others": StateOfOthers("GRUCell"),
+        "grid_of_others": image(
+            lambda y: F.grid_sample(
+                y, torch.tanh(y[:, :2].permute(0, 2, 3, 1)).flip(0), align_corners=False
+            )
+        ),
         "sdpa_of_others": lambda y: F.scaled_dot_product_attention(y, y.flip(0), y),
         "sdpa_mask": lambda y: F.scaled_dot_product_attention(
             y, y, y, attn_mask=(y @ y.mT).flip(0)

@@ -13,6 +13,7 @@ from torch import nn
 
 import gift
 from gift import GiftWarning, disable_fine_tuning, disabled, enable_fine_tuning, merge, merged
+from gift.factories import mc_path
 from gift.methods import METHODS
 from gift.strategies import STRATEGIES, FullFineTuningStrategy
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
@@ -365,3 +366,25 @@ def test_what_is_refused_keeps_its_gradients() -> None:
         pass
     assert full_state(net) == before
     assert net.weight.grad is not None
+
+
+class Listed(nn.Module):
+    """Has a list and a set of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.notes, self.tags = nn.Linear(4, 4), ["own"], {"own"}
+
+
+@pytest.mark.parametrize("kind", ["notes", "tags"])
+def test_what_an_action_adds_to_a_list_of_the_author_is_taken_back(kind: str) -> None:
+    """Nothing else of that module changes."""
+    net = nn.Sequential(Listed(), nn.Linear(4, 4))
+
+    def note(parent: Any, name: str, path: str, class_name: str, module: Any) -> None:
+        module.notes.append("more") if kind == "notes" else module.tags.add("more")
+
+    gift.enable_fine_tuning(net, gift.FineTuningStrategy([(mc_path("0"), note)]))
+    assert len(getattr(net[0], kind)) == 2
+    gift.disable_fine_tuning(net)
+    assert list(getattr(net[0], kind)) == ["own"]

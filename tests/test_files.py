@@ -774,3 +774,12 @@ def test_every_process_hears_that_the_first_one_could_not_write(
     with pytest.raises(OSError, match="full"):
         saving._write_in_one_process(tmp_path / "delta", {}, {})
     assert told == ["OSError: full"]
+
+
+def test_settings_that_are_none_are_not_shown(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    gift.save(net, tmp_path / "delta")
+    details = gift.inspect(tmp_path / "delta").details()
+    assert "rank=1" in details
+    assert "None" not in details

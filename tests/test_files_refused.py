@@ -311,6 +311,7 @@ STRATEGIES: dict[str, tuple[Any, str]] = {
     "that changes nothing": (DebugStrategy(LORA(rank=2)).to_config(), "DebugStrategy, changes"),
     "of nothing": (FineTuningStrategy().to_config(), "has no caps"),
     "a huge head": (HeadReplacementStrategy(10**12).to_config(), f"a head of {10**12} classes"),
+    "a head above all sizes": (HeadReplacementStrategy(2**16 + 1).to_config(), "none so large"),
     "a huge head by position": (
         {"name": "HeadReplacementStrategy", "init_paras": {"*": [10**12]}}, "a head of 100000"),
     "a huge head of a list": (ResolvedStrategy(heads={"3": 10**12}).to_config(), "a head of"),

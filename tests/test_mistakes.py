@@ -162,6 +162,12 @@ def unscalable() -> Any:
     return lambda: bank.scale("a", 1e9)
 
 
+def active_already() -> Any:
+    bank = banked()
+    bank.activate("a")
+    return lambda: bank.add("b")
+
+
 def unpaddable() -> Any:
     bank = banked()
     bank.add("b", strategy=DoRAAllFineTuningStrategy(rank=1))
@@ -248,6 +254,11 @@ MISTAKES: dict[str, tuple[Callable[[], Callable[[], Any]], Any, str]] = {
     "bank: a name twice": (
         lambda: lambda: banked().add("a", strategy=LoRAAllFineTuningStrategy(rank=1)),
         ValueError, "there is a delta 'a' already: remove it first"),
+    "bank: combine into a name": (
+        lambda: lambda: banked().combine({"a": 1.0}, name="a"),
+        ValueError, "there is a delta 'a' already: remove it first"),
+    "bank: nothing to add": (
+        active_already, ValueError, "nothing to add: give a file, a state or a strategy"),
     "bank: a name that is none": (
         lambda: lambda: banked().add("", strategy=LoRAAllFineTuningStrategy(rank=1)),
         ValueError, "the name is '', expected some text"),

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from gift import disable_fine_tuning, enable_fine_tuning
 from gift.schedules import UnfreezeMilestones
+from gift.schedules import lightning as schedules_lightning
 from gift.schedules.lightning import ScheduleCallback as LightningCallback
 from gift.schedules.transformers import ScheduleCallback
 from gift.strategies import HeadReplacementStrategy, LoRAAllFineTuningStrategy
@@ -202,3 +203,15 @@ def test_the_best_model_is_as_far_as_it_was(tmp_path: Path) -> None:
     assert callback.schedule.trained == ["bert.pooler"]
     assert all_bits(net) == all_bits(expected)
     assert all_bits(disable_fine_tuning(net)) == all_bits(bert())
+
+
+def test_lightning_is_asked_for_under_both_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert schedules_lightning._lightning().__name__ in ("lightning.pytorch", "pytorch_lightning")
+    monkeypatch.setattr(schedules_lightning, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="this needs Lightning: pip install lightning"):
+        schedules_lightning._lightning()
+    asked: list[str] = []
+    monkeypatch.setattr(schedules_lightning, "find_spec", lambda name: asked.append(name))
+    with pytest.raises(ImportError):
+        schedules_lightning._lightning()
+    assert sorted(asked) == ["lightning", "pytorch_lightning"]

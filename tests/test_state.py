@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import gift
 from gift import (
     FineTuningStrategy,
     GiftWarning,
@@ -32,7 +33,7 @@ from gift.strategies import (
     LoRAConvFineTuningStrategy,
 )
 from gift.utils.network_tool import trainable_parameters
-from tests.common import all_bits, full_state, trainable
+from tests.common import all_bits, bits, enabled, full_state, trainable
 
 # The network of these tests is small, so its one raw parameter is a large share of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the base is in raw parameters")
@@ -886,3 +887,49 @@ def test_a_state_that_is_assigned_gives_its_own_tensors(inside: bool) -> None:
     for name in ("0.lora_A", "0.lora_B", "1.running_mean"):
         name = f"part.{name}" if inside else name
         assert now[name].data_ptr() == state[name].data_ptr(), name
+
+
+class Renamed(nn.Module):
+    """Has names of its own for its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().state_dict(*args, **kwargs)
+        return {f"my.{name}": value for name, value in found.items()}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        own = {name.removeprefix("my."): value for name, value in state_dict.items()}
+        return super().load_state_dict(own, *args, **kwargs)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "name"])
+def test_a_state_with_names_of_the_author_is_loaded_as_a_whole_or_not_at_all(wrong: str) -> None:
+    net, other = enabled(Renamed()), enabled(Renamed())
+    before, state = all_bits(net), dict(other.state_dict())
+    last = sorted(state)[-1]
+    broken = (
+        state | {last: torch.ones(7)} if wrong == "shape" else state | {"my.third": state[last]}
+    )
+    with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
+        net.load_state_dict(broken)
+    assert all_bits(net) == before
+    net.load_state_dict(state)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+
+
+def test_a_state_is_loaded_while_a_layer_has_no_shape() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    state = {name: value for name, value in net.state_dict().items() if name.startswith("0.")}
+    state = {name: value + 1 for name, value in state.items()}
+    net.load_state_dict(state, strict=False)
+    for name, value in state.items():
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=0, atol=0)
+    before = {name: bits(value) for name, value in net.state_dict().items() if name in state}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        net.load_state_dict(state | {"0.lora_A": torch.ones(9)}, strict=False)
+    assert {name: bits(net.state_dict()[name]) for name in state} == before

@@ -211,12 +211,9 @@ def _check_written(call: Call, into: Tensor, place: Place, index: Any, values: O
         return
     shape = into[index].shape if isinstance(there, Rows) else values[0]
     if isinstance(there, Rows):
-        both = aligned([(shape, there), values], shape)
-        if isinstance(both, Rows) and both.axis == there.axis:
-            return
-    elif there == values[1]:
-        return
-    raise Mixed("writes rows over other rows")
+        aligned([(shape, there), values], shape)
+    elif there != values[1]:
+        raise Mixed("writes rows over other rows")
 
 
 def _written_where(call: Call) -> tuple[Any, Any]:

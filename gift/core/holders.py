@@ -9,7 +9,7 @@ the other.
 import gc
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,19 @@ def memory_conflicts(network: nn.Module, before: Snapshot) -> list[str]:
         network: the network, after the caps were applied.
         before: a snapshot of the network before that.
     """
+    paths = {module: path for path, module in network.named_modules()}
+    found = _conflicts_within(paths, before)
+    if not _others(network):
+        return found
+    trained = [
+        holder._replace(name=joined(paths[holder.module], holder.name))
+        for holder in _holders(before)
+        if holder.module in paths and _fate(holder, set()) == "trained"
+    ]
+    return found + _moved_elsewhere(network, trained)
+
+
+def _conflicts_within(paths: Mapping[nn.Module, str], before: Snapshot) -> list[str]:
     starts = [_start(holder.tensor) for holder in _holders(before)]
     if len({*starts}) == len(starts):  # the common case, for which numbers are enough
         return []
@@ -56,7 +69,6 @@ def memory_conflicts(network: nn.Module, before: Snapshot) -> list[str]:
     for holder in _holders(before):
         groups.setdefault(storage_key(holder.tensor), []).append(holder)
     shared = [group for group in groups.values() if len(group) > 1]
-    paths = {module: path for path, module in network.named_modules()}
     adapted = {
         id(module._parameters.get(tensor)) for module in paths for tensor in weight_deltas(module)
     }
@@ -203,9 +215,14 @@ def unmovable(network: nn.Module, names: Collection[str], later: Collection[str]
                and (id(h.tensor) in adapted or not h.tensor.requires_grad)]  # fmt: skip
     found = [f"{one}: it shares memory with {other.name}, which is not trained in place with it"
              for one, other in _shared(trained, staying)]  # fmt: skip
+    return found + _moved_elsewhere(network, trained)
+
+
+def _moved_elsewhere(network: nn.Module, trained: Sequence[Holder]) -> list[str]:
+    """Report trained parameters whose memory another network that is being fine-tuned shows."""
     if any(_shared(trained, _bases_of_others(network))):
         gc.collect()  # the other network may be garbage
-    return found + [
+    return [
         f"{one}: a {plain_class(type(other.module)).__name__} that is being fine-tuned, as copies "
         "by gift.reference are, shares its memory, and would change too: copy it (copy.deepcopy), "
         "or train only deltas"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import gift
-from gift import DeltaBank
+from gift import DeltaBank, FineTuningStrategy, enable_fine_tuning
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, ma_freeze, ma_train, mc_path
 from gift.schedules import FreezeUnfreeze
-from gift.strategies import LoRAAllFineTuningStrategy
+from gift.strategies import FullFineTuningStrategy, LoRAAllFineTuningStrategy
 from tests.common import enabled, full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gift.GiftWarning")
@@ -283,3 +283,28 @@ def test_a_schedule_trains_no_view_of_a_frozen_weight(name: str) -> None:
 def test_a_schedule_trains_what_no_other_shows(name: str) -> None:
     net: Any = Net(APART[name])
     scheduled(net).attach(net)
+
+
+def test_frozen_tensors_of_one_memory_are_no_conflict() -> None:
+    """As long as nothing of it is trained or adapted."""
+    net, memory = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(24)
+    net[0].weight = nn.Parameter(memory[:16].view(4, 4))
+    net[1].weight = nn.Parameter(memory[8:].view(4, 4))
+    strategy = FineTuningStrategy([(mc_path("2"), ma_adapt("lora", rank=1))])
+    report = enable_fine_tuning(net, strategy)
+    assert report.trainable_after == 8
+
+
+def test_networks_that_train_other_parts_of_one_memory() -> None:
+    memory = torch.randn(32)
+    one, other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    one.weight = nn.Parameter(memory[:16].view(4, 4))
+    other.weight = nn.Parameter(memory[16:].view(4, 4))
+    enable_fine_tuning(one, LoRAAllFineTuningStrategy(rank=1))
+    enable_fine_tuning(other, FullFineTuningStrategy())
+    with torch.no_grad():
+        other.weight.add_(1)
+    overlapping = nn.Linear(4, 4, bias=False)
+    overlapping.weight = nn.Parameter(memory[12:28].view(4, 4))
+    with pytest.raises(ValueError, match="shares its memory"):
+        enable_fine_tuning(overlapping, FullFineTuningStrategy())
