@@ -4,9 +4,9 @@
 run once first, to see which functions each calls. Each mutant is a process that is forked once the
 libraries are there; it compiles the one module from a changed tree, so that no file is written,
 and nothing that imports gift was loaded before. The processes that a test starts do so, too. It
-runs the tests of its part that call its function, a few variants of each, the quickest first, up
-to the first that fails. Where none does, all variants of these tests follow, then the other files
-of tests.
+runs the tests of its part that call its function, the quickest first, up to the first that fails.
+Where none does, the variants of these tests follow that were not looked at, as others took long,
+then the other files of tests.
 """
 
 import argparse

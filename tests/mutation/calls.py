@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ import pytest
 
 from tests.mutation.started import CALLS, name_of
 
-FEW = 3  # variants of a parametrised test, so that what nobody notices is known soon
+FEW = 3  # variants of a parametrised test that run whatever they take
+ENOUGH = 15  # seconds of one test, after which no more of its variants run
 
 
 class Called(NamedTuple):
@@ -35,12 +37,27 @@ class Recorder:
         self.path = path
         self.found: dict[str, Any] = {}
         self.failed: list[str] = []
+        self.first: set[str] = set()
+        self.took: Counter[str] = Counter()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = few(items)
+        first = few(items)
+        self.first = {item.nodeid for item in first}
+        items[:] = first + [item for item in items if item.nodeid not in self.first]
+
+    def is_enough(self, item: pytest.Item) -> bool:
+        """Whether variants of a test took so long that this one is left out."""
+        return item.nodeid not in self.first and self.took[test_of(item.nodeid)] > ENOUGH
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self.is_enough(item):
+            pytest.skip("other variants took long enough")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        if self.is_enough(item):
+            return (yield)
         seen: set[Any] = set()
 
         def call(frame: Any, event: str, argument: Any) -> None:
@@ -61,7 +78,9 @@ class Recorder:
             own = {name for code in seen if (name := name_of(code)) is not None}
             own |= {*started.read_text().splitlines()}
             started.unlink()
-            self.found[item.nodeid] = time.monotonic() - began, sorted(own)
+            seconds = time.monotonic() - began
+            self.took[test_of(item.nodeid)] += seconds
+            self.found[item.nodeid] = seconds, sorted(own)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -75,11 +94,16 @@ class Recorder:
         self.path.write_text(json.dumps(whole), encoding="utf-8")
 
 
+def test_of(nodeid: str) -> str:
+    """The name of a test without its parameters."""
+    return nodeid.partition("[")[0]
+
+
 def few(items: list[pytest.Item]) -> list[pytest.Item]:
     """At most `FEW` variants of each test, evenly spaced."""
     of_test: dict[str, list[pytest.Item]] = {}
     for item in items:
-        of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        of_test.setdefault(test_of(item.nodeid), []).append(item)
     return [item for same in of_test.values() for item in same[:: -(-len(same) // FEW)]]
 
 
@@ -106,7 +130,7 @@ class Chosen:
         self.order = {self._name(name): number for number, name in enumerate(reversed(names))}
 
     def _name(self, nodeid: str) -> str:
-        return nodeid.partition("[")[0] if self.every else nodeid
+        return test_of(nodeid) if self.every else nodeid
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         kept = [item for item in items if self._name(item.nodeid) in self.order]
