@@ -388,3 +388,52 @@ def test_what_an_action_adds_to_a_list_of_the_author_is_taken_back(kind: str) ->
     assert len(getattr(net[0], kind)) == 2
     gift.disable_fine_tuning(net)
     assert list(getattr(net[0], kind)) == ["own"]
+
+
+class Kept(nn.Module):
+    """Has methods of torch, and one of transformers, that fine-tuning replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.fc(x))
+
+
+def names_of(state: Any) -> list[str]:
+    return sorted(state)
+
+
+@pytest.mark.parametrize("after", ["disable", "merge", "another"])
+def test_methods_that_were_kept_are_those_of_the_present_network(after: str) -> None:
+    net, x = Kept(), torch.randn(3, 4)
+    gift.enable_fine_tuning(net, LoRA(rank=1))
+    kept = {name: getattr(net, name) for name in ("state_dict", "parameters", "load_state_dict")}
+    call, of_layer, reset = net.__call__, net.fc.state_dict, net.fc.reset_parameters
+    merge(net) if after == "merge" else disable_fine_tuning(net)
+    if after == "another":
+        gift.enable_fine_tuning(net, FullFineTuningStrategy())
+    expected = ["fc.bias", "fc.weight", "head.bias", "head.weight"]
+    state = kept["state_dict"]()
+    assert names_of(state) == expected
+    assert [id(p) for p in kept["parameters"]()] == [id(p) for p in net.parameters()]
+    assert names_of(of_layer()) == ["bias", "weight"]
+    torch.testing.assert_close(call(x), net(x), rtol=0, atol=0)
+    kept["load_state_dict"]({name: value + 1 for name, value in state.items()})
+    before = bits(net.fc.weight)
+    reset()
+    assert bits(net.fc.weight) != before
+
+
+def test_a_class_of_a_user_on_top_keeps_its_methods() -> None:
+    net = enabled(Kept())
+
+    class Mine(type(net)):  # type: ignore[misc]
+        def own(self) -> int:
+            return 5
+
+    assert Mine.own.__qualname__.endswith("Mine.own")
+    assert not hasattr(Mine.own, "__wrapped__")
+    net.__class__ = Mine
+    assert net.own() == 5

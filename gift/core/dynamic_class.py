@@ -12,9 +12,11 @@ moves the mixins in front of it in the method resolution order.
 """
 
 import copy
+import functools
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 from weakref import WeakValueDictionary
 
@@ -64,6 +66,26 @@ else:
     _Module = object
 
 
+def _let_outlive(cls: Any) -> None:
+    """Let the methods of a class be called by those who kept them until a module had another class.
+
+    The module does then what it is: it may be plain again, or adapted by another method.
+    """
+    for name, value in list(vars(cls).items()):
+        if isinstance(value, FunctionType) and not name.startswith(("_gift", "__")):
+            type.__setattr__(cls, name, _outliving(cls, name, value))
+
+
+def _outliving(cls: type, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, cls):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    return run
+
+
 class Generated(_Module):
     """Base class of all mixins."""
 
@@ -73,7 +95,8 @@ class Generated(_Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Stop here: ``__init_subclass__`` of the plain class must not see a subclass that no author
         # wrote.
-        pass
+        if "_gift_spec" in vars(cls) or cls.__module__.startswith("gift."):  # no class of a user
+            _let_outlive(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Some code calls the class of a module to make another one: slicing an `nn.Sequential`

@@ -198,10 +198,6 @@ def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, A
     # Keep the signature: trainers inspect it to see which columns of a data set are used.
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "_gift_forwards" not in self.__dict__:
-            # This method outlived the wrapper (a reference was kept), and the module is plain
-            # again.
-            return type(self).forward(self, *args, **kwargs)
         return self._gift_call(super(generated, self).forward, args, kwargs)
 
     made: Any = forward
@@ -215,8 +211,6 @@ def feature(plain: type[nn.Module], spec: Spec) -> tuple[list[type], dict[str, A
 
         @functools.wraps(plain.generate)  # type: ignore[attr-defined]
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if "_gift_forwards" not in self.__dict__:
-                return type(self).generate(self, *args, **kwargs)
             named = {"inputs": args[0], **kwargs} if args else kwargs
             with ExitStack() as stack:
                 for _, module, wrapper in named_forward_deltas(self):

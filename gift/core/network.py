@@ -1,8 +1,8 @@
 """The methods of a network that is being fine-tuned: it shows only its trained parameters."""
 
-import itertools
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Set
+from types import FrameType
 from typing import Any
 
 import torch
@@ -170,8 +170,12 @@ def _is_averaging() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    asking = next(itertools.islice(callers(), 1, None), None)
+    asking = next((frame for frame in callers() if not _is_own(frame)), None)
     return asking is not None and asking.f_code is AveragedModel.update_parameters.__code__
+
+
+def _is_own(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("gift.")
 
 
 def _trained_among(network: nn.Module, given: Iterable[Any]) -> Iterator[Any]:

@@ -47,12 +47,9 @@ def without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, T
 
 
 def for_every_tensor(
-    forward: Callable[..., Tensor], plain: Callable[..., Any], outlived: Callable[[Any], bool]
+    forward: Callable[..., Tensor], plain: Callable[..., Any]
 ) -> Callable[..., Tensor]:
     """Decorator for a fast path that replaces a layer's forward pass: accept all its inputs.
-
-    Who kept a reference to the forward pass may call it when the layer is plain again, or adapted
-    by another method. The layer computes as it is then.
 
     Tensor subclasses of other libraries override the fast path as they override ``F.linear``: their
     class sees one function, which is computed with plain tensors, and wraps the result. Within an
@@ -62,13 +59,10 @@ def for_every_tensor(
     Args:
         forward: the fast path.
         plain: the layer's own forward pass.
-        outlived: whether the layer is no longer what the fast path is for.
     """
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if outlived(self):
-            return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()), None)

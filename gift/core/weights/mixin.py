@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import TensorWeakRef
 
 from gift.core.delta import DeltaModule, as_plain
-from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class, spec_of
+from gift.core.dynamic_class import Generated, Spec, generated_class, plain_class
 from gift.core.movers import moves
 from gift.core.weights.calls import one_call
 from gift.core.weights.effective import EffectiveWeight, refused
@@ -289,6 +289,8 @@ class Called(Generated):
         """Call the module as its own class does."""
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
+        if not isinstance(self, Called):  # a reference to this method outlived the class
+            return self(*args, **kwargs)
         with one_call(self, self._gift_reads_often):
             return super().__call__(*args, **kwargs)
 
@@ -343,9 +345,5 @@ def _fast_forward(plain: type[nn.Module], spec: Spec) -> type | None:
     fast = forwards.get(name, EFFECTIVE.get(name))
     if fast is None:
         return None
-
-    def outlived(layer: nn.Module) -> bool:
-        return spec_of(layer).tensors != spec.tensors
-
-    forward = for_every_tensor(fast, plain.forward, outlived)
+    forward = for_every_tensor(fast, plain.forward)
     return type("FastForward", (Generated,), {"forward": forward})
