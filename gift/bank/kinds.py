@@ -100,7 +100,7 @@ ALONG: dict[str, tuple[int, Any]] = {
 }
 # Functions that mix entries of the last axes only: how many these are.
 TRAILING: dict[str, int] = {
-    "one_hot": 0, "multinomial": 1, "view_as_real": 0, "view_as_complex": 1, "diag_embed": 1,
+    "one_hot": 0, "multinomial": 1, "view_as_real": 0, "view_as_complex": 1,
     "pixel_shuffle": 3, "pixel_unshuffle": 3,
     **{
         f"{name}{d}d{rest}": d for d in (1, 2, 3) for rest in ("", "_with_indices")

@@ -158,6 +158,16 @@ def _diagonal(call: Call, which: int) -> Place:
     return place.on(place.axis - (one < place.axis) - (other < place.axis))
 
 
+def _diagonally(call: Call, which: int) -> Place:
+    """The last axis becomes the diagonal of two others; the rest keep their order around these."""
+    place, made = call.only_first(), call.made[which]
+    one = call.given(2, "dim1", default=-2) % made.ndim
+    other = call.given(3, "dim2", default=-1) % made.ndim
+    if place.axis == call.x.ndim - 1:
+        raise Mixed("works along the axis of the rows")
+    return place.on([a for a in range(made.ndim) if a not in (one, other)][place.axis])
+
+
 # --- axes that grow ------------------------------------------------------------------------------
 
 
@@ -351,6 +361,7 @@ def _trailing(call: Call, which: int) -> Place:
 _OWN: dict[str, Rule] = {
     "as_strided": _strided,
     "diagonal": _diagonal,
+    "diag_embed": _diagonally,
     "repeat_interleave": _interleaved,
     "stack": _stacked,
     "pad": _padded,
