@@ -20,6 +20,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ ALSO = [
                  "trainable_tokens", "updates", "wrapping")
 ]  # fmt: skip
 SPARE = 60  # seconds that tests of a mutant may take beyond five times their own
-WHOLE = 400  # seconds for all variants of the tests of a part
-SOME = 100  # seconds that tests of other parts take without any change
+WHOLE = 90  # seconds for all variants of the tests of a part
+SOME = 60  # seconds that tests of a part, or of the others, take without any change
 
 
 def files_for(module: str) -> list[str]:
@@ -77,24 +78,20 @@ def drawn(every: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 def chosen(mutant: Mutant, calls: "Calls", files: Sequence[str]) -> list[str]:
-    """The tests of these files that call its function, the quickest first."""
+    """The tests of these files that call its function, the quickest first, for some time."""
     for file in files:
         calls.add(file)
     own = [name for name in calls if name.partition("::")[0] in files]
     reached = [name for name in own if mutant.function in calls[name].functions]
-    return sorted(reached, key=lambda name: calls[name].seconds)
+    reached = sorted(reached, key=lambda name: calls[name].seconds)
+    ends = accumulate(calls[name].seconds for name in reached)
+    return [name for name, end in zip(reached, ends, strict=True) if end < SOME]
 
 
 def others(mutant: Mutant, calls: "Calls") -> list[str]:
-    """Tests of other parts that call its function, the quickest first, for some time."""
+    """Tests of other parts that call its function, as `chosen` gives them."""
     files = {file for part in (*PARTS.values(), ALSO) for file in part}
-    files -= {*files_for(mutant.module)}
-    found, seconds = [], 0.0
-    for name in chosen(mutant, calls, sorted(files)):
-        seconds += calls[name].seconds
-        if seconds < SOME:
-            found.append(name)
-    return found
+    return chosen(mutant, calls, sorted(files - {*files_for(mutant.module)}))
 
 
 def run(mutant: Mutant | None, files: Sequence[str], plugin: Any, longest: float) -> str:
