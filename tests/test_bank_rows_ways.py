@@ -446,6 +446,12 @@ RIGHT: dict[str, Way] = {
     ),
     "slice_scatter": lambda y: y.slice_scatter(2 * y[:, :2], 1, 1, 3),
     "slice_scatter_steps": lambda y: torch.zeros_like(y).slice_scatter(y[:, :3], 1, 0, 5, 2),
+    "slice_scatter_of_rows": lambda y: (
+        torch.zeros_like(y).slice_scatter(y[1:], 0, 1) + y.slice_scatter(2 * y[:2], 0, 0, 2)
+    ),
+    "slice_scatter_of_steps": lambda y: y.slice_scatter(2 * y[::2], 0, 0, 3, 2),
+    "slice_scatter_by_names": lambda y: y.slice_scatter(src=2 * y[1:2], dim=0, start=1, end=2),
+    "select_scatter_of_rows": lambda y: y.select_scatter(2 * y[1], 0, 1),
     "select_scatter": lambda y: y.select_scatter(y[:, 0], 1, 2),
     "linear_for_each": lambda y: F.bilinear(y, y, constant(4, 4, 4), constant(4)),
     "integers": lambda y: y[:, : int((y > -99).sum()) // 20] + (y > -99).all().item(),
@@ -713,6 +719,7 @@ MIXING: dict[str, dict[str, Way]] = {
         "set_by_mask_of_others": lambda y: filled(y, (y > 0).flip(0), 0.0),
     },
     "writes rows over other rows": {
+        "select_scatter": lambda y: y.select_scatter(y[0], 0, 1),
         "written": lambda y: filled(y, 0, y[1]),
     },
     "other rows were written into its memory, through another view": {

@@ -13,7 +13,7 @@ from torch import nn
 
 import gift
 from gift import GiftWarning, disable_fine_tuning, disabled, enable_fine_tuning, merge, merged
-from gift.factories import mc_path
+from gift.factories import ma_adapt, ma_train, mc_path
 from gift.methods import METHODS
 from gift.strategies import STRATEGIES, FullFineTuningStrategy
 from gift.strategies import LoRAAllFineTuningStrategy as LoRA
@@ -437,3 +437,18 @@ def test_a_class_of_a_user_on_top_keeps_its_methods() -> None:
     assert not hasattr(Mine.own, "__wrapped__")
     net.__class__ = Mine
     assert net.own() == 5
+
+
+def test_what_is_trained_in_place_may_be_written_while_the_network_is_merged() -> None:
+    """It is another tensor for that while, as an optimizer within the block expects."""
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), torch.randn(3, 4)
+    strategy = gift.FineTuningStrategy(
+        [(mc_path("0"), ma_adapt("lora", rank=1)), (mc_path("1"), ma_train())]
+    )
+    gift.enable_fine_tuning(net, strategy)
+    before, expected = bits(net[1].weight), net(x)
+    with merged(net), torch.no_grad():
+        net[1].weight.add_(1)
+        assert not torch.allclose(net(x), expected)
+    assert bits(net[1].weight) == before
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import gift
 from gift import DeltaFileError, FineTuningStrategy, GiftWarning, enable_fine_tuning
+from gift.core.trained import moved_buffers
 from gift.factories import (
     ma_adapt,
     ma_bottleneck,
@@ -28,6 +29,7 @@ from gift.factories import (
     pa_adapt,
     pa_train,
     pc_name,
+    pc_path,
 )
 from gift.files import container, saving
 from gift.methods import METHODS
@@ -783,3 +785,17 @@ def test_settings_that_are_none_are_not_shown(tmp_path: Path) -> None:
     details = gift.inspect(tmp_path / "delta").details()
     assert "rank=1" in details
     assert "None" not in details
+
+
+def test_a_file_has_the_buffers_that_training_moved_alone(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval())
+    strategy = FineTuningStrategy([(mc_path("0"), ma_adapt("lora", rank=1))],
+                                  [(pc_path("1.weight"), pa_train())])  # fmt: skip
+    enable_fine_tuning(net, strategy)
+    gift.save(net, tmp_path / "delta")
+    assert gift.inspect(tmp_path / "delta").buffers == list(moved_buffers(net)) == []
+    net(torch.randn(6, 4))
+    gift.save(net, tmp_path / "delta")
+    moved = ["1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    assert sorted(gift.inspect(tmp_path / "delta").buffers) == moved
+    assert sorted(moved_buffers(net)) == moved

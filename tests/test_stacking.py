@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
 
 import gift
 from gift import methods, strategies
@@ -490,3 +491,32 @@ def test_a_weighted_sum_of_deltas_under_a_trained_one() -> None:
     gift.disable_fine_tuning(layer)
     bank.activate(None)
     assert torch.equal(layer.weight, w0)
+
+
+@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("layer", [nn.Linear(256, 256, bias=False), Conv1D(256, 256)])
+def test_a_function_that_multiplies_by_a_weight_has_all_of_it(layer: Any, stack: bool) -> None:
+    """As a network does that calls the function itself, with a large batch."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = copy.deepcopy(layer)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.fc.weight)
+
+    net, x = Functional().double(), torch.randn(600, 256).double().requires_grad_()
+    base = net.fc.weight.detach().clone()
+    for upper in (False, True)[: 1 + stack]:
+        gift.enable_fine_tuning(net, LoRA(), stack=upper)
+        moved(net)
+    wanted = [x, *net.parameters()]
+    whole = net.fc.weight
+    assert not torch.allclose(whole, base)
+    expected = torch.autograd.grad((x @ whole.mT).square().sum(), wanted)
+    y = net(x)
+    torch.testing.assert_close(y, x @ whole.mT, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(y.square().sum(), wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
