@@ -259,6 +259,8 @@ MISTAKES: dict[str, tuple[Callable[[], Callable[[], Any]], Any, str]] = {
         ValueError, "there is a delta 'a' already: remove it first"),
     "bank: nothing to add": (
         active_already, ValueError, "nothing to add: give a file, a state or a strategy"),
+    "bank: nothing to add of a plain network": (
+        lambda: lambda: banked().add("b"), ValueError, "nothing to add: give a file, a state or"),
     "bank: a name that is none": (
         lambda: lambda: banked().add("", strategy=LoRAAllFineTuningStrategy(rank=1)),
         ValueError, "the name is '', expected some text"),

@@ -166,7 +166,7 @@ def overwritten(
     known, deltas = {name for name, _ in named}, delta_names(network)
     everything = not given <= known  # the network's author may rename tensors
     found = {id(t): t for name, t in named if everything or name in given or name in deltas}
-    yield from (tensor for tensor in found.values() if not is_lazy(tensor))
+    yield from found.values()
 
 
 def arguments_by_name(
