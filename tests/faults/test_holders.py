@@ -308,3 +308,15 @@ def test_networks_that_train_other_parts_of_one_memory() -> None:
     overlapping.weight = nn.Parameter(memory[12:28].view(4, 4))
     with pytest.raises(ValueError, match="shares its memory"):
         enable_fine_tuning(overlapping, FullFineTuningStrategy())
+
+
+def test_weights_over_one_memory_are_merged_each_with_its_delta() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[2].weight = nn.Parameter(net[0].weight.detach())
+    assert net[2].weight.data_ptr() == net[0].weight.data_ptr()
+    enabled(net)
+    x = torch.randn(3, 4)
+    expected = net(x)
+    gift.merge(net)
+    torch.testing.assert_close(net(x), expected)
+    assert not torch.allclose(net[0].weight, net[2].weight)

@@ -67,7 +67,6 @@ def merge(net: nn.Module) -> nn.Module:
 def _merge(net: nn.Module) -> None:
     record = remove_record(net)
     instead: dict[int, nn.Parameter] = {}
-    _separate(net)
     for module in slow([*net.modules()], "merging"):
         values = effective(module)
         release_tensors(module)
@@ -113,16 +112,3 @@ def _written(net: nn.Module) -> Iterator[Tensor]:
             yield from (*nn.Module.parameters(module), *module.buffers())
         else:
             yield from filter(is_sharded, adapted)
-
-
-def _separate(net: nn.Module) -> None:
-    """Clone storage that adapted parameters share with other parameters."""
-    adapted = {id(m._parameters.get(tensor)) for m in net.modules() for tensor in weight_deltas(m)}
-    first: dict[int, nn.Parameter] = {}
-    for parameter in net.parameters():
-        if is_quantised(parameter) or is_sharded(parameter):
-            continue
-        if parameter.numel() and first.setdefault(parameter.data_ptr(), parameter) is not parameter:
-            for one in (first[parameter.data_ptr()], parameter):
-                if id(one) in adapted:
-                    one.data = one.data.clone()
