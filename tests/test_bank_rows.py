@@ -970,7 +970,7 @@ def test_an_error_behind_a_layer_that_was_repeated_names_the_layer() -> None:
 def test_exporting_the_network_inside_is_refused() -> None:
     bank, x = bank_of(nn.Sequential(nn.Linear(6, 6))), torch.randn(4, 6)
     with pytest.raises(RuntimeError, match="compiled, where rows cannot differ"), bank.rows(ROWS):
-        torch.export.export(bank.net, (x,))
+        torch.export.export(bank.net, (x,), strict=False)
 
 
 class Zeros(nn.Module):

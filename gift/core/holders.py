@@ -9,7 +9,7 @@ the other.
 import gc
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +49,10 @@ def memory_conflicts(network: nn.Module, before: Snapshot) -> list[str]:
         network: the network, after the caps were applied.
         before: a snapshot of the network before that.
     """
-    paths = {module: path for path, module in network.named_modules()}
-    found = _conflicts_within(paths, before)
+    found = _conflicts_within(network, before)
     if not _others(network):
         return found
+    paths = {module: path for path, module in network.named_modules()}
     trained = [
         holder._replace(name=joined(paths[holder.module], holder.name))
         for holder in _holders(before)
@@ -61,7 +61,7 @@ def memory_conflicts(network: nn.Module, before: Snapshot) -> list[str]:
     return found + _moved_elsewhere(network, trained)
 
 
-def _conflicts_within(paths: Mapping[nn.Module, str], before: Snapshot) -> list[str]:
+def _conflicts_within(network: nn.Module, before: Snapshot) -> list[str]:
     starts = [_start(holder.tensor) for holder in _holders(before)]
     if len({*starts}) == len(starts):  # the common case, for which numbers are enough
         return []
@@ -69,6 +69,7 @@ def _conflicts_within(paths: Mapping[nn.Module, str], before: Snapshot) -> list[
     for holder in _holders(before):
         groups.setdefault(storage_key(holder.tensor), []).append(holder)
     shared = [group for group in groups.values() if len(group) > 1]
+    paths = {module: path for path, module in network.named_modules()}
     adapted = {
         id(module._parameters.get(tensor)) for module in paths for tensor in weight_deltas(module)
     }
