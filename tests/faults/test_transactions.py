@@ -398,6 +398,8 @@ def test_memory_runs_out_at_each_operation(name: str, failures: int) -> None:
     before, after, count = outcomes(name)
     corrupted, step = [], 1 if LONG else max(1, count * failures // 6)
     for number in range(0, count, step):
+        if number % 20 == 0:
+            gc.collect()  # networks of failures before, which others are compared with until then
         made = make()
         torch.manual_seed(11)
         failing = Failing(*range(number, number + failures))
