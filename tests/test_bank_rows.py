@@ -988,3 +988,20 @@ def test_a_network_without_a_batch_among_its_inputs() -> None:
     """What it makes from constants has the rows along `dim` where it has an entry for each."""
     scale = torch.tensor(0.5).double()
     check(bank_of(Zeros().double()), lambda net: net(scale))
+
+
+class InTwoOrders(nn.Module):
+    """Calls a layer with the batch, and with the batch in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shuffled = self.fc(x[ORDER])
+        return self.fc(x).sin() + shuffled[ORDER.argsort()]
+
+
+def test_a_layer_that_gets_the_batch_in_two_orders() -> None:
+    bank, x = bank_of(InTwoOrders().double()), torch.randn(4, 3, 6).double()
+    check(bank, lambda net: net(x) + net(x).cos())

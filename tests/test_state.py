@@ -889,12 +889,16 @@ def test_a_state_that_is_assigned_gives_its_own_tensors(inside: bool) -> None:
         assert now[name].data_ptr() == state[name].data_ptr(), name
 
 
-class Renamed(nn.Module):
-    """Has names of its own for its state."""
+class Plain(nn.Module):
+    """Two layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class Renamed(Plain):
+    """Has names of its own for its state."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         found = super().state_dict(*args, **kwargs)
@@ -905,16 +909,20 @@ class Renamed(nn.Module):
         return super().load_state_dict(own, *args, **kwargs)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("wrong", ["shape", "name"])
-def test_a_state_with_names_of_the_author_is_loaded_as_a_whole_or_not_at_all(wrong: str) -> None:
-    net, other = enabled(Renamed()), enabled(Renamed())
+@pytest.mark.parametrize("kind", [Renamed, Plain])
+def test_a_state_is_loaded_as_a_whole_or_not_at_all(kind: Any, wrong: str, by_name: bool) -> None:
+    net, other = enabled(kind()), enabled(kind())
     before, state = all_bits(net), dict(other.state_dict())
     last = sorted(state)[-1]
     broken = (
-        state | {last: torch.ones(7)} if wrong == "shape" else state | {"my.third": state[last]}
+        state | {last: torch.ones(7)}
+        if wrong == "shape"
+        else state | {f"{last}_third": state[last]}
     )
     with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
-        net.load_state_dict(broken)
+        net.load_state_dict(**{"state_dict": broken}) if by_name else net.load_state_dict(broken)
     assert all_bits(net) == before
     net.load_state_dict(state)
     for name, value in net.state_dict().items():
@@ -933,3 +941,16 @@ def test_a_state_is_loaded_while_a_layer_has_no_shape() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
         net.load_state_dict(state | {"0.lora_A": torch.ones(9)}, strict=False)
     assert {name: bits(net.state_dict()[name]) for name in state} == before
+
+
+def test_what_was_not_loaded_into_a_part_is_said() -> None:
+    inner = enabled(nn.Sequential(nn.Linear(4, 4)))
+    outer = nn.ModuleDict({"part": inner, "other": nn.Linear(4, 4)})
+    state = {name: value + 1 for name, value in outer.state_dict().items()}
+    before = all_bits(inner)
+    with pytest.raises(RuntimeError, match=r"nothing was loaded into part"):
+        outer.load_state_dict(state | {"part.0.lora_A": torch.ones(7)})
+    assert all_bits(inner) == before
+    with pytest.raises(RuntimeError, match=r"Unexpected key(.|\n)*nothing was loaded into part"):
+        outer.load_state_dict(state | {"part.0.lora_C": torch.ones(7)})
+    assert all_bits(inner) == before

@@ -50,7 +50,11 @@ class BlockMethod(Method):
 
 def nearest(sizes: Sequence[int], wanted: int) -> int:
     """Return the size nearest to the wanted one, and of two the smaller."""
-    return min(sizes, key=lambda size: (abs(size - wanted), size))
+    found = sizes[0]
+    for size in sizes[1:]:  # the compiler of torch 2.6 knows no `min` with a key
+        gap, least = abs(size - wanted), abs(found - wanted)
+        found = size if (gap, size) < (least, found) else found
+    return found
 
 
 def divisors(number: int) -> list[int]:

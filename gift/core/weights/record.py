@@ -163,7 +163,7 @@ class WeightDelta(FittedDelta):
         found, own = {}, {*self.names.values()}
         for i, weight in enumerate(self.bias_of):
             levels = weight_deltas(module)[weight]._stack()
-            level = next(d for d in levels if own.issuperset(d.names.values()))
+            level = next(d for d in levels if all(name in own for name in d.names.values()))
             assert level.layout is not None
             matrix = level.layout.to_matrix(level.under(module, plain_tensor(module, weight)))
             found[f"frozen.{i}" if len(self.bias_of) > 1 else "frozen"] = matrix
