@@ -238,6 +238,22 @@ def test_few_weights_are_made_once_in_a_call_without_gradients(
     assert len(makings) == 2
 
 
+@pytest.mark.parametrize(("fitting", "times"), [(2, 2), (1, 1 + 4), (0, 4 + 4)])
+def test_weights_are_kept_up_to_some_bytes_in_all(
+    fitting: int, times: int, makings: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two equally large weights of a cell that is called four times."""
+    net = Again(steps=4)
+    enable_fine_tuning(net, LoRAAll())
+    size = max(net.cell.weight_ih.nbytes, net.cell.weight_hh.nbytes)
+    assert net.cell.weight_ih.nbytes == net.cell.weight_hh.nbytes
+    monkeypatch.setattr("gift.core.weights.reading._FEW_BYTES", fitting * size)
+    makings.clear()
+    with torch.no_grad():
+        net(torch.randn(3, 16, dtype=DOUBLE))
+    assert len(makings) == times
+
+
 def test_backward_after_backward() -> None:
     """Accumulation without a step in between, and a graph that is kept."""
     base, net, x = experts()
