@@ -20,6 +20,7 @@ from gift.strategies import (
     BottleneckFineTuningStrategy,
     FullFineTuningStrategy,
     HeadReplacementStrategy,
+    LoRAAllFineTuningStrategy,
     NormFineTuningStrategy,
 )
 from tests.cases.layers import LAYERS, LayerCase
@@ -523,3 +524,20 @@ def test_the_rank_of_a_product_does_not_depend_on_its_size(scale: float) -> None
     expected = left @ right
     torch.testing.assert_close(made_left @ made_right, expected, rtol=1e-10, atol=1e-12 * scale**2)
     assert lost <= (1e-12 * expected.norm()) ** 2
+
+
+def test_statistics_that_moved_beside_a_delta_belong_to_the_sum() -> None:
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).double()
+    bank, x = DeltaBank(net), torch.randn(9, 6).double()
+    bank.add("a", strategy=LoRAAllFineTuningStrategy(rank=2))
+    bank.activate("a")
+    net.train()(3 * x + 1)
+    with torch.no_grad():
+        net[0].lora_B.normal_()
+    expected = net.eval()(x)
+    assert not torch.equal(net[1].running_mean, torch.zeros(4).double())
+    bank.activate(None)
+    assert torch.equal(net[1].running_mean, torch.zeros(4).double())
+    bank.combine({"a": 1.0}, name="sum")
+    bank.activate("sum")
+    torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)

@@ -72,3 +72,16 @@ def test_a_bias_on_top_of_another_sees_the_weight_under_it() -> None:
     own = {n: p.detach() for n, p in layer.named_parameters(recurse=False) if "glora" in n}
     torch.testing.assert_close(layer.weight, generalised(lower, own))
     torch.testing.assert_close(layer.bias, generalised_bias(shift, own, lower)[:, 0])
+
+
+def test_a_tied_weight_leaves_the_biases_of_other_weights_their_deltas() -> None:
+    """Both layers read one input weight; each has a recurrent weight of its own."""
+    net = nn.ModuleDict({"a": nn.LSTM(4, 4), "b": nn.LSTM(4, 4)})
+    net.b.weight_ih_l0 = net.a.weight_ih_l0
+    enable_fine_tuning(net, SSFAllFineTuningStrategy())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.5)
+    for layer, name in ((net.a, "bias_ih_l0"), (net.a, "bias_hh_l0"), (net.b, "bias_hh_l0")):
+        frozen = dict(nn.Module.named_parameters(layer))
+        assert not torch.equal(getattr(layer, name), frozen[name]), name
