@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+import gift
 from gift import DeltaBank, FineTuningStrategy, GiftWarning
 from gift.errors import AdaptationError
 from gift.factories import ma_adapt, mc_layer, mc_path
@@ -1005,3 +1006,16 @@ class InTwoOrders(nn.Module):
 def test_a_layer_that_gets_the_batch_in_two_orders() -> None:
     bank, x = bank_of(InTwoOrders().double()), torch.randn(4, 3, 6).double()
     check(bank, lambda net: net(x) + net(x).cos())
+
+
+def test_rows_of_the_base_beside_a_delta_that_has_no_name() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    base = net(x)
+    gift.enable_fine_tuning(net, lora(1))
+    with torch.no_grad():
+        net[0].lora_B.normal_()
+    tuned = net(x)
+    with torch.no_grad(), DeltaBank(net).rows([None, None]) as inside:
+        torch.testing.assert_close(inside(x), base, rtol=0, atol=0)
+    assert not torch.allclose(tuned, base)
+    torch.testing.assert_close(net(x), tuned, rtol=0, atol=0)

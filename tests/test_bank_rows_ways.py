@@ -444,6 +444,9 @@ RIGHT: dict[str, Way] = {
     "one_row_written": lambda y: torch.stack(
         [filled(torch.zeros(5, 4).double(), 2, one[0]) for one in y]
     ),
+    "rows_written_at_positions": lambda y: torch.stack(
+        [filled(torch.zeros(5, 4).double(), torch.tensor([0, 2]), one[:2]) for one in y]
+    ),
     "slice_scatter": lambda y: y.slice_scatter(2 * y[:, :2], 1, 1, 3),
     "slice_scatter_steps": lambda y: torch.zeros_like(y).slice_scatter(y[:, :3], 1, 0, 5, 2),
     "slice_scatter_of_rows": lambda y: (

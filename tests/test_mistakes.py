@@ -229,6 +229,10 @@ MISTAKES: dict[str, tuple[Callable[[], Callable[[], Any]], Any, str]] = {
     "schedule: settings": (
         lambda: lambda: FreezeUnfreeze(1, unfreezes="half", train_bn=2, lr_ratio=True),  # type: ignore[arg-type]
         ValueError, "unfreezes is 'half'.*train_bn is 2, exp.*lr_ratio is True, expected a number"),
+    "schedule: a block without a shape": (
+        lambda: lambda: FreezeUnfreeze(1, head="1").attach(
+            nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))),
+        ValueError, "0.weight.*it has no shape yet: run a batch through the network first"),
     "schedule: unknown blocks": (
         lambda: lambda: FreezeUnfreeze(1, blocks=("9",)).attach(plain()),
         ValueError, r"no module is named as in blocks \['9'\]"),

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import gift
 from gift import GiftWarning, enable_fine_tuning
-from gift.strategies import LoRALinearFineTuningStrategy, PromptFineTuningStrategy
+from gift.strategies import (
+    LoRAAllFineTuningStrategy,
+    LoRALinearFineTuningStrategy,
+    PromptFineTuningStrategy,
+)
 from tests.common import full_state, unet
 
 
@@ -190,3 +195,13 @@ def test_a_part_of_a_fine_tuned_network_says_what_its_folder_lacks(tmp_path: Pat
     gift.disable_fine_tuning(net)
     assert type(net.backbone) is type(llama())
     net.backbone.save_pretrained(tmp_path)
+
+
+def test_a_state_for_a_distributed_checkpoint_has_the_deltas_alone() -> None:
+    """Without options as with those that leave frozen parameters out."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    expected = set(net.state_dict())
+    assert expected == {f"{i}.lora_{part}" for i in "01" for part in "AB"}
+    for options in (None, StateDictOptions(), StateDictOptions(ignore_frozen_params=True)):
+        assert set(get_model_state_dict(net, options=options)) == expected
