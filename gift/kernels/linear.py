@@ -40,6 +40,10 @@ class Product:
         """Return ``W0 x + bias``."""
         return linear_output(x, self.weight, bias, self.transposed)
 
+    def output_of(self, matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``W x + bias`` for another matrix ``W``, ``(out, in)``, as the layer computes."""
+        return linear_output(x, matrix.mT if self.transposed else matrix, bias, self.transposed)
+
     @property
     def outputs(self) -> int:
         """The number of output features."""
@@ -63,10 +67,12 @@ class QuantisedProduct(Product):
     """The product computed by the kernel of a quantised layer, which reads the packed matrix."""
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``W0 x + bias``, also if a method replaces the packed matrix by another one."""
-        if is_quantised(self.weight):
-            return quantised_product(self.weight, self.layer, x, bias)
-        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        """Return ``W0 x + bias``."""
+        return quantised_product(self.weight, self.layer, x, bias)
+
+    def output_of(self, matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``W x + bias`` for another matrix ``W``, which is not packed."""
+        return F.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @property
     def outputs(self) -> int:

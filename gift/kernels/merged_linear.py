@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -73,5 +73,4 @@ def through_weight(
     dtype = method.working_dtype(matrix)
     factors = {key: value.to(dtype) for key, value in parameters.items()}
     weight = method.effective_weight(matrix.to(dtype), factors).to(matrix.dtype)
-    instead = replace(product, weight=weight.mT if product.transposed else weight)
-    return instead.output(x, bias)
+    return product.output_of(weight, x, bias)

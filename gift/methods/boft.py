@@ -136,7 +136,8 @@ def _linear(
     if not method.rescale:
         return output
 
-    def again(x: Tensor, bias: Tensor | None, *blocks: Tensor) -> Tensor:
+    # The annotation is quoted, since the compiler of torch 2.6 cannot evaluate unions.
+    def again(x: Tensor, bias: "Tensor | None", *blocks: Tensor) -> Tensor:
         return product.output(_turned(x, *blocks), bias)
 
     inputs = (x, bias, *blocks)
