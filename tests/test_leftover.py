@@ -21,7 +21,7 @@ from gift import (
     plan_fine_tuning,
 )
 from gift import factories as f
-from gift.core.raw_parameters import raw_weights
+from gift.core.raw_parameters import is_experts, raw_weights
 from gift.strategies import (
     DoRAAllFineTuningStrategy,
     LoRAAllFineTuningStrategy,
@@ -199,3 +199,23 @@ def test_numbers_that_are_no_weight_are_left_out() -> None:
             self.matrix = nn.Parameter(torch.randn(3, 4))
 
     assert [name for name, _ in raw_weights(Table())] == ["matrix"]
+
+
+class Stacked(nn.Module):
+    """A parameter of three axes under neutral names."""
+
+    def __init__(self, **numbers: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 8, 6))
+        vars(self).update(numbers)
+
+
+NUMBERS = [({"num_experts": 4}, True), ({"num_experts": 8}, False), ({"heads": 4}, False)]
+
+
+@pytest.mark.parametrize(("numbers", "expected"), NUMBERS, ids=str)
+def test_the_number_of_experts_says_that_a_parameter_stacks_them(
+    numbers: dict[str, int], expected: bool
+) -> None:
+    net = Stacked(**numbers)
+    assert is_experts(net, "kernel", net.kernel) is expected
