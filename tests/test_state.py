@@ -954,3 +954,16 @@ def test_what_was_not_loaded_into_a_part_is_said() -> None:
     with pytest.raises(RuntimeError, match=r"Unexpected key(.|\n)*nothing was loaded into part"):
         outer.load_state_dict(state | {"part.0.lora_C": torch.ones(7)})
     assert all_bits(inner) == before
+
+
+def test_a_state_of_a_base_whose_layers_have_no_shape() -> None:
+    """It changes nothing of them, and the rest is loaded."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+
+    plain, net = make(), make()
+    gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
+    net.load_state_dict(plain.state_dict())
+    assert torch.equal(dict(net.named_parameters())["0.weight"], plain[0].weight)  # type: ignore[index]
+    assert net(torch.randn(2, 4)).shape == (2, 3)
