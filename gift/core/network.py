@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Set
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from gift.core.state import (
     drop_names,
     left_in_state,
     load_in_transaction,
+    loading_at_once,
     overrides,
     overwritten,
     whole_state,
@@ -116,8 +118,8 @@ class FineTunedNetwork(Generated):
         If a bigger module contains the network, torch's own code loads it. That code continues
         after an error and raises at the end. If something is wrong with the part of the state that
         is for this network, nothing of that part is loaded. What other parts of the bigger module
-        have loaded stays, as always in torch. A signal, or an exception from a module's own code,
-        cannot be caught there. Load into the network itself where that matters.
+        have loaded stays, as always in torch. The whole part is loaded at once, while signals wait,
+        before torch writes the same values again, one module after the other.
 
         Raises:
             RuntimeError: naming every key that is missing, unknown, of another shape, or trained
@@ -157,7 +159,9 @@ class FineTunedNetwork(Generated):
                 warnings.warn(surprise, GiftWarning, stacklevel=2)
             if prefix:  # a bigger module loads, without a transaction
                 snapshot = Snapshot(self, writes=overwritten(self, (coming,), {}))
-                record.before = snapshot, errors, len(errors)
+                with suppress(RuntimeError), loading_at_once(self, coming, rest[0]):
+                    keep_values(self, coming, frozen, deltas)
+                record.loading, record.before = (prefix, keys), (snapshot, errors, len(errors))
             keep_values(self, coming, frozen, deltas)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Container, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,6 +153,31 @@ def load_in_transaction(
         result = load(*args, **kwargs)
         record.strict = True
     return result
+
+
+@contextmanager
+def loading_at_once(
+    network: nn.Module, state: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> Iterator[None]:
+    """Load a state of a network whose parts a bigger module is about to load one by one.
+
+    Args:
+        network: the network.
+        state: its part of the state, by its own names.
+        metadata: what torch gives to `_load_from_state_dict`.
+
+    Raises:
+        RuntimeError: as ``load_state_dict``; nothing is loaded then.
+    """
+    record = record_of(network)
+    assign = metadata.get("assign_to_params_buffers", False)
+    with transaction(network, writes=overwritten(network, (state,), {})):
+        yield
+        record.rehearsing = True  # the caller has checked the state
+        try:
+            nn.Module.load_state_dict(network, OrderedDict(state), strict=False, assign=assign)
+        finally:
+            record.rehearsing = False
 
 
 def overwritten(

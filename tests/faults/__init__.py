@@ -26,13 +26,10 @@ rows               0 of 160        0 of 475
 load_state_dict    0 of 224        0 of 499
 ... with assign    0 of 202        0 of 500
 load_base          0 of 776        0 of 500
+load_bigger        0 of 284        0 of 498
 attach             0 of 40         0 of 484
 attach_another     0 of 58         0 of 174
 step               0 of 180        0 of 499
 allocate                           0 of 500
 =================  ==============  ==============
-
-A bigger module that loads its state is the exception: torch loads one part after the other, and of
-500 signals 45 left a network within it half loaded (see `FineTunedNetwork.load_state_dict`). Memory
-that runs out there corrupts nothing (0 of 162).
 """

@@ -440,9 +440,7 @@ def alarms() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not LONG, reason="moments that no run repeats: a lane, GIFT_FAULTS=long")
-# Of a bigger module torch's own code loads one part after the other; no code of gift's runs where
-# a signal arrives in between: 45 of 500 left a network half loaded.
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "load_bigger"])
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_signals_at_random_moments(name: str) -> None:
     make, operate = OPERATIONS[name]
     before, after, _ = outcomes(name)

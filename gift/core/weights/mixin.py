@@ -171,11 +171,13 @@ class AdaptedModule(DeltaModule):
         self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any
     ) -> None:
         changed = [t for t in self._gift_weights if self._gift_changes(t, state_dict, prefix)]
+        within = vars(self).get("_gift_loading", False)  # the network may be this module itself
         vars(self)["_gift_loading"] = True  # it may assign to parameters
         try:
             super()._load_from_state_dict(state_dict, prefix, *rest)
         finally:
-            del vars(self)["_gift_loading"]
+            if not within:
+                del vars(self)["_gift_loading"]
         for tensor in changed:
             self._gift_weights[tensor].rederive(self, tensor)
         self._gift_note_sources()
