@@ -391,7 +391,7 @@ def test_what_an_action_adds_to_a_list_of_the_author_is_taken_back(kind: str) ->
 
 
 class Kept(nn.Module):
-    """Has methods of torch, and one of transformers, that fine-tuning replaces."""
+    """A network whose methods somebody keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,10 +399,6 @@ class Kept(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.head(self.fc(x))
-
-
-def names_of(state: Any) -> list[str]:
-    return sorted(state)
 
 
 @pytest.mark.parametrize("after", ["disable", "merge", "another"])
@@ -416,9 +412,9 @@ def test_methods_that_were_kept_are_those_of_the_present_network(after: str) -> 
         gift.enable_fine_tuning(net, FullFineTuningStrategy())
     expected = ["fc.bias", "fc.weight", "head.bias", "head.weight"]
     state = kept["state_dict"]()
-    assert names_of(state) == expected
+    assert sorted(state) == expected
     assert [id(p) for p in kept["parameters"]()] == [id(p) for p in net.parameters()]
-    assert names_of(of_layer()) == ["bias", "weight"]
+    assert sorted(of_layer()) == ["bias", "weight"]
     torch.testing.assert_close(call(x), net(x), rtol=0, atol=0)
     kept["load_state_dict"]({name: value + 1 for name, value in state.items()})
     before = bits(net.fc.weight)

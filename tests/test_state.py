@@ -916,13 +916,10 @@ def test_a_state_is_loaded_as_a_whole_or_not_at_all(kind: Any, wrong: str, by_na
     net, other = enabled(kind()), enabled(kind())
     before, state = all_bits(net), dict(other.state_dict())
     last = sorted(state)[-1]
-    broken = (
-        state | {last: torch.ones(7)}
-        if wrong == "shape"
-        else state | {f"{last}_third": state[last]}
-    )
+    other_state = {last: torch.ones(7)} if wrong == "shape" else {f"{last}_third": state[last]}
+    broken = state | other_state
     with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
-        net.load_state_dict(**{"state_dict": broken}) if by_name else net.load_state_dict(broken)
+        net.load_state_dict(state_dict=broken) if by_name else net.load_state_dict(broken)
     assert all_bits(net) == before
     net.load_state_dict(state)
     for name, value in net.state_dict().items():
@@ -965,5 +962,5 @@ def test_a_state_of_a_base_whose_layers_have_no_shape() -> None:
     plain, net = make(), make()
     gift.enable_fine_tuning(net, LoRAAllFineTuningStrategy(rank=1))
     net.load_state_dict(plain.state_dict())
-    assert torch.equal(dict(net.named_parameters())["0.weight"], plain[0].weight)  # type: ignore[index]
+    assert torch.equal(net.get_parameter("0.weight"), plain.get_parameter("0.weight"))
     assert net(torch.randn(2, 4)).shape == (2, 3)

@@ -162,7 +162,7 @@ class FineTunedNetwork(Generated):
                 with suppress(RuntimeError), loading_at_once(self, coming, rest[0]):
                     keep_values(self, coming, frozen, deltas)
                 record.loading, record.before = (prefix, keys), (snapshot, errors, len(errors))
-            keep_values(self, coming, frozen, deltas)
+            keep_values(self, coming, frozen, deltas)  # none that was kept is kept again
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
