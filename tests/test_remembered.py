@@ -150,6 +150,15 @@ def _other_memory(layer: Any) -> None:
     layer.lora_B.data = 3 * layer.lora_B.detach()
 
 
+def _other_strides(layer: Any) -> None:
+    layer.lora_B.data = 3 * layer.lora_B.detach().T.contiguous().T
+
+
+def _one_bit(layer: Any) -> None:
+    last = layer.lora_A.data.view(torch.uint8)[-1, -1:]
+    last ^= 64  # of the exponent
+
+
 def _other_state(layer: Any) -> None:
     state = layer.state_dict()
     layer.load_state_dict(state | {"lora_A": 2 * state["lora_A"]})
@@ -174,6 +183,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "bias unseen": _unseen("bias"),
     "another parameter": _another,
     "other memory": _other_memory,
+    "other strides": _other_strides,
+    "one bit": _one_bit,
     "another state": _other_state,
     "in training": _in_training,
 }
@@ -188,6 +199,27 @@ def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(x), formula(layer, x))
         assert not torch.allclose(layer(x), before)
+
+
+def test_conjugates_of_the_same_memory_are_noticed() -> None:
+    layer, x = adapted(nn.Linear(INPUTS, OUTPUTS, dtype=torch.complex128)), token().cdouble()
+    layer.lora_B = nn.Parameter(torch.randn(OUTPUTS, 2, dtype=torch.complex128))
+    with torch.no_grad():
+        before = layer(x)
+        layer.lora_B = nn.Parameter(layer.lora_B.detach().conj())
+        found = layer(x)
+        layer.lora_B = nn.Parameter(layer.lora_B.detach().resolve_conj())
+        torch.testing.assert_close(found, copy.deepcopy(layer)(x))
+    assert not torch.allclose(found, before)
+
+
+def test_strided_factors_are_remembered(ratios: list[None]) -> None:
+    layer = adapted(nn.Linear(INPUTS, OUTPUTS))
+    layer.lora_A.data = layer.lora_A.detach().T.contiguous().T
+    with torch.no_grad():
+        for _ in range(3):
+            layer(token())
+    assert len(ratios) == 1
 
 
 def test_a_write_to_the_frozen_weight_is_noticed() -> None:
