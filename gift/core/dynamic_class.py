@@ -364,9 +364,9 @@ def _mixing(metaclass: type) -> type:
     return found
 
 
-def joined(*names: str) -> str:
-    """Join names to a dotted path; the root network's own name is empty."""
-    return ".".join(filter(None, names))
+def joined(path: str, name: str) -> str:
+    """Join a path and a name to a dotted path; the root network's own path is empty."""
+    return f"{path}.{name}" if path and name else path or name
 
 
 def plain_class(cls: type) -> type[nn.Module]:

@@ -8,7 +8,6 @@ the other.
 
 import gc
 import itertools
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from gift.errors import some
 from gift.layers.table import row_of
 from gift.private.torch.tensors import storage_key
 from gift.quantization import is_quantised
-from gift.support.tensors import is_plain
+from gift.support.tensors import holds_no_tensors, is_plain
 
 
 class Holder(NamedTuple):
@@ -100,14 +99,11 @@ def _holders(before: Snapshot) -> Iterator[Holder]:
         if is_plain(kept.tensor):
             yield Holder(module, name, kept.tensor, "buffer")
     for module, _, state, _ in before.modules:
-        if _WITHOUT_TENSORS.issuperset(map(type, state.values())):  # the common case
+        if holds_no_tensors(state.values()):  # the common case
             continue
         for name, value in state.items():
             for tensor in _attributes(module, value):
                 yield Holder(module, name, tensor, "attribute")
-
-
-_WITHOUT_TENSORS = {bool, int, float, str, type(None), set, dict, OrderedDict}  # as attributes
 
 
 def _attributes(module: nn.Module, value: object) -> Iterator[Tensor]:

@@ -102,15 +102,19 @@ def _parameters_of(placed: Iterable[tuple[str, nn.Module, Any]]) -> list[nn.Para
     ]
 
 
-def claims_of(all_claimed: Iterable[Claimed]) -> list[Claim]:
-    """The claims, after ties are settled; a tied tensor counts where it was claimed first."""
+def claims_of(all_claimed: Iterable[Claimed], adapted: Iterable[list[Adapted]]) -> list[Claim]:
+    """The claims, after ties are settled; a tied tensor counts where it was claimed first.
+
+    Args:
+        all_claimed: what caps claimed.
+        adapted: the adapted tensors of each claim.
+    """
     claims, counted = [], set[int]()
     texts: dict[int, str] = {}  # by id of the method, which many layers share
-    for claimed in all_claimed:
+    for claimed, deltas in zip(all_claimed, adapted, strict=True):
         trained = {id(p): p for p in claimed.parameters() if p is not None and p.requires_grad}
         trainable = sum(_size(p) for key, p in trained.items() if key not in counted)
         counted.update(trained)
-        deltas = list(claimed.deltas())
         texts |= {id(a.method): str(a.method) for *_, a in deltas if id(a.method) not in texts}
         larger = tuple(path for path, module, a in deltas if _is_larger(module, a))
         what = _what(claimed, deltas, bool(trained), texts)

@@ -1,7 +1,6 @@
 """What a strategy for all layers leaves out: raw weights in modules of unknown classes."""
 
 import re
-from collections.abc import Set
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ SHARE = 0.1
 
 
 def describe_leftover(
-    network: nn.Module, strategy: FineTuningStrategy, kept: Set[int], known: Set[int], total: int
+    network: nn.Module, strategy: FineTuningStrategy, kept: set[int], known: set[int], total: int
 ) -> str:
     """Describe the raw weights that a strategy for all layers leaves out; empty if they are few.
 
@@ -34,6 +33,8 @@ def describe_leftover(
         return ""
     found: dict[int, tuple[str, nn.Module, int]] = {}
     for path, module in network.named_modules():
+        if kept.issuperset(map(id, module._parameters.values())):
+            continue
         for name, parameter in raw_weights(module):
             if id(parameter) in known and id(parameter) not in kept:
                 size = shape_of(parameter).numel()

@@ -18,7 +18,7 @@ from gift.core.weights.attach import install, uninstall
 from gift.core.weights.reading import Memory
 from gift.core.weights.record import WeightDelta, present_weight_deltas, weight_deltas
 from gift.core.weights.sharing import place_parts, share_parameters
-from gift.engine.claims import Claimed, claims_of, placed_deltas
+from gift.engine.claims import Adapted, Claimed, claims_of, placed_deltas
 from gift.engine.ties import Ties
 from gift.errors import AdaptationError, closest
 from gift.factories import Action
@@ -67,8 +67,9 @@ class Walk:
         if self.handled:
             settle_modules_around(network)
         self.clipped: dict[str, tuple[str, int]] = {}  # weights without the requested size
-        self._settle_sizes()
-        self.claims = claims_of(self.claimed)
+        adapted = [list(claimed.deltas()) for claimed in self.claimed]
+        self._settle_sizes(adapted)
+        self.claims = claims_of(self.claimed, adapted)
 
     def _caps_for(self, strategy: FineTuningStrategy, module: nn.Module) -> Caps:
         types = strategy.constraint_type
@@ -238,14 +239,19 @@ class Walk:
             if name not in present_weight_deltas(module):
                 _share(*owner, module, name)
 
-    def _settle_sizes(self) -> None:
+    def _settle_sizes(self, adapted: list[list[Adapted]]) -> None:
         """Clip a size that some weights cannot have, and refuse a size that none can have.
 
         Weights that are adapted by the same method with the same settings are judged together.
+
+        Args:
+            adapted: the adapted tensors of each claim.
         """
+        if not any(delta.clipped for deltas in adapted for *_, delta in deltas):
+            return
         asked: dict[Method, list[tuple[Claimed, str, WeightDelta]]] = {}
-        for claimed in self.claimed:
-            for path, _, delta in claimed.deltas():
+        for claimed, deltas in zip(self.claimed, adapted, strict=True):
+            for path, _, delta in deltas:
                 if delta.asked is not None and delta.owner is None:
                     asked.setdefault(delta.asked, []).append((claimed, path, delta))
         refused: dict[str, list[str]] = {}

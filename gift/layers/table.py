@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gift.layers.layouts import (
@@ -28,6 +29,7 @@ from gift.layers.layouts import (
     transposed_layout,
 )
 from gift.private.torch.layers import CONV, CONV_TRANSPOSE, NORM_WITH_STATISTICS, FlatWeights
+from gift.support.tensors import tensors_among
 from gift.support.weak import known_by_class
 
 Operation = Literal[
@@ -160,7 +162,7 @@ class LayerRow:
         count.
         """
         names = [name for name, p in module._parameters.items() if p is not None]
-        computed = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+        computed = tensors_among(vars(module))
         if "parametrizations" in module._modules:
             computed = [*getattr(module._modules["parametrizations"], "keys", list)(), *computed]
         if computed:
@@ -311,6 +313,7 @@ def family_of(module: nn.Module) -> str:
     return "" if row is None else row.family
 
 
+@lru_cache(maxsize=1024)
 def _names(patterns: tuple[str, ...], name: str) -> bool:
     return name in patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 

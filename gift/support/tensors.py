@@ -1,5 +1,8 @@
 """Small functions on tensors that several packages need."""
 
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -8,6 +11,21 @@ from torch.nn.parameter import is_lazy
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+_NO_TENSORS = {bool, int, float, str, type(None), set, dict, OrderedDict}
+
+
+def tensors_among(attributes: Mapping[str, object]) -> list[str]:
+    """Names of the attributes that are tensors."""
+    if holds_no_tensors(attributes.values()):
+        return []
+    return [name for name, value in attributes.items() if isinstance(value, Tensor)]
+
+
+def holds_no_tensors(values: Iterable[object]) -> bool:
+    """Whether the classes of all values show that none is a tensor, nor a sequence of tensors."""
+    return _NO_TENSORS.issuperset(map(type, values))
 
 
 def wide(tensor: Tensor) -> Tensor:

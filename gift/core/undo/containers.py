@@ -6,6 +6,8 @@ methods of that class, and written only where they differ. All others are left a
 an author's code, except for hashes and comparisons of keys, and every step can be repeated.
 """
 
+import itertools
+import operator
 from collections import OrderedDict, deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -49,7 +51,12 @@ def difference(
     before: Mapping[Any, Any], after: Mapping[Any, Any], own: Container[str]
 ) -> dict[Any, Any]:
     """Entries of `before` that changed or are gone; new keys except `own` map to `Missing`."""
-    changed = {k: v for k, v in before.items() if after.get(k, Missing) is not v}
+    changed = {}
+    now = map(after.get, before, itertools.repeat(Missing))
+    if not all(map(operator.is_, now, before.values())):  # all are the same in most modules
+        changed = {k: v for k, v in before.items() if after.get(k, Missing) is not v}
+    elif len(before) == len(after):
+        return changed
     if new := after.keys() - before.keys():
         changed |= {k: Missing for k in new if k not in own}
     return changed
