@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gift import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning
 from gift.factories import ma_adapt, mc_any, mc_layer
+from gift.kernels import thin
 from gift.kernels.cost_model import FORMS, Form
 from gift.kernels.low_rank_linear import LowRankLinear
 from gift.strategies import LoRALinearFineTuningStrategy
@@ -32,6 +33,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::gift.engine.enable.GiftWarning"),
     pytest.mark.as_large,
 ]
+
+ORDERS = {"factor first": thin.THIN, "rows first": 0}
+
+
+@pytest.fixture(autouse=True, params=ORDERS.values(), ids=ORDERS)
+def _order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which comes first in products with a factor: its rank decides, and is small in most tests."""
+    monkeypatch.setattr(thin, "THIN", request.param)
+
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 INPUTS, OUTPUTS = 6, 5

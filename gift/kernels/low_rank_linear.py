@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gift.kernels import thin
 from gift.kernels.cost_model import Form
 from gift.kernels.onednn import matmul
-from gift.kernels.products import effective, for_each, outer, product, scaled
+from gift.kernels.products import effective, scaled
 from gift.kernels.recomputed import Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
-from gift.private.torch.tracing import is_known
-
-MANY = 1024  # number of rows from which they are computed in parts
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -52,7 +50,7 @@ class LowRankLinear(torch.autograd.Function):
         seen = x if dropped is None else dropped
         y, hidden = outputs(x, weight, bias, left, right, scale, dropped, form)
         if hidden is None and of_left and not of_right:
-            hidden = product(right, _columns(seen))
+            hidden = thin.times(right, seen)
         ctx.rest = x.shape, scale, dropped is not None, form
         ctx.kept, tensors = keep(seen, len(weight), ways) if of_right else (None, ())
         ctx.save_for_backward(weight, left, right, hidden if of_left else None, *tensors)
@@ -67,7 +65,7 @@ class LowRankLinear(torch.autograd.Function):
         of_x, _, of_bias, of_left, of_right, _, of_dropped, *_ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
         g = g.contiguous()  # attention returns a non-contiguous one, which each use would copy
-        flat = g.reshape(-1, g.shape[-1])
+        flat = thin.flat(g)
         side = form == "side"
         if of_bias:
             gb = flat.sum(0)
@@ -75,23 +73,20 @@ class LowRankLinear(torch.autograd.Function):
             used = weight if side else effective(weight, left, right, scale)
             gx = matmul(flat, used).view(shape)
         if form == "whole" and of_right:
-            whole = flat.mT @ seen.reshape(-1, seen.shape[-1])
+            whole = flat.mT @ thin.flat(seen)
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale)
             return gx, None, gb, gl, gr, *[None] * 4
-        columns = _columns(g)
         if of_left:
-            hidden = _hidden(hidden, right, seen, columns)
-            gl = scaled(outer(hidden, columns).mT.contiguous(), scale)
+            gl = scaled(thin.of_left(_hidden(hidden, right, seen), g), scale)
         if of_right or side:
-            gh = product(scaled(left.mT.contiguous(), scale), columns)
+            gh = thin.back(scaled(left, scale), g)
         if of_right:
-            gr = outer(gh, _columns(seen))
+            gr = thin.of_right(gh, seen)
         if side and of_dropped:
-            gd = gh.mT @ right if gh.dim() == 2 else torch.bmm(gh.mT, for_each(right, gh))
-            gd = gd.view(shape)
+            gd = (thin.flat(gh) @ right).view(shape)
         if side and gx is not None and not drops:
-            _add_product(gx, right.mT, gh)
+            thin.add(gx, gh, right)
         return gx, None, gb, gl, gr, None, gd, None, None
 
 
@@ -109,34 +104,12 @@ def outputs(
     if form != "side":
         return F.linear(x, effective(weight, left, right, scale), bias), None
     y = F.linear(x, weight, bias)
-    hidden = product(right, _columns(x if dropped is None else dropped))
-    _add_product(y, left, hidden, scale)
+    hidden = thin.times(right, x if dropped is None else dropped)
+    thin.add(y, hidden, left.mT, scale)
     return y, hidden
 
 
-def _add_product(y: Tensor, matrix: Tensor, few: Tensor, scale: float = 1) -> None:
-    """Add ``scale matrix few`` to the columns of `y`, which is contiguous, in place."""
-    if few.dim() == 2:
-        # Not `y.mT.addmm_(matrix, few)`: torch 2.14 compiles that to something else.
-        y.view(-1, y.shape[-1]).addmm_(few.mT, matrix.mT, alpha=scale)
-    else:
-        parts = y.view(few.shape[0], -1, y.shape[-1])
-        parts.baddbmm_(few.mT, for_each(matrix.mT, few), alpha=scale)
-
-
-def _columns(x: Tensor) -> Tensor:
-    """View `x` as ``(features, rows)``, or in parts; there is no copy if `x` is contiguous."""
-    features = x.shape[-1]
-    rows = x.numel() // max(1, features)
-    parts = 1
-    if x.device.type == "cpu" and is_known(rows >= MANY):
-        parts = next(n for n in (8, 4, 2, 1) if is_known(rows % n == 0))
-    if parts == 1:
-        return x.reshape(rows, features).mT
-    return x.reshape(parts, rows // parts, features).mT
-
-
-def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None, like: Tensor) -> Tensor:
+def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None) -> Tensor:
     """Return the saved ``right x``; recompute it if it was not saved or its graph is needed."""
     if kept is None or torch.is_grad_enabled():
         if x is None:
@@ -144,7 +117,5 @@ def _hidden(kept: Tensor | None, right: Tensor, x: Tensor | None, like: Tensor) 
                 "a delta whose first factor is frozen (lora_fa, vera) keeps no inputs, so that "
                 "its gradient has none: train both factors, or differentiate by torch.func"
             )
-        return product(right, _columns(x))
-    if kept.dim() > like.dim():  # saved in parts, and compiled since
-        return kept.movedim(0, 1).flatten(1)
+        return thin.times(right, x)
     return kept
