@@ -19,7 +19,7 @@ MANY = 1024  # number of rows from which they are computed in parts
 
 def times(right: Tensor, x: Tensor) -> Tensor:
     """Return ``right x`` for each row of `x`, ``(..., inputs)``."""
-    if len(right) > THIN:
+    if right.shape[0] > THIN:
         return flat(x) @ right.mT
     return product(right, _columns(x)).mT
 
@@ -52,7 +52,7 @@ def of_right(hidden: Tensor, x: Tensor) -> Tensor:
 def add(y: Tensor, hidden: Tensor, factor: Tensor, scale: float = 1) -> None:
     """Add ``scale hidden factor`` to the rows of `y`, which is contiguous, in place."""
     # Not `y.mT.addmm_(factor.mT, hidden.mT)`: torch 2.14 compiles that to something else.
-    flat(y).addmm_(flat(hidden), factor, alpha=scale)
+    y.view(-1, y.shape[-1]).addmm_(flat(hidden), factor, alpha=scale)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -51,12 +51,11 @@ def difference(
     before: Mapping[Any, Any], after: Mapping[Any, Any], own: Container[str]
 ) -> dict[Any, Any]:
     """Entries of `before` that changed or are gone; new keys except `own` map to `Missing`."""
-    changed = {}
     now = map(after.get, before, itertools.repeat(Missing))
-    if not all(map(operator.is_, now, before.values())):  # all are the same in most modules
-        changed = {k: v for k, v in before.items() if after.get(k, Missing) is not v}
-    elif len(before) == len(after):
-        return changed
+    same = all(map(operator.is_, now, before.values()))  # in most modules
+    if same and len(before) == len(after):
+        return {}
+    changed = {} if same else {k: v for k, v in before.items() if after.get(k, Missing) is not v}
     if new := after.keys() - before.keys():
         changed |= {k: Missing for k in new if k not in own}
     return changed
