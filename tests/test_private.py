@@ -248,19 +248,22 @@ def test_exporting_is_noticed_and_all_that_is_compiled_taken_for_it_otherwise(
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("rank", [3, 10])
 def test_a_compiled_layer_is_right_where_sizes_cannot_be_asked(
-    monkeypatch: pytest.MonkeyPatch,
+    rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = adapted(nn.Linear(6, 5))
+    net = adapted(nn.Linear(12, 11), rank=rank)
     assert tracing.is_known(True)
     assert not tracing.is_known(False)
-    known = "gift.kernels.low_rank_linear.is_known"
+    known = "gift.kernels.thin.is_known"
     monkeypatch.setattr(known, lambda it: not torch.compiler.is_compiling() and bool(it))
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager", fullgraph=True, dynamic=True)
     for rows in (3, 2048):
-        x = torch.randn(rows, 6)
+        x = torch.randn(rows, 12)
         torch.testing.assert_close(compiled(x), net(x))
+        found, expected = (torch.autograd.grad(f(x).sum(), net.lora_B) for f in (compiled, net))
+        torch.testing.assert_close(found, expected)
     torch._dynamo.reset()
 
 
