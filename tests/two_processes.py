@@ -54,6 +54,8 @@ def play_all(
             message = traceback.format_exc()
         finally:
             if dist.is_initialized():
+                # torch 2.6 waits for gloo's threads and holds the GIL, which they may wait for.
+                time.sleep(0.02)
                 dist.destroy_process_group()
         (folder / f"{name}.{rank}").write_text(message, encoding="utf-8")
 
