@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gift import AdaptationError, DeltaBank, FineTuningStrategy, GiftWarning
 from gift.factories import ma_adapt, mc_path
 
+OLD = int(transformers.__version__.partition(".")[0]) < 5
 ROWS = ["a", None, "b", "a"]
 TEXT = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -160,18 +161,24 @@ def test_each_row_is_that_of_its_delta_alone(family: Family, double: None) -> No
     able = [p for p in layers_of(net) if not any(part in p for part in family.refused)]
     if family.name == "DebertaV2":  # see below
         able = [path for path in able if "query_proj" not in path and "key_proj" not in path]
+        if OLD:
+            pytest.skip("computes with TorchScript there, which is refused in words")
     for layers in (able, able[::2], able[1::3]):
         bank = bank_of(net, layers)
         with torch.no_grad():
             with bank.rows(ROWS):
-                found = bank.net(**inputs)
-            for row, name in enumerate(ROWS):
-                bank.activate(name)
-                expected = bank.net(**inputs)
-                torch.testing.assert_close(
-                    found[0][row], expected[0][row], rtol=1e-10, atol=1e-10, equal_nan=True
-                )
-                bank.activate(None)
+                found = bank.net(**inputs)[0]
+            assert_rows(found, bank, inputs)
+
+
+def assert_rows(found: Tensor, bank: DeltaBank, inputs: dict[str, Any]) -> None:
+    """Each row is what its delta gives alone."""
+    with torch.no_grad():
+        for row, name in enumerate(ROWS):
+            bank.activate(name)
+            expected = bank.net(**inputs)[0][row]
+            torch.testing.assert_close(found[row], expected, rtol=1e-10, atol=1e-10, equal_nan=True)
+            bank.activate(None)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +190,13 @@ def test_layers_that_cannot_differ_are_named(family: Family, double: None) -> No
     bank = bank_of(net, layers)
     expected = bank.net(**inputs)[0]
     errors = AdaptationError, ValueError, RuntimeError
-    with pytest.raises(errors, match=family.why), bank.rows(ROWS):
+    if OLD and family.name == "Mamba":  # calls them
+        with bank.rows(ROWS):
+            found = bank.net(**inputs)[0]
+        assert_rows(found, bank, inputs)
+        return
+    why = f"{family.why}|Leave this layer out" if OLD else family.why  # reads others in other ways
+    with pytest.raises(errors, match=why), bank.rows(ROWS):
         bank.net(**inputs)
     torch.testing.assert_close(bank.net(**inputs)[0], expected, equal_nan=True)
 
