@@ -1,5 +1,6 @@
 """Time, bytes that are kept, and peak memory."""
 
+import argparse
 import ctypes
 import gc
 import os
@@ -34,6 +35,18 @@ def keep_memory() -> None:
     """
     if sys.platform == "linux" and not ALLOCATOR.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+
+
+def rounds_of_products(description: str) -> int:
+    """Read the options of a script that times products, prepare for it, and return the rounds."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    keep_memory()
+    torch.set_num_threads(args.threads)
+    rounds: int = args.rounds
+    return rounds
 
 
 def release_memory() -> None:

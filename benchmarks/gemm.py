@@ -12,13 +12,12 @@ narrower ones on a processor of AMD, a tenth to a quarter slower.
     python benchmarks/gemm.py [--rounds 25] [--threads 2]
 """
 
-import argparse
 from collections.abc import Callable
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from _measuring import in_turn, keep_memory
+from _measuring import in_turn, rounds_of_products
 from tabulate import tabulate
 from torch import Tensor
 
@@ -44,16 +43,11 @@ def pair(rows: int, outputs: int, inputs: int) -> dict[str, Callable[[], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    keep_memory()
-    torch.set_num_threads(args.threads)
+    rounds = rounds_of_products(__doc__.splitlines()[0])
     table = []
     for outputs, inputs in SIZES:
         for rows in ROWS:
-            seconds = in_turn(pair(rows, outputs, inputs), args.rounds)
+            seconds = in_turn(pair(rows, outputs, inputs), rounds)
             ms = {name: median(values) * 1e3 for name, values in seconds.items()}
             ratios = [
                 ms[f"{what} by oneDNN"] / ms[f"{what} by MKL"] for what in ("gradient", "output")

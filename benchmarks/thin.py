@@ -11,12 +11,11 @@ sizes are; with few rows the rows first is quicker at all ranks.
     python benchmarks/thin.py [--rounds 25] [--threads 2]
 """
 
-import argparse
 from collections.abc import Callable
 from statistics import median
 
 import torch
-from _measuring import in_turn, keep_memory
+from _measuring import in_turn, rounds_of_products
 from tabulate import tabulate
 
 from gift.kernels import thin
@@ -43,12 +42,7 @@ def step(rows: int, outputs: int, inputs: int, rank: int, largest: int) -> Calla
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    keep_memory()
-    torch.set_num_threads(args.threads)
+    rounds = rounds_of_products(__doc__.splitlines()[0])
     table = []
     for outputs, inputs in SIZES:
         for rows in ROWS:
@@ -56,7 +50,7 @@ def main() -> None:
             for rank in RANKS:
                 orders = {"factor": rank, "rows": 0}
                 steps = {n: step(rows, outputs, inputs, rank, most) for n, most in orders.items()}
-                seconds = {n: median(s) for n, s in in_turn(steps, args.rounds).items()}
+                seconds = {n: median(s) for n, s in in_turn(steps, rounds).items()}
                 line.append(f"{seconds['rows'] / seconds['factor']:.2f}")
             table.append(line)
     print(tabulate(table, ["layer", "rows", *(f"rank {rank}" for rank in RANKS)]))
