@@ -22,9 +22,7 @@ def raw_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     They have at least two axes longer than one, and the first axis is longer than one. Position
     embeddings and class tokens have a first axis of length one.
     """
-    if not module._parameters or isinstance(module, ParametrizationList):
-        return
-    if row_of(plain_class(type(module))) is not None:
+    if isinstance(module, ParametrizationList) or row_of(plain_class(type(module))) is not None:
         return
     for name, parameter in module._parameters.items():
         if parameter is None or is_lazy(parameter) or _TABLES.search(name):

@@ -6,8 +6,6 @@ methods of that class, and written only where they differ. All others are left a
 an author's code, except for hashes and comparisons of keys, and every step can be repeated.
 """
 
-import itertools
-import operator
 from collections import OrderedDict, deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -51,11 +49,7 @@ def difference(
     before: Mapping[Any, Any], after: Mapping[Any, Any], own: Container[str]
 ) -> dict[Any, Any]:
     """Entries of `before` that changed or are gone; new keys except `own` map to `Missing`."""
-    now = map(after.get, before, itertools.repeat(Missing))
-    same = all(map(operator.is_, now, before.values()))  # in most modules
-    if same and len(before) == len(after):
-        return {}
-    changed = {} if same else {k: v for k, v in before.items() if after.get(k, Missing) is not v}
+    changed = {k: v for k, v in before.items() if after.get(k, Missing) is not v}
     if new := after.keys() - before.keys():
         changed |= {k: Missing for k in new if k not in own}
     return changed
