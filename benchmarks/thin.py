@@ -1,9 +1,8 @@
 """Products of a factor of a delta with all rows of a linear layer: the factor first, or the rows.
 
 `gift.kernels.thin` takes the one or the other by the rank alone; this script checks that on other
-machines. For each layer and number of rows it prints, for each rank, the time of both thin products
-of a forward pass and of the three of a backward pass with the rows first, as a part of that with
-the factor first. The two take turns; medians.
+machines. For each layer, number of rows and rank it prints the time of the six products of a step
+with the rows first, as a part of that with the factor first. The two take turns; medians.
 
 Prediction: the factor first is quicker up to rank 8, the rows first from rank 16 on, whatever the
 sizes are; with few rows the rows first is quicker at all ranks.

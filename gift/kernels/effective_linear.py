@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gift.kernels.onednn import matmul
-from gift.kernels.products import linear_output
+from gift.kernels.products import linear_output, rows_of
 from gift.kernels.recomputed import Ways, is_small, keep
 from gift.kernels.torch_state import autocasts, gives_no_view, without_autocast
 from gift.layers.table import forwards_of
@@ -75,13 +75,12 @@ class EffectiveLinear(torch.autograd.Function):
         shape, dtype, of = ctx.rest
         gx = gw = gb = None
         g = g.contiguous()
-        flat = g.reshape(-1, g.shape[-1])
+        flat = rows_of(g)
         if of_x:
             weight = ctx.again.weight().to(dtype)
             gx = matmul(flat, weight.mT if ctx.transposed else weight).view(shape)
         if of_weight:
-            seen = ctx.kept.value(ctx.saved_tensors)
-            seen = seen.reshape(-1, seen.shape[-1])
+            seen = rows_of(ctx.kept.value(ctx.saved_tensors))
             gw = (seen.mT @ flat if ctx.transposed else flat.mT @ seen).to(of)
         if of_bias:
             gb = flat.sum(0)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gift.kernels.onednn import matmul
+from gift.kernels.products import rows_of
 from gift.kernels.recomputed import THIN, Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 
@@ -62,7 +63,7 @@ class KroneckerLinear(torch.autograd.Function):
         rank = len(right)
         if hidden is None or torch.is_grad_enabled():  # the saved tensor has no graph
             hidden = _hidden(x, w1, right)
-        flat = g.reshape(-1, g.shape[-1])
+        flat = rows_of(g)
         gb = flat.sum(0) if ctx.needs_input_grad[2] else None
         gl, of_side = None, flat.reshape(-1, rank if left is None else len(left))
         if left is not None:

@@ -16,6 +16,7 @@ from gift.kernels.cost_model import Form
 from gift.kernels.geometry import Geometry
 from gift.kernels.low_rank_conv import effective_of
 from gift.kernels.operands import tell
+from gift.kernels.products import rows_of
 from gift.kernels.recomputed import AS_IT_IS, is_small, note
 
 LITTLE = 2**21  # multiplications of a convolution; 0 leaves all layers to the autograd functions
@@ -40,7 +41,7 @@ def little_linear(
         return None
     _tell(layer, "side")
     y = F.linear(x, weight, bias)  # first, as it says what is wrong with an input
-    rows = x.reshape(-1, x.shape[-1])  # else torch may multiply trained factors in another order
+    rows = rows_of(x)  # else torch may multiply trained factors in another order
     return torch.add(y, F.linear(F.linear(rows, right), left).view(y.shape), alpha=scale)
 
 

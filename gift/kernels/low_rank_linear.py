@@ -9,7 +9,7 @@ from torch import Tensor
 from gift.kernels import thin
 from gift.kernels.cost_model import Form
 from gift.kernels.onednn import matmul
-from gift.kernels.products import effective, scaled
+from gift.kernels.products import effective, rows_of, scaled
 from gift.kernels.recomputed import Ways, keep
 from gift.kernels.torch_state import gives_no_view, without_autocast
 
@@ -65,7 +65,7 @@ class LowRankLinear(torch.autograd.Function):
         of_x, _, of_bias, of_left, of_right, _, of_dropped, *_ = ctx.needs_input_grad
         gx = gb = gl = gr = gd = None
         g = g.contiguous()  # attention returns a non-contiguous one, which each use would copy
-        flat = thin.flat(g)
+        flat = rows_of(g)
         side = form == "side"
         if of_bias:
             gb = flat.sum(0)
@@ -73,7 +73,7 @@ class LowRankLinear(torch.autograd.Function):
             used = weight if side else effective(weight, left, right, scale)
             gx = matmul(flat, used).view(shape)
         if form == "whole" and of_right:
-            whole = flat.mT @ thin.flat(seen)
+            whole = flat.mT @ rows_of(seen)
             gl = scaled(whole @ right.mT, scale) if of_left else None
             gr = scaled(left.mT @ whole, scale)
             return gx, None, gb, gl, gr, *[None] * 4
@@ -84,7 +84,7 @@ class LowRankLinear(torch.autograd.Function):
         if of_right:
             gr = thin.of_right(gh, seen)
         if side and of_dropped:
-            gd = (thin.flat(gh) @ right).view(shape)
+            gd = (rows_of(gh) @ right).view(shape)
         if side and gx is not None and not drops:
             thin.add(gx, gh, right)
         return gx, None, gb, gl, gr, None, gd, None, None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gift.kernels.products import scaled
+from gift.kernels.products import rows_of, scaled
 from gift.kernels.torch_state import gives_no_view, without_autocast
 from gift.private.torch.tracing import is_compiled_by_old, is_transformed
 
@@ -84,7 +84,7 @@ class LowRankLookup(torch.autograd.Function):
         g = g.to(left.dtype)
         if padding is not None:
             g = g.masked_fill((index == padding).unsqueeze(-1), 0)
-        flat, places = g.reshape(-1, g.shape[-1]), index.reshape(-1)
+        flat, places = rows_of(g), index.reshape(-1)
         if of_left:
             rows = scaled(flat @ right.mT, scale)
             gl = torch.zeros_like(left).index_add(0, places, rows)

@@ -36,6 +36,11 @@ def for_each(matrix: Tensor, parts: Tensor) -> Tensor:
     return matrix.repeat(parts.shape[0] // matrix.shape[0], 1, 1)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """Return `x` as ``(rows, features)``, without a copy if it is contiguous."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def scaled(tensor: Tensor, scale: float) -> Tensor:
     """Multiply a tensor by a number, which is often 1 and then costs nothing."""
     return tensor if scale == 1 else tensor * scale
@@ -45,7 +50,7 @@ def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bo
     """Compute ``W x + bias`` for a matrix that is held as ``(out, in)``, or ``(in, out)``."""
     if not transposed:
         return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rows_of(x)
     out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return out.view(*x.shape[:-1], weight.shape[1])
 

@@ -10,7 +10,7 @@ larger rank the rows come first, which takes 0.4 to 1.0 of the time: see `benchm
 
 from torch import Tensor
 
-from gift.kernels.products import outer, product
+from gift.kernels.products import outer, product, rows_of
 from gift.private.torch.tracing import is_known
 
 THIN = 8
@@ -20,21 +20,21 @@ MANY = 1024  # number of rows from which they are computed in parts
 def times(right: Tensor, x: Tensor) -> Tensor:
     """Return ``right x`` for each row of `x`, ``(..., inputs)``."""
     if right.shape[0] > THIN:
-        return flat(x) @ right.mT
+        return rows_of(x) @ right.mT
     return product(right, _columns(x)).mT
 
 
 def back(left: Tensor, g: Tensor) -> Tensor:
     """Return ``left^T g`` for each row of `g`, ``(..., outputs)``."""
     if left.shape[1] > THIN:
-        return flat(g) @ left
+        return rows_of(g) @ left
     return product(left.mT.contiguous(), _columns(g)).mT
 
 
 def of_left(hidden: Tensor, g: Tensor) -> Tensor:
     """Return the gradient of `left`: the sum of ``g hidden^T`` over all rows of `g`."""
     if hidden.shape[-1] > THIN:
-        rows = flat(g)
+        rows = rows_of(g)
         if not is_known(rows.shape[0] >= MANY):
             return rows.mT @ hidden
         return (hidden.mT @ rows).mT.contiguous()
@@ -46,22 +46,17 @@ def of_left(hidden: Tensor, g: Tensor) -> Tensor:
 
 def of_right(hidden: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of `right`: the sum of ``hidden x^T`` over all rows of `x`."""
-    return hidden.mT @ flat(x) if hidden.shape[-1] > THIN else outer(hidden.mT, _columns(x))
+    return hidden.mT @ rows_of(x) if hidden.shape[-1] > THIN else outer(hidden.mT, _columns(x))
 
 
 def add(y: Tensor, hidden: Tensor, factor: Tensor, scale: float = 1) -> None:
     """Add ``scale hidden factor`` to the rows of `y`, which is contiguous, in place."""
     # Not `y.mT.addmm_(factor.mT, hidden.mT)`: torch 2.14 compiles that to something else.
-    y.view(-1, y.shape[-1]).addmm_(flat(hidden), factor, alpha=scale)
-
-
-def flat(x: Tensor) -> Tensor:
-    """View `x` as ``(rows, features)``; there is no copy if it is contiguous."""
-    return x.reshape(-1, x.shape[-1])
+    y.view(-1, y.shape[-1]).addmm_(rows_of(hidden), factor, alpha=scale)
 
 
 def _columns(x: Tensor) -> Tensor:
-    """View `x` as ``(features, rows)``, or in parts; there is no copy if `x` is contiguous."""
+    """Return `x` as ``(features, rows)``, or in parts, without a copy if it is contiguous."""
     features = x.shape[-1]
     rows = x.numel() // max(1, features)
     parts = 1
