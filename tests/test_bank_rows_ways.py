@@ -100,7 +100,7 @@ class Doubled(torch.autograd.Function):
         return 2 * x
 
 
-@torch.library.custom_op("somebody::relu", mutates_args=())
+@torch.library.custom_op("example::relu", mutates_args=())
 def relu_of_others(x: Tensor) -> Tensor:
     """It has the name of a function that keeps rows apart, and does not."""
     return x.flip(0)
@@ -494,7 +494,7 @@ MIXING: dict[str, dict[str, Way]] = {
         "dlpack": lambda y: torch.from_dlpack(y.contiguous()).flip(0),
     },
     "is not known to keep rows apart": {
-        "operator_of_another_library": lambda y: torch.ops.somebody.relu(y),
+        "operator_of_another_library": lambda y: torch.ops.example.relu(y),
         "sparse": lambda y: torch.sparse.mm(
             torch.eye(3).double()[shuffled(3)].to_sparse(), y[:, 0]
         ),
